@@ -1,0 +1,305 @@
+"""Decoding in rounds: a proposer drafts, the target verifies, finished sequences hand their slot to the next prompt.
+
+The engine owns the target's cache, verification, stop tokens and refill; it knows no algorithm. Without a proposer it is
+plain decoding, one token a round, through the same code, so that times compare. A sequence's random numbers depend on its
+own seed only, never on its neighbours.
+
+Legend: B sequences in a round, T tokens, K draft tokens at most, C = taps * H, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from attrs import define, field, frozen
+from torch import Tensor
+
+from deepspec_core.contracts.proposer import Proposal, Proposer, Sampling
+from deepspec_core.contracts.target import TargetModel
+from deepspec_core.decoding.sampling import distribution, draw
+from deepspec_core.decoding.verify import Verdict, verify
+
+
+@frozen(kw_only=True)
+class Request:
+    """A prompt to continue. `seed` is the sequence's own."""
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    seed: int
+
+
+@frozen
+class Round:
+    """One proposal and its verification, untrimmed. `confidence`: survival logits of the proposed tokens, if any."""
+
+    proposal_length: int
+    accepted_draft_length: int
+    acceptance_length: int
+    confidence: tuple[float, ...] | None = None
+
+
+@frozen(kw_only=True)
+class Completion:
+    """A finished sequence: output_ids without the prompt, trimmed to the limit; a stop token is included."""
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    output_ids: tuple[int, ...]
+    finish_reason: str
+    rounds: tuple[Round, ...]
+
+
+@define
+class Clock:
+    """Seconds spent, by part. `host` is the rest of the wall time inside the engine."""
+
+    prefill: float = 0.0
+    draft: float = 0.0
+    verify: float = 0.0
+    wall: float = 0.0
+
+    @property
+    def host(self) -> float:
+        """Seconds in none of the parts."""
+        return self.wall - self.prefill - self.draft - self.verify
+
+    @contextmanager
+    def measure(self, part: str, device: torch.device) -> Iterator[None]:
+        """Add the time of the block to `part`; waits for the device on both ends."""
+        _synchronize(device)
+        start = time.perf_counter()
+        yield
+        _synchronize(device)
+        setattr(self, part, getattr(self, part) + time.perf_counter() - start)
+
+
+@define
+class _Sequence:
+    """A sequence in a slot. `position` is that of its last committed token, which the target has not seen yet."""
+
+    request: Request
+    limit: int
+    output: list[int]
+    random: np.random.Generator
+    rounds: list[Round] = field(factory=list)
+
+    @property
+    def position(self) -> int:
+        return len(self.request.prompt_ids) + len(self.output) - 1
+
+
+def decode(
+    target: TargetModel,
+    proposer: Proposer | None,
+    requests: Iterable[Request],
+    *,
+    sampling: Sampling,
+    stop_ids: Sequence[int],
+    max_new_tokens: int,
+    batch_size: int,
+    max_length: int,
+    clock: Clock | None = None,
+) -> Iterator[Completion]:
+    """Continue every request; completions come as they finish.
+
+    At most `batch_size` sequences at once, each of at most `max_length` tokens, prompt included: a prompt that leaves less
+    than max_new_tokens gets what is left, and one that leaves nothing is a ValueError. Another round starts while fewer
+    than limit + 1 tokens stand (the published loop); only then is the output trimmed.
+    """
+    engine = _Engine(
+        target, proposer, sampling, tuple(stop_ids), max_new_tokens, batch_size, max_length, clock or Clock()
+    )
+    with torch.no_grad():
+        yield from engine.run(iter(requests))
+
+
+@define
+class _Engine:
+    target: TargetModel
+    proposer: Proposer | None
+    sampling: Sampling
+    stop_ids: tuple[int, ...]
+    max_new_tokens: int
+    batch_size: int
+    max_length: int
+    clock: Clock
+    active: dict[int, _Sequence] = field(factory=dict)
+
+    @property
+    def num_draft(self) -> int:
+        return self.proposer.max_tokens if self.proposer else 0
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        return self.proposer.taps if self.proposer else ()
+
+    def run(self, requests: Iterator[Request]) -> Iterator[Completion]:
+        # The last round may start with max_length tokens standing, and verifies K more.
+        capacity = self.max_length + self.num_draft + 1
+        self.target.open_slots(self.batch_size, capacity)
+        if self.proposer:
+            self.proposer.open_slots(self.batch_size, capacity)
+        exhausted = False
+        while True:
+            start = time.perf_counter()
+            done: list[Completion] = []
+            free = [slot for slot in range(self.batch_size) if slot not in self.active]
+            fresh: dict[int, Request] = {}
+            while free and not exhausted:
+                request = next(requests, None)
+                if request is None:
+                    exhausted = True
+                else:
+                    fresh[free.pop(0)] = request
+            if fresh:
+                done += self._admit(fresh)
+            if self.active:
+                done += self._round()
+            self.clock.wall += time.perf_counter() - start
+            yield from done
+            if exhausted and not self.active:
+                return
+
+    def _admit(self, fresh: dict[int, Request]) -> list[Completion]:
+        """Prefill new prompts together and draw each one's first token."""
+        device = self.target.device
+        lengths = [len(request.prompt_ids) for request in fresh.values()]
+        for request in fresh.values():
+            if not 0 < len(request.prompt_ids) < self.max_length:
+                raise ValueError(
+                    f"request {request.id}: {len(request.prompt_ids)} prompt tokens do not fit {self.max_length} in all"
+                )
+        slots_B = torch.tensor(list(fresh), device=device)
+        lengths_B = torch.tensor(lengths, device=device)
+        ids_BT = torch.zeros(len(fresh), max(lengths), dtype=torch.long)
+        for row, request in enumerate(fresh.values()):
+            ids_BT[row, : lengths[row]] = torch.tensor(request.prompt_ids)
+        ids_BT = ids_BT.to(device)
+        positions_BT = torch.arange(max(lengths), device=device).expand_as(ids_BT)
+        positions_BT = positions_BT.where(positions_BT < lengths_B[:, None], -1)
+        with self.clock.measure("prefill", device):
+            step = self.target.decode(slots_B, ids_BT, positions_BT, self.taps, last_only=True)
+            self.target.commit(slots_B, lengths_B)
+        generators = [np.random.Generator(np.random.Philox(key=request.seed)) for request in fresh.values()]
+        first_B = self._first_tokens(step.logits[:, 0], generators)
+        done, alive = [], []
+        for row, (slot, request) in enumerate(fresh.items()):
+            sequence = _Sequence(
+                request=request,
+                limit=min(self.max_new_tokens, self.max_length - lengths[row]),
+                output=[int(first_B[row])],
+                random=generators[row],
+            )
+            if sequence.output[0] in self.stop_ids:
+                done.append(self._finish(slot, sequence))
+            else:
+                self.active[slot] = sequence
+                alive.append(row)
+        if self.proposer and alive:
+            with self.clock.measure("draft", device):
+                rows = torch.tensor(alive, device=device)
+                self.proposer.start(slots_B[rows], ids_BT[rows], lengths_B[rows], first_B[rows], step.hidden[rows])
+        return done
+
+    def _first_tokens(self, logits_BV: Tensor, generators: list[np.random.Generator]) -> Tensor:
+        if self.sampling.temperature == 0:
+            return logits_BV.argmax(-1)
+        uniforms_B = torch.tensor([generator.random() for generator in generators], device=logits_BV.device)
+        return draw(distribution(logits_BV, self.sampling), uniforms_B)
+
+    def _round(self) -> list[Completion]:
+        """One proposal and one verification for every active slot, in ascending order of slots."""
+        device = self.target.device
+        self.active = dict(sorted(self.active.items()))
+        sequences = list(self.active.values())
+        slots_B = torch.tensor(list(self.active), device=device)
+        last_B = torch.tensor([sequence.output[-1] for sequence in sequences], device=device)
+        position_B = torch.tensor([sequence.position for sequence in sequences], device=device)
+        uniforms_BU = self._uniforms(sequences).to(device)
+        with self.clock.measure("draft", device):
+            proposal = self._propose(slots_B, uniforms_BU[:, : self.num_draft])
+        with self.clock.measure("verify", device):
+            ids_BK = torch.cat([last_B[:, None], proposal.tokens], dim=1)
+            offsets_K = torch.arange(ids_BK.shape[1], device=device)
+            positions_BK = (position_B[:, None] + offsets_K).where(offsets_K <= proposal.lengths[:, None], -1)
+            step = self.target.decode(slots_B, ids_BK, positions_BK, self.taps)
+            # Columns: K for drafting, K for acceptance, one for the target's own token; fewer tokens may be proposed.
+            accept_BU = uniforms_BU[:, self.num_draft : self.num_draft + proposal.tokens.shape[1]]
+            verdict = verify(
+                step.logits,
+                proposal,
+                sampling=self.sampling,
+                uniforms=torch.cat([accept_BU, uniforms_BU[:, -1:]], dim=1),
+                stop_ids=self.stop_ids,
+            )
+            self.target.commit(slots_B, position_B + verdict.committed)
+        return self._settle(slots_B, sequences, proposal, verdict, step.hidden)
+
+    def _propose(self, slots_B: Tensor, uniforms_BK: Tensor) -> Proposal:
+        if self.proposer is None:
+            nothing = torch.zeros(len(slots_B), 0, dtype=torch.long, device=slots_B.device)
+            return Proposal(tokens=nothing, lengths=nothing.sum(1))
+        limits_B = torch.full_like(slots_B, self.num_draft)
+        return self.proposer.propose(slots_B, limits_B, self.sampling, uniforms_BK, self.stop_ids)
+
+    def _uniforms(self, sequences: list[_Sequence]) -> Tensor:
+        """[B, 2K + 1]; the same count every round, so a sequence's draws do not depend on what was accepted elsewhere."""
+        width = 2 * self.num_draft + 1
+        if self.sampling.temperature == 0:
+            return torch.zeros(len(sequences), width)
+        return torch.from_numpy(np.stack([sequence.random.random(width) for sequence in sequences]))
+
+    def _settle(
+        self, slots_B: Tensor, sequences: list[_Sequence], proposal: Proposal, verdict: Verdict, hidden_BKC: Tensor
+    ) -> list[Completion]:
+        """Append what was committed, finish what is over, and tell the proposer about the rest."""
+        counts = torch.stack([verdict.proposal_lengths, verdict.accepted, verdict.committed], dim=1).tolist()
+        tokens = verdict.tokens.tolist()
+        confidence = None if proposal.confidence is None else proposal.confidence.tolist()
+        done, alive = [], []
+        for row, (slot, sequence) in enumerate(zip(list(self.active), sequences, strict=True)):
+            proposed, accepted, committed = counts[row]
+            survival = None if confidence is None else tuple(confidence[row][:proposed])
+            sequence.rounds.append(Round(proposed, accepted, committed, survival))
+            sequence.output += tokens[row][:committed]
+            stopped = sequence.output[-1] in self.stop_ids
+            if stopped or len(sequence.output) > sequence.limit:
+                del self.active[slot]
+                done.append(self._finish(slot, sequence))
+            else:
+                alive.append(row)
+        if self.proposer:
+            with self.clock.measure("draft", self.target.device):
+                if len(alive) < len(sequences):
+                    rows = torch.tensor(alive, dtype=torch.long, device=slots_B.device)
+                    slots_B, hidden_BKC = slots_B[rows], hidden_BKC[rows]
+                    committed_B, tokens_BK = verdict.committed[rows], verdict.tokens[rows]
+                else:
+                    committed_B, tokens_BK = verdict.committed, verdict.tokens
+                if alive:
+                    self.proposer.accept(slots_B, tokens_BK, committed_B, hidden_BKC)
+        return done
+
+    def _finish(self, slot: int, sequence: _Sequence) -> Completion:
+        freed = torch.tensor([slot], device=self.target.device)
+        self.target.commit(freed, torch.zeros_like(freed))
+        if self.proposer:
+            self.proposer.free(freed)
+        output = sequence.output[: sequence.limit]
+        return Completion(
+            id=sequence.request.id,
+            prompt_ids=sequence.request.prompt_ids,
+            output_ids=tuple(output),
+            finish_reason="stop" if output[-1] in self.stop_ids else "length",
+            rounds=tuple(sequence.rounds),
+        )
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,90 @@
+"""What users see when something is wrong.
+
+Every mistake a user can make ends in a subclass of `DeepSpecError`, printed without a traceback, exit code 2. Each says
+where it is, what was found, what was expected and the nearest fix. This file knows nothing about who raises them.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class DeepSpecError(Exception):
+    """One problem, told in up to five parts; empty parts are left out.
+
+    `where` is a file, a key of the run file or a component; `fix` is an imperative sentence.
+    """
+
+    exit_code = 2
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        where: object = None,
+        found: object = None,
+        expected: object = None,
+        fix: str | None = None,
+    ) -> None:
+        self.problem, self.where, self.found, self.expected, self.fix = problem, where, found, expected, fix
+        super().__init__(self.render())
+
+    def render(self) -> str:
+        """The message as users read it: the problem, then one line for each part that was given."""
+        lines = [self.problem]
+        for label, part in (
+            ("where", self.where),
+            ("found", self.found),
+            ("expected", self.expected),
+            ("fix", self.fix),
+        ):
+            if part is not None:
+                lines.append(f"  {label + ':':<10}{part}")
+        return "\n".join(lines)
+
+
+class ConfigError(DeepSpecError):
+    """The run file, or an override on the command line. Holds every problem found, not the first."""
+
+    def __init__(self, problem: str, *, problems: Sequence[DeepSpecError] = (), **parts: object) -> None:
+        self.problems = tuple(problems)
+        super().__init__(problem, **parts)  # type: ignore[arg-type]
+
+    def render(self) -> str:
+        """The message, followed by each collected problem."""
+        return "\n".join([super().render(), *(problem.render() for problem in self.problems)])
+
+
+class PluginError(DeepSpecError):
+    """A plugin is missing, broken, blocked, or two offer one name."""
+
+
+class TargetError(DeepSpecError):
+    """The target cannot be loaded, or no adapter covers it, or it cannot do what was asked."""
+
+
+class DataError(DeepSpecError):
+    """Conversations or prompts that cannot be read, rendered or masked."""
+
+
+class CacheError(DeepSpecError):
+    """A feature cache that is missing, unfinished, damaged, or made for something else."""
+
+
+class CheckpointError(DeepSpecError):
+    """A draft checkpoint or training state that is missing, incomplete or damaged."""
+
+
+class StageError(DeepSpecError):
+    """A stage cannot run: its inputs are missing, or its settings changed after it had results."""
+
+
+class ExportError(DeepSpecError):
+    """A draft that an engine cannot serve as asked."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that looks most like `name`, if one is close enough to be worth suggesting."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return matches[0] if matches else None

@@ -1,0 +1,100 @@
+"""Every hook a plugin may implement, one contract each.
+
+A plugin is a module (entry-point group `deepspec`) whose functions carry `@hookimpl` and these names. It imports attrs
+and deepspec_core only; what it offers names its heavy code as text (specs.py). Hooks that offer components return
+iterables of specs and are called once, when plugins are loaded. Notices are called at the edges of a run, never per step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pluggy
+
+from deepspec_core.specs import (
+    BuiltinSpec,
+    ComponentSpec,
+    DraftModelSpec,
+    ExportSpec,
+    ImportSpec,
+    TargetAdapterSpec,
+    TaskSpec,
+)
+
+PROJECT = "deepspec"
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+@hookspec
+def deepspec_draft_models() -> Iterable[DraftModelSpec]:  # type: ignore[empty-body]
+    """Offer algorithms: `[draft] type = NAME`."""
+
+
+@hookspec
+def deepspec_losses() -> Iterable[ComponentSpec]:  # type: ignore[empty-body]
+    """Offer row-wise loss terms: `[loss] terms = {NAME = coefficient}`. `build()` returns a contracts.loss.LossTerm."""
+
+
+@hookspec
+def deepspec_weightings() -> Iterable[ComponentSpec]:  # type: ignore[empty-body]
+    """Offer weightings of the rows of a block: `[loss] weighting = {type = NAME, ...}`.
+
+    `build(options)` returns a contracts.loss.Weighting.
+    """
+
+
+@hookspec
+def deepspec_target_adapters() -> Iterable[TargetAdapterSpec]:  # type: ignore[empty-body]
+    """Offer target families, chosen by the target's config.model_type."""
+
+
+@hookspec
+def deepspec_cache_formats() -> Iterable[ComponentSpec]:  # type: ignore[empty-body]
+    """Offer feature cache formats: `[cache] format = NAME`. `build()` returns a contracts.cache.CacheFormat."""
+
+
+@hookspec
+def deepspec_feature_sources() -> Iterable[ComponentSpec]:  # type: ignore[empty-body]
+    """Offer ways to get target features: `[features] mode = NAME`. `build(run)` returns a contracts.features.FeatureSource."""
+
+
+@hookspec
+def deepspec_tasks() -> Iterable[TaskSpec]:  # type: ignore[empty-body]
+    """Offer evaluation tasks: `[evaluate] tasks = [NAME]`."""
+
+
+@hookspec
+def deepspec_builtins() -> Iterable[BuiltinSpec]:  # type: ignore[empty-body]
+    """Offer models or prompts that ship inside the package, as `builtin:NAME`."""
+
+
+@hookspec
+def deepspec_exporters() -> Iterable[ExportSpec]:  # type: ignore[empty-body]
+    """Offer exports: `[export] to = [NAME]`, one spec a (format, algorithm) pair."""
+
+
+@hookspec
+def deepspec_importers() -> Iterable[ImportSpec]:  # type: ignore[empty-body]
+    """Offer readers of foreign draft checkpoints."""
+
+
+@hookspec
+def deepspec_commands(cli: Any) -> None:
+    """Add commands to the `deepspec` command line. `cli` is a click.Group; import heavy code inside the commands."""
+
+
+@hookspec(historic=True)
+def deepspec_addhooks(manager: Any) -> None:
+    """Add hooks of the plugin's own: call `manager.add_hookspecs(module)`."""
+
+
+@hookspec
+def deepspec_checkpoint_saved(run: Any, checkpoint: Any) -> None:
+    """Notice: a checkpoint directory (pathlib.Path) of the run (pipeline.stages.Run) is complete on disk."""
+
+
+@hookspec
+def deepspec_evaluation_finished(run: Any, report: Any) -> None:
+    """Notice: an evaluation is over; `report` is the mapping that was written to metrics.json."""
