@@ -76,6 +76,10 @@ class CheckpointError(DeepSpecError):
     """A draft checkpoint or training state that is missing, incomplete or damaged."""
 
 
+class TrainingError(DeepSpecError):
+    """Training cannot go on: a loss or a gradient is not finite."""
+
+
 class StageError(DeepSpecError):
     """A stage cannot run: its inputs are missing, or its settings changed after it had results."""
 

@@ -1,7 +1,7 @@
 """What a plugin offers: small frozen records, with the heavy part named as text.
 
-`build` is "module:attribute" and is imported when the component is first used, so listing plugins and checking a run file
-never import torch. `options` is a frozen keyword-only attrs class whose module imports attrs only; it is the typed
+`build` is "module:attribute" and is imported when the component is first used, so listing plugins and checking a run
+file never import torch. `options` is a frozen keyword-only attrs class whose module imports attrs only; it is the typed
 section a run file gives the component. This file imports attrs and nothing else.
 """
 
@@ -57,11 +57,11 @@ class DraftModelSpec(ComponentSpec):
 
 @frozen(kw_only=True)
 class TargetAdapterSpec(ComponentSpec):
-    """A family. `build(config, draft_layer, tokens)` returns a contracts.target.TargetAdapter for a transformers config.
+    """A family. `build(config, draft_layer, tokens)` returns a contracts.target.TargetAdapter of a transformers config.
 
-    `model_types`: the values of config.model_type it covers. `draft_layer` holds the run file's overrides of the draft's
-    own shape ([draft.layer]), or None; `tokens` (contracts.target.SpecialTokens) the ids read from the target's directory,
-    or None to take the config's. Both are optional arguments.
+    `model_types`: the values of config.model_type it covers. `draft_layer` holds the run file's overrides of the
+    draft's own shape ([draft.layer]), or None; `tokens` (contracts.target.SpecialTokens) the ids read from the target's
+    directory, or None to take the config's. Both are optional arguments.
     """
 
     model_types: tuple[str, ...] = field(validator=deep_iterable(instance_of(str), instance_of(tuple)))
@@ -85,7 +85,7 @@ class TaskSpec(ComponentSpec):
 
 @frozen(kw_only=True)
 class ExportSpec(ComponentSpec):
-    """One (format, algorithm) pair. `build(draft, description, out)` writes a directory; `algorithm` is a draft type."""
+    """One (format, algorithm) pair. `build(draft, description, out)` writes a directory; `algorithm`: a draft type."""
 
     algorithm: str = field(validator=_NAME)
 

@@ -73,8 +73,8 @@ class CacheReader(Protocol):
 class CacheFormat(Protocol):
     """One storage format."""
 
-    def create(self, path: Path, header: CacheHeader) -> CacheWriter:
-        """Start or continue a cache. CacheError where `path` holds a cache with another header."""
+    def create(self, path: Path, header: CacheHeader, *, shard_samples: int = 512) -> CacheWriter:
+        """Start or continue a cache, its shards of at most shard_samples samples each. CacheError where `path` holds a cache with another header."""
         ...
 
     def open(self, path: Path, expect: CacheHeader | None) -> CacheReader:

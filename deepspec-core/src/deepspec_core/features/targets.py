@@ -1,0 +1,262 @@
+"""Finding a target and the adapter that covers it: from what a run file names to something that can be loaded.
+
+Knows where targets are stored (shipped by a plugin, a local directory, the Hugging Face Hub) and what their files are
+called; which family a target belongs to is the registry's business, what is done with it the adapter's. transformers is
+imported when a target is first opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deepspec_core.config.schema import LayerOptions
+from deepspec_core.contracts.target import SpecialTokens, TargetAdapter, TargetModel
+from deepspec_core.errors import TargetError
+
+if TYPE_CHECKING:
+    import torch
+
+    from deepspec_core.registry import Registry
+
+BUILTIN = "builtin:"
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_WEIGHT_FILES = "*.safetensors"
+# Never pickled weights; code only where the user allows it.
+_HUB_FILES = ("*.json", "*.jinja", "*.txt", "*.model", _WEIGHT_FILES)
+_EDGE_BYTES = 64 * 1024
+
+
+def resolve_model(name: str, *, base: Path, registry: Registry, revision: str | None = None) -> str | Path:
+    """Where `[target] model` points: a directory (Path) or a Hub id (str).
+
+    `builtin:NAME` is what a plugin ships; a directory relative to `base` wins over a Hub id of the same name.
+    TargetError for paths that do not exist, builtins that are no models, and a `revision` of anything but a Hub id.
+    """
+    where: str | Path
+    if name.startswith(BUILTIN):
+        spec = registry.get("builtin", name.removeprefix(BUILTIN))
+        if spec.kind != "model":
+            raise TargetError("not a model", where=name, found=f"builtin {spec.kind}", expected="a builtin model")
+        where = Path(registry.load("builtin", spec.name)())
+    elif (local := base / Path(name).expanduser()).is_dir():
+        where = local.resolve()
+    elif name.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(name):
+        raise TargetError(
+            "no such target directory",
+            where=local,
+            expected="a directory with config.json, a Hub id such as organisation/model, or builtin:NAME",
+        )
+    else:
+        where = name
+    if revision is not None and isinstance(where, Path):
+        raise TargetError(
+            "only targets from the Hub have a revision", where=name, found=revision, fix="Remove the revision."
+        )
+    return where
+
+
+def open_adapter(
+    where: str | Path,
+    *,
+    registry: Registry,
+    draft_layer: LayerOptions | None = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+) -> TargetAdapter:
+    """The adapter of a target, made from its config; no weights are read.
+
+    `where` is a directory or a Hub id (resolve_model), `draft_layer` the run's [draft.layer]. TargetError where the
+    config cannot be had or read, or the adapter says it cannot handle the target; PluginError or TargetError of the
+    registry where no adapter covers its model_type.
+    """
+    from transformers import AutoConfig
+
+    raw = _read_json(where, "config.json", revision, required=True)
+    if raw is None:
+        raise TargetError(
+            "the target has no config.json",
+            where=where,
+            expected="a Hugging Face model directory",
+            fix="Point [target] model at the folder that holds config.json and the safetensors files.",
+        )
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str):
+        raise TargetError("config.json names no model_type", where=where, found=model_type, expected="a string")
+    spec = registry.adapter_for(model_type)
+    try:
+        config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
+    except Exception as error:  # what transformers raises on a bad config depends on the family
+        raise TargetError(
+            "the target's config.json is not a valid configuration",
+            where=where,
+            found=_first_line(error),
+            expected=f"a {model_type} configuration",
+        ) from error
+    tokens = special_tokens(where, raw, revision=revision, trust_remote_code=trust_remote_code)
+    adapter: TargetAdapter = registry.load("target", spec.name)(config, draft_layer, tokens)
+    reason = adapter.unsupported()
+    if reason is not None:
+        raise TargetError(
+            "this target, or a draft in this shape, is not supported",
+            where=where,
+            found=reason,
+            fix="Choose another target, or give the draft's own shape in [draft.layer].",
+        )
+    return adapter
+
+
+def load_target(
+    adapter: TargetAdapter,
+    where: str | Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+) -> TargetModel:
+    """The target with its weights. From the Hub it is fetched whole first, so that it cannot change under a run."""
+    folder = _fetched(where, revision, trust_remote_code)
+    return adapter.load(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+
+
+def special_tokens(
+    where: str | Path, config: Mapping[str, Any], *, revision: str | None = None, trust_remote_code: bool = False
+) -> SpecialTokens:
+    """Stop ids of the target's generation config, else its tokenizer's end token, else its config's; padding and mask.
+
+    Padding falls back to the first stop id; without a mask token `mask` is None. `config` is config.json as a mapping.
+    TargetError where nothing says where answers stop.
+    """
+    text = {**config, **config.get("text_config", {})}
+    generation = _read_json(where, "generation_config.json", revision) or {}
+    named = _read_json(where, "tokenizer_config.json", revision) or {}
+    stop = _ids(generation.get("eos_token_id"))
+    mask = None
+    if named and (named.get("mask_token") is not None or not stop):
+        tokenizer = tokenizer_for(where, trust_remote_code, revision=revision)
+        mask = tokenizer.mask_token_id
+        stop = stop or _ids(tokenizer.eos_token_id)
+    stop = stop or _ids(text.get("eos_token_id"))
+    if not stop:
+        raise TargetError(
+            "nothing says where the target's answers stop",
+            where=where,
+            expected="eos_token_id in generation_config.json or config.json, or an end token of the tokenizer",
+            fix="Add eos_token_id to generation_config.json.",
+        )
+    pads = (generation.get("pad_token_id"), text.get("pad_token_id"), stop[0])
+    return SpecialTokens(stop=stop, pad=next(pad for pad in pads if pad is not None), mask=mask)
+
+
+def tokenizer_for(where: str | Path, trust_remote_code: bool = False, *, revision: str | None = None) -> Any:
+    """The target's tokenizer (transformers). TargetError where it cannot be had, or has no vocabulary."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
+        problem = None
+        # Without files transformers makes an empty tokenizer of the family's class, and says nothing.
+        if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+            problem = "no vocabulary: only special tokens"
+    except Exception as error:  # missing and damaged files surface as errors of several libraries
+        problem = _first_line(error)
+    if problem is not None:
+        raise TargetError(
+            "the target's tokenizer cannot be loaded",
+            where=where,
+            found=problem,
+            expected="tokenizer.json and tokenizer_config.json beside config.json",
+            fix="Check that the directory is complete; copy or download the tokenizer's files too.",
+        )
+    return tokenizer
+
+
+def fingerprint(where: str | Path, *, revision: str | None = None) -> str:
+    """What tells one target from another: caches and results made with it carry it.
+
+    A directory: a digest of config.json and of each weight file's name, size, first and last 64 KiB (hashing tens of
+    gigabytes would take minutes). A Hub id: the commit, where it is known from the local Hub cache, else the id and
+    revision as asked for.
+    """
+    if not _is_local(where):
+        from huggingface_hub import try_to_load_from_cache
+        from transformers.utils.hub import extract_commit_hash
+
+        cached = try_to_load_from_cache(str(where), "config.json", revision=revision)
+        commit = extract_commit_hash(cached, None) if isinstance(cached, str) else None
+        return commit or f"{where}@{revision or 'main'}"
+    folder = Path(where)
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted(folder.glob(_WEIGHT_FILES)):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(_EDGE_BYTES))
+            file.seek(max(0, size - _EDGE_BYTES))
+            digest.update(file.read(_EDGE_BYTES))
+    return digest.hexdigest()
+
+
+def _is_local(where: str | Path) -> bool:
+    return isinstance(where, Path) or os.path.isdir(where)
+
+
+def _read_json(where: str | Path, name: str, revision: str | None, *, required: bool = False) -> dict[str, Any] | None:
+    """A JSON file of a target, None where a directory has no such file, or a Hub id none that is not `required`."""
+    if _is_local(where):
+        path = Path(where) / name
+        if not path.is_file():
+            return None
+    else:
+        from transformers.utils import cached_file
+
+        try:
+            found = cached_file(str(where), name, revision=revision, _raise_exceptions_for_missing_entries=required)
+        except OSError as error:
+            raise _unreachable(where, revision, error) from error
+        if found is None:
+            return None
+        path = Path(found)
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise TargetError("not valid JSON", where=path, found=str(error), fix="Copy the file again.") from error
+    if not isinstance(content, dict):
+        raise TargetError("not a JSON object", where=path, found=type(content).__name__, expected="an object")
+    return content
+
+
+def _fetched(where: str | Path, revision: str | None, trust_remote_code: bool) -> Path:
+    if _is_local(where):
+        return Path(where)
+    from huggingface_hub import snapshot_download
+
+    patterns = [*_HUB_FILES, *(("*.py",) if trust_remote_code else ())]
+    try:
+        return Path(snapshot_download(str(where), revision=revision, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        raise _unreachable(where, revision, error) from error
+
+
+def _unreachable(where: str | Path, revision: str | None, error: Exception) -> TargetError:
+    return TargetError(
+        "no such local directory, and the Hub does not give it",
+        where=where if revision is None else f"{where} at revision {revision}",
+        found=_first_line(error),
+        expected="a local directory, or a Hub id that exists and can be reached",
+        fix="Check the name and the network; offline, download it first and give its directory.",
+    )
+
+
+def _ids(value: Any) -> tuple[int, ...]:
+    return () if value is None else (value,) if isinstance(value, int) else tuple(value)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

@@ -1,0 +1,1 @@
+"""Target families for DeepSpec, and the tiny target it ships."""

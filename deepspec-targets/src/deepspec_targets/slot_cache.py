@@ -1,0 +1,52 @@
+"""A transformers Cache over core's slot caches, so that any transformers decoder can run incrementally on slots.
+
+Knows transformers' one call, `update`; not masks, not how long a sequence stands. Layer caches are made when a layer
+first writes, in the shape, type and place of what it writes.
+
+Legend: B slots in a call, G kv heads, T new tokens, D head size, L keys read.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deepspec_core.decoding.kv_cache import SlotKVCache
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+
+class SlotCache(Cache):  # type: ignore[misc]
+    """One SlotKVCache a layer. `aim` says where the next forward writes and how far it reads."""
+
+    def __init__(self, num_slots: int, max_length: int) -> None:
+        super().__init__(layers=[])
+        self.num_slots, self.max_length = num_slots, max_length
+        self.by_layer: dict[int, SlotKVCache] = {}
+        self.slots_B: Tensor
+        self.positions_BT: Tensor
+        self.length = 0
+
+    def aim(self, slots_B: Tensor, positions_BT: Tensor, length: int) -> None:
+        """The next forward is about these slots, writes at these positions (-1: nowhere) and reads 0..length-1."""
+        self.slots_B, self.positions_BT, self.length = slots_B, positions_BT, length
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write a layer's new keys and values [B, G, T, D]; return what its queries attend to, [B, G, L, D] each."""
+        layer = self.by_layer.get(layer_idx)
+        if layer is None:
+            layer = self.by_layer[layer_idx] = SlotKVCache(
+                num_slots=self.num_slots,
+                num_kv_heads=key_states.shape[1],
+                head_dim=key_states.shape[-1],
+                max_length=self.max_length,
+                dtype=key_states.dtype,
+                device=key_states.device,
+            )
+        layer.write(self.slots_B, self.positions_BT, key_states, value_states)
+        return layer.read(self.slots_B, self.length)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Keys the current forward reads."""
+        return self.length

@@ -1,0 +1,182 @@
+"""Any transformers causal language model as a contracts.target.TargetModel.
+
+Runs the decoder and the head themselves, never the model's own forward: logits are formed only where asked for, and
+soft-capping is data of the architecture. Knows transformers' conventions; no family and no algorithm.
+
+Legend: B sequences or slots, T tokens, H hidden size, C = taps * H, V vocabulary, S slots open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from deepspec_core.contracts.target import TargetArchitecture, TargetFeatures, TargetStep
+from deepspec_core.errors import TargetError
+from deepspec_core.features.taps import check_taps
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from deepspec_targets.masks import MaskBuilder
+from deepspec_targets.slot_cache import SlotCache
+
+
+class TransformersTarget:
+    """`model` is a transformers causal LM, whose decoder has `layers` and is called with ready-made masks.
+
+    The model is frozen and put into evaluation mode.
+    """
+
+    def __init__(self, model: Any, architecture: TargetArchitecture) -> None:
+        self.architecture = architecture
+        self.model = model.eval().requires_grad_(False)
+        self.decoder = model.get_decoder()
+        self.head = model.get_output_embeddings()
+        self.device: torch.device = self.decoder.get_input_embeddings().weight.device
+        self.dtype: torch.dtype = model.dtype
+        self.masks = MaskBuilder(model.config.get_text_config(), self.dtype)
+        self.taps = LayerTaps(self.decoder.layers)
+        self.cache: SlotCache
+        self.committed_S: Tensor
+        self.longest = 0
+
+    @torch.no_grad()
+    def features(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor | None,
+        document_ids: Tensor | None,
+        taps: Sequence[int],
+    ) -> TargetFeatures:
+        """Taps [B, T, C] and final norm [B, T, H] of right-padded or packed sequences [B, T].
+
+        Padding needs no mask: it stands to the right, where causal attention does not look.
+        """
+        mask_BT = attention_mask.bool()
+        torch._assert_async((mask_BT[:, 1:] <= mask_BT[:, :-1]).all(), "sequences must be padded on the right")
+        length = input_ids.shape[1]
+        if position_ids is None:
+            position_ids = torch.arange(length, device=input_ids.device)[None]
+        mask = self.masks.sequences(length, document_ids, input_ids.device)
+        self.taps.select(taps)
+        last_BTH = self.decoder(
+            input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False
+        ).last_hidden_state
+        return TargetFeatures(hidden=self.taps.take(last_BTH), last_hidden=last_BTH)
+
+    def open_slots(self, num_slots: int, max_length: int) -> None:
+        """Make room for num_slots sequences of at most max_length tokens; memory is taken as layers first write."""
+        self.cache = SlotCache(num_slots, max_length)
+        self.committed_S = torch.zeros(num_slots, dtype=torch.long, device=self.device)
+        self.keys_L = torch.arange(max_length, device=self.device)
+        self.longest = 0
+
+    @torch.no_grad()
+    def decode(
+        self, slots: Tensor, input_ids: Tensor, positions: Tensor, taps: Sequence[int], *, last_only: bool = False
+    ) -> TargetStep:
+        """Logits [B, T, V] (or [B, 1, V]) and taps [B, T, C] of new tokens on top of what is committed.
+
+        `slots` ascend. Each row of `positions` goes on from its slot's committed length, -1 on the right.
+        """
+        self._check(slots, positions)
+        length = self._reach(positions)
+        self.cache.aim(slots, positions, length)
+        self.taps.select(taps)
+        hidden_BTH = self.decoder(
+            input_ids=input_ids,
+            attention_mask=self.masks.incremental(positions, self.keys_L[:length]),
+            position_ids=positions.clamp(min=0),
+            past_key_values=self.cache,
+            use_cache=True,
+        ).last_hidden_state
+        features_BTC = self.taps.take(hidden_BTH)
+        if last_only:
+            last_B = (positions >= 0).sum(1).sub(1).clamp(min=0)
+            hidden_BTH = hidden_BTH[torch.arange(len(slots), device=last_B.device), last_B][:, None]
+        return TargetStep(logits=self._logits(hidden_BTH), hidden=features_BTC)
+
+    def commit(self, slots: Tensor, lengths: Tensor) -> None:
+        """Keep the first lengths[b] tokens of slots[b]; later tokens are overwritten by the next decode."""
+        self.committed_S[slots] = lengths.to(self.committed_S)
+        self.longest = int(self.committed_S.max())
+
+    def embedding_weight(self) -> Tensor:
+        """[V, H]"""
+        return _plain_weight(self.decoder.get_input_embeddings())
+
+    def head_weight(self) -> Tensor:
+        """[V, H]"""
+        return _plain_weight(self.head)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self.head(hidden)
+        cap = self.architecture.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def _reach(self, positions: Tensor) -> int:
+        # Exact where reading a tensor is free; on an accelerator a bound, since reading would stop the queue.
+        if positions.device.type == "cpu":
+            return int(positions.max().clamp(min=0)) + 1
+        return min(self.longest + positions.shape[1], self.cache.max_length)
+
+    def _check(self, slots: Tensor, positions: Tensor) -> None:
+        """Wrong positions or slot orders would decode the wrong text in silence. Does not wait for the device."""
+        first = positions[:, 0]
+        goes_on = (first == self.committed_S[slots]) | (first < 0)
+        torch._assert_async(
+            goes_on.all() & (positions < self.cache.max_length).all() & (slots[1:] > slots[:-1]).all(),
+            "decode: slots must ascend; positions go on from the committed lengths and stay below max_length",
+        )
+
+
+class LayerTaps:
+    """Keeps outputs of chosen decoder layers during a forward; hooks are set when the choice changes, not per call."""
+
+    def __init__(self, layers: nn.ModuleList) -> None:
+        self.layers = layers
+        self.chosen: tuple[int, ...] = ()
+        self.handles: list[RemovableHandle] = []
+        self.kept: dict[int, Tensor] = {}
+
+    def select(self, taps: Sequence[int]) -> None:
+        """Taps of the next forwards; none are fine. TargetError where they are out of range or out of order."""
+        if tuple(taps) == self.chosen:
+            return
+        chosen = check_taps(taps, len(self.layers)) if taps else ()
+        for handle in self.handles:
+            handle.remove()
+        self.handles = [self._hook(tap) for tap in chosen]
+        self.chosen = chosen
+
+    def take(self, like: Tensor) -> Tensor:
+        """[B, T, C] of the last forward, beside `like` [B, T, H]; lets go of what was kept."""
+        kept = [self.kept.pop(tap).to(like.device) for tap in self.chosen]
+        return torch.cat(kept, dim=-1) if kept else like.new_empty((*like.shape[:-1], 0))
+
+    def _hook(self, tap: int) -> RemovableHandle:
+        if tap < 0:
+            # What enters the first layer: the embedding with whatever the family does to it.
+            def before(_module: nn.Module, args: tuple[Any, ...]) -> None:
+                self.kept[tap] = args[0]
+
+            return self.layers[0].register_forward_pre_hook(before)
+
+        def after(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+            self.kept[tap] = output[0] if isinstance(output, tuple) else output
+
+        return self.layers[tap].register_forward_hook(after)
+
+
+def _plain_weight(module: nn.Module) -> Tensor:
+    weight = module.weight
+    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dtype.itemsize < 2:
+        raise TargetError(
+            "the target's embedding or lm_head is quantised",
+            found=getattr(weight, "dtype", type(weight).__name__),
+            expected="plain 16- or 32-bit weights, which drafts share",
+            fix="Use a target whose quantisation leaves the embedding and lm_head as they are.",
+        )
+    return weight.detach()
