@@ -1,0 +1,83 @@
+"""`deepspec run` and `deepspec-run`: the stages of a run file, in order."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import click
+
+from deepspec_core.cli.options import no_plugin, overrides, run_file
+
+
+def _names(_context: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[str, ...]:
+    return tuple(name.strip() for name in value.split(",") if name.strip()) if value else ()
+
+
+@click.command()
+@run_file
+@click.option("--stages", callback=_names, metavar="STAGE,...", help="Only these stages.")
+@overrides
+@no_plugin
+@click.option("--force", callback=_names, metavar="STAGE", help="Discard a stage's results, and those built on them.")
+@click.option("--dry-run", is_flag=True, help="Show the plan and stop.")
+@click.option("--smoke", is_flag=True, help="Every stage on 16 samples and 10 steps, in a folder of its own.")
+def run(
+    path: str,
+    stages: tuple[str, ...],
+    overrides: tuple[str, ...],
+    blocked: tuple[str, ...],
+    force: tuple[str, ...],
+    dry_run: bool,
+    smoke: bool,
+) -> None:
+    """Run the stages a run file declares.
+
+    Finished stages are skipped, interrupted ones resume, and a setting that changed under results is refused.
+    """
+    from deepspec_core.config.load import load_run_file
+    from deepspec_core.pipeline import run as runs
+    from deepspec_core.pipeline import stages as pipeline
+    from deepspec_core.plugins import load_plugins
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+    for noisy in ("httpx", "urllib3", "filelock", "fsspec"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    plugins = load_plugins(blocked=blocked)
+    file = load_run_file(path, overrides=overrides, plugins=plugins)
+    the_run = runs.Run(file=runs.smoke(file) if smoke else file, path=Path(path), plugins=plugins)
+    if file.run.threads is not None:
+        import torch
+
+        torch.set_num_threads(file.run.threads)
+    steps = pipeline.plan(the_run, only=stages, force=force)
+    if dry_run:
+        from deepspec_core.pipeline.preview import preview
+
+        for line in preview(the_run, steps):
+            click.echo(line)
+        return
+    with the_run.locked():
+        for folder in pipeline.discard(the_run, force):
+            click.echo(f"discarded {folder}")
+        the_run.save_config()
+        pipeline.execute(the_run, steps, say=click.echo)
+        if all(step.action == "skip" for step in steps):
+            click.echo(f"nothing to do: every stage is complete in {the_run.folder}")
+        _show_report(the_run.folder)
+
+
+def _show_report(folder: Path) -> None:
+    import json
+
+    metrics = folder / "metrics.json"
+    if not metrics.exists():
+        return
+    from rich.console import Console
+
+    from deepspec_core.evaluation.report import terminal_table
+
+    # Wide enough for the table also where the output is a file.
+    console = Console(width=None if Console().is_terminal else 160)
+    console.print(terminal_table(json.loads(metrics.read_text(encoding="utf-8"))))
+    click.echo(f"report: {folder / 'report.md'}")

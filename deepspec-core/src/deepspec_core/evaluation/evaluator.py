@@ -1,0 +1,172 @@
+"""Runs a drafter over prompts: real speculative decoding, with plain decoding of the same target beside it.
+
+Prompts go in groups; each group is decoded plainly and speculatively, one right after the other, so that the two are
+compared under the same load of the machine. A group's result is one line of a journal: an interrupted evaluation goes on
+after the last finished group. At temperature 0 every speculative output is compared with the plain one.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from attrs import asdict, field, frozen
+
+from deepspec_core.contracts.proposer import Proposer, Sampling
+from deepspec_core.contracts.target import TargetModel
+from deepspec_core.decoding.engine import Clock, Completion, Request, Round, decode
+from deepspec_core.evaluation.metrics import pool
+from deepspec_core.journal import Journal
+from deepspec_core.progress import Progress
+
+MIN_GROUPS = 5
+
+
+@frozen(kw_only=True)
+class Decoding:
+    """What both decodings of an evaluation share. `max_length` bounds a sequence, prompt included."""
+
+    target: TargetModel
+    proposer: Proposer
+    sampling: Sampling
+    stop_ids: tuple[int, ...]
+    max_new_tokens: int
+    max_length: int
+    batch_size: int
+    plain: bool = True
+
+
+@frozen(kw_only=True)
+class Timing:
+    """Seconds of one decoding, by part, and the tokens it committed to the output."""
+
+    tokens: int
+    wall: float
+    prefill: float
+    draft: float
+    verify: float
+    host: float
+
+
+@frozen(kw_only=True)
+class Group:
+    """One group of prompts, decoded both ways (`plain` is None where plain decoding is off)."""
+
+    completions: tuple[Completion, ...]
+    speculative: Timing
+    plain: Timing | None
+    mismatches: tuple[str, ...] = field(factory=tuple)
+
+
+def evaluate(requests: Sequence[Request], decoding: Decoding, *, journal: Path, what: str) -> list[Group]:
+    """Decode every request; groups already in the journal are taken from there."""
+    size = max(decoding.batch_size, -(-len(requests) // MIN_GROUPS))
+    groups = [requests[start : start + size] for start in range(0, len(requests), size)]
+    log = Journal(journal)
+    done = [_from_json(entry) for entry in log.entries]
+    finished = sum(len(group.completions) for group in done)
+    with Progress(len(requests), what, "prompts", done=finished) as progress:
+        if not done and groups:
+            _warm_up(groups[0][: decoding.batch_size], decoding)
+        for group in groups[len(done) :]:
+            done.append(_decode_group(group, decoding, progress.advance))
+            log.append(asdict(done[-1]))
+    log.close()
+    return done
+
+
+def summarise(groups: Sequence[Group], *, seed: int) -> dict[str, Any]:
+    """The figures of one task at one temperature: pooled metrics, times, speed-up and the losslessness check."""
+    completions = [completion for group in groups for completion in group.completions]
+    summary: dict[str, Any] = pool(completions, seed=seed).as_json()
+    summary["speculative"] = _total([group.speculative for group in groups])
+    plain = [(group.speculative, group.plain) for group in groups if group.plain]
+    if plain:
+        summary["plain"] = _total([timing for _, timing in plain if timing])
+        ratios = [_speed(fast) / _speed(slow) for fast, slow in plain if slow and slow.tokens and fast.tokens]
+        summary["speedup"] = summary["speculative"]["tokens_per_second"] / summary["plain"]["tokens_per_second"]
+        summary["speedup_median_of_groups"] = statistics.median(ratios)
+    summary["mismatches"] = [identifier for group in groups for identifier in group.mismatches]
+    return summary
+
+
+def _decode_group(requests: Sequence[Request], decoding: Decoding, advance: Callable[[int], None]) -> Group:
+    plain_outputs, plain = _run(requests, decoding, None) if decoding.plain else ({}, None)
+    completions, speculative = _run(requests, decoding, decoding.proposer)
+    advance(len(requests))
+    greedy = decoding.sampling.temperature == 0 and plain is not None
+    return Group(
+        completions=tuple(completions.values()),
+        speculative=speculative,
+        plain=plain,
+        mismatches=tuple(
+            identifier
+            for identifier, completion in completions.items()
+            if greedy and completion.output_ids != plain_outputs[identifier].output_ids
+        ),
+    )
+
+
+def _run(
+    requests: Sequence[Request], decoding: Decoding, proposer: Proposer | None
+) -> tuple[dict[str, Completion], Timing]:
+    clock = Clock()
+    found = {
+        completion.id: completion
+        for completion in decode(
+            decoding.target,
+            proposer,
+            requests,
+            sampling=decoding.sampling,
+            stop_ids=decoding.stop_ids,
+            max_new_tokens=decoding.max_new_tokens,
+            batch_size=decoding.batch_size,
+            max_length=decoding.max_length,
+            clock=clock,
+        )
+    }
+    ordered = {request.id: found[request.id] for request in requests}
+    tokens = sum(len(completion.output_ids) for completion in ordered.values())
+    return ordered, Timing(
+        tokens=tokens,
+        wall=clock.wall,
+        prefill=clock.prefill,
+        draft=clock.draft,
+        verify=clock.verify,
+        host=clock.host,
+    )
+
+
+def _warm_up(requests: Sequence[Request], decoding: Decoding) -> None:
+    """Both ways once, uncounted: first calls pay for allocation and kernel selection."""
+    if decoding.plain:
+        _run(requests, decoding, None)
+    _run(requests, decoding, decoding.proposer)
+
+
+def _total(timings: Sequence[Timing]) -> dict[str, float]:
+    total = {name: sum(getattr(timing, name) for timing in timings) for name in asdict(timings[0])}
+    return {**total, "tokens_per_second": total["tokens"] / total["wall"]}
+
+
+def _speed(timing: Timing) -> float:
+    return timing.tokens / timing.wall
+
+
+def _from_json(entry: dict[str, Any]) -> Group:
+    def completion(row: dict[str, Any]) -> Completion:
+        rounds = tuple(
+            Round(**{**r, "confidence": None if r["confidence"] is None else tuple(r["confidence"])})
+            for r in row["rounds"]
+        )
+        ids = {name: tuple(row[name]) for name in ("prompt_ids", "output_ids")}
+        return Completion(**{**row, **ids, "rounds": rounds})
+
+    return Group(
+        completions=tuple(completion(row) for row in entry["completions"]),
+        speculative=Timing(**entry["speculative"]),
+        plain=None if entry["plain"] is None else Timing(**entry["plain"]),
+        mismatches=tuple(entry["mismatches"]),
+    )

@@ -1,0 +1,112 @@
+"""Turns the figures of an evaluation into files a person reads: a Markdown report and a table for the terminal.
+
+metrics.json is the result; what this file makes can be made again from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+NOTE = (
+    "Accepted length counts tokens committed per round, the target's own token included, pooled over rounds; the "
+    "interval is a 95% bootstrap over prompts. Speed is measured on this machine with plain decoding of the same target "
+    "beside it; eager speed-ups do not predict those of a serving engine."
+)
+
+
+def positions(values: Sequence[float | None]) -> str:
+    """Acceptance by position, in percent."""
+    return " ".join("-" if value is None else f"{100 * value:.0f}" for value in values)
+
+
+def _rows(report: Mapping[str, Any]) -> list[list[str]]:
+    rows = []
+    for result in report["results"]:
+        low, high = result["acceptance_length_interval"]
+        plain = result.get("plain")
+        rows.append(
+            [
+                result["task"],
+                f"{result['temperature']:g}",
+                str(result["samples"]),
+                f"{result['acceptance_length']:.2f} ({low:.2f}-{high:.2f})",
+                positions(result["marginal"]),
+                positions(result["conditional"]),
+                f"{plain['tokens_per_second']:.0f}" if plain else "-",
+                f"{result['speculative']['tokens_per_second']:.0f}",
+                f"{result['speedup']:.2f}x" if plain else "-",
+            ]
+        )
+    return rows
+
+
+HEADINGS = (
+    "task",
+    "T",
+    "prompts",
+    "accepted length",
+    "acceptance by position, %",
+    "conditional, %",
+    "plain tok/s",
+    "speculative tok/s",
+    "speed-up",
+)
+
+
+def terminal_table(report: Mapping[str, Any]) -> Table:
+    """The table shown at the end of a run."""
+    table = Table(title=f"{report['run']}: {report['draft']['algorithm']} on {report['target']['model']}")
+    for heading in HEADINGS:
+        table.add_column(heading, justify="left" if heading in ("task", "accepted length") else "right")
+    for row in _rows(report):
+        table.add_row(*row)
+    return table
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """The report as a Markdown page."""
+    draft, target = report["draft"], report["target"]
+    lines = [
+        f"# {report['run']}",
+        "",
+        f"{draft['algorithm']} draft ({draft['parameters']:,} parameters, {draft['trainable_parameters']:,} trained, "
+        f"{draft['num_layers']} layers, at most {draft['max_tokens']} tokens a round, taps {list(draft['taps'])}) for "
+        f"{target['model']} ({target['num_layers']} layers, revision {target['revision'][:12]}).",
+        "",
+        "| " + " | ".join(HEADINGS) + " |",
+        "|" + "---|" * len(HEADINGS),
+        *("| " + " | ".join(row) + " |" for row in _rows(report)),
+        "",
+        NOTE,
+        "",
+        "## Where the time goes (speculative, % of wall)",
+        "",
+        "| task | T | prefill | draft | verify | host |",
+        "|---|---|---|---|---|---|",
+    ]
+    for result in report["results"]:
+        timing = result["speculative"]
+        parts = [f"{100 * timing[part] / timing['wall']:.0f}" for part in ("prefill", "draft", "verify", "host")]
+        lines.append(f"| {result['task']} | {result['temperature']:g} | " + " | ".join(parts) + " |")
+    lines += ["", "## Checks", ""]
+    for result in report["results"]:
+        name = f"{result['task']} at temperature {result['temperature']:g}"
+        if result["temperature"] == 0 and "plain" in result:
+            same = result["samples"] - len(result["mismatches"])
+            lines.append(f"- {name}: {same} of {result['samples']} outputs equal plain greedy decoding.")
+        lines.append(
+            f"- {name}: {100 * result['limit_share']:.0f}% of prompts hit the token limit, "
+            f"{100 * result['loop_share']:.0f}% end in a loop."
+        )
+    lines += [
+        "",
+        "## Settings",
+        "",
+        *(f"- {name}: {value}" for name, value in report["settings"].items()),
+        *(f"- {name}: {value}" for name, value in report["machine"].items()),
+        "",
+    ]
+    return "\n".join(lines)

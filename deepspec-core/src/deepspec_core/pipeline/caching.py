@@ -1,0 +1,40 @@
+"""The cache stage: target features of every training sample, written once, after asking whether the disk has room."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deepspec_core.cache.estimate import cache_bytes, require_space
+from deepspec_core.contracts.cache import CacheFormat
+from deepspec_core.dtypes import torch_dtype
+from deepspec_core.features.capture import capture
+from deepspec_core.pipeline.run import Run
+from deepspec_core.progress import Progress
+
+
+def run_stage(run: Run) -> dict[str, Any]:
+    """Write the cache; samples in sealed shards of an interrupted run are kept. CacheError where the disk is too small."""
+    options = run.file.cache
+    samples = run.training_samples()
+    header = run.cache_header()
+    cache_format: CacheFormat = run.plugins.registry.load("cache", options.format)()
+    folder = run.stage_folder("cache")
+    writer = cache_format.create(folder, header, shard_samples=options.shard_samples)
+    done = writer.written()
+    missing = sum(len(sample.input_ids) for sample in samples if sample.id not in done)
+    require_space(folder, cache_bytes(cache_format, header, missing))
+    # Eight bits carry a scale of their own, made by the format from full precision.
+    dtype = None if options.dtype == "float8_e4m3" else torch_dtype(options.dtype)
+    with Progress(len(samples), "cache", "samples", done=len(done)) as progress:
+        for sample in capture(
+            samples, run.target, run.file.target.layers, batch_size=options.batch_size, dtype=dtype, done=done
+        ):
+            writer.write(sample)
+            progress.advance()
+    writer.finish()
+    return {
+        "samples": len(samples),
+        "tokens": sum(len(sample.input_ids) for sample in samples),
+        "bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
+        **{name: run.counts[name] for name in ("too_short", "truncated", "duplicates", "renamed")},
+    }

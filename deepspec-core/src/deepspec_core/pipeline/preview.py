@@ -1,0 +1,51 @@
+"""What a run would do, before it does anything: stages, what stands already, and upper bounds of sizes.
+
+Reads the target's config and counts conversations where the run file limits them; loads no weights, writes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from deepspec_core.cache.estimate import in_words
+from deepspec_core.contracts.cache import CacheFormat
+from deepspec_core.pipeline.run import Run
+from deepspec_core.pipeline.stages import Step
+
+_WORDS = {"run": "would run", "resume": "would resume", "skip": "complete, would be skipped"}
+
+
+def preview(run: Run, steps: Sequence[Step]) -> Iterator[str]:
+    """One line a stage, and one for the target."""
+    architecture = run.adapter.architecture
+    yield (
+        f"target: {run.file.target.model} ({architecture.model_type}, {architecture.num_layers} layers, hidden size "
+        f"{architecture.hidden_size}, vocabulary {architecture.vocab_size:,}), taps {list(run.file.target.layers)}"
+    )
+    yield f"output: {run.folder}"
+    for step in steps:
+        size = "" if step.action == "skip" else _size(run, step.stage.name)
+        yield f"{step.stage.name}: {_WORDS[step.action]}{size and ', '}{size}"
+
+
+def _size(run: Run, stage: str) -> str:
+    file, count = run.file, run.expected_conversations()
+    known = f"at most {count:,}" if count is not None else "all"
+    if stage == "regenerate":
+        return f"{known} conversations of at most {file.regenerate.max_tokens:,} new tokens an answer"
+    if stage == "cache":
+        cache_format: CacheFormat = run.plugins.registry.load("cache", file.cache.format)()
+        per_token = cache_format.bytes_per_token(run.bare_header())
+        bound = f", at most {in_words(per_token * count * file.data.max_length)}" if count is not None else ""
+        return f"{per_token:,} bytes a token{bound}"
+    if stage == "train":
+        steps = file.train.max_steps
+        if count is not None:
+            whole = -(-count // file.train.global_batch_size) * file.train.epochs
+            steps = min(whole, steps or whole)
+        bound = f"at most {steps:,} steps" if steps is not None else f"{file.train.epochs} epochs"
+        return f"{bound} of {file.train.global_batch_size} sequences, {file.features.mode} features"
+    prompts = f"at most {file.evaluate.limit}" if file.evaluate.limit is not None else "all"
+    return f"{prompts} prompts of {', '.join(file.evaluate.tasks)} at temperature " + ", ".join(
+        f"{temperature:g}" for temperature in file.evaluate.temperature
+    )

@@ -1,0 +1,67 @@
+"""The train stage: a draft with new weights, the target's embedding and head, and the training loop around them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deepspec_core.blocks.published import save_draft
+from deepspec_core.contracts.draft import DraftModel
+from deepspec_core.contracts.features import FeatureSource
+from deepspec_core.pipeline.run import Run
+from deepspec_core.training.trainer import train
+
+
+def run_stage(run: Run) -> dict[str, Any]:
+    """Train to the end, or on from the last checkpoint. The finished draft lies in the run's folder as `draft`."""
+    registry = run.plugins.registry
+    source: FeatureSource = registry.load("features", run.file.features.mode)(run)
+    draft = new_draft(run)
+    draft.adopt(run.target.embedding_weight(), run.target.head_weight())
+    folder = run.stage_folder("train")
+    result = train(
+        draft=draft,
+        source=source,
+        options=run.file.train,
+        loss=run.file.loss,
+        registry=registry,
+        folder=folder,
+        seed=run.file.run.seed,
+        save_draft=lambda path: save_draft(draft, run.adapter, path),
+        on_checkpoint=lambda path: run.plugins.manager.hook.deepspec_checkpoint_saved(run=run, checkpoint=path),
+    )
+    publish(result.checkpoint / "draft", run.folder / "draft")
+    return {
+        "steps": result.steps,
+        "samples": len(source),
+        **{name: run.counts[name] for name in ("too_short", "truncated", "duplicates", "renamed")},
+        "resumed_from": result.resumed_from,
+        "figures": result.figures,
+        "counts": result.counts,
+    }
+
+
+def new_draft(run: Run) -> DraftModel:
+    """A draft of the run's type in the target's family, its weights drawn from the run's seed."""
+    build = run.plugins.registry.load("draft", run.file.draft.type)
+    torch.manual_seed(run.file.run.seed)
+    draft: DraftModel = build(run.file.draft.options, run.adapter, run.file.target.layers)
+    return draft
+
+
+def publish(checkpoint: Path, out: Path) -> None:
+    """Give a checkpoint a second name in the run's folder, without a second copy where the file system allows."""
+    partial = out.with_name(f".{out.name}.partial")
+    for stale in (partial, out):
+        if stale.exists():
+            shutil.rmtree(stale)
+    try:
+        shutil.copytree(checkpoint, partial, copy_function=os.link)
+    except (OSError, shutil.Error):
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(checkpoint, partial)
+    os.replace(partial, out)
