@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from deepspec_core.cli.main import main
 
 ROOT = Path(__file__).parents[1]

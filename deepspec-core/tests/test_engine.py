@@ -1,4 +1,4 @@
-"""The engine over a tiny random target: losslessness, independence of neighbours, refill, stop tokens, the end of a run."""
+"""The engine over a tiny random target: losslessness, independence of neighbours, stop tokens, the end of a run."""
 
 from collections import Counter
 
@@ -24,9 +24,7 @@ def _requests(count: int) -> list[Request]:
 def _decode(requests: list[Request], *, proposer: TableProposer | None, temperature: float, **options: int):
     target = TinyTarget(vocab_size=VOCAB, hidden_size=8, num_layers=2, seed=3)
     settings = {"max_new_tokens": 20, "batch_size": 4, "max_length": 64, **options}
-    found = decode(
-        target, proposer, requests, sampling=Sampling(temperature=temperature), stop_ids=(1,), **settings
-    )
+    found = decode(target, proposer, requests, sampling=Sampling(temperature=temperature), stop_ids=(1,), **settings)
     return {completion.id: completion for completion in found}
 
 

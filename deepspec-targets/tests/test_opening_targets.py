@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
 from deepspec_core.config.schema import LayerOptions
 from deepspec_core.errors import DeepSpecError, TargetError
 from deepspec_core.features.targets import fingerprint, load_target, open_adapter, resolve_model, tokenizer_for
 from deepspec_core.plugins import load_plugins
 from deepspec_core.registry import Registry
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
 
 PARITY = Path(__file__).parents[2] / "tests" / "parity"
 

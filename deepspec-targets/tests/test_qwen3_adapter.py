@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from deepspec_core.config.schema import LayerOptions
-from deepspec_core.contracts.target import SpecialTokens, TargetAdapter
-from deepspec_targets.qwen3 import Qwen3Adapter
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
+
+from deepspec_core.config.schema import LayerOptions
+from deepspec_core.contracts.target import SpecialTokens, TargetAdapter
+from deepspec_targets.qwen3 import Qwen3Adapter
 
 PARITY = Path(__file__).parents[2] / "tests" / "parity"
 

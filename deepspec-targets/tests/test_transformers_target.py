@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+
 from deepspec_core.contracts.target import TargetModel
 from deepspec_core.errors import TargetError
 from deepspec_targets.qwen3 import Qwen3Adapter
 from deepspec_targets.transformers_target import TransformersTarget
-from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 PARITY = Path(__file__).parents[2] / "tests" / "parity"
 TAPS = (-1, 0, 2, 3)

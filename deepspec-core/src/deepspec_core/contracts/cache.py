@@ -12,11 +12,12 @@ from deepspec_core.contracts.draft import Sample
 
 @frozen(kw_only=True)
 class CacheHeader:
-    """What a cache was made from. Two caches are interchangeable exactly when their headers are equal, but for `plugins`.
+    """What a cache was made from. Two caches are interchangeable exactly when their headers are equal, but for
+    `plugins`.
 
     `target` is the name or path given, `revision` its content fingerprint (a Hub commit, or a digest of a local
-    directory's config and weight sizes); `template` a digest of the chat template and masking options; `source` a digest
-    of the conversations it was made from; `dtype` the storage type of the features.
+    directory's config and weight sizes); `template` a digest of the chat template and masking options; `source` a
+    digest of the conversations it was made from; `dtype` the storage type of the features.
     """
 
     target: str
@@ -74,11 +75,14 @@ class CacheFormat(Protocol):
     """One storage format."""
 
     def create(self, path: Path, header: CacheHeader, *, shard_samples: int = 512) -> CacheWriter:
-        """Start or continue a cache, its shards of at most shard_samples samples each. CacheError where `path` holds a cache with another header."""
+        """Start or continue a cache, its shards of at most shard_samples samples each.
+
+        CacheError where `path` holds a cache with another header.
+        """
         ...
 
     def open(self, path: Path, expect: CacheHeader | None) -> CacheReader:
-        """Open a finished cache. CacheError names the first differing field where `expect` differs (`plugins` aside)."""
+        """Open a finished cache. CacheError names the first field in which `expect` differs (`plugins` aside)."""
         ...
 
     def bytes_per_token(self, header: CacheHeader) -> int:

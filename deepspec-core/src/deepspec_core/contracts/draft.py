@@ -67,7 +67,8 @@ class DraftBatch:
     """Right-padded sequences of one micro-batch, on the device.
 
     input_ids, loss_mask, attention_mask [B, T]; position_ids and document_ids [B, T] where rows are packed, else None;
-    features [B, T, C] and [B, T, H] in the dtype they were captured in; `prepared` as `Preparation.collate` returned it.
+    features [B, T, C] and [B, T, H] in the dtype they were captured in; `prepared` as `Preparation.collate` returned
+    it.
     """
 
     input_ids: Tensor

@@ -76,7 +76,7 @@ class RowStats(Protocol):
 
 @runtime_checkable
 class LossTerm(Protocol):
-    """One value per row. `needs_target`: whether it reads target logits. `needs_extras`: names it reads of the extras."""
+    """One value per row. `needs_target`: it reads target logits. `needs_extras`: names it reads of the extras."""
 
     needs_target: bool
     needs_extras: tuple[str, ...]

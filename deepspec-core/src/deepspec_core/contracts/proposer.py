@@ -58,8 +58,8 @@ class Proposer(Protocol):
     def propose(
         self, slots: Tensor, limits: Tensor, sampling: Sampling, uniforms: Tensor, stop_ids: Sequence[int]
     ) -> Proposal:
-        """At most limits[b] tokens after each slot's last committed one. uniforms [B, max_tokens] in [0, 1) are the only
-        randomness, column k for the k-th token, so that a sample's output does not depend on its neighbours."""
+        """At most limits[b] tokens after each slot's last committed one. uniforms [B, max_tokens] in [0, 1) are the
+        only randomness, column k for the k-th token, so that a sample's output does not depend on its neighbours."""
         ...
 
     def accept(self, slots: Tensor, committed_ids: Tensor, committed: Tensor, features: Tensor) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 @frozen(kw_only=True)
 class TargetArchitecture:
-    """The numbers a draft, a cache or a report needs to know of a target. `mask_token_id` is None where there is none."""
+    """What a draft, a cache or a report needs to know of a target. `mask_token_id` is None where there is none."""
 
     model_type: str
     hidden_size: int

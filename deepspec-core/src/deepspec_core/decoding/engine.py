@@ -1,8 +1,8 @@
 """Decoding in rounds: a proposer drafts, the target verifies, finished sequences hand their slot to the next prompt.
 
-The engine owns the target's cache, verification, stop tokens and refill; it knows no algorithm. Without a proposer it is
-plain decoding, one token a round, through the same code, so that times compare. A sequence's random numbers depend on its
-own seed only, never on its neighbours.
+The engine owns the target's cache, verification, stop tokens and refill; it knows no algorithm. Without a proposer it
+is plain decoding, one token a round, through the same code, so that times compare. A sequence's random numbers depend
+on its own seed only, never on its neighbours.
 
 Legend: B sequences in a round, T tokens, K draft tokens at most, C = taps * H, V vocabulary.
 """
@@ -107,9 +107,9 @@ def decode(
 ) -> Iterator[Completion]:
     """Continue every request; completions come as they finish.
 
-    At most `batch_size` sequences at once, each of at most `max_length` tokens, prompt included: a prompt that leaves less
-    than max_new_tokens gets what is left, and one that leaves nothing is a ValueError. Another round starts while fewer
-    than limit + 1 tokens stand (the published loop); only then is the output trimmed.
+    At most `batch_size` sequences at once, each of at most `max_length` tokens, prompt included: a prompt that leaves
+    less than max_new_tokens gets what is left, and one that leaves nothing is a ValueError. Another round starts while
+    fewer than limit + 1 tokens stand (the published loop); only then is the output trimmed.
     """
     engine = _Engine(
         target, proposer, sampling, tuple(stop_ids), max_new_tokens, batch_size, max_length, clock or Clock()
@@ -248,7 +248,7 @@ class _Engine:
         return self.proposer.propose(slots_B, limits_B, self.sampling, uniforms_BK, self.stop_ids)
 
     def _uniforms(self, sequences: list[_Sequence]) -> Tensor:
-        """[B, 2K + 1]; the same count every round, so a sequence's draws do not depend on what was accepted elsewhere."""
+        """[B, 2K + 1]; the same count every round, so draws do not depend on what was accepted elsewhere."""
         width = 2 * self.num_draft + 1
         if self.sampling.temperature == 0:
             return torch.zeros(len(sequences), width)

@@ -38,7 +38,7 @@ class SlotKVCache:
         self.values_SGLD[rows_B1, :, positions_BT] = values_BGTD.transpose(1, 2).to(self.values_SGLD.dtype)
 
     def read(self, slots_B: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, G, length, D] of positions 0..length-1. `slots_B` is ascending, so all slots are a view."""
+        """Keys and values [B, G, length, D] of positions 0..length-1. Slots ascend, so all of them are a view."""
         if slots_B.numel() == self.num_slots:
             return self.keys_SGLD[:, :, :length], self.values_SGLD[:, :, :length]
         return self.keys_SGLD[slots_B, :, :length], self.values_SGLD[slots_B, :, :length]

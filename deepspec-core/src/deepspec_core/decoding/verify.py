@@ -24,8 +24,8 @@ from deepspec_core.decoding.sampling import distribution, draw
 class Verdict:
     """What one round commits.
 
-    accepted [B]: draft tokens that stand. committed [B]: tokens the round adds, accepted plus the target's own, which is
-    missing where an accepted draft token is a stop token. tokens [B, K+1]: the committed tokens, right-padded.
+    accepted [B]: draft tokens that stand. committed [B]: tokens the round adds, accepted plus the target's own, which
+    is missing where an accepted draft token is a stop token. tokens [B, K+1]: the committed tokens, right-padded.
     proposal_lengths [B]: draft tokens that count as proposed: cut at an accepted stop token.
     """
 
@@ -38,8 +38,8 @@ class Verdict:
 def verify(
     logits_BKV: Tensor, proposal: Proposal, *, sampling: Sampling, uniforms: Tensor, stop_ids: Sequence[int]
 ) -> Verdict:
-    """Decide a round. logits [B, K+1, V] score [last committed, d_1..d_K]; uniforms [B, K+1] in [0, 1) decide acceptance
-    of d_k (column k-1) and draw the target's own token (last column)."""
+    """Decide a round. logits [B, K+1, V] score [last committed, d_1..d_K]; uniforms [B, K+1] in [0, 1) decide
+    acceptance of d_k (column k-1) and draw the target's own token (last column)."""
     tokens_BK, lengths_B = proposal.tokens, proposal.lengths
     num_draft = tokens_BK.shape[1]
     proposed_BK = torch.arange(num_draft, device=tokens_BK.device) < lengths_B[:, None]

@@ -1,8 +1,8 @@
 """Runs a drafter over prompts: real speculative decoding, with plain decoding of the same target beside it.
 
 Prompts go in groups; each group is decoded plainly and speculatively, one right after the other, so that the two are
-compared under the same load of the machine. A group's result is one line of a journal: an interrupted evaluation goes on
-after the last finished group. At temperature 0 every speculative output is compared with the plain one.
+compared under the same load of the machine. A group's result is one line of a journal: an interrupted evaluation goes
+on after the last finished group. At temperature 0 every speculative output is compared with the plain one.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Figures of speculative decoding from recorded rounds, defined once, pooled over rounds and never averaged per sample.
 
-A round is one proposal and its verification. Untrimmed rounds count: the last round of a sample may commit more than the
-limit admits. Knows counts only; not who proposed, nor how long anything took.
+A round is one proposal and its verification. Untrimmed rounds count: the last round of a sample may commit more than
+the limit admits. Knows counts only; not who proposed, nor how long anything took.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ class PooledMetrics:
     """One task at one temperature.
 
     acceptance_length: tokens committed per round (tau), with a 95% bootstrap interval over samples.
-    verify_rate: tokens committed per token the target scored. marginal[k]: of the rounds that proposed token k, the share
-    in which it stood; conditional[k]: the same among rounds in which all tokens before k stood. A position no round
-    reached is None. limit_share and loop_share: samples that hit the token limit, and those whose tail repeats itself;
-    both inflate accepted length.
+    verify_rate: tokens committed per token the target scored. marginal[k]: of the rounds that proposed token k, the
+    share in which it stood; conditional[k]: the same among rounds in which all tokens before k stood. A position no
+    round reached is None. limit_share and loop_share: samples that hit the token limit, and those whose tail repeats
+    itself; both inflate accepted length.
     """
 
     samples: int

@@ -12,8 +12,8 @@ from rich.table import Table
 
 NOTE = (
     "Accepted length counts tokens committed per round, the target's own token included, pooled over rounds; the "
-    "interval is a 95% bootstrap over prompts. Speed is measured on this machine with plain decoding of the same target "
-    "beside it; eager speed-ups do not predict those of a serving engine."
+    "interval is a 95% bootstrap over prompts. Speed is measured on this machine with plain decoding of the same "
+    "target beside it; eager speed-ups do not predict those of a serving engine."
 )
 
 

@@ -40,9 +40,9 @@ def load_task(
 ) -> list[Prompt]:
     """The prompts of a task, at most `limit`.
 
-    `task` is "held-out", a registered task, or a .jsonl file (relative to `base`) whose rows have `turns` or `messages`.
-    Where a task has more rows than its limit, random.Random(seed) shuffles them before the cut. DataError where the file
-    is missing or a row is malformed.
+    `task` is "held-out", a registered task, or a .jsonl file (relative to `base`) whose rows have `turns` or
+    `messages`. Where a task has more rows than its limit, random.Random(seed) shuffles them before the cut. DataError
+    where the file is missing or a row is malformed.
     """
     if task == HELD_OUT:
         rows = list(held_out())

@@ -13,7 +13,7 @@ from deepspec_core.progress import Progress
 
 
 def run_stage(run: Run) -> dict[str, Any]:
-    """Write the cache; samples in sealed shards of an interrupted run are kept. CacheError where the disk is too small."""
+    """Write the cache; sealed shards of an interrupted run are kept. CacheError where the disk is too small."""
     options = run.file.cache
     samples = run.training_samples()
     header = run.cache_header()

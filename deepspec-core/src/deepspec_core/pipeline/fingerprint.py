@@ -1,8 +1,8 @@
 """What a stage was made from, so that a rerun can tell done from changed.
 
 A fingerprint is the values of just those keys of the run file that the stage reads, itself or through the stages before
-it. It is kept as text beside the stage's results (stage.json), so that a difference can be named. Knows keys and values;
-not what stages do.
+it. It is kept as text beside the stage's results (stage.json), so that a difference can be named. Knows keys and
+values; not what stages do.
 """
 
 from __future__ import annotations

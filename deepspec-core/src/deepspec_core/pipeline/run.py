@@ -1,7 +1,7 @@
 """One run: its file, its folder, and the things its stages share, each made when first asked for.
 
-Knows where everything of a run lies and how to load the target, the tokenizer, the data and the draft; not what any stage
-does with them.
+Knows where everything of a run lies and how to load the target, the tokenizer, the data and the draft; not what any
+stage does with them.
 """
 
 from __future__ import annotations

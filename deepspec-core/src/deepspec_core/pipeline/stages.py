@@ -1,7 +1,7 @@
 """The stages of a run: what each reads, what it builds on, and whether it is to run, resume, be skipped or be refused.
 
-A stage whose keys are unchanged and whose results are complete is skipped; an interrupted one resumes; changed keys on a
-stage that has results are an error naming the key, never a silent overwrite. Imports nothing heavy: bodies are text.
+A stage whose keys are unchanged and whose results are complete is skipped; an interrupted one resumes; changed keys on
+a stage that has results are an error naming the key, never a silent overwrite. Imports nothing heavy: bodies are text.
 """
 
 from __future__ import annotations
@@ -236,3 +236,8 @@ def _require_ancestors(run: Run, stage: Stage) -> None:
                 where=run.stage_folder(ancestor.name),
                 fix=f"Run it first: --stages {ancestor.name},{stage.name}",
             )
+
+
+def _in_words(summary: dict[str, Any]) -> str:
+    """What a stage did, and what it dropped; counts of nothing and nested figures are left to the file."""
+    return "".join(f", {key} {value}" for key, value in summary.items() if value and not isinstance(value, dict))
