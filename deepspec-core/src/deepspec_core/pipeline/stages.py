@@ -190,7 +190,7 @@ def discard(run: Run, force: Sequence[str]) -> list[Path]:
 
 
 def execute(run: Run, steps: Sequence[Step], *, say: Callable[[str], None]) -> dict[str, dict[str, Any]]:
-    """Do what the plan says, in order; returns each stage's summary. An interrupted stage keeps its unfinished record."""
+    """Do what the plan says, in order; returns each stage's summary. An interrupted stage keeps its open record."""
     summaries: dict[str, dict[str, Any]] = {}
     for step in steps:
         name = step.stage.name
@@ -220,9 +220,7 @@ def execute(run: Run, steps: Sequence[Step], *, say: Callable[[str], None]) -> d
         record = evolve(record, complete=True, seconds=record.seconds + time.monotonic() - start, summary=summary)
         record.write(folder)
         summaries[name] = summary
-        say(
-            f"{name}: done in {record.seconds:.0f} s" + "".join(f", {key} {v}" for key, v in summary.items() if v != {})
-        )
+        say(f"{name}: done in {record.seconds:.0f} s{_in_words(summary)}")
     return summaries
 
 
