@@ -2,7 +2,8 @@
 
 A plugin is a module (entry-point group `deepspec`) whose functions carry `@hookimpl` and these names. It imports attrs
 and deepspec_core only; what it offers names its heavy code as text (specs.py). Hooks that offer components return
-iterables of specs and are called once, when plugins are loaded. Notices are called at the edges of a run, never per step.
+iterables of specs and are called once, when plugins are loaded. Notices are called at the edges of a run, never per
+step.
 """
 
 from __future__ import annotations
@@ -57,7 +58,10 @@ def deepspec_cache_formats() -> Iterable[ComponentSpec]:  # type: ignore[empty-b
 
 @hookspec
 def deepspec_feature_sources() -> Iterable[ComponentSpec]:  # type: ignore[empty-body]
-    """Offer ways to get target features: `[features] mode = NAME`. `build(run)` returns a contracts.features.FeatureSource."""
+    """Offer ways to get target features: `[features] mode = NAME`.
+
+    `build(run)` returns a contracts.features.FeatureSource.
+    """
 
 
 @hookspec

@@ -1,8 +1,8 @@
 """The run file's sections, as frozen keyword-only attrs classes: every key core knows, its type and its default.
 
-Imports attrs only. Sections whose shape a plugin decides (`[draft]`, the options of a cache format, a weighting) are kept
-here as a type name and a typed options object; load.py fills them in from the registry. Paths are as written; Run
-(pipeline/stages.py) resolves them against the run file's folder.
+Imports attrs only. Sections whose shape a plugin decides (`[draft]`, a weighting) are kept here as a type name and a
+typed options object; load.py fills them in from the registry. Paths are as written; Run (pipeline/run.py) resolves them
+against the run file's folder.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from attrs import field, frozen
 from attrs.validators import and_, deep_iterable, ge, gt, in_, le, matches_re, optional
 
 KNOWN_STAGES = ("regenerate", "cache", "train", "evaluate", "export")
+# Marks an attribute that is no key of the run file: loading puts a plugin's options object there.
+FILLED_IN = {"key": False}
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -40,7 +42,7 @@ class TargetOptions:
 
 @frozen(kw_only=True)
 class SourceOptions:
-    """One entry of [data] sources: a JSON-lines file, a Hub dataset, or builtin:NAME. `limit` caps its conversations."""
+    """One entry of [data] sources: a JSON-lines file, a Hub dataset, builtin:NAME. `limit` caps its conversations."""
 
     path: str
     weight: float = field(default=1.0, validator=gt(0))
@@ -111,7 +113,7 @@ class DraftOptions:
     """[draft]: `type` names the algorithm; every other key but `layer` is the algorithm's own (`options`)."""
 
     type: str
-    options: Any
+    options: Any = field(metadata=FILLED_IN)
     layer: LayerOptions = field(factory=LayerOptions)
 
 
@@ -120,7 +122,7 @@ class WeightingOptions:
     """[loss] weighting: `type` names it; every other key is its own (`options`, None where it has none)."""
 
     type: str = "uniform"
-    options: Any = None
+    options: Any = field(default=None, metadata=FILLED_IN)
 
 
 @frozen(kw_only=True)
@@ -156,8 +158,8 @@ class TrainOptions:
 class EvaluateOptions:
     """[evaluate]: real speculative decoding. `temperature` may be a list: each is evaluated.
 
-    `tasks` are task names, "held-out" (prompts the run never trained on), or JSON-lines files with `turns` or `messages`.
-    `batch_size` is the number of sequences decoded at once.
+    `tasks` are task names, "held-out" (prompts the run never trained on), or JSON-lines files with `turns` or
+    `messages`. `batch_size` is the number of sequences decoded at once.
     """
 
     tasks: tuple[str, ...] = ("held-out",)

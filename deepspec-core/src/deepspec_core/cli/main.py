@@ -1,0 +1,138 @@
+"""The `deepspec` command line: which commands there are, and how every one of them ends.
+
+A command lives in a file of its own and is imported when it is invoked or listed. Knows no command's options.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from deepspec_core import __version__
+from deepspec_core.errors import DeepSpecError, PluginError, nearest
+
+# In the order of a project's life. A command is there when its file is.
+COMMANDS = {
+    "init": "init:init",
+    "run": "run:run",
+    "config": "config:config",
+    "plugins": "plugins:plugins",
+    "data": "data:data",
+    "cache": "cache:cache",
+    "estimate": "estimate:estimate",
+    "train": "train:train",
+    "evaluate": "evaluate:evaluate",
+    "diagnose": "diagnose:diagnose",
+    "calibrate": "calibrate:calibrate",
+    "simulate": "simulate:simulate",
+    "checkpoint": "checkpoint:checkpoint",
+    "export": "export:export",
+    "import": "import_draft:import_draft",
+    "report": "report:report",
+    "status": "status:status",
+    "new": "new:new",
+}
+INTERRUPTED = 130
+_PLUGIN_COMMANDS = "deepspec_core.plugin_commands"
+
+
+class LazyGroup(click.Group):
+    """Core's commands by file; plugins' commands only when a name is not core's, or for the list of all."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Core's in the order of COMMANDS, then plugins' by name."""
+        return [*_core_commands(), *sorted(_plugin_commands(ctx))]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command, imported now."""
+        if cmd_name in _core_commands():
+            return _import_command(cmd_name)
+        return _plugin_commands(ctx).get(cmd_name)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click does, with the nearest command in the message where there is none."""
+        name = args[0]
+        if not name.startswith("-") and self.get_command(ctx, name) is None:
+            close = nearest(name, self.list_commands(ctx))
+            hint = f" Did you mean {close!r}?" if close else ""
+            raise click.UsageError(f"No such command {name!r}.{hint}", ctx)
+        return super().resolve_command(ctx, args)
+
+
+def _core_commands() -> list[str]:
+    here = Path(__file__).parent
+    return [name for name, place in COMMANDS.items() if (here / f"{place.partition(':')[0]}.py").is_file()]
+
+
+def _import_command(name: str) -> click.Command:
+    module, _, attribute = COMMANDS[name].partition(":")
+    command = getattr(importlib.import_module(f"deepspec_core.cli.{module}"), attribute)
+    assert isinstance(command, click.Command), f"{module}:{attribute} is no command"
+    return command
+
+
+def _plugin_commands(ctx: click.Context) -> dict[str, click.Command]:
+    """What plugins add, each to a group of its own: one that fails, or takes a name, is reported and left out."""
+    from deepspec_core.plugins import load_plugins
+    from deepspec_core.references import blame
+
+    if _PLUGIN_COMMANDS in ctx.meta:
+        return ctx.meta[_PLUGIN_COMMANDS]  # type: ignore[no-any-return]
+    commands: dict[str, click.Command] = ctx.meta.setdefault(_PLUGIN_COMMANDS, {})
+    owners = dict.fromkeys(COMMANDS, "deepspec-core")
+    for implementation in load_plugins().manager.hook.deepspec_commands.get_hookimpls():
+        group = click.Group()
+        try:
+            implementation.function(*(group for _ in implementation.argnames))
+        except Exception as error:
+            click.echo(f"Warning: commands of plugin {implementation.plugin_name}: {blame(error)}", err=True)
+            continue
+        for name, command in group.commands.items():
+            if name in owners:
+                taken = f"{name!r} is a command of {owners[name]}"
+                click.echo(f"Warning: commands of plugin {implementation.plugin_name}: {taken}", err=True)
+            else:
+                commands[name], owners[name] = command, implementation.plugin_name
+    return commands
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="deepspec")
+def cli() -> None:
+    """Train and evaluate draft models for speculative decoding."""
+
+
+def execute(command: click.Command, name: str, arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return the exit code: 0; 2 for a mistake of the user's; 130 when interrupted."""
+    try:
+        result = command.main(args=arguments, prog_name=name, standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except DeepSpecError as error:
+        click.echo(f"{click.style('Error:', fg='red')} {error.render()}", err=True)
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("Interrupted.", err=True)
+        return INTERRUPTED
+    # click returns the code of an explicit exit, or whatever the command returned.
+    return result if isinstance(result, int) else 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`deepspec`."""
+    return execute(cli, "deepspec", arguments)
+
+
+def run_main(arguments: Sequence[str] | None = None) -> int:
+    """`deepspec-run RUN.toml`: the same as `deepspec run`."""
+    if "run" not in _core_commands():
+        error = PluginError("this installation of deepspec-core has no run command", fix="reinstall deepspec-core")
+        click.echo(f"Error: {error.render()}", err=True)
+        return error.exit_code
+    return execute(_import_command("run"), "deepspec-run", arguments)

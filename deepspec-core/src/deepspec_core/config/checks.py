@@ -1,0 +1,98 @@
+"""What single values cannot tell: whether the sections of a run file fit together.
+
+Each check looks at sections that are right by themselves; a section with errors of its own is absent and skipped here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from deepspec_core.config.schema import KNOWN_STAGES, RunOptions
+from deepspec_core.errors import ConfigError, DeepSpecError, PluginError
+from deepspec_core.registry import Registry
+
+
+def check_sections(sections: Mapping[str, Any], folder: Path, registry: Registry) -> Iterator[DeepSpecError]:
+    """Every misfit. `folder` is the run file's: relative paths start there."""
+    run = sections.get("run")
+    if run:
+        yield from _stages(run)
+        if sections.get("features") and sections.get("cache"):
+            yield from _cache_stage(run, sections["features"].mode, sections["cache"].path, folder)
+        if "export" in run.stages and sections.get("export") and not sections["export"].to:
+            yield ConfigError(
+                "the export stage has nothing to write", where="export.to", found="[]", expected="a format"
+            )
+    if sections.get("target"):
+        yield from _layers(sections["target"].layers)
+    if sections.get("data") and not sections["data"].sources:
+        yield ConfigError("no data", where="data.sources", found="[]", expected="at least one source")
+    if sections.get("loss") and not sections["loss"].terms:
+        yield ConfigError("nothing to train on", where="loss.terms", found="{}", expected="at least one loss term")
+    if sections.get("draft") and sections.get("export"):
+        for index, name in enumerate(sections["export"].to):
+            try:
+                registry.get("exporter", name, algorithm=sections["draft"].type)
+            except PluginError as error:
+                yield PluginError(
+                    error.problem,
+                    where=f"export.to[{index}]",
+                    found=error.found,
+                    expected=error.expected,
+                    fix=error.fix,
+                )
+
+
+def _stages(run: RunOptions) -> Iterator[ConfigError]:
+    expected = [stage for stage in KNOWN_STAGES if stage in run.stages]
+    if not run.stages:
+        yield ConfigError("no stages", where="run.stages", found="[]", expected=f"some of {', '.join(KNOWN_STAGES)}")
+    elif list(run.stages) != expected:
+        repeated = len(set(run.stages)) < len(run.stages)
+        yield ConfigError(
+            "a stage is listed twice" if repeated else "stages are out of order",
+            where="run.stages",
+            found=", ".join(run.stages),
+            expected=", ".join(expected),
+        )
+
+
+def _cache_stage(run: RunOptions, mode: str, path: str | None, folder: Path) -> Iterator[ConfigError]:
+    if mode == "cached" and "train" in run.stages and "cache" not in run.stages:
+        if path is None:
+            yield ConfigError(
+                "features are cached, but no stage makes the cache",
+                where="run.stages",
+                found=", ".join(run.stages),
+                expected='the cache stage, or [cache] path of a cache that exists, or features.mode = "online"',
+                fix='add "cache" before "train"',
+            )
+        elif not (folder / path).exists():
+            yield ConfigError(
+                "there is no cache at this path, and no stage makes one",
+                where="cache.path",
+                found=path,
+                expected="a cache that exists",
+                fix='add "cache" to run.stages, before "train"',
+            )
+    if mode == "online" and "cache" in run.stages:
+        yield ConfigError(
+            "the cache stage would write features that nothing reads",
+            where="run.stages",
+            found='"cache", with features.mode = "online"',
+            expected='no cache stage, or features.mode = "cached"',
+        )
+
+
+def _layers(layers: tuple[int, ...]) -> Iterator[ConfigError]:
+    rising = all(lower < upper for lower, upper in pairwise(layers))
+    if not layers or layers[0] < -1 or not rising:
+        yield ConfigError(
+            "these layers cannot be tapped",
+            where="target.layers",
+            found=list(layers),
+            expected="strictly increasing layer numbers, -1 (the embedding) or above",
+        )

@@ -1,0 +1,109 @@
+"""Read a run file: TOML, overrides, strict structuring, and every error at once.
+
+Knows the sections and in which order things are checked. Types are structure.py's, words explain.py's, checks across
+sections checks.py's. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tomli
+from attrs import NOTHING, fields, has, resolve_types
+
+from deepspec_core.config.checks import check_sections
+from deepspec_core.config.explain import explain, keys_of, unknown_key, words
+from deepspec_core.config.overrides import apply_override
+from deepspec_core.config.schema import RunFile
+from deepspec_core.config.structure import strict_converter
+from deepspec_core.errors import ConfigError, DeepSpecError, nearest
+from deepspec_core.plugins import Plugins, check_required
+
+
+def load_run_file(path: str | os.PathLike[str], *, overrides: Sequence[str] = (), plugins: Plugins) -> RunFile:
+    """The run file at `path`, with `overrides` ("train.lr=3e-4") put in.
+
+    ConfigError holds every problem: file not there or not TOML; else, in file order, keys, types, values, names of
+    components, unmet `required_plugins`, and sections that do not fit together.
+    """
+    path = Path(path)
+    tables = _read(path)
+    problems: list[DeepSpecError] = []
+    overridden: set[str] = set()
+    for text in overrides:
+        try:
+            overridden.add(apply_override(tables, text))
+        except ConfigError as error:
+            problems.append(error)
+    sections, found = _structure(tables, plugins)
+    found += check_required(sections.get("required_plugins", ()), plugins)
+    found += check_sections(sections, path.parent, plugins.registry)
+    for problem in found:
+        if str(problem.where) in overridden:
+            problem.found = "from --set" if problem.found is None else f"{problem.found}, from --set"
+        problems.append(problem)
+    if problems:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise ConfigError(f"{count} in {path}", problems=problems)
+    return RunFile(**sections)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if path.is_dir():
+        raise ConfigError("a run file is a file, this is a folder", where=path)
+    try:
+        return tomli.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise _missing(path) from None
+    except OSError as error:
+        raise ConfigError("cannot read the run file", where=path, found=error.strerror) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError("not a text file", where=path, found=error, expected="TOML, in UTF-8") from error
+    except tomli.TOMLDecodeError as error:
+        raise ConfigError(
+            "not TOML", where=f"{path}, line {error.lineno}, column {error.colno}", found=error.msg
+        ) from error
+
+
+def _missing(path: Path) -> ConfigError:
+    if not path.parent.is_dir():
+        return ConfigError("no such run file", where=path, found=f"there is no folder {path.parent}")
+    names = sorted(entry.name for entry in path.parent.iterdir() if entry.is_file())
+    close = nearest(path.name, names) or next((name for name in names if name.endswith(".toml")), None)
+    return ConfigError("no such run file", where=path, fix=f"use {path.parent / close}" if close else None)
+
+
+def _structure(tables: dict[str, Any], plugins: Plugins) -> tuple[dict[str, Any], list[DeepSpecError]]:
+    """The sections that are right, defaults included, and what is wrong with the others."""
+    resolve_types(RunFile)
+    converter = strict_converter(plugins.registry)
+    siblings = _siblings()
+    sections: dict[str, Any] = {}
+    problems: list[DeepSpecError] = [
+        unknown_key("", key, keys_of(RunFile), siblings) for key in tables if key not in keys_of(RunFile)
+    ]
+    for attribute in fields(RunFile):
+        type_: Any = attribute.type
+        if attribute.name not in tables and attribute.default is NOTHING:
+            problems.append(ConfigError("missing section", where=attribute.name, expected=words(type_)))
+            continue
+        # An absent section is an empty one: its defaults.
+        table = tables.get(attribute.name, {} if has(type_) else [])
+        try:
+            sections[attribute.name] = converter.get_structure_hook(type_)(table, type_)
+        except Exception as error:
+            problems += explain(error, attribute.name, siblings=siblings)
+    return sections, problems
+
+
+def _siblings() -> dict[str, list[str]]:
+    """Key -> where the schema has it."""
+    places: dict[str, list[str]] = {}
+    for section in fields(RunFile):
+        if section.type is not None and has(section.type):
+            for key in keys_of(section.type):
+                places.setdefault(key, []).append(f"{section.name}.{key}")
+    return places

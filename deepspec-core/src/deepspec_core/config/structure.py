@@ -1,0 +1,292 @@
+"""Tables to options, strictly: a cattrs converter that coerces nothing and collects every error with its path.
+
+"8" is not 8, 3.7 is not 3 and true is not 1; a whole number is fine where a number is expected, and one number where a
+list of numbers is. Names of components are checked against the registry, and the sections that a plugin shapes get its
+options. Errors leave here as cattrs raises them; explain.py puts them into words.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from attrs import Attribute, fields, has, resolve_types
+from cattrs import ClassValidationError, Converter, IterableValidationError, IterableValidationNote
+from cattrs.errors import AttributeValidationNote
+from cattrs.gen import make_dict_structure_fn, override
+
+from deepspec_core.config.explain import Mismatch, UnknownKeys, is_union, keys_of, of_validator, words
+from deepspec_core.config.schema import (
+    CacheOptions,
+    DraftOptions,
+    EvaluateOptions,
+    ExportOptions,
+    FeaturesOptions,
+    LossOptions,
+    SourceOptions,
+    TargetOptions,
+    WeightingOptions,
+)
+from deepspec_core.errors import DeepSpecError, PluginError
+from deepspec_core.registry import Registry
+
+HELD_OUT = "held-out"
+BUILTIN = "builtin:"
+
+Hook = Callable[[Any, Any], Any]
+Check = Callable[[int | str, Any], None]
+
+_NAMES: Mapping[tuple[type, str], str] = {
+    (FeaturesOptions, "mode"): "features",
+    (CacheOptions, "format"): "cache",
+    (LossOptions, "terms"): "loss",
+    (EvaluateOptions, "tasks"): "task",
+    (ExportOptions, "to"): "exporter",
+}
+_BUILTINS: Mapping[tuple[type, str], str] = {(TargetOptions, "model"): "model", (SourceOptions, "path"): "prompts"}
+_LISTS: tuple[object, ...] = (tuple, list, set, frozenset, Sequence, AbstractSet)
+
+
+def strict_converter(registry: Registry) -> Converter:
+    """A converter whose `structure(table, SectionClass)` checks types, validators and component names."""
+    converter = Converter(detailed_validation=True, forbid_extra_keys=True)
+    for type_ in (bool, int, float, str):
+        converter.register_structure_hook(type_, _scalar)
+    converter.register_structure_hook(Path, _path)
+    converter.register_structure_hook_func(_is_literal, _literal)
+    converter.register_structure_hook_factory(is_union, _union_hook)
+    converter.register_structure_hook_factory(_is_list, lambda type_, c: _list_hook(type_, c))
+    converter.register_structure_hook_factory(_is_mapping, lambda type_, c: _table_hook(type_, c))
+    converter.register_structure_hook_factory(has, lambda section, c: _section_hook(section, c, registry))
+    for section, kind in ((DraftOptions, "draft"), (WeightingOptions, "weighting")):
+        converter.register_structure_hook(section, _typed_section_hook(section, kind, converter, registry))
+    return converter
+
+
+def _scalar(value: Any, type_: Any) -> Any:
+    if type_ is float and type(value) is int:
+        return float(value)
+    if type(value) is not type_:
+        raise Mismatch(value, words(type_))
+    if type_ is float and not math.isfinite(value):
+        raise Mismatch(value, "a finite number")
+    return value
+
+
+def _path(value: Any, type_: Any) -> Path:
+    if not isinstance(value, str):
+        raise Mismatch(value, words(type_))
+    return Path(value)
+
+
+def _literal(value: Any, type_: Any) -> Any:
+    for option in get_args(type_):
+        if type(value) is type(option) and value == option:
+            return value
+    raise Mismatch(value, words(type_), [option for option in get_args(type_) if isinstance(option, str)])
+
+
+def _union_hook(type_: Any, converter: Converter) -> Hook:
+    members = [member for member in get_args(type_) if member is not type(None)]
+
+    def structure(value: Any, _: Any) -> Any:
+        errors: list[Exception] = []
+        for member in members:
+            try:
+                return converter.get_structure_hook(member)(value, member)
+            except Exception as error:
+                errors.append(error)
+        # The one member there is, or the one that at least got inside, knows best what is wrong.
+        inside = [error for error in errors if not isinstance(error, Mismatch)]
+        if len(errors) == 1 or len(inside) == 1:
+            raise (inside or errors)[0]
+        raise Mismatch(value, words(type_))
+
+    return structure
+
+
+def _each(items: Iterable[tuple[int | str, Any, Any]], converter: Converter, container: Any, check: Check) -> list[Any]:
+    """Structure and check (index or key, value, type) one by one, and raise everything that failed at the end."""
+    done, errors = [], []
+    for index, value, type_ in items:
+        try:
+            item = converter.get_structure_hook(type_)(value, type_)
+            check(index, item)
+            done.append(item)
+        except Exception as error:
+            error.add_note(IterableValidationNote(f"@ {index}", index, type_))
+            errors.append(error)
+    if errors:
+        raise IterableValidationError("", errors, container)
+    return done
+
+
+def _unchecked(_index: int | str, _item: Any) -> None:
+    return
+
+
+def _list_hook(type_: Any, converter: Converter, check: Check = _unchecked) -> Hook:
+    origin, arguments = get_origin(type_), get_args(type_)
+    fixed = origin is tuple and Ellipsis not in arguments
+    build = {Sequence: tuple, AbstractSet: frozenset}.get(origin, origin)
+
+    def structure(value: Any, _: Any) -> Any:
+        if arguments == (float, Ellipsis) and type(value) in (int, float):
+            value = [value]
+        if not isinstance(value, list) or (fixed and len(value) != len(arguments)):
+            raise Mismatch(value, words(type_))
+        types = arguments if fixed else arguments[:1] * len(value)
+        return build(_each(zip(range(len(value)), value, types, strict=True), converter, type_, check))
+
+    return structure
+
+
+def _is_literal(type_: Any) -> bool:
+    origin: object = get_origin(type_)
+    return origin is Literal
+
+
+def _is_list(type_: Any) -> bool:
+    origin: object = get_origin(type_)
+    return origin in _LISTS
+
+
+def _is_mapping(type_: Any) -> bool:
+    origin = get_origin(type_)
+    return isinstance(origin, type) and issubclass(origin, Mapping)
+
+
+def _table_hook(type_: Any, converter: Converter, check: Check = _unchecked) -> Hook:
+    item = get_args(type_)[1]
+
+    def structure(value: Any, _: Any) -> Any:
+        if not isinstance(value, dict):
+            raise Mismatch(value, words(type_))
+        return dict(zip(value, _each(((key, value[key], item) for key in value), converter, type_, check), strict=True))
+
+    return structure
+
+
+def _section_hook(section: type[Any], converter: Converter, registry: Registry) -> Hook:
+    """cattrs' own function for an attrs class, with each value validated and each name looked up where it stands."""
+    resolve_types(section)
+    overrides = {
+        attribute.name: override(struct_hook=_value_hook(section, attribute, converter, registry))
+        for attribute in fields(section)
+    }
+    structure_table = make_dict_structure_fn(section, converter, **overrides)  # type: ignore[arg-type]
+
+    def structure(value: Any, _: Any) -> Any:
+        if not isinstance(value, dict):
+            raise Mismatch(value, words(section))
+        return structure_table(value, section)
+
+    return structure
+
+
+def _value_hook(section: type[Any], attribute: Attribute[Any], converter: Converter, registry: Registry) -> Hook:
+    """One key: its type, its validator, its name; of lists and tables item by item, so that none hides the next."""
+    key, type_ = (section, attribute.name), attribute.type
+    validator = attribute.validator if attribute.converter is None else None
+    members = getattr(validator, "member_validator", None)
+
+    def check_item(_index: int | str, item: Any) -> None:
+        if members is not None:
+            _validate(members, attribute, get_args(type_)[0], item)
+        _check_name(registry, key, item)
+
+    def check_key(name: int | str, item: Any) -> None:
+        _check_name(registry, key, name)
+
+    hook: Hook
+    if _is_list(type_):
+        hook, whole = _list_hook(type_, converter, check_item), False
+    elif _is_mapping(type_):
+        hook, whole = _table_hook(type_, converter, check_key), False
+    else:
+        hook, whole = converter.get_structure_hook(type_), True
+
+    def structure(value: Any, _: Any) -> Any:
+        done = hook(value, type_)
+        if validator is not None:
+            _validate(validator, attribute, type_, done)
+        if whole:
+            _check_name(registry, key, done)
+        return done
+
+    return structure
+
+
+def _validate(validator: Any, attribute: Attribute[Any], type_: Any, value: Any) -> None:
+    """Run a validator before its section is built, so that one bad value does not hide the next.
+
+    attrs calls it again when it builds the section; a validator that looks at other keys of its section waits for that.
+    """
+    try:
+        validator(None, attribute, value)
+    except AttributeError:
+        return
+    except (ValueError, TypeError) as error:
+        raise of_validator(error, attribute, type_, value) from error
+
+
+def _check_name(registry: Registry, key: tuple[type, str], name: Any) -> None:
+    """PluginError where the key takes names of components and this one cannot be used."""
+    kind = _NAMES.get(key)
+    if kind == "exporter" and (algorithms := registry.algorithms("exporter", name)):
+        registry.get(kind, name, algorithm=algorithms[0])  # checks.py knows which algorithm it is to be
+    elif kind is not None and not (kind == "task" and (name == HELD_OUT or name.endswith(".jsonl"))):
+        registry.get(kind, name)
+    if key in _BUILTINS and name.startswith(BUILTIN):
+        spec = registry.get("builtin", name.removeprefix(BUILTIN))
+        if spec.kind != _BUILTINS[key]:
+            raise PluginError(f"{name} is a builtin of another kind", found=spec.kind, expected=_BUILTINS[key])
+
+
+def _typed_section_hook(section: type[Any], kind: str, converter: Converter, registry: Registry) -> Hook:
+    """A section whose `type` names a component and whose keys, but for core's own, are that component's options."""
+    own = keys_of(section)
+    structure_own = _section_hook(section, converter, registry)
+    default = fields(section).type.default
+
+    def structure_options(name: str, table: dict[str, Any]) -> Any:
+        options = registry.get(kind, name).options
+        if options is None:
+            if table:
+                raise ClassValidationError("", [UnknownKeys(table, own)], section)
+            return None
+        try:
+            return converter.get_structure_hook(options)(table, options)
+        except NameError as error:
+            raise PluginError(f"the options of {name!r} cannot be read", found=error) from error
+        except ClassValidationError as group:
+            extra = set(table) - set(keys_of(options))
+            errors = [error for error in group.exceptions if not hasattr(error, "extra_fields")]
+            if extra:
+                errors.append(UnknownKeys(extra, [*own, *keys_of(options)]))
+            raise ClassValidationError("", errors, section) from group
+
+    def structure(value: Any, _: Any) -> Any:
+        if not isinstance(value, dict):
+            raise Mismatch(value, words(section))
+        name, errors, options = value.get("type", default), list[Exception](), None
+        try:
+            if isinstance(name, str):
+                options = structure_options(name, {key: value[key] for key in value if key not in own})
+        except ClassValidationError as group:
+            errors += group.exceptions
+        except DeepSpecError as error:
+            error.add_note(AttributeValidationNote("@ type", "type", str))
+            errors.append(error)
+        try:
+            built = structure_own({**{key: value[key] for key in value if key in own}, "options": options}, section)
+        except ClassValidationError as group:
+            errors += group.exceptions
+        if errors:
+            raise ClassValidationError("", errors, section)
+        return built
+
+    return structure

@@ -1,0 +1,71 @@
+"""Core's own plugin: its losses, weightings, cache format and feature sources register like anyone else's."""
+
+from __future__ import annotations
+
+from deepspec_core.config.weighting_options import DecayOptions
+from deepspec_core.hookspecs import hookimpl
+from deepspec_core.specs import ComponentSpec
+
+
+@hookimpl
+def deepspec_losses() -> list[ComponentSpec]:
+    """Cross-entropy at the label, total variation against the target's distribution."""
+    return [
+        ComponentSpec(
+            name="ce",
+            summary="cross-entropy of the draft at the label",
+            build="deepspec_core.blocks.losses:CrossEntropy",
+        ),
+        ComponentSpec(
+            name="tv",
+            summary="total variation between draft and target",
+            build="deepspec_core.blocks.losses:TotalVariation",
+        ),
+    ]
+
+
+@hookimpl
+def deepspec_weightings() -> list[ComponentSpec]:
+    """Every row alike, or less the later it stands in its block."""
+    return [
+        ComponentSpec(
+            name="uniform",
+            summary="every row of a block weighs the same",
+            build="deepspec_core.blocks.weightings:Uniform",
+        ),
+        ComponentSpec(
+            name="decay",
+            summary="rows weigh exponentially less the later they stand in their block",
+            build="deepspec_core.blocks.weightings:Decay",
+            options=DecayOptions,
+        ),
+    ]
+
+
+@hookimpl
+def deepspec_cache_formats() -> list[ComponentSpec]:
+    """Sealed HDF5 shards."""
+    return [
+        ComponentSpec(
+            name="hdf5",
+            summary="checksummed HDF5 shards, sealed by rename",
+            build="deepspec_core.cache.hdf5:HDF5Format",
+        )
+    ]
+
+
+@hookimpl
+def deepspec_feature_sources() -> list[ComponentSpec]:
+    """Features from the run's cache, or from the target while training."""
+    return [
+        ComponentSpec(
+            name="cached",
+            summary="features read from the cache that the cache stage wrote",
+            build="deepspec_core.features.cached:from_run",
+        ),
+        ComponentSpec(
+            name="online",
+            summary="features computed by the target while training",
+            build="deepspec_core.features.online:from_run",
+        ),
+    ]

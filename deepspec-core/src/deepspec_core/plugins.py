@@ -1,0 +1,318 @@
+"""Find, check and register plugins, one by one; say why one was left out.
+
+Knows the entry-point group `deepspec`, distributions and pluggy. Does not know what plugins offer beyond the table of
+kinds (registry.py), and imports none of the heavy code that specs name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Literal
+
+import pluggy
+from attrs import evolve, fields, frozen
+from attrs import field as attribute
+
+from deepspec_core import __version__, hookspecs
+from deepspec_core.errors import DeepSpecError, PluginError, nearest
+from deepspec_core.references import blame, message_of
+from deepspec_core.registry import KINDS, Offer, Registry
+
+GROUP = "deepspec"
+CORE = "deepspec-core"
+
+Status = Literal["ok", "broken", "incompatible", "blocked", "duplicate"]
+
+
+@frozen(kw_only=True)
+class PluginRecord:
+    """One entry point, loaded or not.
+
+    `status`: ok; broken (it raised, or a hook or spec is not as it must be); incompatible (it asks for another
+    deepspec-core); blocked (by the user); duplicate (loaded, but another plugin claims one of its names, which neither
+    can serve then). `reason` is None exactly where status is ok. `offers` maps a kind to the names offered.
+    """
+
+    name: str
+    package: str
+    version: str
+    status: Status = "ok"
+    reason: str | None = None
+    offers: Mapping[str, Sequence[str]] = attribute(factory=dict)
+
+    @property
+    def loaded(self) -> bool:
+        """Whether what it offers can be used (but for names claimed twice)."""
+        return self.status in ("ok", "duplicate")
+
+
+@frozen(kw_only=True, eq=False)
+class Plugins:
+    """What `load_plugins` found: pluggy's manager for hook calls, a record of each plugin, the components by name."""
+
+    manager: pluggy.PluginManager
+    records: tuple[PluginRecord, ...]
+    registry: Registry
+
+    def versions(self) -> dict[str, str]:
+        """Distribution -> version of the loaded plugins, as checkpoints and caches record them."""
+        return {record.package: record.version for record in self.records if record.loaded}
+
+
+@frozen(kw_only=True, eq=False)
+class _Found:
+    """An entry point before it is loaded; `key` tells two plugins of one name apart."""
+
+    entry: EntryPoint
+    name: str
+    package: str
+    version: str
+
+    @property
+    def key(self) -> str:
+        return f"{self.package}/{self.name}"
+
+
+class _LeftOut(Exception):
+    """The plugin with `key` cannot be registered."""
+
+    def __init__(self, key: str, reason: str) -> None:
+        super().__init__(reason)
+        self.key, self.reason = key, reason
+
+
+def load_plugins(*, blocked: Collection[str] = ()) -> Plugins:
+    """Load every installed plugin but the blocked ones, given by plugin or distribution name.
+
+    A plugin that fails is recorded with its reason and never stops the others. PluginError where a blocked name is not
+    installed: a misspelled one would silently block nothing.
+    """
+    found = _find()
+    _check_blocked(blocked, found)
+    unwanted = {_canonical(name) for name in blocked}
+    left_out: dict[str, tuple[Status, str]] = {}
+    modules: dict[str, Any] = {}
+    for plugin in found:
+        hit = unwanted & {_canonical(plugin.name), _canonical(plugin.package)}
+        if hit:
+            left_out[plugin.key] = ("blocked", f"--no-plugin {min(hit)}")
+        elif (reason := _incompatible(plugin.entry)) is not None:
+            left_out[plugin.key] = ("incompatible", reason)
+        else:
+            try:
+                module = plugin.entry.load()
+            except (Exception, SystemExit) as error:
+                left_out[plugin.key] = ("broken", blame(error))
+                continue
+            same = next((key for key, other in modules.items() if other is module), None)
+            if same is None:
+                modules[plugin.key] = module
+            else:
+                left_out[plugin.key] = ("broken", f"{plugin.entry.value} is already loaded as {same}")
+
+    by_key = {plugin.key: plugin for plugin in found}
+    offers: dict[str, list[Offer]] = {}
+    while True:
+        # A plugin found wanting is dropped and registration starts afresh: hooks that it added go with it.
+        try:
+            manager = _register(modules)
+            for key in modules:
+                if key not in offers:
+                    offers[key] = _offers(manager, by_key[key], modules[key])
+            break
+        except _LeftOut as wanting:
+            left_out[wanting.key] = ("broken", wanting.reason)
+            del modules[wanting.key]
+
+    records = [
+        PluginRecord(
+            name=plugin.name,
+            package=plugin.package,
+            version=plugin.version,
+            status=left_out[plugin.key][0] if plugin.key in left_out else "ok",
+            reason=left_out[plugin.key][1] if plugin.key in left_out else None,
+            offers=_labels(offers[plugin.key]) if plugin.key in modules else {},
+        )
+        for plugin in found
+    ]
+    registry = Registry(
+        (offer for key in modules for offer in offers[key]), [record for record in records if not record.loaded]
+    )
+    return Plugins(manager=manager, records=tuple(_mark_duplicates(records, registry)), registry=registry)
+
+
+def check_required(requirements: Sequence[str], plugins: Plugins) -> list[DeepSpecError]:
+    """What is unmet of `required_plugins`, such as "deepspec-core>=0.1": one error for each."""
+    from packaging.requirements import InvalidRequirement, Requirement
+
+    errors: list[DeepSpecError] = []
+    for index, text in enumerate(requirements):
+        where = f"required_plugins[{index}]"
+        try:
+            wanted = Requirement(text)
+        except InvalidRequirement as error:
+            found = f"{text!r}: {message_of(error)}"
+            errors.append(PluginError("not a requirement", where=where, found=found, expected='"NAME>=VERSION"'))
+            continue
+        records = [record for record in plugins.records if _canonical(record.package) == _canonical(wanted.name)]
+        lost = [record for record in records if not record.loaded]
+        if not records:
+            known = [record.package for record in plugins.records]
+            close = nearest(wanted.name, known)
+            errors.append(
+                PluginError(
+                    f"required plugin {wanted.name!r} is not installed",
+                    where=where,
+                    found=f"installed: {', '.join(sorted(set(known)))}",
+                    expected=text,
+                    fix=f"write {close!r}" if close else f"pip install '{text}'",
+                )
+            )
+        elif not wanted.specifier.contains(records[0].version, prereleases=True):
+            errors.append(
+                PluginError(
+                    f"required plugin {wanted.name!r} has another version",
+                    where=where,
+                    found=f"{records[0].package} {records[0].version}",
+                    expected=text,
+                    fix=f"pip install '{text}'",
+                )
+            )
+        else:
+            errors += [
+                PluginError(
+                    f"required plugin {record.name!r} is {record.status}",
+                    where=where,
+                    found=record.reason,
+                    expected=text,
+                )
+                for record in lost
+            ]
+    return errors
+
+
+def _find() -> list[_Found]:
+    found = []
+    for entry in entry_points(group=GROUP):
+        # A distribution whose metadata is damaged has neither; it is still listed.
+        package = (entry.dist.name if entry.dist else None) or "unknown"
+        version = (entry.dist.version if entry.dist else None) or "unknown"
+        found.append(_Found(entry=entry, name=entry.name, package=package, version=version))
+    return sorted(found, key=lambda plugin: (_canonical(plugin.package) != CORE, plugin.package, plugin.name))
+
+
+def _canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _check_blocked(blocked: Iterable[str], found: Sequence[_Found]) -> None:
+    known = sorted({name for plugin in found for name in (plugin.name, plugin.package)})
+    for name in blocked:
+        if _canonical(name) not in map(_canonical, known):
+            close = nearest(name, known)
+            raise PluginError(
+                f"no plugin {name!r} to leave out",
+                where=f"--no-plugin {name}",
+                found=name,
+                expected=f"one of {', '.join(known)}",
+                fix=f"write {close!r}" if close else None,
+            )
+
+
+def _incompatible(entry: EntryPoint) -> str | None:
+    """Why the distribution's own requirement does not admit this core, or None."""
+    from packaging.requirements import InvalidRequirement, Requirement
+
+    for text in (entry.dist.requires if entry.dist else None) or ():
+        name = re.match(r"[\w.-]*", text)
+        if name is None or _canonical(name[0]) != CORE:
+            continue
+        try:
+            requirement = Requirement(text)
+        except InvalidRequirement:
+            return f"its requirement {text!r} cannot be read"
+        if requirement.marker and not requirement.marker.evaluate():
+            continue
+        if not requirement.specifier.contains(__version__, prereleases=True):
+            return f"needs {CORE}{requirement.specifier}, installed is {__version__}"
+    return None
+
+
+def _register(modules: Mapping[str, Any]) -> pluggy.PluginManager:
+    """A manager with every plugin registered and checked. _LeftOut names the first plugin that does not pass."""
+    manager = pluggy.PluginManager(hookspecs.PROJECT)
+    manager.add_hookspecs(hookspecs)
+    # Historic, and called before anyone is registered: each plugin is asked as it comes, in whatever order.
+    manager.hook.deepspec_addhooks.call_historic(kwargs={"manager": manager})
+    keys = {id(module): key for key, module in modules.items()}
+    for key, module in modules.items():
+        try:
+            manager.register(module, name=key)
+        except pluggy.PluginValidationError as error:
+            raise _LeftOut(keys.get(id(error.plugin), key), message_of(error)) from error
+        except Exception as error:
+            raise _LeftOut(key, blame(error)) from error
+    known = [name for name, hook in vars(manager.hook).items() if hook.has_spec()]
+    for name, hook in vars(manager.hook).items():
+        for implementation in () if hook.has_spec() else hook.get_hookimpls():
+            if not implementation.optionalhook:
+                close = nearest(name, known)
+                reason = f"unknown hook {name!r}" + (f": write {close!r}" if close else "")
+                raise _LeftOut(implementation.plugin_name, reason)
+    for key, module in modules.items():
+        for name in known:
+            if callable(getattr(module, name, None)) and manager.parse_hookimpl_opts(module, name) is None:
+                raise _LeftOut(key, f"{name} is not marked with @hookimpl, so it would never be called")
+    return manager
+
+
+def _offers(manager: pluggy.PluginManager, plugin: _Found, module: Any) -> list[Offer]:
+    """What the plugin's own hooks offer. _LeftOut where one raises, or offers something else."""
+    offers = []
+    for kind_name, kind in KINDS.items():
+        for implementation in getattr(manager.hook, kind.hook).get_hookimpls():
+            if implementation.plugin is not module:
+                continue
+            if implementation.wrapper or implementation.hookwrapper:
+                raise _LeftOut(plugin.key, f"{kind.hook} cannot be a wrapper: it offers, it does not change offers")
+            try:
+                specs = list(implementation.function())
+            except Exception as error:
+                raise _LeftOut(plugin.key, f"{kind.hook}() failed: {blame(error)}") from error
+            for spec in specs:
+                if type(spec) is not kind.spec:
+                    raise _LeftOut(
+                        plugin.key, f"{kind.hook}() offers a {type(spec).__name__}, expected {kind.spec.__name__}"
+                    )
+                taken = kind.reserved & {option.name for option in fields(spec.options)} if spec.options else ()
+                if taken:
+                    raise _LeftOut(plugin.key, f"options of {spec.name!r} use a key that core keeps: {min(taken)!r}")
+                offers.append(
+                    Offer(kind=kind_name, spec=spec, plugin=plugin.name, package=plugin.package, version=plugin.version)
+                )
+    return offers
+
+
+def _labels(offers: Iterable[Offer]) -> dict[str, list[str]]:
+    labels: dict[str, list[str]] = {}
+    for offer in offers:
+        labels.setdefault(offer.kind, []).append(offer.label)
+    return labels
+
+
+def _mark_duplicates(records: Iterable[PluginRecord], registry: Registry) -> list[PluginRecord]:
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for conflict in registry.conflicts():
+        for offer in conflict.offers:
+            others = sorted(other.source for other in conflict.offers if other is not offer)
+            reasons.setdefault((offer.package, offer.plugin), []).append(
+                f"{conflict.title} {conflict.name!r} is also offered by {', '.join(others)}"
+            )
+    return [
+        evolve(record, status="duplicate", reason="; ".join(dict.fromkeys(reasons[key])))
+        if (key := (record.package, record.name)) in reasons
+        else record
+        for record in records
+    ]

@@ -1,0 +1,57 @@
+"""Importing what a plugin names as text, and saying in one line why that failed.
+
+Knows Python's import system and tracebacks; knows nothing about hooks, kinds or records.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import traceback
+from typing import Any
+
+import attr
+import attrs
+
+from deepspec_core.errors import PluginError, nearest
+
+_HERE = os.path.dirname(__file__)
+# Frames between an author's mistake and us: naming them as the place of the mistake would mislead.
+_MACHINERY = (
+    "<",  # frozen import system, generated constructors
+    *(os.path.join(os.path.dirname(str(package.__file__)), "") for package in (importlib, attr, attrs)),
+    __file__,
+    os.path.join(_HERE, "plugins.py"),
+)
+
+
+def resolve(reference: str) -> Any:
+    """The object that "module:attribute" names, imported now. PluginError where either half is not there."""
+    module_name, _, attribute = reference.partition(":")
+    try:
+        value: Any = importlib.import_module(module_name)
+    except Exception as error:
+        raise PluginError(f"cannot import {module_name}", where=reference, found=blame(error)) from error
+    for part in attribute.split("."):
+        if not hasattr(value, part):
+            close = nearest(part, dir(value))
+            raise PluginError(
+                f"{module_name} has no {part!r}", where=reference, fix=f"name {close!r} instead" if close else None
+            )
+        value = getattr(value, part)
+    return value
+
+
+def message_of(error: BaseException) -> str:
+    """The error's text on one line; of attrs' errors, which pack attribute and value into it, the message alone."""
+    packed = any(isinstance(part, attrs.Attribute) for part in error.args)
+    return " ".join(str(error.args[0] if packed else error).split())
+
+
+def blame(error: BaseException) -> str:
+    """Exception type, message, and the file:line of the author's code that raised it, where there is one."""
+    if isinstance(error, SyntaxError):
+        return f"{type(error).__name__}: {error.msg} ({error.filename}:{error.lineno})"
+    text = f"{type(error).__name__}: {message_of(error)}".removesuffix(": ")
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_MACHINERY)]
+    return f"{text} ({frames[-1].filename}:{frames[-1].lineno})" if frames else text

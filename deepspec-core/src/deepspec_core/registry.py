@@ -1,0 +1,272 @@
+"""Named components: what plugins offer, looked up by kind and name, imported when first used.
+
+Knows the table of kinds and how to explain a name that is not there (the nearest one, what is installed, which plugin
+was left out and why). Does not know how plugins are found (plugins.py), nor any component's contract.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+from attrs import frozen
+
+from deepspec_core.errors import DeepSpecError, PluginError, TargetError, nearest
+from deepspec_core.references import blame
+from deepspec_core.references import resolve as resolve
+from deepspec_core.specs import (
+    BuiltinSpec,
+    ComponentSpec,
+    DraftModelSpec,
+    ExportSpec,
+    ImportSpec,
+    TargetAdapterSpec,
+    TaskSpec,
+)
+
+if TYPE_CHECKING:
+    from deepspec_core.plugins import PluginRecord
+
+
+@frozen(kw_only=True)
+class Kind:
+    """One kind of component: the hook that offers it, the spec it comes as, what users call it.
+
+    `reserved`: keys of its section that belong to core, so that its options cannot use them.
+    """
+
+    hook: str
+    spec: type[ComponentSpec]
+    title: str
+    reserved: frozenset[str] = frozenset()
+
+
+KINDS: Mapping[str, Kind] = {
+    "draft": Kind(
+        hook="deepspec_draft_models",
+        spec=DraftModelSpec,
+        title="draft type",
+        reserved=frozenset({"type", "layer"}),
+    ),
+    "loss": Kind(hook="deepspec_losses", spec=ComponentSpec, title="loss term"),
+    "weighting": Kind(hook="deepspec_weightings", spec=ComponentSpec, title="weighting", reserved=frozenset({"type"})),
+    "target": Kind(hook="deepspec_target_adapters", spec=TargetAdapterSpec, title="target adapter"),
+    "cache": Kind(hook="deepspec_cache_formats", spec=ComponentSpec, title="cache format"),
+    "features": Kind(hook="deepspec_feature_sources", spec=ComponentSpec, title="feature source"),
+    "task": Kind(hook="deepspec_tasks", spec=TaskSpec, title="evaluation task"),
+    "builtin": Kind(hook="deepspec_builtins", spec=BuiltinSpec, title="builtin"),
+    "exporter": Kind(hook="deepspec_exporters", spec=ExportSpec, title="export format"),
+    "importer": Kind(hook="deepspec_importers", spec=ImportSpec, title="importer"),
+}
+
+
+@frozen(kw_only=True)
+class Offer:
+    """One spec and where it comes from: plugin name, distribution, version."""
+
+    kind: str
+    spec: ComponentSpec
+    plugin: str
+    package: str
+    version: str
+
+    @property
+    def algorithm(self) -> str | None:
+        """The second half of the key of exporters and importers."""
+        return self.spec.algorithm if isinstance(self.spec, ExportSpec | ImportSpec) else None
+
+    @property
+    def label(self) -> str:
+        """The name as lists show it: exporters and importers with their algorithm."""
+        return f"{self.spec.name} ({self.algorithm})" if self.algorithm else self.spec.name
+
+    @property
+    def source(self) -> str:
+        """ "deepspec-core 0.1.0"."""
+        return f"{self.package} {self.version}"
+
+
+@frozen(kw_only=True)
+class Conflict:
+    """One name claimed more than once. `title` is what it names: a draft type, a target model type."""
+
+    title: str
+    name: str
+    offers: tuple[Offer, ...]
+
+    def error(self) -> PluginError:
+        """What a run that needs the name is told."""
+        sources = sorted({offer.source for offer in self.offers})
+        return PluginError(
+            f"{self.title} {self.name!r} is offered more than once",
+            found=" and ".join(sources),
+            expected="one plugin for one name",
+            fix=f"uninstall one, or leave it out of the run: --no-plugin {self.offers[-1].package}",
+        )
+
+
+class Registry:
+    """Everything that loaded plugins offer. `left_out` are the plugins that were not loaded, for explanations only.
+
+    Names are unique within a kind; exporters and importers within (name, algorithm), the algorithm being a draft type.
+    """
+
+    def __init__(self, offers: Iterable[Offer] = (), left_out: Sequence[PluginRecord] = ()) -> None:
+        self._offers: dict[tuple[str, str, str | None], list[Offer]] = {}
+        self._model_types: dict[str, list[Offer]] = {}
+        self._left_out = tuple(left_out)
+        for offer in offers:
+            self._offers.setdefault((offer.kind, offer.spec.name, offer.algorithm), []).append(offer)
+            if isinstance(offer.spec, TargetAdapterSpec):
+                for model_type in offer.spec.model_types:
+                    self._model_types.setdefault(model_type, []).append(offer)
+
+    @overload
+    def get(self, kind: Literal["draft"], name: str) -> DraftModelSpec: ...
+    @overload
+    def get(self, kind: Literal["target"], name: str) -> TargetAdapterSpec: ...
+    @overload
+    def get(self, kind: Literal["builtin"], name: str) -> BuiltinSpec: ...
+    @overload
+    def get(self, kind: str, name: str, *, algorithm: str | None = None) -> ComponentSpec: ...
+    def get(self, kind: str, name: str, *, algorithm: str | None = None) -> ComponentSpec:
+        """The spec of that name. PluginError where there is none, or more than one."""
+        return self._offer(kind, name, algorithm).spec
+
+    def names(self, kind: str) -> list[str]:
+        """Every name of a kind, sorted; names that two plugins claim included."""
+        assert kind in KINDS, kind
+        return sorted({name for of_kind, name, _ in self._offers if of_kind == kind})
+
+    def algorithms(self, kind: Literal["exporter", "importer"], name: str) -> list[str]:
+        """The draft types that a format or importer of that name exists for, sorted."""
+        return sorted(
+            algorithm for of_kind, of, algorithm in self._offers if (of_kind, of) == (kind, name) and algorithm
+        )
+
+    def provider(self, kind: str, name: str, *, algorithm: str | None = None) -> str:
+        """The distribution that offers the name."""
+        return self._offer(kind, name, algorithm).package
+
+    def load(self, kind: str, name: str, *, algorithm: str | None = None) -> Any:
+        """Import what the spec's `build` names. PluginError, naming the plugin, where that fails."""
+        offer = self._offer(kind, name, algorithm)
+        try:
+            return resolve(offer.spec.build)
+        except PluginError as error:
+            raise PluginError(
+                f"{KINDS[kind].title} {offer.label!r} of {offer.source} cannot be loaded: {error.problem}",
+                where=error.where,
+                found=error.found,
+                fix=error.fix,
+            ) from error
+
+    def model_types(self) -> list[str]:
+        """Every config.model_type that an installed adapter covers, sorted."""
+        return sorted(self._model_types)
+
+    def adapter_for(self, model_type: str) -> TargetAdapterSpec:
+        """The adapter that covers a target's config.model_type.
+
+        TargetError where none does; PluginError where two do, or where two adapters share the name.
+        """
+        offers = self._model_types.get(model_type, [])
+        if len(offers) > 1:
+            raise Conflict(title="target model type", name=model_type, offers=tuple(offers)).error()
+        if offers:
+            return self.get("target", offers[0].spec.name)
+        raise self._unknown(TargetError, "target model type", model_type, self.model_types())
+
+    def recognise(self, config: Mapping[str, Any]) -> DraftModelSpec:
+        """The algorithm whose checkpoint this config.json is. PluginError where none, or more than one, says so."""
+        matches = sorted({offer.spec.name for offer in self._drafts() if _recognises(offer, config)})
+        if len(matches) == 1:
+            return self.get("draft", matches[0])
+        raise PluginError(
+            "no installed algorithm recognises this checkpoint"
+            if not matches
+            else "more than one algorithm recognises this checkpoint: " + ", ".join(matches),
+            where="config.json",
+            found=f"architectures = {config.get('architectures')}",
+            expected=f"a checkpoint of {_one_of(self.names('draft'))}",
+            fix="; ".join(self._explain_left_out("")) or None,
+        )
+
+    def conflicts(self) -> list[Conflict]:
+        """Every name, and every target model type, that is claimed more than once."""
+        return [
+            Conflict(title=KINDS[kind].title, name=offers[0].label, offers=tuple(offers))
+            for (kind, _, _), offers in self._offers.items()
+            if len(offers) > 1
+        ] + [
+            Conflict(title="target model type", name=model_type, offers=tuple(offers))
+            for model_type, offers in self._model_types.items()
+            if len(offers) > 1
+        ]
+
+    def _drafts(self) -> list[Offer]:
+        return [offer for (kind, _, _), offers in self._offers.items() if kind == "draft" for offer in offers]
+
+    def _offer(self, kind: str, name: str, algorithm: str | None) -> Offer:
+        title = KINDS[kind].title
+        offers = self._offers.get((kind, name, algorithm), [])
+        if len(offers) == 1:
+            return offers[0]
+        if offers:
+            raise Conflict(title=title, name=offers[0].label, offers=tuple(offers)).error()
+        others = sorted(other for of_kind, of, other in self._offers if (of_kind, of) == (kind, name) and other)
+        if others:
+            raise PluginError(
+                f"{title} {name!r} does not exist for draft type {algorithm!r}",
+                found=algorithm,
+                expected=f"a draft of type {_one_of(others)}",
+            )
+        raise self._unknown(PluginError, title, name, self.names(kind))
+
+    def _unknown(self, error: type[DeepSpecError], title: str, name: str, known: list[str]) -> DeepSpecError:
+        """A name nobody offers: the nearest one, plugins that were left out, a package to look for."""
+        close = nearest(name, known)
+        fixes = [f"write {close!r}"] if close else []
+        fixes += self._explain_left_out(name, only_likely=close is not None)
+        if not fixes and error is TargetError:
+            fixes.append("install a package with an adapter for it" if known else "pip install deepspec-targets")
+        if not fixes:
+            fixes.append("install the package that offers it")
+            if title == KINDS["draft"].title and re.fullmatch(r"[a-z0-9][a-z0-9_.-]*", name):
+                fixes.append(f"where that is named after it, pip install deepspec-{name.replace('_', '-')}")
+        return error(f"unknown {title} {name!r}", found=name, expected=_one_of(known), fix="; ".join(fixes) or None)
+
+    def _explain_left_out(self, name: str, *, only_likely: bool = False) -> list[str]:
+        """Plugins that were not loaded: those that look like the provider of `name`, or else all of them."""
+
+        def likely(record: PluginRecord) -> bool:
+            own = (record.name, record.package.removeprefix("deepspec-"))
+            return nearest(name, own) is not None or any(len(part) > 2 and part in name for part in own)
+
+        chosen = [record for record in self._left_out if likely(record)]
+        if not chosen and not only_likely:
+            chosen = list(self._left_out)
+        return [
+            f"plugin {record.name!r} of {record.package} {record.version} may offer it, but is {record.status}: "
+            f"{record.reason}"
+            for record in chosen
+        ]
+
+
+def _recognises(offer: Offer, config: Mapping[str, Any]) -> bool:
+    assert isinstance(offer.spec, DraftModelSpec)
+    try:
+        return bool(offer.spec.recognise(config))
+    except Exception as error:
+        raise PluginError(
+            f"draft type {offer.spec.name!r} of {offer.source} failed on a checkpoint's config.json",
+            found=blame(error),
+            fix=f"where the checkpoint is not of that type: --no-plugin {offer.package}",
+        ) from error
+
+
+def _one_of(names: Sequence[str]) -> str:
+    if not names:
+        return "one of none: no installed plugin offers any"
+    return names[0] if len(names) == 1 else f"one of {', '.join(names)}"
