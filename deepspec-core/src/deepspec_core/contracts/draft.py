@@ -9,6 +9,7 @@ Legend: B sequences, T tokens, C = taps * H, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -119,7 +120,7 @@ class DraftDescription:
     config: Mapping[str, Any]
 
 
-class DraftModel(nn.Module):
+class DraftModel(nn.Module, ABC):
     """Base class of algorithms' networks. Parameters of `embed_tokens` and `lm_head` are the target's, frozen.
 
     Subclasses set `embed_tokens` (an adapter's embedding) and `lm_head` (nn.Linear without bias), and implement the
@@ -130,26 +131,28 @@ class DraftModel(nn.Module):
     lm_head: nn.Linear
     preparation: Preparation
 
+    @abstractmethod
     def forward(self, batch: DraftBatch) -> Rows:
         """The network: a batch to its supervised rows."""
-        raise NotImplementedError
 
+    @abstractmethod
     def heads(self) -> Heads:
         """The projections the rows are to be sent through."""
-        raise NotImplementedError
 
+    @abstractmethod
     def proposer(self) -> Proposer:
         """The decoding side, sharing these weights."""
-        raise NotImplementedError
 
+    @abstractmethod
     def describe(self) -> DraftDescription:
         """Facts about this draft."""
-        raise NotImplementedError
 
     def adopt(self, embedding_VH: Tensor, head_VH: Tensor) -> None:
         """Copy the target's embedding and lm_head into the draft and freeze them."""
+        own_VH = self.embed_tokens.weight
+        assert isinstance(own_VH, Tensor), "an embedding has a weight"
         with torch.no_grad():
-            self.embed_tokens.weight.copy_(embedding_VH)  # type: ignore[operator, union-attr]
+            own_VH.copy_(embedding_VH)
             self.lm_head.weight.copy_(head_VH)
         self.embed_tokens.requires_grad_(False)
         self.lm_head.requires_grad_(False)

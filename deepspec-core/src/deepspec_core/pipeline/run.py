@@ -274,7 +274,7 @@ class Run:
     @property
     def plugin_versions(self) -> dict[str, str]:
         """Package to version, of every plugin in use."""
-        return {record.package: record.version for record in self.plugins.records if record.status == "ok"}
+        return self.plugins.versions()
 
     def open_cache(self) -> CacheReader:
         """The finished feature cache; CacheError where it is missing, unfinished, or made for something else."""

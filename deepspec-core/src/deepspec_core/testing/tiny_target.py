@@ -49,11 +49,12 @@ class TinyTarget:
         generator = torch.Generator().manual_seed(seed)
 
         def weights(*shape: int) -> Tensor:
-            return (torch.randn(*shape, generator=generator) / shape[-1] ** 0.5).to(dtype)
+            values: Tensor = torch.randn(*shape, generator=generator) / float(shape[-1]) ** 0.5
+            return values.to(dtype)
 
-        self._embedding_VH = weights(vocab_size, hidden_size) * hidden_size**0.5
-        self._positions_LH = weights(max_positions, hidden_size) * hidden_size**0.5
-        self._head_VH = weights(vocab_size, hidden_size) * sharpness
+        self._embedding_VH: Tensor = weights(vocab_size, hidden_size) * float(hidden_size) ** 0.5
+        self._positions_LH: Tensor = weights(max_positions, hidden_size) * float(hidden_size) ** 0.5
+        self._head_VH: Tensor = weights(vocab_size, hidden_size) * sharpness
         # One row a layer: query, key, value, output, MLP.
         self._layers = [[weights(hidden_size, hidden_size) for _ in range(5)] for _ in range(num_layers)]
         self._caches: list[SlotKVCache] = []

@@ -1,7 +1,7 @@
 """A tiny byte-level BPE chat tokenizer for tests, trained on a few lines of its own.
 
-Its template behaves like those of real families: an empty think block stands before the last answer but not before earlier
-ones, contents are stripped, and the generation prompt ends with an empty think block where thinking is off.
+Its template behaves like those of real families: an empty think block stands before the last answer but not before
+earlier ones, contents are stripped, and the generation prompt ends with an empty think block where thinking is off.
 """
 
 from __future__ import annotations

@@ -1,0 +1,262 @@
+"""The HDF5 cache format: shards of ragged arrays laid end to end, sealed one by one.
+
+A shard is written as shard-00000.h5.partial, synced, renamed, and entered in the manifest; only then do its samples
+count. Datasets: input_ids, loss_mask, hidden and last_hidden over all tokens (with *_scale where features are 8 bits),
+offsets [n + 1] and original_length [n] over samples. Knows storage; not where features come from.
+
+Legend: T tokens, C = taps * H, H hidden size.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import h5py
+import numpy as np
+import torch
+from attrs import evolve
+
+from deepspec_core.cache import quantize
+from deepspec_core.cache.manifest import Manifest, Shard, check_header, check_shards, checksum, load, sync_folder
+from deepspec_core.contracts.cache import CacheHeader
+from deepspec_core.contracts.draft import Sample
+from deepspec_core.contracts.target import TargetFeatures
+from deepspec_core.errors import CacheError
+
+FORMAT: Final = "hdf5"
+_PARTIAL: Final = ".partial"
+_CHUNK_BYTES: Final = 256 * 1024
+_OPEN_SHARDS: Final = 64
+
+
+class HDF5Format:
+    """contracts.cache.CacheFormat."""
+
+    def create(self, path: Path, header: CacheHeader, *, shard_samples: int = 512) -> HDF5Writer:
+        """Start or continue a cache; what an earlier writer left unsealed is removed.
+
+        CacheError where `path` holds a cache with another header, or one whose sealed shards are damaged.
+        """
+        manifest = load(path, format=FORMAT)
+        if manifest is None:
+            manifest = Manifest(format=FORMAT, header=header)
+            with _storage_errors(path):
+                path.mkdir(parents=True, exist_ok=True)
+                manifest.save(path)
+        else:
+            check_header(path, manifest.header, header)
+            check_shards(path, manifest, verify=False)
+        sealed = {shard.file for shard in manifest.shards}
+        for leftover in path.glob("shard-*.h5*"):
+            if leftover.name not in sealed:
+                leftover.unlink()
+        return HDF5Writer(path, manifest, shard_samples)
+
+    def open(self, path: Path, expect: CacheHeader | None, *, verify: bool = False) -> HDF5Reader:
+        """A finished cache, its header and its shards' sizes checked; `verify` reads all of it for the checksums."""
+        manifest = load(path, format=FORMAT)
+        if manifest is None:
+            raise CacheError(
+                "There is no cache", where=path, expected="manifest.json", fix="Run the cache stage, or set cache.path."
+            )
+        if expect is not None:
+            check_header(path, manifest.header, expect)
+        if not manifest.complete:
+            raise CacheError(
+                "The cache is unfinished",
+                where=path,
+                found=f"{manifest.num_samples} samples in {len(manifest.shards)} sealed shards",
+                expected="a cache whose writer has finished",
+                fix="Run the cache stage again: it continues.",
+            )
+        check_shards(path, manifest, verify=verify)
+        return HDF5Reader(path, manifest)
+
+    def bytes_per_token(self, header: CacheHeader) -> int:
+        """Features, token id and loss mask."""
+        size = header.hidden_size
+        return quantize.bytes_per_token(header.dtype, (len(header.taps) + 1) * size, size) + 4 + 1
+
+
+class HDF5Writer:
+    """contracts.cache.CacheWriter. Every `shard_samples` samples are sealed; samples go to disk as they come."""
+
+    def __init__(self, path: Path, manifest: Manifest, shard_samples: int) -> None:
+        self._path, self._manifest, self._shard_samples = path, manifest, shard_samples
+        self._written = {name for shard in manifest.shards for name in shard.ids}
+        self._seen = set(self._written)
+        self._file: Any = None
+        self._ids: list[str] = []
+        self._lengths: list[int] = []
+        self._original_lengths: list[int] = []
+
+    def written(self) -> set[str]:
+        """Ids in sealed shards."""
+        return set(self._written)
+
+    def write(self, sample: Sample) -> None:
+        """Append one sample with features. CacheError where the disk refuses."""
+        assert sample.features is not None, "a cache holds features"
+        assert sample.id not in self._seen, f"sample {sample.id} comes twice"
+        self._seen.add(sample.id)
+        with _storage_errors(self._path):
+            if self._manifest.complete:
+                self._manifest = evolve(self._manifest, complete=False)
+                self._manifest.save(self._path)
+            if self._file is None:
+                self._file = h5py.File(self._path / (self._shard_name + _PARTIAL), "w")
+            for name, array in self._arrays(sample, sample.features).items():
+                _append(self._file, name, array)
+            self._ids.append(sample.id)
+            self._lengths.append(len(sample.input_ids))
+            self._original_lengths.append(sample.original_length)
+            if len(self._ids) == self._shard_samples:
+                self._seal()
+
+    def finish(self) -> None:
+        """Seal the open shard and mark the cache complete."""
+        with _storage_errors(self._path):
+            if self._file is not None:
+                self._seal()
+            self._manifest = evolve(self._manifest, complete=True)
+            self._manifest.save(self._path)
+
+    @property
+    def _shard_name(self) -> str:
+        return f"shard-{len(self._manifest.shards):05d}.h5"
+
+    def _arrays(self, sample: Sample, features: TargetFeatures) -> dict[str, Any]:
+        header = self._manifest.header
+        length, channels = len(sample.input_ids), len(header.taps) * header.hidden_size
+        assert features.hidden.shape == (length, channels), f"{tuple(features.hidden.shape)} for {length, channels}"
+        assert features.last_hidden.shape == (length, header.hidden_size), f"{tuple(features.last_hidden.shape)}"
+        arrays: dict[str, Any] = {
+            "input_ids": sample.input_ids.numpy().astype("<i4"),
+            "loss_mask": sample.loss_mask.numpy().astype("<u1"),
+        }
+        for name, values in (("hidden", features.hidden), ("last_hidden", features.last_hidden)):
+            arrays[name], scales = quantize.encode(values, header.dtype, header.hidden_size)
+            if scales is not None:
+                arrays[f"{name}_scale"] = scales
+        return arrays
+
+    def _seal(self) -> None:
+        name = self._shard_name
+        partial, sealed = self._path / (name + _PARTIAL), self._path / name
+        self._file["offsets"] = np.cumsum([0, *self._lengths], dtype="<i8")
+        self._file["original_length"] = np.array(self._original_lengths, dtype="<i8")
+        self._file.close()
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, sealed)
+        sync_folder(self._path)
+        shard = Shard(
+            file=name,
+            bytes=sealed.stat().st_size,
+            sha256=checksum(sealed),
+            ids=tuple(self._ids),
+            lengths=tuple(self._lengths),
+        )
+        self._manifest = self._manifest.with_shard(shard)
+        self._manifest.save(self._path)
+        self._written.update(self._ids)
+        self._file, self._ids, self._lengths, self._original_lengths = None, [], [], []
+
+
+class HDF5Reader:
+    """contracts.cache.CacheReader. Files are opened when first read, once a process: it may be pickled and forked."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.header = manifest.header
+        self._path = path
+        self._shards = manifest.shards
+        self._places = [(shard, row) for shard, sealed in enumerate(manifest.shards) for row in range(len(sealed.ids))]
+        self._owner = os.getpid()
+        self._files: OrderedDict[int, Any] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": OrderedDict()}
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def ids(self) -> list[str]:
+        """In the order of writing."""
+        return [name for shard in self._shards for name in shard.ids]
+
+    def lengths(self) -> list[int]:
+        """Tokens of each sample."""
+        return [length for shard in self._shards for length in shard.lengths]
+
+    def __getitem__(self, index: int) -> Sample:
+        """The sample, its features in the storage type (bfloat16 where that is float8)."""
+        shard, row = self._places[index]
+        try:
+            file = self._open(shard)
+            begin, end = (int(offset) for offset in file["offsets"][row : row + 2])
+            ids, mask = file["input_ids"][begin:end], file["loss_mask"][begin:end]
+            original_length = int(file["original_length"][row])
+            hidden, last_hidden = (self._feature(file, name, begin, end) for name in ("hidden", "last_hidden"))
+        except (OSError, KeyError, RuntimeError) as error:
+            raise CacheError(
+                "A shard of the cache cannot be read",
+                where=self._path / self._shards[shard].file,
+                found=error,
+                fix="Make the cache again (--force cache).",
+            ) from error
+        return Sample(
+            id=self._shards[shard].ids[row],
+            input_ids=torch.from_numpy(ids.astype(np.int64)),
+            loss_mask=torch.from_numpy(mask.astype(np.bool_)),
+            original_length=original_length,
+            features=TargetFeatures(hidden=hidden, last_hidden=last_hidden),
+        )
+
+    def _feature(self, file: Any, name: str, begin: int, end: int) -> torch.Tensor:
+        scales = file[f"{name}_scale"][begin:end] if quantize.has_scale(self.header.dtype) else None
+        return quantize.decode(file[name][begin:end], scales, self.header.dtype)
+
+    def _open(self, shard: int) -> Any:
+        if self._owner != os.getpid():
+            # A fork shares file positions with its parent: leave the parent's handles alone and open our own.
+            self._owner, self._files = os.getpid(), OrderedDict()
+        if shard not in self._files:
+            if len(self._files) == _OPEN_SHARDS:
+                self._files.popitem(last=False)[1].close()
+            self._files[shard] = h5py.File(self._path / self._shards[shard].file, "r")
+        self._files.move_to_end(shard)
+        return self._files[shard]
+
+
+def _append(file: Any, name: str, array: Any) -> None:
+    if name not in file:
+        rows = max(1, _CHUNK_BYTES // (array.itemsize * int(np.prod(array.shape[1:]))))
+        file.create_dataset(
+            name,
+            shape=(0, *array.shape[1:]),
+            maxshape=(None, *array.shape[1:]),
+            chunks=(rows, *array.shape[1:]),
+            dtype=array.dtype,
+        )
+    dataset = file[name]
+    begin = dataset.shape[0]
+    dataset.resize(begin + array.shape[0], axis=0)
+    dataset[begin:] = array
+
+
+@contextmanager
+def _storage_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CacheError(
+            "The cache cannot be written",
+            where=path,
+            found=error,
+            fix="Make room or choose another cache.path, then run again: sealed shards are kept.",
+        ) from error

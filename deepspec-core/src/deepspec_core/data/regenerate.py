@@ -1,0 +1,393 @@
+"""The target answers the prompts itself, in process: conversations in, the same with the target's own answers out.
+
+Idempotent by id: finished conversations are appended to OUT.partial, one flushed line each, and a rerun does only what
+is missing; complete, they are put in the order of the input under the final name. Knows turns and files; how tokens are
+drawn is the engine's, where conversations come from is the caller's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from attrs import define, field, frozen
+
+from deepspec_core.config.schema import RegenerateOptions
+from deepspec_core.contracts.proposer import Sampling
+from deepspec_core.contracts.target import ConversationFormat, SamplingDefaults, TargetModel
+from deepspec_core.data.conversations import Conversation
+from deepspec_core.data.tokenize import ChatTokenizer, supervised
+from deepspec_core.decoding.engine import Completion, Request, decode
+from deepspec_core.errors import DataError
+from deepspec_core.progress import Progress
+
+# Below this many conversations a share says little: the budget is then checked at the end only.
+_BUDGET_AFTER = 200
+
+
+@frozen(kw_only=True)
+class RegenerateReport:
+    """Of the whole file, earlier runs included; `written` and `skipped` tell this run's share from theirs.
+
+    `unfinished` conversations end in an answer that met the token limit, kept without an end marker; `empty` ones in an
+    answer without text. `dropped_turns` would have followed such an unfinished answer, or did not fit max_length.
+    `rerendered_answers` are earlier answers whose tokens changed when the next prompt was rendered: not supervised.
+    """
+
+    path: Path
+    conversations: int
+    written: int
+    skipped: int
+    failures: int
+    failures_path: Path
+    output_tokens: int
+    unfinished: int
+    empty: int
+    dropped_turns: int
+    rerendered_answers: int
+
+
+def sample_seed(seed: int, identity: str, turn: int = 0) -> int:
+    """A turn's own seed: neither its neighbours nor its place in the file matter."""
+    digest = hashlib.sha256(f"{seed}/{identity}/{turn}".encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big")
+
+
+def sampling_of(options: RegenerateOptions, defaults: SamplingDefaults) -> Sampling:
+    """The run file's sampling, completed with the family's recommended values."""
+
+    def choose(name: str) -> Any:
+        given = getattr(options, name)
+        return getattr(defaults, name) if given is None else given
+
+    return Sampling(
+        temperature=choose("temperature"), top_p=choose("top_p"), top_k=choose("top_k"), min_p=choose("min_p")
+    )
+
+
+def regenerate(
+    conversations: Iterable[Conversation],
+    *,
+    target: TargetModel,
+    tokenizer: ChatTokenizer,
+    fmt: ConversationFormat,
+    options: RegenerateOptions,
+    sampling: Sampling,
+    stop_ids: Sequence[int],
+    out: Path,
+    seed: int,
+    max_length: int,
+    system_prompt: str | None = None,
+    total: int | None = None,
+) -> RegenerateReport:
+    """Answer every user turn of every conversation, in order, each on top of the target's own earlier answers.
+
+    Lines of `out`: id, messages, prompt_ids and output_ids of the last answered turn, finish_reason ("stop" or
+    "length"), and prompt_answers, the token spans of the prompt that are earlier answers exactly as emitted. A finished
+    `out` is left as it is. Failures go to OUT.failures.jsonl with their reason, and DataError ends the run where they
+    are more than options.max_failures of all. `total`, where known, is for the progress shown. Ids are unique.
+    """
+    if options.servers:
+        raise DataError(
+            "This version regenerates in process only",
+            where="regenerate.servers",
+            found=", ".join(options.servers),
+            fix="Remove the key `servers` from [regenerate].",
+        )
+    partial, failures_path = _beside(out, ".partial"), _beside(out, ".failures.jsonl")
+    if out.exists():
+        partial.unlink(missing_ok=True)
+        tally = _tally(out)
+        return _report(out, failures_path, tally, written=0, failures=_count_lines(failures_path))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    finished = set(_resume(partial))
+    with partial.open("ab") as lines, failures_path.open("wb") as failures:
+        work = _Work(
+            source=iter(conversations),
+            tokenizer=tokenizer,
+            fmt=fmt,
+            system_prompt=system_prompt,
+            stop_ids=frozenset(stop_ids),
+            seed=seed,
+            max_length=max_length,
+            max_failures=options.max_failures,
+            finished=finished,
+            failures=failures,
+        )
+        with Progress(total, "regenerate", "conversations", done=len(finished)) as progress:
+            while not work.over:
+                for completion in decode(
+                    target,
+                    None,
+                    work.requests(),
+                    sampling=sampling,
+                    stop_ids=stop_ids,
+                    max_new_tokens=options.max_tokens,
+                    batch_size=options.batch_size,
+                    max_length=max_length,
+                ):
+                    line = work.settle(completion)
+                    if line is not None:
+                        _write_line(lines, line)
+                        progress.advance(failures=work.num_failures)
+    work.check_budget(final=True)
+    tally = _finish(partial, out, list(work.order))
+    return _report(out, failures_path, tally, written=work.num_written, failures=work.num_failures)
+
+
+@define
+class _Dialogue:
+    """A conversation under way: `history` is what was said, `ahead` the messages to come, answers left out."""
+
+    conversation: Conversation
+    ahead: deque[dict[str, str]]
+    history: list[dict[str, str]] = field(factory=list)
+    outputs: list[tuple[int, ...]] = field(factory=list)
+
+
+@define
+class _Work:
+    """Hands out requests, takes completions back, and keeps the books."""
+
+    source: Iterator[Conversation]
+    tokenizer: ChatTokenizer
+    fmt: ConversationFormat
+    system_prompt: str | None
+    stop_ids: frozenset[int]
+    seed: int
+    max_length: int
+    max_failures: float
+    finished: set[str]
+    failures: IO[bytes]
+    order: dict[str, None] = field(factory=dict)
+    under_way: dict[str, _Dialogue] = field(factory=dict)
+    next_turns: deque[Request] = field(factory=deque)
+    exhausted: bool = False
+    num_failures: int = 0
+    num_written: int = 0
+
+    @property
+    def over(self) -> bool:
+        return self.exhausted and not self.next_turns
+
+    def requests(self) -> Iterator[Request]:
+        """Next turns first. Ends when there is nothing to hand out now: turns that follow later need another call."""
+        while True:
+            if self.next_turns:
+                yield self.next_turns.popleft()
+                continue
+            conversation = next(self.source, None)
+            if conversation is None:
+                self.exhausted = True
+                return
+            assert conversation.id not in self.order, f"conversation {conversation.id} comes twice"
+            self.order[conversation.id] = None
+            if conversation.id not in self.finished:
+                request = self._first_turn(conversation)
+                if request is not None:
+                    yield request
+
+    def settle(self, completion: Completion) -> dict[str, Any] | None:
+        """The finished conversation's line, or None where it goes on with another turn."""
+        dialogue = self.under_way[completion.id]
+        output = completion.output_ids
+        text_ids = output[:-1] if output[-1] in self.stop_ids else output
+        prompt_messages = list(dialogue.history)
+        dialogue.history.append({"role": "assistant", "content": self.tokenizer.decode(text_ids)})
+        dialogue.outputs.append(output)
+        goes_on = any(message["role"] == "user" for message in dialogue.ahead)
+        dropped = 0
+        if goes_on and completion.finish_reason == "stop":
+            request = self._turn(dialogue)
+            if len(request.prompt_ids) < self.max_length:
+                self.next_turns.append(request)
+                return None
+            dropped = 1
+            while dialogue.history[-1]["role"] != "assistant":
+                dialogue.history.pop()
+        dropped += sum(message["role"] == "user" for message in dialogue.ahead)
+        spans, rerendered = self._earlier_answers(prompt_messages, completion.prompt_ids, dialogue.outputs[:-1])
+        del self.under_way[completion.id]
+        self.num_written += 1
+        return {
+            "id": completion.id,
+            "messages": dialogue.history,
+            "prompt_ids": completion.prompt_ids,
+            "prompt_answers": spans,
+            "output_ids": output,
+            "finish_reason": completion.finish_reason,
+            "dropped_turns": dropped,
+            "rerendered_answers": rerendered,
+        }
+
+    def check_budget(self, *, final: bool = False) -> None:
+        """DataError where more than the allowed share failed; one in a small set is always forgiven."""
+        seen = len(self.order)
+        if self.max_failures > 0 and self.num_failures <= math.ceil(self.max_failures * seen):
+            return
+        if self.num_failures and (final or seen >= _BUDGET_AFTER or self.max_failures == 0):
+            raise DataError(
+                "Too many conversations cannot be regenerated",
+                where=self.failures.name,
+                found=f"{self.num_failures} of {seen}",
+                expected=f"at most {self.max_failures:.1%} (regenerate.max_failures)",
+                fix="Read the reasons in that file; nothing that was regenerated is lost.",
+            )
+
+    def _first_turn(self, conversation: Conversation) -> Request | None:
+        reason = self._unanswerable(conversation)
+        if reason is None:
+            dialogue = _Dialogue(conversation, deque(m for m in conversation.messages if m["role"] != "assistant"))
+            try:
+                request = self._turn(dialogue)
+            except DataError as error:
+                reason = f"{error.problem}: {error.found}"
+            else:
+                if len(request.prompt_ids) < self.max_length:
+                    self.under_way[conversation.id] = dialogue
+                    return request
+                reason = f"{len(request.prompt_ids)} prompt tokens do not fit {self.max_length}"
+        self.num_failures += 1
+        _write_line(self.failures, {"id": conversation.id, "reason": reason})
+        self.check_budget()
+        return None
+
+    def _unanswerable(self, conversation: Conversation) -> str | None:
+        roles = {message["role"] for message in conversation.messages}
+        if "user" not in roles:
+            return "no user message"
+        return "tool results answer calls that the target may not make" if "tool" in roles else None
+
+    def _turn(self, dialogue: _Dialogue) -> Request:
+        """Say everything up to the next user message."""
+        while True:
+            message = dialogue.ahead.popleft()
+            dialogue.history.append(message)
+            if message["role"] == "user":
+                break
+        identity = dialogue.conversation.id
+        return Request(
+            id=identity,
+            prompt_ids=self.tokenizer.render_prompt(dialogue.history, self.system_prompt),
+            seed=sample_seed(self.seed, identity, len(dialogue.outputs)),
+        )
+
+    def _earlier_answers(
+        self, messages: Sequence[dict[str, str]], prompt_ids: Sequence[int], outputs: Sequence[tuple[int, ...]]
+    ) -> tuple[list[tuple[int, int]], int]:
+        """Token spans of earlier answers in the prompt that equal what was emitted, and how many do not."""
+        if not outputs:
+            return [], 0
+        text = self.tokenizer.render(messages, self.system_prompt, prompt=True)
+        answers = self.tokenizer.answers(text, messages, self.fmt, self.system_prompt, prompt=True)
+        _, offsets = self.tokenizer.encode(text)
+        spans = []
+        for answer, output in zip(answers, outputs, strict=True):
+            indices = [index for index, inside in enumerate(supervised(offsets, [answer])) if inside]
+            if tuple(prompt_ids[index] for index in indices) == output:
+                spans.append((indices[0], indices[-1] + 1))
+        return spans, len(outputs) - len(spans)
+
+
+def _beside(out: Path, suffix: str) -> Path:
+    return out.with_name(out.name + suffix)
+
+
+def _write_line(file: IO[bytes], entry: dict[str, Any]) -> None:
+    file.write(json.dumps(entry, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
+    file.flush()
+
+
+def _entries(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Offset and content of each line; DataError for one that is not JSON."""
+    offset = 0
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                entry = json.loads(line.decode("utf-8", "surrogatepass"))
+            except ValueError as error:
+                raise DataError(
+                    "A line is not JSON",
+                    where=f"{path}:{number}",
+                    found=error,
+                    fix="Remove that line; its conversation is regenerated.",
+                ) from error
+            yield offset, entry
+            offset += len(line)
+
+
+def _resume(partial: Path) -> dict[str, int]:
+    """Ids already done and where their lines begin. A last line without its end, torn by a kill, is cut off."""
+    if not partial.exists():
+        return {}
+    content_end = 0
+    with partial.open("rb+") as lines:
+        for line in lines:
+            if line.endswith(b"\n"):
+                content_end += len(line)
+        lines.truncate(content_end)
+    return {entry["id"]: offset for offset, entry in _entries(partial)}
+
+
+def _finish(partial: Path, out: Path, order: Sequence[str]) -> Counter[str]:
+    """Put the lines in the order of the input under the final name."""
+    offsets = _resume(partial)
+    if unknown := offsets.keys() - set(order):
+        raise DataError(
+            "Regenerated conversations are not in the sources any more",
+            where=partial,
+            found=f"{len(unknown)}, such as {min(unknown)}",
+            fix="Restore the sources, or remove the file to start over.",
+        )
+    if not offsets:
+        raise DataError("No conversation was regenerated", where=out, fix="Check data.sources and their split.")
+    ordered = _beside(out, ".ordered")
+    with partial.open("rb") as lines, ordered.open("wb") as file:
+        for identity in order:
+            if identity in offsets:
+                lines.seek(offsets[identity])
+                file.write(lines.readline())
+        file.flush()
+        os.fsync(file.fileno())
+    tally = _tally(ordered)
+    os.replace(ordered, out)
+    partial.unlink()
+    return tally
+
+
+def _tally(path: Path) -> Counter[str]:
+    tally: Counter[str] = Counter()
+    for _, entry in _entries(path):
+        tally["conversations"] += 1
+        tally["output_tokens"] += len(entry["output_ids"])
+        tally["unfinished"] += entry["finish_reason"] == "length"
+        tally["empty"] += not entry["messages"][-1]["content"]
+        tally["dropped_turns"] += entry["dropped_turns"]
+        tally["rerendered_answers"] += entry["rerendered_answers"]
+    return tally
+
+
+def _count_lines(path: Path) -> int:
+    return sum(1 for _ in path.open("rb")) if path.exists() else 0
+
+
+def _report(out: Path, failures_path: Path, tally: Counter[str], *, written: int, failures: int) -> RegenerateReport:
+    return RegenerateReport(
+        path=out,
+        conversations=tally["conversations"],
+        written=written,
+        skipped=tally["conversations"] - written,
+        failures=failures,
+        failures_path=failures_path,
+        output_tokens=tally["output_tokens"],
+        unfinished=tally["unfinished"],
+        empty=tally["empty"],
+        dropped_turns=tally["dropped_turns"],
+        rerendered_answers=tally["rerendered_answers"],
+    )

@@ -1,0 +1,184 @@
+"""Where conversations come from: prompts a plugin ships, JSON-lines files, datasets; split, mixed and without doubles.
+
+Knows how to find and split conversations; does not know templates, tokens or what is done with them.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, Final, Literal, Protocol
+
+from attrs import evolve
+
+from deepspec_core.config.schema import SourceOptions
+from deepspec_core.data.conversations import Conversation, from_row
+from deepspec_core.errors import DataError, nearest
+
+Split = Literal["train", "held_out"]
+
+BUILTIN: Final = "builtin:"
+_FILES: Final = (".jsonl", ".jsonl.gz")
+
+
+class Registry(Protocol):
+    """The part of deepspec_core.registry.Registry that sources need."""
+
+    def get(self, kind: str, name: str) -> Any: ...
+
+    def load(self, kind: str, name: str) -> Any: ...
+
+
+def read_sources(
+    sources: Sequence[SourceOptions],
+    *,
+    split: Split,
+    held_out: float,
+    seed: int,
+    base: Path,
+    registry: Registry,
+    counts: Counter[str] | None = None,
+) -> Iterator[Conversation]:
+    """The conversations of one split, lazily, each once.
+
+    Prompts a plugin ships have a held-out split of their own. Everything else is split by a hash of (seed, id): a
+    conversation is held out where the hash, as a fraction of 1, is below `held_out`; so the splits share no id,
+    whatever is read, in whatever order. `limit` caps the train conversations of a source.
+
+    Sources are interleaved in proportion to their weights for as long as they last; every conversation comes once, so
+    weights decide the order, and limits how much. `counts` receives `conversations`, `duplicates` (same id, same
+    content: dropped) and `renamed` (same id, other content: kept under a longer id).
+
+    DataError where a source is missing, not readable, or holds a malformed row (told by file and line).
+    """
+    counts = Counter() if counts is None else counts
+    streams = [
+        islice(_of_split(source, split, held_out, seed, base, registry), source.limit if split == "train" else None)
+        for source in sources
+    ]
+    seen: dict[str, str] = {}
+    for conversation in _interleave(streams, [source.weight for source in sources]):
+        digest = conversation.digest
+        if conversation.id in seen:
+            renamed = f"{conversation.id}-{digest[:12]}"
+            if seen[conversation.id] == digest or renamed in seen:
+                counts["duplicates"] += 1
+                continue
+            counts["renamed"] += 1
+            conversation = evolve(conversation, id=renamed)
+        seen[conversation.id] = digest
+        counts["conversations"] += 1
+        yield conversation
+
+
+def is_held_out(identity: str, *, held_out: float, seed: int) -> bool:
+    """Whether a conversation is held out; a property of its id and the seed alone."""
+    digest = hashlib.sha256(f"{seed}/{identity}".encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big") < held_out * 2**64
+
+
+def _of_split(
+    source: SourceOptions, split: Split, held_out: float, seed: int, base: Path, registry: Registry
+) -> Iterator[Conversation]:
+    if source.path.startswith(BUILTIN):
+        yield from _builtin(source.path, split, seed, registry)
+        return
+    rows = _file(base / source.path) if source.path.endswith(_FILES) else _dataset(source, base)
+    for conversation in rows:
+        if is_held_out(conversation.id, held_out=held_out, seed=seed) == (split == "held_out"):
+            yield conversation
+
+
+def _builtin(path: str, split: Split, seed: int, registry: Registry) -> Iterator[Conversation]:
+    name = path.removeprefix(BUILTIN)
+    spec = registry.get("builtin", name)
+    if spec.kind != "prompts":
+        raise DataError(
+            "This builtin is not a source of conversations",
+            where=f"data.sources: {path}",
+            found=f"a {spec.kind}",
+            expected="a builtin that offers prompts",
+            fix="See `deepspec plugins` for those that are installed.",
+        )
+    for number, row in enumerate(registry.load("builtin", name)(split, seed=seed), start=1):
+        yield from_row(row, f"{path}:{number}")
+
+
+def _file(path: Path) -> Iterator[Conversation]:
+    if not path.is_file():
+        raise _missing(path)
+    number = 0
+    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
+        try:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield from_row(_json(line, f"{path}:{number}"), f"{path}:{number}")
+        except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+            raise DataError("A file cannot be read", where=f"{path}:{number + 1}", found=error) from error
+
+
+def _json(line: str, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise DataError("A line is not JSON", where=where, found=error, expected="one JSON object a line") from error
+
+
+def _missing(path: Path) -> DataError:
+    folder = path.parent
+    if folder.is_dir():
+        close = nearest(path.name, [entry.name for entry in folder.iterdir()])
+        fix = f"Is {close!r} meant?" if close else None
+    else:
+        fix = f"The folder {folder} does not exist either."
+    return DataError("A source of conversations is missing", where=path, expected="a file or a folder", fix=fix)
+
+
+def _dataset(source: SourceOptions, base: Path) -> Iterator[Conversation]:
+    """A dataset folder, or a dataset on the Hub, streamed where only a part of it is wanted."""
+    local = base / source.path
+    if local.is_file():
+        raise DataError(
+            "A source is neither JSON lines nor a dataset folder", where=local, expected=f"a name ending in {_FILES[0]}"
+        )
+    if not local.is_dir() and (source.path.count("/") != 1 or source.path.startswith((".", "/", "~"))):
+        raise _missing(local)
+    import datasets
+
+    split = source.split or "train"
+    try:
+        if (local / "dataset_dict.json").is_file():
+            rows = datasets.load_from_disk(str(local))[split]
+        elif (local / "dataset_info.json").is_file():
+            rows = datasets.load_from_disk(str(local))
+        else:
+            name = str(local) if local.is_dir() else source.path
+            rows = datasets.load_dataset(name, split=split, streaming=source.limit is not None)
+    except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(
+            "A dataset cannot be read",
+            where=f"data.sources: {source.path}",
+            found=f"{type(error).__name__}: {error}",
+            expected=f"split {split!r} of a dataset folder or of a dataset on the Hub",
+            fix="Check the name, the split and the connection.",
+        ) from error
+    for number, row in enumerate(rows, start=1):
+        yield from_row(row, f"{source.path}:{number}")
+
+
+def _interleave(streams: Sequence[Iterator[Conversation]], weights: Sequence[float]) -> Iterator[Conversation]:
+    """Next comes the stream that is furthest behind its share; the earlier one of equals."""
+    taken = dict.fromkeys(range(len(streams)), 0)
+    while taken:
+        index = min(taken, key=lambda i: ((taken[i] + 1) / weights[i], i))
+        conversation = next(streams[index], None)
+        if conversation is None:
+            del taken[index]
+        else:
+            taken[index] += 1
+            yield conversation

@@ -1,0 +1,50 @@
+"""Features from a cache. Knows the reader's contract; no storage format, no target."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from deepspec_core.contracts.cache import CacheReader
+from deepspec_core.contracts.draft import Sample
+from deepspec_core.contracts.target import TargetFeatures
+from deepspec_core.data.collate import pad_features
+
+
+class CachedFeatures:
+    """Samples of a cache, ordered by id: the same order as without a cache, however the cache was written."""
+
+    def __init__(self, reader: CacheReader) -> None:
+        self.reader = reader
+        ids = reader.ids()
+        self._order = sorted(range(len(ids)), key=ids.__getitem__)
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def lengths(self) -> Sequence[int]:
+        """Tokens of each sample."""
+        lengths = self.reader.lengths()
+        return [lengths[index] for index in self._order]
+
+    def __getitem__(self, index: int) -> Sample:
+        """The sample with its features."""
+        return self.reader[self._order[index]]
+
+    def features(self, samples: Sequence[Sample], input_ids: Tensor, attention_mask: Tensor) -> TargetFeatures:
+        """Stored features of a batch. Samples without theirs are read again, by id."""
+        if any(sample.features is None for sample in samples):
+            places = {name: index for index, name in enumerate(self.reader.ids())}
+            samples = [self.reader[places[sample.id]] for sample in samples]
+        features = pad_features(samples)
+        assert features is not None, "a cache holds features"
+        return TargetFeatures(
+            hidden=features.hidden.to(input_ids.device), last_hidden=features.last_hidden.to(input_ids.device)
+        )
+
+
+def from_run(run: Any) -> CachedFeatures:
+    """`[features] mode = "cached"`: the cache stage's result."""
+    return CachedFeatures(run.open_cache())

@@ -1,0 +1,54 @@
+"""Features computed by the target while training. Knows the target's contract; stores nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepspec_core.contracts.draft import Sample
+from deepspec_core.contracts.target import TargetFeatures, TargetModel
+
+
+class OnlineFeatures:
+    """Samples ordered by id, the same order as with a cache; features on demand, in the target's dtype.
+
+    Loader workers get the samples without the target.
+    """
+
+    def __init__(self, samples: Sequence[Sample], target: TargetModel, taps: Sequence[int]) -> None:
+        self._samples = sorted(samples, key=lambda sample: sample.id)
+        self._target: TargetModel | None = target
+        self._taps = tuple(taps)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_target": None}
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def lengths(self) -> Sequence[int]:
+        """Tokens of each sample."""
+        return [len(sample.input_ids) for sample in self._samples]
+
+    def __getitem__(self, index: int) -> Sample:
+        """The sample, without features."""
+        return self._samples[index]
+
+    def features(self, samples: Sequence[Sample], input_ids: Tensor, attention_mask: Tensor) -> TargetFeatures:
+        """One forward of the target over the batch. Positions past a sequence's end are set to 0."""
+        assert self._target is not None, "features are computed in the training process"
+        with torch.no_grad():
+            features = self._target.features(input_ids, attention_mask, None, None, self._taps)
+        padding_BT1 = ~attention_mask[..., None].bool()
+        return TargetFeatures(
+            hidden=features.hidden.masked_fill(padding_BT1, 0),
+            last_hidden=features.last_hidden.masked_fill(padding_BT1, 0),
+        )
+
+
+def from_run(run: Any) -> OnlineFeatures:
+    """`[features] mode = "online"`."""
+    return OnlineFeatures(run.training_samples(), run.target, run.file.target.layers)

@@ -1,0 +1,110 @@
+"""How far a stage is: a bar with rate and time left on a terminal, otherwise a log line every ten seconds.
+
+Knows counts and figures; not what is being done.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sized
+from types import TracebackType
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+log = logging.getLogger("deepspec")
+
+LOG_EVERY_SECONDS = 10.0
+
+T = TypeVar("T")
+
+
+def _duration(seconds: float) -> str:
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+
+
+class Progress:
+    """Use as a context manager: `with Progress(1000, "regenerate", "samples") as progress: progress.advance()`.
+
+    `total` None: unknown. `done`: what an earlier, interrupted run finished; it is shown but not counted in the rate.
+    `enabled` False (all ranks but the first): nothing is shown.
+    """
+
+    def __init__(self, total: int | None, what: str, unit: str, *, done: int = 0, enabled: bool = True) -> None:
+        self.total, self.what, self.unit = total, what, unit
+        self.done = self._before = done
+        self.figures: dict[str, float] = {}
+        self._enabled = enabled
+        self._bar: RichProgress | None = None
+        self._start = self._last_line = time.monotonic()
+
+    def __enter__(self) -> Progress:
+        self._start = self._last_line = time.monotonic()
+        if self._enabled and sys.stderr.isatty():
+            self._bar = RichProgress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]}"),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[figures]}"),
+                console=Console(stderr=True),
+            )
+            self._task = self._bar.add_task(
+                self.what, total=self.total, completed=self.done, rate=f"- {self.unit}/s", figures=""
+            )
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        elif self._enabled:
+            log.info("%s", self.line())
+
+    @property
+    def rate(self) -> float:
+        """Units a second of this run so far."""
+        return (self.done - self._before) / max(time.monotonic() - self._start, 1e-9)
+
+    def advance(self, n: int = 1, **figures: float) -> None:
+        """n more units are done; `figures` (a loss, a share) are shown until replaced."""
+        self.done += n
+        self.figures.update(figures)
+        if self._bar is not None:
+            self._bar.update(
+                self._task, completed=self.done, rate=f"{self.rate:.3g} {self.unit}/s", figures=self._figures()
+            )
+        elif self._enabled and time.monotonic() - self._last_line >= LOG_EVERY_SECONDS:
+            self._last_line = time.monotonic()
+            log.info("%s", self.line())
+
+    def line(self) -> str:
+        """One line: what, done of total, rate, time left, figures."""
+        total = f"{self.done:,}" if self.total is None else f"{self.done:,} of {self.total:,}"
+        line = f"{self.what}: {total} {self.unit}, {self.rate:.3g} {self.unit}/s"
+        if self.total is not None and self.done < self.total and self.rate > 0:
+            line += f", {_duration((self.total - self.done) / self.rate)} left"
+        return ", ".join(filter(None, (line, self._figures())))
+
+    def _figures(self) -> str:
+        return ", ".join(f"{name} {value:.4g}" for name, value in self.figures.items())
+
+
+def track(iterable: Iterable[T], what: str, unit: str, *, total: int | None = None) -> Iterator[T]:
+    """The items of `iterable`, one unit each, with progress shown; `total` defaults to its length where it has one."""
+    if total is None and isinstance(iterable, Sized):
+        total = len(iterable)
+    with Progress(total, what, unit) as progress:
+        for item in iterable:
+            yield item
+            progress.advance()

@@ -1,0 +1,232 @@
+"""In-process regeneration: one line a conversation whatever the batch size or interruptions; failures told apart."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from attrs import evolve
+
+from deepspec_core.config.schema import RegenerateOptions, SourceOptions
+from deepspec_core.contracts.proposer import Sampling
+from deepspec_core.contracts.target import SamplingDefaults
+from deepspec_core.data.conversations import Conversation, from_row
+from deepspec_core.data.regenerate import RegenerateReport, regenerate, sample_seed, sampling_of
+from deepspec_core.data.sources import read_sources
+from deepspec_core.data.tokenize import ChatTokenizer
+from deepspec_core.errors import DataError
+from deepspec_core.testing.tiny_target import TinyTarget
+from deepspec_core.testing.tiny_tokenizer import tiny_format, tiny_tokenizer
+
+END = 1
+FMT = tiny_format()
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> ChatTokenizer:
+    return ChatTokenizer(tiny_tokenizer())
+
+
+class Talker(TinyTarget):
+    """A tiny target that says capital letters and, sooner or later, its end marker.
+
+    Capitals come back as the same tokens when a prompt is rendered; small letters, where allowed, merge.
+    """
+
+    def __init__(self, *, small_letters: bool = False) -> None:
+        super().__init__(vocab_size=340, hidden_size=8, num_layers=2, max_positions=512)
+        self._allowed = [END, *range(35, 93 if small_letters else 61)]
+
+    def decode(self, *arguments: Any, **options: Any) -> Any:
+        step = super().decode(*arguments, **options)
+        logits = torch.full_like(step.logits, -1e9)
+        logits[..., self._allowed] = step.logits[..., self._allowed]
+        logits[..., END] += 1.5
+        return evolve(step, logits=logits)
+
+
+def _conversations(count: int, turns: int = 1) -> list[Conversation]:
+    return [
+        from_row({"id": f"c{i}", "turns": [f"Question {i}, part {turn}?" for turn in range(turns)]}, "test")
+        for i in range(count)
+    ]
+
+
+def _run(out: Path, conversations: list[Conversation], tokenizer: ChatTokenizer, **changes: Any) -> RegenerateReport:
+    options = {"max_tokens": 24, "batch_size": 4, **changes.pop("options", {})}
+    settings = {
+        "target": Talker(),
+        "sampling": Sampling(temperature=1.0),
+        "seed": 5,
+        "max_length": 256,
+        "stop_ids": (END,),
+        **changes,
+    }
+    return regenerate(
+        conversations, tokenizer=tokenizer, fmt=FMT, options=RegenerateOptions(**options), out=out, **settings
+    )
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_lines_hold_what_was_read_and_emitted(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
+    out = tmp_path / "run" / "out.jsonl"
+    report = _run(out, _conversations(12), tokenizer)
+    rows = _rows(out)
+    assert [row["id"] for row in rows] == [f"c{i}" for i in range(12)]
+    assert report.conversations == report.written == 12
+    assert report.failures == report.skipped == 0
+    assert report.output_tokens == sum(len(row["output_ids"]) for row in rows)
+    assert report.unfinished == sum(row["finish_reason"] == "length" for row in rows)
+    assert {row["finish_reason"] for row in rows} == {"stop", "length"}
+    for row in rows:
+        assert tuple(row["prompt_ids"]) == tokenizer.render_prompt(row["messages"][:1])
+        text = row["messages"][-1]["content"]
+        assert tokenizer.decode(row["output_ids"]) == text + ("<|end|>" if row["finish_reason"] == "stop" else "")
+    assert sorted(path.name for path in out.parent.iterdir()) == ["out.jsonl", "out.jsonl.failures.jsonl"]
+
+
+def test_training_reads_the_emitted_tokens(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
+    out = tmp_path / "out.jsonl"
+    _run(out, _conversations(5), tokenizer)
+    read = read_sources(
+        [SourceOptions(path="out.jsonl")], split="train", held_out=0.0, seed=0, base=tmp_path, registry=None
+    )
+    for conversation, row in zip(read, _rows(out), strict=True):
+        sample = tokenizer.tokenize(conversation, FMT, None, 256)
+        assert sample.input_ids.tolist() == row["prompt_ids"] + row["output_ids"]
+        assert sample.input_ids[sample.loss_mask].tolist() == row["output_ids"]
+
+
+def test_batch_size_and_order_change_nothing(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
+    _run(tmp_path / "a.jsonl", _conversations(5, turns=2), tokenizer)
+    _run(tmp_path / "b.jsonl", _conversations(5, turns=2), tokenizer, options={"batch_size": 1})
+    assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
+    _run(tmp_path / "c.jsonl", _conversations(5, turns=2)[::-1], tokenizer)
+    assert _rows(tmp_path / "c.jsonl")[::-1] == _rows(tmp_path / "a.jsonl")
+    _run(tmp_path / "d.jsonl", _conversations(5, turns=2), tokenizer, seed=6)
+    assert (tmp_path / "d.jsonl").read_bytes() != (tmp_path / "a.jsonl").read_bytes()
+
+
+def test_every_turn_is_answered_in_order(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
+    given = from_row(
+        {
+            "id": "x",
+            "messages": [
+                {"role": "user", "content": "One?"},
+                {"role": "assistant", "content": "The old answer."},
+                {"role": "user", "content": "Two?"},
+            ],
+        },
+        "test",
+    )
+    out = tmp_path / "out.jsonl"
+    report = _run(out, [given, *_conversations(30, turns=3)], tokenizer, options={"max_tokens": 60})
+    rows = _rows(out)
+    assert all("The old answer." not in message["content"] for message in rows[0]["messages"])
+    complete = [row for row in rows if row["dropped_turns"] == 0]
+    assert len(complete) > 10
+    supervised_earlier = 0
+    for row in rows:
+        roles = [message["role"] for message in row["messages"]]
+        assert roles == ["user", "assistant"] * (len(roles) // 2)
+        assert tuple(row["prompt_ids"]) == tokenizer.render_prompt(row["messages"][:-1])
+        answers = [message["content"] for message in row["messages"][1:-1:2]]
+        spans = [tokenizer.decode(row["prompt_ids"][begin:end]) for begin, end in row["prompt_answers"]]
+        assert set(spans) <= {answer + "<|end|>" for answer in answers}
+        assert len(spans) + row["rerendered_answers"] == len(answers)
+        supervised_earlier += len(spans)
+        if row["dropped_turns"]:
+            assert row["finish_reason"] == "length"
+    assert supervised_earlier > 20
+    assert report.rerendered_answers == 0
+    assert report.dropped_turns == sum(row["dropped_turns"] for row in rows) > 0
+
+
+def test_answers_that_render_otherwise_are_counted_and_not_supervised(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
+    target, out = Talker(small_letters=True), tmp_path / "out.jsonl"
+    report = _run(out, _conversations(10, turns=2), tokenizer, target=target, options={"max_tokens": 40})
+    rows = _rows(out)
+    assert report.rerendered_answers == sum(row["rerendered_answers"] for row in rows) > 0
+    for row in rows:
+        assert len(row["prompt_answers"]) == len(row["messages"]) // 2 - 1 - row["rerendered_answers"]
+
+
+class _Killed(Exception):
+    pass
+
+
+def test_an_interrupted_run_loses_nothing_and_repeats_nothing(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    _run(whole, _conversations(20), tokenizer)
+
+    def interrupted():
+        for index, conversation in enumerate(_conversations(20)):
+            if index == 11:
+                raise _Killed
+            yield conversation
+
+    with pytest.raises(_Killed):
+        _run(out, interrupted(), tokenizer)
+    partial = tmp_path / "out.jsonl.partial"
+    lines = partial.read_bytes().splitlines(keepends=True)
+    assert 3 <= len(lines) < 12
+    assert not out.exists()
+    partial.write_bytes(b"".join(lines[:-1]) + lines[-1][:20])  # torn, as a kill leaves it
+    report = _run(out, _conversations(20), tokenizer)
+    assert report.skipped == len(lines) - 1
+    assert report.written == 20 - report.skipped
+    assert out.read_bytes() == whole.read_bytes()
+    assert not partial.exists()
+
+    class Untouchable(Talker):
+        def decode(self, *arguments: Any, **options: Any) -> Any:
+            raise AssertionError("a finished file needs no target")
+
+    again = _run(out, _conversations(20), tokenizer, target=Untouchable())
+    assert (again.written, again.skipped) == (0, 20)
+    assert out.read_bytes() == whole.read_bytes()
+
+
+def test_failures_go_to_a_side_file(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
+    bad = [
+        from_row({"id": "long", "turns": ["word " * 200]}, "test"),
+        from_row({"id": "mute", "messages": [{"role": "system", "content": "Be."}]}, "test"),
+        from_row(
+            {"id": "tool", "messages": [{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}]}, "test"
+        ),
+    ]
+    out = tmp_path / "out.jsonl"
+    with pytest.raises(DataError, match=r"(?s)3 of 11.*max_failures"):
+        _run(out, [*_conversations(8), *bad], tokenizer, options={"max_failures": 0.1})
+    assert not out.exists()
+    report = _run(out, [*_conversations(8), *bad], tokenizer, options={"max_failures": 0.5})
+    assert (report.conversations, report.failures, report.skipped) == (8, 3, 8)
+    failures = {row["id"]: row["reason"] for row in _rows(report.failures_path)}
+    assert failures.keys() == {"long", "mute", "tool"}
+    assert "do not fit 256" in failures["long"]
+    assert _run(out, [], tokenizer).failures == 3
+
+
+def test_mistakes_are_told(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
+    out = tmp_path / "out.jsonl"
+    with pytest.raises(DataError, match=r"(?s)in process.*Remove the key `servers`"):
+        _run(out, [], tokenizer, options={"servers": ("http://127.0.0.1:8000/v1",)})
+    with pytest.raises(DataError, match="No conversation"):
+        _run(out, [], tokenizer)
+    partial = tmp_path / "out.jsonl.partial"
+    partial.write_bytes(b'{"id": "gone"}\n')
+    with pytest.raises(DataError, match=r"(?s)not in the sources.*gone"):
+        _run(out, _conversations(2), tokenizer)
+    partial.write_bytes(b'{"id": "c0"}\nnonsense\n')
+    with pytest.raises(DataError, match=r"partial:2"):
+        _run(out, _conversations(2), tokenizer)
+
+
+def test_sampling_is_the_run_files_then_the_familys() -> None:
+    family = SamplingDefaults(temperature=0.7, top_p=0.8, top_k=20)
+    assert sampling_of(RegenerateOptions(temperature=0.0), family) == Sampling(temperature=0.0, top_p=0.8, top_k=20)
+    assert sample_seed(1, "a") != sample_seed(1, "a", 1) != sample_seed(2, "a", 1)

@@ -1,0 +1,123 @@
+"""Splits, mixing, doubles and missing files."""
+
+import gzip
+import json
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from deepspec_core.config.schema import SourceOptions
+from deepspec_core.data.sources import is_held_out, read_sources
+from deepspec_core.errors import DataError
+
+
+class Registry:
+    """Offers builtin:greetings, prompts that know their split."""
+
+    def get(self, kind: str, name: str) -> SimpleNamespace:
+        assert kind == "builtin"
+        return SimpleNamespace(kind="model" if name == "a-model" else "prompts")
+
+    def load(self, kind: str, name: str):
+        assert (kind, name) == ("builtin", "greetings")
+        return lambda split, seed: (_row(f"{split}-{seed}-{i}") for i in range(1000))
+
+
+def _row(identity: str, text: str | None = None) -> dict:
+    return {"id": identity, "messages": [{"role": "user", "content": text or f"Say {identity}"}]}
+
+
+def _write(path: Path, rows: list[dict]) -> Path:
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(lines.encode()))
+    else:
+        path.write_text(lines)
+    return path
+
+
+def _ids(base: Path, *sources: SourceOptions, split: str = "train", held_out: float = 0.0, counts=None, seed: int = 1):
+    read = read_sources(
+        sources, split=split, held_out=held_out, seed=seed, base=base, registry=Registry(), counts=counts
+    )
+    return [conversation.id for conversation in read]
+
+
+def test_splits_share_nothing_and_lose_nothing(tmp_path: Path) -> None:
+    rows = [_row(f"r{i}") for i in range(400)]
+    _write(tmp_path / "a.jsonl", rows)
+    source = SourceOptions(path="a.jsonl")
+    train = _ids(tmp_path, source, held_out=0.25)
+    held = _ids(tmp_path, source, held_out=0.25, split="held_out")
+    assert not set(train) & set(held)
+    assert sorted(train + held) == sorted(row["id"] for row in rows)
+    assert 60 < len(held) < 140
+    # A property of the id: the order of the file and what else it holds do not matter.
+    _write(tmp_path / "b.jsonl", rows[::-2])
+    assert set(_ids(tmp_path, SourceOptions(path="b.jsonl"), held_out=0.25, split="held_out")) <= set(held)
+    assert set(_ids(tmp_path, source, held_out=0.25, split="held_out", seed=2)) != set(held)
+    assert not any(is_held_out(row["id"], held_out=0.0, seed=1) for row in rows)
+
+
+def test_limit_caps_the_train_conversations_of_its_source(tmp_path: Path) -> None:
+    _write(tmp_path / "a.jsonl", [_row(f"r{i}") for i in range(100)])
+    source = SourceOptions(path="a.jsonl", limit=10)
+    assert len(_ids(tmp_path, source, held_out=0.2)) == 10
+    assert len(_ids(tmp_path, source, held_out=0.2, split="held_out")) > 10
+
+
+def test_builtins_have_a_split_of_their_own(tmp_path: Path) -> None:
+    source = SourceOptions(path="builtin:greetings", limit=3)
+    assert _ids(tmp_path, source, held_out=0.5) == ["train-1-0", "train-1-1", "train-1-2"]
+    assert _ids(tmp_path, source, held_out=0.5, split="held_out")[0] == "held_out-1-0"
+    with pytest.raises(DataError, match="not a source of conversations"):
+        _ids(tmp_path, SourceOptions(path="builtin:a-model"))
+
+
+def test_sources_interleave_by_weight(tmp_path: Path) -> None:
+    _write(tmp_path / "a.jsonl", [_row(f"a{i}") for i in range(9)])
+    _write(tmp_path / "b.jsonl.gz", [_row(f"b{i}") for i in range(9)])
+    ids = _ids(tmp_path, SourceOptions(path="a.jsonl", weight=2.0), SourceOptions(path="b.jsonl.gz"))
+    assert ids[:6] == ["a0", "a1", "b0", "a2", "a3", "b1"]
+    assert sorted(ids) == sorted([f"{name}{i}" for name in "ab" for i in range(9)])
+
+
+def test_doubles_are_dropped_and_clashes_renamed(tmp_path: Path) -> None:
+    _write(tmp_path / "a.jsonl", [_row("1", "one"), _row("2", "two")])
+    _write(tmp_path / "b.jsonl", [_row("1", "one"), _row("2", "another two"), _row("3", "three")])
+    counts: Counter[str] = Counter()
+    ids = _ids(tmp_path, SourceOptions(path="a.jsonl"), SourceOptions(path="b.jsonl"), counts=counts)
+    assert counts == {"conversations": 4, "duplicates": 1, "renamed": 1}
+    assert len(set(ids)) == 4
+    assert {"1", "2", "3"} < set(ids)
+
+
+def test_a_saved_dataset_folder_is_read(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    table = datasets.Dataset.from_list([{"conversations": [{"from": "human", "value": f"Say {i}"}]} for i in range(5)])
+    table.save_to_disk(str(tmp_path / "saved"))
+    assert len(set(_ids(tmp_path, SourceOptions(path="saved", limit=4)))) == 4
+    (tmp_path / "plain").mkdir()
+    _write(tmp_path / "plain" / "train.json", [_row("x")])
+    assert _ids(tmp_path, SourceOptions(path="plain", limit=4)) == ["x"]
+
+
+def test_mistakes_say_where(tmp_path: Path) -> None:
+    _write(tmp_path / "prompts.jsonl", [_row("1")])
+    with pytest.raises(DataError, match=r"'prompts\.jsonl' meant"):
+        _ids(tmp_path, SourceOptions(path="promts.jsonl"))
+    with pytest.raises(DataError, match="does not exist either"):
+        _ids(tmp_path, SourceOptions(path="nowhere/prompts.jsonl"))
+    with pytest.raises(DataError, match="missing"):
+        _ids(tmp_path, SourceOptions(path="./some-folder"))
+    (tmp_path / "prompts.jsonl").open("a").write('\n{"id": "2"\n')
+    with pytest.raises(DataError, match=r"prompts\.jsonl:3"):
+        _ids(tmp_path, SourceOptions(path="prompts.jsonl"))
+    (tmp_path / "prompts.csv").write_text("a,b")
+    with pytest.raises(DataError, match="neither JSON lines nor"):
+        _ids(tmp_path, SourceOptions(path="prompts.csv"))
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"turns": ["a"]}\n' * 1000)[:40])
+    with pytest.raises(DataError, match="cannot be read"):
+        _ids(tmp_path, SourceOptions(path="cut.jsonl.gz"))

@@ -1,0 +1,202 @@
+"""Which text is supervised, to the token: golden strings, the property behind them, truncation, given tokens."""
+
+import random
+from collections import Counter
+
+import pytest
+import torch
+
+from deepspec_core.contracts.target import ConversationFormat
+from deepspec_core.data.conversations import Conversation
+from deepspec_core.data.tokenize import ChatTokenizer, tokenize_all
+from deepspec_core.errors import DataError
+from deepspec_core.testing.tiny_tokenizer import tiny_format, tiny_tokenizer
+
+FMT = tiny_format()
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> ChatTokenizer:
+    return ChatTokenizer(tiny_tokenizer())
+
+
+def _conversation(*turns: str) -> Conversation:
+    roles = ("user", "assistant")
+    messages = tuple({"role": roles[i % 2], "content": text} for i, text in enumerate(turns))
+    return Conversation(id="c", messages=messages)
+
+
+def _spans(tokenizer: ChatTokenizer, sample) -> list[str]:
+    """The supervised text, one string a contiguous run of tokens."""
+    runs: list[list[int]] = []
+    previous = False
+    for token, flag in zip(sample.input_ids.tolist(), sample.loss_mask.tolist(), strict=True):
+        if flag and not previous:
+            runs.append([])
+        if flag:
+            runs[-1].append(token)
+        previous = flag
+    return [tokenizer.decode(run) for run in runs]
+
+
+def _tokenize(tokenizer: ChatTokenizer, conversation: Conversation, max_length: int = 4096, system: str | None = None):
+    return tokenizer.tokenize(conversation, FMT, system, max_length)
+
+
+def test_golden(tokenizer: ChatTokenizer) -> None:
+    sample = _tokenize(tokenizer, _conversation("What?", "One.", "And then?", "Two, three. "), system="Be short.")
+    assert tokenizer.decode(sample.input_ids) == (
+        "<|start|>system\nBe short.<|end|>\n"
+        "<|start|>user\nWhat?<|end|>\n<|start|>assistant\nOne.<|end|>\n"
+        "<|start|>user\nAnd then?<|end|>\n<|start|>assistant\n<think>\n\n</think>\n\nTwo, three.<|end|>\n"
+    )
+    assert _spans(tokenizer, sample) == ["One.<|end|>", "Two, three.<|end|>"]
+    # Cut one token after the last supervised one: here the newline after the marker, which ends the text anyway.
+    assert sample.original_length == len(sample.input_ids)
+    assert not sample.loss_mask[-1]
+
+
+@pytest.mark.parametrize(
+    ("turns", "supervised"),
+    [
+        (("<|start|>assistant\nI am you<|end|>", "No."), ["No.<|end|>"]),
+        (("a", "b", "<|end|>\n<|start|>assistant\nfake<|end|>\n", "d"), ["b<|end|>", "d<|end|>"]),
+        (("What?", "Xylophones."), ["Xylophones.<|end|>"]),
+        (("same", "same", "same", "same"), ["same<|end|>", "same<|end|>"]),
+        (("What?", ""), ["<|end|>"]),
+        (("What?", "A marker <|end|> inside"), ["A marker <|end|> inside<|end|>"]),
+        (("assistant\n", "user\n", "What?", "\n\nlines\n\n"), ["user<|end|>", "lines<|end|>"]),
+        (("ask", "b", "What?"), ["b<|end|>"]),
+        (("ask 😀", "naïve 😀👍🏽 日本"), ["naïve 😀👍🏽 日本<|end|>"]),
+    ],
+)
+def test_only_the_assistant_is_supervised(
+    tokenizer: ChatTokenizer, turns: tuple[str, ...], supervised: list[str]
+) -> None:
+    assert _spans(tokenizer, _tokenize(tokenizer, _conversation(*turns))) == supervised
+
+
+def _random_text(rng: random.Random) -> str:
+    pieces = ["the answer", " two", "\n", "X", "Y", "😀", "<|end|>", "<|start|>assistant\n", "é", " ", "<think>", "1+1"]
+    return "".join(rng.choices(pieces, k=rng.randint(1, 8)))
+
+
+def test_supervised_tokens_are_exactly_the_answers_and_their_markers(tokenizer: ChatTokenizer) -> None:
+    rng = random.Random(0)
+    for _ in range(150):
+        turns = [_random_text(rng) for _ in range(2 * rng.randint(1, 3))]
+        sample = _tokenize(tokenizer, _conversation(*turns))
+        text = tokenizer.decode(sample.input_ids[sample.loss_mask])
+        assert text == "".join(answer.strip() + "<|end|>" for answer in turns[1::2]), turns
+
+
+def test_truncation_keeps_text_and_never_part_of_a_marker() -> None:
+    # A marker of several tokens: the word is no special token of the tiny tokenizer.
+    plain = tiny_tokenizer()
+    plain.chat_template = plain.chat_template.replace("<|end|>", "<END>")
+    tokenizer = ChatTokenizer(plain)
+    fmt = ConversationFormat(assistant_start="<|start|>assistant\n", assistant_ends=("<END>",))
+    conversation = _conversation("What?", "One two", "More?", "Three four")
+    whole = tokenizer.tokenize(conversation, fmt, None, 4096)
+    markers = 0
+    for length in range(1, whole.original_length + 1):
+        sample = tokenizer.tokenize(conversation, fmt, None, length)
+        assert len(sample.input_ids) <= length
+        assert sample.original_length == length
+        assert torch.equal(sample.input_ids, whole.input_ids[: len(sample.input_ids)])
+        spans = _spans(tokenizer, sample)
+        for span, answer in zip(spans, ("One two", "Three four"), strict=False):
+            assert (answer + "<END>").startswith(span)
+            assert "<" not in span or span == answer + "<END>"
+            markers += span.endswith("<END>")
+        # Text tokens are supervised as soon as they are there.
+        supervised = int(whole.loss_mask[:length].sum())
+        assert supervised - int(sample.loss_mask.sum()) < len(tokenizer.encode("<END>")[0])
+    assert markers > 1
+
+
+def test_samples_end_one_token_after_their_last_supervised_one(tokenizer: ChatTokenizer) -> None:
+    sample = _tokenize(tokenizer, _conversation("a", "b", "a long question that nobody answers"))
+    last = int(sample.loss_mask.nonzero()[-1])
+    assert len(sample.input_ids) == last + 2
+    assert sample.original_length > len(sample.input_ids)
+
+
+def test_tokens_that_came_along_are_taken_as_they_are(tokenizer: ChatTokenizer) -> None:
+    given = Conversation(
+        id="g", messages=_conversation("a", "b").messages, input_ids=(9, 9, 8, 7, 6), loss_mask=(0, 0, 1, 1, 0)
+    )
+    sample = _tokenize(tokenizer, given)
+    assert sample.input_ids.tolist() == [9, 9, 8, 7, 6]
+    assert sample.loss_mask.tolist() == [False, False, True, True, False]
+    assert _tokenize(tokenizer, given, max_length=3).input_ids.tolist() == [9, 9, 8]
+
+
+def test_short_samples_are_dropped_and_counted(tokenizer: ChatTokenizer) -> None:
+    counts: Counter[str] = Counter()
+    conversations = [
+        _conversation("a", "b"),
+        _conversation("a", "something longer, surely long enough"),
+        _conversation("a"),
+    ]
+    kept = list(
+        tokenize_all(
+            conversations, tokenizer, FMT, system_prompt=None, max_length=64, min_supervised_tokens=5, counts=counts
+        )
+    )
+    assert len(kept) == 1
+    assert counts["too_short"] == 2
+    assert counts["samples"] == 1
+    assert counts["supervised_tokens"] == int(kept[0].loss_mask.sum())
+
+
+def test_prompts_end_where_the_assistant_begins(tokenizer: ChatTokenizer) -> None:
+    messages = [{"role": "user", "content": "What?"}]
+    prompt = "<|start|>user\nWhat?<|end|>\n<|start|>assistant\n"
+    assert tokenizer.decode(tokenizer.render_prompt(messages)) == prompt + "<think>\n\n</think>\n\n"
+    thinking = ChatTokenizer(tokenizer.tokenizer, thinking=True)
+    assert tokenizer.decode(thinking.render_prompt(messages)) == prompt
+    with_system = tokenizer.decode(tokenizer.render_prompt(messages, "Be short."))
+    assert with_system.startswith("<|start|>system\nBe short.<|end|>\n")
+    own = [{"role": "system", "content": "Own."}, *messages]
+    assert "Be short." not in tokenizer.decode(tokenizer.render_prompt(own, "Be short."))
+
+
+def test_a_prompt_and_its_answer_tokenise_as_the_whole(tokenizer: ChatTokenizer) -> None:
+    conversation = _conversation("What is two plus three?", "Two plus three is five.")
+    sample = _tokenize(tokenizer, conversation)
+    prompt = tokenizer.render_prompt(conversation.messages[:1])
+    assert tuple(sample.input_ids[: len(prompt)].tolist()) == prompt
+    assert int(sample.loss_mask.int().argmax()) == len(prompt)
+
+
+def test_fingerprints_change_with_what_they_cover(tokenizer: ChatTokenizer) -> None:
+    base = tokenizer.template_fingerprint(FMT, None)
+    assert base == ChatTokenizer(tiny_tokenizer()).template_fingerprint(FMT, None)
+    assert base != tokenizer.template_fingerprint(FMT, "Be short.")
+    other = ChatTokenizer(tiny_tokenizer())
+    assert other.tokenizer_fingerprint() == tokenizer.tokenizer_fingerprint()
+    other.tokenizer.add_tokens(["new"])
+    assert other.tokenizer_fingerprint() != tokenizer.tokenizer_fingerprint()
+
+
+def test_disagreement_of_format_and_template_is_an_error(tokenizer: ChatTokenizer) -> None:
+    conversation = _conversation("a", "b")
+    for wrong in (
+        ConversationFormat(assistant_start="<|im_start|>", assistant_ends=("<|end|>",)),
+        ConversationFormat(assistant_start="<|start|>assistant\n", assistant_ends=("<|im_end|>",)),
+    ):
+        with pytest.raises(DataError, match=r"<\|im_"):
+            tokenizer.tokenize(conversation, wrong, None, 64)
+    bare = tiny_tokenizer()
+    bare.chat_template = None
+    with pytest.raises(DataError, match="no chat template"):
+        ChatTokenizer(bare)
+    strict = tiny_tokenizer()
+    strict.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(DataError, match="roles must alternate"):
+        list(
+            tokenize_all(
+                [conversation], ChatTokenizer(strict), FMT, system_prompt=None, max_length=9, min_supervised_tokens=1
+            )
+        )
