@@ -1,0 +1,53 @@
+"""One decoder layer of a draft, in its family's residual layout, around an attention that the algorithm performs.
+
+Knows where the norms stand and how weights start; knows neither a family nor what is attended to.
+
+Legend: ... any leading dimensions, T tokens, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from deepspec_core.blocks.attention import DraftAttention
+from deepspec_core.contracts.target import TargetAdapter
+
+
+class DraftLayer(nn.Module):
+    """r = h + after_attention(attend(before_attention(h))); out = output_scale(r + after_mlp(mlp(before_mlp(r)))).
+
+    `attention_input` is the width of what the attention projects, the hidden size unless given.
+    """
+
+    def __init__(self, adapter: TargetAdapter, attention_input: int | None = None) -> None:
+        super().__init__()
+        norms = adapter.layer_norms()
+        self.before_attention, self.after_attention = norms.before_attention, norms.after_attention
+        self.before_mlp, self.after_mlp = norms.before_mlp, norms.after_mlp
+        self.output_scale = norms.output_scale
+        self.attention = DraftAttention(
+            adapter.attention_projections(attention_input or adapter.architecture.hidden_size)
+        )
+        self.mlp = adapter.mlp()
+        self.norm_names = dict(norms.names)
+
+    def forward(self, hidden_TH: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
+        """One layer, [..., T, H] -> [..., T, H]; `attend` maps the normed input to the attention's output."""
+        return self.finish(hidden_TH, attend(self.before_attention(hidden_TH)))
+
+    def finish(self, residual_TH: Tensor, attended_TH: Tensor) -> Tensor:
+        """Everything after the attention; for layers whose attention sees more than the residual stream."""
+        hidden_TH: Tensor = residual_TH + self.after_attention(attended_TH)
+        output_TH: Tensor = self.output_scale(hidden_TH + self.after_mlp(self.mlp(self.before_mlp(hidden_TH))))
+        return output_TH
+
+
+def initialise(module: nn.Module, std: float) -> None:
+    """New weights: linear and embedding weights normal(0, std), biases zero; norms keep their ones."""
+    for part in module.modules():
+        if isinstance(part, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(part.weight, std=std)
+        if isinstance(part, nn.Linear) and part.bias is not None:
+            nn.init.zeros_(part.bias)

@@ -1,0 +1,188 @@
+"""Draft checkpoints as they are published: a Hugging Face directory with config.json and model.safetensors.
+
+Knows how parameter names of the blocks become published ones, and how a directory is written whole and read strictly.
+Which algorithm a config.json belongs to is asked of the registry; what is in it, of the algorithm and the adapter.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from deepspec_core.blocks.layer import DraftLayer
+from deepspec_core.contracts.draft import DraftModel
+from deepspec_core.contracts.target import TargetAdapter
+from deepspec_core.errors import CheckpointError, PluginError
+from deepspec_core.references import resolve
+from deepspec_core.registry import Registry
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+_SHOWN = 8
+
+
+def layer_names(layers: Iterable[nn.Module], under: str = "layers") -> dict[str, str]:
+    """Parameter names of draft layers -> published ones: the part of DraftDescription.weight_names any draft shares.
+
+    `under` is where the layers stand in the draft. A slot's published name comes from the adapter's blocks.
+    """
+    names = {under: "layers"}
+    for index, layer in enumerate(layers):
+        assert isinstance(layer, DraftLayer)
+        for slot, name in layer.norm_names.items():
+            (tensor,) = getattr(layer, slot).state_dict()
+            names[f"{under}.{index}.{slot}.{tensor}"] = f"layers.{index}.{name}"
+        names |= {
+            f"{under}.{index}.attention.{slot}": f"layers.{index}.self_attn.{name}"
+            for slot, name in layer.attention.names.items()
+        }
+    return names
+
+
+def published_name(name: str, weight_names: Mapping[str, str]) -> str:
+    """One parameter's published name: its longest prefix (of whole dotted parts) in the map is replaced."""
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        prefix = ".".join(parts[:end])
+        if prefix in weight_names:
+            return ".".join([weight_names[prefix], *parts[end:]])
+    return name
+
+
+def save_draft(
+    draft: DraftModel, adapter: TargetAdapter, out_dir: Path, *, weights: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write a checkpoint; `out_dir` is complete or absent. Embedding and lm_head are in it, frozen or not.
+
+    `weights` is the draft's state dict where the caller gathered it from several ranks. CheckpointError where `out_dir`
+    already holds something.
+    """
+    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
+        raise CheckpointError(
+            "a checkpoint would overwrite what is there", where=out_dir, fix="choose another path, or remove it first"
+        )
+    description = draft.describe()
+    own = draft.state_dict() if weights is None else weights
+    tensors = {
+        published_name(name, description.weight_names): tensor.detach().cpu().contiguous()
+        for name, tensor in own.items()
+    }
+    assert len(tensors) == len(own), "two parameters share a published name"
+    dtype = str(draft.lm_head.weight.dtype).removeprefix("torch.")
+    config = adapter.draft_config(
+        description.num_layers, {**description.config, "architectures": [description.class_name], "dtype": dtype}
+    )
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
+    try:
+        # Every key, not those that differ from defaults: defaults move between versions of the library.
+        (unfinished / CONFIG).write_text(config.to_json_string(use_diff=False), encoding="utf-8")
+        save_file(tensors, unfinished / WEIGHTS, metadata={"format": "pt"})
+        unfinished.chmod(0o755)
+        os.replace(unfinished, out_dir)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def read_draft_config(directory: Path) -> dict[str, Any]:
+    """A checkpoint's config.json. CheckpointError where it is missing or not a JSON object."""
+    path = Path(directory) / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            "no draft checkpoint there", where=directory, expected=f"a directory with {CONFIG} and {WEIGHTS}"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{CONFIG} cannot be read", where=path, found=error, expected="a JSON object") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(
+            f"{CONFIG} cannot be read", where=path, found=type(config).__name__, expected="a JSON object"
+        )
+    return config
+
+
+def load_draft(
+    directory: Path,
+    *,
+    registry: Registry,
+    adapter: TargetAdapter,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> DraftModel:
+    """A draft from a checkpoint, its embedding and lm_head frozen, in evaluation mode.
+
+    `adapter` must have the draft's shape. CheckpointError where files are missing or damaged, no algorithm knows the
+    checkpoint, or weights are missing, unexpected or of another shape; all such weights are named.
+    """
+    directory = Path(directory)
+    config = read_draft_config(directory)
+    try:
+        spec = registry.recognise(config)
+        options, taps = resolve(spec.options_of)(config)
+    except (PluginError, CheckpointError) as error:
+        raise CheckpointError(
+            error.problem, where=directory / CONFIG, found=error.found, expected=error.expected, fix=error.fix
+        ) from error
+    weights = _read_weights(directory / WEIGHTS)
+    # The new weights are overwritten at once; whoever loads a draft keeps their random state.
+    with torch.random.fork_rng(devices=[]):
+        draft = cast(DraftModel, registry.load("draft", spec.name)(options, adapter, taps))
+    own = draft.state_dict()
+    names = {published_name(name, draft.describe().weight_names): name for name in own}
+    _compare(
+        {name: own[own_name] for name, own_name in names.items()},
+        weights,
+        where=directory / WEIGHTS,
+        algorithm=spec.name,
+    )
+    # Assigned rather than cast with .to(dtype), which would round buffers that are no weights (rotary frequencies) too.
+    draft.load_state_dict({names[name]: tensor.to(dtype) for name, tensor in weights.items()}, assign=True)
+    draft.embed_tokens.requires_grad_(False)
+    draft.lm_head.requires_grad_(False)
+    return draft.to(device).eval()
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise CheckpointError("the checkpoint has no weights", where=path, expected=WEIGHTS) from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            "weights cannot be read", where=path, found=error, fix="the file is damaged: copy or download it again"
+        ) from error
+
+
+def _compare(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], *, where: Path, algorithm: str) -> None:
+    problems = {
+        "missing": sorted(expected.keys() - found.keys()),
+        "unexpected": sorted(found.keys() - expected.keys()),
+        "of another shape": [
+            f"{name} {list(found[name].shape)}, expected {list(expected[name].shape)}"
+            for name in sorted(expected.keys() & found.keys())
+            if found[name].shape != expected[name].shape
+        ],
+    }
+    if any(problems.values()):
+        raise CheckpointError(
+            f"the weights are not those of the {algorithm!r} draft that {CONFIG} describes",
+            where=where,
+            found="; ".join(f"{kind}: {_listed(names)}" for kind, names in problems.items() if names),
+            fix="check that the checkpoint belongs to this target and was written whole",
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,156 @@
+"""The DFlash draft: training blocks through the backbone to rows, and the facts its checkpoints state.
+
+`forward` is pure: which blocks and slots there are was decided by anchors.AnchorPreparation. Drafts that add heads
+to the same backbone subclass DFlashModel, extend `rows`, and say so in `config` and their description.
+
+Legend: B sequences, T tokens, C = taps * H, H hidden size, V vocabulary, N live blocks, K block size, R rows,
+P distinct target positions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from attrs import evolve
+from torch import Tensor, nn
+
+from deepspec_core.contracts.draft import DraftBatch, DraftDescription, DraftModel
+from deepspec_core.contracts.rows import Heads, Rows
+from deepspec_core.contracts.target import TargetAdapter
+from deepspec_core.errors import ConfigError
+from deepspec_dflash.anchors import AnchorPreparation
+from deepspec_dflash.attention import BlockLayout
+from deepspec_dflash.backbone import DFlashBackbone
+from deepspec_dflash.options import DFlashOptions
+from deepspec_dflash.proposer import DFlashProposer
+
+
+class DFlashModel(DraftModel):
+    """A contracts.draft.DraftModel with new weights; `taps` are the target layers its features come from."""
+
+    algorithm = "dflash"
+    class_suffix = "DSparkModel"
+
+    def __init__(self, options: DFlashOptions, adapter: TargetAdapter, taps: tuple[int, ...]) -> None:
+        super().__init__()
+        architecture = adapter.architecture
+        self.options = evolve(options, mask_token_id=_mask_token(options, adapter))
+        self.taps = tuple(sorted(taps))
+        self.class_name = adapter.class_prefix + self.class_suffix
+        self.num_target_layers = architecture.num_layers
+        self.softcap = architecture.logit_softcap
+        self.embed_tokens = adapter.embedding().requires_grad_(False)
+        self.lm_head = nn.Linear(architecture.hidden_size, architecture.vocab_size, bias=False).requires_grad_(False)
+        self.backbone = DFlashBackbone(adapter, num_layers=options.num_layers, num_taps=len(taps))
+        self.preparation = AnchorPreparation(block_size=options.block_size, num_anchors=options.num_anchors)
+
+    def forward(self, batch: DraftBatch) -> Rows:
+        """The supervised slots of a batch."""
+        return self.rows(batch, self.block_hidden(batch))
+
+    def block_hidden(self, batch: DraftBatch) -> Tensor:
+        """The backbone's output for every live block, [N, K, H]."""
+        assert batch.document_ids is None, "packed rows"
+        prepared, num_tokens = batch.prepared, batch.input_ids.shape[1]
+        # What stands past a sequence's end is undefined, and 0 * inf in a masked sum is not 0.
+        features_BTC = batch.features.hidden.masked_fill(~batch.attention_mask.bool()[..., None], 0.0)
+        positions_1T = torch.arange(num_tokens, device=batch.input_ids.device)[None]
+        context = self.backbone.context_keys_values(self.backbone.context(features_BTC), positions_1T)
+        layout = BlockLayout(
+            grid_BA=prepared["grid"],
+            grid_anchors_BA=prepared["grid_anchors"],
+            place_N=prepared["place"],
+            block_size=self.options.block_size,
+        )
+        anchor_ids_N = batch.input_ids[prepared["sequence"], prepared["anchors"]]
+        hidden_NKH, positions_NK = self.embed_blocks(anchor_ids_N, prepared["anchors"])
+        output_NKH: Tensor = self.backbone(hidden_NKH, positions_NK, context, layout)
+        return output_NKH
+
+    def rows(self, batch: DraftBatch, hidden_NKH: Tensor) -> Rows:
+        """Counted slots only, each with weight 1; how slots of a block weigh is the run's weighting."""
+        prepared = batch.prepared
+        block_R, slot_R = prepared["block"], prepared["slot"]
+        return Rows(
+            hidden=hidden_NKH[block_R, slot_R],
+            target_hidden=batch.features.last_hidden[prepared["target_sequence"], prepared["target_position"]],
+            target_index=prepared["target_index"],
+            target_ids=prepared["labels"],
+            weight=torch.ones(len(block_R), dtype=torch.float32, device=block_R.device),
+            slot=slot_R,
+            block=block_R,
+        )
+
+    def embed_blocks(self, anchor_ids_N: Tensor, anchors_N: Tensor) -> tuple[Tensor, Tensor]:
+        """[anchor, MASK, MASK, ...] embedded, [N, K, H], and its positions, [N, K]."""
+        size = self.options.block_size
+        ids_NK = anchor_ids_N.new_full((len(anchor_ids_N), size), self.mask_token_id)
+        ids_NK[:, 0] = anchor_ids_N
+        return self.embed_tokens(ids_NK), anchors_N[:, None] + torch.arange(size, device=anchors_N.device)
+
+    def logits(self, hidden_H: Tensor) -> Tensor:
+        """softcap(lm_head(h)), [..., H] -> [..., V]."""
+        logits_V: Tensor = self.lm_head(hidden_H)
+        return logits_V if self.softcap is None else self.softcap * torch.tanh(logits_V / self.softcap)
+
+    @property
+    def mask_token_id(self) -> int:
+        """The token that fills the slots after the anchor."""
+        assert self.options.mask_token_id is not None
+        return self.options.mask_token_id
+
+    def heads(self) -> Heads:
+        """One frozen projection for draft and target."""
+        return Heads(draft=self.lm_head.weight, target=self.lm_head.weight, softcap=self.softcap)
+
+    def proposer(self) -> DFlashProposer:
+        """The decoding side, sharing these weights."""
+        return DFlashProposer(self)
+
+    def describe(self) -> DraftDescription:
+        """Facts for checkpoints, exports and reports."""
+        return DraftDescription(
+            algorithm=self.algorithm,
+            class_name=self.class_name,
+            taps=self.taps,
+            max_tokens=self.options.block_size,
+            num_layers=self.options.num_layers,
+            anchor_predicts=True,
+            causal=False,
+            weight_names=self.backbone.names("backbone"),
+            config=self.config(),
+        )
+
+    def config(self) -> dict[str, Any]:
+        """What is added to config.json."""
+        return {
+            "target_layer_ids": list(self.taps),
+            "num_target_layers": self.num_target_layers,
+            "block_size": self.options.block_size,
+            "mask_token_id": self.mask_token_id,
+            "num_anchors": self.options.num_anchors,
+            "enable_confidence_head": False,
+            "markov_rank": 0,
+        }
+
+
+def _mask_token(options: DFlashOptions, adapter: TargetAdapter) -> int:
+    """The run's mask token, else the target's own. ConfigError where there is none, or it is no token of the target."""
+    chosen = options.mask_token_id if options.mask_token_id is not None else adapter.architecture.mask_token_id
+    vocab_size = adapter.architecture.vocab_size
+    if chosen is None:
+        raise ConfigError(
+            "the target has no mask token, and the run names none",
+            where="[draft] mask_token_id",
+            expected=f"a token id below {vocab_size} that never occurs in text",
+            fix="set mask_token_id to an unused or reserved id of the target's vocabulary",
+        )
+    if chosen >= vocab_size:
+        raise ConfigError(
+            "the mask token is not in the target's vocabulary",
+            where="[draft] mask_token_id",
+            found=chosen,
+            expected=f"an id below {vocab_size}",
+        )
+    return chosen

@@ -1,0 +1,25 @@
+"""What this package offers: the `dflash` draft. Imports attrs and core's records only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from deepspec_core.hookspecs import hookimpl
+from deepspec_core.specs import DraftModelSpec
+from deepspec_dflash.options import DFlashOptions, is_dflash
+
+
+@hookimpl
+def deepspec_draft_models() -> Iterable[DraftModelSpec]:
+    """The algorithm."""
+    return [
+        DraftModelSpec(
+            name="dflash",
+            summary="block-parallel drafter: every token of a block in one pass, target features as keys and values",
+            build="deepspec_dflash.model:DFlashModel",
+            options=DFlashOptions,
+            class_suffix="DSparkModel",
+            recognise=is_dflash,
+            options_of="deepspec_dflash.options:options_of",
+        )
+    ]

@@ -1,0 +1,105 @@
+"""Decoding: one backbone pass proposes a whole block for every slot.
+
+Owns the draft's keys and values of verified context, one cache a layer; a block's own are dropped after its round.
+Knows neither the target nor verification.
+
+Legend: S slots, B slots in a call, T tokens, C = taps * H, H hidden size, K block size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from deepspec_core.contracts.proposer import Proposal, Sampling
+from deepspec_core.decoding.kv_cache import SlotKVCache
+from deepspec_core.decoding.sampling import distribution, draw
+from deepspec_dflash.attention import BlockLayout
+
+if TYPE_CHECKING:
+    from deepspec_dflash.model import DFlashModel
+
+
+class DFlashProposer:
+    """A contracts.proposer.Proposer. Drafts with a sequential head subclass it and replace `tokens`."""
+
+    def __init__(self, model: DFlashModel) -> None:
+        self.model = model
+        self.max_tokens = model.options.block_size
+        self.taps = model.taps
+        self._caches: list[SlotKVCache] = []
+        self._lengths_S = torch.zeros(0, dtype=torch.long)
+        self._last_S = torch.zeros(0, dtype=torch.long)
+
+    def open_slots(self, num_slots: int, max_length: int) -> None:
+        """Fresh caches for num_slots sequences of at most max_length tokens."""
+        weight, backbone = self.model.backbone.fc.weight, self.model.backbone
+        self._caches = []
+        for layer in backbone.draft_layers():
+            cache = SlotKVCache(
+                num_slots=num_slots,
+                num_kv_heads=layer.attention.num_kv_heads,
+                head_dim=layer.attention.head_dim,
+                max_length=max_length,
+                dtype=weight.dtype,
+                device=weight.device,
+            )
+            self._caches.append(cache)
+        self._lengths_S = torch.zeros(num_slots, dtype=torch.long, device=weight.device)
+        self._last_S = torch.zeros(num_slots, dtype=torch.long, device=weight.device)
+
+    @torch.no_grad()
+    def start(self, slots: Tensor, prompt_ids: Tensor, lengths: Tensor, first_token: Tensor, features: Tensor) -> None:
+        """The prompt's features become context; the first token is the next anchor."""
+        self._lengths_S[slots] = 0
+        self._extend(slots, features, lengths)
+        self._last_S[slots] = first_token
+
+    @torch.no_grad()
+    def propose(
+        self, slots: Tensor, limits: Tensor, sampling: Sampling, uniforms: Tensor, stop_ids: Sequence[int]
+    ) -> Proposal:
+        """A block for every slot, cut to its limit. Stop tokens are left to verification: later slots cost nothing."""
+        last_B, lengths_B = self._last_S[slots], self._lengths_S[slots]
+        hidden_BKH, positions_BK = self.model.embed_blocks(last_B, lengths_B)
+        num_tokens = int(lengths_B.max())
+        context = [cache.read(slots, num_tokens) for cache in self._caches]
+        layout = BlockLayout.one_each(lengths_B, self.max_tokens)
+        output_BKH: Tensor = self.model.backbone(hidden_BKH, positions_BK, context, layout)
+        return self.tokens(output_BKH, last_B, limits, sampling, uniforms)
+
+    def tokens(
+        self, hidden_BKH: Tensor, last_B: Tensor, limits_B: Tensor, sampling: Sampling, uniforms_BK: Tensor
+    ) -> Proposal:
+        """Every slot's token from its own output, all at once; `last_B` is the anchor token, for heads that want it."""
+        logits_BKV = self.model.logits(hidden_BKH)
+        lengths_B = limits_B.clamp(max=self.max_tokens)
+        if sampling.temperature == 0:
+            return Proposal(tokens=logits_BKV.argmax(-1), lengths=lengths_B)
+        probs_BKV = distribution(logits_BKV, sampling)
+        drawn_BK = draw(probs_BKV, uniforms_BK[:, : self.max_tokens])
+        return Proposal(tokens=drawn_BK, lengths=lengths_B, probabilities=probs_BKV)
+
+    @torch.no_grad()
+    def accept(self, slots: Tensor, committed_ids: Tensor, committed: Tensor, features: Tensor) -> None:
+        """The verified tokens' features become context; the last committed token is the next anchor."""
+        self._extend(slots, features, committed)
+        self._last_S[slots] = committed_ids.gather(1, committed[:, None] - 1)[:, 0]
+
+    def free(self, slots: Tensor) -> None:
+        """Forget these slots."""
+        self._lengths_S[slots] = 0
+
+    def _extend(self, slots_B: Tensor, features_BTC: Tensor, counts_B: Tensor) -> None:
+        """Append the first counts[b] features of slots[b] to its context."""
+        offsets_BT = torch.arange(features_BTC.shape[1], device=counts_B.device).expand(len(counts_B), -1)
+        positions_BT = self._lengths_S[slots_B, None] + offsets_BT
+        backbone = self.model.backbone
+        keys_values = backbone.context_keys_values(backbone.context(features_BTC), positions_BT)
+        where_BT = torch.where(offsets_BT < counts_B[:, None], positions_BT, -1)
+        for cache, (keys_BGTD, values_BGTD) in zip(self._caches, keys_values, strict=True):
+            cache.write(slots_B, where_BT, keys_BGTD, values_BGTD)
+        self._lengths_S[slots_B] += counts_B
