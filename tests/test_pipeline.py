@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,30 +12,7 @@ import pytest
 
 from deepspec_core.cli.main import main
 
-ROOT = Path(__file__).parents[1]
-QUICKSTART = ROOT / "examples" / "quickstart" / "train.toml"
 STAGES = ("regenerate", "cache", "train", "evaluate")
-
-
-def _run_file(folder: Path) -> Path:
-    """The quickstart's file in a folder of its own, its results beside it."""
-    path = folder / "train.toml"
-    path.write_text(QUICKSTART.read_text().replace("../../runs/", "runs/"))
-    return path
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished smoke run; tests that change anything work on a copy."""
-    path = _run_file(tmp_path_factory.mktemp("finished"))
-    assert main(["run", str(path), "--smoke"]) == 0
-    return path
-
-
-@pytest.fixture
-def copy(finished: Path, tmp_path: Path) -> Path:
-    shutil.copytree(finished.parent, tmp_path / "copy")
-    return tmp_path / "copy" / finished.name
 
 
 def _folder(path: Path) -> Path:
@@ -66,39 +42,39 @@ def test_a_run_leaves_checkpoint_config_metrics_and_report(finished: Path) -> No
     assert main(["config", "check", str(folder / "config.toml")]) == 0
 
 
-def test_rerunning_does_nothing_and_says_so(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = _contents(_folder(copy))
-    assert main(["run", str(copy), "--smoke"]) == 0
-    assert _contents(_folder(copy)) == before
+def test_rerunning_does_nothing_and_says_so(finished_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = _contents(_folder(finished_copy))
+    assert main(["run", str(finished_copy), "--smoke"]) == 0
+    assert _contents(_folder(finished_copy)) == before
     output = capsys.readouterr().out
     assert "nothing to do: every stage is complete" in output
     assert all(f"{stage}: already complete" in output for stage in STAGES)
 
 
 def test_a_changed_setting_is_refused_by_name_and_nothing_is_touched(
-    copy: Path, capsys: pytest.CaptureFixture[str]
+    finished_copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = _contents(_folder(copy))
-    assert main(["run", str(copy), "--smoke", "--set", "train.lr=1e-3"]) == 2
+    before = _contents(_folder(finished_copy))
+    assert main(["run", str(finished_copy), "--smoke", "--set", "train.lr=1e-3"]) == 2
     message = capsys.readouterr().err
     assert "`train.lr` changed" in message
     assert "0.002" in message
     assert "0.001" in message
     assert "--force train" in message
-    assert _contents(_folder(copy)) == before
+    assert _contents(_folder(finished_copy)) == before
 
 
-def test_settings_a_stage_does_not_read_may_change(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_settings_a_stage_does_not_read_may_change(finished_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     changes = ["--set", "train.log_every=7", "--set", "cache.batch_size=3", "--set", "regenerate.batch_size=5"]
-    assert main(["run", str(copy), "--smoke", *changes]) == 0
+    assert main(["run", str(finished_copy), "--smoke", *changes]) == 0
     assert "nothing to do" in capsys.readouterr().out
 
 
-def test_force_discards_a_stage_and_what_builds_on_it(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = _folder(copy)
+def test_force_discards_a_stage_and_what_builds_on_it(finished_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = _folder(finished_copy)
     kept = (folder / "cache" / "stage.json").read_bytes()
     changed = ["--set", "train.lr=1e-3", "--set", "evaluate.limit=2", "--force", "train"]
-    assert main(["run", str(copy), "--smoke", *changed]) == 0
+    assert main(["run", str(finished_copy), "--smoke", *changed]) == 0
     output = capsys.readouterr().out
     assert "cache: already complete" in output
     assert "train: starting" in output
@@ -106,37 +82,36 @@ def test_force_discards_a_stage_and_what_builds_on_it(copy: Path, capsys: pytest
     assert (folder / "cache" / "stage.json").read_bytes() == kept
 
 
-def test_a_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = _run_file(tmp_path)
-    assert main(["run", str(path), "--dry-run"]) == 0
+def test_a_dry_run_writes_nothing(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", str(run_file), "--dry-run"]) == 0
     output = capsys.readouterr().out
     assert "at most 3,000 conversations" in output
     assert "bytes a token" in output
-    assert [entry.name for entry in tmp_path.iterdir()] == ["train.toml"]
+    assert [entry.name for entry in run_file.parent.iterdir()] == ["train.toml"]
 
 
-def test_a_stage_without_its_inputs_says_what_to_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["run", str(_run_file(tmp_path)), "--stages", "train"]) == 2
-    assert "--stages cache,train" in capsys.readouterr().err.replace("regenerate,", "cache,")
+def test_a_stage_without_its_inputs_says_what_to_run(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", str(run_file), "--smoke", "--stages", "train"]) == 2
+    assert "--stages regenerate,train" in capsys.readouterr().err
 
 
-def test_an_unknown_stage_is_refused_with_the_nearest(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["run", str(copy), "--smoke", "--stages", "trian"]) == 2
+def test_an_unknown_stage_is_refused_with_the_nearest(finished_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", str(finished_copy), "--smoke", "--stages", "trian"]) == 2
     assert "Did you mean `train`?" in capsys.readouterr().err
 
 
-def test_two_processes_do_not_share_a_run(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_processes_do_not_share_a_run(finished_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     script = (
         "import fcntl, sys, time; lock = open(sys.argv[1], 'w'); fcntl.flock(lock, fcntl.LOCK_EX); "
         "print('held', flush=True); time.sleep(60)"
     )
     holder = subprocess.Popen(
-        [sys.executable, "-c", script, str(_folder(copy) / ".lock")], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", script, str(_folder(finished_copy) / ".lock")], stdout=subprocess.PIPE, text=True
     )
     try:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
-        assert main(["run", str(copy), "--smoke"]) == 2
+        assert main(["run", str(finished_copy), "--smoke"]) == 2
         assert "Another process is working on this run" in capsys.readouterr().err
     finally:
         holder.kill()
@@ -155,11 +130,10 @@ def _seal(folder: Path) -> dict[str, object]:
 
 
 @pytest.mark.slow
-def test_killed_in_every_stage_and_rerun_it_ends_as_if_never_killed(finished: Path, tmp_path: Path) -> None:
-    path = _run_file(tmp_path)
-    folder = _folder(path)
+def test_killed_in_every_stage_and_rerun_it_ends_as_if_never_killed(finished: Path, run_file: Path) -> None:
+    folder = _folder(run_file)
     command = [sys.executable, "-c", "import sys; from deepspec_core.cli.main import main; sys.exit(main())"]
-    command += ["run", str(path), "--smoke", "--set", "train.checkpoint_every=2"]
+    command += ["run", str(run_file), "--smoke", "--set", "train.checkpoint_every=2"]
     marks = {
         "regenerate": folder / "regenerate" / "conversations.jsonl.partial",
         "cache": folder / "cache" / "manifest.json",

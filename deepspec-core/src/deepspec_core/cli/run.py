@@ -57,6 +57,7 @@ def run(
         for line in preview(the_run, steps):
             click.echo(line)
         return
+    pipeline.check_before(the_run, steps)
     with the_run.locked():
         for folder in pipeline.discard(the_run, force):
             click.echo(f"discarded {folder}")

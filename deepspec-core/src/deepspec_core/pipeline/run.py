@@ -25,7 +25,7 @@ from deepspec_core.plugins import Plugins
 if TYPE_CHECKING:
     import torch
 
-    from deepspec_core.contracts.cache import CacheHeader, CacheReader
+    from deepspec_core.contracts.cache import CacheFormat, CacheHeader, CacheReader
     from deepspec_core.contracts.draft import Sample
     from deepspec_core.contracts.target import TargetAdapter, TargetModel
     from deepspec_core.data.conversations import Conversation
@@ -278,9 +278,12 @@ class Run:
 
     def open_cache(self) -> CacheReader:
         """The finished feature cache; CacheError where it is missing, unfinished, or made for something else."""
-        build = self.plugins.registry.load("cache", self.file.cache.format)
-        reader: CacheReader = build().open(self.stage_folder("cache"), self.cache_header())
-        return reader
+        cache_format: CacheFormat = self.plugins.registry.load("cache", self.file.cache.format)()
+        folder, expected = self.stage_folder("cache"), self.cache_header()
+        if "cache" not in self.file.run.stages:
+            # Made by another run, perhaps from conversations this one does not have: which ones is its affair.
+            expected = evolve(expected, source=cache_format.open(folder, None).header.source)
+        return cache_format.open(folder, expected)
 
 
 def file_digest(path: Path) -> str:

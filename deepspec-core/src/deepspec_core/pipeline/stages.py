@@ -15,7 +15,7 @@ from typing import Any, Literal
 from attrs import evolve, frozen
 
 from deepspec_core.errors import StageError, nearest
-from deepspec_core.pipeline.fingerprint import StageRecord, differences, fingerprint, flatten, read_record
+from deepspec_core.pipeline.fingerprint import RECORD, StageRecord, differences, fingerprint, flatten, read_record
 from deepspec_core.pipeline.run import Run
 from deepspec_core.registry import resolve
 
@@ -141,12 +141,21 @@ def plan(run: Run, *, only: Sequence[str] = (), force: Sequence[str] = ()) -> li
         lineage = [*ancestors(stage, present), stage]
         keys = fingerprint(flat, [key for member in lineage for key in member.reads])
         forced = [member.name for member in lineage if member.name in force]
-        record = None if forced else read_record(run.stage_folder(name))
+        record = None if forced else _record_of_results(run.stage_folder(name))
         if record is not None:
             _refuse_changes(run, stage, record, keys)
         action: Action = "run" if record is None else "skip" if record.complete else "resume"
         steps.append(Step(stage=stage, action=action, keys=keys, record=record))
     return steps
+
+
+def _record_of_results(folder: Path) -> StageRecord | None:
+    """The stage's record, None where there is none or the stage failed before it had any result."""
+    record = read_record(folder)
+    if record is None or record.complete:
+        return record
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != RECORD)
+    return record if any(path.stat().st_size for path in files) else None
 
 
 def _known(name: str, run: Run) -> Stage:
@@ -222,6 +231,21 @@ def execute(run: Run, steps: Sequence[Step], *, say: Callable[[str], None]) -> d
         summaries[name] = summary
         say(f"{name}: done in {record.seconds:.0f} s{_in_words(summary)}")
     return summaries
+
+
+def check_before(run: Run, steps: Sequence[Step]) -> None:
+    """Raise today what would stop a stage hours from now: the target's config, the taps, the draft's options.
+
+    The draft is built without memory for its weights. Nothing happens where no stage is to run.
+    """
+    if all(step.action == "skip" for step in steps):
+        return
+    import torch
+
+    from deepspec_core.pipeline.training import new_draft
+
+    with torch.device("meta"):
+        new_draft(run)
 
 
 def _require_ancestors(run: Run, stage: Stage) -> None:
