@@ -159,7 +159,8 @@ class EvaluateOptions:
     """[evaluate]: real speculative decoding. `temperature` may be a list: each is evaluated.
 
     `tasks` are task names, "held-out" (prompts the run never trained on), or JSON-lines files with `turns` or
-    `messages`. `batch_size` is the number of sequences decoded at once.
+    `messages`. `limit` caps each task's prompts (held-out: 500 where left out). `batch_size` is the number of sequences
+    decoded at once. `plain`: decode without the draft too, for the speed-up and the check of greedy outputs.
     """
 
     tasks: tuple[str, ...] = ("held-out",)

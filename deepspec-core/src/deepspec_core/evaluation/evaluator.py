@@ -36,6 +36,7 @@ class Decoding:
     max_length: int
     batch_size: int
     plain: bool = True
+    confidence_threshold: float = 0.0
 
 
 @frozen(kw_only=True)
@@ -124,6 +125,7 @@ def _run(
             max_new_tokens=decoding.max_new_tokens,
             batch_size=decoding.batch_size,
             max_length=decoding.max_length,
+            confidence_threshold=decoding.confidence_threshold,
             clock=clock,
         )
     }

@@ -18,6 +18,7 @@ from deepspec_core.errors import DataError
 from deepspec_core.registry import Registry
 
 HELD_OUT = "held-out"
+HELD_OUT_QUOTA = 500
 
 
 @frozen(kw_only=True)

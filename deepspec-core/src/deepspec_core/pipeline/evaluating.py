@@ -20,7 +20,7 @@ from deepspec_core.contracts.proposer import Sampling
 from deepspec_core.decoding.engine import Request
 from deepspec_core.evaluation.evaluator import Decoding, evaluate, summarise
 from deepspec_core.evaluation.report import markdown
-from deepspec_core.evaluation.tasks import Prompt, load_task
+from deepspec_core.evaluation.tasks import HELD_OUT_QUOTA, Prompt, load_task
 from deepspec_core.features.targets import fingerprint
 from deepspec_core.pipeline.run import Run
 
@@ -41,7 +41,8 @@ def run_stage(run: Run) -> dict[str, Any]:
             base=run.base,
             registry=run.plugins.registry,
             held_out=lambda: (
-                {"id": row.id, "messages": row.messages} for row in islice(run.conversations("held_out"), options.limit)
+                {"id": row.id, "messages": row.messages}
+                for row in islice(run.conversations("held_out"), options.limit or HELD_OUT_QUOTA)
             ),
         )
         for temperature in options.temperature:

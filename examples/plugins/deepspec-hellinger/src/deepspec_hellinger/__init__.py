@@ -1,0 +1,1 @@
+"""A Hellinger-distance loss for DeepSpec drafts."""

@@ -1,0 +1,59 @@
+"""The plugins under examples/plugins do what their READMEs say, found as installed ones are."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+
+from deepspec_core.blocks.row_engine import RowEngine
+from deepspec_core.blocks.weightings import Uniform
+from deepspec_core.cli.main import main
+from deepspec_core.contracts.rows import Heads, Rows
+from deepspec_core.plugins import load_plugins
+
+EXAMPLES = Path(__file__).parents[1] / "examples" / "plugins"
+
+
+@pytest.fixture
+def hellinger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package as if installed: its metadata from its own pyproject.toml."""
+    folder = EXAMPLES / "deepspec-hellinger"
+    project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
+    info = tmp_path / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
+    info.mkdir()
+    requires = "".join(f"Requires-Dist: {requirement}\n" for requirement in project["dependencies"])
+    (info / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n{requires}"
+    )
+    points = "".join(f"{name} = {module}\n" for name, module in project["entry-points"]["deepspec"].items())
+    (info / "entry_points.txt").write_text(f"[deepspec]\n{points}")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.syspath_prepend(str(folder / "src"))
+
+
+@pytest.mark.usefixtures("hellinger")
+def test_the_loss_plugin_is_found_checked_and_right(run_file: Path) -> None:
+    assert main(["config", "check", str(run_file), "--set", "loss.terms={hellinger = 1.0}"]) == 0
+    term = load_plugins().registry.load("loss", "hellinger")()
+    torch.manual_seed(0)
+    rows, vocabulary, hidden = 6, 40, 8
+    draft, target = torch.randn(vocabulary, hidden), torch.randn(vocabulary, hidden)
+    states, seen = torch.randn(rows, hidden, requires_grad=True), torch.randn(rows, hidden)
+    result = RowEngine({"hellinger": (term, 1.0)}, Uniform())(
+        Rows(
+            hidden=states,
+            target_hidden=seen,
+            target_index=torch.arange(rows),
+            target_ids=torch.zeros(rows, dtype=torch.long),
+            weight=torch.ones(rows),
+            slot=torch.zeros(rows, dtype=torch.long),
+            block=torch.arange(rows),
+        ),
+        Heads(draft=draft, target=target),
+    )
+    p, q = ((x @ head.T).double().softmax(-1) for x, head in ((seen, target), (states.detach(), draft)))
+    assert result.total.item() == pytest.approx(((p.sqrt() - q.sqrt()) ** 2).sum().item() / 2, rel=1e-5)
+    result.total.backward()
+    assert states.grad is not None
+    assert states.grad.abs().sum() > 0
