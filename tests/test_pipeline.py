@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from deepspec_core.cli.main import main
 
@@ -127,6 +129,17 @@ def _seal(folder: Path) -> dict[str, object]:
             (result["rounds"], result["acceptance_length"], result["output_tokens"]) for result in report["results"]
         ],
     }
+
+
+@pytest.mark.slow
+def test_several_workers_end_where_one_does(finished: Path, run_file: Path) -> None:
+    command = [sys.executable, "-m", "deepspec_core", "run", str(run_file), "--smoke", "--workers", "2"]
+    assert subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False).returncode == 0
+    mine, theirs = (load_file(_folder(path) / "draft" / "model.safetensors") for path in (run_file, finished))
+    for name, weight in theirs.items():
+        assert torch.allclose(mine[name], weight, atol=2e-5), name
+    seen = _seal(_folder(run_file))
+    assert seen["conversations"] == _seal(_folder(finished))["conversations"]
 
 
 @pytest.mark.slow

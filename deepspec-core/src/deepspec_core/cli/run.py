@@ -9,18 +9,29 @@ import click
 
 from deepspec_core.cli.options import no_plugin, overrides, run_file
 
+ARGUMENTS = "deepspec_core.run_arguments"
+
 
 def _names(_context: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[str, ...]:
     return tuple(name.strip() for name in value.split(",") if name.strip()) if value else ()
 
 
-@click.command()
+class _Verbatim(click.Command):
+    """Keeps the arguments as they were given, for workers to be started with."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta[ARGUMENTS] = list(args)
+        return super().parse_args(ctx, args)
+
+
+@click.command(cls=_Verbatim)
 @run_file
 @click.option("--stages", callback=_names, metavar="STAGE,...", help="Only these stages.")
 @overrides
 @no_plugin
 @click.option("--force", callback=_names, metavar="STAGE", help="Discard a stage's results, and those built on them.")
 @click.option("--dry-run", is_flag=True, help="Show the plan and stop.")
+@click.option("--workers", type=click.IntRange(min=1), help="Processes on this machine. Default: one per accelerator.")
 @click.option("--smoke", is_flag=True, help="Every stage on 16 samples and 10 steps, in a folder of its own.")
 def run(
     path: str,
@@ -29,8 +40,9 @@ def run(
     blocked: tuple[str, ...],
     force: tuple[str, ...],
     dry_run: bool,
+    workers: int | None,
     smoke: bool,
-) -> None:
+) -> int | None:
     """Run the stages a run file declares.
 
     Finished stages are skipped, interrupted ones resume, and a setting that changed under results is refused.
@@ -38,6 +50,7 @@ def run(
     from deepspec_core.config.load import load_run_file
     from deepspec_core.pipeline import run as runs
     from deepspec_core.pipeline import stages as pipeline
+    from deepspec_core.pipeline import workers as processes
     from deepspec_core.plugins import load_plugins
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
@@ -56,16 +69,27 @@ def run(
 
         for line in preview(the_run, steps):
             click.echo(line)
-        return
+        return None
     pipeline.check_before(the_run, steps)
+    if not processes.launched() and any(step.stage.shared and step.action != "skip" for step in steps):
+        count = processes.visible_devices() if workers is None else workers
+        if count > 1:
+            arguments = click.get_current_context().meta[ARGUMENTS]
+            return processes.start(count, ["run", *arguments])
+    if processes.rank() > 0:
+        processes.meet()
+        pipeline.follow(the_run, steps)
+        return None
     with the_run.locked():
         for folder in pipeline.discard(the_run, force):
             click.echo(f"discarded {folder}")
         the_run.save_config()
+        processes.meet()
         pipeline.execute(the_run, steps, say=click.echo)
-        if all(step.action == "skip" for step in steps):
-            click.echo(f"nothing to do: every stage is complete in {the_run.folder}")
-        _show_report(the_run.folder)
+    if all(step.action == "skip" for step in steps):
+        click.echo(f"nothing to do: every stage is complete in {the_run.folder}")
+    _show_report(the_run.folder)
+    return None
 
 
 def _show_report(folder: Path) -> None:

@@ -34,6 +34,11 @@ class RowStats(Protocol):
         ...
 
     @property
+    def soft_ce(self) -> Tensor:
+        """Cross-entropy of the draft at the target's distribution: kl plus the target's entropy."""
+        ...
+
+    @property
     def kl(self) -> Tensor:
         """KL(target || draft)."""
         ...
@@ -65,7 +70,7 @@ class RowStats(Protocol):
 
     @property
     def target_ids(self) -> Tensor:
-        """int64 labels."""
+        """int64 labels; the target's argmax where rows carry none."""
         ...
 
     @property

@@ -26,7 +26,7 @@ class Rows:
     )
     target_hidden: Tensor | None = None  # [P, H] input of the target's lm_head, each position once
     target_index: Tensor | None = None  # [N] int64, which of the P positions a row is compared with
-    target_ids: Tensor  # [N] int64, labels
+    target_ids: Tensor | None = None  # [N] int64, labels; None = the target's own argmax, of rows with `target_hidden`
     weight: Tensor  # [N] fp32, times the run's weighting; 0 = a padding row
     slot: Tensor  # [N] int64, position in block, or test-time-training step
     block: Tensor  # [N] int64, which proposal the row belongs to, non-decreasing; chunks never split a block

@@ -18,7 +18,10 @@ from torch import Tensor, nn
 
 @frozen(kw_only=True)
 class TargetArchitecture:
-    """What a draft, a cache or a report needs to know of a target. `mask_token_id` is None where there is none."""
+    """What a draft, a cache or a report needs to know of a target. `mask_token_id` is None where there is none.
+
+    `name`: the Hub id or directory its config was read from, "" for one made in memory.
+    """
 
     model_type: str
     hidden_size: int
@@ -31,6 +34,7 @@ class TargetArchitecture:
     initializer_range: float
     max_positions: int
     dense: bool = True
+    name: str = ""
 
 
 @frozen(kw_only=True)

@@ -20,6 +20,7 @@ from attrs import define, evolve, field
 
 from deepspec_core.config.schema import RunFile
 from deepspec_core.errors import DataError, StageError
+from deepspec_core.pipeline import workers
 from deepspec_core.plugins import Plugins
 
 if TYPE_CHECKING:
@@ -115,10 +116,7 @@ class Run:
     @cached_property
     def device(self) -> torch.device:
         """The accelerator of this process, else the CPU."""
-        from accelerate import PartialState
-
-        device: torch.device = PartialState().device
-        return device
+        return workers.device()
 
     @cached_property
     def dtype(self) -> torch.dtype:

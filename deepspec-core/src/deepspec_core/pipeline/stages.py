@@ -15,6 +15,7 @@ from typing import Any, Literal
 from attrs import evolve, frozen
 
 from deepspec_core.errors import StageError, nearest
+from deepspec_core.pipeline import workers
 from deepspec_core.pipeline.fingerprint import RECORD, StageRecord, differences, fingerprint, flatten, read_record
 from deepspec_core.pipeline.run import Run
 from deepspec_core.registry import resolve
@@ -23,12 +24,14 @@ from deepspec_core.registry import resolve
 @frozen(kw_only=True)
 class Stage:
     """`reads`: keys and sections whose change makes results stale. `uses`: stages whose results it builds on, where the
-    run has them. `body` is called with the run and returns a summary in JSON types."""
+    run has them. `body` is called with the run and returns a summary in JSON types. `shared`: all workers of a run take
+    part; the others are the first worker's alone."""
 
     name: str
     reads: tuple[str, ...]
     uses: tuple[str, ...]
     body: str
+    shared: bool = False
 
 
 _TARGET = ("target.model", "target.revision", "target.dtype")
@@ -89,6 +92,7 @@ STAGES = {
             ),
             uses=("regenerate", "cache"),
             body="deepspec_core.pipeline.training:run_stage",
+            shared=True,
         ),
         Stage(
             name="evaluate",
@@ -231,6 +235,18 @@ def execute(run: Run, steps: Sequence[Step], *, say: Callable[[str], None]) -> d
         summaries[name] = summary
         say(f"{name}: done in {record.seconds:.0f} s{_in_words(summary)}")
     return summaries
+
+
+def follow(run: Run, steps: Sequence[Step]) -> None:
+    """What a worker other than the first does: take part in shared stages, wait for the rest."""
+    for step in steps:
+        if step.action == "skip":
+            continue
+        if step.stage.shared:
+            for ancestor in ancestors(step.stage, run.file.run.stages):
+                workers.wait_for(run.stage_folder(ancestor.name))
+            resolve(step.stage.body)(run)
+        workers.wait_for(run.stage_folder(step.stage.name))
 
 
 def check_before(run: Run, steps: Sequence[Step]) -> None:

@@ -12,6 +12,7 @@ import torch
 from deepspec_core.blocks.published import save_draft
 from deepspec_core.contracts.draft import DraftModel
 from deepspec_core.contracts.features import FeatureSource
+from deepspec_core.pipeline import workers
 from deepspec_core.pipeline.run import Run
 from deepspec_core.training.trainer import train
 
@@ -33,8 +34,10 @@ def run_stage(run: Run) -> dict[str, Any]:
         seed=run.file.run.seed,
         save_draft=lambda path: save_draft(draft, run.adapter, path),
         on_checkpoint=lambda path: run.plugins.manager.hook.deepspec_checkpoint_saved(run=run, checkpoint=path),
+        device=run.device,
     )
-    publish(result.checkpoint / "draft", run.folder / "draft")
+    if workers.rank() == 0:
+        publish(result.checkpoint / "draft", run.folder / "draft")
     return {
         "steps": result.steps,
         "samples": len(source),

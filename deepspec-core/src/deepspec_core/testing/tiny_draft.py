@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from deepspec_core.contracts.draft import DraftBatch, DraftDescription, DraftModel, PreparedSample, Sample
+from deepspec_core.contracts.proposer import Proposer
 from deepspec_core.contracts.rows import Heads, Rows
 from deepspec_core.contracts.target import TargetFeatures
 
@@ -101,6 +102,10 @@ class TinyDraft(DraftModel):
         """The target's head for both sides."""
         head = self.lm_head.weight
         return Heads(draft=head, target=head, correction=None if self.after is None else self.after.weight)
+
+    def proposer(self) -> Proposer:
+        """There is none: this draft is for tests of training."""
+        raise AssertionError("TinyDraft does not decode")
 
     def describe(self) -> DraftDescription:
         """Facts of a draft nobody publishes."""

@@ -1,0 +1,70 @@
+"""One run as several processes: the first does every stage, the others join it where there is work for all: training.
+
+Knows the launcher's environment (torchrun, accelerate launch) and how to start workers on one machine; not what a stage
+does. The others wait by looking at stage records on the shared disk: stages before training may take days, longer than
+any collective may wait.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from deepspec_core.pipeline.fingerprint import read_record
+
+if TYPE_CHECKING:
+    import torch
+
+POLL_SECONDS = 0.5
+
+
+def rank() -> int:
+    """This process among those of the run, 0 where it is alone."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def launched() -> bool:
+    """Whether a launcher started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def visible_devices() -> int:
+    """Accelerators this process sees."""
+    import torch
+
+    return torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+
+
+def start(count: int, arguments: Sequence[str]) -> int:
+    """Run `deepspec ARGUMENTS` as `count` workers on this machine; returns the exit code."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    return subprocess.run([*launcher, "-m", "deepspec_core", *arguments], check=False).returncode
+
+
+def device() -> torch.device:
+    """This worker's accelerator, else the CPU; joins the other workers the first time it is asked."""
+    from accelerate import PartialState
+
+    # accelerate joins workers without an accelerator only where it is told that the CPU is meant.
+    own: torch.device = PartialState(cpu=visible_devices() == 0).device
+    return own
+
+
+def meet() -> None:
+    """Return when every worker is here."""
+    if launched():
+        from accelerate import PartialState
+
+        device()
+        PartialState().wait_for_everyone()
+
+
+def wait_for(folder: Path) -> None:
+    """Return when the first worker has completed the stage of `folder`. A worker that fails ends all of them."""
+    while (record := read_record(folder)) is None or not record.complete:
+        time.sleep(POLL_SECONDS)

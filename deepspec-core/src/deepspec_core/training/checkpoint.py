@@ -1,0 +1,235 @@
+"""Training states on disk: `checkpoints/step-000100/` with `draft/` (as published) and `state/` (what resuming needs).
+
+A checkpoint is complete or absent: it is written under another name, synced and renamed. `state/` holds fp32 master
+weights and optimizer tensors (safetensors) and scalars (JSON), by parameter name, whole, so any number of ranks can
+read it; `manifest.json` holds sizes and checksums. Knows files and tensors; not training.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from deepspec_core.errors import CheckpointError
+
+CHECKPOINTS = "checkpoints"
+DRAFT, STATE = "draft", "state"
+_WEIGHTS, _OPTIMIZER, _SCALARS, _MANIFEST = (
+    "weights.safetensors",
+    "optimizer.safetensors",
+    "state.json",
+    "manifest.json",
+)
+_NAME = re.compile(r"step-(\d{6,})")
+_FORMAT = 1
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest complete checkpoint of a training folder, or None."""
+    found = _complete(folder)
+    return found[-1] if found else None
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer steps done when it was written."""
+    match = _NAME.fullmatch(checkpoint.name)
+    assert match is not None, checkpoint
+    return int(match.group(1))
+
+
+def save(
+    folder: Path,
+    step: int,
+    *,
+    save_draft: Callable[[Path], None],
+    parameters: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    scalars: Mapping[str, Any],
+    keep: int,
+) -> Path:
+    """Write the checkpoint of `step` and remove all but the newest `keep`. One that is already there is left alone.
+
+    `parameters` are the trained ones by name; `save_draft(path)` writes the draft directory; `scalars` are JSON types.
+    """
+    final = folder / CHECKPOINTS / f"step-{step:06d}"
+    if final.exists():
+        return final
+    remove_unfinished(folder)
+    unfinished = final.with_name(f".{final.name}.unfinished")
+    (unfinished / STATE).mkdir(parents=True)
+    save_draft(unfinished / DRAFT)
+    save_file({name: _on_host(tensor) for name, tensor in parameters.items()}, unfinished / STATE / _WEIGHTS)
+    moments = {
+        f"{key}:{name}": _on_host(value)
+        for name, parameter in parameters.items()
+        for key, value in optimizer.state[parameter].items()
+    }
+    save_file(moments, unfinished / STATE / _OPTIMIZER)
+    _write_json(unfinished / STATE / _SCALARS, {"format": _FORMAT, "step": step, **scalars})
+    files = sorted(path for path in unfinished.rglob("*") if path.is_file())
+    manifest = {str(path.relative_to(unfinished)): _fingerprint(path) for path in files}
+    _write_json(unfinished / _MANIFEST, manifest)
+    for path in [*unfinished.rglob("*"), unfinished]:
+        _sync(path)
+    unfinished.rename(final)
+    _sync(final.parent)
+    for old in _complete(folder)[:-keep]:
+        # Under another name first: a removal that is interrupted must not leave half a checkpoint under a good name.
+        shutil.rmtree(old.rename(old.with_name(f".{old.name}.removed")))
+    return final
+
+
+def require_space(folder: Path, needed_bytes: int) -> None:
+    """CheckpointError where the disk has no room for a checkpoint of that size."""
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise CheckpointError(
+            "no room for a checkpoint",
+            where=folder,
+            found=f"{free / 1e9:.2f} GB free",
+            expected=f"{needed_bytes / 1e9:.2f} GB",
+            fix="free some space, or choose another run.output",
+        )
+
+
+def remove_unfinished(folder: Path) -> int:
+    """Delete what a killed writer or removal left behind; returns how many there were."""
+    rests = [path for path in (folder / CHECKPOINTS).glob(".step-*") if path.is_dir()]
+    for path in rests:
+        shutil.rmtree(path)
+    return len(rests)
+
+
+def restore(checkpoint: Path, *, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Put weights and optimizer state back and return the scalars. CheckpointError names a damaged or foreign file."""
+    _verify(checkpoint)
+    weights = _load(checkpoint / STATE / _WEIGHTS)
+    _same_names(checkpoint / STATE / _WEIGHTS, set(weights), parameters, weights)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
+    states: dict[str, dict[str, Tensor]] = {name: {} for name in parameters}
+    for entry, value in _load(checkpoint / STATE / _OPTIMIZER).items():
+        key, _, name = entry.partition(":")
+        states.setdefault(name, {})[key] = value
+    _same_names(checkpoint / STATE / _OPTIMIZER, set(states), parameters, {})
+    # The optimizer numbers its parameters in the order they were given to it, which is the mapping's.
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    numbers = {id(parameter): number for number, parameter in enumerate(held)}
+    optimizer.load_state_dict(
+        {
+            "state": {numbers[id(parameters[name])]: state for name, state in states.items() if state},
+            "param_groups": optimizer.state_dict()["param_groups"],
+        }
+    )
+    scalars: dict[str, Any] = _read_json(checkpoint / STATE / _SCALARS)
+    if scalars["format"] != _FORMAT:
+        raise CheckpointError(
+            "training state of another version",
+            where=checkpoint / STATE / _SCALARS,
+            found=f"format {scalars['format']}",
+            expected=f"format {_FORMAT}",
+            fix="resume with the version of deepspec-core that wrote it, or train anew in another output folder",
+        )
+    return scalars
+
+
+def _complete(folder: Path) -> list[Path]:
+    found = [path for path in (folder / CHECKPOINTS).glob("step-*") if path.is_dir() and _NAME.fullmatch(path.name)]
+    return sorted(found, key=step_of)
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    # A copy: safetensors refuses tensors that share memory.
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def _fingerprint(path: Path) -> dict[str, int]:
+    crc, size = 0, 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            crc, size = zlib.crc32(block, crc), size + len(block)
+    return {"bytes": size, "crc32": crc}
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _damaged(path: Path, found: object) -> CheckpointError:
+    checkpoint = path.parent if path.name == _MANIFEST else path.parent.parent
+    return CheckpointError(
+        "damaged training state",
+        where=path,
+        found=found,
+        expected="the file as it was written",
+        fix=f"remove {checkpoint} to resume from the checkpoint before it, or to start anew where there is none",
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _damaged(path, error) from error
+    if not isinstance(value, dict):
+        raise _damaged(path, type(value).__name__)
+    return value
+
+
+def _verify(checkpoint: Path) -> None:
+    """What the manifest lists of `state/` is there, whole and unchanged; the draft's files are there in full size."""
+    manifest = _read_json(checkpoint / _MANIFEST)
+    for name in (_WEIGHTS, _OPTIMIZER, _SCALARS):
+        if f"{STATE}/{name}" not in manifest:
+            raise _damaged(checkpoint / _MANIFEST, f"no entry for {STATE}/{name}")
+    for name, expected in manifest.items():
+        path = checkpoint / name
+        if not path.is_file():
+            raise _damaged(path, "no file")
+        if path.stat().st_size != expected["bytes"]:
+            raise _damaged(path, f"{path.stat().st_size} bytes instead of {expected['bytes']}")
+        if name.startswith(f"{STATE}/") and _fingerprint(path) != expected:
+            raise _damaged(path, "its checksum differs from the manifest's")
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise _damaged(path, error) from error
+
+
+def _same_names(path: Path, found: set[str], parameters: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    differing = sorted(found ^ set(parameters))
+    differing += [
+        name for name, value in weights.items() if name not in differing and value.shape != parameters[name].shape
+    ]
+    if differing:
+        raise CheckpointError(
+            "training state of another draft",
+            where=path,
+            found=f"{len(differing)} parameters differ, the first: {differing[0]}",
+            expected="the parameters this run trains, by name and shape",
+            fix="set [draft] back to what the checkpoint was trained with, or train in another output folder",
+        )

@@ -1,0 +1,89 @@
+"""Micro-batches on the host, in order: samples are read, prepared and collated, in this process or in workers.
+
+Knows plans, sources and preparations; not devices, features of an online target, nor optimizers.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+from attrs import frozen
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from deepspec_core.contracts.draft import Preparation
+from deepspec_core.contracts.features import FeatureSource
+from deepspec_core.training.host_batch import HostBatch, host_batch
+from deepspec_core.training.sampler import GlobalBatches, sample_rng
+
+_READ_AHEAD = 4  # micro-batches a worker
+
+
+@frozen(kw_only=True)
+class Plan:
+    """One micro-batch's samples. `live` false: its rank has no share of the step; it takes part and counts nothing."""
+
+    epoch: int
+    indices: tuple[int, ...]
+    live: bool = True
+
+
+class MicroBatches(Dataset[HostBatch]):
+    """Plans to micro-batches: what a loader worker does."""
+
+    def __init__(self, source: FeatureSource, preparation: Preparation, seed: int) -> None:
+        self.source, self.preparation, self.seed = source, preparation, seed
+
+    def __getitem__(self, plan: Plan) -> HostBatch:
+        samples = [self.source[index] for index in plan.indices]
+        rngs = [sample_rng(self.seed, plan.epoch, sample.id) for sample in samples]
+        prepared = [self.preparation.prepare(sample, rng) for sample, rng in zip(samples, rngs, strict=True)]
+        return host_batch(prepared, self.preparation)
+
+
+class StepPlans(Sampler[Plan]):
+    """One rank's micro-batches from a step onwards, in order."""
+
+    def __init__(
+        self, batches: GlobalBatches, steps: range, *, rank: int, world_size: int, micro_batch_size: int
+    ) -> None:
+        self.batches, self.steps = batches, steps
+        self.rank, self.world_size, self.micro_batch_size = rank, world_size, micro_batch_size
+
+    def of_step(self, step: int) -> list[Plan]:
+        """At least one plan: every rank takes part in every step's reduction."""
+        epoch = self.batches.epoch(step)
+        share = self.batches.share(
+            step, rank=self.rank, world_size=self.world_size, micro_batch_size=self.micro_batch_size
+        )
+        plans = [Plan(epoch=epoch, indices=tuple(indices)) for indices in share]
+        return plans or [Plan(epoch=epoch, indices=tuple(self.batches.indices(step)[:1]), live=False)]
+
+    def __iter__(self) -> Iterator[Plan]:
+        for step in self.steps:
+            yield from self.of_step(step)
+
+
+def iterate(
+    source: FeatureSource, preparation: Preparation, plans: StepPlans, *, seed: int, workers: int
+) -> Iterator[HostBatch]:
+    """The plans' micro-batches, in order; `workers` processes read ahead, or none."""
+    dataset = MicroBatches(source, preparation, seed)
+    if workers == 0:
+        return map(dataset.__getitem__, plans)
+    options: dict[str, Any] = {
+        "num_workers": workers,
+        "prefetch_factor": _READ_AHEAD,
+        "worker_init_fn": _ignore_interrupts,
+    }
+    return iter(DataLoader(dataset, batch_size=None, sampler=plans, collate_fn=_as_is, **options))
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+def _ignore_interrupts(_worker: int) -> None:
+    # Ctrl-C reaches every process of the terminal; the training process finishes its step first and then ends them.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

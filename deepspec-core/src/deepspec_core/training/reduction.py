@@ -1,0 +1,64 @@
+"""How an optimizer step's sums become its gradient: one division, by the step's own denominator over all ranks.
+
+Backward adds up unnormalised sums, so neither micro-batches nor ranks nor their sizes matter; data parallelism averages
+over ranks, hence the factor world_size. Knows sums and gradients; not drafts, losses or files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepspec_core.blocks.row_metrics import Ratio
+
+
+class StepSums:
+    """One rank's sums of one optimizer step, on the device: the denominator of its gradient, and metrics by name."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.denominator = torch.zeros((), device=device)
+        self.ratios: dict[str, Tensor] = {}  # name -> [2]
+
+    def add(self, denominator: Tensor, metrics: Mapping[str, Ratio]) -> None:
+        """Add a micro-batch's. Nothing is read back from the device."""
+        self.denominator = self.denominator + denominator.to(torch.float32)
+        for name, pair in metrics.items():
+            ratio = torch.stack([part.to(torch.float32) for part in pair])
+            self.ratios[name] = self.ratios[name] + ratio if name in self.ratios else ratio
+
+    def reduce(self, names: Sequence[str], flag: bool) -> Tensor:
+        """[2 + 2 * len(names)], the same on all ranks: the denominator, how many ranks raise `flag`, named ratios."""
+        zero = torch.zeros(2, device=self.device)
+        first = torch.stack((self.denominator, torch.full_like(self.denominator, float(flag))))
+        vector = torch.cat((first, *(self.ratios.get(name, zero) for name in names)))
+        if _distributed():
+            torch.distributed.all_reduce(vector)
+        return vector
+
+
+def normalise(parameters: Sequence[Tensor], denominator: Tensor, *, world_size: int, clip_norm: float) -> Tensor:
+    """Divide the gradients by the step's denominator, clip them, and return their norm [] before clipping.
+
+    A step without anything to supervise (denominator 0) has zero gradients and keeps them.
+    """
+    scale = torch.where(denominator > 0, world_size / denominator, 0.0)
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    torch._foreach_mul_(gradients, scale)
+    return torch.nn.utils.clip_grad_norm_(parameters, clip_norm)
+
+
+def gathered(value: Any) -> list[Any]:
+    """`value` of every rank, by rank."""
+    if not _distributed():
+        return [value]
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

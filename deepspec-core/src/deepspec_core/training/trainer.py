@@ -1,0 +1,310 @@
+"""The training loop: optimizer steps over a source of samples, with checkpoints, resumption and figures.
+
+Knows sources, drafts, engines and optimizers through their contracts; not stages, run folders beyond its own,
+algorithms or families. Devices and data parallelism are accelerate's, precision is step.py's, division reduction.py's.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from attrs import field, frozen
+from torch import Tensor
+
+from deepspec_core.blocks.row_engine import build_engine
+from deepspec_core.config.schema import LossOptions, TrainOptions
+from deepspec_core.contracts.draft import DraftModel
+from deepspec_core.contracts.features import FeatureSource
+from deepspec_core.dtypes import torch_dtype
+from deepspec_core.errors import CheckpointError, DataError, TrainingError
+from deepspec_core.progress import Progress
+from deepspec_core.registry import Registry
+from deepspec_core.training import checkpoint as checkpoints
+from deepspec_core.training.host_batch import HostBatch
+from deepspec_core.training.interrupt import Interrupt
+from deepspec_core.training.loader import StepPlans, iterate
+from deepspec_core.training.metrics import Clock, Figures, MetricsLog
+from deepspec_core.training.reduction import StepSums, gathered, normalise
+from deepspec_core.training.sampler import GlobalBatches
+from deepspec_core.training.schedule import learning_rate
+from deepspec_core.training.step import TrainingStep
+
+METRICS = "metrics.jsonl"
+_SHOWN_IDS = 8
+_FIXED_SCALARS = ("seed", "samples", "global_batch_size")
+
+
+@frozen(kw_only=True)
+class TrainResult:
+    """`checkpoint`: the newest, a directory with `draft/`. `resumed_from`: the step a checkpoint was found at, or 0.
+
+    `figures`: the last line of metrics.jsonl (on other ranks than the first, of this call). `counts`: what preparation
+    counted, over all epochs and ranks. `unfinished`: half-written checkpoints removed at the start.
+    """
+
+    checkpoint: Path
+    steps: int
+    resumed_from: int
+    figures: dict[str, Any] = field(factory=dict)
+    counts: dict[str, int] = field(factory=dict)
+    unfinished: int = 0
+    seconds: float = 0.0
+
+
+def train(
+    *,
+    draft: DraftModel,
+    source: FeatureSource,
+    options: TrainOptions,
+    loss: LossOptions,
+    registry: Registry,
+    folder: Path,
+    seed: int,
+    save_draft: Callable[[Path], None],
+    on_checkpoint: Callable[[Path], None] | None = None,
+    device: str | torch.device | None = None,
+) -> TrainResult:
+    """Train `draft` in place until `options` say it is done, continuing from the newest checkpoint of `folder`.
+
+    Writes `folder`/checkpoints and `folder`/metrics.jsonl. `save_draft(path)` writes the draft as published;
+    `on_checkpoint(path)` is told of each complete checkpoint; both on the first rank only. The schedule spans
+    min(max_steps, epochs' steps). Ctrl-C finishes the step, saves a checkpoint and raises KeyboardInterrupt; a second
+    one does not wait. DataError without samples; CheckpointError on a damaged or foreign training state, or no room
+    for one; TrainingError where a loss or gradient is not finite, before weights are touched.
+    """
+    if len(source) == 0:
+        raise DataError(
+            "no samples to train on",
+            expected="at least one conversation that passes [data]'s filters",
+            fix="lower data.min_supervised_tokens, raise data.max_length, or add sources",
+        )
+    start = time.monotonic()
+    trainer = _Trainer(draft, source, options, loss, registry, folder, seed, save_draft, on_checkpoint, device)
+    figures = trainer.run()
+    return TrainResult(
+        checkpoint=trainer.checkpoint,
+        steps=trainer.total_steps,
+        resumed_from=trainer.first_step,
+        figures=figures,
+        counts=trainer.all_counts(),
+        unfinished=trainer.unfinished,
+        seconds=time.monotonic() - start,
+    )
+
+
+class _Trainer:
+    checkpoint: Path
+
+    def __init__(
+        self,
+        draft: DraftModel,
+        source: FeatureSource,
+        options: TrainOptions,
+        loss: LossOptions,
+        registry: Registry,
+        folder: Path,
+        seed: int,
+        save_draft: Callable[[Path], None],
+        on_checkpoint: Callable[[Path], None] | None,
+        device: str | torch.device | None,
+    ) -> None:
+        self.source, self.options, self.folder, self.seed = source, options, folder, seed
+        self.preparation = draft.preparation
+        self.save_draft, self.on_checkpoint = save_draft, on_checkpoint
+        self.accelerator = Accelerator(
+            cpu=device is not None and torch.device(device).type == "cpu",
+            mixed_precision="no",
+            # A draft's buffers are constants; sending them at every forward would be for nothing.
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        )
+        self.device: torch.device = self.accelerator.device
+        self.is_main: bool = self.accelerator.is_main_process
+        self.batches = GlobalBatches(
+            list(source.lengths()), global_batch_size=options.global_batch_size, epochs=options.epochs, seed=seed
+        )
+        self.total_steps = min(self.batches.total_steps, options.max_steps or self.batches.total_steps)
+        self.model = self._wrap(draft, loss, registry)
+        self.parameters = {name: value for name, value in draft.named_parameters() if value.requires_grad}
+        self.optimizer = torch.optim.AdamW(
+            list(self.parameters.values()),
+            lr=options.lr,
+            betas=options.betas,
+            eps=1e-8,
+            weight_decay=options.weight_decay,
+            fused=self.device.type in ("cpu", "cuda"),
+        )
+        self.loss_names = ["loss", *(f"loss/{name}" for name in loss.terms)]
+        self.figures = Figures()
+        self.counts: Counter[str] = Counter()  # of this rank, since the start of this call
+        self.counts_before: Counter[str] = Counter()  # of all ranks, up to the checkpoint resumed from
+        trained = sum(value.numel() for value in self.parameters.values())
+        # fp32 weights and two moments; the draft itself in its own dtype.
+        self.checkpoint_bytes = 12 * trained + sum(value.nbytes for value in draft.state_dict().values())
+        self.unfinished = checkpoints.remove_unfinished(folder) if self.is_main else 0
+        self.first_step = self._resume()
+
+    def _wrap(self, draft: DraftModel, loss: LossOptions, registry: Registry) -> torch.nn.Module:
+        compute_dtype = torch_dtype(self.options.precision)
+        for parameter in draft.parameters():
+            # Master weights are fp32 whatever the checkpoint they came from; frozen ones need no more than they have.
+            if parameter.requires_grad or compute_dtype == torch.float32:
+                parameter.data = parameter.data.to(torch.float32)
+        step = TrainingStep(draft.train(), build_engine(loss, registry), compute_dtype=compute_dtype)
+        wrapped: torch.nn.Module = self.accelerator.prepare_model(step)
+        return wrapped
+
+    def _resume(self) -> int:
+        newest = checkpoints.latest(self.folder)
+        if newest is None:
+            return 0
+        scalars = checkpoints.restore(newest, parameters=self.parameters, optimizer=self.optimizer)
+        for name, value in self._scalars(0).items():
+            if name in _FIXED_SCALARS and scalars[name] != value:
+                raise CheckpointError(
+                    f"training cannot resume: {name} is not what the checkpoint was trained with",
+                    where=newest,
+                    found=f"{name} = {value}",
+                    expected=f"{name} = {scalars[name]}",
+                    fix="set it back, or train in another output folder",
+                )
+        self.figures = Figures(scalars["figures"])
+        self.counts_before = Counter(scalars["counts"])
+        self.checkpoint = newest
+        return checkpoints.step_of(newest)
+
+    def run(self) -> dict[str, Any]:
+        """Every step that is left; the last line of figures."""
+        log = MetricsLog(self.folder / METRICS, resume_at=self.first_step) if self.is_main else None
+        line = log.last() if log is not None else {}
+        if self.first_step >= self.total_steps:
+            return line
+        checkpoints.require_space(self.folder, self.checkpoint_bytes)
+        plans = StepPlans(
+            self.batches,
+            range(self.first_step, self.total_steps),
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+            micro_batch_size=self.options.micro_batch_size,
+        )
+        micro_batches = iterate(
+            self.source, self.preparation, plans, seed=self.seed, workers=self.options.loader_workers
+        )
+        progress = Progress(self.total_steps, "train", "steps", done=self.first_step, enabled=self.is_main)
+        clock = Clock()
+        with Interrupt() as interrupt, progress:
+            for step in range(self.first_step, self.total_steps):
+                done = step + 1
+                last = done == self.total_steps
+                logged = last or done % self.options.log_every == 0
+                rate, norm, stop = self._step(step, plans, micro_batches, logged, interrupt.asked)
+                chosen = self.batches.indices(step)
+                clock.count(len(chosen), sum(self.batches.lengths[index] for index in chosen))
+                if logged:
+                    epochs = round(done / self.batches.steps_per_epoch, 4)
+                    line = {"step": done, "epoch": epochs, "lr": rate, "grad_norm": norm}
+                    line |= {**clock.rates(), **self.figures.take()}
+                    if log is not None:
+                        log.write(line)
+                shown = {name: line[name] for name in ("loss", "tau_probabilistic") if name in line}
+                progress.advance(1, **shown)
+                if stop or last or done % self.options.checkpoint_every == 0:
+                    self._save(done)
+                if stop:
+                    raise KeyboardInterrupt
+        return line
+
+    def _step(
+        self, step: int, plans: StepPlans, micro_batches: Iterator[HostBatch], with_metrics: bool, interrupted: bool
+    ) -> tuple[float, float, bool]:
+        """One optimizer step: its learning rate, its gradient norm before clipping, whether any rank is to stop."""
+        sums = StepSums(self.device)
+        done: list[tuple[HostBatch, Tensor]] = []
+        share = plans.of_step(step)
+        for number, plan in enumerate(share):
+            micro = next(micro_batches)
+            batch = micro.to_draft_batch(self.source, self.device)
+            waits = number + 1 < len(share)
+            with self.accelerator.no_sync(self.model) if waits else nullcontext():
+                result = self.model(batch, with_metrics=with_metrics)
+                (result.total if plan.live else result.total * 0.0).backward()
+            if plan.live:
+                sums.add(result.denominator, result.metrics)
+                self.counts.update(micro.counts)
+            done.append((micro, result.total.detach()))
+        names = _union(gathered(list(sums.ratios))) if with_metrics else self.loss_names
+        vector = sums.reduce(names, interrupted)
+        norm = normalise(
+            list(self.parameters.values()),
+            vector[0],
+            world_size=self.accelerator.num_processes,
+            clip_norm=self.options.clip_norm,
+        )
+        # The one wait for the device of a step.
+        grad_norm, denominator, stop, *values = torch.cat((norm.to(vector.dtype).reshape(1), vector)).tolist()
+        if not (math.isfinite(grad_norm) and math.isfinite(denominator) and all(map(math.isfinite, values))):
+            raise self._not_finite(step, grad_norm, done)
+        rate = learning_rate(step, peak=self.options.lr, total_steps=self.total_steps, warmup=self.options.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.figures.add(names, values)
+        return rate, grad_norm, stop > 0
+
+    def _not_finite(self, step: int, grad_norm: float, done: list[tuple[HostBatch, Tensor]]) -> TrainingError:
+        culprits = [micro for micro, total in done if not bool(torch.isfinite(total))]
+        ids = [sample.id for micro in culprits or [micro for micro, _ in done] for sample in micro.samples]
+        more = f" and {len(ids) - _SHOWN_IDS} more" if len(ids) > _SHOWN_IDS else ""
+        what = "loss" if culprits else "gradient"
+        return TrainingError(
+            f"the {what} of step {step + 1} is not finite; weights were left as they were after step {step}",
+            where=f"samples {', '.join(ids[:_SHOWN_IDS])}{more}",
+            found=f"gradient norm {grad_norm}",
+            fix="look at these samples and their features; lower train.lr or train.clip_norm where they are sound",
+        )
+
+    def _scalars(self, step: int) -> dict[str, Any]:
+        return {
+            "epoch": self.batches.epoch(step),
+            "position": step % self.batches.steps_per_epoch * self.options.global_batch_size,
+            # All random numbers follow from the seed, the epoch and the sample's id: there is no other state to keep.
+            "seed": self.seed,
+            "samples": len(self.batches.lengths),
+            "global_batch_size": self.options.global_batch_size,
+        }
+
+    def all_counts(self) -> dict[str, int]:
+        """What preparation counted since the very start, over all ranks; every rank calls it together."""
+        return dict(sum(map(Counter, gathered(dict(self.counts))), self.counts_before))
+
+    def _save(self, step: int) -> None:
+        counts = self.all_counts()
+        if self.is_main:
+            checkpoints.require_space(self.folder, self.checkpoint_bytes)
+            self.checkpoint = checkpoints.save(
+                self.folder,
+                step,
+                save_draft=self.save_draft,
+                parameters=self.parameters,
+                optimizer=self.optimizer,
+                scalars={**self._scalars(step), "figures": self.figures.sums, "counts": counts},
+                keep=self.options.keep_checkpoints,
+            )
+            if self.on_checkpoint is not None:
+                self.on_checkpoint(self.checkpoint)
+        self.accelerator.wait_for_everyone()
+        self.checkpoint = self.folder / checkpoints.CHECKPOINTS / f"step-{step:06d}"
+
+
+def _union(parts: list[list[str]]) -> list[str]:
+    """Every name of any rank, in one order: a rank may have seen fewer slots than another."""
+    return list(dict.fromkeys(name for part in parts for name in part))
