@@ -44,7 +44,7 @@ class ComponentSpec:
 class DraftModelSpec(ComponentSpec):
     """An algorithm. `build(options, adapter, taps)` returns a contracts.draft.DraftModel with new weights.
 
-    `class_suffix`: published class names are the adapter's prefix plus this, e.g. "Qwen3" + "DSparkModel".
+    `class_suffix`: published class names are the adapter's prefix plus this.
     `recognise(config)`: whether a checkpoint's config.json (as a mapping) is one of this algorithm's.
     `options_of(config)`: "module:attribute" of a function that reads the options and taps back from such a config.json;
     it returns (options, taps).
