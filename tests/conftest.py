@@ -1,11 +1,23 @@
-"""A finished small run of the quickstart, made once for all tests that look at one."""
+"""What tests across packages share: a finished small run of the quickstart; tiny targets and drafts of every kind."""
 
 import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from attrs import fields, frozen
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from deepspec_core.cli.main import main
+from deepspec_core.config.schema import LayerOptions
+from deepspec_core.contracts.draft import DraftModel
+from deepspec_core.contracts.target import TargetAdapter, TargetModel
+from deepspec_core.features.targets import load_target, open_adapter
+from deepspec_core.plugins import load_plugins
+from deepspec_core.registry import Registry
 
 QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart" / "train.toml"
 
@@ -36,3 +48,88 @@ def finished_copy(finished: Path, tmp_path: Path) -> Path:
 def run_file(tmp_path: Path) -> Path:
     """The quickstart's run file, nothing run yet."""
     return write_run_file(tmp_path)
+
+
+@frozen(kw_only=True)
+class TinyTarget:
+    """A random target of one family: its directory, its adapter (the draft's shape included) and the loaded model."""
+
+    where: Path
+    adapter: TargetAdapter
+    model: TargetModel
+
+
+SIZES = {
+    "vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128, "eos_token_id": 1, "pad_token_id": 0,
+    "bos_token_id": 2, "initializer_range": 0.2, "tie_word_embeddings": False,
+}  # fmt: skip
+_PATTERN = {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2, "sliding_window": 8}
+# The model type of a family's tiny target, by the adapter's name, and what its config needs beyond SIZES.
+TINY = {
+    "gemma3": ("gemma3_text", {**_PATTERN, "query_pre_attn_scalar": 8}),
+    "gemma4": (
+        "gemma4_text",
+        {
+            **_PATTERN, "global_head_dim": 16, "num_global_key_value_heads": 1, "attention_k_eq_v": True,
+            "hidden_size_per_layer_input": 0, "final_logit_softcapping": 20.0,
+        },
+    ),
+    "llama": ("llama", {}),
+    "mistral": ("mistral", {"sliding_window": None}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {}),
+    "qwen3_moe": ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}),
+}  # fmt: skip
+OWN_LAYER = LayerOptions(intermediate_size=48)
+
+
+@pytest.fixture(scope="session")
+def registry() -> Registry:
+    """Every installed plugin's offers."""
+    return load_plugins().registry
+
+
+@pytest.fixture(scope="session")
+def tiny_target(tmp_path_factory: pytest.TempPathFactory, registry: Registry) -> Callable[..., TinyTarget]:
+    """tiny_target(family, **sizes): by the adapter's name, made once for each."""
+
+    @cache
+    def make(family: str, **sizes: int) -> TinyTarget:
+        if family not in TINY:
+            pytest.fail(f"no tiny target of the family {family!r}: add its model type and config to TINY in {__file__}")
+        model_type, more = TINY[family]
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(model_type, **{**SIZES, **more, **sizes})
+        where = tmp_path_factory.mktemp(family)
+        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(where)
+        adapter = open_adapter(where, registry=registry, draft_layer=OWN_LAYER)
+        return TinyTarget(
+            where=where, adapter=adapter, model=load_target(adapter, where, dtype=torch.float32, device="cpu")
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_draft(registry: Registry) -> Callable[..., DraftModel]:
+    """tiny_draft(algorithm, target, **options): new weights, the target's embedding and head; taps 1 to 4 and -1.
+
+    Of the sizes below an algorithm takes those it has options for.
+    """
+    small = {"block_size": 4, "ttt_length": 4, "num_anchors": 12}
+
+    def make(algorithm: str, target: TinyTarget, **chosen: Any) -> DraftModel:
+        spec = registry.get("draft", algorithm)
+        vocab_size = target.adapter.architecture.vocab_size
+        given = {**small, "mask_token_id": vocab_size - 1, **chosen}
+        options = None
+        if spec.options is not None:
+            known = {field.name for field in fields(spec.options)}
+            options = spec.options(**{name: value for name, value in given.items() if name in known})
+        torch.manual_seed(1)
+        draft: DraftModel = registry.load("draft", algorithm)(options, target.adapter, (-1, 1, 2, 3, 4))
+        draft.adopt(target.model.embedding_weight(), target.model.head_weight())
+        return draft
+
+    return make

@@ -98,6 +98,34 @@ def test_a_minimal_file_has_every_default(load: Loader) -> None:
     assert file.evaluate.temperature == (1.0,)
 
 
+def test_an_algorithm_says_what_it_is_trained_on_where_the_file_does_not(tmp_path: Path, toy: Any) -> None:
+    toy.add(
+        "fake-soft",
+        """
+        from attrs import frozen
+
+        @frozen(kw_only=True)
+        class SoftOptions:
+            pass
+
+        @hookimpl
+        def deepspec_draft_models():
+            return [
+                DraftModelSpec(
+                    name="soft", summary="", build="a:b", options=SoftOptions, class_suffix="SoftModel",
+                    options_of="a:c", default_loss={"terms": {"soft_ce": 1.0}},
+                )
+            ]
+        """,
+    )
+    load, soft = Loader(tmp_path, load_plugins()), GOOD.replace('"toy"', '"soft"')
+    assert load(soft).loss.terms == {"soft_ce": 1.0}
+    assert load(soft + "[loss]\nchunk_rows = 8\n").loss.terms == {"soft_ce": 1.0}
+    assert load(soft + "[loss]\nterms = {tv = 2.0}\n").loss.terms == {"tv": 2.0}
+    assert load(GOOD).loss.terms == {"ce": 1.0}
+    assert list(load.problems(GOOD.replace('"toy"', '"nobody"'))) == ["draft.type"]
+
+
 def test_sections_that_plugins_shape_hold_their_own_typed_options(load: Loader) -> None:
     text = GOOD + (
         "head = {rank = 4}\nwidths = [1, 2]\ndropout = 1\nlayer = {num_heads = 2}\n"

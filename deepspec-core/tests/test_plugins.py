@@ -35,7 +35,7 @@ def test_core_offers_its_own_components_like_any_plugin() -> None:
     core = record(load_plugins(), "deepspec-core")
     assert (core.name, core.version, core.status, core.reason) == ("core", __version__, "ok", None)
     assert core.offers == {
-        "loss": ["ce", "tv"],
+        "loss": ["ce", "soft_ce", "kl", "tv", "confidence"],
         "weighting": ["uniform", "decay"],
         "cache": ["hdf5"],
         "features": ["cached", "online"],

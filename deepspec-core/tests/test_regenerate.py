@@ -96,7 +96,7 @@ def test_training_reads_the_emitted_tokens(tmp_path: Path, tokenizer: ChatTokeni
         [SourceOptions(path="out.jsonl")], split="train", held_out=0.0, seed=0, base=tmp_path, registry=None
     )
     for conversation, row in zip(read, _rows(out), strict=True):
-        sample = tokenizer.tokenize(conversation, FMT, None, 256)
+        (sample,) = tokenizer.samples(conversation, FMT, None, 256)
         assert sample.input_ids.tolist() == row["prompt_ids"] + row["output_ids"]
         assert sample.input_ids[sample.loss_mask].tolist() == row["output_ids"]
 
@@ -137,7 +137,7 @@ def test_every_turn_is_answered_in_order(tmp_path: Path, tokenizer: ChatTokenize
         answers = [message["content"] for message in row["messages"][1:-1:2]]
         spans = [tokenizer.decode(row["prompt_ids"][begin:end]) for begin, end in row["prompt_answers"]]
         assert set(spans) <= {answer + "<|end|>" for answer in answers}
-        assert len(spans) + row["rerendered_answers"] == len(answers)
+        assert len(spans) + len(row["rewritten"]) == len(answers)
         supervised_earlier += len(spans)
         if row["dropped_turns"]:
             assert row["finish_reason"] == "length"
@@ -146,13 +146,22 @@ def test_every_turn_is_answered_in_order(tmp_path: Path, tokenizer: ChatTokenize
     assert report.dropped_turns == sum(row["dropped_turns"] for row in rows) > 0
 
 
-def test_answers_that_render_otherwise_are_counted_and_not_supervised(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
+def test_answers_that_render_otherwise_are_counted_and_kept_as_rows_of_their_own(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
     target, out = Talker(small_letters=True), tmp_path / "out.jsonl"
     report = _run(out, _conversations(10, turns=2), tokenizer, target=target, options={"max_tokens": 40})
     rows = _rows(out)
-    assert report.rerendered_answers == sum(row["rerendered_answers"] for row in rows) > 0
-    for row in rows:
-        assert len(row["prompt_answers"]) == len(row["messages"]) // 2 - 1 - row["rerendered_answers"]
+    assert report.rerendered_answers == sum(len(row["rewritten"]) for row in rows) > 0
+    read = read_sources(
+        [SourceOptions(path="out.jsonl")], split="train", held_out=0.0, seed=0, base=tmp_path, registry=None
+    )
+    for conversation, row in zip(read, rows, strict=True):
+        assert len(row["prompt_answers"]) == len(row["messages"]) // 2 - 1 - len(row["rewritten"])
+        samples = tokenizer.samples(conversation, FMT, None, 512)
+        assert len(samples) == 1 + len(row["rewritten"])
+        for sample, (prompt, output) in zip(samples, row["rewritten"], strict=False):
+            assert sample.input_ids.tolist() == prompt + output
+            assert sample.input_ids[sample.loss_mask].tolist() == output
+            assert tokenizer.decode(prompt).endswith("<|start|>assistant\n<think>\n\n</think>\n\n")
 
 
 class _Killed(Exception):

@@ -225,6 +225,7 @@ def test_padding_rows_change_nothing() -> None:
         hidden=hidden, target_hidden=rows.target_hidden, target_index=pad(rows.target_index, 0),
         target_ids=pad(rows.target_ids, 0), weight=pad(rows.weight, 0.0), slot=pad(rows.slot, 0),
         block=pad(rows.block, BLOCKS),
+        extras={name: pad(extra, 0.0) for name, extra in rows.extras.items()},
     )  # fmt: skip
     after = engine(padded, heads, with_metrics=True)
     after.total.backward()

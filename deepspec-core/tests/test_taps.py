@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+
 from deepspec_core.errors import TargetError
 from deepspec_core.features.taps import check_taps
 

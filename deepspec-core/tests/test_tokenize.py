@@ -5,10 +5,11 @@ from collections import Counter
 
 import pytest
 import torch
+from attrs import evolve
 
 from deepspec_core.contracts.target import ConversationFormat
 from deepspec_core.data.conversations import Conversation
-from deepspec_core.data.tokenize import ChatTokenizer, tokenize_all
+from deepspec_core.data.tokenize import ChatTokenizer, Dropped, tokenize_all
 from deepspec_core.errors import DataError
 from deepspec_core.testing.tiny_tokenizer import tiny_format, tiny_tokenizer
 
@@ -40,7 +41,8 @@ def _spans(tokenizer: ChatTokenizer, sample) -> list[str]:
 
 
 def _tokenize(tokenizer: ChatTokenizer, conversation: Conversation, max_length: int = 4096, system: str | None = None):
-    return tokenizer.tokenize(conversation, FMT, system, max_length)
+    (sample,) = tokenizer.samples(conversation, FMT, system, max_length)
+    return sample
 
 
 def test_golden(tokenizer: ChatTokenizer) -> None:
@@ -97,10 +99,10 @@ def test_truncation_keeps_text_and_never_part_of_a_marker() -> None:
     tokenizer = ChatTokenizer(plain)
     fmt = ConversationFormat(assistant_start="<|start|>assistant\n", assistant_ends=("<END>",))
     conversation = _conversation("What?", "One two", "More?", "Three four")
-    whole = tokenizer.tokenize(conversation, fmt, None, 4096)
+    (whole,) = tokenizer.samples(conversation, fmt, None, 4096)
     markers = 0
     for length in range(1, whole.original_length + 1):
-        sample = tokenizer.tokenize(conversation, fmt, None, length)
+        (sample,) = tokenizer.samples(conversation, fmt, None, length)
         assert len(sample.input_ids) <= length
         assert sample.original_length == length
         assert torch.equal(sample.input_ids, whole.input_ids[: len(sample.input_ids)])
@@ -119,7 +121,10 @@ def test_samples_end_one_token_after_their_last_supervised_one(tokenizer: ChatTo
     sample = _tokenize(tokenizer, _conversation("a", "b", "a long question that nobody answers"))
     last = int(sample.loss_mask.nonzero()[-1])
     assert len(sample.input_ids) == last + 2
-    assert sample.original_length > len(sample.input_ids)
+    given = Conversation(id="g", messages=(), input_ids=(5, 6, 7, 8, 9), loss_mask=(0, 1, 0, 0, 0))
+    cut = _tokenize(tokenizer, given)
+    assert cut.input_ids.tolist() == [5, 6, 7]
+    assert cut.original_length == 5
 
 
 def test_tokens_that_came_along_are_taken_as_they_are(tokenizer: ChatTokenizer) -> None:
@@ -145,7 +150,7 @@ def test_short_samples_are_dropped_and_counted(tokenizer: ChatTokenizer) -> None
         )
     )
     assert len(kept) == 1
-    assert counts["too_short"] == 2
+    assert counts["too_short"] == counts["no_answer"] == 1
     assert counts["samples"] == 1
     assert counts["supervised_tokens"] == int(kept[0].loss_mask.sum())
 
@@ -187,16 +192,33 @@ def test_disagreement_of_format_and_template_is_an_error(tokenizer: ChatTokenize
         ConversationFormat(assistant_start="<|start|>assistant\n", assistant_ends=("<|im_end|>",)),
     ):
         with pytest.raises(DataError, match=r"<\|im_"):
-            tokenizer.tokenize(conversation, wrong, None, 64)
+            tokenizer.samples(conversation, wrong, None, 64)
     bare = tiny_tokenizer()
     bare.chat_template = None
     with pytest.raises(DataError, match="no chat template"):
         ChatTokenizer(bare)
+
+
+def test_conversations_the_template_refuses_are_dropped_and_told(tokenizer: ChatTokenizer) -> None:
     strict = tiny_tokenizer()
-    strict.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(DataError, match="roles must alternate"):
-        list(
-            tokenize_all(
-                [conversation], ChatTokenizer(strict), FMT, system_prompt=None, max_length=9, min_supervised_tokens=1
-            )
-        )
+    strict.chat_template = (
+        "{%- if messages[0].content == 'no' -%}{{ raise_exception('roles must alternate') }}{%- endif -%}"
+        + strict.chat_template
+    )
+    counts: Counter[str] = Counter()
+    dropped: list[Dropped] = []
+    conversations = [evolve(_conversation("no", "b"), id="bad"), _conversation("yes", "b")]
+    kept = tokenize_all(
+        conversations,
+        ChatTokenizer(strict),
+        FMT,
+        system_prompt=None,
+        max_length=64,
+        min_supervised_tokens=1,
+        counts=counts,
+        on_drop=dropped.append,
+    )
+    assert [sample.id for sample in kept] == ["c"]
+    assert counts["refused"] == 1
+    assert [drop.id for drop in dropped] == ["bad"]
+    assert "roles must alternate" in dropped[0].reason

@@ -11,7 +11,7 @@ import torch
 from deepspec_core.contracts.draft import Preparation, Sample
 from deepspec_dflash.anchors import AnchorPreparation, candidates, counted_slots
 
-PREPARATION = AnchorPreparation(block_size=3, num_anchors=4)
+PREPARATION = AnchorPreparation(num_predictions=3, num_anchors=4)
 #       0  1  2  3  4  5  6  7  8  9
 MASK = [0, 0, 1, 1, 1, 0, 1, 0, 1, 1]
 
@@ -32,7 +32,7 @@ def test_candidates_need_two_supervised_tokens_in_a_row() -> None:
 
 
 def test_slots_count_as_a_prefix_up_to_gaps_and_the_end() -> None:
-    found = counted_slots(torch.tensor([2, 3, 8]), _mask(*MASK), block_size=4)
+    found = counted_slots(torch.tensor([2, 3, 8]), _mask(*MASK), num_predictions=4)
     # 2: 3, 4 supervised, 5 not; 3: 4, then a gap (6 does not count again); 8: 9, then the end.
     assert found.int().tolist() == [[1, 1, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0]]
 

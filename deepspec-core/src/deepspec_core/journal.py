@@ -1,7 +1,7 @@
 """Append-only JSON lines that survive being killed.
 
-Each entry is one line, flushed when written. A line without its newline is what a kill leaves behind: it is cut off when
-the journal is opened, and whatever wrote it does that piece of work again. Knows nothing about what entries mean.
+Each entry is one line, flushed when written. A line without its newline is what a kill leaves behind: it is cut off
+when the journal is opened, and whatever wrote it does that piece of work again. Knows nothing about what entries mean.
 """
 
 from __future__ import annotations

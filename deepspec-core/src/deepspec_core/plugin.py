@@ -9,7 +9,7 @@ from deepspec_core.specs import ComponentSpec
 
 @hookimpl
 def deepspec_losses() -> list[ComponentSpec]:
-    """Cross-entropy at the label, total variation against the target's distribution."""
+    """Cross-entropy at the label; distances from the target's distribution; how well the draft knows them."""
     return [
         ComponentSpec(
             name="ce",
@@ -17,9 +17,24 @@ def deepspec_losses() -> list[ComponentSpec]:
             build="deepspec_core.blocks.losses:CrossEntropy",
         ),
         ComponentSpec(
+            name="soft_ce",
+            summary="cross-entropy of the draft at the target's distribution",
+            build="deepspec_core.blocks.losses:SoftCrossEntropy",
+        ),
+        ComponentSpec(
+            name="kl",
+            summary="Kullback-Leibler divergence of the draft from the target",
+            build="deepspec_core.blocks.losses:KL",
+        ),
+        ComponentSpec(
             name="tv",
             summary="total variation between draft and target",
             build="deepspec_core.blocks.losses:TotalVariation",
+        ),
+        ComponentSpec(
+            name="confidence",
+            summary="binary cross-entropy of the draft's confidence with its acceptance by the target",
+            build="deepspec_core.blocks.losses:Confidence",
         ),
     ]
 

@@ -48,11 +48,13 @@ class DraftModelSpec(ComponentSpec):
     `recognise(config)`: whether a checkpoint's config.json (as a mapping) is one of this algorithm's.
     `options_of(config)`: "module:attribute" of a function that reads the options and taps back from such a config.json;
     it returns (options, taps).
+    `default_loss`: keys of [loss], as a run file would write them, where it does not; e.g. {"terms": {"ce": 1.0}}.
     """
 
     class_suffix: str = field(validator=instance_of(str))
     recognise: Callable[[Mapping[str, Any]], bool] = field(default=_nothing, validator=is_callable())
     options_of: str = field(validator=_REFERENCE)
+    default_loss: Mapping[str, Any] = field(factory=dict, hash=False)
 
 
 @frozen(kw_only=True)

@@ -3,7 +3,7 @@
 Knows token ids and loss masks; not the network. Everything ragged becomes index tensors here, so that the network needs
 no host work: only live blocks and counted slots are listed.
 
-Legend: T tokens of one sample, B sequences, A most blocks in one sequence, K block size, N live blocks of a batch,
+Legend: T tokens of one sample, B sequences, A most blocks in one sequence, K predictions of a block, N live blocks,
 R counted slots (rows), P distinct target positions.
 """
 
@@ -25,9 +25,9 @@ def candidates(loss_mask_T: Tensor) -> Tensor:
     return (loss_mask_T[:-1].bool() & loss_mask_T[1:].bool()).nonzero().flatten()
 
 
-def counted_slots(anchors_A: Tensor, loss_mask_T: Tensor, block_size: int) -> Tensor:
-    """[A, K] bool: slot k counts while a+1+k < T and loss_mask is 1 on all of a+1..a+1+k."""
-    labels_AK = anchors_A[:, None] + 1 + torch.arange(block_size)
+def counted_slots(anchors_A: Tensor, loss_mask_T: Tensor, num_predictions: int) -> Tensor:
+    """[A, K] bool: prediction k counts while a+1+k < T and loss_mask is 1 on all of a+1..a+1+k."""
+    labels_AK = anchors_A[:, None] + 1 + torch.arange(num_predictions)
     length = len(loss_mask_T)
     supervised_AK = loss_mask_T.bool()[labels_AK.clamp(max=length - 1)] & (labels_AK < length)
     return supervised_AK.long().cumprod(1).bool()
@@ -35,9 +35,12 @@ def counted_slots(anchors_A: Tensor, loss_mask_T: Tensor, block_size: int) -> Te
 
 @frozen(kw_only=True)
 class AnchorPreparation:
-    """A contracts.draft.Preparation: draws at most `num_anchors` anchors a sample, uniformly without replacement."""
+    """A contracts.draft.Preparation: draws at most `num_anchors` anchors a sample, uniformly without replacement.
 
-    block_size: int = field(validator=gt(0))
+    Prediction k = 0..num_predictions-1 of a block anchored at a is of token a+1+k, whichever slot makes it.
+    """
+
+    num_predictions: int = field(validator=gt(0))
     num_anchors: int = field(validator=gt(0))
 
     def prepare(self, sample: Sample, rng: np.random.Generator) -> PreparedSample:
@@ -49,8 +52,8 @@ class AnchorPreparation:
 
     def at(self, sample: Sample, anchors_A: Tensor) -> PreparedSample:
         """The sample with these anchors [A] int64, increasing, rather than drawn ones."""
-        counted_AK = counted_slots(anchors_A, sample.loss_mask, self.block_size)
-        labels_AK = (anchors_A[:, None] + 1 + torch.arange(self.block_size)).clamp(max=len(sample.input_ids) - 1)
+        counted_AK = counted_slots(anchors_A, sample.loss_mask, self.num_predictions)
+        labels_AK = (anchors_A[:, None] + 1 + torch.arange(self.num_predictions)).clamp(max=len(sample.input_ids) - 1)
         return PreparedSample(
             sample=sample,
             tensors={"anchors": anchors_A, "counted": counted_AK, "labels": sample.input_ids[labels_AK]},
@@ -77,8 +80,8 @@ class AnchorPreparation:
         labels = [one.tensors["labels"] for one in prepared]
         if not sum(map(len, anchors)):
             anchors[0] = torch.zeros(1, dtype=torch.long)
-            counted[0] = torch.zeros(1, self.block_size, dtype=torch.bool)
-            labels[0] = torch.zeros(1, self.block_size, dtype=torch.long)
+            counted[0] = torch.zeros(1, self.num_predictions, dtype=torch.bool)
+            labels[0] = torch.zeros(1, self.num_predictions, dtype=torch.long)
         anchors_N, counted_NK = torch.cat(anchors), torch.cat(counted)
         sizes_B = torch.tensor([len(part) for part in anchors])
         sequence_N = torch.arange(len(prepared)).repeat_interleave(sizes_B)

@@ -3,12 +3,13 @@
 `forward` is pure: which blocks and slots there are was decided by anchors.AnchorPreparation. Drafts that add heads
 to the same backbone subclass DFlashModel, extend `rows`, and say so in `config` and their description.
 
-Legend: B sequences, T tokens, C = taps * H, H hidden size, V vocabulary, N live blocks, K block size, R rows,
-P distinct target positions.
+Legend: B sequences, T tokens, C = taps * H, H hidden size, V vocabulary, N live blocks, S slots of a block,
+K predictions of a block (S, or S - 1 where the anchor's slot predicts nothing), R rows, P distinct target positions.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from deepspec_core.contracts.rows import Heads, Rows
 from deepspec_core.contracts.target import TargetAdapter
 from deepspec_core.errors import ConfigError
 from deepspec_dflash.anchors import AnchorPreparation
-from deepspec_dflash.attention import BlockLayout
+from deepspec_dflash.attention import BlockLayout, KeysValues
 from deepspec_dflash.backbone import DFlashBackbone
 from deepspec_dflash.options import DFlashOptions
 from deepspec_dflash.proposer import DFlashProposer
@@ -43,14 +44,14 @@ class DFlashModel(DraftModel):
         self.embed_tokens = adapter.embedding().requires_grad_(False)
         self.lm_head = nn.Linear(architecture.hidden_size, architecture.vocab_size, bias=False).requires_grad_(False)
         self.backbone = DFlashBackbone(adapter, num_layers=options.num_layers, num_taps=len(taps))
-        self.preparation = AnchorPreparation(block_size=options.block_size, num_anchors=options.num_anchors)
+        self.preparation = AnchorPreparation(num_predictions=options.num_predictions, num_anchors=options.num_anchors)
 
     def forward(self, batch: DraftBatch) -> Rows:
         """The supervised slots of a batch."""
         return self.rows(batch, self.block_hidden(batch))
 
     def block_hidden(self, batch: DraftBatch) -> Tensor:
-        """The backbone's output for every live block, [N, K, H]."""
+        """The backbone's output at every live block's predicting slots, [N, K, H]."""
         assert batch.document_ids is None, "packed rows"
         prepared, num_tokens = batch.prepared, batch.input_ids.shape[1]
         # What stands past a sequence's end is undefined, and 0 * inf in a masked sum is not 0.
@@ -64,9 +65,7 @@ class DFlashModel(DraftModel):
             block_size=self.options.block_size,
         )
         anchor_ids_N = batch.input_ids[prepared["sequence"], prepared["anchors"]]
-        hidden_NKH, positions_NK = self.embed_blocks(anchor_ids_N, prepared["anchors"])
-        output_NKH: Tensor = self.backbone(hidden_NKH, positions_NK, context, layout)
-        return output_NKH
+        return self.run_blocks(anchor_ids_N, prepared["anchors"], context, layout)
 
     def rows(self, batch: DraftBatch, hidden_NKH: Tensor) -> Rows:
         """Counted slots only, each with weight 1; how slots of a block weigh is the run's weighting."""
@@ -82,12 +81,16 @@ class DFlashModel(DraftModel):
             block=block_R,
         )
 
-    def embed_blocks(self, anchor_ids_N: Tensor, anchors_N: Tensor) -> tuple[Tensor, Tensor]:
-        """[anchor, MASK, MASK, ...] embedded, [N, K, H], and its positions, [N, K]."""
-        size = self.options.block_size
-        ids_NK = anchor_ids_N.new_full((len(anchor_ids_N), size), self.mask_token_id)
-        ids_NK[:, 0] = anchor_ids_N
-        return self.embed_tokens(ids_NK), anchors_N[:, None] + torch.arange(size, device=anchors_N.device)
+    def run_blocks(
+        self, anchor_ids_N: Tensor, anchors_N: Tensor, context: Sequence[KeysValues], layout: BlockLayout
+    ) -> Tensor:
+        """[anchor, MASK, MASK, ...] at positions anchor, anchor + 1, ... through the backbone, [N, K, H]: the output at
+        the slots that predict."""
+        ids_NS = anchor_ids_N.new_full((len(anchor_ids_N), self.options.block_size), self.mask_token_id)
+        ids_NS[:, 0] = anchor_ids_N
+        positions_NS = anchors_N[:, None] + torch.arange(self.options.block_size, device=anchors_N.device)
+        output_NSH: Tensor = self.backbone(self.embed_tokens(ids_NS), positions_NS, context, layout)
+        return output_NSH[:, -self.options.num_predictions :]
 
     def logits(self, hidden_H: Tensor) -> Tensor:
         """softcap(lm_head(h)), [..., H] -> [..., V]."""
@@ -114,9 +117,9 @@ class DFlashModel(DraftModel):
             algorithm=self.algorithm,
             class_name=self.class_name,
             taps=self.taps,
-            max_tokens=self.options.block_size,
+            max_tokens=self.options.num_predictions,
             num_layers=self.options.num_layers,
-            anchor_predicts=True,
+            anchor_predicts=self.options.anchor_predicts,
             causal=False,
             weight_names=self.backbone.names("backbone"),
             config=self.config(),
@@ -130,6 +133,7 @@ class DFlashModel(DraftModel):
             "block_size": self.options.block_size,
             "mask_token_id": self.mask_token_id,
             "num_anchors": self.options.num_anchors,
+            "sample_from_anchor": self.options.anchor_predicts,
             "enable_confidence_head": False,
             "markov_rank": 0,
         }

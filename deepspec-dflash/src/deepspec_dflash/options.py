@@ -5,27 +5,41 @@ Imports attrs and core's errors only.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-from attrs import field, frozen
+from attrs import Attribute, field, frozen
 from attrs.validators import ge, gt, instance_of, optional
 
 from deepspec_core.errors import CheckpointError
+
+
+def _leaves_a_prediction(options: DFlashOptions, _attribute: Attribute[bool], anchor_predicts: bool) -> None:
+    if not anchor_predicts and options.block_size < 2:
+        raise ValueError("'block_size' must be > 1 where the anchor's slot predicts nothing")
 
 
 @frozen(kw_only=True)
 class DFlashOptions:
     """The options of a DFlash draft.
 
-    `block_size`: tokens proposed a round, the anchor's slot included. `num_layers`: draft layers. `num_anchors`: blocks
-    drawn per training sequence. `mask_token_id`: fills the slots after the anchor; the target's own where left out.
+    `block_size`: slots of a block, the anchor's included. `num_layers`: draft layers. `num_anchors`: blocks drawn per
+    training sequence. `mask_token_id`: fills the slots after the anchor; the target's own where left out.
+    `anchor_predicts`: the anchor's slot predicts the token after it, and every slot its successor's; where false (the
+    layout of the original DFlash) it predicts nothing, every other slot its own token, and a block one token less.
     """
 
     block_size: int = field(default=7, validator=[instance_of(int), gt(0)])
     num_layers: int = field(default=5, validator=[instance_of(int), gt(0)])
     num_anchors: int = field(default=512, validator=[instance_of(int), gt(0)])
     mask_token_id: int | None = field(default=None, validator=optional([instance_of(int), ge(0)]))
+    anchor_predicts: bool = field(default=True, validator=[instance_of(bool), _leaves_a_prediction])
+
+    @property
+    def num_predictions(self) -> int:
+        """Tokens a block predicts."""
+        return self.block_size if self.anchor_predicts else self.block_size - 1
 
 
 def is_dflash(config: Mapping[str, Any]) -> bool:
@@ -40,19 +54,36 @@ def is_dflash(config: Mapping[str, Any]) -> bool:
 
 def options_of(config: Mapping[str, Any]) -> tuple[DFlashOptions, tuple[int, ...]]:
     """The options and taps a config.json describes. CheckpointError where a key is missing or makes no sense."""
+    with reading("DFlash"):
+        return DFlashOptions(**backbone_keys(config)), taps_of(config)
+
+
+def backbone_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json's values of the options above, for any draft on this backbone. KeyError where one is missing."""
+    return {
+        "block_size": config["block_size"],
+        "num_layers": config["num_hidden_layers"],
+        "num_anchors": config["num_anchors"],
+        "mask_token_id": config["mask_token_id"],
+        "anchor_predicts": config.get("sample_from_anchor", True),
+    }
+
+
+def taps_of(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """The target layers a config.json names. KeyError or TypeError where it does not."""
+    return tuple(int(layer) for layer in config["target_layer_ids"])
+
+
+@contextmanager
+def reading(title: str) -> Iterator[None]:
+    """Turn what is wrong with a config.json into CheckpointError; `title` names the draft it should describe."""
     try:
-        options = DFlashOptions(
-            block_size=config["block_size"],
-            num_layers=config["num_hidden_layers"],
-            num_anchors=config["num_anchors"],
-            mask_token_id=config["mask_token_id"],
-        )
-        return options, tuple(int(layer) for layer in config["target_layer_ids"])
+        yield
     except KeyError as error:
         raise CheckpointError(
-            "config.json lacks a key of a DFlash draft", where="config.json", expected=error
+            f"config.json lacks a key of a {title} draft", where="config.json", expected=error
         ) from None
     except (TypeError, ValueError) as error:
         raise CheckpointError(
-            "config.json does not describe a DFlash draft", where="config.json", found=error.args[0]
+            f"config.json does not describe a {title} draft", where="config.json", found=error.args[0]
         ) from None

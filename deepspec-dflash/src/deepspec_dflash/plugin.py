@@ -21,5 +21,6 @@ def deepspec_draft_models() -> Iterable[DraftModelSpec]:
             class_suffix="DSparkModel",
             recognise=is_dflash,
             options_of="deepspec_dflash.options:options_of",
+            default_loss={"terms": {"ce": 1.0}, "weighting": {"type": "decay", "gamma": 4.0}},
         )
     ]

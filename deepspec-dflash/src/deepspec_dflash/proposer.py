@@ -3,7 +3,8 @@
 Owns the draft's keys and values of verified context, one cache a layer; a block's own are dropped after its round.
 Knows neither the target nor verification.
 
-Legend: S slots, B slots in a call, T tokens, C = taps * H, H hidden size, K block size, V vocabulary.
+Legend: S slots, B slots in a call, T tokens, C = taps * H, H hidden size, K predictions of a block,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class DFlashProposer:
 
     def __init__(self, model: DFlashModel) -> None:
         self.model = model
-        self.max_tokens = model.options.block_size
+        self.max_tokens = model.options.num_predictions
         self.taps = model.taps
         self._caches: list[SlotKVCache] = []
         self._lengths_S = torch.zeros(0, dtype=torch.long)
@@ -64,11 +65,10 @@ class DFlashProposer:
     ) -> Proposal:
         """A block for every slot, cut to its limit. Stop tokens are left to verification: later slots cost nothing."""
         last_B, lengths_B = self._last_S[slots], self._lengths_S[slots]
-        hidden_BKH, positions_BK = self.model.embed_blocks(last_B, lengths_B)
         num_tokens = int(lengths_B.max())
         context = [cache.read(slots, num_tokens) for cache in self._caches]
-        layout = BlockLayout.one_each(lengths_B, self.max_tokens)
-        output_BKH: Tensor = self.model.backbone(hidden_BKH, positions_BK, context, layout)
+        layout = BlockLayout.one_each(lengths_B, self.model.options.block_size)
+        output_BKH = self.model.run_blocks(last_B, lengths_B, context, layout)
         return self.tokens(output_BKH, last_B, limits, sampling, uniforms)
 
     def tokens(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from attrs import asdict, frozen
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -126,31 +127,52 @@ def load_draft(
     checkpoint, or weights are missing, unexpected or of another shape; all such weights are named.
     """
     directory = Path(directory)
+    # The new weights are overwritten at once; whoever loads a draft keeps their random state.
+    with torch.random.fork_rng(devices=[]):
+        draft = build_draft(directory, registry=registry, adapter=adapter)
+    weights = _read_weights(directory / WEIGHTS)
+    own = draft.state_dict()
+    names = {published_name(name, draft.describe().weight_names): name for name in own}
+    differences = WeightDifferences.between(
+        {name: own[own_name].shape for name, own_name in names.items()},
+        {name: tensor.shape for name, tensor in weights.items()},
+    )
+    if differences:
+        raise CheckpointError(
+            f"the weights are not those of the {draft.describe().algorithm!r} draft that {CONFIG} describes",
+            where=directory / WEIGHTS,
+            found=differences.in_words(shown=_SHOWN),
+            fix="check that the checkpoint belongs to this target and was written whole",
+        )
+    # Assigned rather than cast with .to(dtype), which would round buffers that are no weights (rotary frequencies) too.
+    draft.load_state_dict({names[name]: tensor.to(dtype) for name, tensor in weights.items()}, assign=True)
+    return draft.to(device).eval()
+
+
+def build_draft(directory: Path, *, registry: Registry, adapter: TargetAdapter) -> DraftModel:
+    """The draft a checkpoint's config.json describes, with new weights, its embedding and lm_head frozen.
+
+    On the meta device it costs nothing. CheckpointError where config.json is missing or damaged, or no algorithm knows
+    it.
+    """
+    algorithm, options, taps = read_options(directory, registry)
+    draft = cast(DraftModel, registry.load("draft", algorithm)(options, adapter, taps))
+    draft.embed_tokens.requires_grad_(False)
+    draft.lm_head.requires_grad_(False)
+    return draft
+
+
+def read_options(directory: Path, registry: Registry) -> tuple[str, Any, tuple[int, ...]]:
+    """What a checkpoint's config.json says it is: the algorithm's name, its options, the taps."""
     config = read_draft_config(directory)
     try:
         spec = registry.recognise(config)
         options, taps = resolve(spec.options_of)(config)
     except (PluginError, CheckpointError) as error:
         raise CheckpointError(
-            error.problem, where=directory / CONFIG, found=error.found, expected=error.expected, fix=error.fix
+            error.problem, where=Path(directory) / CONFIG, found=error.found, expected=error.expected, fix=error.fix
         ) from error
-    weights = _read_weights(directory / WEIGHTS)
-    # The new weights are overwritten at once; whoever loads a draft keeps their random state.
-    with torch.random.fork_rng(devices=[]):
-        draft = cast(DraftModel, registry.load("draft", spec.name)(options, adapter, taps))
-    own = draft.state_dict()
-    names = {published_name(name, draft.describe().weight_names): name for name in own}
-    _compare(
-        {name: own[own_name] for name, own_name in names.items()},
-        weights,
-        where=directory / WEIGHTS,
-        algorithm=spec.name,
-    )
-    # Assigned rather than cast with .to(dtype), which would round buffers that are no weights (rotary frequencies) too.
-    draft.load_state_dict({names[name]: tensor.to(dtype) for name, tensor in weights.items()}, assign=True)
-    draft.embed_tokens.requires_grad_(False)
-    draft.lm_head.requires_grad_(False)
-    return draft.to(device).eval()
+    return spec.name, options, taps
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
@@ -164,25 +186,38 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def _compare(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], *, where: Path, algorithm: str) -> None:
-    problems = {
-        "missing": sorted(expected.keys() - found.keys()),
-        "unexpected": sorted(found.keys() - expected.keys()),
-        "of another shape": [
-            f"{name} {list(found[name].shape)}, expected {list(expected[name].shape)}"
-            for name in sorted(expected.keys() & found.keys())
-            if found[name].shape != expected[name].shape
-        ],
-    }
-    if any(problems.values()):
-        raise CheckpointError(
-            f"the weights are not those of the {algorithm!r} draft that {CONFIG} describes",
-            where=where,
-            found="; ".join(f"{kind}: {_listed(names)}" for kind, names in problems.items() if names),
-            fix="check that the checkpoint belongs to this target and was written whole",
+@frozen(kw_only=True)
+class WeightDifferences:
+    """How a checkpoint's weights differ from those its config.json asks for, by published name."""
+
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    of_another_shape: tuple[str, ...]
+
+    @classmethod
+    def between(cls, expected: Mapping[str, Sequence[int]], found: Mapping[str, Sequence[int]]) -> WeightDifferences:
+        """Compare names and shapes."""
+        return cls(
+            missing=tuple(sorted(expected.keys() - found.keys())),
+            unexpected=tuple(sorted(found.keys() - expected.keys())),
+            of_another_shape=tuple(
+                f"{name} {list(found[name])}, expected {list(expected[name])}"
+                for name in sorted(expected.keys() & found.keys())
+                if list(found[name]) != list(expected[name])
+            ),
+        )
+
+    def __bool__(self) -> bool:
+        """Whether there are any."""
+        return any(asdict(self).values())
+
+    def in_words(self, *, shown: int) -> str:
+        """Every kind there is, with at most `shown` names each."""
+        return "; ".join(
+            f"{kind.replace('_', ' ')}: {_listed(names, shown)}" for kind, names in asdict(self).items() if names
         )
 
 
-def _listed(names: Sequence[str]) -> str:
-    more = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+def _listed(names: Sequence[str], shown: int) -> str:
+    more = len(names) - shown
+    return ", ".join(names[:shown]) + (f" and {more} more" if more > 0 else "")

@@ -88,11 +88,12 @@ def run(
         pipeline.execute(the_run, steps, say=click.echo)
     if all(step.action == "skip" for step in steps):
         click.echo(f"nothing to do: every stage is complete in {the_run.folder}")
-    _show_report(the_run.folder)
+    show_report(the_run.folder)
     return None
 
 
-def _show_report(folder: Path) -> None:
+def show_report(folder: Path) -> None:
+    """The table of a finished evaluation, and where the rest of it lies."""
     import json
 
     metrics = folder / "metrics.json"

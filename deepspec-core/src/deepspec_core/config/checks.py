@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from deepspec_core.config.schema import KNOWN_STAGES, RunOptions
+from deepspec_core.config.schema import HELD_OUT, KNOWN_STAGES, DataOptions, RunOptions
 from deepspec_core.errors import ConfigError, DeepSpecError, PluginError
 from deepspec_core.registry import Registry
 
@@ -28,8 +28,10 @@ def check_sections(sections: Mapping[str, Any], folder: Path, registry: Registry
             )
     if sections.get("target"):
         yield from _layers(sections["target"].layers)
-    if sections.get("data") and not sections["data"].sources:
+    if sections.get("data") and not sections["data"].sources and _reads_data(sections):
         yield ConfigError("no data", where="data.sources", found="[]", expected="at least one source")
+    if sections.get("data") and run and "regenerate" in run.stages:
+        yield from _supervision(sections["data"])
     if sections.get("loss") and not sections["loss"].terms:
         yield ConfigError("nothing to train on", where="loss.terms", found="{}", expected="at least one loss term")
     if sections.get("draft") and sections.get("export"):
@@ -44,6 +46,14 @@ def check_sections(sections: Mapping[str, Any], folder: Path, registry: Registry
                     expected=error.expected,
                     fix=error.fix,
                 )
+
+
+def _reads_data(sections: Mapping[str, Any]) -> bool:
+    """Whether any stage does: all but an evaluation that brings its own prompts."""
+    run, evaluate = sections.get("run"), sections.get("evaluate")
+    if run is None or evaluate is None:
+        return True
+    return set(run.stages) != {"evaluate"} or HELD_OUT in evaluate.tasks
 
 
 def _stages(run: RunOptions) -> Iterator[ConfigError]:
@@ -85,6 +95,18 @@ def _cache_stage(run: RunOptions, mode: str, path: str | None, folder: Path) -> 
             found='"cache", with features.mode = "online"',
             expected='no cache stage, or features.mode = "cached"',
         )
+
+
+def _supervision(data: DataOptions) -> Iterator[ConfigError]:
+    for key in ("supervise_newline", "supervise_think_block"):
+        if getattr(data, key):
+            yield ConfigError(
+                "what the target emitted is trained on as it is: this choice is for rendered conversations",
+                where=f"data.{key}",
+                found="true, with a regenerate stage",
+                expected="false",
+                fix='remove it, or "regenerate" from run.stages where the sources hold the target\'s answers as text',
+            )
 
 
 def _layers(layers: tuple[int, ...]) -> Iterator[ConfigError]:

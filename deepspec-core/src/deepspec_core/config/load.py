@@ -17,9 +17,9 @@ from attrs import NOTHING, fields, has, resolve_types
 from deepspec_core.config.checks import check_sections
 from deepspec_core.config.explain import explain, keys_of, unknown_key, words
 from deepspec_core.config.overrides import apply_override
-from deepspec_core.config.schema import RunFile
+from deepspec_core.config.schema import LossOptions, RunFile
 from deepspec_core.config.structure import strict_converter
-from deepspec_core.errors import ConfigError, DeepSpecError, nearest
+from deepspec_core.errors import ConfigError, DeepSpecError, PluginError, nearest
 from deepspec_core.plugins import Plugins, check_required
 
 
@@ -92,11 +92,21 @@ def _structure(tables: dict[str, Any], plugins: Plugins) -> tuple[dict[str, Any]
             continue
         # An absent section is an empty one: its defaults.
         table = tables.get(attribute.name, {} if has(type_) else [])
+        if type_ is LossOptions and isinstance(table, dict):
+            table = {**_default_loss(tables.get("draft"), plugins), **table}
         try:
             sections[attribute.name] = converter.get_structure_hook(type_)(table, type_)
         except Exception as error:
             problems += explain(error, attribute.name, siblings=siblings)
     return sections, problems
+
+
+def _default_loss(draft: Any, plugins: Plugins) -> dict[str, Any]:
+    """What the draft's algorithm asks of [loss] where the run file is silent; nothing for one that is not known."""
+    try:
+        return dict(plugins.registry.get("draft", draft["type"]).default_loss)
+    except (PluginError, TypeError, KeyError):  # told where [draft] is read
+        return {}
 
 
 def _siblings() -> dict[str, list[str]]:

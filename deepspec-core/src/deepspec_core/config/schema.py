@@ -16,6 +16,8 @@ KNOWN_STAGES = ("regenerate", "cache", "train", "evaluate", "export")
 # Marks an attribute that is no key of the run file: loading puts a plugin's options object there.
 FILLED_IN = {"key": False}
 DTYPES = ("float32", "bfloat16", "float16")
+# The task that asks the prompts a run never trained on.
+HELD_OUT = "held-out"
 
 
 @frozen(kw_only=True)
@@ -52,13 +54,21 @@ class SourceOptions:
 
 @frozen(kw_only=True)
 class DataOptions:
-    """[data]: conversations, how long they may be, how many are held out from training."""
+    """[data]: conversations, how long they may be, how many are held out from training.
+
+    `system_prompt` stands before conversations without one of their own, in regeneration, training and evaluation
+    alike. Supervised is each answer up to and including its end marker; of conversations that are rendered (not of
+    those with tokens) `supervise_newline` adds the newline after the marker, `supervise_think_block` what the chat
+    template itself puts before an answer, such as an empty think block.
+    """
 
     sources: tuple[SourceOptions, ...]
     max_length: int = field(default=4096, validator=gt(1))
     held_out: float = field(default=0.05, validator=and_(ge(0.0), le(0.5)))
     min_supervised_tokens: int = field(default=14, validator=ge(1))
     system_prompt: str | None = None
+    supervise_newline: bool = False
+    supervise_think_block: bool = False
 
 
 @frozen(kw_only=True)
@@ -160,16 +170,18 @@ class EvaluateOptions:
 
     `tasks` are task names, "held-out" (prompts the run never trained on), or JSON-lines files with `turns` or
     `messages`. `limit` caps each task's prompts (held-out: 500 where left out). `batch_size` is the number of sequences
-    decoded at once. `plain`: decode without the draft too, for the speed-up and the check of greedy outputs.
+    decoded at once. `plain`: decode without the draft too, for the speed-up and the check of greedy outputs. A proposal
+    ends before its first token whose confidence is below `confidence_threshold` (0: never), where a draft gives one.
     """
 
-    tasks: tuple[str, ...] = ("held-out",)
+    tasks: tuple[str, ...] = (HELD_OUT,)
     temperature: tuple[float, ...] = field(default=(1.0,), validator=deep_iterable(ge(0.0)))
     max_new_tokens: int = field(default=2048, validator=gt(0))
     batch_size: int = field(default=1, validator=gt(0))
     limit: int | None = field(default=None, validator=optional(gt(0)))
     seed: int = field(default=980406, validator=ge(0))
     plain: bool = True
+    confidence_threshold: float = field(default=0.0, validator=and_(ge(0.0), le(1.0)))
     draft: str | None = None
 
 

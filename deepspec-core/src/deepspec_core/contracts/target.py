@@ -20,7 +20,8 @@ from torch import Tensor, nn
 class TargetArchitecture:
     """What a draft, a cache or a report needs to know of a target. `mask_token_id` is None where there is none.
 
-    `name`: the Hub id or directory its config was read from, "" for one made in memory.
+    `name`: the Hub id or directory its config was read from, "" for one made in memory. `known_taps`: the layers that
+    published drafts of this very target tap, () where there are none or nothing is known of them.
     """
 
     model_type: str
@@ -35,6 +36,7 @@ class TargetArchitecture:
     max_positions: int
     dense: bool = True
     name: str = ""
+    known_taps: tuple[int, ...] = ()
 
 
 @frozen(kw_only=True)

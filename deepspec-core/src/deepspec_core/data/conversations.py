@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from attrs import frozen
@@ -21,44 +21,64 @@ _ALIASES: Final = {
     "chatgpt": "assistant",
     "bot": "assistant",
     "model": "assistant",
+    "function": "tool",
+    "observation": "tool",
 }
 _FIELDS: Final = ("messages", "conversations", "turns", "prompt_ids", "input_ids")
 
 
 @frozen(kw_only=True)
 class Conversation:
-    """Messages ({"role", "content"}), and tokens where the row came with them.
+    """Messages, the tools they may call, and tokens where the row came with them.
+
+    A message has `role` and `content`; an assistant's may have `reasoning_content` and `tool_calls` ({"type":
+    "function", "function": {"name", "arguments"}}, arguments an object), a tool's `name` and `tool_call_id`.
 
     input_ids and loss_mask (1 = supervised) are given together or not at all; such tokens are what the target really
-    read and emitted, so training takes them instead of rendering the messages again.
+    read and emitted, so training takes them instead of rendering the messages again. `rewritten` are earlier answers
+    that input_ids no longer hold as they were emitted: (prompt ids, output ids) of each.
     """
 
     id: str
-    messages: tuple[dict[str, str], ...]
+    messages: tuple[dict[str, Any], ...]
+    tools: tuple[dict[str, Any], ...] = ()
     input_ids: tuple[int, ...] | None = None
     loss_mask: tuple[int, ...] | None = None
+    rewritten: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()
 
     @property
     def digest(self) -> str:
         """Of the content alone, without the id."""
-        return content_digest(self.messages, self.input_ids, self.loss_mask)
+        return content_digest(self.messages, self.input_ids, self.loss_mask, self.tools)
+
+    def given(self) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """Token ids and loss mask of every row the conversation came with, earlier answers first."""
+        for prompt, output in self.rewritten:
+            yield prompt + output, (0,) * len(prompt) + (1,) * len(output)
+        if self.input_ids is not None and self.loss_mask is not None:
+            yield self.input_ids, self.loss_mask
 
 
 def content_digest(
-    messages: Sequence[Mapping[str, str]], input_ids: Sequence[int] | None, loss_mask: Sequence[int] | None
+    messages: Sequence[Mapping[str, Any]],
+    input_ids: Sequence[int] | None,
+    loss_mask: Sequence[int] | None,
+    tools: Sequence[Mapping[str, Any]] = (),
 ) -> str:
-    """24 hex digits that depend on roles, texts and tokens only."""
-    content = json.dumps([list(messages), input_ids, loss_mask], sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:24]
+    """24 hex digits that depend on roles, texts, tools and tokens only."""
+    content = [list(messages), input_ids, loss_mask, *([list(tools)] if tools else [])]
+    text = json.dumps(content, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:24]
 
 
 def from_row(row: Any, where: str) -> Conversation:
     """A row of any accepted shape; DataError saying `where` (file:line) it is malformed.
 
     Accepted: `messages` [{role, content}]; `conversations` [{from, value}] (or role and content); `turns` [text], the
-    user's only; each with `id` or without (a digest of the content then). Tokens: `input_ids` with `loss_mask`, or what
-    regeneration writes: `prompt_ids` and `output_ids`, with `prompt_answers` [[begin, end]], the token spans of the
-    prompt that are earlier answers as the target emitted them.
+    user's only; each with `id` or without (a digest of the content then), and with `tools`, a list of function schemas
+    (or the same as JSON text), or without. Tokens: `input_ids` with `loss_mask`, or what regeneration writes:
+    `prompt_ids` and `output_ids`, with `prompt_answers` [[begin, end]], the token spans of the prompt that are earlier
+    answers as the target emitted them, and `rewritten` [[prompt ids, output ids]], those that the prompt rewrites.
     """
     if not isinstance(row, Mapping):
         raise DataError("A row is not an object", where=where, found=type(row).__name__, expected="{...}")
@@ -74,12 +94,20 @@ def from_row(row: Any, where: str) -> Conversation:
             expected="messages, conversations or turns, not empty",
             fix=f"Is {close!r} meant?" if close else None,
         )
+    tools = _tools(row, where)
     identity = row.get("id")
-    name = content_digest(messages, input_ids, loss_mask) if identity in (None, "") else str(identity)
-    return Conversation(id=name, messages=messages, input_ids=input_ids, loss_mask=loss_mask)
+    name = content_digest(messages, input_ids, loss_mask, tools) if identity in (None, "") else str(identity)
+    return Conversation(
+        id=name,
+        messages=messages,
+        tools=tools,
+        input_ids=input_ids,
+        loss_mask=loss_mask,
+        rewritten=_rewritten(row, where),
+    )
 
 
-def _messages(row: Mapping[str, Any], where: str) -> tuple[dict[str, str], ...]:
+def _messages(row: Mapping[str, Any], where: str) -> tuple[dict[str, Any], ...]:
     if row.get("messages") is not None:
         return tuple(_message(item, f"{where} messages[{i}]") for i, item in enumerate(_list(row, "messages", where)))
     if row.get("conversations") is not None:
@@ -98,7 +126,7 @@ def _list(row: Mapping[str, Any], name: str, where: str) -> Sequence[Any]:
     return value
 
 
-def _message(item: Any, where: str) -> dict[str, str]:
+def _message(item: Any, where: str) -> dict[str, Any]:
     if not isinstance(item, Mapping):
         raise DataError("A message is not an object", where=where, found=repr(item)[:80], expected="{role, content}")
     role = item.get("role", item.get("from"))
@@ -112,9 +140,70 @@ def _message(item: Any, where: str) -> dict[str, str]:
             expected=", ".join((*ROLES, *_ALIASES)),
             fix=f"Is {near!r} meant?" if isinstance(role, str) and (near := nearest(role, ROLES)) else None,
         )
+    extras = _extras(item, role, where)
+    if content is None and "tool_calls" in extras:
+        content = ""
     if not isinstance(content, str):
         raise DataError("A message's content is not text", where=where, found=repr(content)[:80], expected="a string")
-    return {"role": role, "content": content}
+    return {"role": role, "content": content, **extras}
+
+
+def _extras(item: Mapping[str, Any], role: str, where: str) -> dict[str, Any]:
+    """What a message says beside its content; fields that are empty, as tables have them, are left out."""
+    extras: dict[str, Any] = {}
+    if role == "assistant":
+        reasoning = item.get("reasoning_content") or item.get("reasoning")
+        if reasoning:
+            extras["reasoning_content"] = _text(reasoning, f"{where} reasoning_content")
+        if item.get("tool_calls"):
+            calls = enumerate(_list(item, "tool_calls", where))
+            extras["tool_calls"] = [_tool_call(call, f"{where} tool_calls[{i}]") for i, call in calls]
+    if role == "tool":
+        extras |= {key: _text(item[key], f"{where} {key}") for key in ("name", "tool_call_id") if item.get(key)}
+    return extras
+
+
+def _text(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise DataError("A message's field is not text", where=where, found=repr(value)[:80], expected="a string")
+    return value
+
+
+def _tool_call(call: Any, where: str) -> dict[str, Any]:
+    """A call in the one shape templates agree on, whether or not `function` and JSON text were around its parts."""
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    name = function.get("name") if isinstance(function, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(name, str):
+        raise DataError(
+            "A tool call names no function",
+            where=where,
+            found=repr(call)[:80],
+            expected='{"function": {"name": ..., "arguments": {...}}}',
+        )
+    arguments = _parsed(function.get("arguments") or {}, where)
+    if not isinstance(arguments, Mapping):
+        raise DataError(
+            "A tool call's arguments are not an object", where=where, found=repr(arguments)[:80], expected="{...}"
+        )
+    identity = {"id": str(call["id"])} if call.get("id") else {}
+    return {**identity, "type": "function", "function": {"name": name, "arguments": dict(arguments)}}
+
+
+def _tools(row: Mapping[str, Any], where: str) -> tuple[dict[str, Any], ...]:
+    tools = _parsed(row.get("tools") or [], f"{where} tools")
+    if not isinstance(tools, Sequence) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise DataError("tools is not a list of objects", where=where, found=repr(tools)[:80], expected="[{...}, ...]")
+    return tuple(dict(tool) for tool in tools)
+
+
+def _parsed(value: Any, where: str) -> Any:
+    """JSON text as what it says; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise DataError("Not JSON", where=where, found=repr(value)[:80], expected="JSON text, or what it says") from error
 
 
 def _tokens(row: Mapping[str, Any], where: str) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
@@ -144,6 +233,11 @@ def _tokens(row: Mapping[str, Any], where: str) -> tuple[tuple[int, ...] | None,
     if not set(given) <= {0, 1}:
         raise DataError("loss_mask holds other numbers than 0 and 1", where=where, found=sorted(set(given))[:5])
     return ids, given
+
+
+def _rewritten(row: Mapping[str, Any], where: str) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
+    pairs = [dict(zip(("prompt", "output"), pair, strict=True)) for pair in row.get("rewritten") or ()]
+    return tuple((_ids(pair, "prompt", where), _ids(pair, "output", where)) for pair in pairs)
 
 
 def _ids(row: Mapping[str, Any], name: str, where: str) -> tuple[int, ...]:

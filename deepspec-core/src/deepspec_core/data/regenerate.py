@@ -21,8 +21,9 @@ from attrs import define, field, frozen
 from deepspec_core.config.schema import RegenerateOptions
 from deepspec_core.contracts.proposer import Sampling
 from deepspec_core.contracts.target import ConversationFormat, SamplingDefaults, TargetModel
+from deepspec_core.data.answers import Answer, supervised
 from deepspec_core.data.conversations import Conversation
-from deepspec_core.data.tokenize import ChatTokenizer, supervised
+from deepspec_core.data.tokenize import ChatTokenizer
 from deepspec_core.decoding.engine import Completion, Request, decode
 from deepspec_core.errors import DataError
 from deepspec_core.progress import Progress
@@ -37,7 +38,8 @@ class RegenerateReport:
 
     `unfinished` conversations end in an answer that met the token limit, kept without an end marker; `empty` ones in an
     answer without text. `dropped_turns` would have followed such an unfinished answer, or did not fit max_length.
-    `rerendered_answers` are earlier answers whose tokens changed when the next prompt was rendered: not supervised.
+    `rerendered_answers` are earlier answers whose tokens changed when the next prompt was rendered (thinking dropped,
+    other merges): each is kept as a row of its own, with the prompt it answered.
     """
 
     path: Path
@@ -88,8 +90,9 @@ def regenerate(
 ) -> RegenerateReport:
     """Answer every user turn of every conversation, in order, each on top of the target's own earlier answers.
 
-    Lines of `out`: id, messages, prompt_ids and output_ids of the last answered turn, finish_reason ("stop" or
-    "length"), and prompt_answers, the token spans of the prompt that are earlier answers exactly as emitted. A finished
+    Lines of `out`: id, messages, tools where it has any, prompt_ids and output_ids of the last answered turn,
+    finish_reason ("stop" or "length"), prompt_answers, the token spans of the prompt that are earlier answers exactly
+    as emitted, and rewritten, the prompt and output ids of those that are not. A finished
     `out` is left as it is. Failures go to OUT.failures.jsonl with their reason, and DataError ends the run where they
     are more than options.max_failures of all. `total`, where known, is for the progress shown. Ids are unique.
     """
@@ -146,9 +149,9 @@ class _Dialogue:
     """A conversation under way: `history` is what was said, `ahead` the messages to come, answers left out."""
 
     conversation: Conversation
-    ahead: deque[dict[str, str]]
-    history: list[dict[str, str]] = field(factory=list)
-    outputs: list[tuple[int, ...]] = field(factory=list)
+    ahead: deque[dict[str, Any]]
+    history: list[dict[str, Any]] = field(factory=list)
+    turns: list[Completion] = field(factory=list)
 
 
 @define
@@ -200,7 +203,7 @@ class _Work:
         text_ids = output[:-1] if output[-1] in self.stop_ids else output
         prompt_messages = list(dialogue.history)
         dialogue.history.append({"role": "assistant", "content": self.tokenizer.decode(text_ids)})
-        dialogue.outputs.append(output)
+        dialogue.turns.append(completion)
         goes_on = any(message["role"] == "user" for message in dialogue.ahead)
         dropped = 0
         if goes_on and completion.finish_reason == "stop":
@@ -212,18 +215,20 @@ class _Work:
             while dialogue.history[-1]["role"] != "assistant":
                 dialogue.history.pop()
         dropped += sum(message["role"] == "user" for message in dialogue.ahead)
-        spans, rerendered = self._earlier_answers(prompt_messages, completion.prompt_ids, dialogue.outputs[:-1])
+        spans, rewritten = self._earlier_answers(dialogue, prompt_messages)
+        tools = dialogue.conversation.tools
         del self.under_way[completion.id]
         self.num_written += 1
         return {
             "id": completion.id,
             "messages": dialogue.history,
+            **({"tools": tools} if tools else {}),
             "prompt_ids": completion.prompt_ids,
             "prompt_answers": spans,
             "output_ids": output,
             "finish_reason": completion.finish_reason,
             "dropped_turns": dropped,
-            "rerendered_answers": rerendered,
+            "rewritten": [(turn.prompt_ids, turn.output_ids) for turn in rewritten],
         }
 
     def check_budget(self, *, final: bool = False) -> None:
@@ -274,25 +279,36 @@ class _Work:
         identity = dialogue.conversation.id
         return Request(
             id=identity,
-            prompt_ids=self.tokenizer.render_prompt(dialogue.history, self.system_prompt),
-            seed=sample_seed(self.seed, identity, len(dialogue.outputs)),
+            prompt_ids=self.tokenizer.render_prompt(
+                dialogue.history, self.system_prompt, dialogue.conversation.tools
+            ),
+            seed=sample_seed(self.seed, identity, len(dialogue.turns)),
         )
 
     def _earlier_answers(
-        self, messages: Sequence[dict[str, str]], prompt_ids: Sequence[int], outputs: Sequence[tuple[int, ...]]
-    ) -> tuple[list[tuple[int, int]], int]:
-        """Token spans of earlier answers in the prompt that equal what was emitted, and how many do not."""
-        if not outputs:
-            return [], 0
-        text = self.tokenizer.render(messages, self.system_prompt, prompt=True)
-        answers = self.tokenizer.answers(text, messages, self.fmt, self.system_prompt, prompt=True)
+        self, dialogue: _Dialogue, messages: Sequence[dict[str, Any]]
+    ) -> tuple[list[tuple[int, int]], list[Completion]]:
+        """Token spans of earlier answers in the last prompt that equal what was emitted, and the turns that do not."""
+        *earlier, last = dialogue.turns
+        if not earlier:
+            return [], []
+        tools = dialogue.conversation.tools
+        text = self.tokenizer.render(messages, self.system_prompt, prompt=True, tools=tools)
         _, offsets = self.tokenizer.encode(text)
-        spans = []
-        for answer, output in zip(answers, outputs, strict=True):
-            indices = [index for index, inside in enumerate(supervised(offsets, [answer])) if inside]
-            if tuple(prompt_ids[index] for index in indices) == output:
+        spans, rewritten = [], []
+        answers = self.tokenizer.replies(messages, self.fmt, self.system_prompt, tools)
+        for answer, turn in zip(answers, earlier, strict=True):
+            begin = answer.begin_in(text)
+            indices = []
+            if begin is not None:
+                text_end = begin + len(answer.text)
+                span = Answer(start=begin, text_end=text_end, end=text_end + len(answer.marker))
+                indices = [index for index, inside in enumerate(supervised(offsets, [span])) if inside]
+            if indices and tuple(last.prompt_ids[index] for index in indices) == tuple(turn.output_ids):
                 spans.append((indices[0], indices[-1] + 1))
-        return spans, len(outputs) - len(spans)
+            else:
+                rewritten.append(turn)
+        return spans, rewritten
 
 
 def _beside(out: Path, suffix: str) -> Path:
@@ -369,7 +385,7 @@ def _tally(path: Path) -> Counter[str]:
         tally["unfinished"] += entry["finish_reason"] == "length"
         tally["empty"] += not entry["messages"][-1]["content"]
         tally["dropped_turns"] += entry["dropped_turns"]
-        tally["rerendered_answers"] += entry["rerendered_answers"]
+        tally["rerendered_answers"] += len(entry["rewritten"])
     return tally
 
 

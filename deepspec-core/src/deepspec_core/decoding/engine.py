@@ -20,6 +20,7 @@ from torch import Tensor
 
 from deepspec_core.contracts.proposer import Proposal, Proposer, Sampling
 from deepspec_core.contracts.target import TargetModel
+from deepspec_core.decoding.confidence import cut
 from deepspec_core.decoding.sampling import distribution, draw
 from deepspec_core.decoding.verify import Verdict, verify
 
@@ -103,16 +104,26 @@ def decode(
     max_new_tokens: int,
     batch_size: int,
     max_length: int,
+    confidence_threshold: float = 0.0,
     clock: Clock | None = None,
 ) -> Iterator[Completion]:
     """Continue every request; completions come as they finish.
 
     At most `batch_size` sequences at once, each of at most `max_length` tokens, prompt included: a prompt that leaves
     less than max_new_tokens gets what is left, and one that leaves nothing is a ValueError. Another round starts while
-    fewer than limit + 1 tokens stand (the published loop); only then is the output trimmed.
+    fewer than limit + 1 tokens stand (the published loop); only then is the output trimmed. A `confidence_threshold`
+    above 0 ends each proposal before its first token the draft is less confident of.
     """
     engine = _Engine(
-        target, proposer, sampling, tuple(stop_ids), max_new_tokens, batch_size, max_length, clock or Clock()
+        target,
+        proposer,
+        sampling,
+        tuple(stop_ids),
+        max_new_tokens,
+        batch_size,
+        max_length,
+        confidence_threshold,
+        clock or Clock(),
     )
     with torch.no_grad():
         yield from engine.run(iter(requests))
@@ -127,6 +138,7 @@ class _Engine:
     max_new_tokens: int
     batch_size: int
     max_length: int
+    confidence_threshold: float
     clock: Clock
     active: dict[int, _Sequence] = field(factory=dict)
 
@@ -245,7 +257,8 @@ class _Engine:
             nothing = torch.zeros(len(slots_B), 0, dtype=torch.long, device=slots_B.device)
             return Proposal(tokens=nothing, lengths=nothing.sum(1))
         limits_B = torch.full_like(slots_B, self.num_draft)
-        return self.proposer.propose(slots_B, limits_B, self.sampling, uniforms_BK, self.stop_ids)
+        proposal = self.proposer.propose(slots_B, limits_B, self.sampling, uniforms_BK, self.stop_ids)
+        return cut(proposal, self.confidence_threshold) if self.confidence_threshold > 0 else proposal
 
     def _uniforms(self, sequences: list[_Sequence]) -> Tensor:
         """[B, 2K + 1]; the same count every round, so draws do not depend on what was accepted elsewhere."""

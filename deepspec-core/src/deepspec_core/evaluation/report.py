@@ -22,22 +22,51 @@ def positions(values: Sequence[float | None]) -> str:
     return " ".join("-" if value is None else f"{100 * value:.0f}" for value in values)
 
 
+def accepted(result: Mapping[str, Any]) -> str:
+    """Accepted length with its interval."""
+    low, high = result["acceptance_length_interval"]
+    return f"{result['acceptance_length']:.2f} ({low:.2f}-{high:.2f})"
+
+
+def speedup(result: Mapping[str, Any]) -> str:
+    """How much faster than plain decoding, where that was measured."""
+    return f"{result['speedup']:.2f}x" if result.get("plain") else "-"
+
+
+def table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], *, left: Sequence[str]) -> Table:
+    """A table for the terminal; the columns in `left` are words, the others numbers."""
+    made = Table(title=title)
+    for heading in headings:
+        made.add_column(heading, justify="left" if heading in left else "right")
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
+def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table."""
+    return [
+        "| " + " | ".join(headings) + " |",
+        "|" + "---|" * len(headings),
+        *("| " + " | ".join(row) + " |" for row in rows),
+    ]
+
+
 def _rows(report: Mapping[str, Any]) -> list[list[str]]:
     rows = []
     for result in report["results"]:
-        low, high = result["acceptance_length_interval"]
         plain = result.get("plain")
         rows.append(
             [
                 result["task"],
                 f"{result['temperature']:g}",
                 str(result["samples"]),
-                f"{result['acceptance_length']:.2f} ({low:.2f}-{high:.2f})",
+                accepted(result),
                 positions(result["marginal"]),
                 positions(result["conditional"]),
                 f"{plain['tokens_per_second']:.0f}" if plain else "-",
                 f"{result['speculative']['tokens_per_second']:.0f}",
-                f"{result['speedup']:.2f}x" if plain else "-",
+                speedup(result),
             ]
         )
     return rows
@@ -58,12 +87,8 @@ HEADINGS = (
 
 def terminal_table(report: Mapping[str, Any]) -> Table:
     """The table shown at the end of a run."""
-    table = Table(title=f"{report['run']}: {report['draft']['algorithm']} on {report['target']['model']}")
-    for heading in HEADINGS:
-        table.add_column(heading, justify="left" if heading in ("task", "accepted length") else "right")
-    for row in _rows(report):
-        table.add_row(*row)
-    return table
+    title = f"{report['run']}: {report['draft']['algorithm']} on {report['target']['model']}"
+    return table(title, HEADINGS, _rows(report), left=("task", "accepted length"))
 
 
 def markdown(report: Mapping[str, Any]) -> str:
@@ -76,9 +101,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         f"{draft['num_layers']} layers, at most {draft['max_tokens']} tokens a round, taps {list(draft['taps'])}) for "
         f"{target['model']} ({target['num_layers']} layers, revision {target['revision'][:12]}).",
         "",
-        "| " + " | ".join(HEADINGS) + " |",
-        "|" + "---|" * len(HEADINGS),
-        *("| " + " | ".join(row) + " |" for row in _rows(report)),
+        *markdown_table(HEADINGS, _rows(report)),
         "",
         NOTE,
         "",

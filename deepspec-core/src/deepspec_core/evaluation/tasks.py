@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from attrs import frozen
+from attrs import evolve, frozen
 
+from deepspec_core.config.schema import HELD_OUT
 from deepspec_core.errors import DataError
 from deepspec_core.registry import Registry
 
-HELD_OUT = "held-out"
 HELD_OUT_QUOTA = 500
 
 
@@ -28,6 +28,7 @@ class Prompt:
     id: str
     index: int
     messages: tuple[Mapping[str, Any], ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
 
 
 def load_task(
@@ -57,7 +58,7 @@ def load_task(
         prompts = prompts[:limit]
     if not prompts:
         raise DataError("A task has no prompts", where=task, fix="Give a task with at least one prompt.")
-    return [Prompt(id=prompt.id, index=index, messages=prompt.messages) for index, prompt in enumerate(prompts)]
+    return [evolve(prompt, index=index) for index, prompt in enumerate(prompts)]
 
 
 def _read_file(path: Path) -> list[Mapping[str, Any]]:
@@ -92,4 +93,5 @@ def _prompt(row: Mapping[str, Any], index: int, task: str) -> Prompt:
             if message["role"] == "user":
                 break
         messages = tuple(kept)
-    return Prompt(id=str(row.get("id", f"{Path(task).stem}-{index}")), index=index, messages=messages)
+    identity = str(row.get("id", f"{Path(task).stem}-{index}"))
+    return Prompt(id=identity, index=index, messages=messages, tools=tuple(row.get("tools") or ()))

@@ -38,6 +38,19 @@ def check_taps(taps: Sequence[int], num_layers: int, *, where: object = None) ->
     )
 
 
+def spread_taps(num_layers: int, count: int = 5) -> tuple[int, ...]:
+    """`count` layers, evenly spaced from layer 1 to the third last of `num_layers`, or fewer.
+
+    Where those are fewer than `count`, the second last joins, then layer 0, then the embedding (-1).
+    """
+    first, last = 1, num_layers - 3
+    for wider_first, wider_last in ((1, num_layers - 2), (0, num_layers - 2), (-1, num_layers - 2)):
+        if last - first + 1 < count:
+            first, last = wider_first, wider_last
+    count = min(count, last - first + 1)
+    return tuple(first + round(index * (last - first) / max(1, count - 1)) for index in range(count))
+
+
 def _fix(taps: Sequence[int], outside: Sequence[int], last: int) -> str:
     if not taps:
         return f"Name a few layers spread over the target, such as {[last // 4, last // 2, 3 * last // 4]}."

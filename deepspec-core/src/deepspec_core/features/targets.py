@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from deepspec_core.registry import Registry
 
 BUILTIN = "builtin:"
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _WEIGHT_FILES = "*.safetensors"
 # Never pickled weights; code only where the user allows it.
 _HUB_FILES = ("*.json", "*.jinja", "*.txt", "*.model", _WEIGHT_FILES)
@@ -46,7 +46,7 @@ def resolve_model(name: str, *, base: Path, registry: Registry, revision: str | 
         where = Path(registry.load("builtin", spec.name)())
     elif (local := base / Path(name).expanduser()).is_dir():
         where = local.resolve()
-    elif name.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(name):
+    elif name.startswith((".", "/", "~")) or not HUB_ID.fullmatch(name):
         raise TargetError(
             "no such target directory",
             where=local,
@@ -95,7 +95,7 @@ def open_adapter(
         raise TargetError(
             "the target's config.json is not a valid configuration",
             where=where,
-            found=_first_line(error),
+            found=first_line(error),
             expected=f"a {model_type} configuration",
         ) from error
     tokens = special_tokens(where, raw, revision=revision, trust_remote_code=trust_remote_code)
@@ -165,7 +165,7 @@ def tokenizer_for(where: str | Path, trust_remote_code: bool = False, *, revisio
         if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
             problem = "no vocabulary: only special tokens"
     except Exception as error:  # missing and damaged files surface as errors of several libraries
-        problem = _first_line(error)
+        problem = first_line(error)
     if problem is not None:
         raise TargetError(
             "the target's tokenizer cannot be loaded",
@@ -201,6 +201,15 @@ def fingerprint(where: str | Path, *, revision: str | None = None) -> str:
             file.seek(max(0, size - _EDGE_BYTES))
             digest.update(file.read(_EDGE_BYTES))
     return digest.hexdigest()
+
+
+def weight_bytes(where: str | Path) -> int | None:
+    """How large a target's weight files are together; None where a Hub id does not say it in a file, or none are."""
+    if _is_local(where):
+        return sum(path.stat().st_size for path in Path(where).glob(_WEIGHT_FILES)) or None
+    index = _read_json(where, "model.safetensors.index.json", None) or {}
+    size = index.get("metadata", {}).get("total_size")
+    return size if isinstance(size, int) else None
 
 
 def _is_local(where: str | Path) -> bool:
@@ -248,7 +257,7 @@ def _unreachable(where: str | Path, revision: str | None, error: Exception) -> T
     return TargetError(
         "no such local directory, and the Hub does not give it",
         where=where if revision is None else f"{where} at revision {revision}",
-        found=_first_line(error),
+        found=first_line(error),
         expected="a local directory, or a Hub id that exists and can be reached",
         fix="Check the name and the network; offline, download it first and give its directory.",
     )
@@ -258,5 +267,6 @@ def _ids(value: Any) -> tuple[int, ...]:
     return () if value is None else (value,) if isinstance(value, int) else tuple(value)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What went wrong, in one line."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

@@ -8,7 +8,7 @@ from deepspec_core.cache.estimate import cache_bytes, require_space
 from deepspec_core.contracts.cache import CacheFormat
 from deepspec_core.dtypes import torch_dtype
 from deepspec_core.features.capture import capture
-from deepspec_core.pipeline.run import Run
+from deepspec_core.pipeline.run import LOSSES, Run
 from deepspec_core.progress import Progress
 
 
@@ -36,5 +36,5 @@ def run_stage(run: Run) -> dict[str, Any]:
         "samples": len(samples),
         "tokens": sum(len(sample.input_ids) for sample in samples),
         "bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
-        **{name: run.counts[name] for name in ("too_short", "truncated", "duplicates", "renamed")},
+        **{name: run.counts[name] for name in LOSSES},
     }

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
 import re
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,24 +16,31 @@ import torch
 import transformers
 
 from deepspec_core import __version__
+from deepspec_core.blocks.inspection import Parameters
 from deepspec_core.blocks.published import load_draft
 from deepspec_core.contracts.draft import DraftModel
 from deepspec_core.contracts.proposer import Sampling
+from deepspec_core.contracts.target import TargetAdapter
 from deepspec_core.decoding.engine import Request
+from deepspec_core.errors import DataError, StageError
 from deepspec_core.evaluation.evaluator import Decoding, evaluate, summarise
 from deepspec_core.evaluation.report import markdown
 from deepspec_core.evaluation.tasks import HELD_OUT_QUOTA, Prompt, load_task
+from deepspec_core.features.drafts import check_same_target, draft_adapter, resolve_draft
 from deepspec_core.features.targets import fingerprint
 from deepspec_core.pipeline.run import Run
+
+DRAFT_RECORD = "draft.json"
 
 
 def run_stage(run: Run) -> dict[str, Any]:
     """Evaluate; finished groups of prompts of an interrupted evaluation are kept."""
     options = run.file.evaluate
-    draft_folder = run.base / options.draft if options.draft else run.folder / "draft"
-    draft = load_draft(
-        draft_folder, registry=run.plugins.registry, adapter=run.adapter, dtype=run.dtype, device=run.device
-    )
+    draft_folder, adapter = draft_of(run)
+    refuse_another_draft(run, draft_folder)
+    draft = load_draft(draft_folder, registry=run.plugins.registry, adapter=adapter, dtype=run.dtype, device=run.device)
+    journals = _journals(options.tasks)
+    record = json.dumps({"revision": fingerprint(draft_folder)}) + "\n"
     results = []
     for task in options.tasks:
         prompts = load_task(
@@ -41,13 +50,28 @@ def run_stage(run: Run) -> dict[str, Any]:
             base=run.base,
             registry=run.plugins.registry,
             held_out=lambda: (
-                {"id": row.id, "messages": row.messages}
+                {"id": row.id, "messages": row.messages, "tools": row.tools}
                 for row in islice(run.conversations("held_out"), options.limit or HELD_OUT_QUOTA)
             ),
         )
+        requests = _requests(run, prompts)
         for temperature in options.temperature:
+            decoding = _decoding(run, draft, requests, temperature)
+            _write(run.stage_folder("evaluate") / DRAFT_RECORD, record)
+            groups = evaluate(
+                requests,
+                decoding,
+                journal=run.stage_folder("evaluate") / f"{journals[task]}-t{temperature:g}.jsonl",
+                what=f"evaluate {task} at temperature {temperature:g}",
+            )
             results.append(
-                {"task": task, "temperature": temperature, **_evaluate(run, draft, prompts, task, temperature)}
+                {
+                    "task": task,
+                    "temperature": temperature,
+                    **summarise(groups, seed=options.seed),
+                    "prompts_too_long": len(prompts) - len(requests),
+                    "prompts_digest": _digest(requests),
+                }
             )
     report = _report(run, draft, draft_folder, results)
     _write(run.folder / "metrics.json", json.dumps(report, indent=1) + "\n")
@@ -59,19 +83,66 @@ def run_stage(run: Run) -> dict[str, Any]:
     }
 
 
-def _evaluate(run: Run, draft: DraftModel, prompts: list[Prompt], task: str, temperature: float) -> dict[str, Any]:
-    options, architecture = run.file.evaluate, run.adapter.architecture
-    requests = [
+def draft_of(run: Run) -> tuple[Path, TargetAdapter]:
+    """The draft that is evaluated, the one [evaluate] names or else the run's own: its directory and its adapter.
+
+    CheckpointError where it is not there, or was made for another target.
+    """
+    named = run.file.evaluate.draft
+    folder = run.folder / "draft" if named is None else resolve_draft(named, base=run.base)
+    adapter = draft_adapter(folder, registry=run.plugins.registry)
+    check_same_target(folder, adapter.architecture, run.family.architecture)
+    return folder, adapter
+
+
+def refuse_another_draft(run: Run, folder: Path) -> None:
+    """StageError where results lie in the stage's folder that were made with another draft than the one in `folder`."""
+    record = run.stage_folder("evaluate") / DRAFT_RECORD
+    if record.exists() and json.loads(record.read_text(encoding="utf-8"))["revision"] != fingerprint(folder):
+        raise StageError(
+            "The draft changed under the results of the stage `evaluate`",
+            where=record.parent,
+            found=folder,
+            fix="Choose another output, or discard the results with --force evaluate.",
+        )
+
+
+def _journals(tasks: Sequence[str]) -> dict[str, str]:
+    """Task -> the name its files have. DataError where two tasks would share one."""
+    names = {task: re.sub(r"[^\w.-]", "_", Path(task).stem if task.endswith(".jsonl") else task) for task in tasks}
+    shared = [task for task, name in names.items() if list(names.values()).count(name) > 1]
+    if shared or len(names) < len(tasks):
+        raise DataError(
+            "Two tasks would share one file of results",
+            where="evaluate.tasks",
+            found=", ".join(shared or tasks),
+            fix="Name each task once, and give files different names.",
+        )
+    return names
+
+
+def _requests(run: Run, prompts: list[Prompt]) -> list[Request]:
+    """What is decoded: the prompts that leave the target room to answer."""
+    rendered = [
         Request(
             id=prompt.id,
-            prompt_ids=run.tokenizer.render_prompt(prompt.messages, run.file.data.system_prompt),
-            seed=options.seed + prompt.index,
+            prompt_ids=run.tokenizer.render_prompt(prompt.messages, run.file.data.system_prompt, prompt.tools),
+            seed=run.file.evaluate.seed + prompt.index,
         )
         for prompt in prompts
     ]
-    fitting = [request for request in requests if len(request.prompt_ids) < architecture.max_positions]
-    longest = max(len(request.prompt_ids) for request in fitting)
-    decoding = Decoding(
+    return [request for request in rendered if len(request.prompt_ids) < run.adapter.architecture.max_positions]
+
+
+def _digest(requests: Sequence[Request]) -> str:
+    """Tells two evaluations on the same prompts from two on others, whatever the task is called."""
+    return hashlib.sha256(json.dumps([request.prompt_ids for request in requests]).encode()).hexdigest()
+
+
+def _decoding(run: Run, draft: DraftModel, requests: Sequence[Request], temperature: float) -> Decoding:
+    options, architecture = run.file.evaluate, run.adapter.architecture
+    longest = max(len(request.prompt_ids) for request in requests)
+    return Decoding(
         target=run.target,
         proposer=draft.proposer(),
         sampling=Sampling(temperature=temperature),
@@ -80,28 +151,21 @@ def _evaluate(run: Run, draft: DraftModel, prompts: list[Prompt], task: str, tem
         max_length=min(architecture.max_positions, longest + options.max_new_tokens),
         batch_size=options.batch_size,
         plain=options.plain,
+        confidence_threshold=options.confidence_threshold,
     )
-    name = re.sub(r"[^\w.-]", "_", Path(task).stem if task.endswith(".jsonl") else task)
-    groups = evaluate(
-        fitting,
-        decoding,
-        journal=run.stage_folder("evaluate") / f"{name}-t{temperature:g}.jsonl",
-        what=f"evaluate {task} at temperature {temperature:g}",
-    )
-    return {**summarise(groups, seed=options.seed), "prompts_too_long": len(requests) - len(fitting)}
 
 
 def _report(run: Run, draft: DraftModel, draft_folder: Path, results: list[dict[str, Any]]) -> dict[str, Any]:
     description, architecture = draft.describe(), run.adapter.architecture
-    sizes = {name: parameter.numel() for name, parameter in draft.named_parameters()}
-    frozen = sum(count for name, count in sizes.items() if name.startswith(("embed_tokens.", "lm_head.")))
+    sizes = Parameters.of(draft)
     return {
         "run": run.file.run.name,
         "draft": {
             "algorithm": description.algorithm,
-            "checkpoint": os.path.relpath(draft_folder, run.folder),
-            "parameters": sum(sizes.values()),
-            "trainable_parameters": sum(sizes.values()) - frozen,
+            "checkpoint": run.file.evaluate.draft or os.path.relpath(draft_folder, run.folder),
+            "revision": fingerprint(draft_folder),
+            "parameters": sizes.trained + sizes.frozen,
+            "trainable_parameters": sizes.trained,
             "num_layers": description.num_layers,
             "max_tokens": description.max_tokens,
             "taps": list(description.taps),
@@ -116,6 +180,7 @@ def _report(run: Run, draft: DraftModel, draft_folder: Path, results: list[dict[
             "max_new_tokens": run.file.evaluate.max_new_tokens,
             "batch_size": run.file.evaluate.batch_size,
             "seed": run.file.evaluate.seed,
+            "confidence_threshold": run.file.evaluate.confidence_threshold,
             "system_prompt": run.file.data.system_prompt,
             "thinking": run.file.regenerate.thinking,
         },

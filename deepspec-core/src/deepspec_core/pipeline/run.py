@@ -10,7 +10,7 @@ import fcntl
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -29,13 +29,16 @@ if TYPE_CHECKING:
     from deepspec_core.contracts.cache import CacheFormat, CacheHeader, CacheReader
     from deepspec_core.contracts.draft import Sample
     from deepspec_core.contracts.target import TargetAdapter, TargetModel
+    from deepspec_core.data.answers import Supervision
     from deepspec_core.data.conversations import Conversation
     from deepspec_core.data.sources import Split
-    from deepspec_core.data.tokenize import ChatTokenizer
+    from deepspec_core.data.tokenize import ChatTokenizer, Dropped
 
 SMOKE_SAMPLES = 16
 SMOKE_STEPS = 10
 SMOKE_PROMPTS = 4
+# Run.counts of conversations that do not become one whole sample each.
+LOSSES = ("refused", "no_answer", "too_short", "truncated", "split", "duplicates", "renamed")
 
 
 def smoke(file: RunFile) -> RunFile:
@@ -126,20 +129,26 @@ class Run:
         return torch_dtype(self.file.target.dtype or ("float32" if self.device.type == "cpu" else "bfloat16"))
 
     @cached_property
-    def adapter(self) -> TargetAdapter:
-        """The target's family; the taps are checked against it."""
-        from deepspec_core.features.taps import check_taps
+    def family(self) -> TargetAdapter:
+        """The target's adapter, whatever the taps are."""
         from deepspec_core.features.targets import open_adapter
 
-        adapter = open_adapter(
+        return open_adapter(
             self.where,
             registry=self.plugins.registry,
             draft_layer=self.file.draft.layer,
             trust_remote_code=self.file.target.trust_remote_code,
             revision=self.file.target.revision,
         )
-        check_taps(self.file.target.layers, adapter.architecture.num_layers, where=f"{self.path}: target.layers")
-        return adapter
+
+    @cached_property
+    def adapter(self) -> TargetAdapter:
+        """The target's adapter; the taps are checked against it."""
+        from deepspec_core.features.taps import check_taps
+
+        layers = self.family.architecture.num_layers
+        check_taps(self.file.target.layers, layers, where=f"{self.path}: target.layers")
+        return self.family
 
     @cached_property
     def target(self) -> TargetModel:
@@ -206,27 +215,45 @@ class Run:
             counts=counts,
         )
 
-    def training_samples(self) -> Sequence[Sample]:
-        """The training conversations, tokenised. What was dropped is counted in `counts`."""
+    @property
+    def supervision(self) -> Supervision:
+        """What is supervised beside the answers."""
+        from deepspec_core.data.answers import Supervision
+
+        data = self.file.data
+        return Supervision(newline=data.supervise_newline, think_block=data.supervise_think_block)
+
+    def tokenized(
+        self,
+        conversations: Iterable[Conversation],
+        counts: Counter[str],
+        on_drop: Callable[[Dropped], None] = lambda _: None,
+    ) -> Iterator[Sample]:
+        """Conversations as training reads them: rendered, masked, cut, and short ones dropped."""
         from deepspec_core.data.tokenize import tokenize_all
 
         data = self.file.data
-        samples = list(
-            tokenize_all(
-                self.training_conversations(self.counts),
-                self.tokenizer,
-                self.adapter.conversation_format(),
-                system_prompt=data.system_prompt,
-                max_length=min(data.max_length, self.adapter.architecture.max_positions),
-                min_supervised_tokens=data.min_supervised_tokens,
-                counts=self.counts,
-            )
+        return tokenize_all(
+            conversations,
+            self.tokenizer,
+            self.adapter.conversation_format(),
+            system_prompt=data.system_prompt,
+            max_length=min(data.max_length, self.adapter.architecture.max_positions),
+            min_supervised_tokens=data.min_supervised_tokens,
+            supervision=self.supervision,
+            counts=counts,
+            on_drop=on_drop,
         )
+
+    def training_samples(self) -> Sequence[Sample]:
+        """The training conversations, tokenised. What was dropped is counted in `counts`."""
+        samples = list(self.tokenized(self.training_conversations(self.counts), self.counts))
         if not samples:
             raise DataError(
                 "No conversation is left to train on",
                 where=f"{self.path}: data",
-                found=", ".join(f"{name} {count}" for name, count in self.counts.items()) or "no conversations",
+                found=", ".join(f"{name} {count}" for name, count in self.counts.items() if count)
+                or "no conversations",
                 fix="Give more data, or lower data.min_supervised_tokens.",
             )
         return samples
@@ -245,7 +272,9 @@ class Run:
             self.bare_header(),
             revision=fingerprint(self.where, revision=self.file.target.revision),
             tokenizer=self.tokenizer.tokenizer_fingerprint(),
-            template=self.tokenizer.template_fingerprint(self.adapter.conversation_format(), data.system_prompt),
+            template=self.tokenizer.template_fingerprint(
+                self.adapter.conversation_format(), data.system_prompt, self.supervision
+            ),
             source=source,
         )
 

@@ -36,6 +36,7 @@ class Stage:
 
 _TARGET = ("target.model", "target.revision", "target.dtype")
 _DATA = ("data.sources", "data.held_out", "data.system_prompt", "data.max_length", "run.seed")
+_SUPERVISION = ("data.min_supervised_tokens", "data.supervise_newline", "data.supervise_think_block")
 
 STAGES = {
     stage.name: stage
@@ -55,7 +56,7 @@ STAGES = {
             reads=(
                 *_TARGET,
                 *_DATA,
-                "data.min_supervised_tokens",
+                *_SUPERVISION,
                 "target.layers",
                 "cache.format",
                 "cache.dtype",
@@ -69,7 +70,7 @@ STAGES = {
             reads=(
                 *_TARGET,
                 *_DATA,
-                "data.min_supervised_tokens",
+                *_SUPERVISION,
                 "target.layers",
                 "features",
                 "draft",

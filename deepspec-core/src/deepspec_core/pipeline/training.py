@@ -13,7 +13,7 @@ from deepspec_core.blocks.published import save_draft
 from deepspec_core.contracts.draft import DraftModel
 from deepspec_core.contracts.features import FeatureSource
 from deepspec_core.pipeline import workers
-from deepspec_core.pipeline.run import Run
+from deepspec_core.pipeline.run import LOSSES, Run
 from deepspec_core.training.trainer import train
 
 
@@ -41,7 +41,7 @@ def run_stage(run: Run) -> dict[str, Any]:
     return {
         "steps": result.steps,
         "samples": len(source),
-        **{name: run.counts[name] for name in ("too_short", "truncated", "duplicates", "renamed")},
+        **{name: run.counts[name] for name in LOSSES},
         "resumed_from": result.resumed_from,
         "figures": result.figures,
         "counts": result.counts,

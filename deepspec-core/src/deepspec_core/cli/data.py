@@ -1,0 +1,97 @@
+"""`deepspec data show RUN.toml`: what a run trains on, for a person to look at."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import click
+
+from deepspec_core.cli.options import no_plugin, overrides, run_file
+
+if TYPE_CHECKING:
+    from deepspec_core.pipeline.showing import Shown
+
+# Drops beyond these are counted, not listed.
+_LISTED = 10
+# counts of conversations that do not become one whole sample each, in words
+_WORDS = {
+    "refused": "not taken by the chat template",
+    "no_answer": "without an answer",
+    "too_short": "with too few supervised tokens",
+    "duplicates": "duplicates",
+    "renamed": "renamed, since another has their id",
+    "truncated": "cut at the length limit",
+    "split": "split into a sample an answer, since the template rewrites earlier answers",
+    "given_tokens": "with tokens of their own, taken as they are",
+}
+
+
+@click.group()
+def data() -> None:
+    """Look at a run's conversations."""
+
+
+@data.command()
+@run_file
+@click.option("-n", "count", type=click.IntRange(min=1), default=3, show_default=True, help="How many samples.")
+@click.option(
+    "--split",
+    type=click.Choice(["train", "held_out"]),
+    default="train",
+    show_default=True,
+    help="What training reads, or the prompts held out for evaluation.",
+)
+@overrides
+@no_plugin
+def show(
+    path: str, count: int, split: Literal["train", "held_out"], overrides: tuple[str, ...], blocked: tuple[str, ...]
+) -> None:
+    """Print samples with the supervised text marked, and what was dropped on the way to them.
+
+    Supervised text is green on a terminal, and stands between « and » elsewhere. Loads the tokenizer, no weights.
+    """
+    from deepspec_core.config.load import load_run_file
+    from deepspec_core.pipeline.run import Run
+    from deepspec_core.pipeline.showing import view
+    from deepspec_core.plugins import load_plugins
+
+    plugins = load_plugins(blocked=blocked)
+    run = Run(file=load_run_file(path, overrides=overrides, plugins=plugins), path=Path(path), plugins=plugins)
+    dropped: list[str] = []
+    seen = view(run, split, count, on_drop=lambda drop: dropped.append(f"{drop.id}: {drop.reason}"))
+    click.echo(seen.origin)
+    colour, number = sys.stdout.isatty(), 0
+    for number, shown in enumerate(seen.shown, start=1):
+        click.echo(f"\n{click.style(_heading(number, shown), bold=True)}\n{_text(shown, colour)}")
+    click.echo("")
+    if number < count:
+        click.echo(f"{number or 'no'} of {count} shown: there are no more")
+    for line in [*_listed("dropped", dropped), *_listed("not regenerated", list(seen.failures))]:
+        click.echo(line)
+    met = [f"{seen.counts[name]:,} {words}" for name, words in _WORDS.items() if seen.counts[name]]
+    read = f"read {seen.counts['conversations']:,} conversations"
+    if split == "train":
+        click.echo(f"{read}: {'; '.join(met)}" if met else read)
+
+
+def _heading(number: int, shown: Shown) -> str:
+    kind = "prompt" if shown.is_prompt else "sample"
+    supervised = "" if shown.is_prompt else f", {shown.supervised:,} supervised"
+    cut = ", cut at the length limit" if shown.cut else ""
+    return f"--- {kind} {number}, id {shown.id}: {shown.tokens:,} tokens{supervised}{cut}"
+
+
+def _text(shown: Shown, colour: bool) -> str:
+    def marked(text: str) -> str:
+        return click.style(text, fg="green") if colour else f"«{text}»"
+
+    return "".join(marked(text) if supervised else text for text, supervised in shown.pieces)
+
+
+def _listed(what: str, lines: list[str]) -> Iterator[str]:
+    yield from (f"{what} {line}" for line in lines[:_LISTED])
+    if len(lines) > _LISTED:
+        yield f"{what}: {len(lines) - _LISTED:,} more"

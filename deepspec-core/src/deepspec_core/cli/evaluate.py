@@ -1,0 +1,161 @@
+"""`deepspec evaluate --draft DIR_OR_ID --target MODEL --task TASK`: a checkpoint's figures, without a run file.
+
+Puts together the run file that would say the same and hands it to the evaluate stage.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from deepspec_core.cli.options import no_plugin
+from deepspec_core.config.schema import (
+    DTYPES,
+    HELD_OUT,
+    DataOptions,
+    DraftOptions,
+    EvaluateOptions,
+    LayerOptions,
+    RegenerateOptions,
+    RunFile,
+    RunOptions,
+    TargetOptions,
+)
+
+if TYPE_CHECKING:
+    from deepspec_core.plugins import Plugins
+
+DEFAULTS = EvaluateOptions()
+
+
+@click.command()
+@click.option("--draft", required=True, metavar="DIR_OR_ID", help="The checkpoint: a directory, or a Hub id.")
+@click.option("--target", required=True, metavar="MODEL", help="Its target: a directory, a Hub id, or builtin:NAME.")
+@click.option(
+    "--task",
+    "tasks",
+    multiple=True,
+    required=True,
+    metavar="TASK",
+    help="A registered task, or a JSON-lines file with `turns` or `messages`. Repeatable.",
+)
+@click.option(
+    "--temperature",
+    "temperatures",
+    type=click.FloatRange(min=0),
+    multiple=True,
+    default=DEFAULTS.temperature,
+    show_default=True,
+    help="Repeatable.",
+)
+@click.option("--limit", type=click.IntRange(min=1), help="Prompts of each task at most.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=DEFAULTS.max_new_tokens, show_default=True)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    default=DEFAULTS.batch_size,
+    show_default=True,
+    help="Sequences decoded at once.",
+)
+@click.option(
+    "--confidence-threshold",
+    type=click.FloatRange(0, 1),
+    default=DEFAULTS.confidence_threshold,
+    show_default=True,
+    help="End a proposal before its first token whose confidence is below this.",
+)
+@click.option("--thinking", is_flag=True, help="Ask in the target's thinking mode.")
+@click.option("--dtype", type=click.Choice(DTYPES), help="Default: float32 on CPU, bfloat16 elsewhere.")
+@click.option("--out", metavar="DIR", help="Where results go. Default: evaluation-NAME, after the draft.")
+@click.option("--force", type=click.Choice(["evaluate"]), help="Discard the results in --out first.")
+@no_plugin
+def evaluate(
+    draft: str,
+    target: str,
+    tasks: tuple[str, ...],
+    temperatures: tuple[float, ...],
+    limit: int | None,
+    max_new_tokens: int,
+    batch_size: int,
+    confidence_threshold: float,
+    thinking: bool,
+    dtype: str | None,
+    out: str | None,
+    force: str | None,
+    blocked: tuple[str, ...],
+) -> None:
+    """Evaluate a draft checkpoint beside plain decoding of its target.
+
+    What the draft is (algorithm, options, tapped layers) is read from its config.json. Interrupted, the same command
+    goes on where it stopped.
+    """
+    from deepspec_core.plugins import load_plugins
+
+    plugins = load_plugins(blocked=blocked)
+    name = re.sub(r"[^\w.-]", "_", Path(draft).resolve().name)
+    run_options = RunOptions(name=name, output=out or f"evaluation-{name}", stages=("evaluate",))
+    evaluated = EvaluateOptions(
+        tasks=_tasks(tasks),
+        temperature=temperatures,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        limit=limit,
+        confidence_threshold=confidence_threshold,
+        draft=draft,
+    )
+    file = _run_file(run_options, target, dtype, thinking, evaluated, plugins)
+    _execute(file, plugins, [force] if force else [])
+
+
+def _tasks(tasks: tuple[str, ...]) -> tuple[str, ...]:
+    if HELD_OUT in tasks:
+        raise click.UsageError(f"{HELD_OUT!r} prompts are those of a run's data: evaluate with a run file instead.")
+    return tasks
+
+
+def _run_file(
+    run: RunOptions, target: str, dtype: str | None, thinking: bool, evaluated: EvaluateOptions, plugins: Plugins
+) -> RunFile:
+    from deepspec_core.blocks.published import read_draft_config, read_options
+    from deepspec_core.features.drafts import resolve_draft
+
+    assert evaluated.draft is not None
+    directory = resolve_draft(evaluated.draft, base=Path())
+    algorithm, options, taps = read_options(directory, plugins.registry)
+    # A target without dense layers needs to be told; the draft itself is built from its own config.json.
+    layer = LayerOptions(intermediate_size=read_draft_config(directory).get("intermediate_size"))
+    return RunFile(
+        run=run,
+        target=TargetOptions(model=target, layers=taps, dtype=dtype),
+        data=DataOptions(sources=()),
+        draft=DraftOptions(type=algorithm, options=options, layer=layer),
+        regenerate=RegenerateOptions(thinking=thinking),
+        evaluate=evaluated,
+    )
+
+
+def _execute(file: RunFile, plugins: Plugins, force: Sequence[str]) -> None:
+    from deepspec_core.cli.run import show_report
+    from deepspec_core.pipeline import stages
+    from deepspec_core.pipeline.evaluating import draft_of, refuse_another_draft
+    from deepspec_core.pipeline.run import Run
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+    for noisy in ("httpx", "urllib3", "filelock", "fsspec"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    run = Run(file=file, path=Path("command line"), plugins=plugins)
+    # Before anything is written or discarded.
+    draft_folder, _ = draft_of(run)
+    steps = stages.plan(run, force=force)
+    with run.locked():
+        for folder in stages.discard(run, force):
+            click.echo(f"discarded {folder}")
+        refuse_another_draft(run, draft_folder)
+        run.save_config()
+        stages.execute(run, steps, say=click.echo)
+    show_report(run.folder)

@@ -1,0 +1,44 @@
+"""`deepspec init MODEL --draft TYPE`: a complete, commented run file for a target."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from deepspec_core.cli.options import no_plugin
+
+
+@click.command()
+@click.argument("model", metavar="MODEL")
+@click.option("--draft", "draft_type", required=True, metavar="TYPE", help="The draft's type; see `deepspec plugins`.")
+@click.option("--data", metavar="PATH", help="JSON lines, a dataset on disk or on the Hub, or builtin:NAME.")
+@click.option(
+    "-o", "--output", "out", default="train.toml", show_default=True, metavar="FILE", help="The run file to write."
+)
+@no_plugin
+def init(model: str, draft_type: str, data: str | None, out: str, blocked: tuple[str, ...]) -> None:
+    """Write a run file that trains a draft for MODEL: a Hub id, a directory, or builtin:NAME.
+
+    Reads the target's config and tokenizer, no weights. Taps, mask token, sampling and sizes are chosen and explained;
+    what the run will need of disk and memory is estimated. An existing file is never overwritten.
+    """
+    from deepspec_core.config.starter import starter
+    from deepspec_core.errors import ConfigError
+    from deepspec_core.pipeline.starting import start_of
+    from deepspec_core.plugins import load_plugins
+
+    path = Path(out)
+    exists = ConfigError("the run file exists already", where=path, fix="Choose another name with -o.")
+    if path.exists():
+        raise exists
+    if not path.parent.is_dir():
+        raise ConfigError("no such folder", where=path.parent, fix="Make it first, or choose another with -o.")
+    text = starter(start_of(model, draft_type, data, path.parent, load_plugins(blocked=blocked).registry))
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise exists from None
+    click.echo(f"wrote {path}")
+    click.echo(f"next: deepspec config check {path}; deepspec data show {path}; deepspec run {path} --smoke")

@@ -1,0 +1,99 @@
+"""`deepspec report RUN...`: finished evaluations in one table, with what makes them incomparable."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from deepspec_core.cli.options import no_plugin
+from deepspec_core.errors import StageError
+
+if TYPE_CHECKING:
+    from deepspec_core.evaluation.comparison import Comparison, Run
+
+METRICS = "metrics.json"
+
+
+@click.command()
+@click.argument("places", metavar="RUN...", nargs=-1, required=True)
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable: one object.")
+@click.option("--output", metavar="FILE", help="Write there instead (Markdown, or JSON with --json).")
+@no_plugin
+def report(places: tuple[str, ...], as_json: bool, output: str | None, blocked: tuple[str, ...]) -> None:
+    """Compare evaluated runs, given by their folders or their run files.
+
+    Rows that cannot be compared with the first run (another target, other prompts, other settings) are marked.
+    """
+    from deepspec_core.evaluation.comparison import compare
+
+    comparison = compare(_runs([_folder(place, blocked) for place in places]))
+    if as_json:
+        _put(json.dumps(comparison.as_json(), indent=1) + "\n", output)
+    elif output is not None:
+        _put(comparison.markdown(), output)
+    else:
+        _show(comparison)
+
+
+def _folder(place: str, blocked: tuple[str, ...]) -> Path:
+    """A run's folder, from itself or from its run file."""
+    path = Path(place)
+    if path.is_dir() or path.suffix != ".toml":
+        return path
+    from deepspec_core.config.load import load_run_file
+    from deepspec_core.pipeline.run import Run
+    from deepspec_core.plugins import load_plugins
+
+    plugins = load_plugins(blocked=blocked)
+    return Run(file=load_run_file(path, plugins=plugins), path=path, plugins=plugins).folder
+
+
+def _runs(folders: Sequence[Path]) -> list[Run]:
+    """Each run by its name; where two share one, by its folder."""
+    from deepspec_core.evaluation.comparison import Run
+
+    reports = [_read(folder) for folder in folders]
+    names = [report["run"] for report in reports]
+    return [
+        Run(label=name if names.count(name) == 1 else str(folder), report=report)
+        for name, folder, report in zip(names, folders, reports, strict=True)
+    ]
+
+
+def _read(folder: Path) -> Any:
+    path = folder / METRICS
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise StageError(
+            "No evaluation there",
+            where=folder,
+            expected=f"a run's folder with {METRICS}, or its run file",
+            fix="Run its evaluate stage first.",
+        ) from None
+    except ValueError as error:
+        raise StageError(
+            f"{METRICS} is damaged", where=path, found=error, fix="Evaluate again with --force evaluate."
+        ) from error
+
+
+def _put(text: str, output: str | None) -> None:
+    if output is None:
+        click.echo(text, nl=False)
+    else:
+        Path(output).write_text(text, encoding="utf-8")
+        click.echo(f"written to {output}")
+
+
+def _show(comparison: Comparison) -> None:
+    from rich.console import Console
+
+    # Wide enough for the table also where the output is a file.
+    console = Console(width=None if Console().is_terminal else 160)
+    console.print(comparison.terminal_table())
+    for line in comparison.notes():
+        click.echo(line)

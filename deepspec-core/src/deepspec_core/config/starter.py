@@ -1,0 +1,223 @@
+"""The text of a new run file: every section, every key a person is likely to touch, and why it says what it says.
+
+Turns facts about a target and a draft (pipeline/starting.py gathers them) into commented TOML; opens nothing.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from attrs import NOTHING, asdict, fields, frozen, has
+
+from deepspec_core.config.schema import (
+    CacheOptions,
+    DataOptions,
+    EvaluateOptions,
+    RegenerateOptions,
+    RunOptions,
+    SourceOptions,
+    TrainOptions,
+)
+
+_WIDTH = 116
+_COMMENT_AT = 36
+
+
+@frozen(kw_only=True)
+class Start:
+    """What a run file is written from. `notes`, by section or key, are sentences that become comments.
+
+    `option_values` replace the draft type's own defaults; `loss` is what its algorithm asks for.
+    """
+
+    name: str
+    model: str
+    data: str
+    draft_type: str
+    taps: tuple[int, ...]
+    max_length: int
+    sampling: Mapping[str, float]
+    options: type[Any]
+    option_values: Mapping[str, Any]
+    layer: Mapping[str, int]
+    loss: Mapping[str, Any]
+    notes: Mapping[str, Sequence[str]]
+
+
+def starter(start: Start) -> str:
+    """The whole file."""
+    sections = [
+        _section("run", _run(start)),
+        _section("target", _target(start)),
+        _section("data", _data(start), start.notes.get("data", ())),
+        _section("regenerate", _regenerate(start), ["The target answers the prompts itself, turn by turn."]),
+        _section("features", [_line("mode", "online", 'the target runs beside the drafter; "cached" stores features')]),
+        _section("cache", _cache(), start.notes.get("cache", ())),
+        _section("draft", _draft(start), [*start.notes.get("draft", ()), *_explained(start.options)]),
+        *([_section("draft.layer", _layer(start), start.notes.get("draft.layer", ()))] if start.layer else []),
+        _section("loss", _loss(start), ["What the algorithm asks for; other terms: `deepspec plugins`."]),
+        _section("train", _train()),
+        _section("evaluate", _evaluate(start), ["Real speculative decoding, beside the target's plain decoding."]),
+    ]
+    head = [
+        f"A draft of type {start.draft_type} for {start.model}, written by `deepspec init`. Check, look, try, run:",
+        "  deepspec config check FILE;  deepspec data show FILE;  deepspec run FILE --smoke;  deepspec run FILE",
+    ]
+    return "\n".join(["\n".join(f"# {line}" for line in head), *sections]) + "\n"
+
+
+def toml(value: Any) -> str:
+    """A value as TOML, on one line."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, Mapping):
+        given = {key: entry for key, entry in value.items() if entry is not None}
+        return "{" + ", ".join(f"{key} = {toml(entry)}" for key, entry in given.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(toml, value)) + "]"
+    return repr(value)
+
+
+def _section(name: str, lines: Sequence[str], notes: Sequence[str] = ()) -> str:
+    return "\n".join(["", f"[{name}]", *_comments(notes), *lines])
+
+
+def _comments(notes: Sequence[str]) -> Iterator[str]:
+    for note in notes:
+        yield from (f"# {line}" for line in textwrap.wrap(note, _WIDTH))
+
+
+def _line(key: str, value: Any, comment: str = "", *, written: bool = True) -> str:
+    line = f"{'' if written else '# '}{key} = {toml(value)}"
+    return f"{line.ljust(_COMMENT_AT)}  # {comment}" if comment else line
+
+
+def _defaults(section: type[Any], comments: Mapping[str, str]) -> list[str]:
+    """The keys named in `comments`, in their order, with the schema's own defaults."""
+    known = {attribute.name: attribute.default for attribute in fields(section)}
+    return [_line(key, known[key], comment) for key, comment in comments.items()]
+
+
+def _run(start: Start) -> list[str]:
+    return [
+        _line("name", start.name),
+        _line("output", f"runs/{start.name}", "relative to this file, like every path here"),
+        _line("stages", ("regenerate", "train", "evaluate"), 'with features.mode = "cached": "cache" before "train"'),
+        *_defaults(RunOptions, {"seed": ""}),
+    ]
+
+
+def _target(start: Start) -> list[str]:
+    return [
+        _line("model", start.model),
+        *_comments(start.notes.get("layers", ())),
+        _line("layers", start.taps),
+        _line("dtype", "bfloat16", "left out: float32 on a CPU, where results are exact, else bfloat16", written=False),
+        *_comments(start.notes.get("target", ())),
+    ]
+
+
+def _data(start: Start) -> list[str]:
+    source = {"path": start.data, "weight": SourceOptions(path="").weight}
+    return [
+        _line("sources", [source], "JSON lines with `messages`, or a Hub dataset; `limit = N` takes fewer"),
+        _line("max_length", start.max_length, "tokens; longer conversations are cut"),
+        *_defaults(
+            DataOptions,
+            {
+                "held_out": "this share is kept for evaluation",
+                "min_supervised_tokens": "samples with fewer are dropped, and counted",
+            },
+        ),
+        _line("system_prompt", "You are a helpful assistant.", "none unless given; the same everywhere", written=False),
+        *_defaults(
+            DataOptions,
+            {
+                "supervise_newline": "of conversations that are not regenerated: the newline after an answer",
+                "supervise_think_block": "and the think block the template itself puts before one",
+            },
+        ),
+    ]
+
+
+def _regenerate(start: Start) -> list[str]:
+    advised = "as the target's makers advise"
+    sampling = [_line(key, value, advised) for key, value in start.sampling.items()]
+    return [
+        *_defaults(RegenerateOptions, {"thinking": ""}),
+        _line("max_tokens", min(start.max_length, RegenerateOptions().max_tokens), "of one answer"),
+        *sampling,
+        *_defaults(RegenerateOptions, {"batch_size": "conversations at once", "max_failures": "a larger share stops"}),
+    ]
+
+
+def _cache() -> list[str]:
+    return _defaults(CacheOptions, {"format": "", "dtype": '"float8_e4m3" takes about half of bfloat16'})
+
+
+def _explained(options: type[Any]) -> list[str]:
+    return (inspect.getdoc(options) or "").split("\n\n")
+
+
+def _draft(start: Start) -> list[str]:
+    lines = [_line("type", start.draft_type)]
+    for attribute in fields(start.options):
+        name = attribute.name
+        value = start.option_values.get(name, _default_of(attribute))
+        if value is NOTHING:
+            lines.append(f"# {name}: has no default, and must be given")
+        elif value is None:
+            lines.append(f"# {name}: left out")
+        else:
+            notes = start.notes.get(f"draft.{name}", ())
+            lines += [*_comments(notes), _line(name, asdict(value) if has(type(value)) else value)]
+    return lines
+
+
+def _default_of(attribute: Any) -> Any:
+    factory = getattr(attribute.default, "factory", None)
+    return attribute.default if factory is None else factory()
+
+
+def _layer(start: Start) -> list[str]:
+    return [_line(key, value) for key, value in start.layer.items()]
+
+
+def _loss(start: Start) -> list[str]:
+    loss = {"terms": {"ce": 1.0}, "weighting": {"type": "uniform"}, **start.loss}
+    return [_line(key, value) for key, value in loss.items()]
+
+
+def _train() -> list[str]:
+    return _defaults(
+        TrainOptions,
+        {
+            "lr": "the published recipe, as all of this section",
+            "global_batch_size": "sequences a step, over all devices",
+            "micro_batch_size": "sequences at once on one device: more is faster, and takes more memory",
+            "epochs": "",
+            "warmup": "share of the steps; then cosine to 0",
+            "weight_decay": "",
+            "clip_norm": "",
+            "precision": '"float32" where results are to be exact',
+            "checkpoint_every": "steps",
+            "log_every": "steps",
+        },
+    )
+
+
+def _evaluate(start: Start) -> list[str]:
+    known = {attribute.name: attribute.default for attribute in fields(EvaluateOptions)}
+    return [
+        _line("tasks", known["tasks"], "prompts the run never trained on; or JSON-lines files with `turns`"),
+        _line("temperature", known["temperature"]),
+        _line("max_new_tokens", min(start.max_length, known["max_new_tokens"])),
+        *_defaults(EvaluateOptions, {"batch_size": "sequences at once", "plain": "also the target alone", "seed": ""}),
+        _line("limit", 100, "prompts of a task; left out: all of it, of held-out prompts 500", written=False),
+    ]

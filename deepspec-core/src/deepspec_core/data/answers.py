@@ -1,0 +1,227 @@
+"""Where the assistant speaks in rendered text, found by rendering alone; markers in what users write mean nothing.
+
+An answer is what a template puts after the answer's own prompt: for every answer two renderings are compared, the
+conversation up to it with the generation prompt, and the conversation that ends with it. What the generation prompt
+says already (an empty think block, an empty thought channel) is the template's, not the answer's. Knows renderings;
+neither tokens nor how a template is run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from attrs import frozen
+
+from deepspec_core.contracts.target import ConversationFormat
+from deepspec_core.errors import DataError
+
+
+class TemplateRefusal(DataError):
+    """The chat template does not take this conversation, or not all of it; others it may."""
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+class Render(Protocol):
+    """Messages to text; with `prompt` it ends where the assistant is to begin."""
+
+    def __call__(self, messages: Messages, *, prompt: bool) -> str: ...
+
+
+@frozen(kw_only=True)
+class Supervision:
+    """What is supervised beside each answer's text and its end marker.
+
+    `newline`: one newline after the marker. `think_block`: what the template puts between the assistant's header and
+    the answer, where it does.
+    """
+
+    newline: bool = False
+    think_block: bool = False
+
+
+@frozen(kw_only=True)
+class Answer:
+    """Characters of a rendered conversation: the text [start, text_end), then the end marker [text_end, end)."""
+
+    start: int
+    text_end: int
+    end: int
+
+
+@frozen(kw_only=True)
+class Openings:
+    """What the generation prompt puts after the assistant's header, without thinking and with it; often nothing."""
+
+    without_thinking: str
+    with_thinking: str
+
+    def of(self, *, thinking: bool) -> str:
+        """The one of a mode."""
+        return self.with_thinking if thinking else self.without_thinking
+
+
+@frozen(kw_only=True)
+class Reply:
+    """One answer where it comes last: head + opening + text + marker + rest is the whole rendering.
+
+    `head` ends with the assistant's header; `opening` is the template's (see Openings), `text` the assistant's.
+    `complete`: nothing of the message's own thinking is left out.
+    """
+
+    head: str
+    opening: str
+    text: str
+    marker: str
+    rest: str
+    complete: bool = True
+
+    @property
+    def rendering(self) -> str:
+        """The conversation that ends with this answer."""
+        return self.head + self.opening + self.text + self.marker + self.rest
+
+    def begin_in(self, text: str) -> int | None:
+        """Where this answer's text begins in another rendering, as it is and in its own place; None: not there."""
+        for before in (self.head + self.opening, self.head):
+            if text.startswith(before) and text.startswith(self.text + self.marker, len(before)):
+                return len(before)
+        return None
+
+    def spans_in(self, text: str, begin: int, supervision: Supervision) -> list[Answer]:
+        """What is supervised of this answer in a text where it begins at `begin`, in order."""
+        text_end = begin + len(self.text)
+        end = text_end + len(self.marker)
+        start = len(self.head) if supervision.think_block else begin
+        spans = [Answer(start=start, text_end=text_end, end=end)]
+        if supervision.newline and text.startswith("\n", end):
+            spans.append(Answer(start=end, text_end=end, end=end + 1))
+        return spans
+
+
+def openings_of(render: Callable[[bool], str], fmt: ConversationFormat) -> Openings:
+    """From a prompt rendered without (False) and with (True) thinking; DataError where it has no header of `fmt`."""
+    tails = []
+    for thinking in (False, True):
+        prompt = render(thinking)
+        header = prompt.rfind(fmt.assistant_start)
+        if header < 0:
+            raise DataError(
+                "The chat template and the family's conversation format disagree",
+                found=repr(prompt[-60:]) + " before an answer",
+                expected=repr(fmt.assistant_start),
+            )
+        tails.append(prompt[header + len(fmt.assistant_start) :])
+    return Openings(without_thinking=tails[0], with_thinking=tails[1])
+
+
+def replies(
+    render: Render, messages: Messages, fmt: ConversationFormat, openings: Openings, *, thinking: bool
+) -> list[Reply]:
+    """Every assistant message that follows a user's, in order, each as the last of its conversation."""
+    asked, found = False, []
+    for index, message in enumerate(messages):
+        asked = asked or message["role"] == "user"
+        if asked and message["role"] == "assistant":
+            prompt = render(messages[:index], prompt=True)
+            whole = render(messages[: index + 1], prompt=False)
+            found.append(_reply(prompt, whole, message, fmt, openings, thinking))
+    return found
+
+
+def rows(answers: Sequence[Reply], supervision: Supervision) -> list[tuple[str, list[Answer]]]:
+    """Texts to train on, and what is supervised in each: one for all answers, where the last rendering has them all.
+
+    A template that rewrites earlier answers (drops their thinking) gets one row an answer instead: what it writes of
+    an earlier one is no longer what the target would emit there.
+    """
+    if not answers:
+        return []
+    text = answers[-1].rendering
+    begins = [answer.begin_in(text) for answer in answers]
+    found = [(answer, begin) for answer, begin in zip(answers, begins, strict=True) if begin is not None]
+    if len(found) == len(answers):
+        return [(text, [span for answer, begin in found for span in answer.spans_in(text, begin, supervision)])]
+    return [
+        (answer.rendering, answer.spans_in(answer.rendering, len(answer.head + answer.opening), supervision))
+        for answer in answers
+    ]
+
+
+def supervised(offsets: Sequence[tuple[int, int]], answers: Sequence[Answer]) -> list[bool]:
+    """Per token, whether it lies within an answer. Of a marker that is cut off, no token counts."""
+    seen = offsets[-1][1] if offsets else 0
+    spans = iter([(answer.start, answer.end if answer.end <= seen else answer.text_end) for answer in answers])
+    mask, (start, end) = [], next(spans, (seen, seen))
+    for begin, stop in offsets:
+        while begin >= end and end < seen:
+            start, end = next(spans, (seen, seen))
+        mask.append(start <= begin < stop <= end)
+    return mask
+
+
+def _reply(
+    prompt: str, whole: str, message: Mapping[str, Any], fmt: ConversationFormat, openings: Openings, thinking: bool
+) -> Reply:
+    tail = openings.of(thinking=thinking)
+    # A turn that goes on after a tool's result has no header of its own: the whole prompt comes before the answer.
+    head = prompt[: len(prompt) - len(tail)] if prompt.endswith(fmt.assistant_start + tail) else prompt
+    if not whole.startswith(head):
+        raise DataError(
+            "The chat template renders an answer elsewhere than after its prompt",
+            found=repr(whole[: len(head)][-60:]),
+            expected=repr(head[-60:]),
+        )
+    own = whole[len(head) :]
+    written = [each for each in (openings.without_thinking, openings.with_thinking) if own.startswith(each)]
+    opening = max(written, key=len, default="")
+    if not opening and head is not prompt and _skips_thinking(own, message, openings, thinking):
+        opening = tail
+    else:
+        own = own[len(opening) :]
+    text_end, end = _last_marker(own, fmt.assistant_ends)
+    if end < 0 or own[end:].strip():
+        raise DataError(
+            "An answer has no end marker in the chat template's rendering",
+            found=repr(own[-60:]),
+            expected=" or ".join(map(repr, fmt.assistant_ends)),
+        )
+    return Reply(
+        head=head,
+        opening=opening,
+        text=own[:text_end],
+        marker=own[text_end:end],
+        rest=own[end:],
+        complete=_has_thinking(own[:text_end].strip(), message, opening),
+    )
+
+
+def _has_thinking(text: str, message: Mapping[str, Any], opening: str) -> bool:
+    """Whether the message's thinking is in the rendered text, be it a field of its own or the begin of its content."""
+    if message.get("reasoning_content", "").strip() not in text:
+        return False
+    content = message["content"].strip()
+    left_out = content[: len(content) - len(text)] if content.endswith(text) else ""
+    return _letters(left_out) in ("", _letters(opening))
+
+
+def _letters(text: str) -> str:
+    return "".join(filter(str.isalnum, text))
+
+
+def _skips_thinking(own: str, message: Mapping[str, Any], openings: Openings, thinking: bool) -> bool:
+    """Whether the answer would follow the opening that says so, which the template leaves out when it looks back."""
+    if thinking or openings.without_thinking == openings.with_thinking or message.get("reasoning_content"):
+        return False
+    begins_thinking = openings.without_thinking.partition("\n")[0]
+    return not own.startswith(begins_thinking)
+
+
+def _last_marker(text: str, markers: Sequence[str]) -> tuple[int, int]:
+    begin, end = -1, -1
+    for marker in markers:
+        at = text.rfind(marker)
+        if at >= 0 and at + len(marker) > end:
+            begin, end = at, at + len(marker)
+    return begin, end

@@ -1,0 +1,38 @@
+"""Ending a proposal where the draft doubts itself. Knows a proposal's confidence; not who proposed, nor verification.
+
+Legend: B slots, K draft tokens at most.
+"""
+
+from __future__ import annotations
+
+import torch
+from attrs import evolve
+
+from deepspec_core.contracts.proposer import Proposal
+from deepspec_core.errors import ConfigError
+
+
+def cut(proposal: Proposal, threshold: float) -> Proposal:
+    """The proposal up to its first token whose confidence, sigmoid(logit), is below `threshold`; it may become empty.
+
+    Columns that no slot needs are dropped, so that the target does not score them. The output's distribution stays the
+    target's, because a token's confidence is formed from what stands before the token. ConfigError where the draft
+    gives no confidence.
+    """
+    if proposal.confidence is None:
+        raise ConfigError(
+            "this draft gives no confidence to compare with",
+            where="[evaluate] confidence_threshold",
+            found=f"{threshold:g}",
+            expected="a draft with a confidence head, or a threshold of 0",
+        )
+    sure_BK = (proposal.confidence.float().sigmoid() >= threshold).long()
+    lengths_B = torch.minimum(proposal.lengths, sure_BK.cumprod(1).sum(1))
+    width = int(lengths_B.max())
+    return evolve(
+        proposal,
+        tokens=proposal.tokens[:, :width],
+        lengths=lengths_B,
+        probabilities=None if proposal.probabilities is None else proposal.probabilities[:, :width],
+        confidence=proposal.confidence[:, :width],
+    )

@@ -1,0 +1,153 @@
+"""Several evaluations in one table, and everything that makes their figures incomparable.
+
+Knows what metrics.json of a run says; not how it came about. Nothing is left out or averaged: a run on another target,
+on other prompts or with other settings keeps its rows, marked, with the difference written below.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeGuard
+
+from attrs import frozen
+from rich.table import Table
+
+from deepspec_core.evaluation import report as single
+
+HEADINGS = ("draft", "task", "T", "prompts", "accepted length", "speed-up", "conditional acceptance by position, %")
+MARK = " *"
+# What must be equal for figures to be compared. Taps and the draft's own size are what is being compared.
+_TARGET = ("model", "revision", "dtype")
+_DIGEST = 12
+_MACHINE = ("device", "threads", "torch", "transformers")
+
+
+@frozen(kw_only=True)
+class Run:
+    """One evaluated run: what to call it, and its metrics.json."""
+
+    label: str
+    report: Mapping[str, Any]
+
+
+@frozen(kw_only=True)
+class Row:
+    """One draft on one task at one temperature. `marked`: it cannot be compared with the first run's row as it is."""
+
+    run: Run
+    result: Mapping[str, Any]
+    marked: bool
+
+    def cells(self) -> list[str]:
+        """As HEADINGS say."""
+        return [
+            f"{self.run.label} ({self.run.report['draft']['algorithm']})" + (MARK if self.marked else ""),
+            self.result["task"],
+            f"{self.result['temperature']:g}",
+            str(self.result["samples"]),
+            single.accepted(self.result),
+            single.speedup(self.result),
+            single.positions(self.result["conditional"]),
+        ]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        names = ("task", "temperature", "samples", "acceptance_length", "acceptance_length_interval", "conditional")
+        return {
+            "run": self.run.label,
+            "algorithm": self.run.report["draft"]["algorithm"],
+            **{name: self.result[name] for name in names},
+            "speedup": self.result.get("speedup"),
+            "comparable": not self.marked,
+        }
+
+
+@frozen(kw_only=True)
+class Comparison:
+    """`rows` task by task and temperature by temperature; `differences` in words, empty where all is comparable.
+
+    `remarks` are differences that concern speed alone.
+    """
+
+    rows: tuple[Row, ...]
+    differences: tuple[str, ...]
+    remarks: tuple[str, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {
+            "rows": [row.as_json() for row in self.rows],
+            "differences": list(self.differences),
+            "remarks": list(self.remarks),
+        }
+
+    def terminal_table(self) -> Table:
+        """The table for the terminal; `notes` go below it."""
+        cells = [row.cells() for row in self.rows]
+        return single.table("", HEADINGS, cells, left=("draft", "task", "accepted length"))
+
+    def notes(self) -> list[str]:
+        """What stands below the table, one sentence a line."""
+        marked = [f"{MARK.strip()} not comparable with the first run as it is; see below"] if self.differences else []
+        return [*marked, *self.differences, *self.remarks]
+
+    def markdown(self) -> str:
+        """The same as a Markdown page."""
+        notes = [f"- {line}" for line in (*self.differences, *self.remarks)]
+        warning = ["", f"**Not all rows are comparable** (those marked{MARK}):"] if self.differences else [""]
+        cells = [[cell.replace("*", r"\*") for cell in row.cells()] for row in self.rows]
+        lines = ["# Drafts compared", "", *single.markdown_table(HEADINGS, cells)]
+        lines += [*warning, "", *notes, ""] if notes else [""]
+        return "\n".join([*lines, single.NOTE, ""])
+
+
+def compare(runs: Sequence[Run]) -> Comparison:
+    """Put runs side by side; the first is what the others are held against."""
+    differences: list[str] = []
+    unlike: set[int] = set()
+    settings = dict.fromkeys(name for run in runs for name in run.report["settings"])
+    for section, names in (("target", _TARGET), ("settings", tuple(settings))):
+        for name in names:
+            values = [run.report[section].get(name) for run in runs]
+            unlike |= {index for index, value in enumerate(values) if value != values[0]}
+            differences += _difference(f"{section}.{name}", runs, values)
+    rows: list[Row] = []
+    for task, temperature in dict.fromkeys(key for run in runs for key in _results(run)):
+        found = [_results(run).get((task, temperature)) for run in runs]
+        have = [(index, result) for index, result in enumerate(found) if result is not None]
+        where = f"{task} at T={temperature:g}"
+        if len(have) < len(runs):
+            missing = ", ".join(run.label for run, result in zip(runs, found, strict=True) if result is None)
+            differences.append(f"{where} was not evaluated in {missing}")
+        prompts = [(result["samples"], result.get("prompts_digest")) for _, result in have]
+        if len(set(prompts)) > 1:
+            counts = ", ".join(f"{result['samples']} in {runs[index].label}" for index, result in have)
+            differences.append(f"{where} asked other prompts: {counts}")
+        for (index, result), asked in zip(have, prompts, strict=True):
+            marked = index in unlike or asked != prompts[0]
+            rows.append(Row(run=runs[index], result=result, marked=marked))
+    remarks = [
+        f"speed-ups are of different machines: {line}"
+        for name in _MACHINE
+        for line in _difference(f"machine.{name}", runs, [run.report["machine"].get(name) for run in runs])
+    ]
+    return Comparison(rows=tuple(rows), differences=tuple(differences), remarks=tuple(remarks))
+
+
+def _results(run: Run) -> dict[tuple[str, float], Mapping[str, Any]]:
+    return {(result["task"], result["temperature"]): result for result in run.report["results"]}
+
+
+def _is_digest(value: object) -> TypeGuard[str]:
+    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{40,}", value) is not None
+
+
+def _difference(what: str, runs: Sequence[Run], values: Sequence[object]) -> list[str]:
+    """One sentence that says who has which value, or none."""
+    if all(value == values[0] for value in values):
+        return []
+    # Digests and commits are told apart by their first characters.
+    short = [f"{value[:_DIGEST]}..." if _is_digest(value) else value for value in values]
+    said = ", ".join(f"{value} in {run.label}" for run, value in zip(runs, short, strict=True))
+    return [f"{what} differs: {said}"]

@@ -1,0 +1,118 @@
+"""What `deepspec data show` looks at: samples as training reads them, prompts as they are sent, and what was dropped.
+
+Needs the tokenizer and the target's config, never its weights. Knows where a run's conversations are; not how what is
+found is printed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from itertools import islice
+
+from attrs import field, frozen
+
+from deepspec_core.contracts.draft import Sample
+from deepspec_core.data.conversations import Conversation
+from deepspec_core.data.sources import Split
+from deepspec_core.data.tokenize import ChatTokenizer, Dropped
+from deepspec_core.evaluation.tasks import HELD_OUT, load_task
+from deepspec_core.pipeline.run import Run
+
+
+@frozen(kw_only=True)
+class Shown:
+    """A sample or a prompt: its text in runs of tokens that are supervised or not, and how many there are of each."""
+
+    id: str
+    pieces: tuple[tuple[str, bool], ...]
+    tokens: int
+    supervised: int
+    is_prompt: bool
+    cut: bool = False
+
+
+@frozen(kw_only=True)
+class View:
+    """What is shown of a run. `origin` says in words where it comes from; `counts` fill up while `shown` is read."""
+
+    origin: str
+    shown: Iterator[Shown]
+    counts: Counter[str] = field(factory=Counter)
+    failures: tuple[str, ...] = ()
+
+
+def view(run: Run, split: Split, count: int, *, on_drop: Callable[[Dropped], None]) -> View:
+    """The first `count` samples of a split: of "train" what training reads, or, where the target has not answered yet,
+    the prompts it will be asked; of "held_out" the prompts evaluation asks."""
+    counts: Counter[str] = Counter()
+    if split == "held_out":
+        return View(origin="held-out prompts, as evaluation asks them", shown=_held_out(run, count), counts=counts)
+    regenerates = "regenerate" in run.file.run.stages
+    if regenerates and not run.regenerated.exists():
+        prompts = (shown for row in run.conversations("train", counts) if (shown := _first_prompt(run, row)))
+        origin = "prompts of data.sources, as regeneration asks them (nothing is regenerated yet)"
+        return View(origin=origin, shown=islice(prompts, count), counts=counts)
+    samples = run.tokenized(run.training_conversations(counts), counts, on_drop)
+    longest = min(run.file.data.max_length, run.adapter.architecture.max_positions)
+    return View(
+        origin=f"samples of {run.regenerated}" if regenerates else "samples of data.sources",
+        shown=islice((_sample(run.tokenizer, sample, longest) for sample in samples), count),
+        counts=counts,
+        failures=_failures(run) if regenerates else (),
+    )
+
+
+def _held_out(run: Run, count: int) -> Iterator[Shown]:
+    rows = islice(run.conversations("held_out"), count)
+    prompts = load_task(
+        HELD_OUT,
+        limit=count,
+        seed=run.file.evaluate.seed,
+        base=run.base,
+        registry=run.plugins.registry,
+        held_out=lambda: ({"id": row.id, "messages": row.messages, "tools": row.tools} for row in rows),
+    )
+    for prompt in prompts:
+        ids = run.tokenizer.render_prompt(prompt.messages, run.file.data.system_prompt, prompt.tools)
+        yield _prompt(run, prompt.id, ids)
+
+
+def _first_prompt(run: Run, row: Conversation) -> Shown | None:
+    """What the target is asked first; None where nobody asks anything."""
+    asked = next((index for index, message in enumerate(row.messages) if message["role"] == "user"), None)
+    if asked is None:
+        return None
+    said = [message for message in row.messages[: asked + 1] if message["role"] != "assistant"]
+    return _prompt(run, row.id, run.tokenizer.render_prompt(said, run.file.data.system_prompt, row.tools))
+
+
+def _prompt(run: Run, identity: str, ids: tuple[int, ...]) -> Shown:
+    text = run.tokenizer.decode(ids)
+    return Shown(id=identity, pieces=((text, False),), tokens=len(ids), supervised=0, is_prompt=True)
+
+
+def _sample(tokenizer: ChatTokenizer, sample: Sample, longest: int) -> Shown:
+    runs: list[tuple[bool, list[int]]] = []
+    for token, flag in zip(sample.input_ids.tolist(), sample.loss_mask.tolist(), strict=True):
+        if not runs or runs[-1][0] != flag:
+            runs.append((flag, []))
+        runs[-1][1].append(token)
+    return Shown(
+        id=sample.id,
+        pieces=tuple((tokenizer.decode(tokens), flag) for flag, tokens in runs),
+        tokens=len(sample.input_ids),
+        supervised=int(sample.loss_mask.sum()),
+        is_prompt=False,
+        cut=sample.original_length == longest,
+    )
+
+
+def _failures(run: Run) -> tuple[str, ...]:
+    """What regeneration gave up on, one line each: id and reason."""
+    path = run.regenerated.with_name(run.regenerated.name + ".failures.jsonl")
+    if not path.exists():
+        return ()
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return tuple(f"{row['id']}: {row['reason']}" for row in rows)

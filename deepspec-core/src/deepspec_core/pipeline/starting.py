@@ -1,0 +1,196 @@
+"""Choosing what a new run file says: taps, the mask token, sampling, sizes, and estimates of what they cost.
+
+Reads the target's config, its tokenizer and the sizes of its files, never its weights; builds the draft on the meta
+device to count it. How a file is worded is config/starter.py's.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from attrs import asdict, fields, frozen
+
+from deepspec_core.cache.estimate import in_words
+from deepspec_core.config.schema import CacheOptions, DataOptions, LayerOptions
+from deepspec_core.config.starter import Start
+from deepspec_core.contracts.cache import CacheFormat, CacheHeader
+from deepspec_core.contracts.draft import DraftModel
+from deepspec_core.contracts.target import TargetAdapter
+from deepspec_core.data.tokenize import ChatTokenizer
+from deepspec_core.errors import DataError, TargetError
+from deepspec_core.features.taps import spread_taps
+from deepspec_core.features.targets import open_adapter, resolve_model, tokenizer_for, weight_bytes
+from deepspec_core.registry import Registry
+
+BUILTIN: Final = "builtin:"
+DEFAULT_DATA: Final = "mlabonne/open-perfectblend"
+MASK: Final = "mask_token_id"
+# fp32 weights, their gradients and the two moments of the optimizer; a frozen weight in bfloat16.
+_BYTES_TRAINED: Final = 16
+_BYTES_FROZEN: Final = 2
+
+
+@frozen(kw_only=True)
+class _Found:
+    """A value and why it is that."""
+
+    value: Any
+    reason: str
+
+
+def start_of(model: str, draft_type: str, data: str | None, folder: Path, registry: Registry) -> Start:
+    """Everything a new run file in `folder` says. `model` and `data` are as given, paths relative to where one stands.
+
+    PluginError for a draft type that is not installed, TargetError or DataError where target or data are not there.
+    """
+    spec = registry.get("draft", draft_type)
+    here = Path.cwd()
+    where = resolve_model(model, base=here, registry=registry)
+    adapter, layer = _adapter(where, registry)
+    architecture = adapter.architecture
+    tokenizer = ChatTokenizer(tokenizer_for(where))
+    taps = architecture.known_taps or spread_taps(architecture.num_layers)
+    values = {}
+    mask = _mask_token(adapter, tokenizer)
+    if any(attribute.name == MASK for attribute in fields(spec.options)):
+        values[MASK] = mask.value
+    defaults: int = fields(DataOptions).max_length.default
+    fmt = adapter.conversation_format()
+    return Start(
+        name=re.sub(r"[^\w.-]+", "-", f"{draft_type}-{_last_name(model)}").lower(),
+        model=_relative(model, folder) if isinstance(where, Path) and not model.startswith(BUILTIN) else model,
+        data=_source(data or DEFAULT_DATA, folder, registry),
+        draft_type=draft_type,
+        taps=taps,
+        max_length=min(defaults, architecture.max_positions),
+        sampling=asdict(fmt.sampling),
+        options=spec.options,
+        option_values=values,
+        layer=layer,
+        loss=spec.default_loss,
+        notes={
+            "layers": [_tap_note(adapter)],
+            "target": [_target_note(where)],
+            "data": [_template_note(tokenizer, adapter)],
+            "cache": [_cache_note(adapter, taps, registry)],
+            "draft": [_draft_note(registry, spec, values, adapter, taps)],
+            "draft.layer": ["The draft is dense, and the target is not: the size of the draft's MLP is a choice."],
+            f"draft.{MASK}": [mask.reason],
+        },
+    )
+
+
+def _adapter(where: str | Path, registry: Registry) -> tuple[TargetAdapter, dict[str, int]]:
+    """The adapter, and the draft's own sizes where the target gives none."""
+    try:
+        return open_adapter(where, registry=registry), {}
+    except TargetError as refused:
+        try:
+            some = open_adapter(where, registry=registry, draft_layer=LayerOptions(intermediate_size=64))
+        except TargetError:
+            raise refused from None
+        layer = {"intermediate_size": 3 * some.architecture.hidden_size}
+        return open_adapter(where, registry=registry, draft_layer=LayerOptions(**layer)), layer
+
+
+def _mask_token(adapter: TargetAdapter, tokenizer: ChatTokenizer) -> _Found:
+    known, vocabulary = adapter.architecture.mask_token_id, adapter.architecture.vocab_size
+    if known is not None:
+        own = known == tokenizer.tokenizer.mask_token_id
+        return _Found(value=known, reason=f"The mask token: {'the tokenizer has one' if own else 'as published'}.")
+    first_unused = max(tokenizer.tokenizer.get_vocab().values()) + 1
+    if first_unused < vocabulary:
+        reason = f"The mask token: the first id past the tokenizer's, among the {vocabulary:,} the embedding has."
+        return _Found(value=first_unused, reason=reason)
+    reason = "The mask token: every id of the embedding has a token, so this is the padding; one that no data uses is best."
+    return _Found(value=adapter.architecture.pad_token_id, reason=reason)
+
+
+def _tap_note(adapter: TargetAdapter) -> str:
+    architecture = adapter.architecture
+    how = "as in published drafts of this target" if architecture.known_taps else "evenly spaced"
+    return f"The decoder layers whose outputs the draft sees, of 0 to {architecture.num_layers - 1}: {how}."
+
+
+def _target_note(where: str | Path) -> str:
+    size = weight_bytes(where)
+    if size is None:
+        return "Memory: every device holds the whole target (the size of its files is not known here)."
+    return f"Memory: every device holds the whole target, {in_words(size)} as stored."
+
+
+def _template_note(tokenizer: ChatTokenizer, adapter: TargetAdapter) -> str:
+    fmt = adapter.conversation_format()
+    opening = tokenizer.openings(fmt).of(thinking=tokenizer.thinking)
+    ends = " or ".join(map(repr, fmt.assistant_ends))
+    return (
+        f"Rendered by the target's own chat template. An answer follows {fmt.assistant_start + opening!r} and ends with "
+        f"{ends}; text and end are supervised, nothing else. See it: deepspec data show FILE"
+    )
+
+
+def _cache_note(adapter: TargetAdapter, taps: tuple[int, ...], registry: Registry) -> str:
+    architecture, options = adapter.architecture, CacheOptions()
+    header = CacheHeader(
+        target="",
+        revision="",
+        adapter=architecture.model_type,
+        taps=taps,
+        hidden_size=architecture.hidden_size,
+        vocab_size=architecture.vocab_size,
+        dtype=options.dtype,
+        tokenizer="",
+        template="",
+        max_length=1,
+        source="",
+        plugins={},
+    )
+    cache_format: CacheFormat = registry.load("cache", options.format)()
+    size = cache_format.bytes_per_token(header)
+    return (
+        f"Only with features.mode = \"cached\": {size:,} bytes a token, so {in_words(size * 10**6)} for a million tokens "
+        f"({len(taps)} tapped layers and the last, {architecture.hidden_size:,} wide)."
+    )
+
+
+def _draft_note(
+    registry: Registry, spec: Any, values: dict[str, Any], adapter: TargetAdapter, taps: tuple[int, ...]
+) -> str:
+    with torch.device("meta"):
+        draft: DraftModel = registry.load("draft", spec.name)(spec.options(**values), adapter, taps)
+    total = sum(parameter.numel() for parameter in draft.parameters())
+    shared = sum(part.numel() for module in (draft.embed_tokens, draft.lm_head) for part in module.parameters())
+    trained = total - shared
+    memory = trained * _BYTES_TRAINED + shared * _BYTES_FROZEN
+    return (
+        f"Memory: {trained:,} trained parameters, {in_words(trained * _BYTES_TRAINED)} with gradients and optimizer, and "
+        f"{shared:,} shared with the target and frozen; about {in_words(memory)} on every device, activations aside."
+    )
+
+
+def _source(data: str, folder: Path, registry: Registry) -> str:
+    if data.startswith(BUILTIN):
+        registry.get("builtin", data.removeprefix(BUILTIN))
+        return data
+    if Path(data).expanduser().exists():
+        return _relative(data, folder)
+    if data.endswith((".jsonl", ".jsonl.gz")) or data.count("/") != 1 or data.startswith((".", "/", "~")):
+        raise DataError(
+            "A source of conversations is missing",
+            where=data,
+            expected="a JSON-lines file, a dataset folder, a Hub dataset such as organisation/name, or builtin:NAME",
+        )
+    return data
+
+
+def _relative(path: str, folder: Path) -> str:
+    """As the run file in `folder` has to say it."""
+    return path if path.startswith(("/", "~")) else Path(os.path.relpath(path, folder)).as_posix()
+
+
+def _last_name(model: str) -> str:
+    return model.removeprefix(BUILTIN).rstrip("/").rpartition("/")[2] or "target"

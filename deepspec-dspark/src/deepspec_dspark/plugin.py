@@ -1,0 +1,29 @@
+"""What this package offers: the `dspark` draft. Imports attrs and core's records only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from deepspec_core.hookspecs import hookimpl
+from deepspec_core.specs import DraftModelSpec
+from deepspec_dspark.options import DSparkOptions, is_dspark
+
+
+@hookimpl
+def deepspec_draft_models() -> Iterable[DraftModelSpec]:
+    """The algorithm."""
+    return [
+        DraftModelSpec(
+            name="dspark",
+            summary="block-parallel drafter with a sequential head over its slots and a confidence for each",
+            build="deepspec_dspark.model:DSparkModel",
+            options=DSparkOptions,
+            class_suffix="DSparkModel",
+            recognise=is_dspark,
+            options_of="deepspec_dspark.options:options_of",
+            default_loss={
+                "terms": {"ce": 0.1, "tv": 0.9, "confidence": 1.0},
+                "weighting": {"type": "decay", "gamma": 4.0},
+            },
+        )
+    ]

@@ -1,0 +1,67 @@
+"""Decoding: DFlash's backbone pass, then tokens slot by slot, each slot's logits corrected by the token before it.
+
+Legend: B slots in a call, K predictions of a block, H hidden size, V vocabulary, r rank of the correction.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from attrs import evolve
+from torch import Tensor
+
+from deepspec_core.contracts.proposer import Proposal, Sampling
+from deepspec_core.decoding.sampling import distribution, draw
+from deepspec_dflash.proposer import DFlashProposer
+
+if TYPE_CHECKING:
+    from deepspec_dspark.heads import MarkovHead
+    from deepspec_dspark.model import DSparkModel
+
+
+class DSparkProposer(DFlashProposer):
+    """A contracts.proposer.Proposer."""
+
+    model: DSparkModel
+
+    def tokens(
+        self, hidden_BKH: Tensor, last_B: Tensor, limits_B: Tensor, sampling: Sampling, uniforms_BK: Tensor
+    ) -> Proposal:
+        """Tokens left to right and the confidence in each; at once where there is no Markov head."""
+        markov = self.model.markov_head
+        if markov is None:
+            proposal = super().tokens(hidden_BKH, last_B, limits_B, sampling, uniforms_BK)
+        else:
+            proposal = self._sequential(markov, hidden_BKH, last_B, limits_B, sampling, uniforms_BK)
+        previous_BK = torch.cat([last_B[:, None], proposal.tokens[:, :-1]], dim=1)
+        return evolve(proposal, confidence=self.model.confidence(hidden_BKH, self.model.embed_previous(previous_BK)))
+
+    def _sequential(
+        self,
+        markov: MarkovHead,
+        hidden_BKH: Tensor,
+        last_B: Tensor,
+        limits_B: Tensor,
+        sampling: Sampling,
+        uniforms_BK: Tensor,
+    ) -> Proposal:
+        base_BKV = self.model.logits(hidden_BKH)
+        previous_B, state_Br = last_B, None
+        tokens, probabilities = [], []
+        for slot in range(self.max_tokens):
+            embedded_Br = markov.markov_w1(previous_B)
+            state_Br = markov.start(embedded_Br) if state_Br is None else state_Br
+            correction_Br, state_Br = markov.step(hidden_BKH[:, slot], embedded_Br, state_Br)
+            logits_BV = base_BKV[:, slot] + markov.markov_w2(correction_Br)
+            if sampling.temperature == 0:
+                previous_B = logits_BV.argmax(-1)
+            else:
+                probabilities.append(distribution(logits_BV, sampling))
+                previous_B = draw(probabilities[-1], uniforms_BK[:, slot])
+            tokens.append(previous_B)
+        return Proposal(
+            tokens=torch.stack(tokens, dim=1),
+            lengths=limits_B.clamp(max=self.max_tokens),
+            probabilities=torch.stack(probabilities, dim=1) if probabilities else None,
+        )

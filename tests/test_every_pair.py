@@ -1,0 +1,200 @@
+"""Every installed algorithm on every installed family: it learns, keeps the target's weights, saves, loads, and decodes
+without changing a single greedy output. Both are asked of the registry, so a new plugin is tested the day it is there.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from attrs import frozen
+from torch import Tensor
+
+from deepspec_core.blocks.published import load_draft, save_draft
+from deepspec_core.blocks.row_engine import build_engine
+from deepspec_core.config.schema import LossOptions
+from deepspec_core.contracts.draft import DraftModel, Sample
+from deepspec_core.contracts.proposer import Proposal, Proposer, Sampling
+from deepspec_core.decoding.engine import Completion, Request, decode
+from deepspec_core.features.drafts import draft_adapter
+from deepspec_core.features.online import OnlineFeatures
+from deepspec_core.plugins import load_plugins
+from deepspec_core.registry import Registry
+from deepspec_core.training.loader import MicroBatches, Plan
+from deepspec_core.training.step import TrainingStep
+
+_INSTALLED = load_plugins().registry
+PAIRS = [(algorithm, family) for algorithm in _INSTALLED.names("draft") for family in _INSTALLED.names("target")]
+STEPS = 12
+NEW_TOKENS = 24
+STOP = (1,)
+
+
+@frozen(kw_only=True)
+class Pair:
+    """A draft after a few steps on the target's own answers; `losses` on that batch, before the first and after each."""
+
+    target: Any
+    draft: DraftModel
+    losses: list[float]
+    plain: dict[str, Completion]
+
+
+def requests() -> list[Request]:
+    return [
+        Request(id=str(i), prompt_ids=tuple(3 + (5 * i + 3 * j) % 30 for j in range(3 + 2 * i)), seed=i)
+        for i in range(4)
+    ]
+
+
+def decoded(target: Any, proposer: Proposer | None, temperature: float = 0.0) -> dict[str, Completion]:
+    found = decode(
+        target.model, proposer, requests(), sampling=Sampling(temperature=temperature), stop_ids=STOP,
+        max_new_tokens=NEW_TOKENS, batch_size=3, max_length=64,
+    )  # fmt: skip
+    return {completion.id: completion for completion in found}
+
+
+def train(draft: DraftModel, target: Any, answers: Sequence[Completion], registry: Registry) -> list[float]:
+    """A few steps on one batch, with every term the draft's rows allow; the batch's loss before and after each."""
+    samples = []
+    for answer in answers:
+        ids = torch.tensor(answer.prompt_ids + answer.output_ids)
+        supervised = torch.arange(len(ids)) >= len(answer.prompt_ids)
+        samples.append(Sample(id=answer.id, input_ids=ids, loss_mask=supervised, original_length=len(ids)))
+    source = OnlineFeatures(samples, target.model, draft.describe().taps)
+    host = MicroBatches(source, draft.preparation, seed=0)[Plan(epoch=0, indices=tuple(range(len(samples))))]
+    batch = host.to_draft_batch(source, torch.device("cpu"))
+    rows = draft(batch)
+    terms = {
+        "ce": rows.target_ids is not None,
+        "tv": rows.target_hidden is not None,
+        "confidence": "confidence_logits" in rows.extras,
+    }
+    loss = LossOptions(terms={name: 1.0 for name, possible in terms.items() if possible})
+    step = TrainingStep(draft, build_engine(loss, registry))
+    optimizer = torch.optim.AdamW([p for p in draft.parameters() if p.requires_grad], lr=3e-3, weight_decay=0.0)
+    losses = []
+    for _ in range(STEPS):
+        result = step(batch)
+        losses.append(float(result.total.detach() / result.denominator))
+        optimizer.zero_grad()
+        (result.total / result.denominator).backward()
+        optimizer.step()
+    return losses
+
+
+@pytest.fixture(scope="module")
+def pairs(tiny_target: Callable[..., Any], tiny_draft: Callable[..., DraftModel], registry: Registry) -> Any:
+    """pairs(algorithm, family), each made once."""
+
+    @cache
+    def make(algorithm: str, family: str) -> Pair:
+        target = tiny_target(family)
+        draft, plain = tiny_draft(algorithm, target), decoded(target, None)
+        losses = train(draft, target, list(plain.values()), registry)
+        return Pair(target=target, draft=draft.eval(), losses=losses, plain=plain)
+
+    return make
+
+
+@pytest.fixture(params=PAIRS, ids="-".join)
+def pair(request: pytest.FixtureRequest, pairs: Any) -> Pair:
+    made: Pair = pairs(*request.param)
+    return made
+
+
+def test_training_lowers_the_loss_and_leaves_the_targets_weights_alone(pair: Pair) -> None:
+    assert pair.losses[1] < pair.losses[0], "one step"
+    assert pair.losses[-1] < 0.95 * pair.losses[0], "a few"
+    assert torch.equal(pair.draft.embed_tokens.weight, pair.target.model.embedding_weight())
+    assert torch.equal(pair.draft.lm_head.weight, pair.target.model.head_weight())
+
+
+def test_greedy_speculative_output_is_plain_greedy_output(pair: Pair) -> None:
+    fast = decoded(pair.target, pair.draft.proposer())
+    assert {name: done.output_ids for name, done in fast.items()} == {
+        name: done.output_ids for name, done in pair.plain.items()
+    }
+    rounds = [r for done in fast.values() for r in done.rounds]
+    assert any(r.accepted_draft_length > 0 for r in rounds), "or nothing was tested"
+    assert any(r.accepted_draft_length < r.proposal_length for r in rounds)
+
+
+def test_a_checkpoint_proposes_the_same(pair: Pair, registry: Registry, tmp_path: Path) -> None:
+    save_draft(pair.draft, pair.target.adapter, tmp_path / "draft")
+    adapter = draft_adapter(tmp_path / "draft", registry=registry)
+    loaded = load_draft(tmp_path / "draft", registry=registry, adapter=adapter)
+    assert loaded.describe() == pair.draft.describe()
+    saved, read = (propose_twice(draft, pair.target, [0, 1, 2]) for draft in (pair.draft, loaded))
+    for one, other in zip(saved, read, strict=True):
+        same(one, other, exact=True)
+
+
+def test_proposals_do_not_depend_on_what_else_is_in_the_batch(pair: Pair) -> None:
+    together = propose_twice(pair.draft, pair.target, [0, 1, 2])
+    for sequence in range(3):
+        for first, second in zip(propose_twice(pair.draft, pair.target, [sequence]), together, strict=True):
+            same(first, row(second, sequence), exact=False)
+
+
+@torch.no_grad()
+def propose_twice(draft: DraftModel, target: Any, sequences: list[int]) -> list[Proposal]:
+    """Two rounds for some of three ragged sequences, of which each commits another number of tokens between them."""
+    taps, proposer = draft.describe().taps, draft.proposer()
+    width, batch = proposer.max_tokens, len(sequences)
+    prompts, kept = [3, 9, 6], [1, width + 1, 2]
+    generator = torch.Generator().manual_seed(5)
+    ids = torch.randint(3, 39, (3, 10 + width + 2), generator=generator)
+    uniforms = torch.rand(2, 3, width, generator=generator)
+    features = target.model.features(ids, torch.ones_like(ids), None, None, taps).hidden[sequences]
+    ids, uniforms = ids[sequences], uniforms[:, sequences]
+    lengths = torch.tensor([prompts[s] for s in sequences])
+    committed = torch.tensor([min(kept[s], width + 1) for s in sequences])
+    slots, limits, each = torch.arange(batch), torch.full((batch,), width), torch.arange(batch)
+    proposer.open_slots(batch, 64)
+    longest = int(lengths.max())
+    prompt = ids[:, :longest].masked_fill(torch.arange(longest) >= lengths[:, None], 0)
+    seen = features[:, :longest].masked_fill((torch.arange(longest) >= lengths[:, None])[..., None], 0.0)
+    proposer.start(slots, prompt, lengths, ids[each, lengths], seen)
+    first = proposer.propose(slots, limits, Sampling(temperature=1.0), uniforms[0], STOP)
+    steps = torch.arange(width + 1)
+    past = steps >= committed[:, None]
+    verified = lengths[:, None] + steps
+    proposer.accept(
+        slots,
+        ids[each[:, None], verified + 1].masked_fill(past, 0),
+        committed,
+        features[each[:, None], verified].masked_fill(past[..., None], 0.0),
+    )
+    return [first, proposer.propose(slots, limits, Sampling(temperature=1.0), uniforms[1], STOP)]
+
+
+def row(proposal: Proposal, index: int) -> Proposal:
+    """One slot's proposal."""
+
+    def of(value: Tensor | None) -> Tensor | None:
+        return None if value is None else value[index : index + 1]
+
+    return Proposal(
+        tokens=proposal.tokens[index : index + 1],
+        lengths=proposal.lengths[index : index + 1],
+        probabilities=of(proposal.probabilities),
+        confidence=of(proposal.confidence),
+    )
+
+
+def same(one: Proposal, other: Proposal, *, exact: bool) -> None:
+    """Equal where something is proposed: what stands past a proposal's length is undefined."""
+    assert torch.equal(one.lengths, other.lengths)
+    assert (one.probabilities is None) == (other.probabilities is None)
+    assert (one.confidence is None) == (other.confidence is None)
+    tolerance = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-4, "atol": 1e-5}
+    for index, length in enumerate(one.lengths.tolist()):
+        assert torch.equal(one.tokens[index, :length], other.tokens[index, :length])
+        for name in ("probabilities", "confidence"):
+            mine, theirs = getattr(one, name), getattr(other, name)
+            if mine is not None:
+                torch.testing.assert_close(mine[index, :length], theirs[index, :length], **tolerance)
