@@ -1,7 +1,8 @@
 """What every family's adapter shares: the draft's shape, new weights, config.json, loading.
 
 Works on any transformers text config; a family subclasses `FamilyAdapter`, names its published class prefix and
-conversation format, and builds its own blocks from `self.shape`. Knows no family and no algorithm.
+conversation format, and builds its own blocks from `self.shape` (layouts.py has those that several families share).
+Knows no family and no algorithm.
 
 Legend: V vocabulary, H hidden size.
 """
@@ -13,6 +14,9 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+
 from deepspec_core.config.schema import LayerOptions
 from deepspec_core.contracts.target import (
     AttentionProjections,
@@ -22,8 +26,7 @@ from deepspec_core.contracts.target import (
     TargetArchitecture,
     TargetModel,
 )
-from torch import nn
-
+from deepspec_core.errors import TargetError
 from deepspec_targets.masks import MaskBuilder
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -35,25 +38,52 @@ class FamilyAdapter:
     `config` is the target's transformers config. `self.text` is its text part; `self.shape` is the same in the draft's
     own shape, from which families build blocks. `tokens` are the special ids where core has read them from the target's
     generation config and tokenizer; without them the config's own are taken.
+
+    `text_weights` maps names of weights in the files of a multimodal model to those of its text part alone, and
+    `ignored_weights` are patterns of what the text part does not need. `spare_tokens` names, by size of the published
+    vocabularies, an id that no text uses: the mask where the tokenizer has none.
     """
 
     class_prefix: ClassVar[str]
-    layer_keys: ClassVar[Mapping[str, str]] = {
-        "intermediate_size": "intermediate_size",
-        "num_heads": "num_attention_heads",
-        "num_kv_heads": "num_key_value_heads",
-        "head_dim": "head_dim",
-    }
+    text_weights: ClassVar[Mapping[str, str]] = {}
     ignored_weights: ClassVar[tuple[str, ...]] = ()
+    spare_tokens: ClassVar[Mapping[int, int]] = {}
+    known_taps: ClassVar[Mapping[tuple[int, int], tuple[int, ...]]] = {}  # by number of layers and hidden size
 
     def __init__(
         self, config: Any, draft_layer: LayerOptions | None = None, tokens: SpecialTokens | None = None
     ) -> None:
         self.config = config
-        self.text = config.get_text_config()
-        sizes = {key: getattr(draft_layer, option, None) for option, key in self.layer_keys.items()}
-        self.shape = reshaped(self.text, sizes)
+        self.text = self.text_config(config)
+        self.draft_layer = draft_layer or LayerOptions()
+        sizes = {key: getattr(self.draft_layer, option) for option, key in self.size_keys().items()}
+        try:
+            self.shape = self.draft_shape({key: size for key, size in sizes.items() if size is not None})
+        except (ValueError, StrictDataclassError) as error:  # what a config says of sizes that do not go together
+            raise TargetError(
+                "the draft's layers cannot have these sizes",
+                where="[draft.layer]",
+                found=str(error).splitlines()[-1].strip(),
+                fix="Choose sizes that the target's family allows, or leave them out.",
+            ) from error
         self.architecture = self.describe(tokens or tokens_of(self.text))
+
+    def text_config(self, config: Any) -> Any:
+        """The text part of the target's config."""
+        return config.get_text_config()
+
+    def size_keys(self) -> Mapping[str, str]:
+        """The options of [draft.layer], and what the config calls them."""
+        return {
+            "intermediate_size": "intermediate_size",
+            "num_heads": "num_attention_heads",
+            "num_kv_heads": "num_key_value_heads",
+            "head_dim": "head_dim",
+        }
+
+    def draft_shape(self, sizes: Mapping[str, Any]) -> Any:
+        """The text config with the draft's own `sizes`, by the config's names; head_dim is always written out."""
+        return type(self.text).from_dict(self.text.to_dict() | {"head_dim": head_dim_of(self.text)} | dict(sizes))
 
     def describe(self, tokens: SpecialTokens) -> TargetArchitecture:
         """The target's numbers, under the names most configs use."""
@@ -64,21 +94,35 @@ class FamilyAdapter:
             num_layers=self.text.num_hidden_layers,
             stop_token_ids=tokens.stop,
             pad_token_id=tokens.pad,
-            mask_token_id=tokens.mask,
+            mask_token_id=self.spare_tokens.get(self.text.vocab_size) if tokens.mask is None else tokens.mask,
             logit_softcap=getattr(self.text, "final_logit_softcapping", None),
             initializer_range=self.text.initializer_range,
             max_positions=self.text.max_position_embeddings,
+            name=getattr(self.config, "_name_or_path", ""),
+            dense=self.not_dense() is None,
+            known_taps=self.known_taps.get((self.text.num_hidden_layers, self.text.hidden_size), ()),
         )
 
     def load(
         self, where: str | Path, *, dtype: torch.dtype, device: torch.device | str, trust_remote_code: bool = False
     ) -> TargetModel:
-        """The frozen target, from a Hugging Face directory. TargetError where weights do not fit the config."""
+        """The frozen target, from a Hugging Face directory; of a multimodal one the text part alone.
+
+        A quantised multimodal one is loaded whole: its quantisation names modules of the whole. TargetError where
+        weights do not fit the config.
+        """
         from deepspec_targets.loading import load_causal_lm
         from deepspec_targets.transformers_target import TransformersTarget
 
+        whole = self.text is self.config or getattr(self.config, "quantization_config", None) is not None
         model = load_causal_lm(
-            where, dtype=dtype, device=device, trust_remote_code=trust_remote_code, ignored=self.ignored_weights
+            where,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            config=None if whole else self.text,
+            renamed={} if whole else self.text_weights,
+            ignored=() if whole else self.ignored_weights,
         )
         return TransformersTarget(model, self.architecture)
 
@@ -107,20 +151,28 @@ class FamilyAdapter:
         fields = self.shape.to_dict()
         for about_target in ("transformers_version", "_name_or_path", "quantization_config"):
             fields.pop(about_target, None)
-        fields |= {
-            "num_hidden_layers": layers,
-            "layer_types": ["full_attention"] * layers,
-            "tie_word_embeddings": False,
-            "architectures": None,
-        }
+        fields |= {"num_hidden_layers": layers, "tie_word_embeddings": False, "architectures": None}
+        if hasattr(self.shape, "layer_types"):
+            fields["layer_types"] = ["full_attention"] * layers
         return type(self.shape).from_dict(fields | dict(extra))
+
+    def not_dense(self) -> str | None:
+        """What the target's layers have that a draft's cannot, by the config's own name for it, or None."""
+        return None
+
+    def attention_heads(self) -> tuple[int, int, int]:
+        """Query heads, key-value heads and head size of the draft's attention."""
+        return self.shape.num_attention_heads, self.shape.num_key_value_heads, self.shape.head_dim
 
     def unsupported(self) -> str | None:
         """Why this target, or a draft in this shape, cannot be handled, or None."""
         unknown = MaskBuilder.unknown_types(self.text)
         if unknown:
             return f"the target has layers of type {', '.join(sorted(unknown))}"
-        heads, kv_heads = self.shape.num_attention_heads, self.shape.num_key_value_heads
+        beyond = self.not_dense()
+        if beyond is not None and self.draft_layer.intermediate_size is None:
+            return f"drafts are dense, and the target has {beyond}: give intermediate_size in [draft.layer]"
+        heads, kv_heads, _ = self.attention_heads()
         if heads % kv_heads:
             return f"the draft's {heads} attention heads cannot share {kv_heads} key-value heads evenly"
         return None
@@ -152,9 +204,9 @@ class FamilyAdapter:
         raise NotImplementedError
 
 
-def reshaped(text: Any, sizes: Mapping[str, int | None]) -> Any:
-    """A copy of a text config with those sizes that are given."""
-    return type(text).from_dict(text.to_dict() | {key: size for key, size in sizes.items() if size is not None})
+def head_dim_of(text: Any) -> int:
+    """The head size of a text config; where it names none, the hidden size is divided among the heads."""
+    return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
 
 
 def tokens_of(text: Any) -> SpecialTokens:

@@ -7,15 +7,16 @@ silence. Reads safetensors only, never the network. Knows no family.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from deepspec_core.errors import TargetError
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
+
+from deepspec_core.errors import TargetError
 
 
 def load_causal_lm(
@@ -24,17 +25,23 @@ def load_causal_lm(
     dtype: torch.dtype,
     device: torch.device | str,
     trust_remote_code: bool = False,
+    config: Any = None,
+    renamed: Mapping[str, str] | None = None,
     ignored: Sequence[str] = (),
 ) -> Any:
     """The model of a Hugging Face directory, on `device`.
 
-    `ignored`: patterns (re.match) of weights in the files that the family knows not to need. TargetError where files
-    cannot be read, or weights are missing, unexpected, or of other shapes than the config says.
+    `config` instead of the directory's own, where only a part of the model is wanted; `renamed` are patterns of names
+    in the files and what they are called in that part. `ignored`: patterns (re.match) of weights in the files that the
+    family knows not to need. TargetError where files cannot be read, or weights are missing, unexpected, or of other
+    shapes than the config says.
     """
+    given = {key: value for key, value in (("config", config), ("key_mapping", dict(renamed or {}))) if value}
     try:
         with _quiet():
             model, info = AutoModelForCausalLM.from_pretrained(
                 where,
+                **given,
                 dtype=dtype,
                 attn_implementation="sdpa",
                 use_safetensors=True,

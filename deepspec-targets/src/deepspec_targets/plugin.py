@@ -10,17 +10,36 @@ from collections.abc import Iterable
 from deepspec_core.hookspecs import hookimpl
 from deepspec_core.specs import BuiltinSpec, TargetAdapterSpec
 
+# name, summary, module:class in this package, model types
+_FAMILIES = (
+    (
+        "gemma4",
+        "Gemma 4, text and the text part of multimodal models",
+        "gemma4:Gemma4Adapter",
+        "gemma4 gemma4_text gemma4_unified gemma4_unified_text",
+    ),
+    (
+        "gemma3",
+        "Gemma 3, text and the text part of multimodal models",
+        "gemma3:Gemma3Adapter",
+        "gemma3 gemma3_text",
+    ),
+    ("llama", "Llama and models published as one", "llama:LlamaAdapter", "llama"),
+    ("mistral", "Mistral dense models", "llama:MistralAdapter", "mistral"),
+    ("qwen2", "Qwen2 and Qwen2.5 dense models", "qwen2:Qwen2Adapter", "qwen2"),
+    ("qwen3", "Qwen3 dense models", "qwen3:Qwen3Adapter", "qwen3"),
+    ("qwen3_moe", "Qwen3 mixture-of-experts models, with a dense draft", "qwen3_moe:Qwen3MoeAdapter", "qwen3_moe"),
+)
+
 
 @hookimpl
 def deepspec_target_adapters() -> Iterable[TargetAdapterSpec]:
     """The families."""
     return [
         TargetAdapterSpec(
-            name="qwen3",
-            summary="Qwen3 dense models",
-            build="deepspec_targets.qwen3:Qwen3Adapter",
-            model_types=("qwen3",),
+            name=name, summary=summary, build=f"deepspec_targets.{build}", model_types=tuple(model_types.split())
         )
+        for name, summary, build, model_types in _FAMILIES
     ]
 
 

@@ -1,16 +1,18 @@
 """The qwen3 family: pre-norm layers, per-head query and key norms, SwiGLU, plain embedding and logits.
 
 Knows the family's layout and published names; not who uses the blocks, nor how a target runs.
-
-Legend: B sequences, T tokens, H hidden size.
 """
 
 from __future__ import annotations
 
-from deepspec_core.contracts.target import AttentionProjections, ConversationFormat, LayerNorms, SamplingDefaults
+from collections.abc import Mapping
+from typing import ClassVar
+
 from torch import nn
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, Qwen3RotaryEmbedding
 
+from deepspec_core.contracts.target import AttentionProjections, ConversationFormat, LayerNorms, SamplingDefaults
+from deepspec_targets import layouts
 from deepspec_targets.family import FamilyAdapter
 
 
@@ -18,6 +20,7 @@ class Qwen3Adapter(FamilyAdapter):
     """Qwen3 dense models, tied or untied, with or without sliding-window layers in the target."""
 
     class_prefix = "Qwen3"
+    spare_tokens: ClassVar[Mapping[int, int]] = {151936: 151669}  # the first id after the tokenizer's
 
     def conversation_format(self) -> ConversationFormat:
         """ChatML turns; the recommended sampling of the non-thinking mode."""
@@ -29,40 +32,12 @@ class Qwen3Adapter(FamilyAdapter):
 
     def attention_projections(self, in_features: int) -> AttentionProjections:
         """Separate q, k, v, o with the config's bias; q and k normed per head; scores times head_dim^-0.5."""
-        shape = self.shape
-        heads, kv_heads, head_dim = shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim
-        bias = shape.attention_bias
-        return AttentionProjections(
-            query=self.linear(in_features, heads * head_dim, bias=bias),
-            key=self.linear(in_features, kv_heads * head_dim, bias=bias),
-            value=self.linear(in_features, kv_heads * head_dim, bias=bias),
-            out=self.linear(heads * head_dim, shape.hidden_size, bias=bias),
-            query_norm=self.norm(head_dim),
-            key_norm=self.norm(head_dim),
-            scale=head_dim**-0.5,
-            num_heads=heads,
-            num_kv_heads=kv_heads,
-            head_dim=head_dim,
-            names={
-                "query": "q_proj",
-                "key": "k_proj",
-                "value": "v_proj",
-                "out": "o_proj",
-                "query_norm": "q_norm",
-                "key_norm": "k_norm",
-            },
-        )
+        bias = self.shape.attention_bias
+        return layouts.projections(self, in_features, bias=bias, out_bias=bias, head_norms=True)
 
     def layer_norms(self) -> LayerNorms:
-        """One norm before attention, one before the MLP (published as `post_attention_layernorm`)."""
-        return LayerNorms(
-            before_attention=self.norm(),
-            before_mlp=self.norm(),
-            names={
-                "before_attention": "input_layernorm.weight",
-                "before_mlp": "post_attention_layernorm.weight",
-            },
-        )
+        """One norm before attention, one before the MLP."""
+        return layouts.pre_norms(self)
 
     def norm(self, size: int | None = None, *, scale: bool = True) -> nn.Module:
         """RMSNorm in fp32 with the config's epsilon."""

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from deepspec_core.decoding.kv_cache import SlotKVCache
 from torch import Tensor
 from transformers.cache_utils import Cache
+
+from deepspec_core.decoding.kv_cache import SlotKVCache
 
 
 class SlotCache(Cache):  # type: ignore[misc]

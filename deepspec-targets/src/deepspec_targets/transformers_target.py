@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from deepspec_core.contracts.target import TargetArchitecture, TargetFeatures, TargetStep
-from deepspec_core.errors import TargetError
-from deepspec_core.features.taps import check_taps
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from deepspec_core.contracts.target import TargetArchitecture, TargetFeatures, TargetStep
+from deepspec_core.errors import TargetError
+from deepspec_core.features.taps import check_taps
 from deepspec_targets.masks import MaskBuilder
 from deepspec_targets.slot_cache import SlotCache
 
@@ -171,12 +171,20 @@ class LayerTaps:
 
 
 def _plain_weight(module: nn.Module) -> Tensor:
-    weight = module.weight
+    """A module's weight as plain 16- or 32-bit numbers, dequantised where the module or its weight knows how."""
+    weight: Any = module.weight
+    part: Any
+    for part in (module, weight):
+        dequantise = getattr(type(part), "dequantize", Tensor.dequantize)
+        # torch's own turns any tensor into float32, also the raw codes of a quantised weight.
+        if dequantise is not Tensor.dequantize:
+            weight = dequantise(part)
+            break
     if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dtype.itemsize < 2:
         raise TargetError(
-            "the target's embedding or lm_head is quantised",
+            "the target's embedding or lm_head is quantised, and nothing says how to undo it",
             found=getattr(weight, "dtype", type(weight).__name__),
-            expected="plain 16- or 32-bit weights, which drafts share",
+            expected="plain 16- or 32-bit weights, which drafts share, or a module or tensor with dequantize()",
             fix="Use a target whose quantisation leaves the embedding and lm_head as they are.",
         )
     return weight.detach()

@@ -1,0 +1,88 @@
+"""Layouts of attention, norms and rotary embedding that several families share, under their usual published names.
+
+Knows what such a layout consists of; which family uses which, and with what scales and biases, the families say.
+
+Legend: B sequences, T tokens, H hidden size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from deepspec_core.contracts.target import AttentionProjections, LayerNorms
+from deepspec_targets.family import FamilyAdapter
+
+
+def projections(
+    adapter: FamilyAdapter,
+    in_features: int,
+    *,
+    bias: bool = False,
+    out_bias: bool = False,
+    head_norms: bool = False,
+    values_from_keys: bool = False,
+    value_norm: nn.Module | None = None,
+    scale: float | None = None,
+) -> AttentionProjections:
+    """q, k, v and o as separate projections; `head_norms`: q and k normed per head; `scale`: head_dim^-0.5 if None."""
+    heads, kv_heads, head_dim = adapter.attention_heads()
+    names = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "o_proj"}
+    if values_from_keys:
+        del names["value"]
+    if head_norms:
+        names |= {"query_norm": "q_norm", "key_norm": "k_norm"}
+    return AttentionProjections(
+        query=adapter.linear(in_features, heads * head_dim, bias=bias),
+        key=adapter.linear(in_features, kv_heads * head_dim, bias=bias),
+        value=None if values_from_keys else adapter.linear(in_features, kv_heads * head_dim, bias=bias),
+        out=adapter.linear(heads * head_dim, adapter.text.hidden_size, bias=out_bias),
+        query_norm=adapter.norm(head_dim) if head_norms else nn.Identity(),
+        key_norm=adapter.norm(head_dim) if head_norms else nn.Identity(),
+        value_norm=value_norm or nn.Identity(),
+        scale=head_dim**-0.5 if scale is None else scale,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        names=names,
+    )
+
+
+def pre_norms(adapter: FamilyAdapter) -> LayerNorms:
+    """One norm before attention, one before the MLP (published as `post_attention_layernorm`)."""
+    return LayerNorms(
+        before_attention=adapter.norm(),
+        before_mlp=adapter.norm(),
+        names={"before_attention": "input_layernorm.weight", "before_mlp": "post_attention_layernorm.weight"},
+    )
+
+
+def sandwich_norms(adapter: FamilyAdapter, output_scale: nn.Module | None = None) -> LayerNorms:
+    """Norms before and after attention and MLP; `output_scale`, published as `layer_scalar`, multiplies the output."""
+    names = {
+        "before_attention": "input_layernorm.weight",
+        "after_attention": "post_attention_layernorm.weight",
+        "before_mlp": "pre_feedforward_layernorm.weight",
+        "after_mlp": "post_feedforward_layernorm.weight",
+    }
+    return LayerNorms(
+        before_attention=adapter.norm(),
+        after_attention=adapter.norm(),
+        before_mlp=adapter.norm(),
+        after_mlp=adapter.norm(),
+        output_scale=output_scale or nn.Identity(),
+        names=names if output_scale is None else names | {"output_scale": "layer_scalar"},
+    )
+
+
+class FullAttentionRotary(nn.Module):
+    """The `full_attention` entry of a rotary embedding that has one for each layer type."""
+
+    def __init__(self, by_layer_type: nn.Module) -> None:
+        super().__init__()
+        self.by_layer_type = by_layer_type
+
+    def forward(self, x: Tensor, position_ids_BT: Tensor) -> Any:
+        """(cos, sin), each [B, T, head_dim]."""
+        return self.by_layer_type(x, position_ids_BT, "full_attention")
