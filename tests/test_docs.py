@@ -1,4 +1,4 @@
-"""What the documentation promises: links lead somewhere, commands and run files are real, the layout is as described."""
+"""What the documentation promises: links lead somewhere, commands and run files are real, the layout is as told."""
 
 import re
 import tomllib

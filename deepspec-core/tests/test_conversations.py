@@ -1,5 +1,7 @@
 """Which rows become conversations, and what malformed ones say."""
 
+import json
+
 import pytest
 
 from deepspec_core.data.conversations import from_row
@@ -31,6 +33,43 @@ def test_regenerated_rows_carry_their_tokens() -> None:
     assert conversation.loss_mask == (0, 1, 1, 0, 1, 1)
 
 
+def test_tools_calls_and_reasoning_have_one_shape() -> None:
+    schema = {"type": "function", "function": {"name": "weather"}}
+    said = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}
+    for call in (
+        said,
+        {"function": {"name": "weather", "arguments": '{"city": "Paris"}'}},
+        {"name": "weather", "arguments": {"city": "Paris"}},
+    ):
+        row = {
+            "messages": [
+                USER,
+                {"role": "assistant", "content": None, "tool_calls": [call], "reasoning": "Ask."},
+                {"role": "function", "content": "sunny", "name": "weather", "tool_call_id": None},
+                {**ANSWER, "tool_calls": None, "reasoning_content": ""},
+            ],
+            "tools": [schema],
+        }
+        conversation = from_row(row, "f:1")
+        assert conversation.messages[1] == {
+            "role": "assistant",
+            "content": "",
+            "reasoning_content": "Ask.",
+            "tool_calls": [said],
+        }
+        assert conversation.messages[2:] == ({"role": "tool", "content": "sunny", "name": "weather"}, ANSWER)
+        assert conversation.tools == (schema,)
+        assert from_row({**row, "tools": json.dumps([schema])}, "f:1") == conversation
+    assert from_row({**row, "tools": []}, "f:1").id != conversation.id
+    # Ids of rows without tools are what they always were.
+    assert from_row({"messages": [USER, ANSWER]}, "f:1").id == "b97da8b3f01cb7faa516e525"
+
+
+def test_earlier_answers_that_were_rewritten_are_rows_of_their_own() -> None:
+    row = {"messages": [USER], "prompt_ids": [5, 6], "output_ids": [9], "rewritten": [[[5], [7, 8]]]}
+    assert list(from_row(row, "f:1").given()) == [((5, 7, 8), (0, 1, 1)), ((5, 6, 9), (0, 0, 1))]
+
+
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
@@ -41,6 +80,11 @@ def test_regenerated_rows_carry_their_tokens() -> None:
         ({"messages": [{"role": "asistant", "content": "x"}]}, "'assistant' meant"),
         ({"messages": [{"role": "user", "content": None}]}, "not text"),
         ({"turns": ["a", 3]}, "turns[1]"),
+        ({"messages": [USER, {**ANSWER, "tool_calls": [{"arguments": {}}]}]}, "names no function"),
+        ({"messages": [USER, {**ANSWER, "tool_calls": [{"name": "f", "arguments": "{"}]}]}, "Not JSON"),
+        ({"messages": [USER, {**ANSWER, "tool_calls": [{"name": "f", "arguments": [1]}]}]}, "not an object"),
+        ({"messages": [USER, {**ANSWER, "reasoning_content": 3}]}, "field is not text"),
+        ({"messages": [USER], "tools": [1]}, "tools is not a list of objects"),
         ({"input_ids": [1, 2], "loss_mask": [1]}, "differ in length"),
         ({"input_ids": [1, 2], "loss_mask": [1, 2]}, "0 and 1"),
         ({"input_ids": [1, -2], "loss_mask": [1, 1]}, "token ids"),

@@ -146,7 +146,9 @@ def test_every_turn_is_answered_in_order(tmp_path: Path, tokenizer: ChatTokenize
     assert report.dropped_turns == sum(row["dropped_turns"] for row in rows) > 0
 
 
-def test_answers_that_render_otherwise_are_counted_and_kept_as_rows_of_their_own(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
+def test_answers_that_render_otherwise_are_counted_and_kept_as_rows_of_their_own(
+    tmp_path: Path, tokenizer: ChatTokenizer
+) -> None:
     target, out = Talker(small_letters=True), tmp_path / "out.jsonl"
     report = _run(out, _conversations(10, turns=2), tokenizer, target=target, options={"max_tokens": 40})
     rows = _rows(out)
@@ -198,6 +200,20 @@ def test_an_interrupted_run_loses_nothing_and_repeats_nothing(tmp_path: Path, to
     again = _run(out, _conversations(20), tokenizer, target=Untouchable())
     assert (again.written, again.skipped) == (0, 20)
     assert out.read_bytes() == whole.read_bytes()
+
+
+def test_tools_are_offered_and_kept(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
+    offering = tiny_tokenizer()
+    offering.chat_template = "{{ tools | tojson if tools else '' }}" + offering.chat_template
+    tools = [{"type": "function", "function": {"name": "weather"}}]
+    given = [from_row({"id": f"c{i}", "turns": ["Paris?", "Rome?"], "tools": tools}, "test") for i in range(4)]
+    out = tmp_path / "out.jsonl"
+    _run(out, given, ChatTokenizer(offering), options={"max_tokens": 60})
+    for row in _rows(out):
+        assert row["tools"] == tools
+        assert tokenizer.decode(row["prompt_ids"]).startswith('[{"type": "function"')
+        spans = [tokenizer.decode(row["prompt_ids"][begin:end]) for begin, end in row["prompt_answers"]]
+        assert len(spans) == len(row["messages"]) // 2 - 1
 
 
 def test_failures_go_to_a_side_file(tmp_path: Path, tokenizer: ChatTokenizer) -> None:

@@ -8,6 +8,7 @@ import torch
 from attrs import evolve
 
 from deepspec_core.contracts.target import ConversationFormat
+from deepspec_core.data.answers import Supervision
 from deepspec_core.data.conversations import Conversation
 from deepspec_core.data.tokenize import ChatTokenizer, Dropped, tokenize_all
 from deepspec_core.errors import DataError
@@ -222,3 +223,53 @@ def test_conversations_the_template_refuses_are_dropped_and_told(tokenizer: Chat
     assert counts["refused"] == 1
     assert [drop.id for drop in dropped] == ["bad"]
     assert "roles must alternate" in dropped[0].reason
+
+
+REWRITES = (
+    "{%- for m in messages -%}<|start|>{{ m.role }}\n"
+    "{{ m.reasoning_content + '|' if loop.last and m.reasoning_content is defined else '' }}{{ m.content }}<|end|>\n"
+    "{%- endfor -%}{{ '<|start|>assistant\n' if add_generation_prompt else '' }}"
+)
+
+
+def test_a_template_that_rewrites_earlier_answers_gives_a_row_an_answer() -> None:
+    rewriting = tiny_tokenizer()
+    rewriting.chat_template = REWRITES
+    tokenizer = ChatTokenizer(rewriting)
+    thoughtful = [{"role": "assistant", "content": text, "reasoning_content": "why"} for text in ("One.", "Two.")]
+    ask = {"role": "user", "content": "What?"}
+    rows = (
+        Conversation(id="c", messages=(ask, thoughtful[0], ask, thoughtful[1])),
+        Conversation(id="c#2", messages=(ask, thoughtful[1])),
+        Conversation(id="d", messages=(ask, {"role": "assistant", "content": "One."}, ask, thoughtful[1])),
+    )
+    counts: Counter[str] = Counter()
+    options = {"system_prompt": None, "max_length": 99, "min_supervised_tokens": 1, "counts": counts}
+    samples = {sample.id: _spans(tokenizer, sample) for sample in tokenize_all(rows, tokenizer, FMT, **options)}
+    assert counts["split"] == 1
+    assert samples["c#1"] == ["why|One.<|end|>"]
+    assert samples["c#2"] == ["why|Two.<|end|>"]
+    assert samples["d"] == ["One.<|end|>", "why|Two.<|end|>"], "nothing was rewritten"
+    # An id that is taken already is made another, the same in every run.
+    (renamed,) = samples.keys() - {"c#1", "c#2", "d"}
+    assert renamed == f"c#2-{rows[1].digest[:12]}"
+
+
+def test_answers_before_any_question_are_not_supervised(tokenizer: ChatTokenizer) -> None:
+    greeting = {"role": "assistant", "content": "Welcome."}
+    sample = _tokenize(
+        tokenizer, evolve(_conversation("a", "b"), messages=(greeting, *_conversation("a", "b").messages))
+    )
+    assert _spans(tokenizer, sample) == ["b<|end|>"]
+
+
+def test_what_else_may_be_supervised(tokenizer: ChatTokenizer) -> None:
+    def spans(supervision: Supervision) -> list[str]:
+        (sample,) = tokenizer.samples(_conversation("a", "b", "c", "d"), FMT, None, 99, supervision)
+        return _spans(tokenizer, sample)
+
+    assert spans(Supervision(newline=True)) == ["b<|end|>\n", "d<|end|>\n"]
+    assert spans(Supervision(think_block=True)) == ["b<|end|>", "<think>\n\n</think>\n\nd<|end|>"]
+    plain = tokenizer.template_fingerprint(FMT, None)
+    assert plain == tokenizer.template_fingerprint(FMT, None, Supervision())
+    assert plain != tokenizer.template_fingerprint(FMT, None, Supervision(newline=True))

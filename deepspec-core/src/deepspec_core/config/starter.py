@@ -126,7 +126,8 @@ def _target(start: Start) -> list[str]:
 def _data(start: Start) -> list[str]:
     source = {"path": start.data, "weight": SourceOptions(path="").weight}
     return [
-        _line("sources", [source], "JSON lines with `messages`, or a Hub dataset; `limit = N` takes fewer"),
+        "# Files of JSON lines with `messages`, or datasets on the Hub; `limit = 1000` takes that many.",
+        _line("sources", [source]),
         _line("max_length", start.max_length, "tokens; longer conversations are cut"),
         *_defaults(
             DataOptions,
@@ -161,8 +162,14 @@ def _cache() -> list[str]:
     return _defaults(CacheOptions, {"format": "", "dtype": '"float8_e4m3" takes about half of bfloat16'})
 
 
-def _explained(options: type[Any]) -> list[str]:
-    return (inspect.getdoc(options) or "").split("\n\n")
+def _explained(options: type[Any]) -> Iterator[str]:
+    """What options say of themselves, those they build on first, those inside them last."""
+    for section in (base for base in reversed(options.__mro__) if has(base)):
+        yield from inspect.cleandoc(section.__doc__ or "").split("\n\n")
+    for attribute in fields(options):
+        inside = type(_default_of(attribute))
+        if has(inside):
+            yield from _explained(inside)
 
 
 def _draft(start: Start) -> list[str]:
@@ -217,7 +224,7 @@ def _evaluate(start: Start) -> list[str]:
     return [
         _line("tasks", known["tasks"], "prompts the run never trained on; or JSON-lines files with `turns`"),
         _line("temperature", known["temperature"]),
-        _line("max_new_tokens", min(start.max_length, known["max_new_tokens"])),
+        _line("max_new_tokens", min(start.max_length, EvaluateOptions().max_new_tokens)),
         *_defaults(EvaluateOptions, {"batch_size": "sequences at once", "plain": "also the target alone", "seed": ""}),
         _line("limit", 100, "prompts of a task; left out: all of it, of held-out prompts 500", written=False),
     ]

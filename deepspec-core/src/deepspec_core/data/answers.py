@@ -20,6 +20,7 @@ from deepspec_core.errors import DataError
 class TemplateRefusal(DataError):
     """The chat template does not take this conversation, or not all of it; others it may."""
 
+
 Messages = Sequence[Mapping[str, Any]]
 
 
@@ -88,6 +89,14 @@ class Reply:
             if text.startswith(before) and text.startswith(self.text + self.marker, len(before)):
                 return len(before)
         return None
+
+    def tokens_in(self, text: str, offsets: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
+        """The tokens [begin, end) of another rendering that are this answer and its marker; None where it has none."""
+        begin = self.begin_in(text)
+        if begin is None:
+            return None
+        inside = supervised(offsets, self.spans_in(text, begin, Supervision()))
+        return (inside.index(True), len(inside) - inside[::-1].index(True)) if any(inside) else None
 
     def spans_in(self, text: str, begin: int, supervision: Supervision) -> list[Answer]:
         """What is supervised of this answer in a text where it begins at `begin`, in order."""

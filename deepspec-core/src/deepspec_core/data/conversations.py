@@ -203,7 +203,9 @@ def _parsed(value: Any, where: str) -> Any:
     try:
         return json.loads(value)
     except ValueError as error:
-        raise DataError("Not JSON", where=where, found=repr(value)[:80], expected="JSON text, or what it says") from error
+        raise DataError(
+            "Not JSON", where=where, found=repr(value)[:80], expected="JSON text, or what it says"
+        ) from error
 
 
 def _tokens(row: Mapping[str, Any], where: str) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:

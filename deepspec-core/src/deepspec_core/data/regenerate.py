@@ -8,9 +8,7 @@ drawn is the engine's, where conversations come from is the caller's.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import os
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -21,8 +19,8 @@ from attrs import define, field, frozen
 from deepspec_core.config.schema import RegenerateOptions
 from deepspec_core.contracts.proposer import Sampling
 from deepspec_core.contracts.target import ConversationFormat, SamplingDefaults, TargetModel
-from deepspec_core.data.answers import Answer, supervised
 from deepspec_core.data.conversations import Conversation
+from deepspec_core.data.regenerated_file import beside, count_lines, finish, resume, tally_of, write_line
 from deepspec_core.data.tokenize import ChatTokenizer
 from deepspec_core.decoding.engine import Completion, Request, decode
 from deepspec_core.errors import DataError
@@ -103,13 +101,13 @@ def regenerate(
             found=", ".join(options.servers),
             fix="Remove the key `servers` from [regenerate].",
         )
-    partial, failures_path = _beside(out, ".partial"), _beside(out, ".failures.jsonl")
+    partial, failures_path = beside(out, ".partial"), beside(out, ".failures.jsonl")
     if out.exists():
         partial.unlink(missing_ok=True)
-        tally = _tally(out)
-        return _report(out, failures_path, tally, written=0, failures=_count_lines(failures_path))
+        tally = tally_of(out)
+        return _report(out, failures_path, tally, written=0, failures=count_lines(failures_path))
     out.parent.mkdir(parents=True, exist_ok=True)
-    finished = set(_resume(partial))
+    finished = set(resume(partial))
     with partial.open("ab") as lines, failures_path.open("wb") as failures:
         work = _Work(
             source=iter(conversations),
@@ -137,10 +135,10 @@ def regenerate(
                 ):
                     line = work.settle(completion)
                     if line is not None:
-                        _write_line(lines, line)
+                        write_line(lines, line)
                         progress.advance(failures=work.num_failures)
     work.check_budget(final=True)
-    tally = _finish(partial, out, list(work.order))
+    tally = finish(partial, out, list(work.order))
     return _report(out, failures_path, tally, written=work.num_written, failures=work.num_failures)
 
 
@@ -259,7 +257,7 @@ class _Work:
                     return request
                 reason = f"{len(request.prompt_ids)} prompt tokens do not fit {self.max_length}"
         self.num_failures += 1
-        _write_line(self.failures, {"id": conversation.id, "reason": reason})
+        write_line(self.failures, {"id": conversation.id, "reason": reason})
         self.check_budget()
         return None
 
@@ -279,9 +277,7 @@ class _Work:
         identity = dialogue.conversation.id
         return Request(
             id=identity,
-            prompt_ids=self.tokenizer.render_prompt(
-                dialogue.history, self.system_prompt, dialogue.conversation.tools
-            ),
+            prompt_ids=self.tokenizer.render_prompt(dialogue.history, self.system_prompt, dialogue.conversation.tools),
             seed=sample_seed(self.seed, identity, len(dialogue.turns)),
         )
 
@@ -298,99 +294,12 @@ class _Work:
         spans, rewritten = [], []
         answers = self.tokenizer.replies(messages, self.fmt, self.system_prompt, tools)
         for answer, turn in zip(answers, earlier, strict=True):
-            begin = answer.begin_in(text)
-            indices = []
-            if begin is not None:
-                text_end = begin + len(answer.text)
-                span = Answer(start=begin, text_end=text_end, end=text_end + len(answer.marker))
-                indices = [index for index, inside in enumerate(supervised(offsets, [span])) if inside]
-            if indices and tuple(last.prompt_ids[index] for index in indices) == tuple(turn.output_ids):
-                spans.append((indices[0], indices[-1] + 1))
+            span = answer.tokens_in(text, offsets)
+            if span and tuple(last.prompt_ids[slice(*span)]) == tuple(turn.output_ids):
+                spans.append(span)
             else:
                 rewritten.append(turn)
         return spans, rewritten
-
-
-def _beside(out: Path, suffix: str) -> Path:
-    return out.with_name(out.name + suffix)
-
-
-def _write_line(file: IO[bytes], entry: dict[str, Any]) -> None:
-    file.write(json.dumps(entry, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
-    file.flush()
-
-
-def _entries(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Offset and content of each line; DataError for one that is not JSON."""
-    offset = 0
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                entry = json.loads(line.decode("utf-8", "surrogatepass"))
-            except ValueError as error:
-                raise DataError(
-                    "A line is not JSON",
-                    where=f"{path}:{number}",
-                    found=error,
-                    fix="Remove that line; its conversation is regenerated.",
-                ) from error
-            yield offset, entry
-            offset += len(line)
-
-
-def _resume(partial: Path) -> dict[str, int]:
-    """Ids already done and where their lines begin. A last line without its end, torn by a kill, is cut off."""
-    if not partial.exists():
-        return {}
-    content_end = 0
-    with partial.open("rb+") as lines:
-        for line in lines:
-            if line.endswith(b"\n"):
-                content_end += len(line)
-        lines.truncate(content_end)
-    return {entry["id"]: offset for offset, entry in _entries(partial)}
-
-
-def _finish(partial: Path, out: Path, order: Sequence[str]) -> Counter[str]:
-    """Put the lines in the order of the input under the final name."""
-    offsets = _resume(partial)
-    if unknown := offsets.keys() - set(order):
-        raise DataError(
-            "Regenerated conversations are not in the sources any more",
-            where=partial,
-            found=f"{len(unknown)}, such as {min(unknown)}",
-            fix="Restore the sources, or remove the file to start over.",
-        )
-    if not offsets:
-        raise DataError("No conversation was regenerated", where=out, fix="Check data.sources and their split.")
-    ordered = _beside(out, ".ordered")
-    with partial.open("rb") as lines, ordered.open("wb") as file:
-        for identity in order:
-            if identity in offsets:
-                lines.seek(offsets[identity])
-                file.write(lines.readline())
-        file.flush()
-        os.fsync(file.fileno())
-    tally = _tally(ordered)
-    os.replace(ordered, out)
-    partial.unlink()
-    return tally
-
-
-def _tally(path: Path) -> Counter[str]:
-    tally: Counter[str] = Counter()
-    for _, entry in _entries(path):
-        tally["conversations"] += 1
-        tally["output_tokens"] += len(entry["output_ids"])
-        tally["unfinished"] += entry["finish_reason"] == "length"
-        tally["empty"] += not entry["messages"][-1]["content"]
-        tally["dropped_turns"] += entry["dropped_turns"]
-        tally["rerendered_answers"] += len(entry["rewritten"])
-    return tally
-
-
-def _count_lines(path: Path) -> int:
-    return sum(1 for _ in path.open("rb")) if path.exists() else 0
 
 
 def _report(out: Path, failures_path: Path, tally: Counter[str], *, written: int, failures: int) -> RegenerateReport:

@@ -120,10 +120,10 @@ class ChatTokenizer:
     ) -> list[Reply]:
         """The assistant's answers; DataError where the renderings do not fit `fmt`."""
 
-        def render(part: Messages, *, prompt: bool) -> str:
-            return self.render(part, system_prompt, prompt=prompt, tools=tools)
+        def rendered(messages: Messages, *, prompt: bool) -> str:
+            return self.render(messages, system_prompt, prompt=prompt, tools=tools)
 
-        return replies(render, messages, fmt, self.openings(fmt), thinking=self.thinking)
+        return replies(rendered, messages, fmt, self.openings(fmt), thinking=self.thinking)
 
     def openings(self, fmt: ConversationFormat) -> Openings:
         """What prompts say after the assistant's header."""
@@ -144,9 +144,10 @@ class ChatTokenizer:
     ) -> list[Sample]:
         """A conversation's samples of at most max_length tokens, each cut one token after its last supervised one.
 
-        One as a rule, none without an answer; several (ids ID#1, ID#2, ...) where the template rewrites earlier answers.
-        Tokens that came with the conversation are taken as they are. `original_length` counts tokens before that cut.
-        TemplateRefusal where the template does not take the conversation, or leaves out the thinking of an answer.
+        One as a rule, none without an answer; where the template rewrites earlier answers one an answer, with ids ID#1,
+        ID#2, and so on. Tokens that came with the conversation are taken as they are. `original_length` counts tokens
+        before that cut. TemplateRefusal where the template does not take the conversation, or leaves out the thinking
+        of an answer.
         """
         if conversation.input_ids is not None and conversation.loss_mask is not None:
             given = [(list(ids), [bool(flag) for flag in mask]) for ids, mask in conversation.given()]

@@ -14,7 +14,7 @@ from typing import Any
 
 from attrs import evolve, frozen
 
-from deepspec_core.config.schema import HELD_OUT
+from deepspec_core.config.schema import HELD_OUT as HELD_OUT
 from deepspec_core.errors import DataError
 from deepspec_core.registry import Registry
 

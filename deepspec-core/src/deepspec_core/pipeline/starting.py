@@ -35,6 +35,11 @@ _BYTES_FROZEN: Final = 2
 
 
 @frozen(kw_only=True)
+class _NoOptions:
+    """There is nothing to choose."""
+
+
+@frozen(kw_only=True)
 class _Found:
     """A value and why it is that."""
 
@@ -54,11 +59,11 @@ def start_of(model: str, draft_type: str, data: str | None, folder: Path, regist
     architecture = adapter.architecture
     tokenizer = ChatTokenizer(tokenizer_for(where))
     taps = architecture.known_taps or spread_taps(architecture.num_layers)
+    options: type[Any] = spec.options or _NoOptions
     values = {}
     mask = _mask_token(adapter, tokenizer)
-    if any(attribute.name == MASK for attribute in fields(spec.options)):
+    if any(attribute.name == MASK for attribute in fields(options)):
         values[MASK] = mask.value
-    defaults: int = fields(DataOptions).max_length.default
     fmt = adapter.conversation_format()
     return Start(
         name=re.sub(r"[^\w.-]+", "-", f"{draft_type}-{_last_name(model)}").lower(),
@@ -66,9 +71,9 @@ def start_of(model: str, draft_type: str, data: str | None, folder: Path, regist
         data=_source(data or DEFAULT_DATA, folder, registry),
         draft_type=draft_type,
         taps=taps,
-        max_length=min(defaults, architecture.max_positions),
+        max_length=min(DataOptions(sources=()).max_length, architecture.max_positions),
         sampling=asdict(fmt.sampling),
-        options=spec.options,
+        options=options,
         option_values=values,
         layer=layer,
         loss=spec.default_loss,
@@ -106,7 +111,9 @@ def _mask_token(adapter: TargetAdapter, tokenizer: ChatTokenizer) -> _Found:
     if first_unused < vocabulary:
         reason = f"The mask token: the first id past the tokenizer's, among the {vocabulary:,} the embedding has."
         return _Found(value=first_unused, reason=reason)
-    reason = "The mask token: every id of the embedding has a token, so this is the padding; one that no data uses is best."
+    reason = (
+        "The mask token: every id of the embedding has a token, so this is the padding; one that no data uses is best."
+    )
     return _Found(value=adapter.architecture.pad_token_id, reason=reason)
 
 
@@ -128,8 +135,8 @@ def _template_note(tokenizer: ChatTokenizer, adapter: TargetAdapter) -> str:
     opening = tokenizer.openings(fmt).of(thinking=tokenizer.thinking)
     ends = " or ".join(map(repr, fmt.assistant_ends))
     return (
-        f"Rendered by the target's own chat template. An answer follows {fmt.assistant_start + opening!r} and ends with "
-        f"{ends}; text and end are supervised, nothing else. See it: deepspec data show FILE"
+        f"Rendered by the target's own chat template. An answer follows {fmt.assistant_start + opening!r} and ends "
+        f"with {ends}; text and end are supervised, nothing else. See it: deepspec data show FILE"
     )
 
 
@@ -152,7 +159,7 @@ def _cache_note(adapter: TargetAdapter, taps: tuple[int, ...], registry: Registr
     cache_format: CacheFormat = registry.load("cache", options.format)()
     size = cache_format.bytes_per_token(header)
     return (
-        f"Only with features.mode = \"cached\": {size:,} bytes a token, so {in_words(size * 10**6)} for a million tokens "
+        f'Only with features.mode = "cached": {size:,} bytes a token, so {in_words(size * 10**6)} for a million tokens '
         f"({len(taps)} tapped layers and the last, {architecture.hidden_size:,} wide)."
     )
 
@@ -161,14 +168,15 @@ def _draft_note(
     registry: Registry, spec: Any, values: dict[str, Any], adapter: TargetAdapter, taps: tuple[int, ...]
 ) -> str:
     with torch.device("meta"):
-        draft: DraftModel = registry.load("draft", spec.name)(spec.options(**values), adapter, taps)
+        options = spec.options and spec.options(**values)
+        draft: DraftModel = registry.load("draft", spec.name)(options, adapter, taps)
     total = sum(parameter.numel() for parameter in draft.parameters())
     shared = sum(part.numel() for module in (draft.embed_tokens, draft.lm_head) for part in module.parameters())
     trained = total - shared
     memory = trained * _BYTES_TRAINED + shared * _BYTES_FROZEN
     return (
-        f"Memory: {trained:,} trained parameters, {in_words(trained * _BYTES_TRAINED)} with gradients and optimizer, and "
-        f"{shared:,} shared with the target and frozen; about {in_words(memory)} on every device, activations aside."
+        f"Memory: {trained:,} trained parameters, {in_words(trained * _BYTES_TRAINED)} with gradients and optimizer, "
+        f"and {shared:,} shared with the target and frozen; about {in_words(memory)} a device, activations aside."
     )
 
 

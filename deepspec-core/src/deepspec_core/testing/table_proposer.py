@@ -54,9 +54,7 @@ class TableProposer:
         if self.stop_short:
             self.round += 1
             lengths_B = torch.minimum(lengths_B, (slots + self.round) % (self.max_tokens + 1))
-        return Proposal(
-            tokens=torch.stack(tokens, 1), lengths=lengths_B, probabilities=torch.stack(probabilities, 1)
-        )
+        return Proposal(tokens=torch.stack(tokens, 1), lengths=lengths_B, probabilities=torch.stack(probabilities, 1))
 
     def accept(self, slots: Tensor, committed_ids: Tensor, committed: Tensor, features: Tensor) -> None:
         """Remember each slot's new last token."""

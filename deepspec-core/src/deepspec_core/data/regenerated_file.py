@@ -1,0 +1,104 @@
+"""The file regeneration writes: lines appended one by one, torn ones cut off, put in order at the end under its name.
+
+Knows lines and names of files; not how conversations are answered.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from deepspec_core.errors import DataError
+
+
+def beside(out: Path, suffix: str) -> Path:
+    """The file that stands next to `out` under its name and a suffix."""
+    return out.with_name(out.name + suffix)
+
+
+def write_line(file: IO[bytes], entry: dict[str, Any]) -> None:
+    """Append one line, and hand it to the system at once."""
+    file.write(json.dumps(entry, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
+    file.flush()
+
+
+def _entries(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Offset and content of each line; DataError for one that is not JSON."""
+    offset = 0
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                entry = json.loads(line.decode("utf-8", "surrogatepass"))
+            except ValueError as error:
+                raise DataError(
+                    "A line is not JSON",
+                    where=f"{path}:{number}",
+                    found=error,
+                    fix="Remove that line; its conversation is regenerated.",
+                ) from error
+            yield offset, entry
+            offset += len(line)
+
+
+def resume(partial: Path) -> dict[str, int]:
+    """Ids already done and where their lines begin. A last line without its end, torn by a kill, is cut off."""
+    if not partial.exists():
+        return {}
+    content_end = 0
+    with partial.open("rb+") as lines:
+        for line in lines:
+            if line.endswith(b"\n"):
+                content_end += len(line)
+        lines.truncate(content_end)
+    return {entry["id"]: offset for offset, entry in _entries(partial)}
+
+
+def finish(partial: Path, out: Path, order: Sequence[str]) -> Counter[str]:
+    """Put the lines in the order of the input under the final name, and sum them up.
+
+    DataError where lines belong to no conversation of the input, or there are none.
+    """
+    offsets = resume(partial)
+    if unknown := offsets.keys() - set(order):
+        raise DataError(
+            "Regenerated conversations are not in the sources any more",
+            where=partial,
+            found=f"{len(unknown)}, such as {min(unknown)}",
+            fix="Restore the sources, or remove the file to start over.",
+        )
+    if not offsets:
+        raise DataError("No conversation was regenerated", where=out, fix="Check data.sources and their split.")
+    ordered = beside(out, ".ordered")
+    with partial.open("rb") as lines, ordered.open("wb") as file:
+        for identity in order:
+            if identity in offsets:
+                lines.seek(offsets[identity])
+                file.write(lines.readline())
+        file.flush()
+        os.fsync(file.fileno())
+    tally = tally_of(ordered)
+    os.replace(ordered, out)
+    partial.unlink()
+    return tally
+
+
+def tally_of(path: Path) -> Counter[str]:
+    """What a finished file holds, summed up for the report."""
+    tally: Counter[str] = Counter()
+    for _, entry in _entries(path):
+        tally["conversations"] += 1
+        tally["output_tokens"] += len(entry["output_ids"])
+        tally["unfinished"] += entry["finish_reason"] == "length"
+        tally["empty"] += not entry["messages"][-1]["content"]
+        tally["dropped_turns"] += entry["dropped_turns"]
+        tally["rerendered_answers"] += len(entry["rewritten"])
+    return tally
+
+
+def count_lines(path: Path) -> int:
+    """How many lines a file has, none where it is not there."""
+    return sum(1 for _ in path.open("rb")) if path.exists() else 0

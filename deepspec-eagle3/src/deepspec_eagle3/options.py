@@ -1,0 +1,64 @@
+"""What `[draft] type = "eagle3"` may say, and how the same is read back from a checkpoint's config.json.
+
+Imports attrs and core's errors only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from attrs import field, frozen
+from attrs.validators import and_, ge, gt, in_, instance_of, le, optional
+
+from deepspec_core.errors import CheckpointError
+
+Normaliser = Literal["sequence", "padded_batch"]
+
+
+@frozen(kw_only=True)
+class Eagle3Options:
+    """The options of an Eagle3 draft.
+
+    `ttt_length`: steps of test-time training, and tokens proposed a round. `step_decay`: the loss of step s weighs
+    step_decay ** s. `num_layers`: draft layers. `normaliser`: what losses are divided by, the sequence's own length and
+    the number of sequences, or all positions of the padded batch (depends on padding; for comparison with recordings).
+    `qk_norm`: keep the family's query and key norms; false gives the layout serving engines know, where the family has
+    them at all. `target_name`: what config.json names as the target; where left out, what it was loaded from.
+    """
+
+    ttt_length: int = field(default=7, validator=[instance_of(int), gt(0)])
+    step_decay: float = field(default=0.8, validator=[instance_of(float), and_(gt(0.0), le(1.0))])
+    num_layers: int = field(default=1, validator=[instance_of(int), ge(1)])
+    normaliser: Normaliser = field(default="sequence", validator=in_(("sequence", "padded_batch")))
+    qk_norm: bool = field(default=True, validator=instance_of(bool))
+    target_name: str | None = field(default=None, validator=optional(instance_of(str)))
+
+
+def is_eagle3(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is of an Eagle3 draft, as this package publishes them."""
+    return any(str(name).endswith("Eagle3Model") for name in config.get("architectures") or ())
+
+
+def options_of(config: Mapping[str, Any]) -> tuple[Eagle3Options, tuple[int, ...]]:
+    """The options and taps a config.json describes; CheckpointError where a key is missing or makes no sense.
+
+    The normaliser is no part of a checkpoint: the default comes back.
+    """
+    try:
+        options = Eagle3Options(
+            ttt_length=config["ttt_length"],
+            step_decay=float(config["step_loss_decay"]),
+            num_layers=config["draft_num_hidden_layers"],
+            qk_norm=config.get("qk_norm", True),
+            target_name=config.get("target_model_name_or_path"),
+        )
+        return options, tuple(int(layer) for layer in config["target_layer_ids"])
+    except KeyError as error:
+        raise CheckpointError(
+            "config.json lacks a key of an Eagle3 draft", where="config.json", expected=error
+        ) from None
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            "config.json does not describe an Eagle3 draft", where="config.json", found=error.args[0]
+        ) from None

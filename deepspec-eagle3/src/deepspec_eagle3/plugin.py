@@ -1,0 +1,26 @@
+"""What this package offers: the `eagle3` draft. Imports attrs and core's records only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from deepspec_core.hookspecs import hookimpl
+from deepspec_core.specs import DraftModelSpec
+from deepspec_eagle3.options import Eagle3Options, is_eagle3
+
+
+@hookimpl
+def deepspec_draft_models() -> Iterable[DraftModelSpec]:
+    """The algorithm."""
+    return [
+        DraftModelSpec(
+            name="eagle3",
+            summary="autoregressive drafter: one token a step from its own last output, trained on its own outputs",
+            build="deepspec_eagle3.model:Eagle3Model",
+            options=Eagle3Options,
+            class_suffix="Eagle3Model",
+            recognise=is_eagle3,
+            options_of="deepspec_eagle3.options:options_of",
+            default_loss={"terms": {"soft_ce": 1.0}},
+        )
+    ]

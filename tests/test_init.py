@@ -1,0 +1,192 @@
+"""`deepspec init`: what it writes passes the check and runs, for every family and every kind of draft."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoTokenizer,
+    Gemma3TextConfig,
+    Gemma4TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
+
+from deepspec_core.cli.main import main
+from deepspec_core.config.load import load_run_file
+from deepspec_core.config.schema import LayerOptions, RunFile
+from deepspec_core.features.taps import check_taps, spread_taps
+from deepspec_core.pipeline.run import Run
+from deepspec_core.pipeline.stages import check_before, plan
+from deepspec_core.plugins import load_plugins
+
+SIZES = {
+    "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 8, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 256, "eos_token_id": 1, "pad_token_id": 0,
+}  # fmt: skip
+FAMILIES: dict[str, Any] = {
+    "qwen3": Qwen3Config(**SIZES, head_dim=16),
+    "qwen2": Qwen2Config(**SIZES),
+    "llama": LlamaConfig(**SIZES),
+    "mistral": MistralConfig(**SIZES),
+    "gemma3": Gemma3TextConfig(**SIZES, head_dim=16),
+    "gemma4": Gemma4TextConfig(**SIZES, head_dim=8, global_head_dim=16, hidden_size_per_layer_input=0),
+    "qwen3_moe": Qwen3MoeConfig(**SIZES, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
+}
+DRAFTS = ("dflash", "dspark", "eagle3")
+
+
+def _target(folder: Path, config: Any, **tokens: str) -> Path:
+    """A directory with a config and a tokenizer, and no weights at all."""
+    registry = load_plugins().registry
+    adapter = registry.load("target", registry.adapter_for(config.model_type).name)
+    said = adapter(config, LayerOptions(intermediate_size=64)).conversation_format()
+    vocabulary = {"<pad>": 0, "<end>": 1, **{char: i + 2 for i, char in enumerate(pre_tokenizers.ByteLevel.alphabet())}}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    template = (
+        "{% for m in messages %}{{ '<" + "user>' + m.content if m.role != 'assistant' else START + m.content + END }}"
+        "{% endfor %}{{ START if add_generation_prompt else '' }}"
+    )
+    for name, text in (("START", said.assistant_start), ("END", said.assistant_ends[0])):
+        template = template.replace(name, repr(text))
+    config.save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>", chat_template=template, **tokens
+    ).save_pretrained(folder)
+    return folder
+
+
+def _load(path: Path) -> RunFile:
+    return load_run_file(path, plugins=load_plugins())
+
+
+@pytest.mark.parametrize(("family", "draft"), [(name, DRAFTS[i % 3]) for i, name in enumerate(FAMILIES)])
+def test_every_family(family: str, draft: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    _target(tmp_path / "models" / "target", FAMILIES[family])
+    (tmp_path / "rows.jsonl").write_text('{"turns": ["Hi"]}\n')
+    (tmp_path / "files").mkdir()
+    out = tmp_path / "files" / "train.toml"
+    assert main(["init", "models/target", "--draft", draft, "--data", "rows.jsonl", "-o", str(out)]) == 0
+    assert main(["config", "check", str(out)]) == 0
+    file = _load(out)
+    # Paths are relative to the run file, wherever one stood.
+    assert file.target.model == "../models/target"
+    assert file.data.sources[0].path == "../rows.jsonl"
+    assert file.target.layers == (1, 2, 3, 4, 5)
+    assert (file.draft.layer.intermediate_size is not None) == (family == "qwen3_moe")
+    if draft != "eagle3":
+        assert file.draft.options.mask_token_id == len(AutoTokenizer.from_pretrained(tmp_path / "models" / "target"))
+    # Config, taps, tokenizer and the draft's shape fit each other, without a weight.
+    run = Run(file=file, path=out, plugins=load_plugins())
+    check_before(run, plan(run))
+    text = out.read_text()
+    assert "bytes a token" in text
+    assert "trained parameters" in text
+
+
+@pytest.mark.parametrize("draft", DRAFTS)
+def test_defaults_are_the_plugins_own(draft: str, tmp_path: Path) -> None:
+    out = tmp_path / "train.toml"
+    assert main(["init", "builtin:tiny-qwen3", "--draft", draft, "-o", str(out)]) == 0
+    file, spec = _load(out), load_plugins().registry.get("draft", draft)
+    mask = {} if draft == "eagle3" else {"mask_token_id": 3}
+    assert file.draft.options == spec.options(**mask)
+    assert file.loss.terms == dict(spec.default_loss["terms"])
+    assert file.loss.weighting.type == spec.default_loss.get("weighting", {"type": "uniform"})["type"]
+    bare = out.read_text().replace("[loss]", "[unused]")
+    kept, _, rest = bare.partition("\n[unused]")
+    out.write_text(kept + "\n\n[train]" + rest.partition("\n[train]")[2])
+    assert _load(out).loss == file.loss
+    assert _load(out).train == file.train
+    assert file.regenerate.top_k == 20
+
+
+def test_the_file_runs(tmp_path: Path) -> None:
+    out = tmp_path / "train.toml"
+    assert (
+        main(["init", "builtin:tiny-qwen3", "--draft", "dflash", "--data", "builtin:tiny-dialogues", "-o", str(out)])
+        == 0
+    )
+    small = ("draft.num_layers=1", "draft.num_anchors=8", "train.micro_batch_size=16", "train.precision=float32")
+    small = (*small, "evaluate.max_new_tokens=8", "regenerate.max_tokens=24")
+    assert main(["run", str(out), "--smoke", *(part for key in small for part in ("--set", key))]) == 0
+    assert (tmp_path / "runs" / "dflash-tiny-qwen3-smoke" / "report.md").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("draft", DRAFTS)
+def test_the_file_runs_as_it_is(draft: str, tmp_path: Path) -> None:
+    out = tmp_path / "train.toml"
+    assert (
+        main(["init", "builtin:tiny-qwen3", "--draft", draft, "--data", "builtin:tiny-dialogues", "-o", str(out)]) == 0
+    )
+    assert main(["run", str(out), "--smoke"]) == 0
+
+
+def test_nothing_is_overwritten_and_mistakes_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("train.toml").write_text("mine")
+    assert main(["init", "builtin:tiny-qwen3", "--draft", "dflash"]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert Path("train.toml").read_text() == "mine"
+    for arguments, message in (
+        (["./nowhere", "--draft", "dflash"], "no such target directory"),
+        (["builtin:tiny-qwen3", "--draft", "dflsh"], "dflash"),
+        (["builtin:tiny-qwen3", "--draft", "dflash", "--data", "rows.jsonl"], "rows.jsonl"),
+        (["builtin:tiny-qwen3", "--draft", "dflash", "--data", "builtin:tiny"], "tiny-dialogues"),
+    ):
+        assert main(["init", *arguments, "-o", "other.toml"]) == 2
+        assert message in capsys.readouterr().err
+        assert not Path("other.toml").exists()
+    assert main(["init", "builtin:tiny-qwen3", "--draft", "dflash", "-o", "no/where.toml"]) == 2
+
+
+def test_mask_tokens(tmp_path: Path) -> None:
+    def mask(name: str, config: Any, **tokens: str) -> tuple[int, str]:
+        out = tmp_path / f"{name}.toml"
+        target = _target(tmp_path / name, config, **tokens)
+        assert main(["init", str(target), "--draft", "dflash", "-o", str(out)]) == 0
+        text = out.read_text()
+        options = _load(out).draft.options
+        return options.mask_token_id, text
+
+    value, text = mask("own", Qwen3Config(**SIZES, head_dim=16), mask_token="!")
+    assert value == PreTrainedTokenizerFast.from_pretrained(tmp_path / "own").convert_tokens_to_ids("!")
+    assert "the tokenizer has one" in text
+    value, text = mask("published", Qwen3Config(**SIZES | {"vocab_size": 151936}, head_dim=16))
+    assert value == 151669
+    assert "as published" in text
+    value, text = mask("full", Qwen2Config(**SIZES | {"vocab_size": 258}))
+    assert value == 0
+    assert "so this is the padding" in text
+
+
+def test_taps_are_spread_from_layer_1_to_the_third_last() -> None:
+    assert spread_taps(36) == (1, 9, 17, 25, 33)
+    assert spread_taps(40) == (1, 10, 19, 28, 37)
+    assert spread_taps(6) == (0, 1, 2, 3, 4)
+    for num_layers in range(1, 100):
+        taps = spread_taps(num_layers)
+        assert len(taps) == min(5, num_layers)
+        assert check_taps(taps, num_layers) == taps
+
+
+def test_published_taps_are_those_of_their_target_alone() -> None:
+    adapter = load_plugins().registry.load("target", "gemma4")
+
+    def known(**sizes: int) -> tuple[int, ...]:
+        config = Gemma4TextConfig(**{**SIZES, "num_hidden_layers": 48, "hidden_size": 3840, **sizes})
+        return adapter(config).architecture.known_taps
+
+    assert known() == (5, 17, 29, 41, 46)
+    assert known(hidden_size=2560) == ()
+    assert known(num_hidden_layers=30) == ()
