@@ -9,6 +9,7 @@ Legend: V vocabulary, H hidden size.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -32,7 +33,7 @@ from deepspec_targets.masks import MaskBuilder
 Module = TypeVar("Module", bound=nn.Module)
 
 
-class FamilyAdapter:
+class FamilyAdapter(ABC):
     """A contracts.target.TargetAdapter but for the blocks and the conversation format, which families add.
 
     `config` is the target's transformers config. `self.text` is its text part; `self.shape` is the same in the draft's
@@ -179,29 +180,29 @@ class FamilyAdapter:
 
     # What a family adds.
 
+    @abstractmethod
     def conversation_format(self) -> ConversationFormat:
         """Where the assistant speaks, and how the family's makers sample."""
-        raise NotImplementedError
 
+    @abstractmethod
     def attention_projections(self, in_features: int) -> AttentionProjections:
         """q, k, v, out and their norms in the draft's shape."""
-        raise NotImplementedError
 
+    @abstractmethod
     def layer_norms(self) -> LayerNorms:
         """The norms around a layer."""
-        raise NotImplementedError
 
+    @abstractmethod
     def norm(self, size: int | None = None, *, scale: bool = True) -> nn.Module:
         """The family's norm over `size` (H) features."""
-        raise NotImplementedError
 
+    @abstractmethod
     def mlp(self) -> nn.Module:
         """[..., H] -> [..., H]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def rotary(self) -> nn.Module:
         """(x, position_ids [B, T]) -> (cos, sin)."""
-        raise NotImplementedError
 
 
 def head_dim_of(text: Any) -> int:
