@@ -60,7 +60,7 @@ def test_a_changed_setting_is_refused_by_name_and_nothing_is_touched(
     assert main(["run", str(finished_copy), "--smoke", "--set", "train.lr=1e-3"]) == 2
     message = capsys.readouterr().err
     assert "`train.lr` changed" in message
-    assert "0.002" in message
+    assert "0.005" in message
     assert "0.001" in message
     assert "--force train" in message
     assert _contents(_folder(finished_copy)) == before
@@ -87,7 +87,7 @@ def test_force_discards_a_stage_and_what_builds_on_it(finished_copy: Path, capsy
 def test_a_dry_run_writes_nothing(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", str(run_file), "--dry-run"]) == 0
     output = capsys.readouterr().out
-    assert "at most 3,000 conversations" in output
+    assert "at most 2,500 conversations" in output
     assert "bytes a token" in output
     assert [entry.name for entry in run_file.parent.iterdir()] == ["train.toml"]
 

@@ -45,7 +45,7 @@ def test_plugins_lists_what_each_offers_and_why_one_was_left_out(toy: Any, capsy
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines[0] == ["PLUGIN", "PACKAGE", "VERSION", "STATUS"]
     assert ["core", "deepspec-core", load_plugins().versions()["deepspec-core"], "ok"] in lines
-    assert ["loss", "ce,", "tv"] in lines
+    assert any(line[:2] == ["loss", "ce,"] for line in lines)
     assert ["fake-toy", "fake-toy", "1.0", "blocked"] in lines
     broken = lines.index(["fake-broken", "fake-broken", "1.0", "broken"])
     assert lines[broken + 1][:4] == ["reason", "ValueError:", "no", "luck"]
