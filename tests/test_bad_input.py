@@ -35,13 +35,13 @@ def _results(path: Path) -> Path:
 
 
 def test_unknown_keys_misspelled_types_and_strings_for_numbers_come_all_at_once(run_file: Path, says: Says) -> None:
-    text = run_file.read_text().replace("lr = 5e-3", 'lr = "5e-3"').replace('type = "dflash"', 'type = "dflahs"')
+    text = run_file.read_text().replace("lr = 4e-3", 'lr = "4e-3"').replace('type = "dflash"', 'type = "dflahs"')
     run_file.write_text(text.replace("epochs =", "epoch ="))
     says(
         ["run", str(run_file)],
         "3 problems",
         "train.lr",
-        "5e-3",
+        "4e-3",
         "a number",
         "draft.type",
         "dflash",
