@@ -78,7 +78,7 @@ class Run:
     @property
     def folder(self) -> Path:
         """Where results go."""
-        return self.base / self.file.run.output
+        return (self.base / self.file.run.output).resolve()
 
     def stage_folder(self, stage: str) -> Path:
         """A stage's own folder; the cache's may be elsewhere."""
