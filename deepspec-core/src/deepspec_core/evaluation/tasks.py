@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,14 @@ def load_task(
         prompts = prompts[:limit]
     if not prompts:
         raise DataError("A task has no prompts", where=task, fix="Give a task with at least one prompt.")
+    repeated = [name for name, count in Counter(prompt.id for prompt in prompts).items() if count > 1]
+    if repeated:
+        raise DataError(
+            "Prompts of a task share an id",
+            where=task,
+            found=", ".join(repeated[:5]),
+            fix="Give every row an `id` of its own, or none: rows without one are numbered.",
+        )
     return [evolve(prompt, index=index) for index, prompt in enumerate(prompts)]
 
 

@@ -122,7 +122,7 @@ def _journals(tasks: Sequence[str]) -> dict[str, str]:
 
 
 def _requests(run: Run, prompts: list[Prompt]) -> list[Request]:
-    """What is decoded: the prompts that leave the target room to answer."""
+    """What is decoded: the prompts that leave the target room to answer. DataError where none does."""
     rendered = [
         Request(
             id=prompt.id,
@@ -131,7 +131,16 @@ def _requests(run: Run, prompts: list[Prompt]) -> list[Request]:
         )
         for prompt in prompts
     ]
-    return [request for request in rendered if len(request.prompt_ids) < run.adapter.architecture.max_positions]
+    room = run.adapter.architecture.max_positions
+    fitting = [request for request in rendered if len(request.prompt_ids) < room]
+    if not fitting:
+        raise DataError(
+            "Every prompt of a task is too long for the target",
+            where="evaluate.tasks",
+            found=f"the shortest has {min(len(request.prompt_ids) for request in rendered)} tokens",
+            expected=f"fewer than {room}",
+        )
+    return fitting
 
 
 def _digest(requests: Sequence[Request]) -> str:

@@ -1,0 +1,59 @@
+"""Evaluation prompts: from files and held-out rows, cut as published, refused where results could not be told apart."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deepspec_core.errors import DataError
+from deepspec_core.evaluation.tasks import Prompt, load_task
+from deepspec_core.registry import Registry
+
+
+def _load(folder: Path, rows: list[dict[str, Any]], limit: int | None = None) -> list[Prompt]:
+    (folder / "task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return load_task("task.jsonl", limit=limit, seed=7, base=folder, registry=Registry(), held_out=list)
+
+
+def test_the_first_turn_is_asked(tmp_path: Path) -> None:
+    rows = [
+        {"turns": ["One?", "And two?"]},
+        {
+            "messages": [
+                {"role": "system", "content": "Be brief."},
+                {"role": "user", "content": "Hi"},
+                {"role": "assistant", "content": "Hello"},
+                {"role": "user", "content": "More"},
+            ]
+        },
+    ]
+    first, second = _load(tmp_path, rows)
+    assert first.messages == ({"role": "user", "content": "One?"},)
+    assert [message["content"] for message in second.messages] == ["Be brief.", "Hi"]
+    assert (first.id, second.id) == ("task-0", "task-1")
+
+
+def test_a_quota_shuffles_with_its_seed_and_renumbers(tmp_path: Path) -> None:
+    rows = [{"turns": [str(number)]} for number in range(20)]
+    expected = list(range(20))
+    random.Random(7).shuffle(expected)
+    found = _load(tmp_path, rows, limit=5)
+    assert [prompt.messages[0]["content"] for prompt in found] == [str(number) for number in expected[:5]]
+    assert [prompt.index for prompt in found] == [0, 1, 2, 3, 4]
+    # As many as asked for: the order of the file stands.
+    assert [prompt.messages[0]["content"] for prompt in _load(tmp_path, rows, limit=20)] == list(map(str, range(20)))
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([{"id": "a", "turns": ["x"]}, {"id": "a", "turns": ["y"]}], "share an id"),
+        ([{"question": "x"}], "task.jsonl:1"),
+        ([], "no prompts"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused(tmp_path: Path, rows: list[dict[str, Any]], said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        _load(tmp_path, rows)
