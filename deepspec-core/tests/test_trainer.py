@@ -208,6 +208,8 @@ sys.path.insert(0, sys.argv[2])
 import test_trainer
 options = test_trainer.evolve(test_trainer.OPTIONS, max_steps=int(sys.argv[3]))
 test_trainer.run(Path(sys.argv[1]), options, source=test_trainer.TinySource(17))
+# A group that outlives its process may abort it.
+test_trainer.torch.distributed.destroy_process_group()
 """
 
 

@@ -5,7 +5,6 @@ Puts together the run file that would say the same and hands it to the evaluate 
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from deepspec_core.cli.messages import show_messages
 from deepspec_core.cli.options import no_plugin
 from deepspec_core.config.schema import (
     DTYPES,
@@ -145,9 +145,7 @@ def _execute(file: RunFile, plugins: Plugins, force: Sequence[str]) -> None:
     from deepspec_core.pipeline.evaluating import draft_of, refuse_another_draft
     from deepspec_core.pipeline.run import Run
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
-    for noisy in ("httpx", "urllib3", "filelock", "fsspec"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    show_messages()
     run = Run(file=file, path=Path("command line"), plugins=plugins)
     # Before anything is written or discarded.
     draft_folder, _ = draft_of(run)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 import click
 
+from deepspec_core.cli.messages import show_messages
 from deepspec_core.cli.options import no_plugin, overrides, run_file
 
 ARGUMENTS = "deepspec_core.run_arguments"
@@ -53,9 +53,7 @@ def run(
     from deepspec_core.pipeline import workers as processes
     from deepspec_core.plugins import load_plugins
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
-    for noisy in ("httpx", "urllib3", "filelock", "fsspec"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    show_messages()
     plugins = load_plugins(blocked=blocked)
     file = load_run_file(path, overrides=overrides, plugins=plugins)
     the_run = runs.Run(file=runs.smoke(file) if smoke else file, path=Path(path), plugins=plugins)
@@ -79,6 +77,7 @@ def run(
     if processes.rank() > 0:
         processes.meet()
         pipeline.follow(the_run, steps)
+        processes.part()
         return None
     with the_run.locked():
         for folder in pipeline.discard(the_run, force):
@@ -86,6 +85,7 @@ def run(
         the_run.save_config()
         processes.meet()
         pipeline.execute(the_run, steps, say=click.echo)
+        processes.part()
     if all(step.action == "skip" for step in steps):
         click.echo(f"nothing to do: every stage is complete in {the_run.folder}")
     show_report(the_run.folder)

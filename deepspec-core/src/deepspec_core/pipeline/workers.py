@@ -64,6 +64,14 @@ def meet() -> None:
         PartialState().wait_for_everyone()
 
 
+def part() -> None:
+    """Leave the other workers in good order: a process group that outlives its process may abort it."""
+    if launched():
+        from accelerate import PartialState
+
+        PartialState().destroy_process_group()
+
+
 def wait_for(folder: Path) -> None:
     """Return when the first worker has completed the stage of `folder`. A worker that fails ends all of them."""
     while (record := read_record(folder)) is None or not record.complete:
