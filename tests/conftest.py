@@ -33,7 +33,7 @@ def write_run_file(folder: Path) -> Path:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run file of a finished smoke run; tests that change anything work on `finished_copy`."""
     path = write_run_file(tmp_path_factory.mktemp("finished"))
-    assert main(["run", str(path), "--smoke"]) == 0
+    assert main(["run", str(path), "--smoke", "--set", "run.threads=1"]) == 0
     return path
 
 
