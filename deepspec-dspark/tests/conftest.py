@@ -49,7 +49,7 @@ def registry() -> Registry:
 def family(request: pytest.FixtureRequest, registry: Registry) -> str:
     """Each family with recorded vectors, where it is installed."""
     if request.param not in registry.model_types():
-        pytest.skip(f"no adapter for {request.param} is installed")
+        pytest.fail(f"no adapter for {request.param} is installed")
     return str(request.param)
 
 
