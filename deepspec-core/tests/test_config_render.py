@@ -88,7 +88,7 @@ def test_every_effective_value_is_written_in_the_order_of_the_schema(tmp_path: P
         "export",
     ]
     assert tables["draft"] == {"type": "toy", "block_size": 7, "num_layers": 2, "dropout": 0.0, "widths": []}
-    assert tables["loss"] == {"terms": {"ce": 1.0}, "weighting": {"type": "uniform"}}
+    assert tables["loss"] == {"terms": {"ce": 1.0}, "weighting": {"type": "uniform"}, "kernels": "auto"}
     assert tables["train"]["lr"] == 1.0
     assert tables["train"]["epochs"] == file.train.epochs
     assert "max_steps" not in tables["train"]

@@ -35,8 +35,8 @@ def test_core_offers_its_own_components_like_any_plugin() -> None:
     core = record(load_plugins(), "deepspec-core")
     assert (core.name, core.version, core.status, core.reason) == ("core", __version__, "ok", None)
     assert core.offers == {
-        "loss": ["ce", "soft_ce", "kl", "tv", "confidence"],
-        "weighting": ["uniform", "decay"],
+        "loss": ["ce", "soft_ce", "kl", "tv", "lk", "confidence"],
+        "weighting": ["uniform", "decay", "d-pace"],
         "cache": ["hdf5"],
         "features": ["cached", "online"],
     }

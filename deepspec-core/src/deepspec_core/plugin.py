@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from deepspec_core.config.weighting_options import DecayOptions
+from deepspec_core.config.weighting_options import DecayOptions, DPaceOptions
 from deepspec_core.hookspecs import hookimpl
 from deepspec_core.specs import ComponentSpec
 
@@ -32,6 +32,11 @@ def deepspec_losses() -> list[ComponentSpec]:
             build="deepspec_core.blocks.losses:TotalVariation",
         ),
         ComponentSpec(
+            name="lk",
+            summary="negative log of the draft's acceptance rate by the target",
+            build="deepspec_core.blocks.losses:NegativeLogAcceptance",
+        ),
+        ComponentSpec(
             name="confidence",
             summary="binary cross-entropy of the draft's confidence with its acceptance by the target",
             build="deepspec_core.blocks.losses:Confidence",
@@ -41,7 +46,7 @@ def deepspec_losses() -> list[ComponentSpec]:
 
 @hookimpl
 def deepspec_weightings() -> list[ComponentSpec]:
-    """Every row alike, or less the later it stands in its block."""
+    """Every row alike, less the later it stands in its block, or by the draft's own confidence."""
     return [
         ComponentSpec(
             name="uniform",
@@ -53,6 +58,12 @@ def deepspec_weightings() -> list[ComponentSpec]:
             summary="rows weigh exponentially less the later they stand in their block",
             build="deepspec_core.blocks.weightings:Decay",
             options=DecayOptions,
+        ),
+        ComponentSpec(
+            name="d-pace",
+            summary="rows weigh by how much they add to the accepted length the draft itself expects",
+            build="deepspec_core.blocks.weightings:DPace",
+            options=DPaceOptions,
         ),
     ]
 

@@ -5,6 +5,7 @@ Legend: N rows of a chunk, V vocabulary.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -51,6 +52,24 @@ class TotalVariation:
         return stats.tv
 
 
+class NegativeLogAcceptance:
+    """-log sum over V of min(softmax(draft), softmax(target)), [N]: the negative log of the acceptance rate.
+
+    Its gradient is that of -acceptance divided by the acceptance, so rows that are hardly ever accepted still count. A
+    rate below the smallest normal number of its dtype counts as that number and has no gradient.
+    """
+
+    needs_target = True
+    needs_extras: tuple[str, ...] = ()
+
+    def __call__(self, stats: RowStats) -> Tensor:
+        rate_N = stats.overlap.clamp(min=torch.finfo(stats.overlap.dtype).tiny)
+        if rate_N.requires_grad:
+            # 1 / tiny times a row's weight and coefficient overflows from 4 on.
+            rate_N.register_hook(_finite)  # type: ignore[no-untyped-call,unused-ignore]
+        return -rate_N.log()
+
+
 class Confidence:
     """Binary cross-entropy of the survival logit the rows carry (`confidence_logits`) with the row's acceptance, [N].
 
@@ -63,3 +82,11 @@ class Confidence:
     def __call__(self, stats: RowStats) -> Tensor:
         logits_N = stats.extras["confidence_logits"].to(stats.acceptance.dtype)
         return F.binary_cross_entropy_with_logits(logits_N, stats.acceptance, reduction="none")
+
+
+def _finite(gradient: Tensor | None) -> Tensor | None:
+    """What is infinite becomes the largest number; None is autograd's undefined gradient."""
+    if gradient is None:
+        return None
+    limits = torch.finfo(gradient.dtype)
+    return gradient.clamp(limits.min, limits.max)

@@ -78,6 +78,12 @@ class ChunkStats:
         return self._total_variation(self._differentiable)
 
     @cached_property
+    def overlap(self) -> Tensor:
+        target_NV = self._target(self._target_log_probs_UV.exp())
+        with torch.set_grad_enabled(self._differentiable):
+            return torch.minimum(self._draft_log_probs_NV.exp(), target_NV).sum(-1)
+
+    @cached_property
     def soft_ce(self) -> Tensor:
         target_NV = self._target(self._target_log_probs_UV.exp())
         with torch.set_grad_enabled(self._differentiable):

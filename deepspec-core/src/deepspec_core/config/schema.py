@@ -7,14 +7,18 @@ against the run file's folder.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from attrs import field, frozen
 from attrs.validators import and_, deep_iterable, ge, gt, in_, le, matches_re, optional
 
+from deepspec_core.config.coefficient_schedule import CoefficientSchedule
+
 KNOWN_STAGES = ("regenerate", "cache", "train", "evaluate", "export")
 # Marks an attribute that is no key of the run file: loading puts a plugin's options object there.
 FILLED_IN = {"key": False}
+KERNELS = ("auto", "plain", "eager", "compiled", "triton")
 DTYPES = ("float32", "bfloat16", "float16")
 # The task that asks the prompts a run never trained on.
 HELD_OUT = "held-out"
@@ -135,13 +139,26 @@ class WeightingOptions:
     options: Any = field(default=None, metadata=FILLED_IN)
 
 
+def _numbers_first(terms: Mapping[str, float | CoefficientSchedule]) -> dict[str, float | CoefficientSchedule]:
+    return dict(sorted(terms.items(), key=lambda entry: isinstance(entry[1], CoefficientSchedule)))
+
+
 @frozen(kw_only=True)
 class LossOptions:
-    """[loss]: terms and their coefficients, and how the rows of a block weigh."""
+    """[loss]: terms and their coefficients, and how the rows of a block weigh.
 
-    terms: dict[str, float] = field(factory=lambda: {"ce": 1.0})
+    A coefficient is a number, or a table that says how it changes over the optimizer's steps. Numbers stand before
+    tables, as in a file that is written back: terms are summed in this order, and rounding depends on it.
+
+    `kernels` says how logits are gone over: by autograd ("plain"), or by formula, operation by operation ("eager"),
+    compiled, or in Triton on an accelerator; "auto" takes the fastest that can run. `chunk_rows` is how many rows'
+    logits exist at once; left out, it follows from the vocabulary.
+    """
+
+    terms: dict[str, float | CoefficientSchedule] = field(factory=lambda: {"ce": 1.0}, converter=_numbers_first)
     weighting: WeightingOptions = field(factory=WeightingOptions)
     chunk_rows: int | None = field(default=None, validator=optional(gt(0)))
+    kernels: str = field(default="auto", validator=in_(KERNELS))
 
 
 @frozen(kw_only=True)

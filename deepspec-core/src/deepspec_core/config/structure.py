@@ -99,8 +99,9 @@ def _union_hook(type_: Any, converter: Converter) -> Hook:
                 return converter.get_structure_hook(member)(value, member)
             except Exception as error:
                 errors.append(error)
-        # The one member there is, or the one that at least got inside, knows best what is wrong.
-        inside = [error for error in errors if not isinstance(error, Mismatch)]
+        # The one member there is, or the one that at least got past the kind of value, knows best what is wrong.
+        kinds = map(words, members)
+        inside = [error for error, kind in zip(errors, kinds, strict=True) if getattr(error, "expected", None) != kind]
         if len(errors) == 1 or len(inside) == 1:
             raise (inside or errors)[0]
         raise Mismatch(value, words(type_))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from attrs import field, frozen
-from attrs.validators import gt
+from attrs.validators import and_, gt, le
 
 
 @frozen(kw_only=True)
@@ -11,3 +11,14 @@ class DecayOptions:
     """[loss] weighting = {type = "decay", gamma = 4.0}: row weight exp(-slot / gamma)."""
 
     gamma: float = field(default=4.0, validator=gt(0.0))
+
+
+@frozen(kw_only=True)
+class DPaceOptions:
+    """[loss] weighting = {type = "d-pace", alpha = 0.5}: weights from the draft's own confidence in the labels.
+
+    A confidence q counts as (1 - alpha) * q + alpha: with alpha 1 a row weighs the number of rows from it to the end of
+    its block, and the smaller alpha, the less rows weigh behind one that the draft is unsure of.
+    """
+
+    alpha: float = field(default=0.5, validator=and_(gt(0.0), le(1.0)))

@@ -34,6 +34,13 @@ class RowStats(Protocol):
         ...
 
     @property
+    def overlap(self) -> Tensor:
+        """Sum over V of min(softmax(draft), softmax(target)), differentiable: the acceptance rate; exact where it is
+        near zero, which 1 - tv / 2 is not. Where the two are equal, each has half the gradient, as in tv.
+        """
+        ...
+
+    @property
     def soft_ce(self) -> Tensor:
         """Cross-entropy of the draft at the target's distribution: kl plus the target's entropy."""
         ...
@@ -60,12 +67,12 @@ class RowStats(Protocol):
 
     @property
     def draft_logits(self) -> Tensor:
-        """[N, V] fp32, capped and corrected: the plain path only; fused kernels do not form it."""
+        """[N, V] fp32, capped and corrected: the plain path only, for terms with `needs_logits`."""
         ...
 
     @property
     def target_logits(self) -> Tensor:
-        """[N, V] fp32, capped: the plain path only."""
+        """[N, V] fp32, capped: the plain path only, for terms with `needs_logits`."""
         ...
 
     @property
@@ -81,7 +88,10 @@ class RowStats(Protocol):
 
 @runtime_checkable
 class LossTerm(Protocol):
-    """One value per row. `needs_target`: it reads target logits. `needs_extras`: names it reads of the extras."""
+    """One value per row. `needs_target`: it reads statistics of the target. `needs_extras`: names it reads of the
+    extras. `needs_logits` (taken as False where a term does not say): it reads `draft_logits` or `target_logits`, which
+    keeps a run on the plain path; a weighting may say so too.
+    """
 
     needs_target: bool
     needs_extras: tuple[str, ...]

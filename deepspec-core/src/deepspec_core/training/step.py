@@ -25,10 +25,10 @@ class TrainingStep(nn.Module):
         self.engine = engine
         self.compute_dtype = compute_dtype
 
-    def forward(self, batch: DraftBatch, *, with_metrics: bool = False) -> RowResult:
-        """The batch's unnormalised loss, its denominator and its metrics."""
+    def forward(self, batch: DraftBatch, *, step: int = 0, with_metrics: bool = False) -> RowResult:
+        """The batch's unnormalised loss at the optimizer's step `step`, its denominator and its metrics."""
         device = batch.input_ids.device.type
         with torch.autocast(device, dtype=torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16):
             rows: Rows = self.draft(batch)
-            result: RowResult = self.engine(rows, self.draft.heads(), with_metrics=with_metrics)
+            result: RowResult = self.engine(rows, self.draft.heads(), step=step, with_metrics=with_metrics)
         return result

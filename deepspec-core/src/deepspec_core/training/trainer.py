@@ -234,7 +234,7 @@ class _Trainer:
             batch = micro.to_draft_batch(self.source, self.device)
             waits = number + 1 < len(share)
             with self.accelerator.no_sync(self.model) if waits else nullcontext():
-                result = self.model(batch, with_metrics=with_metrics)
+                result = self.model(batch, step=step, with_metrics=with_metrics)
                 (result.total if plan.live else result.total * 0.0).backward()
             if plan.live:
                 sums.add(result.denominator, result.metrics)

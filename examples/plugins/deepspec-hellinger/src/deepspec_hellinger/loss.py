@@ -14,6 +14,7 @@ class Hellinger:
     """contracts.loss.LossTerm."""
 
     needs_target = True
+    needs_logits = True  # the statistics rows come with do not have it
     needs_extras: tuple[str, ...] = ()
 
     def __call__(self, stats: RowStats) -> Tensor:

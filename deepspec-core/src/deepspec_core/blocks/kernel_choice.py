@@ -1,0 +1,105 @@
+"""Which implementation goes over a chunk's logits, and how large chunks are for it.
+
+"plain" differentiates the logits by autograd: the reference, and the only one for terms that read logits themselves.
+The others know the statistics' gradients by formula: "eager" operation by operation, "compiled" by torch.compile,
+"triton" on accelerators. Knows devices and vocabulary sizes; not rows or terms.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Sequence
+
+from attrs import frozen
+
+from deepspec_core.blocks.row_kernels import RowKernels, TorchKernels, has_cpp_compiler
+from deepspec_core.config.schema import KERNELS
+from deepspec_core.errors import ConfigError
+
+# A smaller vocabulary's loss takes less time than compiling for it does.
+_WORTH_COMPILING = 1 << 14
+
+
+@frozen(kw_only=True)
+class Choice:
+    """`kernels` None: autograd. `elements`: logits of a chunk."""
+
+    name: str
+    kernels: RowKernels | None
+    elements: int
+
+    def chunk_rows(self, vocab_size: int) -> int:
+        """Rows of a chunk where nothing else is asked for."""
+        return max(1, self.elements // vocab_size)
+
+
+def choose_kernels(asked: str, *, device_type: str, vocab_size: int, needs_logits: Sequence[str] = ()) -> Choice:
+    """What `[loss] kernels = asked` comes to; `needs_logits` names terms and weightings that read logits themselves.
+
+    ConfigError where what is asked for cannot run. Where a CPU has no C++ compiler, "compiled" comes to "eager" with a
+    warning.
+    """
+    assert asked in KERNELS
+    name = asked
+    if asked == "auto":
+        name = _automatic(device_type, vocab_size, bool(needs_logits))
+    elif asked != "plain" and needs_logits:
+        raise ConfigError(
+            f"{', '.join(needs_logits)} reads logits, which these kernels do not form",
+            where="[loss] kernels",
+            found=asked,
+            expected="plain",
+        )
+    if name == "compiled" and device_type == "cpu" and not _compiler_or_warning():
+        name = "eager"
+    return Choice(name=name, kernels=_kernels(name, device_type), elements=_elements(name, device_type))
+
+
+def _automatic(device_type: str, vocab_size: int, needs_logits: bool) -> str:
+    if needs_logits:
+        return "plain"
+    if device_type == "cuda":
+        return "compiled" if _why_no_triton(device_type) else "triton"
+    return "compiled" if device_type == "cpu" and vocab_size >= _WORTH_COMPILING else "eager"
+
+
+@functools.cache
+def _kernels(name: str, device_type: str) -> RowKernels | None:
+    if name == "triton":
+        reason = _why_no_triton(device_type)
+        if reason is not None:
+            raise ConfigError("Triton kernels cannot run here", where="[loss] kernels", found=reason, fix='set "auto"')
+        from deepspec_core.blocks.row_kernels_triton import TritonKernels
+
+        return TritonKernels()
+    return None if name == "plain" else TorchKernels(compiled=name == "compiled")
+
+
+def _elements(name: str, device_type: str) -> int:
+    if device_type == "cpu":
+        # Autograd keeps several tensors of a chunk's size, and each operation goes over all of it: what caches hold.
+        return 1 << 20 if name == "plain" else 1 << 24
+    # 128 MiB a tensor in bf16, of which there are at most three; autograd's are in fp32 and a handful.
+    return 1 << 24 if name in ("plain", "eager") else 1 << 26
+
+
+def _why_no_triton(device_type: str) -> str | None:
+    try:
+        from deepspec_core.blocks.row_kernels_triton import can_run
+    except ImportError as error:
+        return str(error)
+    return can_run(device_type)
+
+
+@functools.cache
+def _compiler_or_warning() -> bool:
+    found = has_cpp_compiler()
+    if not found:
+        warnings.warn(
+            "there is no C++ compiler, so the loss runs uncompiled and takes about three times as long; "
+            'install g++, or set [loss] kernels = "eager" to say it is meant',
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return found

@@ -1,0 +1,59 @@
+"""Statistics of one chunk of rows by autograd through its logits: the reference, for terms that read logits themselves.
+
+Knows logits and labels; not which terms read what, nor how they are reduced.
+
+Legend: N rows of the chunk, U rows of the target window, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from deepspec_core.blocks.row_kernels import Logits, logit_values
+from deepspec_core.blocks.row_stats import ChunkStats
+from deepspec_core.blocks.target_window import TargetWindow
+
+
+class PlainStats(ChunkStats):
+    """ChunkStats on leaves of the chunk's products, and the gradients that arrive there."""
+
+    def __init__(
+        self,
+        *,
+        draft: Logits,
+        target: TargetWindow | None,
+        target_ids_N: Tensor | None,
+        extras: Mapping[str, Tensor],
+        differentiable: bool,
+    ) -> None:
+        """`draft` [N, V]; target_ids_N None takes the target's argmax as labels."""
+        self._product_NV = draft.product.detach().requires_grad_(differentiable)
+        self._correction_NV = None
+        with torch.set_grad_enabled(differentiable):
+            base_NV = draft_NV = logit_values(Logits(self._product_NV, None, draft.softcap))
+            if draft.correction is not None:
+                self._correction_NV = draft.correction.detach().requires_grad_(differentiable)
+                draft_NV = base_NV + self._correction_NV
+        super().__init__(
+            base_logits_NV=base_NV,
+            draft_logits_NV=draft_NV,
+            target_logits_UV=None if target is None else logit_values(target.logits),
+            target_row_N=None if target is None else target.row_N,
+            target_ids_N=target_ids_N,
+            extras=extras,
+            differentiable=differentiable,
+        )
+
+    def gradient(
+        self, total: Tensor, extras: Mapping[str, Tensor]
+    ) -> tuple[Tensor | None, Tensor | None, Sequence[Tensor | None]]:
+        """d total / d product [N, V], / d correction [N, V] (None where there is none) and / d each of `extras`.
+
+        `total` [] is built on this object's statistics and extras. The first two None: it does not depend on logits.
+        """
+        leaves = [self._product_NV] if self._correction_NV is None else [self._product_NV, self._correction_NV]
+        found = torch.autograd.grad(total, [*leaves, *extras.values()], allow_unused=True)
+        return found[0], found[1] if len(leaves) > 1 else None, found[len(leaves) :]

@@ -1,0 +1,37 @@
+"""A loss term's coefficient that changes over training, as run files write it.
+
+Knows optimizer steps; not terms, nor how many steps a run has. Imports attrs only.
+"""
+
+from __future__ import annotations
+
+import math
+
+from attrs import field, frozen
+from attrs.validators import ge, gt, in_
+
+SHAPES = ("linear", "cosine")
+
+
+@frozen(kw_only=True)
+class CoefficientSchedule:
+    """[loss] terms = {tv = {start = 0.0, end = 0.9, steps = 2000}}: from `start` to `end` in `steps` optimizer steps.
+
+    The change begins at step `after`; before it the coefficient is `start`, from step `after + steps` on it is `end`.
+    """
+
+    start: float
+    end: float
+    steps: int = field(validator=gt(0))
+    after: int = field(default=0, validator=ge(0))
+    shape: str = field(default="linear", validator=in_(SHAPES))
+
+    def at(self, step: int) -> float:
+        """The coefficient of optimizer step `step`, counted from 0: (1 - s) * start + s * end.
+
+        s = clamp((step - after) / steps, 0, 1), for shape "cosine" (1 - cos(pi * s)) / 2.
+        """
+        share = min(max((step - self.after) / self.steps, 0.0), 1.0)
+        if self.shape == "cosine":
+            share = (1.0 - math.cos(math.pi * share)) / 2.0
+        return (1.0 - share) * self.start + share * self.end
