@@ -141,6 +141,8 @@ def test_logits_of_one_chunk_exist_at_a_time(chunk_rows: int, most_rows: int, ke
         ([0, 0, 0, 1, 1, 2], 3, [(0, 3), (3, 6)]),
         ([0, 0, 0, 1, 1, 2], 1, [(0, 3), (3, 5), (5, 6)]),
         ([4, 4, 9, 9, 9, 9], 3, [(0, 2), (2, 6)]),
+        ([*range(10)], 6, [(0, 5), (5, 10)]),
+        ([0, 0, 1, 1, 2, 2, 3, 3, 4, 4], 8, [(0, 6), (6, 10)]),
     ],
 )
 def test_chunks_hold_whole_blocks(blocks: list[int], chunk: int, expected: list[tuple[int, int]]) -> None:

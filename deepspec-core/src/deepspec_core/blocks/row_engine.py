@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from deepspec_core.blocks.kernel_choice import choose_kernels
+from deepspec_core.blocks.kernel_choice import Choice, choose_kernels
+from deepspec_core.blocks.row_footprint import Footprint, footprint
 from deepspec_core.blocks.row_metrics import Ratio, slot_metrics, survival_metrics
 from deepspec_core.blocks.row_pass import EXTRA, PassSettings, RowPass
 from deepspec_core.config.coefficient_schedule import CoefficientSchedule
@@ -103,13 +104,42 @@ class RowEngine:
             )
         return RowResult(total, denominator, metrics)
 
+    def footprint(
+        self,
+        *,
+        rows: int,
+        positions: int,
+        hidden_size: int,
+        vocab_size: int,
+        correction_rank: int,
+        dtype: torch.dtype,
+        device_type: str,
+        trains_head: bool,
+    ) -> Footprint:
+        """What a pass with gradients over such rows will take; see row_footprint.py."""
+        return footprint(
+            self._choice(device_type, vocab_size),
+            chunk_rows=self.chunk_rows,
+            compares=self.needs_target,
+            rows=rows,
+            positions=positions,
+            hidden_size=hidden_size,
+            vocab_size=vocab_size,
+            correction_rank=correction_rank,
+            dtype=dtype,
+            trains_head=trains_head,
+        )
+
+    def _choice(self, device_type: str, vocab_size: int) -> Choice:
+        return choose_kernels(
+            self.kernels, device_type=device_type, vocab_size=vocab_size, needs_logits=self.needs_logits
+        )
+
     def _settings(self, rows: Rows, heads: Heads, step: int, with_metrics: bool) -> PassSettings:
         device, dtype, vocab_size = rows.hidden.device, rows.hidden.dtype, heads.draft.shape[0]
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
-        choice = choose_kernels(
-            self.kernels, device_type=device.type, vocab_size=vocab_size, needs_logits=self.needs_logits
-        )
+        choice = self._choice(device.type, vocab_size)
         return PassSettings(
             terms={name: (term, _at(coefficient, step)) for name, (term, coefficient) in self.terms.items()},
             weighting=self.weighting,

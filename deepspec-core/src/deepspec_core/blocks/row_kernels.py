@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 # Rows are taken in slabs of this many logits where each operation is a pass of its own: what caches hold.
-_SLAB = 1 << 20
+SLAB = 1 << 20
 
 
 class Logits(NamedTuple):
@@ -174,7 +174,7 @@ def has_cpp_compiler() -> bool:
 
 
 def _slabs(product_MV: Tensor) -> Iterator[slice]:
-    size = max(1, _SLAB // product_MV.shape[1])
+    size = max(1, SLAB // product_MV.shape[1])
     return (slice(start, start + size) for start in range(0, len(product_MV), size))
 
 

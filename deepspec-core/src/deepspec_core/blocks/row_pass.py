@@ -24,6 +24,7 @@ from deepspec_core.contracts.loss import LossTerm, Weighting
 from deepspec_core.contracts.rows import Heads, Rows
 
 EXTRA = "extras."
+_SLAB = 1 << 14
 
 
 @frozen(kw_only=True, eq=False)
@@ -191,4 +192,8 @@ class _Products:
         if rows in gradients:
             gradients[rows][self.span] = of_nV @ head_VX
         if head in gradients:
-            gradients[head].add_(of_nV.mT @ row_nX)
+            # In slabs of the vocabulary: the sum's conversion to fp32 then happens in caches, not through memory.
+            for of_nS, into_SX in zip(
+                torch.split(of_nV, _SLAB, dim=1), torch.split(gradients[head], _SLAB), strict=True
+            ):
+                into_SX.add_(of_nS.mT @ row_nX)

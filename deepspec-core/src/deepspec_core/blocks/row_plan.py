@@ -83,16 +83,25 @@ def plan_rows(block_N: Tensor, target_index_N: Tensor | None, *, chunk_rows: int
 
 
 def chunk_spans(block_N: Tensor, chunk_rows: int) -> Iterator[tuple[int, int]]:
-    """Cut rows into (start, end), of whole blocks: at most `chunk_rows` rows each, or one block where it is longer."""
+    """Cut rows into (start, end), of whole blocks: at most `chunk_rows` rows each, or one block where it is longer.
+
+    All are of about one size: a last chunk of a few rows costs nearly as much as a whole one.
+    """
     num_rows = block_N.numel()
     if num_rows <= chunk_rows:
         if num_rows:
             yield 0, num_rows
         return
-    _, counts_M = torch.unique_consecutive(block_N, return_counts=True)
+    counts = torch.unique_consecutive(block_N, return_counts=True)[1].tolist()
+    fewest = len(list(_filled(counts, chunk_rows)))
+    yield from _filled(counts, min(chunk_rows, -(-num_rows // fewest) + max(counts) - 1))
+
+
+def _filled(counts: list[int], most: int) -> Iterator[tuple[int, int]]:
+    """(start, end) of runs of blocks of `counts` rows, each filled up to `most`."""
     start = end = 0
-    for count in counts_M.tolist():
-        if end > start and end + count - start > chunk_rows:
+    for count in counts:
+        if end > start and end + count - start > most:
             yield start, end
             start = end
         end += count

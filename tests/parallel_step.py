@@ -1,0 +1,96 @@
+"""One worker of test_parallel_step.py: a draft's gradient of one optimizer step, under DDP or FSDP2 over gloo.
+
+    RANK=0 WORLD_SIZE=2 python parallel_step.py FOLDER MODE...
+
+FOLDER holds the draft, the loss, and this rank's micro-batches as saved by the test. Rank 0 writes gradients there, a
+file a mode: "ddp", "fsdp", or "fsdp-reshard", which frees gathered weights between forward and backward.
+"""
+
+import json
+import os
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from safetensors.torch import save_file
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from deepspec_core.blocks.published import load_draft
+from deepspec_core.blocks.row_engine import build_engine
+from deepspec_core.config.schema import LossOptions
+from deepspec_core.contracts.draft import DraftBatch
+from deepspec_core.contracts.target import TargetFeatures
+from deepspec_core.features.drafts import draft_adapter
+from deepspec_core.plugins import load_plugins
+from deepspec_core.training.reduction import StepSums, normalise
+from deepspec_core.training.step import TrainingStep
+
+
+def main(folder: Path, modes: list[str]) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/meeting",
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+    )
+    for mode in modes:
+        found = step_of(folder, mode)
+        if torch.distributed.get_rank() == 0:
+            save_file(found, folder / f"{mode}.safetensors")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def step_of(folder: Path, mode: str) -> dict[str, torch.Tensor]:
+    """Normalised gradients by parameter, their `norm` and the `loss`."""
+    registry = load_plugins().registry
+    adapter = draft_adapter(folder / "draft", registry=registry)
+    draft = load_draft(folder / "draft", registry=registry, adapter=adapter)
+    loss = LossOptions(terms=json.loads((folder / "terms.json").read_text()))
+    wrapped = wrap(TrainingStep(draft.train(), build_engine(loss, registry)), mode)
+    sums = StepSums(torch.device("cpu"))
+    micro_batches = torch.load(folder / f"batches-{torch.distributed.get_rank()}.pt", weights_only=True)
+    for number, saved in enumerate(micro_batches):
+        last = number + 1 == len(micro_batches)
+        with wrapped.no_sync() if mode == "ddp" and not last else nullcontext():
+            result = wrapped(batch_of(saved), with_metrics=True)
+            result.total.backward()
+        sums.add(result.denominator, result.metrics)
+    vector = sums.reduce(["loss"], flag=False)
+    trained = {name: value for name, value in draft.named_parameters() if value.requires_grad}
+    world_size = torch.distributed.get_world_size()
+    norm = normalise(list(trained.values()), vector[0], world_size=world_size, clip_norm=1e9)
+    assert not any(value.grad is not None for value in draft.parameters() if not value.requires_grad)
+    gradients = {name: whole(value.grad).contiguous() for name, value in trained.items()}
+    return {**gradients, "norm": whole(norm).reshape(1), "loss": (vector[2] / vector[3]).reshape(1)}
+
+
+def wrap(step: TrainingStep, mode: str) -> Any:
+    if mode == "ddp":
+        return DistributedDataParallel(step)
+    # Embedding and head are frozen: every rank has them whole. One unit: some layers' weights are used outside their
+    # own forward, where hooks of a unit of theirs would not run.
+    frozen = {value for value in step.parameters() if not value.requires_grad}
+    fully_shard(step, reshard_after_forward=mode == "fsdp-reshard", ignored_params=frozen)
+    assert all(isinstance(value, DTensor) for value in step.parameters() if value.requires_grad)
+    return step
+
+
+def batch_of(saved: dict[str, Any]) -> DraftBatch:
+    features = TargetFeatures(hidden=saved.pop("hidden"), last_hidden=saved.pop("last_hidden"))
+    return DraftBatch(features=features, **saved)
+
+
+def whole(tensor: Any) -> torch.Tensor:
+    assert tensor is not None
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

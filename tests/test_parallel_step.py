@@ -1,0 +1,110 @@
+"""TrainingStep under DDP and FSDP2, two processes over gloo: gradients of a step are those of one process.
+
+Every algorithm; ranks with unequal shares, one of whose micro-batches has nothing to supervise.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from deepspec_core.blocks.published import save_draft
+from deepspec_core.blocks.row_engine import build_engine
+from deepspec_core.config.schema import LossOptions
+from deepspec_core.contracts.draft import DraftBatch, DraftModel, Sample
+from deepspec_core.features.online import OnlineFeatures
+from deepspec_core.plugins import load_plugins
+from deepspec_core.registry import Registry
+from deepspec_core.training.loader import MicroBatches, Plan
+from deepspec_core.training.step import TrainingStep
+
+WORKER = Path(__file__).with_name("parallel_step.py")
+TERMS = {"dflash": {"ce": 1.0}, "dspark": {"ce": 0.1, "tv": 0.9, "confidence": 1.0}, "eagle3": {"soft_ce": 1.0}}
+# Sample numbers of each rank's micro-batches; sample 4 has nothing to supervise.
+MODES = ("ddp", "fsdp", "fsdp-reshard")
+SHARES = [[[0, 1], [2]], [[3], [4]]]
+
+
+def samples() -> list[Sample]:
+    generator = torch.Generator().manual_seed(5)
+    made = []
+    for number in range(5):
+        ids = torch.randint(3, 38, (12 + 3 * number,), generator=generator)
+        supervised = torch.arange(len(ids)) >= (4 if number < 4 else len(ids))
+        made.append(Sample(id=str(number), input_ids=ids, loss_mask=supervised, original_length=len(ids)))
+    return made
+
+
+def saved(batch: DraftBatch) -> dict[str, Any]:
+    return {
+        "input_ids": batch.input_ids,
+        "attention_mask": batch.attention_mask,
+        "loss_mask": batch.loss_mask,
+        "position_ids": batch.position_ids,
+        "document_ids": batch.document_ids,
+        "prepared": dict(batch.prepared),
+        "hidden": batch.features.hidden,
+        "last_hidden": batch.features.last_hidden,
+    }
+
+
+@pytest.mark.parametrize("algorithm", load_plugins().registry.names("draft"))
+def test_two_processes_give_the_gradient_of_one(
+    algorithm: str,
+    tiny_target: Callable[..., Any],
+    tiny_draft: Callable[..., DraftModel],
+    registry: Registry,
+    tmp_path: Path,
+) -> None:
+    target = tiny_target("qwen3")
+    draft = tiny_draft(algorithm, target).train()
+    source = OnlineFeatures(samples(), target.model, draft.describe().taps)
+    batches = MicroBatches(source, draft.preparation, seed=0)
+    device = torch.device("cpu")
+
+    def batch(indices: list[int]) -> DraftBatch:
+        return batches[Plan(epoch=0, indices=tuple(indices))].to_draft_batch(source, device)
+
+    terms = TERMS.get(algorithm, {"ce": 1.0})
+    step = TrainingStep(draft, build_engine(LossOptions(terms=terms), registry))
+    result = step(batch([0, 1, 2, 3, 4]))
+    (result.total / result.denominator).backward()
+
+    save_draft(draft, target.adapter, tmp_path / "draft")
+    (tmp_path / "terms.json").write_text(json.dumps(terms))
+    for rank, share in enumerate(SHARES):
+        torch.save([saved(batch(indices)) for indices in share], tmp_path / f"batches-{rank}.pt")
+    workers = [
+        subprocess.Popen(
+            [sys.executable, str(WORKER), str(tmp_path), *MODES],
+            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = [worker.communicate(timeout=120)[0] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(said)
+
+    expected = {name: value.grad for name, value in draft.named_parameters() if value.requires_grad}
+    norm = torch.stack([gradient.norm() for gradient in expected.values() if gradient is not None]).norm()
+    loss = (result.total / result.denominator).detach()
+    for mode in MODES:
+        found = load_file(tmp_path / f"{mode}.safetensors")
+        torch.testing.assert_close(found.pop("loss")[0], loss, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found.pop("norm")[0], norm, rtol=1e-5, atol=1e-6)
+        assert found.keys() == expected.keys()
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-5, msg=f"{name} under {mode}")
