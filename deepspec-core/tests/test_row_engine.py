@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Mapping
 
 import pytest
@@ -19,7 +20,7 @@ from deepspec_core.blocks.losses import (
     TotalVariation,
 )
 from deepspec_core.blocks.row_engine import RowEngine
-from deepspec_core.blocks.row_kernels import has_cpp_compiler
+from deepspec_core.blocks.row_kernels import why_not_compiled
 from deepspec_core.blocks.weightings import Decay, DPace, Uniform
 from deepspec_core.config.coefficient_schedule import CoefficientSchedule
 from deepspec_core.config.weighting_options import DecayOptions, DPaceOptions
@@ -75,7 +76,6 @@ WEIGHTINGS: dict[str, Weighting] = {
     "decay": Decay(DecayOptions(gamma=4.0)),
     "d-pace": DPace(DPaceOptions(alpha=0.5)),
 }
-COMPILED = pytest.param("compiled", marks=pytest.mark.skipif(not has_cpp_compiler(), reason="needs a C++ compiler"))
 
 
 def mixed(mix: str) -> dict[str, tuple[LossTerm, float | CoefficientSchedule]]:
@@ -202,11 +202,12 @@ def test_weightings_see_whole_blocks(weighting: str, chunk_rows: int | None, ker
     assert_equal_to_the_definition(engine, rows, heads, leaves, "all", weighting)
 
 
-@pytest.mark.parametrize("kernels", [COMPILED])
 @pytest.mark.parametrize(("correction", "softcap"), [(False, None), (True, 2.0)])
-def test_compiled_kernels_equal_the_definition(correction: bool, softcap: float | None, kernels: str) -> None:
+def test_compiled_kernels_equal_the_definition(correction: bool, softcap: float | None) -> None:
+    if reason := why_not_compiled():
+        pytest.skip(reason)
     rows, heads, leaves = make(correction=correction, softcap=softcap)
-    engine = RowEngine(mixed("all"), WEIGHTINGS["decay"], 7, kernels=kernels)
+    engine = RowEngine(mixed("all"), WEIGHTINGS["decay"], 7, kernels="compiled")
     assert_equal_to_the_definition(engine, rows, heads, leaves, "all", "decay")
 
 
@@ -342,6 +343,17 @@ def test_a_term_that_reads_what_is_not_there() -> None:
         RowEngine({"confidence": (Confidence(), 1.0)}, Uniform())(
             Rows(**{name: getattr(rows, name) for name in (*fields, "target_hidden", "target_index")}), heads
         )
+
+
+def test_an_extra_that_no_term_trains_is_said_once() -> None:
+    rows, heads, _ = make()
+    engine = RowEngine(mixed("two"), Uniform())
+    with pytest.warns(RuntimeWarning, match="no loss term trains the draft's confidence_logits"):
+        engine(rows, heads)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        engine(rows, heads)
+        RowEngine(mixed("mix"), Uniform())(rows, heads)
 
 
 def test_metrics_by_hand() -> None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from attrs import frozen
 
-from deepspec_core.blocks.row_kernels import RowKernels, TorchKernels, has_cpp_compiler
+from deepspec_core.blocks.row_kernels import RowKernels, TorchKernels, why_not_compiled
 from deepspec_core.config.schema import KERNELS
 from deepspec_core.errors import ConfigError
 
@@ -51,7 +51,7 @@ def choose_kernels(asked: str, *, device_type: str, vocab_size: int, needs_logit
             found=asked,
             expected="plain",
         )
-    if name == "compiled" and device_type == "cpu" and not _compiler_or_warning():
+    if name == "compiled" and device_type == "cpu" and not _compiles_or_warns():
         name = "eager"
     return Choice(name=name, kernels=_kernels(name, device_type), elements=_elements(name, device_type))
 
@@ -85,6 +85,7 @@ def _elements(name: str, device_type: str) -> int:
     return 1 << 24 if name in ("plain", "eager") else 1 << 26
 
 
+@functools.cache
 def _why_no_triton(device_type: str) -> str | None:
     try:
         from deepspec_core.blocks.row_kernels_triton import can_run
@@ -93,14 +94,13 @@ def _why_no_triton(device_type: str) -> str | None:
     return can_run(device_type)
 
 
-@functools.cache
-def _compiler_or_warning() -> bool:
-    found = has_cpp_compiler()
-    if not found:
+def _compiles_or_warns() -> bool:
+    reason = why_not_compiled()
+    if reason is not None:
         warnings.warn(
-            "there is no C++ compiler, so the loss runs uncompiled and takes about three times as long; "
-            'install g++, or set [loss] kernels = "eager" to say it is meant',
+            f"{reason}, so the loss runs operation by operation, several times slower; install g++ and Python's "
+            'headers, or set [loss] kernels = "eager" to say it is meant',
             RuntimeWarning,
             stacklevel=2,
         )
-    return found
+    return reason is None

@@ -9,6 +9,7 @@ Legend: N rows, V vocabulary.
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -66,6 +67,7 @@ class RowEngine:
         # Older terms and most weightings do not say: they need none.
         readers = {**{f"term {name}": term for name, (term, _) in terms.items()}, "the weighting": weighting}
         self.needs_logits = [name for name, reader in readers.items() if getattr(reader, "needs_logits", False)]
+        self._warned = False
         self._casts: dict[str, tuple[weakref.ref[Tensor], int, Tensor]] = {}
 
     @torch.compiler.disable  # type: ignore[untyped-decorator,unused-ignore]
@@ -168,6 +170,17 @@ class RowEngine:
                     expected=", ".join(missing),
                     fix=f"remove {name!r} from [loss] terms, or enable the head it trains under [draft]",
                 )
+
+        read = {extra for term, _ in self.terms.values() for extra in term.needs_extras}
+        idle = [name for name, extra in rows.extras.items() if extra.requires_grad and name not in read]
+        if idle and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"no loss term trains the draft's {', '.join(idle)}: the head that gives it keeps its first weights; "
+                "add a term that reads it to [loss] terms, or switch the head off under [draft]",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def _cast_heads(self, heads: Heads, dtype: torch.dtype) -> Heads:
         draft = self._cast("draft_head", heads.draft, dtype)

@@ -165,12 +165,20 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=True)
 
 
-def has_cpp_compiler() -> bool:
-    """Whether torch.compile can build for the CPU here: it looks for $CXX, then g++ and its like, on the path."""
+@functools.cache
+def why_not_compiled() -> str | None:
+    """Why torch.compile cannot build for the CPU here, None where it can. Tried once, on one addition."""
     from torch._inductor import config
 
     candidates = config.cpp.cxx if isinstance(config.cpp.cxx, tuple | list) else (config.cpp.cxx,)
-    return any(candidate and shutil.which(candidate) for candidate in (*candidates, "clang++", "c++"))
+    if not any(candidate and shutil.which(candidate) for candidate in (*candidates, "clang++", "c++")):
+        return "there is no C++ compiler"
+    try:
+        torch.compile(torch.neg)(torch.zeros(8))
+    # What fails is the compiler, its headers or its flags, and each says so in an exception of its own.
+    except Exception as error:
+        return f"the C++ compiler does not work for torch.compile ({str(error).strip().splitlines()[0]})"
+    return None
 
 
 def _slabs(product_MV: Tensor) -> Iterator[slice]:
