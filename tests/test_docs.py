@@ -31,6 +31,17 @@ def test_ci_runs_the_readmes_commands() -> None:
     )
 
 
+def test_quickstart_drafters_can_be_compared() -> None:
+    quickstart = ROOT / "examples" / "quickstart"
+    files = {path.stem: tomllib.loads(path.read_text()) for path in quickstart.glob("*.toml")}
+    assert files.keys() == {"train", "dflash", "dspark", "eagle3"}
+    assert files["train"] == files["dflash"]
+    for section in ("target", "data", "regenerate", "features", "cache", "train", "evaluate"):
+        assert files["dflash"][section] == files["dspark"][section] == files["eagle3"][section], section
+    assert len({run["draft"].get("block_size", run["draft"].get("ttt_length")) for run in files.values()}) == 1
+    assert len({run["run"]["seed"] for run in files.values()}) == 1
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "examples" / "quickstart").glob("*.toml")), ids=lambda path: path.name)
 def test_quickstart_files_are_valid(path: Path) -> None:
     assert main(["config", "check", str(path)]) == 0
