@@ -27,16 +27,16 @@ def name(asked: str, device_type: str, vocab_size: int = LARGE, needs_logits: tu
 @pytest.mark.usefixtures("can")
 def test_auto_takes_the_fastest() -> None:
     assert name("auto", "cpu") == "compiled"
-    assert name("auto", "cpu", SMALL) == "eager"
-    assert name("auto", "mps") == "eager"
+    assert name("auto", "cpu", SMALL) == "plain"
+    assert name("auto", "mps") == "plain"
     assert name("auto", "cpu", needs_logits=("term own",)) == "plain"
 
 
-def test_a_cpu_without_a_compiler_runs_eagerly_and_says_so(can: dict[str, str | None]) -> None:
+def test_a_cpu_without_a_compiler_runs_by_autograd_and_says_so(can: dict[str, str | None]) -> None:
     can["compiled"] = "there is no C++ compiler"
     for asked in ("auto", "compiled"):
         with pytest.warns(RuntimeWarning, match="no C\\+\\+ compiler"):
-            assert name(asked, "cpu") == "eager"
+            assert name(asked, "cpu") == "plain"
     assert name("eager", "cpu") == "eager"
 
 
@@ -57,6 +57,10 @@ def test_what_is_asked_for_and_reads_logits_is_refused(can: dict[str, str | None
 
 @pytest.mark.usefixtures("can")
 def test_chunks_follow_the_vocabulary() -> None:
-    choice = choose_kernels("compiled", device_type="cpu", vocab_size=LARGE)
-    assert 100 < choice.chunk_rows(LARGE) < 400
-    assert choice.chunk_rows(1 << 30) == 1
+    def rows(asked: str, vocab_size: int) -> int:
+        return choose_kernels(asked, device_type="cpu", vocab_size=vocab_size).chunk_rows
+
+    assert 100 < rows("compiled", LARGE) < 400
+    assert 50 < rows("plain", LARGE) < 60
+    assert 1_000 < rows("plain", SMALL) < 1_100
+    assert rows("compiled", 1 << 30) == 1

@@ -1,8 +1,9 @@
-"""Which implementation goes over a chunk's logits, and how large chunks are for it.
+"""Which implementation goes over a chunk's logits, and how many rows a chunk has for it.
 
 "plain" differentiates the logits by autograd: the reference, and the only one for terms that read logits themselves.
-The others know the statistics' gradients by formula: "eager" operation by operation, "compiled" by torch.compile,
-"triton" on accelerators. Knows devices and vocabulary sizes; not rows or terms.
+The others know the statistics' gradients by formula: "compiled" by torch.compile, "triton" on accelerators, and "eager"
+operation by operation, which takes the least memory where nothing can be compiled, and longest. Knows devices and
+vocabulary sizes; not rows or terms.
 """
 
 from __future__ import annotations
@@ -23,21 +24,17 @@ _WORTH_COMPILING = 1 << 14
 
 @frozen(kw_only=True)
 class Choice:
-    """`kernels` None: autograd. `elements`: logits of a chunk."""
+    """`kernels` None: autograd. `chunk_rows`: where nothing else is asked for."""
 
     name: str
     kernels: RowKernels | None
-    elements: int
-
-    def chunk_rows(self, vocab_size: int) -> int:
-        """Rows of a chunk where nothing else is asked for."""
-        return max(1, self.elements // vocab_size)
+    chunk_rows: int
 
 
 def choose_kernels(asked: str, *, device_type: str, vocab_size: int, needs_logits: Sequence[str] = ()) -> Choice:
     """What `[loss] kernels = asked` comes to; `needs_logits` names terms and weightings that read logits themselves.
 
-    ConfigError where what is asked for cannot run. Where a CPU has no C++ compiler, "compiled" comes to "eager" with a
+    ConfigError where what is asked for cannot run. Where a CPU has no C++ compiler, "compiled" comes to "plain" with a
     warning.
     """
     assert asked in KERNELS
@@ -52,8 +49,12 @@ def choose_kernels(asked: str, *, device_type: str, vocab_size: int, needs_logit
             expected="plain",
         )
     if name == "compiled" and device_type == "cpu" and not _compiles_or_warns():
-        name = "eager"
-    return Choice(name=name, kernels=_kernels(name, device_type), elements=_elements(name, device_type))
+        name = "plain"
+    return Choice(
+        name=name,
+        kernels=_kernels(name, device_type),
+        chunk_rows=max(1, _elements(name, device_type, vocab_size) // vocab_size),
+    )
 
 
 def _automatic(device_type: str, vocab_size: int, needs_logits: bool) -> str:
@@ -61,7 +62,7 @@ def _automatic(device_type: str, vocab_size: int, needs_logits: bool) -> str:
         return "plain"
     if device_type == "cuda":
         return "compiled" if _why_no_triton(device_type) else "triton"
-    return "compiled" if device_type == "cpu" and vocab_size >= _WORTH_COMPILING else "eager"
+    return "compiled" if device_type == "cpu" and vocab_size >= _WORTH_COMPILING else "plain"
 
 
 @functools.cache
@@ -76,13 +77,17 @@ def _kernels(name: str, device_type: str) -> RowKernels | None:
     return None if name == "plain" else TorchKernels(compiled=name == "compiled")
 
 
-def _elements(name: str, device_type: str) -> int:
-    if device_type == "cpu":
-        # Autograd keeps several tensors of a chunk's size, and each operation goes over all of it: what caches hold.
-        # Otherwise few large products are best, in 64 MiB a tensor in bf16.
-        return 1 << 20 if name == "plain" else 1 << 25
-    # 128 MiB a tensor in bf16, of which there are at most three; autograd's are in fp32 and a handful.
-    return 1 << 24 if name in ("plain", "eager") else 1 << 26
+def _elements(name: str, device_type: str, vocab_size: int) -> int:
+    """Logits of a chunk."""
+    if device_type != "cpu":
+        # 128 MiB a tensor in bf16, of which there are at most three; autograd's are in fp32 and a handful.
+        return 1 << 24 if name in ("plain", "eager") else 1 << 26
+    if name == "plain":
+        # Each operation goes over all of a chunk: what caches hold. But a product with a large vocabulary reads all of
+        # it whatever the rows, and wants some fifty of them.
+        return max(1 << 20, min(1 << 23, 56 * vocab_size))
+    # Few large products, in 64 MiB a tensor in bf16.
+    return 1 << 25
 
 
 @functools.cache
@@ -98,8 +103,8 @@ def _compiles_or_warns() -> bool:
     reason = why_not_compiled()
     if reason is not None:
         warnings.warn(
-            f"{reason}, so the loss runs operation by operation, several times slower; install g++ and Python's "
-            'headers, or set [loss] kernels = "eager" to say it is meant',
+            f"{reason}, so the loss runs by autograd, slower and in more memory; install g++ and Python's "
+            'headers, or set [loss] kernels = "plain" to say it is meant',
             RuntimeWarning,
             stacklevel=2,
         )

@@ -41,7 +41,7 @@ def footprint(
     trains_head: bool,
 ) -> Footprint:
     """Of `rows` rows that look at `positions` target positions; `correction_rank` 0: none; `dtype`: of products."""
-    chunks = max(1, -(-rows // (chunk_rows or choice.chunk_rows(vocab_size))))
+    chunks = max(1, -(-rows // (chunk_rows or choice.chunk_rows)))
     chunk = -(-rows // chunks)
     window = min(positions, chunk) if compares else 0
     buffers = chunk * (2 if correction_rank else 1) + window

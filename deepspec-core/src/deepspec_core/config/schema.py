@@ -150,9 +150,9 @@ class LossOptions:
     A coefficient is a number, or a table that says how it changes over the optimizer's steps. Numbers stand before
     tables, as in a file that is written back: terms are summed in this order, and rounding depends on it.
 
-    `kernels` says how logits are gone over: by autograd ("plain"), or by formula, operation by operation ("eager"),
-    compiled, or in Triton on an accelerator; "auto" takes the fastest that can run. `chunk_rows` is how many rows'
-    logits exist at once; left out, it follows from the vocabulary.
+    `kernels` says how logits are gone over: by autograd ("plain"), or by formula, compiled, in Triton on an
+    accelerator, or one operation at a time ("eager"); "auto" takes the fastest that can run. `chunk_rows` is how many
+    rows' logits exist at once; left out, it follows from the vocabulary.
     """
 
     terms: dict[str, float | CoefficientSchedule] = field(factory=lambda: {"ce": 1.0}, converter=_numbers_first)
