@@ -1,9 +1,10 @@
 """One worker of test_parallel_step.py: a draft's gradient of one optimizer step, under DDP or FSDP2 over gloo.
 
-    RANK=0 WORLD_SIZE=2 python parallel_step.py FOLDER MODE...
+    RANK=0 WORLD_SIZE=2 python parallel_step.py FOLDER CASE...
 
-FOLDER holds the draft, the loss, and this rank's micro-batches as saved by the test. Rank 0 writes gradients there, a
-file a mode: "ddp", "fsdp", or "fsdp-reshard", which frees gathered weights between forward and backward.
+A case is a split and a mode, such as even-ddp. FOLDER holds the draft, the loss, and for every split this rank's
+micro-batches, as saved by the test. Rank 0 writes gradients there, a file a case. Modes: "ddp", "fsdp", and "reshard",
+FSDP2 that frees gathered weights between forward and backward.
 """
 
 import json
@@ -31,7 +32,7 @@ from deepspec_core.training.reduction import StepSums, normalise
 from deepspec_core.training.step import TrainingStep
 
 
-def main(folder: Path, modes: list[str]) -> None:
+def main(folder: Path, cases: list[str]) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo",
@@ -39,15 +40,15 @@ def main(folder: Path, modes: list[str]) -> None:
         rank=int(os.environ["RANK"]),
         world_size=int(os.environ["WORLD_SIZE"]),
     )
-    for mode in modes:
-        found = step_of(folder, mode)
+    for case in cases:
+        found = step_of(folder, *case.split("-"))
         if torch.distributed.get_rank() == 0:
-            save_file(found, folder / f"{mode}.safetensors")
+            save_file(found, folder / f"{case}.safetensors")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
-def step_of(folder: Path, mode: str) -> dict[str, torch.Tensor]:
+def step_of(folder: Path, split: str, mode: str) -> dict[str, torch.Tensor]:
     """Normalised gradients by parameter, their `norm` and the `loss`."""
     registry = load_plugins().registry
     adapter = draft_adapter(folder / "draft", registry=registry)
@@ -55,7 +56,7 @@ def step_of(folder: Path, mode: str) -> dict[str, torch.Tensor]:
     loss = LossOptions(terms=json.loads((folder / "terms.json").read_text()))
     wrapped = wrap(TrainingStep(draft.train(), build_engine(loss, registry)), mode)
     sums = StepSums(torch.device("cpu"))
-    micro_batches = torch.load(folder / f"batches-{torch.distributed.get_rank()}.pt", weights_only=True)
+    micro_batches = torch.load(folder / f"{split}-{torch.distributed.get_rank()}.pt", weights_only=True)
     for number, saved in enumerate(micro_batches):
         last = number + 1 == len(micro_batches)
         with wrapped.no_sync() if mode == "ddp" and not last else nullcontext():
@@ -77,7 +78,7 @@ def wrap(step: TrainingStep, mode: str) -> Any:
     # Embedding and head are frozen: every rank has them whole. One unit: some layers' weights are used outside their
     # own forward, where hooks of a unit of theirs would not run.
     frozen = {value for value in step.parameters() if not value.requires_grad}
-    fully_shard(step, reshard_after_forward=mode == "fsdp-reshard", ignored_params=frozen)
+    fully_shard(step, reshard_after_forward=mode == "reshard", ignored_params=frozen)
     assert all(isinstance(value, DTensor) for value in step.parameters() if value.requires_grad)
     return step
 

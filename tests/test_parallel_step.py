@@ -1,6 +1,6 @@
 """TrainingStep under DDP and FSDP2, two processes over gloo: gradients of a step are those of one process.
 
-Every algorithm; ranks with unequal shares, one of whose micro-batches has nothing to supervise.
+Every algorithm; ranks with unequal shares, of whose micro-batches one, or all, have nothing to supervise.
 """
 
 import json
@@ -27,15 +27,14 @@ from deepspec_core.training.step import TrainingStep
 
 WORKER = Path(__file__).with_name("parallel_step.py")
 TERMS = {"dflash": {"ce": 1.0}, "dspark": {"ce": 0.1, "tv": 0.9, "confidence": 1.0}, "eagle3": {"soft_ce": 1.0}}
-# Sample numbers of each rank's micro-batches; sample 4 has nothing to supervise.
-MODES = ("ddp", "fsdp", "fsdp-reshard")
-SHARES = [[[0, 1], [2]], [[3], [4]]]
+# Sample numbers of each rank's micro-batches; samples 4 and 5 have nothing to supervise.
+SPLITS = {"even": [[[0, 1], [2]], [[3], [4, 5]]], "idle": [[[0, 1], [2, 3]], [[4], [5]]]}
 
 
 def samples() -> list[Sample]:
     generator = torch.Generator().manual_seed(5)
     made = []
-    for number in range(5):
+    for number in range(6):
         ids = torch.randint(3, 38, (12 + 3 * number,), generator=generator)
         supervised = torch.arange(len(ids)) >= (4 if number < 4 else len(ids))
         made.append(Sample(id=str(number), input_ids=ids, loss_mask=supervised, original_length=len(ids)))
@@ -74,16 +73,18 @@ def test_two_processes_give_the_gradient_of_one(
 
     terms = TERMS.get(algorithm, {"ce": 1.0})
     step = TrainingStep(draft, build_engine(LossOptions(terms=terms), registry))
-    result = step(batch([0, 1, 2, 3, 4]))
+    result = step(batch([0, 1, 2, 3, 4, 5]))
     (result.total / result.denominator).backward()
 
     save_draft(draft, target.adapter, tmp_path / "draft")
     (tmp_path / "terms.json").write_text(json.dumps(terms))
-    for rank, share in enumerate(SHARES):
-        torch.save([saved(batch(indices)) for indices in share], tmp_path / f"batches-{rank}.pt")
+    for split, shares in SPLITS.items():
+        for rank, share in enumerate(shares):
+            torch.save([saved(batch(indices)) for indices in share], tmp_path / f"{split}-{rank}.pt")
+    cases = [f"{split}-{mode}" for split in SPLITS for mode in ("ddp", "fsdp", "reshard")]
     workers = [
         subprocess.Popen(
-            [sys.executable, str(WORKER), str(tmp_path), *MODES],
+            [sys.executable, str(WORKER), str(tmp_path), *cases],
             env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -101,10 +102,10 @@ def test_two_processes_give_the_gradient_of_one(
     expected = {name: value.grad for name, value in draft.named_parameters() if value.requires_grad}
     norm = torch.stack([gradient.norm() for gradient in expected.values() if gradient is not None]).norm()
     loss = (result.total / result.denominator).detach()
-    for mode in MODES:
-        found = load_file(tmp_path / f"{mode}.safetensors")
+    for case in cases:
+        found = load_file(tmp_path / f"{case}.safetensors")
         torch.testing.assert_close(found.pop("loss")[0], loss, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(found.pop("norm")[0], norm, rtol=1e-5, atol=1e-6)
         assert found.keys() == expected.keys()
         for name, gradient in expected.items():
-            torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-5, msg=f"{name} under {mode}")
+            torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-5, msg=f"{name}, {case}")

@@ -194,6 +194,23 @@ def test_equals_the_definition(
 
 
 @pytest.mark.parametrize("kernels", ["plain", "eager"])
+@pytest.mark.parametrize("mix", ["ce", "base"])
+@pytest.mark.parametrize("chunk_rows", [1, 7, None])
+def test_rows_without_a_target(mix: str, chunk_rows: int | None, kernels: str) -> None:
+    rows, heads, leaves = make(correction=True, softcap=2.0)
+    expected, _ = naive(rows, heads, MIXES[mix], "uniform")
+    wanted = torch.autograd.grad(expected, leaves["hidden"])[0]
+    bare = evolve(rows, target_hidden=None, target_index=None)
+    result = RowEngine(mixed(mix), Uniform(), chunk_rows, kernels=kernels)(bare, heads, with_metrics=True)
+    result.total.backward()
+    torch.testing.assert_close(result.total, expected.detach(), rtol=1e-6, atol=1e-6)
+    assert leaves["hidden"].grad is not None
+    torch.testing.assert_close(leaves["hidden"].grad, wanted, rtol=1e-5, atol=1e-6)
+    assert "tau_greedy" in result.metrics
+    assert "tau_probabilistic" not in result.metrics
+
+
+@pytest.mark.parametrize("kernels", ["plain", "eager"])
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 @pytest.mark.parametrize("chunk_rows", [1, 7, None])
 def test_weightings_see_whole_blocks(weighting: str, chunk_rows: int | None, kernels: str) -> None:
