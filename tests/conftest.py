@@ -16,7 +16,6 @@ from deepspec_core.config.schema import LayerOptions
 from deepspec_core.contracts.draft import DraftModel
 from deepspec_core.contracts.target import TargetAdapter, TargetModel
 from deepspec_core.features.targets import load_target, open_adapter
-from deepspec_core.plugins import load_plugins
 from deepspec_core.registry import Registry
 
 QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart" / "train.toml"
@@ -82,12 +81,6 @@ TINY = {
     "qwen3_moe": ("qwen3_moe", {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}),
 }  # fmt: skip
 OWN_LAYER = LayerOptions(intermediate_size=48)
-
-
-@pytest.fixture(scope="session")
-def registry() -> Registry:
-    """Every installed plugin's offers."""
-    return load_plugins().registry
 
 
 @pytest.fixture(scope="session")

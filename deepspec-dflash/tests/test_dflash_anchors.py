@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
 
 import numpy as np
 import torch
 
-from deepspec_core.contracts.draft import Preparation, Sample
+from deepspec_core.contracts.draft import Preparation
+from deepspec_core.testing.random_batches import random_sample
 from deepspec_dflash.anchors import AnchorPreparation, candidates, counted_slots
 
 PREPARATION = AnchorPreparation(num_predictions=3, num_anchors=4)
@@ -37,8 +37,8 @@ def test_slots_count_as_a_prefix_up_to_gaps_and_the_end() -> None:
     assert found.int().tolist() == [[1, 1, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0]]
 
 
-def test_draws_are_increasing_distinct_and_even(make_sample: Callable[..., Sample]) -> None:
-    sample = make_sample("a", 12)
+def test_draws_are_increasing_distinct_and_even() -> None:
+    sample = random_sample("a", 12)
     possible = candidates(sample.loss_mask)
     assert len(possible) == 10
     counts, rounds = torch.zeros(12), 4000
@@ -53,8 +53,8 @@ def test_draws_are_increasing_distinct_and_even(make_sample: Callable[..., Sampl
     assert deviation < 5 * (expected * 0.6) ** 0.5
 
 
-def test_fewer_candidates_than_anchors_take_all_and_are_counted(make_sample: Callable[..., Sample]) -> None:
-    prepared = PREPARATION.prepare(make_sample("a", 10, MASK), np.random.default_rng(0))
+def test_fewer_candidates_than_anchors_take_all_and_are_counted() -> None:
+    prepared = PREPARATION.prepare(random_sample("a", 10, MASK), np.random.default_rng(0))
     assert prepared.tensors["anchors"].tolist() == [2, 3, 8]
     assert prepared.counts == {
         "anchor_candidates": 3,
@@ -64,25 +64,27 @@ def test_fewer_candidates_than_anchors_take_all_and_are_counted(make_sample: Cal
     }
 
 
-def test_the_draw_depends_on_the_generator_alone(make_sample: Callable[..., Sample]) -> None:
+def test_the_draw_depends_on_the_generator_alone() -> None:
     def draw(seed: int) -> list[int]:
-        return PREPARATION.prepare(make_sample("a", 60), np.random.default_rng([42, seed])).tensors["anchors"].tolist()
+        return (
+            PREPARATION.prepare(random_sample("a", 60), np.random.default_rng([42, seed])).tensors["anchors"].tolist()
+        )
 
     first = draw(1)
     assert draw(2) != first
     assert draw(1) == first
 
 
-def test_labels_at_the_boundary(make_sample: Callable[..., Sample]) -> None:
-    sample = make_sample("a", 10)
+def test_labels_at_the_boundary() -> None:
+    sample = random_sample("a", 10)
     prepared = PREPARATION.at(sample, torch.tensor([6, 8]))
     assert prepared.tensors["counted"].int().tolist() == [[1, 1, 1], [1, 0, 0]]
     assert prepared.tensors["labels"][0].tolist() == sample.input_ids[7:10].tolist()
     assert prepared.tensors["labels"][1, 0] == sample.input_ids[9]
 
 
-def test_collate_lists_live_blocks_and_counted_slots(make_sample: Callable[..., Sample]) -> None:
-    samples = [make_sample("a", 10, MASK, seed=1), make_sample("b", 6, [0] * 6), make_sample("c", 7, seed=2)]
+def test_collate_lists_live_blocks_and_counted_slots() -> None:
+    samples = [random_sample("a", 10, MASK, seed=1), random_sample("b", 6, [0] * 6), random_sample("c", 7, seed=2)]
     anchors = [[2, 3, 8], [], [2, 4]]
     prepared = [PREPARATION.at(s, torch.tensor(a, dtype=torch.long)) for s, a in zip(samples, anchors, strict=True)]
     assert prepared[1].counts["samples_without_anchors"] == 1

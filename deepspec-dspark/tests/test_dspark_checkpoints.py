@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from deepspec_core.blocks.published import load_draft, read_draft_config, save_draft
 from deepspec_core.config.load import load_run_file
 from deepspec_core.config.render import render
-from deepspec_core.contracts.proposer import Sampling
-from deepspec_core.contracts.target import TargetAdapter
 from deepspec_core.errors import CheckpointError, ConfigError
-from deepspec_core.features.targets import open_adapter
 from deepspec_core.plugins import load_plugins
 from deepspec_core.registry import Registry
+from deepspec_core.testing.driven_proposer import check_same_proposals
+from deepspec_core.testing.recorded import Recordings, check_same_weights
 from deepspec_dspark.model import DSparkModel
 from deepspec_dspark.options import DSparkOptions, MarkovOptions, options_of
 
@@ -28,21 +24,16 @@ RUN_FILE = Path(__file__).parents[2] / "examples" / "quickstart" / "dspark.toml"
 
 @pytest.mark.parametrize("case", ["vanilla", "gated", "rnn", "confidence-plain"])
 def test_a_published_checkpoint_survives_a_round_trip(
-    family: str, parity: Path, tmp_path: Path, registry: Registry, adapter: TargetAdapter, case: str
+    family: str, recordings: Recordings, tmp_path: Path, case: str
 ) -> None:
-    original, copy = parity / f"{family}-dspark-{case}" / "draft", tmp_path / "copy"
-    model = load_draft(original, registry=registry, adapter=adapter)
+    model, original = (of(f"{family}-dspark-{case}") for of in (recordings.draft, recordings.checkpoint))
     assert isinstance(model, DSparkModel)
     assert model.describe().class_name == read_draft_config(original)["architectures"][0]
-    save_draft(model, adapter, copy)
-    weights, expected = load_file(copy / "model.safetensors"), load_file(original / "model.safetensors")
-    assert weights.keys() == expected.keys()
-    assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
-    config, recorded = read_draft_config(copy), read_draft_config(original)
-    own = {"architectures", *model.config()}
-    assert {key: config[key] for key in own - {"sample_from_anchor"}} == {
-        key: recorded[key] for key in own - {"sample_from_anchor"}
-    }
+    save_draft(model, recordings.adapter(family), tmp_path / "copy")
+    check_same_weights(tmp_path / "copy", original)
+    config, recorded = read_draft_config(tmp_path / "copy"), read_draft_config(original)
+    own = {"architectures", *model.config()} - {"sample_from_anchor"}
+    assert {key: config[key] for key in own} == {key: recorded[key] for key in own}
     assert config["sample_from_anchor"] is True, "written out: engines disagree on what its absence means"
 
 
@@ -57,26 +48,19 @@ def test_a_published_checkpoint_survives_a_round_trip(
     ],
 )
 def test_proposals_survive_a_round_trip(
-    make_model: Callable[..., DSparkModel], tmp_path: Path, parity: Path, registry: Registry, shape: dict[str, Any]
+    make_model: Callable[..., DSparkModel],
+    tmp_path: Path,
+    recordings: Recordings,
+    registry: Registry,
+    shape: dict[str, Any],
 ) -> None:
-    adapter = open_adapter(parity / "qwen3-target", registry=registry)
-    model = make_model(**shape)
+    model, adapter = make_model(**shape), recordings.adapter("qwen3")
     save_draft(model, adapter, tmp_path / "draft")
     loaded = load_draft(tmp_path / "draft", registry=registry, adapter=adapter)
     assert isinstance(loaded, DSparkModel)
     assert loaded.options == model.options
     assert loaded.describe() == model.describe()
-    features, prompt = torch.randn(1, 6, 160), torch.randint(2, 60, (1, 6))
-    proposals = []
-    for one in (model, loaded):
-        proposer = one.proposer()
-        proposer.open_slots(1, 16)
-        slot, uniforms = torch.tensor([0]), torch.full((1, 4), 0.5)
-        proposer.start(slot, prompt, torch.tensor([6]), torch.tensor([7]), features)
-        proposals.append(proposer.propose(slot, torch.tensor([4]), Sampling(temperature=1.0), uniforms, (1,)))
-    for field in ("tokens", "lengths", "probabilities", "confidence"):
-        found, expected = (getattr(proposal, field) for proposal in proposals)
-        assert found is expected is None or torch.equal(found, expected), field
+    check_same_proposals(loaded, model)
 
 
 @pytest.mark.parametrize(
@@ -90,20 +74,20 @@ def test_proposals_survive_a_round_trip(
     ],
 )
 def test_each_algorithm_recognises_its_own(
-    parity: Path, registry: Registry, changes: dict[str, Any], expected: str
+    recordings: Recordings, registry: Registry, changes: dict[str, Any], expected: str
 ) -> None:
-    config = read_draft_config(parity / "qwen3-dspark-vanilla" / "draft") | changes
+    config = read_draft_config(recordings.checkpoint("qwen3-dspark-vanilla")) | changes
     assert registry.recognise(config).name == expected
 
 
-def test_recorded_dflash_checkpoints_are_not_ours(parity: Path, registry: Registry) -> None:
-    for folder in ("qwen3-dflash", "gemma4-dflash"):
-        assert registry.recognise(read_draft_config(parity / folder / "draft")).name == "dflash"
+def test_recorded_dflash_checkpoints_are_not_ours(recordings: Recordings, registry: Registry) -> None:
+    for case in ("qwen3-dflash", "gemma4-dflash"):
+        assert registry.recognise(read_draft_config(recordings.checkpoint(case))).name == "dflash"
 
 
 @pytest.mark.parametrize("key", ["markov_rank", "markov_head_type", "confidence_head_with_markov", "block_size"])
-def test_a_missing_key_is_named(parity: Path, key: str) -> None:
-    config = read_draft_config(parity / "qwen3-dspark-vanilla" / "draft")
+def test_a_missing_key_is_named(recordings: Recordings, key: str) -> None:
+    config = read_draft_config(recordings.checkpoint("qwen3-dspark-vanilla"))
     del config[key]
     with pytest.raises(CheckpointError, match=f"(?s)lacks a key of a DSpark draft.*{key}"):
         options_of(config)
@@ -112,8 +96,8 @@ def test_a_missing_key_is_named(parity: Path, key: str) -> None:
 @pytest.mark.parametrize(
     "changes", [{"markov_head_type": "wide"}, {"markov_rank": -1}, {"markov_rank": "6"}, {"enable_confidence_head": 1}]
 )
-def test_a_key_that_makes_no_sense_is_refused(parity: Path, changes: dict[str, Any]) -> None:
-    config = read_draft_config(parity / "qwen3-dspark-vanilla" / "draft") | changes
+def test_a_key_that_makes_no_sense_is_refused(recordings: Recordings, changes: dict[str, Any]) -> None:
+    config = read_draft_config(recordings.checkpoint("qwen3-dspark-vanilla")) | changes
     with pytest.raises(CheckpointError, match="does not describe a DSpark draft"):
         options_of(config)
 
@@ -149,6 +133,6 @@ def test_nested_options_are_read_strictly(setting: str, expected: str) -> None:
         load_run_file(RUN_FILE, overrides=[setting], plugins=load_plugins())
 
 
-def test_what_no_checkpoint_says_is_said_by_run_files_only(parity: Path) -> None:
-    config = json.loads((parity / "qwen3-dspark-rnn" / "draft" / "config.json").read_text())
+def test_what_no_checkpoint_says_is_said_by_run_files_only(recordings: Recordings) -> None:
+    config = read_draft_config(recordings.checkpoint("qwen3-dspark-rnn"))
     assert options_of(config)[0].confidence_gradient == "through"

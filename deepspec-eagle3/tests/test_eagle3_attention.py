@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from deepspec_core.contracts.draft import DraftBatch, Sample
+from deepspec_core.contracts.draft import DraftBatch
+from deepspec_core.testing.draft_checks import trained
+from deepspec_core.testing.random_batches import padded_batch, prepare, random_sample
 from deepspec_eagle3 import attention
 from deepspec_eagle3.attention import KeysValues, Path, StepLayout, attend_first, attend_later, choose
 from deepspec_eagle3.model import Eagle3Model
@@ -153,8 +155,6 @@ def plain_outputs(model: Eagle3Model, batch: DraftBatch) -> Tensor:
 @pytest.mark.parametrize("num_layers", [1, 2])
 def test_no_scores_over_all_steps_exist(
     make_model: Callable[..., Eagle3Model],
-    make_sample: Callable[..., Sample],
-    make_batch: Callable[..., DraftBatch],
     monkeypatch: pytest.MonkeyPatch,
     num_layers: int,
 ) -> None:
@@ -162,8 +162,8 @@ def test_no_scores_over_all_steps_exist(
     monkeypatch.setattr(attention, "_CHUNK_ELEMENTS_CPU", 1 << 13)
     tokens, steps = 96, 5
     model = make_model(ttt_length=steps, taps=(0, 3), num_layers=num_layers)
-    batch = make_batch(model, [make_sample("a", tokens, [0, 1] * 48, taps=2)])
-    parameters = [part for part in model.parameters() if part.requires_grad]
+    batch = padded_batch(model, prepare(model, [random_sample("a", tokens, [0, 1] * 48, num_taps=2)]))
+    parameters = list(trained(model).values())
     with Largest() as found:
         rows = model(batch).hidden
         gradients = torch.autograd.grad(model.logits(rows).logsumexp(-1).sum(), parameters)

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from attrs import evolve
-from torch import Tensor
 
 from deepspec_core.blocks.row_engine import RowResult, build_engine
 from deepspec_core.config.schema import LossOptions
-from deepspec_core.contracts.draft import DraftBatch, DraftModel, Sample
-from deepspec_core.contracts.rows import Rows
+from deepspec_core.contracts.draft import DraftBatch, Sample
 from deepspec_core.contracts.target import TargetFeatures
 from deepspec_core.registry import Registry
+from deepspec_core.testing.draft_checks import (
+    check_all_near,
+    check_autocast,
+    check_frozen_heads,
+    check_same_rows,
+    gradients_of,
+    rows_where,
+    trained,
+)
+from deepspec_core.testing.random_batches import features_of, padded_batch, prepare, ragged_samples, random_sample
 from deepspec_eagle3.model import Eagle3Model
 from deepspec_eagle3.options import Eagle3Options
 from deepspec_eagle3.preparation import counted_steps
 
-MakeModel, MakeSample, MakeBatch = Callable[..., Eagle3Model], Callable[..., Sample], Callable[..., DraftBatch]
-GAPS = [0, 0, 1, 1, 1, 1, 0, 0, 1, 0, 1, 1, 1, 1, 1, 0, 1, 1]
+MakeModel = Callable[..., Eagle3Model]
+NEAR, NEAR_GRADIENT = 2e-6, 2e-5
 
 
 @pytest.fixture
@@ -30,53 +39,16 @@ def model(make_model: MakeModel) -> Eagle3Model:
 
 
 @pytest.fixture
-def samples(make_sample: MakeSample) -> list[Sample]:
-    return [
-        make_sample("long", 40, seed=1),
-        make_sample("gaps", 18, GAPS, seed=2),
-        make_sample("few", 9, [0, 0, 0, 0, 0, 1, 1, 1, 0], seed=3),
-        make_sample("none", 6, [0] * 6, seed=4),
-    ]
+def samples() -> list[Sample]:
+    return ragged_samples()
 
 
-def _same(found: Rows, expected: Rows) -> None:
-    torch.testing.assert_close(found.hidden, expected.hidden, rtol=0, atol=2e-6 * expected.hidden.abs().max().item())
-    assert found.target_hidden is not None
-    assert expected.target_hidden is not None
-    torch.testing.assert_close(
-        found.target_hidden[found.target_index], expected.target_hidden[expected.target_index], rtol=0, atol=0
-    )
-    assert torch.equal(found.slot, expected.slot)
-    assert torch.equal(found.block - found.block[0], expected.block - expected.block[0])
-    assert torch.equal(found.weight, expected.weight)
-
-
-def _part(rows: Rows, keep: Tensor) -> Rows:
-    assert rows.target_index is not None
-    return evolve(
-        rows,
-        hidden=rows.hidden[keep],
-        target_index=rows.target_index[keep],
-        weight=rows.weight[keep],
-        slot=rows.slot[keep],
-        block=rows.block[keep],
-    )
+def _batch(model: Eagle3Model, samples: Sequence[Sample], **layout: Any) -> DraftBatch:
+    return padded_batch(model, prepare(model, samples), **layout)
 
 
 def _loss(model: Eagle3Model, registry: Registry, batch: DraftBatch) -> RowResult:
     return build_engine(LossOptions(terms={"soft_ce": 1.0}), registry)(model(batch), model.heads(), with_metrics=True)
-
-
-def _gradients(model: Eagle3Model, total: Tensor) -> dict[str, Tensor]:
-    model.zero_grad()
-    total.backward()
-    return {name: part.grad.clone() for name, part in model.named_parameters() if part.grad is not None}
-
-
-def _close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=0, atol=2e-5 * gradient.abs().max().item(), msg=name)
 
 
 def test_counted_steps_by_hand() -> None:
@@ -91,9 +63,9 @@ def test_counted_steps_by_hand() -> None:
     ]
 
 
-def test_rows_by_hand(model: Eagle3Model, make_sample: MakeSample, make_batch: MakeBatch) -> None:
-    sample = make_sample("a", 6, [0, 1, 1, 0, 1, 1])
-    rows = model(make_batch(model, [sample]))
+def test_rows_by_hand(model: Eagle3Model) -> None:
+    sample = random_sample("a", 6, [0, 1, 1, 0, 1, 1])
+    rows = model(_batch(model, [sample]))
     assert list(zip(rows.block.tolist(), rows.slot.tolist(), strict=True)) == [
         (0, 1), (0, 2), (1, 0), (1, 1), (1, 3), (2, 0), (2, 2), (3, 1), (4, 0),
     ]  # fmt: skip
@@ -102,73 +74,64 @@ def test_rows_by_hand(model: Eagle3Model, make_sample: MakeSample, make_batch: M
     assert rows.denominator == 1
     assert rows.target_ids is None
     assert rows.target_hidden is not None
-    assert sample.features is not None
     assert len(rows.target_hidden) == 3, "each position once"
-    assert torch.equal(rows.target_hidden[rows.target_index], sample.features.last_hidden[index + 1 + rows.slot])
+    assert torch.equal(rows.target_hidden[rows.target_index], features_of(sample).last_hidden[index + 1 + rows.slot])
 
 
 @pytest.mark.parametrize("filler", [0.0, float("nan")])
-def test_padding_does_not_matter(
-    model: Eagle3Model, samples: list[Sample], make_batch: MakeBatch, filler: float
-) -> None:
-    tight, padded = model(make_batch(model, samples)), model(make_batch(model, samples, extra=13, filler=filler))
+def test_padding_does_not_matter(model: Eagle3Model, samples: list[Sample], filler: float) -> None:
+    tight, padded = model(_batch(model, samples)), model(_batch(model, samples, extra=13, filler=filler))
     assert len(tight.hidden) > 100
     assert tight.hidden.std() > 0.1, "outputs large enough for a tolerance to mean something"
-    _same(padded, tight)
+    check_same_rows(padded, tight, NEAR)
     assert torch.equal(padded.denominator, tight.denominator)
-    gradients = _gradients(model, model.logits(padded.hidden).logsumexp(-1).sum())
+    gradients = gradients_of(model.logits(padded.hidden).logsumexp(-1).sum(), model)
     assert all(gradient.isfinite().all() for gradient in gradients.values())
 
 
-def test_padded_batch_divides_by_every_position(
-    make_model: MakeModel, samples: list[Sample], make_batch: MakeBatch
-) -> None:
+def test_padded_batch_divides_by_every_position(make_model: MakeModel, samples: list[Sample]) -> None:
     model = make_model(normaliser="padded_batch")
-    rows = model(make_batch(model, samples, extra=2))
+    rows = model(_batch(model, samples, extra=2))
     assert rows.denominator == 4 * 42
     torch.testing.assert_close(rows.weight, 0.8**rows.slot)
 
 
 @pytest.mark.parametrize("num_layers", [1, 2])
 def test_batch_split_does_not_matter(
-    make_model: MakeModel, samples: list[Sample], make_batch: MakeBatch, registry: Registry, num_layers: int
+    make_model: MakeModel, samples: list[Sample], registry: Registry, num_layers: int
 ) -> None:
     model = make_model(num_layers=num_layers)
-    batch = make_batch(model, samples)
+    batch = _batch(model, samples)
     rows, document = model(batch), batch.prepared["document"]
     for index, sample in enumerate(samples[:3]):
-        _same(_part(rows, document == index), model(make_batch(model, [sample])))
+        check_same_rows(rows_where(rows, document == index), model(_batch(model, [sample])), NEAR)
     together = _loss(model, registry, batch)
-    apart = [_loss(model, registry, make_batch(model, [sample])) for sample in samples]
+    apart = [_loss(model, registry, _batch(model, [sample])) for sample in samples]
     total, denominator = sum(one.total for one in apart), sum(one.denominator for one in apart)
     assert denominator == together.denominator == 4
     torch.testing.assert_close(total, together.total)
-    _close(_gradients(model, total), _gradients(model, together.total))
+    check_all_near(gradients_of(total, model), gradients_of(together.total, model), NEAR_GRADIENT)
 
 
-def test_order_of_samples_does_not_matter(
-    model: Eagle3Model, samples: list[Sample], make_batch: MakeBatch, registry: Registry
-) -> None:
-    forward = _loss(model, registry, make_batch(model, samples))
-    backward = _loss(model, registry, make_batch(model, samples[::-1]))
+def test_order_of_samples_does_not_matter(model: Eagle3Model, samples: list[Sample], registry: Registry) -> None:
+    forward = _loss(model, registry, _batch(model, samples))
+    backward = _loss(model, registry, _batch(model, samples[::-1]))
     torch.testing.assert_close(forward.total, backward.total)
     assert forward.metrics.keys() == backward.metrics.keys()
     for name, pair in forward.metrics.items():
         torch.testing.assert_close(torch.stack(pair), torch.stack(backward.metrics[name]), msg=name)
 
 
-def test_cutting_after_the_last_supervised_token_does_not_matter(
-    model: Eagle3Model, make_sample: MakeSample, make_batch: MakeBatch
-) -> None:
-    whole = make_sample("a", 20, [0] * 5 + [1] * 7 + [0] * 8)
-    assert whole.features is not None
+def test_cutting_after_the_last_supervised_token_does_not_matter(model: Eagle3Model) -> None:
+    whole = random_sample("a", 20, [0] * 5 + [1] * 7 + [0] * 8)
+    features = features_of(whole)
     cut = evolve(
         whole,
         input_ids=whole.input_ids[:13],
         loss_mask=whole.loss_mask[:13],
-        features=TargetFeatures(hidden=whole.features.hidden[:13], last_hidden=whole.features.last_hidden[:13]),
+        features=TargetFeatures(hidden=features.hidden[:13], last_hidden=features.last_hidden[:13]),
     )
-    _same(model(make_batch(model, [cut])), model(make_batch(model, [whole])))
+    check_same_rows(model(_batch(model, [cut])), model(_batch(model, [whole])), NEAR)
 
 
 @pytest.mark.parametrize("num_layers", [1, 2])
@@ -176,7 +139,6 @@ def test_cutting_after_the_last_supervised_token_does_not_matter(
 def test_packed_documents_are_what_they_are_alone(
     make_model: MakeModel,
     samples: list[Sample],
-    make_batch: MakeBatch,
     registry: Registry,
     num_layers: int,
     with_positions: bool,
@@ -184,20 +146,20 @@ def test_packed_documents_are_what_they_are_alone(
     """Every document is supervised to its last token or beside its neighbour's first, and one counts nothing."""
     model = make_model(num_layers=num_layers)
     order = [1, 0, 3, 2]
-    packed = make_batch(model, samples, extra=3, filler=float("nan"), rows=[[1, 0], [3, 2]])
+    packed = _batch(model, samples, extra=3, filler=float("nan"), rows=[[1, 0], [3, 2]])
     if not with_positions:
         packed = evolve(packed, position_ids=None)
-    alone = make_batch(model, [samples[index] for index in order])
-    _same(model(packed), model(alone))
+    alone = _batch(model, [samples[index] for index in order])
+    check_same_rows(model(packed), model(alone), NEAR)
     together, apart = _loss(model, registry, packed), _loss(model, registry, alone)
     assert together.denominator == apart.denominator == 4
     torch.testing.assert_close(together.total, apart.total)
-    _close(_gradients(model, together.total), _gradients(model, apart.total))
+    check_all_near(gradients_of(together.total, model), gradients_of(apart.total, model), NEAR_GRADIENT)
 
 
-def test_document_boundaries_matter(model: Eagle3Model, samples: list[Sample], make_batch: MakeBatch) -> None:
+def test_document_boundaries_matter(model: Eagle3Model, samples: list[Sample]) -> None:
     """The packing test could not pass if documents were ignored: the second would see the first."""
-    packed = make_batch(model, samples[:2], rows=[[0, 1]])
+    packed = _batch(model, samples[:2], rows=[[0, 1]])
     one = dict(packed.prepared)
     for kind in ("", "later_"):
         document = one[f"{kind}document"]
@@ -212,13 +174,11 @@ def test_document_boundaries_matter(model: Eagle3Model, samples: list[Sample], m
 
 
 @pytest.mark.parametrize("length", [1, 2, 3])
-def test_the_shortest_sequences(
-    model: Eagle3Model, make_sample: MakeSample, make_batch: MakeBatch, registry: Registry, length: int
-) -> None:
+def test_the_shortest_sequences(model: Eagle3Model, registry: Registry, length: int) -> None:
     """Two tokens have nothing to predict but the first step's; one has nothing at all. The steps outlast them all."""
-    sample = make_sample("a", length)
-    result = _loss(model, registry, make_batch(model, [sample]))
-    rows = model(make_batch(model, [sample]))
+    sample = random_sample("a", length)
+    result = _loss(model, registry, _batch(model, [sample]))
+    rows = model(_batch(model, [sample]))
     # mask 0 1 1 with the last cleared leaves index 1: reached by index 1 at step 0 and by index 0 at step 1.
     assert len(rows.hidden) == {1: 0, 2: 0, 3: 2}[length]
     assert result.total.isfinite()
@@ -226,18 +186,16 @@ def test_the_shortest_sequences(
 
 
 def test_a_batch_without_supervised_tokens_has_no_rows_but_a_whole_graph(
-    model: Eagle3Model, make_sample: MakeSample, make_batch: MakeBatch, registry: Registry
+    model: Eagle3Model, registry: Registry
 ) -> None:
-    none = make_sample("none", 6, [0] * 6)
-    rows = model(make_batch(model, [none, none]))
+    none = random_sample("none", 6, [0] * 6)
+    rows = model(_batch(model, [none, none]))
     assert rows.hidden.shape == rows.target_hidden.shape == (0, 32)
-    result = _loss(model, registry, make_batch(model, [none, none]))
+    result = _loss(model, registry, _batch(model, [none, none]))
     assert result.denominator == 2, "they are sequences all the same"
-    result.total.backward()
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            assert parameter.grad is not None, name
-            assert not parameter.grad.any()
+    gradients = gradients_of(result.total, model)
+    assert gradients.keys() == trained(model).keys()
+    assert not any(gradient.any() for gradient in gradients.values())
     assert model.preparation.prepare(none, np.random.default_rng(0)).counts == {
         "supervised_predictions": 0,
         "samples_without_predictions": 1,
@@ -245,11 +203,11 @@ def test_a_batch_without_supervised_tokens_has_no_rows_but_a_whole_graph(
 
 
 def test_a_step_learns_its_own_batch(
-    make_model: MakeModel, samples: list[Sample], make_batch: MakeBatch, registry: Registry, family: str
+    make_model: MakeModel, samples: list[Sample], registry: Registry, family: str
 ) -> None:
     model = make_model(family=family, num_layers=2, qk_norm=False)
-    batch, frozen = make_batch(model, samples), model.lm_head.weight.clone()
-    optimizer = torch.optim.SGD([part for part in model.parameters() if part.requires_grad], lr=0.02)
+    batch, frozen = _batch(model, samples), model.lm_head.weight.clone()
+    optimizer = torch.optim.SGD(trained(model).values(), lr=0.02)
     losses = []
     for _ in range(3):
         result = _loss(model, registry, batch)
@@ -276,23 +234,21 @@ def test_the_first_layer_sees_tokens_beside_a_stream_of_hidden_states(make_model
     assert torch.equal(output, hidden)
 
 
-def test_later_steps_run_over_supervised_indices_only(
-    model: Eagle3Model, make_sample: MakeSample, make_batch: MakeBatch
-) -> None:
+def test_later_steps_run_over_supervised_indices_only(model: Eagle3Model) -> None:
     """Two supervised tokens are predicted from the indices up to three before them; padding costs step 0 only."""
-    samples = [make_sample("a", 30, [0] * 20 + [1, 1] + [0] * 8), make_sample("b", 8, [0] * 8)]
+    samples = [random_sample("a", 30, [0] * 20 + [1, 1] + [0] * 8), random_sample("b", 8, [0] * 8)]
     shapes: list[tuple[int, ...]] = []
     hook = model.drafter.draft_layers()[0].mlp.register_forward_hook(
         lambda _m, args, _o: shapes.append(tuple(args[0].shape))
     )
-    model(make_batch(model, samples))
+    model(_batch(model, samples))
     hook.remove()
     assert shapes == [(2, 30, 32), *[(1, 4, 32)] * 3]
 
 
-def test_any_number_of_taps(make_model: MakeModel, make_sample: MakeSample, make_batch: MakeBatch) -> None:
+def test_any_number_of_taps(make_model: MakeModel) -> None:
     model = make_model(taps=(3,))
-    assert len(model(make_batch(model, [make_sample("a", 12, taps=1)])).hidden) > 0
+    assert len(model(_batch(model, [random_sample("a", 12, num_taps=1)])).hidden) > 0
 
 
 def test_without_query_and_key_norms(make_model: MakeModel) -> None:
@@ -303,25 +259,11 @@ def test_without_query_and_key_norms(make_model: MakeModel) -> None:
 
 
 def test_embedding_and_head_are_the_targets_and_frozen(model: Eagle3Model) -> None:
-    assert isinstance(model, DraftModel)
-    assert not any(p.requires_grad for p in (*model.embed_tokens.parameters(), *model.lm_head.parameters()))
-    model.adopt(torch.ones(64, 32), torch.full((64, 32), 2.0))
-    assert (model.embed_tokens.weight == 1).all()
-    assert (model.heads().draft == 2).all()
-    assert model.heads().target is model.heads().draft
+    check_frozen_heads(model)
 
 
-def test_autocast_rounds_and_nothing_else(model: Eagle3Model, samples: list[Sample], make_batch: MakeBatch) -> None:
-    batch = make_batch(model, samples)
-    exact = model(batch).hidden
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        rows = model(batch)
-        logits = model.logits(rows.hidden)
-    difference = (rows.hidden - exact).abs()
-    assert difference.max() > 0
-    assert difference.mean() < 0.03
-    gradients = _gradients(model, logits.float().logsumexp(-1).sum())
-    assert all(gradient.isfinite().all() for gradient in gradients.values())
+def test_autocast_rounds_and_nothing_else(model: Eagle3Model, samples: list[Sample]) -> None:
+    check_autocast(model, _batch(model, samples), mean=0.03)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,6 @@ from transformers import (
 )
 
 from deepspec_core.config.schema import LayerOptions
-from deepspec_core.plugins import load_plugins
 from deepspec_core.registry import Registry
 from deepspec_targets.family import FamilyAdapter
 
@@ -131,12 +130,6 @@ FAMILIES = {
         settings=SIZES | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 16},
     ),
 }  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def registry() -> Registry:
-    """Every installed plugin's offers."""
-    return load_plugins().registry
 
 
 @pytest.fixture(params=FAMILIES)

@@ -16,15 +16,9 @@ from transformers import PreTrainedTokenizerFast
 from deepspec_core.config.schema import LayerOptions
 from deepspec_core.errors import DeepSpecError, TargetError
 from deepspec_core.features.targets import fingerprint, load_target, open_adapter, resolve_model, tokenizer_for
-from deepspec_core.plugins import load_plugins
 from deepspec_core.registry import Registry
 
 PARITY = Path(__file__).parents[2] / "tests" / "parity"
-
-
-@pytest.fixture(scope="module")
-def registry() -> Registry:
-    return load_plugins().registry
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,85 @@
+"""What must hold of any draft, and how near two results must be, for tests of drafts.
+
+Knows rows, gradients and the contracts of drafts; which draft is tested is the caller's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from attrs import evolve
+from torch import Tensor, nn
+
+from deepspec_core.contracts.draft import DraftBatch, DraftModel
+from deepspec_core.contracts.rows import Rows
+
+_PER_ROW = ("hidden", "correction", "target_index", "target_ids", "weight", "slot", "block")
+
+
+def check_near(found: Tensor | None, expected: Tensor, relative: float, name: str = "tensors") -> None:
+    """No entry is further off than `relative` times the largest entry of `expected`."""
+    assert found is not None, f"{name}: None"
+    limit = relative * expected.abs().max().item()
+    torch.testing.assert_close(found, expected, rtol=0, atol=limit, msg=lambda text: f"{name}: {text}")
+
+
+def check_all_near(found: Mapping[str, Tensor | None], expected: Mapping[str, Tensor], relative: float) -> None:
+    """The same names, and near each."""
+    assert found.keys() == expected.keys(), f"by name: {found.keys() ^ expected.keys()}"
+    for name, tensor in expected.items():
+        check_near(found[name], tensor, relative, name)
+
+
+def trained(draft: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters training changes, by name."""
+    return {name: part for name, part in draft.named_parameters() if part.requires_grad}
+
+
+def gradients_of(total: Tensor, draft: nn.Module) -> dict[str, Tensor]:
+    """The gradient of every parameter that `total` reaches."""
+    draft.zero_grad()
+    total.backward()  # type: ignore[no-untyped-call]
+    return {name: part.grad.clone() for name, part in draft.named_parameters() if part.grad is not None}
+
+
+def rows_where(rows: Rows, keep: Tensor) -> Rows:
+    """Some of the rows, [N] bool."""
+    return evolve(rows, **{name: getattr(rows, name)[keep] for name in _PER_ROW if getattr(rows, name) is not None})
+
+
+def check_same_rows(found: Rows, expected: Rows, relative: float) -> None:
+    """Hidden states are near, all else is equal; blocks are counted from each one's first."""
+    check_near(found.hidden, expected.hidden, relative, "hidden")
+    assert found.target_hidden is not None
+    assert expected.target_hidden is not None
+    assert torch.equal(found.target_hidden[found.target_index], expected.target_hidden[expected.target_index])
+    assert (found.target_ids is None) == (expected.target_ids is None)
+    for name in ("target_ids", "weight", "slot"):
+        one, other = getattr(found, name), getattr(expected, name)
+        assert one is other is None or torch.equal(one, other), name
+    assert torch.equal(found.block - found.block[0], expected.block - expected.block[0]), "block"
+
+
+def check_frozen_heads(draft: DraftModel) -> None:
+    """Embedding and head are the target's: what `adopt` gave, in both heads, and not trained."""
+    assert isinstance(draft, DraftModel)
+    assert not any(part.requires_grad for part in (*draft.embed_tokens.parameters(), *draft.lm_head.parameters()))
+    weight = draft.lm_head.weight
+    draft.adopt(torch.ones_like(weight), torch.full_like(weight, 2.0))
+    assert (draft.embed_tokens.weight == 1).all()  # type: ignore[union-attr]
+    assert (draft.heads().draft == 2).all()
+    assert draft.heads().target is draft.heads().draft
+
+
+def check_autocast(draft: Any, batch: DraftBatch, *, mean: float) -> None:
+    """bfloat16 rounds hidden states, by `mean` of their entries at most, and gradients stay finite."""
+    exact = draft(batch).hidden
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rows = draft(batch)
+        logits = draft.logits(rows.hidden)
+    difference = (rows.hidden - exact).abs()
+    assert difference.max() > 0
+    assert difference.mean() < mean
+    assert all(part.isfinite().all() for part in gradients_of(logits.float().logsumexp(-1).sum(), draft).values())

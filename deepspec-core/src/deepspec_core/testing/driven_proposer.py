@@ -1,0 +1,138 @@
+"""A draft's proposer driven by hand along known samples, as the engine drives it, for tests of proposals.
+
+Whatever is proposed, what is committed is the sample's own tokens, so every round's context is known.
+
+Legend: S slots, K proposed tokens at most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from deepspec_core.contracts.draft import DraftModel, Sample
+from deepspec_core.contracts.proposer import Proposal, Proposer, Sampling
+from deepspec_core.testing.random_batches import features_of, random_sample
+
+GREEDY, SAMPLED = Sampling(), Sampling(temperature=1.0)
+
+
+class DrivenProposer:
+    """The proposer with its slots open; `uniforms` [S, K] are the random numbers of every round."""
+
+    def __init__(self, draft: DraftModel, *, num_slots: int = 4, max_length: int = 32) -> None:
+        self.proposer = draft.proposer()
+        self.proposer.open_slots(num_slots, max_length)
+        generator = torch.Generator().manual_seed(5)
+        self.uniforms = torch.rand(num_slots, self.proposer.max_tokens, generator=generator, dtype=torch.float64)
+        self._at: dict[int, tuple[Sample, int]] = {}
+
+    def start(self, prompts: Mapping[int, tuple[Sample, int]]) -> None:
+        """slot -> (sample, tokens of it that are the prompt): samples of one length; the next token is the target's."""
+        samples = [sample for sample, _ in prompts.values()]
+        self.proposer.start(
+            torch.tensor(list(prompts)),
+            torch.stack([sample.input_ids for sample in samples]),
+            torch.tensor([length for _, length in prompts.values()]),
+            torch.stack([sample.input_ids[length] for sample, length in prompts.values()]),
+            torch.stack([features_of(sample).hidden for sample in samples]),
+        )
+        self._at |= prompts
+
+    def accept(self, committed: Mapping[int, int]) -> None:
+        """slot -> how many of its sample's tokens are committed."""
+        width = max(committed.values()) + 1
+        ids, features = [], []
+        for slot, count in committed.items():
+            sample, start = self._at[slot]
+            ids.append(sample.input_ids[start + 1 : start + 1 + width])
+            features.append(features_of(sample).hidden[start : start + width])
+            self._at[slot] = (sample, start + count)
+        counts = torch.tensor(list(committed.values()))
+        self.proposer.accept(torch.tensor(list(committed)), torch.stack(ids), counts, torch.stack(features))
+
+    def propose(
+        self,
+        slots: Sequence[int],
+        sampling: Sampling = GREEDY,
+        *,
+        limits: Sequence[int] | None = None,
+        stop_ids: Sequence[int] = (),
+    ) -> Proposal:
+        """A round of these slots; by default limited to more than the draft can propose."""
+        at_most = [self.proposer.max_tokens + 1] * len(slots) if limits is None else list(limits)
+        chosen = torch.tensor(slots)
+        return self.proposer.propose(chosen, torch.tensor(at_most), sampling, self.uniforms[chosen], stop_ids)
+
+
+def prompts() -> dict[int, tuple[Sample, int]]:
+    """What `start` takes: four samples of 24 tokens, of which 5, 9, 2 and 7 are the prompt."""
+    return {slot: (random_sample(str(slot), 24, seed=slot), length) for slot, length in enumerate((5, 9, 2, 7))}
+
+
+def started(draft: DraftModel) -> DrivenProposer:
+    """With `prompts` in its four slots."""
+    driven = DrivenProposer(draft)
+    driven.start(prompts())
+    return driven
+
+
+def sampled_proposal(draft: DraftModel) -> Proposal:
+    """One proposal at temperature 1 after a prompt of six random tokens."""
+    driven = DrivenProposer(draft, num_slots=1)
+    driven.start({0: (random_sample("a", 9, num_taps=len(draft.describe().taps)), 6)})
+    return driven.propose([0], SAMPLED)
+
+
+def check_same_proposals(found: DraftModel, expected: DraftModel) -> None:
+    """Two drafts propose the same, bit for bit."""
+    _check_near(sampled_proposal(found), 0, sampled_proposal(expected), 0, 0.0)
+
+
+def check_batched_as_alone(
+    draft: DraftModel, sampling: Sampling, *, limits: Sequence[int] | None = None, atol: float = 1e-6
+) -> Proposal:
+    """Four slots propose what each does alone, and three of them again after commits of several lengths.
+
+    Returns the four's first proposal, limited by `limits`.
+    """
+    committed = {0: 3, 1: 1, 3: 5}
+    together = started(draft)
+    assert isinstance(together.proposer, Proposer)
+    first = together.propose(range(4), sampling, limits=limits)
+    together.accept(committed)
+    second = together.propose(list(committed), sampling)
+    for slot in range(4):
+        alone = DrivenProposer(draft)
+        alone.start({slot: prompts()[slot]})
+        _check_near(alone.propose([slot], sampling, limits=[int(first.lengths[slot])]), 0, first, slot, atol)
+        if slot in committed:
+            alone.accept({slot: committed[slot]})
+            row = list(committed).index(slot)
+            _check_near(alone.propose([slot], sampling), 0, second, row, atol)
+    return first
+
+
+def check_reused_slot(draft: DraftModel, *, freed: bool = True) -> None:
+    """A slot that held another sequence, freed or not, proposes as a fresh one does."""
+    (sample, _), (other, _), (last, _), _ = prompts().values()
+    fresh, used = DrivenProposer(draft), DrivenProposer(draft)
+    used.start({0: (sample, 20), 1: (other, 21)})
+    if freed:
+        used.proposer.free(torch.tensor([1]))
+    for one in (fresh, used):
+        one.start({1: (last, 3)})
+    _check_near(used.propose([1], SAMPLED), 0, fresh.propose([1], SAMPLED), 0, 1e-6)
+
+
+def _check_near(found: Proposal, row: int, expected: Proposal, expected_row: int, atol: float) -> None:
+    """Equal as far as something is proposed: what stands past a proposal's length is undefined."""
+    length = int(found.lengths[row])
+    assert length == expected.lengths[expected_row]
+    assert torch.equal(found.tokens[row, :length], expected.tokens[expected_row, :length])
+    for name in ("probabilities", "confidence"):
+        mine, theirs = getattr(found, name), getattr(expected, name)
+        assert (mine is None) == (theirs is None), name
+        if mine is not None:
+            torch.testing.assert_close(mine[row, :length], theirs[expected_row, :length], rtol=0, atol=atol)
