@@ -127,6 +127,15 @@ class FamilyAdapter(ABC):
         )
         return TransformersTarget(model, self.architecture)
 
+    def skeleton(self, *, dtype: torch.dtype) -> TargetModel:
+        """The text part with new weights in `dtype`, plain where the target is quantised."""
+        from transformers import AutoModelForCausalLM
+
+        from deepspec_targets.transformers_target import TransformersTarget
+
+        model = AutoModelForCausalLM.from_config(self.text, dtype=dtype, attn_implementation="sdpa")
+        return TransformersTarget(model, self.architecture)
+
     def new(self, module: Module) -> Module:
         """`module` with new weights: Linear and Embedding normal(0, initializer_range), biases 0, the rest kept."""
         for part in module.modules():

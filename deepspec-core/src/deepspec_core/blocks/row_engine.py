@@ -28,6 +28,8 @@ from deepspec_core.contracts.rows import Heads, Rows
 from deepspec_core.errors import ConfigError
 from deepspec_core.registry import Registry
 
+_SLAB = 1 << 14
+
 
 class RowResult(NamedTuple):
     """What a batch of rows came to. A tuple, so that data parallelism finds the tensors in it.
@@ -217,6 +219,14 @@ def _at(coefficient: float | CoefficientSchedule, step: int) -> float:
     return coefficient.at(step) if isinstance(coefficient, CoefficientSchedule) else coefficient
 
 
+def _scaled(gradient: Tensor, by: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient * by in `dtype`, a few rows at a time: a head's gradient is large, and need not be there three times."""
+    result = torch.empty_like(gradient, dtype=dtype)
+    for part, into in zip(torch.split(gradient, _SLAB), torch.split(result, _SLAB), strict=True):
+        into.copy_(part * by)
+    return result
+
+
 class _RowSum(torch.autograd.Function):
     """The pass as one node of the graph: gradients are formed in forward, backward is linear in what comes in."""
 
@@ -234,5 +244,5 @@ class _RowSum(torch.autograd.Function):
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator,unused-ignore]
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
         saved = dict(zip(ctx.wanted, ctx.saved_tensors, strict=True))
-        scaled = {name: (gradient * incoming).to(ctx.dtypes[name]) for name, gradient in saved.items()}
+        scaled = {name: _scaled(gradient, incoming, ctx.dtypes[name]) for name, gradient in saved.items()}
         return None, None, None, *(scaled.get(name) for name in ctx.names)

@@ -227,7 +227,7 @@ class _Trainer:
     ) -> tuple[float, float, bool]:
         """One optimizer step: its learning rate, its gradient norm before clipping, whether any rank is to stop."""
         sums = StepSums(self.device)
-        done: list[tuple[HostBatch, Tensor]] = []
+        done: list[tuple[list[str], Tensor]] = []
         share = plans.of_step(step)
         for number, plan in enumerate(share):
             micro = next(micro_batches)
@@ -239,7 +239,7 @@ class _Trainer:
             if plan.live:
                 sums.add(result.denominator, result.metrics)
                 self.counts.update(micro.counts)
-            done.append((micro, result.total.detach()))
+            done.append(([sample.id for sample in micro.samples], result.total.detach()))
         names = _union(gathered(list(sums.ratios))) if with_metrics else self.loss_names
         vector = sums.reduce(names, interrupted)
         norm = normalise(
@@ -260,9 +260,9 @@ class _Trainer:
         self.figures.add(names, values)
         return rate, grad_norm, stop > 0
 
-    def _not_finite(self, step: int, grad_norm: float, done: list[tuple[HostBatch, Tensor]]) -> TrainingError:
-        culprits = [micro for micro, total in done if not bool(torch.isfinite(total))]
-        ids = [sample.id for micro in culprits or [micro for micro, _ in done] for sample in micro.samples]
+    def _not_finite(self, step: int, grad_norm: float, done: list[tuple[list[str], Tensor]]) -> TrainingError:
+        culprits = [ids for ids, total in done if not bool(torch.isfinite(total))]
+        ids = [name for names in culprits or [names for names, _ in done] for name in names]
         more = f" and {len(ids) - _SHOWN_IDS} more" if len(ids) > _SHOWN_IDS else ""
         what = "loss" if culprits else "gradient"
         return TrainingError(

@@ -1,0 +1,164 @@
+"""What a run's training will take, before anything is started: memory, the size of the feature cache, arithmetic.
+
+Reads the target's config, no weights and no data. Sizes are those of the longest samples the run allows, supervised
+from their second token on, so they are upper bounds for its own data. Knows runs; not how bytes and operations are
+counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from deepspec_core.blocks.row_engine import RowEngine, build_engine
+from deepspec_core.cache.estimate import cache_bytes
+from deepspec_core.contracts.cache import CacheFormat
+from deepspec_core.contracts.draft import DraftModel, Sample
+from deepspec_core.contracts.target import TargetFeatures
+from deepspec_core.dtypes import torch_dtype
+from deepspec_core.estimating.estimate import CacheSize, Estimate, Memory, MicroBatch
+from deepspec_core.estimating.features import TriedFeatures
+from deepspec_core.estimating.memory import LiveBytes, bytes_of, fake_tensors
+from deepspec_core.estimating.process import KERNEL_BYTES, kept_bytes, resident_bytes
+from deepspec_core.estimating.step import estimate_step
+from deepspec_core.pipeline.run import Run
+from deepspec_core.pipeline.training import new_draft
+from deepspec_core.training.host_batch import HostBatch, host_batch
+from deepspec_core.training.sampler import sample_rng
+
+CACHED = "cached"
+
+
+def estimate(run: Run, *, processes: int = 1) -> Estimate:
+    """The run's training by `processes` processes, each on a device like this one's.
+
+    The draft and, with online features, the target run as they do on the CPU, on tensors without memory: kernels of
+    accelerators may take less for attention. TargetError or ConfigError where the target, its taps or the draft's
+    options would stop training too.
+    """
+    options, on_cpu = run.file.train, run.device.type == "cpu"
+    engine = build_engine(run.file.loss, run.plugins.registry)
+    cache = _cache(run) if run.file.features.mode == CACHED else None
+    process = _process_bytes(run, engine) if on_cpu else 0
+    share = -(-options.global_batch_size // processes)
+    sequences = min(options.micro_batch_size, share)
+    micro_batches = -(-share // sequences)
+    with fake_tensors():
+        with LiveBytes() as made:
+            # Training holds the target whatever its features come from.
+            target = run.adapter.skeleton(dtype=run.dtype)
+            target_bytes = made.now
+        draft = new_draft(run)
+        stored = _stored_features(run) if run.file.features.mode == CACHED else None
+    batch = _batch(draft, _longest_samples(run, sequences, stored), run.file.run.seed)
+    source = TriedFeatures(batch.samples, target, run.file.target.layers)
+    step = estimate_step(
+        draft=draft,
+        engine=engine,
+        batch=batch,
+        source=source,
+        device_type=run.device.type,
+        compute_dtype=torch_dtype(options.precision),
+        accumulates=micro_batches > 1,
+    )
+    held = {
+        "process": process,
+        "allocator": kept_bytes(step.small, accumulates=micro_batches > 1) if on_cpu else 0,
+        "target_weights": target_bytes,
+        **step.held,
+        # Data-parallel training sends gradients in buffers of its own.
+        "gradient_buckets": step.held["trained_weights"] if processes > 1 else 0,
+        "batches": _batch_bytes(batch, micro_batches, on_cpu),
+    }
+    # A checkpoint is copied on the host before it is written, both moments at once; there are no gradients then.
+    checkpoint = max(0, held["optimizer_moments"] - held["gradients"]) if on_cpu else 0
+    return Estimate(
+        device=run.device.type,
+        processes=processes,
+        micro_batch=MicroBatch(
+            sequences=sequences, tokens_per_sequence=_longest(run), rows=step.rows, target_positions=step.positions
+        ),
+        micro_batches_per_step=micro_batches,
+        memory=Memory(held=held, phases={**step.phases, "checkpoint": checkpoint}),
+        cache=cache,
+        flops={
+            part: 0 if part == "features" and source.problem else count * options.global_batch_size // sequences
+            for part, count in step.flops.items()
+        },
+        not_counted=() if source.problem is None else (f"the target's forward pass: {source.problem}",),
+    )
+
+
+def _process_bytes(run: Run, engine: RowEngine) -> int:
+    """What this process has, once it has loaded what training loads before it has any tensor."""
+    architecture = run.adapter.architecture
+    run.plugins.registry.load("features", run.file.features.mode)
+    run.plugins.registry.load("cache", run.file.cache.format)
+    run.plugins.registry.load("draft", run.file.draft.type)
+    # Kernels are compiled, or found not to, when they are first asked for.
+    engine.footprint(
+        rows=1,
+        positions=1,
+        hidden_size=architecture.hidden_size,
+        vocab_size=architecture.vocab_size,
+        correction_rank=0,
+        dtype=torch.float32,
+        device_type="cpu",
+        trains_head=False,
+    )
+    return resident_bytes() + KERNEL_BYTES
+
+
+def _longest(run: Run) -> int:
+    return min(run.file.data.max_length, run.adapter.architecture.max_positions)
+
+
+def _longest_samples(run: Run, count: int, features: TargetFeatures | None) -> list[Sample]:
+    length = _longest(run)
+    return [
+        Sample(
+            id=f"longest-{number}",
+            input_ids=torch.zeros(length, dtype=torch.long),
+            loss_mask=torch.arange(length) > 0,
+            original_length=length,
+            features=features,
+        )
+        for number in range(count)
+    ]
+
+
+def _stored_features(run: Run) -> TargetFeatures:
+    """Features of one sample in the type a cache gives them in."""
+    dtype, size = torch_dtype(run.file.cache.dtype), run.adapter.architecture.hidden_size
+    dtype = torch.bfloat16 if dtype.itemsize == 1 else dtype
+    length = _longest(run)
+    return TargetFeatures(
+        hidden=torch.empty(length, len(run.file.target.layers) * size, dtype=dtype),
+        last_hidden=torch.empty(length, size, dtype=dtype),
+    )
+
+
+def _batch(draft: DraftModel, samples: Sequence[Sample], seed: int) -> HostBatch:
+    preparation = draft.preparation
+    prepared = [preparation.prepare(sample, sample_rng(seed, 0, sample.id)) for sample in samples]
+    return host_batch(prepared, preparation)
+
+
+def _batch_bytes(batch: HostBatch, micro_batches: int, on_cpu: bool) -> int:
+    tensors = [batch.input_ids, batch.loss_mask, batch.attention_mask, *batch.prepared.values()]
+    if batch.features is not None:
+        tensors += [batch.features.hidden, batch.features.last_hidden]
+    # The trainer keeps a step's batches, on the host, until the step is done; on a device, the last one and the next.
+    return bytes_of(tensors) * (micro_batches if on_cpu else min(micro_batches, 2))
+
+
+def _cache(run: Run) -> CacheSize:
+    cache_format: CacheFormat = run.plugins.registry.load("cache", run.file.cache.format)()
+    header, count = run.bare_header(), run.expected_conversations()
+    tokens = None if count is None else count * _longest(run)
+    return CacheSize(
+        bytes_per_token=cache_format.bytes_per_token(header),
+        most_tokens=tokens,
+        most_bytes=None if tokens is None else cache_bytes(cache_format, header, tokens),
+    )
