@@ -43,7 +43,8 @@ def footprint(
     """Of `rows` rows that look at `positions` target positions; `correction_rank` 0: none; `dtype`: of products."""
     chunks = max(1, -(-rows // (chunk_rows or choice.chunk_rows)))
     chunk = -(-rows // chunks)
-    window = min(positions, chunk) if compares else 0
+    # Logged steps look at the target's logits whatever the terms need.
+    window = min(positions, chunk)
     buffers = chunk * (2 if correction_rank else 1) + window
     statistics = max(4, dtype.itemsize)
     if choice.name == "plain":

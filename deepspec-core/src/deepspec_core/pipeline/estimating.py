@@ -69,7 +69,7 @@ def estimate(run: Run, *, processes: int = 1) -> Estimate:
         **step.held,
         # Data-parallel training sends gradients in buffers of its own.
         "gradient_buckets": step.held["trained_weights"] if processes > 1 else 0,
-        "batches": _batch_bytes(batch, micro_batches, on_cpu),
+        "batches": _batch_bytes(batch, micro_batches),
     }
     # A checkpoint is copied on the host before it is written, both moments at once; there are no gradients then.
     checkpoint = max(0, held["optimizer_moments"] - held["gradients"]) if on_cpu else 0
@@ -145,12 +145,12 @@ def _batch(draft: DraftModel, samples: Sequence[Sample], seed: int) -> HostBatch
     return host_batch(prepared, preparation)
 
 
-def _batch_bytes(batch: HostBatch, micro_batches: int, on_cpu: bool) -> int:
+def _batch_bytes(batch: HostBatch, micro_batches: int) -> int:
     tensors = [batch.input_ids, batch.loss_mask, batch.attention_mask, *batch.prepared.values()]
     if batch.features is not None:
         tensors += [batch.features.hidden, batch.features.last_hidden]
-    # The trainer keeps a step's batches, on the host, until the step is done; on a device, the last one and the next.
-    return bytes_of(tensors) * (micro_batches if on_cpu else min(micro_batches, 2))
+    # One is still there when the next comes.
+    return bytes_of(tensors) * min(micro_batches, 2)
 
 
 def _cache(run: Run) -> CacheSize:
