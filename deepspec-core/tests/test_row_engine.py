@@ -257,7 +257,7 @@ def test_terms_that_read_logits_get_them_or_an_error() -> None:
     with pytest.raises(ConfigError, match="term own reads logits"):
         RowEngine({"own": (ReadsLogits(), 1.0)}, Uniform(), kernels="eager")(rows, heads)
     with pytest.raises(ConfigError, match="needs_logits = True"):
-        RowEngine({"own": (ReadsLogitsUnannounced(), 1.0)}, Uniform())(rows, heads)
+        RowEngine({"own": (ReadsLogitsUnannounced(), 1.0)}, Uniform(), kernels="eager")(rows, heads)
 
 
 @pytest.mark.parametrize("chunk_rows", [3, 100])
