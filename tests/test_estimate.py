@@ -181,7 +181,8 @@ def test_the_targets_share_of_the_arithmetic(make_run: MakeRun, tiny_target: Any
     products = sum(weight.numel() for weight in decoder.parameters() if weight.ndim == 2)
     # 4 heads of size 8 over all pairs of positions, scores and values.
     attention = len(decoder) * 2 * 2 * 4 * 8 * LENGTH
-    assert found.flops["features"] == 8 * LENGTH * (2 * products + attention)
+    # Some releases of transformers form rotary angles by a product, too: two thousand operations here.
+    assert found.flops["features"] == pytest.approx(8 * LENGTH * (2 * products + attention), rel=1e-4)
 
 
 def test_memory_grows_with_the_micro_batch_and_arithmetic_does_not(make_run: MakeRun, tiny_target: Any) -> None:
