@@ -9,7 +9,8 @@ correction.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from attrs import frozen
@@ -58,6 +59,10 @@ class RowPass:
         self.acceptance_N = torch.zeros_like(rows.slot, dtype=self.stat_dtype)
         self.weight_N = torch.zeros_like(rows.slot, dtype=self.stat_dtype)
         self.gradients: dict[str, Tensor] = {}
+        kernels = settings.kernels
+        self.statistics: Callable[..., FusedStats | PlainStats] = (
+            PlainStats if kernels is None else partial(FusedStats, kernels=kernels)
+        )
 
     def run(self, inputs: Mapping[str, Tensor], wanted: tuple[str, ...]) -> Tensor:
         """The total, []. `inputs`: hidden, draft_head, correction, correction_head, extras.*; gradients of `wanted`."""
@@ -103,7 +108,7 @@ class RowPass:
         rows, span = self.rows, chunk.span
         products = _Products(self, span, inputs)
         leaves = {name: inputs[name][span].detach().requires_grad_() for name in wanted if name.startswith(EXTRA)}
-        stats = self._statistics(
+        stats = self.statistics(
             draft=products.logits,
             target=target,
             target_ids_N=None if rows.target_ids is None else rows.target_ids[span],
@@ -137,29 +142,6 @@ class RowPass:
                 self.gradients[name][span] = gradient
         if product_nV is not None:
             products.backward(product_nV, correction_nV, self.gradients)
-
-    def _statistics(
-        self,
-        *,
-        draft: Logits,
-        target: TargetWindow | None,
-        target_ids_N: Tensor | None,
-        extras: Mapping[str, Tensor],
-        differentiable: bool,
-    ) -> FusedStats | PlainStats:
-        kernels = self.settings.kernels
-        if kernels is None:
-            return PlainStats(
-                draft=draft, target=target, target_ids_N=target_ids_N, extras=extras, differentiable=differentiable
-            )
-        return FusedStats(
-            kernels=kernels,
-            draft=draft,
-            target=target,
-            target_ids_N=target_ids_N,
-            extras=extras,
-            differentiable=differentiable,
-        )
 
 
 class _Products:
