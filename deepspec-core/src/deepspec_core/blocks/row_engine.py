@@ -20,15 +20,13 @@ from torch import Tensor
 from deepspec_core.blocks.kernel_choice import Choice, choose_kernels
 from deepspec_core.blocks.row_footprint import Footprint, footprint
 from deepspec_core.blocks.row_metrics import Ratio, slot_metrics, survival_metrics
-from deepspec_core.blocks.row_pass import EXTRA, PassSettings, RowPass
+from deepspec_core.blocks.row_pass import EXTRA, HEAD_SLAB, PassSettings, RowPass
 from deepspec_core.config.coefficient_schedule import CoefficientSchedule
 from deepspec_core.config.schema import LossOptions
 from deepspec_core.contracts.loss import LossTerm, Weighting
 from deepspec_core.contracts.rows import Heads, Rows
 from deepspec_core.errors import ConfigError
 from deepspec_core.registry import Registry
-
-_SLAB = 1 << 14
 
 
 class RowResult(NamedTuple):
@@ -49,7 +47,7 @@ class RowEngine:
 
     `terms` maps the run file's names to (term, coefficient); a coefficient may be a schedule of the optimizer step.
     `chunk_rows` is a target: a chunk holds whole blocks, and at least one; None sizes chunks by the vocabulary.
-    `kernels` is one of kernel_choice.KERNELS. Products run in the rows' dtype, or autocast's where that is on;
+    `kernels` is one of config.schema.KERNELS. Products run in the rows' dtype, or autocast's where that is on;
     statistics in fp32 (fp64 for fp64 rows).
     """
 
@@ -66,7 +64,7 @@ class RowEngine:
         self.chunk_rows = chunk_rows
         self.kernels = kernels
         self.needs_target = any(term.needs_target for term, _ in self.terms.values())
-        # Older terms and most weightings do not say: they need none.
+        # Who does not say needs none.
         readers = {**{f"term {name}": term for name, (term, _) in terms.items()}, "the weighting": weighting}
         self.needs_logits = [name for name, reader in readers.items() if getattr(reader, "needs_logits", False)]
         self._warned = False
@@ -222,7 +220,7 @@ def _at(coefficient: float | CoefficientSchedule, step: int) -> float:
 def _scaled(gradient: Tensor, by: Tensor, dtype: torch.dtype) -> Tensor:
     """gradient * by in `dtype`, a few rows at a time: a head's gradient is large, and need not be there three times."""
     result = torch.empty_like(gradient, dtype=dtype)
-    for part, into in zip(torch.split(gradient, _SLAB), torch.split(result, _SLAB), strict=True):
+    for part, into in zip(torch.split(gradient, HEAD_SLAB), torch.split(result, HEAD_SLAB), strict=True):
         into.copy_(part * by)
     return result
 

@@ -106,7 +106,10 @@ class TorchKernels:
         self.compiled = compiled
 
     def normaliser(self, logits: Logits) -> Tensor:
-        return self._each(_normaliser, logits)
+        if self.compiled:
+            result: Tensor = _compiled(_normaliser)(logits)
+            return result
+        return torch.cat([_normaliser(logits.rows(span)) for span in _slabs(logits.product)])
 
     def argmax(self, logits: Logits) -> Tensor:
         # Compiled it is slower than the library's own, and only asked for now and then.
@@ -152,12 +155,6 @@ class TorchKernels:
                 None if below_N is None else below_N[span],
                 None if base_lse_N is None else base_lse_N[span],
             )
-
-    def _each(self, function: Callable[[Logits], Tensor], logits: Logits) -> Tensor:
-        if self.compiled:
-            result: Tensor = _compiled(function)(logits)
-            return result
-        return torch.cat([function(logits.rows(span)) for span in _slabs(logits.product)])
 
 
 @functools.cache

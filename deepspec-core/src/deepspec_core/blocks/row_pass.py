@@ -25,7 +25,8 @@ from deepspec_core.contracts.loss import LossTerm, Weighting
 from deepspec_core.contracts.rows import Heads, Rows
 
 EXTRA = "extras."
-_SLAB = 1 << 14
+# Rows of a head taken at a time where its gradient is gone over.
+HEAD_SLAB = 1 << 14
 
 
 @frozen(kw_only=True, eq=False)
@@ -176,6 +177,6 @@ class _Products:
         if head in gradients:
             # In slabs of the vocabulary: the sum's conversion to fp32 then happens in caches, not through memory.
             for of_nS, into_SX in zip(
-                torch.split(of_nV, _SLAB, dim=1), torch.split(gradients[head], _SLAB), strict=True
+                torch.split(of_nV, HEAD_SLAB, dim=1), torch.split(gradients[head], HEAD_SLAB), strict=True
             ):
                 into_SX.add_(of_nS.mT @ row_nX)
