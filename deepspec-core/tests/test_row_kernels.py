@@ -27,7 +27,16 @@ from deepspec_core.blocks.losses import (
     TotalVariation,
 )
 from deepspec_core.blocks.row_engine import RowEngine
-from deepspec_core.blocks.row_kernels import Comparison, Incoming, Logits, RowKernels, TorchKernels, why_not_compiled
+from deepspec_core.blocks.row_kernels import (
+    Distance,
+    Divergence,
+    Incoming,
+    Logits,
+    RowKernels,
+    TargetRows,
+    TorchKernels,
+    why_not_compiled,
+)
 from deepspec_core.blocks.weightings import Decay
 from deepspec_core.config.weighting_options import DecayOptions
 from deepspec_core.contracts.rows import Heads, Rows
@@ -59,31 +68,36 @@ def kernels_of(variant: tuple[str, str]) -> RowKernels:
 
 @frozen(kw_only=True)
 class Case:
-    """What a chunk is made of. `scale`: of the logits; `base`: ce_without_correction is differentiated, too."""
+    """What a chunk is made of. `scale`: of the logits; The four booleans: which statistics are differentiated."""
 
     rows: int = 5
     vocab: int = 1000
     dtype: torch.dtype = torch.float32
     correction: bool = False
     softcap: float | None = None
-    target: bool = True
+    ce: bool = True
+    soft: bool = True
+    tv: bool = True
     base: bool = False
     scale: float = 3.0
 
 
 CASES = {
     "everything": Case(vocab=4099, dtype=torch.bfloat16, correction=True, softcap=8.5, base=True),
-    "plain": Case(target=False),
+    "plain": Case(soft=False, tv=False),
     "target": Case(vocab=4099),
     "one-row": Case(rows=1, vocab=4099, dtype=torch.bfloat16),
-    "correction": Case(vocab=4099, correction=True, base=True, target=False),
+    "correction": Case(vocab=4099, correction=True, base=True, soft=False, tv=False),
     "correction-and-target": Case(rows=1, correction=True, dtype=torch.bfloat16),
     "softcap": Case(softcap=4.0, dtype=torch.bfloat16),
-    "softcap-and-correction": Case(softcap=4.0, correction=True, target=False),
+    "softcap-and-correction": Case(softcap=4.0, correction=True, soft=False, tv=False),
     "several-blocks": Case(vocab=8195, dtype=torch.bfloat16, base=True, correction=True),
     "float64": Case(vocab=4099, dtype=torch.float64, correction=True, softcap=8.7, base=True),
     "float16": Case(dtype=torch.float16, correction=True, softcap=8.5),
     "disagreement": Case(scale=30.0),
+    "soft-alone": Case(ce=False, tv=False, softcap=4.0),
+    "tv-alone": Case(ce=False, soft=False, correction=True),
+    "base-alone": Case(ce=False, soft=False, tv=False, base=True, correction=True),
 }
 # As drafts and targets lie in the engine's buffers, rows are further apart than they are long.
 PAD = 16
@@ -106,7 +120,12 @@ class Chunk:
         self.label_N = torch.randint(case.vocab, (case.rows,), generator=self.generator).to(device)
         ce, soft, tv, base = torch.randn(4, case.rows, generator=self.generator, dtype=self.stat_dtype).to(device)
         # Autograd hands over one number for all rows as a tensor without strides.
-        self.incoming = Incoming(ce, soft[:1].expand(case.rows), tv, base if case.base else None)
+        self.incoming = Incoming(
+            ce=ce if case.ce else None,
+            soft=soft[:1].expand(case.rows) if case.soft else None,
+            tv=tv if case.tv else None,
+            ce_without_correction=base if case.base else None,
+        )
 
     def products(self, rows: int) -> Tensor:
         values = torch.randn(rows, self.case.vocab, generator=self.generator, dtype=torch.float64) * self.case.scale
@@ -121,34 +140,34 @@ class Figures:
     lse_N: Tensor
     base_lse_N: Tensor
     argmax_N: Tensor
-    comparison: Comparison
+    distance: Distance
+    divergence: Divergence
     product: Tensor
     correction: Tensor | None
 
 
 def figures_of(kernels: RowKernels, chunk: Chunk) -> Figures:
-    """All four passes as the engine calls them."""
-    draft, case = chunk.draft, chunk.case
+    """Every pass, and the gradient of what arrives, with no more than that needs."""
+    draft, incoming = chunk.draft, chunk.incoming
     lse_N, base_lse_N = kernels.normaliser(draft), kernels.normaliser(draft._replace(correction=None))
-    target_lse_U = kernels.normaliser(chunk.target)
+    target = TargetRows(chunk.target, kernels.normaliser(chunk.target), chunk.target_row_N)
     argmax_N = kernels.argmax(draft)
-    comparison = kernels.compare(draft, lse_N, chunk.target, target_lse_U, chunk.target_row_N)
+    distance, divergence = (compare(draft, lse_N, target) for compare in (kernels.distance, kernels.divergence))
     kernels.gradient(
         draft,
         lse_N,
-        chunk.label_N,
-        chunk.incoming,
-        target=chunk.target if case.target else None,
-        target_lse_U=target_lse_U if case.target else None,
-        target_row_N=chunk.target_row_N if case.target else None,
-        below_N=comparison.below if case.target else None,
-        base_lse_N=base_lse_N if case.base else None,
+        incoming,
+        label_N=None if incoming.ce is None and incoming.ce_without_correction is None else chunk.label_N,
+        target=None if incoming.soft is None and incoming.tv is None else target,
+        below_N=None if incoming.tv is None else distance.below,
+        base_lse_N=None if incoming.ce_without_correction is None else base_lse_N,
     )
     return Figures(
         lse_N=lse_N,
         base_lse_N=base_lse_N,
         argmax_N=argmax_N,
-        comparison=comparison,
+        distance=distance,
+        divergence=divergence,
         product=draft.product,
         correction=draft.correction,
     )
@@ -171,32 +190,33 @@ def definition(chunk: Chunk) -> Figures:
     log_p = cap(chunk.target.product.double().cpu()).log_softmax(-1)[chunk.target_row_N.cpu()]
     q, p = log_q.exp(), log_p.exp()
     tv, soft_ce = (q - p).abs().sum(-1), -(p * log_q).sum(-1)
-    comparison = Comparison(
+    distance = Distance(
         tv=tv,
         overlap=torch.minimum(q, p).sum(-1),
         below=torch.where(q < p, q, torch.where(q == p, q / 2, 0.0)).sum(-1),
-        soft_ce=soft_ce,
-        kl=(p * (log_p - log_q)).sum(-1),
     )
+    divergence = Divergence(soft_ce=soft_ce, kl=(p * (log_p - log_q)).sum(-1))
 
     def at_label(log_probabilities: Tensor) -> Tensor:
         return -log_probabilities.gather(1, chunk.label_N.cpu()[:, None])[:, 0]
 
-    incoming = [None if one is None else one.double().cpu() for one in chunk.incoming]
-    total = (incoming[0] * at_label(log_q)).sum()
-    if case.target:
-        total = total + (incoming[1] * soft_ce + incoming[2] * tv).sum()
-    if case.base:
-        total = total + (incoming[3] * at_label(base.log_softmax(-1))).sum()
-    total.backward()
+    statistics = (at_label(log_q), soft_ce, tv, at_label(base.log_softmax(-1)))
+    pairs = zip(chunk.incoming, statistics, strict=True)
+    total = sum((one.double().cpu() * statistic).sum() for one, statistic in pairs if one is not None)
+    of_product, of_correction = torch.autograd.grad(total, [product, correction], materialize_grads=True)
     return Figures(
         lse_N=logits.detach().logsumexp(-1),
         base_lse_N=base.detach().logsumexp(-1),
         argmax_N=logits.argmax(-1),
-        comparison=Comparison(*(one.detach() for one in comparison)),
-        product=product.grad,
-        correction=correction.grad if case.correction else None,
+        distance=Distance(*(one.detach() for one in distance)),
+        divergence=Divergence(*(one.detach() for one in divergence)),
+        product=of_product,
+        correction=of_correction if case.correction else None,
     )
+
+
+def compared(figures: Figures) -> tuple[Tensor, ...]:
+    return (*figures.distance, *figures.divergence)
 
 
 def assert_close(found: Tensor, expected: Tensor, *, rtol: float, atol: float) -> None:
@@ -223,12 +243,12 @@ def check_definition(variant: tuple[str, str], case: Case) -> None:
     found = figures_of(kernels_of(variant), chunk)
     double = case.dtype == torch.float64
     close = {"rtol": 1e-13, "atol": 1e-13} if double else {"rtol": 1e-5, "atol": 4e-6}
-    assert found.lse_N.dtype == found.comparison.kl.dtype == chunk.stat_dtype
+    assert found.lse_N.dtype == found.divergence.kl.dtype == chunk.stat_dtype
     assert_close(found.lse_N, expected.lse_N, **close)
     assert_close(found.base_lse_N, expected.base_lse_N, **close)
     assert found.argmax_N.tolist() == expected.argmax_N.tolist()
-    for field, figure in found.comparison._asdict().items():
-        assert_close(figure, getattr(expected.comparison, field), **close)
+    for figure, by_definition in zip(compared(found), compared(expected), strict=True):
+        assert_close(figure, by_definition, **close)
     # A step of the products' own dtype: the interpreter cuts bits off where devices round.
     gradient_close = {**close, "rtol": max(close["rtol"], torch.finfo(case.dtype).eps)}
     assert_close(found.product, expected.product, **gradient_close)
@@ -243,13 +263,13 @@ def check_definition(variant: tuple[str, str], case: Case) -> None:
 def test_a_draft_like_the_target_has_no_distance_and_no_gradient(variant: tuple[str, str]) -> None:
     chunk = Chunk(Case(vocab=4099), variant[1])
     chunk.draft.product.copy_(chunk.target.product[chunk.target_row_N])
-    chunk.incoming = Incoming(torch.zeros_like(chunk.incoming.ce), chunk.incoming.soft, chunk.incoming.tv)
+    chunk.incoming = chunk.incoming._replace(ce=None)
     found = figures_of(kernels_of(variant), chunk)
     nothing = torch.zeros(5, device=variant[1])
-    assert torch.equal(found.comparison.tv, nothing)
-    assert torch.equal(found.comparison.kl, nothing)
-    torch.testing.assert_close(found.comparison.overlap, nothing + 1.0)
-    torch.testing.assert_close(found.comparison.below, nothing + 0.5)
+    assert torch.equal(found.distance.tv, nothing)
+    assert torch.equal(found.divergence.kl, nothing)
+    torch.testing.assert_close(found.distance.overlap, nothing + 1.0)
+    torch.testing.assert_close(found.distance.below, nothing + 0.5)
     torch.testing.assert_close(found.product, torch.zeros_like(found.product))
 
 
@@ -274,22 +294,22 @@ def test_rows_without_numbers_keep_it_to_themselves(variant: tuple[str, str]) ->
     assert int(found.argmax_N.min()) >= 0
     assert int(found.argmax_N.max()) < 4099
     assert int(found.argmax_N[1]) == 7
-    for field, figure in found.comparison._asdict().items():
-        assert figure[[0, 1, 3]].isnan().all(), field
-        assert_close(figure[[2, 4]], getattr(expected.comparison, field)[[2, 4]], rtol=4e-6, atol=4e-6)
+    for figure, by_definition in zip(compared(found), compared(expected), strict=True):
+        assert figure[[0, 1, 3]].isnan().all()
+        assert_close(figure[[2, 4]], by_definition[[2, 4]], rtol=4e-6, atol=4e-6)
     assert found.product[[0, 1, 3]].isnan().any(-1).all()
     assert_close(found.product[[2, 4]], expected.product[[2, 4]], rtol=4e-6, atol=4e-6)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_impossible_tokens_have_no_mass_and_no_gradient(variant: tuple[str, str]) -> None:
-    chunk = Chunk(Case(vocab=9000, target=False), variant[1])  # more than a block of them
+    chunk = Chunk(Case(vocab=9000, soft=False, tv=False), variant[1])  # more than a block of them
     chunk.label_N.fill_(1)
     chunk.draft.product[:, 500:] = float("-inf")
     expected = definition(chunk)
     found = figures_of(kernels_of(variant), chunk)
     assert_close(found.lse_N, expected.lse_N, rtol=4e-6, atol=4e-6)
-    assert_close(found.comparison.tv, expected.comparison.tv, rtol=4e-6, atol=4e-6)
+    assert_close(found.distance.tv, expected.distance.tv, rtol=4e-6, atol=4e-6)
     assert_close(found.product, expected.product, rtol=4e-6, atol=4e-6)
     assert (found.product[:, 500:] == 0).all()
 
@@ -298,7 +318,7 @@ def test_impossible_tokens_have_no_mass_and_no_gradient(variant: tuple[str, str]
 def test_no_rows(variant: tuple[str, str]) -> None:
     chunk = Chunk(Case(rows=0, correction=True, base=True), variant[1])
     found = figures_of(kernels_of(variant), chunk)
-    assert [len(one) for one in (found.lse_N, found.argmax_N, *found.comparison)] == [0] * 7
+    assert [len(one) for one in (found.lse_N, found.argmax_N, *compared(found))] == [0] * 7
 
 
 @pytest.mark.parametrize("variant", [TRITON])
@@ -418,10 +438,10 @@ def test_kernels_compile_for_a_gpu(compile_for: Callable[..., dict[str, Any]], f
     """Optional parts all there or all absent. With a vocabulary of whole vectors, loads are of 128 bits."""
     softcap = 30.0 if full else None
     compiled = compile_for(
-        Case(vocab=20000, dtype=torch.bfloat16, correction=full, base=full, softcap=softcap, target=full)
+        Case(vocab=20000, dtype=torch.bfloat16, correction=full, base=full, softcap=softcap, soft=full, tv=full)
     )
     # The normaliser of the draft, and where that has a correction, of the draft without it.
-    expected = ["_argmax", "_compare", "_gradient", "_normaliser"] + ["_normaliser"] * full
+    expected = ["argmax", "distance", "divergence", "gradient", "normaliser"] + ["normaliser"] * full
     assert sorted(kernel.metadata.name for kernel in compiled.values()) == expected
     for kernel in compiled.values():
         assert "ld.global.v4" in kernel.asm["ptx"]
@@ -444,7 +464,7 @@ def test_same_input_same_bits() -> None:
     for one, other in (
         (first.lse_N, second.lse_N),
         (first.product, second.product),
-        *zip(first.comparison, second.comparison, strict=True),
+        *zip(compared(first), compared(second), strict=True),
     ):
         assert torch.equal(one, other)
 
@@ -460,10 +480,10 @@ def test_rows_beyond_two_to_the_31() -> None:
     row_N = torch.arange(3, device="cuda")
     found = []
     for product in (far, near):
-        kernels, logits, zero_N = kernels_of(("triton", "cuda")), Logits(product), torch.zeros(3, device="cuda")
+        kernels, logits = kernels_of(("triton", "cuda")), Logits(product)
         lse_N = kernels.normaliser(logits)
-        comparison = kernels.compare(logits, lse_N, logits, lse_N, row_N)
-        kernels.gradient(logits, lse_N, row_N, Incoming(zero_N + 1.0, zero_N, zero_N))
-        found.append((lse_N, comparison.soft_ce, product))
+        divergence = kernels.divergence(logits, lse_N, TargetRows(logits, lse_N, row_N))
+        kernels.gradient(logits, lse_N, Incoming(ce=torch.ones_like(lse_N)), label_N=row_N)
+        found.append((lse_N, divergence.soft_ce, product))
     for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)

@@ -15,13 +15,16 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from deepspec_core.blocks.row_kernels import Comparison, Incoming, Logits, RowKernels, logit_values
+from deepspec_core.blocks.row_kernels import (
+    Distance,
+    Divergence,
+    Incoming,
+    Logits,
+    RowKernels,
+    logit_values,
+)
 from deepspec_core.blocks.target_window import TargetWindow
 from deepspec_core.errors import ConfigError
-
-# Statistics of draft and target together, and those at the label.
-_OF_BOTH = frozenset({"tv", "overlap", "soft_ce", "kl"})
-_OF_LABELS = frozenset({"ce", "ce_without_correction"})
 
 
 class FusedStats:
@@ -74,23 +77,23 @@ class FusedStats:
 
     @property
     def tv(self) -> Tensor:
-        return self._leaf("tv", lambda: self._comparison.tv)
+        return self._leaf("tv", lambda: self._distance.tv)
 
     @property
     def overlap(self) -> Tensor:
-        return self._leaf("overlap", lambda: self._comparison.overlap)
+        return self._leaf("overlap", lambda: self._distance.overlap)
 
     @property
     def soft_ce(self) -> Tensor:
-        return self._leaf("soft_ce", lambda: self._comparison.soft_ce)
+        return self._leaf("soft_ce", lambda: self._divergence.soft_ce)
 
     @property
     def kl(self) -> Tensor:
-        return self._leaf("kl", lambda: self._comparison.kl)
+        return self._leaf("kl", lambda: self._divergence.kl)
 
     @cached_property
     def acceptance(self) -> Tensor:
-        return (1.0 - self._comparison.tv.detach() / 2.0).clamp(0.0, 1.0)
+        return (1.0 - self._distance.tv / 2.0).clamp(0.0, 1.0)
 
     @cached_property
     def draft_argmax(self) -> Tensor:
@@ -98,7 +101,7 @@ class FusedStats:
 
     @property
     def target_argmax(self) -> Tensor:
-        return self._target.argmax()[self._target.row_N]
+        return self._target.argmax()[self._target.rows.row_N]
 
     def gradient(
         self, total: Tensor, extras: Mapping[str, Tensor]
@@ -113,24 +116,21 @@ class FusedStats:
         of_extras = found[len(leaves) :]
         if not of:
             return None, None, of_extras
-        zero_N = torch.zeros_like(self._lse_N)
         incoming = Incoming(
-            ce=of.get("ce", zero_N),
-            soft=of.get("soft_ce", zero_N) + of.get("kl", zero_N),
-            tv=of.get("tv", zero_N) - 0.5 * of.get("overlap", zero_N),
+            ce=of.get("ce"),
+            soft=_sum(of.get("soft_ce"), of.get("kl")),
+            tv=_sum(of.get("tv"), -0.5 * of["overlap"] if "overlap" in of else None),
             ce_without_correction=of.get("ce_without_correction"),
         )
-        compared = not of.keys().isdisjoint(_OF_BOTH)
-        labelled = not of.keys().isdisjoint(_OF_LABELS)
+        labelled = incoming.ce is not None or incoming.ce_without_correction is not None
+        compared = incoming.soft is not None or incoming.tv is not None
         self._kernels.gradient(
             self._draft,
             self._lse_N,
-            self.target_ids if labelled else torch.zeros_like(zero_N, dtype=torch.int64),
             incoming,
-            target=self._target.logits if compared else None,
-            target_lse_U=self._target.lse_U if compared else None,
-            target_row_N=self._target.row_N if compared else None,
-            below_N=self._comparison.below if compared else None,
+            label_N=self.target_ids if labelled else None,
+            target=self._target.rows if compared else None,
+            below_N=None if incoming.tv is None else self._distance.below,
             base_lse_N=None if incoming.ce_without_correction is None else self._base_lse_N,
         )
         return self._draft.product, self._draft.correction, of_extras
@@ -167,9 +167,12 @@ class FusedStats:
         return self._kernels.normaliser(self._base)
 
     @cached_property
-    def _comparison(self) -> Comparison:
-        window = self._target
-        return self._kernels.compare(self._draft, self._lse_N, window.logits, window.lse_U, window.row_N)
+    def _distance(self) -> Distance:
+        return self._kernels.distance(self._draft, self._lse_N, self._target.rows)
+
+    @cached_property
+    def _divergence(self) -> Divergence:
+        return self._kernels.divergence(self._draft, self._lse_N, self._target.rows)
 
     def _label_logit(self, logits: Logits) -> Tensor:
         at_N1 = self.target_ids[:, None]
@@ -178,3 +181,10 @@ class FusedStats:
             correction=None if logits.correction is None else logits.correction.gather(1, at_N1),
         )
         return logit_values(picked)[:, 0]
+
+
+def _sum(one_N: Tensor | None, other_N: Tensor | None) -> Tensor | None:
+    """None is nothing."""
+    if one_N is None or other_N is None:
+        return other_N if one_N is None else one_N
+    return one_N + other_N

@@ -40,8 +40,8 @@ class PlainStats(ChunkStats):
         super().__init__(
             base_logits_NV=base_NV,
             draft_logits_NV=draft_NV,
-            target_logits_UV=None if target is None else logit_values(target.logits),
-            target_row_N=None if target is None else target.row_N,
+            target_logits_UV=None if target is None else logit_values(target.rows.logits),
+            target_row_N=None if target is None else target.rows.row_N,
             target_ids_N=target_ids_N,
             extras=extras,
             differentiable=differentiable,

@@ -38,32 +38,53 @@ class Logits(NamedTuple):
     correction: Tensor | None = None  # [M, V]
     softcap: float | None = None
 
-    def rows(self, span: slice) -> Logits:
+    def rows(self, span: slice | Tensor) -> Logits:
         """Some of the rows."""
         return Logits(self.product[span], None if self.correction is None else self.correction[span], self.softcap)
 
 
-class Comparison(NamedTuple):
-    """Statistics of draft against target, [N] each; defined at the top of the file."""
+class TargetRows(NamedTuple):
+    """The target's logits that rows of a draft are compared with: row n with row row_N[n]."""
+
+    logits: Logits  # [U, V]
+    lse_U: Tensor
+    row_N: Tensor
+
+    def rows(self, span: slice) -> TargetRows:
+        """What some of the draft's rows are compared with."""
+        return self._replace(row_N=self.row_N[span])
+
+
+class Distance(NamedTuple):
+    """How far apart draft and target are, [N] each; defined at the top of the file."""
 
     tv: Tensor
     overlap: Tensor
     below: Tensor
+
+
+class Divergence(NamedTuple):
+    """The draft's logarithms under the target, [N] each; defined at the top of the file."""
+
     soft_ce: Tensor
     kl: Tensor
 
 
 class Incoming(NamedTuple):
-    """What arrives at a row's statistics from the loss, [N] each: d loss / d statistic."""
+    """What arrives at a row's statistics from the loss, [N] each: d loss / d statistic; None is nothing."""
 
-    ce: Tensor
-    soft: Tensor  # of soft_ce and kl together
-    tv: Tensor  # of tv, less half of overlap's
+    ce: Tensor | None = None
+    soft: Tensor | None = None  # of soft_ce and kl together
+    tv: Tensor | None = None  # of tv, less half of overlap's
     ce_without_correction: Tensor | None = None
+
+    def rows(self, span: slice) -> Incoming:
+        """At some of the rows."""
+        return Incoming(*(None if one is None else one[span] for one in self))
 
 
 class RowKernels(Protocol):
-    """The four passes. Statistics are fp32, or fp64 for fp64 products."""
+    """The passes. Statistics are fp32, or fp64 for fp64 products."""
 
     def normaliser(self, logits: Logits) -> Tensor:
         """log sum exp over V, [M]."""
@@ -73,28 +94,25 @@ class RowKernels(Protocol):
         """[M] int64, the first of equals."""
         ...
 
-    def compare(
-        self, draft: Logits, lse_N: Tensor, target: Logits, target_lse_U: Tensor, target_row_N: Tensor
-    ) -> Comparison:
-        """Row n of the draft against row target_row_N[n] of the target."""
-        ...
+    def distance(self, draft: Logits, lse_N: Tensor, target: TargetRows) -> Distance: ...
+
+    def divergence(self, draft: Logits, lse_N: Tensor, target: TargetRows) -> Divergence: ...
 
     def gradient(
         self,
         draft: Logits,
         lse_N: Tensor,
-        label_N: Tensor,
         incoming: Incoming,
         *,
-        target: Logits | None = None,
-        target_lse_U: Tensor | None = None,
-        target_row_N: Tensor | None = None,
+        label_N: Tensor | None = None,
+        target: TargetRows | None = None,
         below_N: Tensor | None = None,
         base_lse_N: Tensor | None = None,
     ) -> None:
         """Overwrite draft.product with d loss / d product, draft.correction with d loss / d correction.
 
-        Target arguments are all there or all None; base_lse_N goes with incoming.ce_without_correction.
+        What arrives decides what is needed: label_N with either cross-entropy, base_lse_N with that without correction,
+        target with soft and tv, below_N with tv.
         """
         ...
 
@@ -115,43 +133,42 @@ class TorchKernels:
         # Compiled it is slower than the library's own, and only asked for now and then.
         return torch.cat([_argmax(logits.rows(span)) for span in _slabs(logits.product)])
 
-    def compare(
-        self, draft: Logits, lse_N: Tensor, target: Logits, target_lse_U: Tensor, target_row_N: Tensor
-    ) -> Comparison:
+    def distance(self, draft: Logits, lse_N: Tensor, target: TargetRows) -> Distance:
+        return Distance(*self._compared(_distance, draft, lse_N, target))
+
+    def divergence(self, draft: Logits, lse_N: Tensor, target: TargetRows) -> Divergence:
+        return Divergence(*self._compared(_divergence, draft, lse_N, target))
+
+    def _compared(
+        self, function: Callable[..., tuple[Tensor, ...]], draft: Logits, lse_N: Tensor, target: TargetRows
+    ) -> tuple[Tensor, ...]:
         if self.compiled:
-            return Comparison(*_compiled(_compare)(draft, lse_N, target, target_lse_U, target_row_N))
-        parts = [
-            _compare(draft.rows(span), lse_N[span], target, target_lse_U, target_row_N[span])
-            for span in _slabs(draft.product)
-        ]
-        return Comparison(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+            result: tuple[Tensor, ...] = _compiled(function)(draft, lse_N, target)
+            return result
+        parts = [function(draft.rows(span), lse_N[span], target.rows(span)) for span in _slabs(draft.product)]
+        return tuple(torch.cat(columns) for columns in zip(*parts, strict=True))
 
     def gradient(
         self,
         draft: Logits,
         lse_N: Tensor,
-        label_N: Tensor,
         incoming: Incoming,
         *,
-        target: Logits | None = None,
-        target_lse_U: Tensor | None = None,
-        target_row_N: Tensor | None = None,
+        label_N: Tensor | None = None,
+        target: TargetRows | None = None,
         below_N: Tensor | None = None,
         base_lse_N: Tensor | None = None,
     ) -> None:
         if self.compiled:
-            arguments = (draft, lse_N, label_N, incoming, target, target_lse_U, target_row_N, below_N, base_lse_N)
-            _compiled(_gradient)(*arguments)
+            _compiled(_gradient)(draft, lse_N, incoming, label_N, target, below_N, base_lse_N)
             return
         for span in _slabs(draft.product):
             _gradient(
                 draft.rows(span),
                 lse_N[span],
-                label_N[span],
-                Incoming(*(None if one is None else one[span] for one in incoming)),  # type: ignore[arg-type]
-                target,
-                target_lse_U,
-                None if target_row_N is None else target_row_N[span],
+                incoming.rows(span),
+                None if label_N is None else label_N[span],
+                None if target is None else target.rows(span),
                 None if below_N is None else below_N[span],
                 None if base_lse_N is None else base_lse_N[span],
             )
@@ -202,30 +219,33 @@ def _argmax(logits: Logits) -> Tensor:
     return logit_values(logits).argmax(dim=-1)
 
 
-def _compare(
-    draft: Logits, lse_N: Tensor, target: Logits, target_lse_U: Tensor, target_row_N: Tensor
-) -> tuple[Tensor, ...]:
-    log_q_NV = logit_values(draft) - lse_N[:, None]
-    log_p_NV = logit_values(target)[target_row_N] - target_lse_U[target_row_N][:, None]
-    q_NV, p_NV = log_q_NV.exp(), log_p_NV.exp()
+def _target_values(target: TargetRows) -> Tensor:
+    """log p, [N, V]."""
+    return logit_values(target.logits.rows(target.row_N)) - target.lse_U[target.row_N][:, None]
+
+
+def _distance(draft: Logits, lse_N: Tensor, target: TargetRows) -> tuple[Tensor, ...]:
+    q_NV, p_NV = (logit_values(draft) - lse_N[:, None]).exp(), _target_values(target).exp()
     difference_NV = q_NV - p_NV
     return (
         difference_NV.abs().sum(-1),
         torch.minimum(q_NV, p_NV).sum(-1),
         (q_NV * (0.5 - 0.5 * difference_NV.sign())).sum(-1),
-        -(p_NV * log_q_NV).sum(-1),
-        (p_NV * (log_p_NV - log_q_NV)).sum(-1),
     )
+
+
+def _divergence(draft: Logits, lse_N: Tensor, target: TargetRows) -> tuple[Tensor, ...]:
+    log_q_NV, log_p_NV = logit_values(draft) - lse_N[:, None], _target_values(target)
+    p_NV = log_p_NV.exp()
+    return -(p_NV * log_q_NV).sum(-1), (p_NV * (log_p_NV - log_q_NV)).sum(-1)
 
 
 def _gradient(
     draft: Logits,
     lse_N: Tensor,
-    label_N: Tensor,
     incoming: Incoming,
-    target: Logits | None,
-    target_lse_U: Tensor | None,
-    target_row_N: Tensor | None,
+    label_N: Tensor | None,
+    target: TargetRows | None,
     below_N: Tensor | None,
     base_lse_N: Tensor | None,
 ) -> None:
@@ -233,23 +253,30 @@ def _gradient(
     capped_NV = _capped(product_NV, softcap)
     logits_NV = capped_NV if correction_NV is None else capped_NV + correction_NV
     q_NV = (logits_NV - lse_N[:, None]).exp()
-    is_label_NV = torch.arange(product_NV.shape[1], device=product_NV.device)[None] == label_N[:, None]
-    gradient_NV = incoming.ce[:, None] * torch.where(is_label_NV, q_NV - 1.0, q_NV)
+    gradient_NV = torch.zeros_like(q_NV)
+    if incoming.ce is not None:
+        gradient_NV = gradient_NV + incoming.ce[:, None] * _less_one_at(label_N, q_NV)
     if target is not None:
-        assert target_lse_U is not None
-        assert target_row_N is not None
-        assert below_N is not None
-        p_NV = (logit_values(target)[target_row_N] - target_lse_U[target_row_N][:, None]).exp()
-        sign_NV = (q_NV - p_NV).sign()
-        gradient_NV = gradient_NV + incoming.soft[:, None] * (q_NV - p_NV)
-        gradient_NV = gradient_NV + incoming.tv[:, None] * q_NV * (sign_NV - 1.0 + 2.0 * below_N[:, None])
+        p_NV = _target_values(target).exp()
+        if incoming.soft is not None:
+            gradient_NV = gradient_NV + incoming.soft[:, None] * (q_NV - p_NV)
+        if incoming.tv is not None:
+            assert below_N is not None
+            sign_NV = (q_NV - p_NV).sign()
+            gradient_NV = gradient_NV + incoming.tv[:, None] * q_NV * (sign_NV - 1.0 + 2.0 * below_N[:, None])
     if correction_NV is not None:
         correction_NV.copy_(gradient_NV)
-    if base_lse_N is not None:
-        assert incoming.ce_without_correction is not None
+    if incoming.ce_without_correction is not None:
+        assert base_lse_N is not None
         base_NV = (capped_NV - base_lse_N[:, None]).exp()
-        base_NV = torch.where(is_label_NV, base_NV - 1.0, base_NV)
-        gradient_NV = gradient_NV + incoming.ce_without_correction[:, None] * base_NV
+        gradient_NV = gradient_NV + incoming.ce_without_correction[:, None] * _less_one_at(label_N, base_NV)
     if softcap is not None:
         gradient_NV = gradient_NV * (1.0 - (capped_NV / softcap) ** 2)
     product_NV.copy_(gradient_NV)
+
+
+def _less_one_at(label_N: Tensor | None, q_NV: Tensor) -> Tensor:
+    assert label_N is not None
+    # In 32 bits: compared in 64, a vector holds half as many, and the pass takes half as long again.
+    column_V = torch.arange(q_NV.shape[1], dtype=torch.int32, device=q_NV.device)
+    return torch.where(column_V == label_N.to(torch.int32)[:, None], q_NV - 1.0, q_NV)

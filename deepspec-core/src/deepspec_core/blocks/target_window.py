@@ -10,17 +10,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deepspec_core.blocks.row_kernels import Logits, RowKernels
+from deepspec_core.blocks.row_kernels import Logits, RowKernels, TargetRows
 from deepspec_core.blocks.row_plan import Chunk
 
 
 class TargetWindow:
-    """`advance` to each chunk in turn. After it: `logits` [U, V], `row_N` [N] the row of each of the chunk's rows.
+    """`advance` to each chunk in turn. After it: `rows`, what the chunk's rows are compared with.
 
-    `kernels` None: `lse_U` is not kept.
+    `kernels` None: their lse_U is not kept.
     """
-
-    row_N: Tensor
 
     def __init__(
         self,
@@ -33,8 +31,9 @@ class TargetWindow:
     ) -> None:
         self._hidden_PH, self._head_VH, self._softcap, self._kernels = hidden_PH, head_VH, softcap, kernels
         self._buffer = hidden_PH.new_empty(rows, head_VH.shape[0])
-        self.logits = self._logits(0)
-        self.lse_U = hidden_PH.new_empty(0, dtype=torch.promote_types(hidden_PH.dtype, torch.float32))
+        none = torch.zeros(0, dtype=torch.int64, device=hidden_PH.device)
+        lse_U = hidden_PH.new_empty(0, dtype=torch.promote_types(hidden_PH.dtype, torch.float32))
+        self.rows = TargetRows(self._logits(0), lse_U, none)
 
     def advance(self, chunk: Chunk) -> None:
         """Keep what the chunk or a later one needs, form what is new."""
@@ -44,21 +43,19 @@ class TargetWindow:
         kept, size = len(chunk.kept_U), len(chunk.kept_U) + len(chunk.fresh_U)
         if kept:
             self._buffer[:kept] = self._buffer[chunk.kept_U]
-        self.logits = self._logits(size)
-        self.row_N = chunk.window_row_N
+        logits, lse_U = self._logits(size), self.rows.lse_U
         if self._kernels is not None:
-            self.lse_U = self.lse_U[chunk.kept_U]
-        if size == kept:
-            return
-        torch.mm(self._hidden_PH[chunk.fresh_U], self._head_VH.mT, out=self._buffer[kept:size])
-        if self._kernels is not None:
-            fresh_lse_U = self._kernels.normaliser(self.logits.rows(slice(kept, size)))
-            self.lse_U = torch.cat((self.lse_U, fresh_lse_U))
+            lse_U = lse_U[chunk.kept_U]
+        if size > kept:
+            torch.mm(self._hidden_PH[chunk.fresh_U], self._head_VH.mT, out=self._buffer[kept:size])
+            if self._kernels is not None:
+                lse_U = torch.cat((lse_U, self._kernels.normaliser(logits.rows(slice(kept, size)))))
+        self.rows = TargetRows(logits, lse_U, chunk.window_row_N)
 
     def argmax(self) -> Tensor:
         """[U] int64."""
         assert self._kernels is not None
-        return self._kernels.argmax(self.logits)
+        return self._kernels.argmax(self.rows.logits)
 
     def _logits(self, size: int) -> Logits:
         return Logits(self._buffer[:size], None, self._softcap)
