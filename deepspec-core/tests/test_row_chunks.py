@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from deepspec_core.blocks.large_buffer import large_buffer
 from deepspec_core.blocks.losses import Confidence, CrossEntropy, TotalVariation
 from deepspec_core.blocks.row_engine import RowEngine, RowResult
 from deepspec_core.blocks.row_plan import chunk_spans, plan_rows
@@ -109,6 +110,17 @@ def test_a_head_that_is_trained_costs_one_product_more(chunk_rows: int | None) -
     assert counter.get_total_flops() - before == 2 * count * H * V
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", [(0, 5), (3, 5), (3, 1 << 20)])
+def test_large_buffers_are_tensors_like_others(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    buffer = large_buffer(*shape, dtype=dtype, device=torch.device("cpu"))
+    assert (buffer.shape, buffer.dtype) == (shape, dtype)
+    assert buffer.is_contiguous()
+    values = torch.randn(shape).to(dtype)
+    buffer[:2] = values[:2]
+    assert torch.equal(buffer[:2].clone(), values[:2])
+
+
 class Largest(TorchDispatchMode):
     """Records how many elements the largest tensor made under it has."""
 
@@ -165,6 +177,48 @@ def test_windows_keep_what_is_needed_again_as_far_as_there_is_room(most_kept: in
         total += len(chunk.fresh_U)
     assert total == formed
     assert plan.most_rows == 1
+
+
+@pytest.mark.parametrize(
+    ("rows_of_a_block", "index", "formed"),
+    [
+        (1, [5, 2, 9, 2, 5, 7], [[5], [2], [9], [], [], [7]]),  # a chunk's rows are all that is formed at a time
+        (2, [0, 0, 1, 1, 4, 3], [[0, 1], [], [3, 4]]),
+        (2, [0, 0, 1, 1, 1, 3], [[0, 1], [], [3]]),
+        (3, [2, 2, 2, 0, 9, 0, 9, 7, 8], [[2, 0, 9], [], [7, 8]]),  # what is needed soonest; 7 and 8 have no room
+        (3, [0, 1, 2, 2, 1, 3, 3, 4, 5], [[0, 1, 2], [3], [4, 5]]),
+    ],
+)
+def test_positions_to_come_are_formed_with_those_that_must_be(
+    rows_of_a_block: int, index: list[int], formed: list[list[int]]
+) -> None:
+    block = torch.arange(len(index)) // rows_of_a_block
+    chunks = plan_rows(block, torch.tensor(index), chunk_rows=rows_of_a_block, most_kept=4).chunks
+    assert [chunk.fresh_U.tolist() for chunk in chunks if chunk.fresh_U is not None] == formed
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_windows_hold_what_chunks_need(seed: int) -> None:
+    """Whatever the order, however little room; in the order of positions each is formed once."""
+    generator = torch.Generator().manual_seed(seed)
+    block = torch.randint(0, 30, (60,), generator=generator).sort().values
+    index = torch.randint(0, 25, (60,), generator=generator)
+    chunk_rows, most_kept = torch.randint(1, 20, (2,), generator=generator).tolist()
+    for ordered in (False, True):
+        index = index.sort().values if ordered else index
+        plan = plan_rows(block, index, chunk_rows=chunk_rows, most_kept=most_kept)
+        window: list[int] = []
+        formed: list[int] = []
+        for chunk in plan.chunks:
+            assert chunk.kept_U is not None
+            assert chunk.fresh_U is not None
+            assert chunk.window_row_N is not None
+            assert chunk.kept_U.tolist() == sorted(chunk.kept_U.tolist())  # they are moved to the front in place
+            window = [window[row] for row in chunk.kept_U.tolist()] + chunk.fresh_U.tolist()
+            formed += chunk.fresh_U.tolist()
+            assert len(window) == len(set(window)) <= min(plan.window_rows, max(plan.most_rows, most_kept))
+            assert [window[row] for row in chunk.window_row_N.tolist()] == index[chunk.span].tolist()
+    assert sorted(formed) == index.unique().tolist()
 
 
 @pytest.mark.parametrize("kernels", KERNELS)

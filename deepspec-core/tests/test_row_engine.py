@@ -37,6 +37,7 @@ class WithoutCorrection:
 
     needs_target = False
     needs_logits = False
+    needs_uncorrected = True
     needs_extras: tuple[str, ...] = ()
 
     def __call__(self, stats: RowStats) -> Tensor:
@@ -258,6 +259,24 @@ def test_terms_that_read_logits_get_them_or_an_error() -> None:
         RowEngine({"own": (ReadsLogits(), 1.0)}, Uniform(), kernels="eager")(rows, heads)
     with pytest.raises(ConfigError, match="needs_logits = True"):
         RowEngine({"own": (ReadsLogitsUnannounced(), 1.0)}, Uniform(), kernels="eager")(rows, heads)
+
+
+class WithoutCorrectionUnannounced(WithoutCorrection):
+    needs_uncorrected = False
+
+
+@pytest.mark.parametrize("kernels", ["plain", "eager"])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_what_a_correction_is_added_to_is_there_for_those_who_say_so(kernels: str, softcap: float | None) -> None:
+    rows, heads, _ = make(correction=True, softcap=softcap)
+    with pytest.raises(ConfigError, match="needs_uncorrected = True"):
+        RowEngine({"own": (WithoutCorrectionUnannounced(), 1.0)}, Uniform(), kernels=kernels)(rows, heads)
+    rows, heads, _ = make(softcap=softcap)
+    own, ce = (
+        RowEngine({"own": (term, 1.0)}, Uniform(), kernels=kernels)(rows, heads).total
+        for term in (WithoutCorrectionUnannounced(), CrossEntropy())
+    )
+    assert torch.equal(own, ce)
 
 
 @pytest.mark.parametrize("chunk_rows", [3, 100])

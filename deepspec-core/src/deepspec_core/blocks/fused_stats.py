@@ -23,8 +23,8 @@ from deepspec_core.blocks.row_kernels import (
     RowKernels,
     logit_values,
 )
+from deepspec_core.blocks.row_stats import undeclared
 from deepspec_core.blocks.target_window import TargetWindow
-from deepspec_core.errors import ConfigError
 
 
 class FusedStats:
@@ -39,23 +39,28 @@ class FusedStats:
         target_ids_N: Tensor | None,
         extras: Mapping[str, Tensor],
         differentiable: bool,
+        uncorrected: bool,
     ) -> None:
-        """`draft` [N, V]; target_ids_N None takes the target's argmax as labels."""
+        """`draft` [N, V]; target_ids_N None takes the target's argmax as labels.
+
+        `uncorrected`: the draft's product is from before the correction, and someone has announced to read that.
+        """
         self._kernels = kernels
         self._draft = draft
         self._window = target
         self._target_ids_N = target_ids_N
         self._extras = extras
         self._differentiable = differentiable
+        self._uncorrected = uncorrected
         self._leaves: dict[str, Tensor] = {}
 
     @property
     def draft_logits(self) -> Tensor:
-        raise self._no_logits("draft_logits")
+        raise undeclared("draft_logits", "needs_logits")
 
     @property
     def target_logits(self) -> Tensor:
-        raise self._no_logits("target_logits")
+        raise undeclared("target_logits", "needs_logits")
 
     @property
     def target_ids(self) -> Tensor:
@@ -71,6 +76,8 @@ class FusedStats:
 
     @property
     def ce_without_correction(self) -> Tensor:
+        if not self._uncorrected:
+            raise undeclared("ce_without_correction", "needs_uncorrected")
         if self._draft.correction is None:
             return self.ce
         return self._leaf("ce_without_correction", lambda: self._base_lse_N - self._label_logit(self._base))
@@ -140,14 +147,6 @@ class FusedStats:
             with torch.no_grad():
                 self._leaves[name] = value().detach().requires_grad_(self._differentiable)
         return self._leaves[name]
-
-    @staticmethod
-    def _no_logits(name: str) -> ConfigError:
-        return ConfigError(
-            f"a loss term or weighting reads {name}, but fused kernels form no logits",
-            where="[loss] kernels",
-            fix='give the term the attribute needs_logits = True, or set kernels = "plain"',
-        )
 
     @property
     def _target(self) -> TargetWindow:

@@ -86,8 +86,8 @@ def _elements(name: str, device_type: str, vocab_size: int) -> int:
         # Each operation goes over all of a chunk: what caches hold. But a product with a large vocabulary reads all of
         # it whatever the rows, and wants some fifty of them.
         return max(1 << 20, min(1 << 23, 56 * vocab_size))
-    # Few large products, in 64 MiB a tensor in bf16.
-    return 1 << 25
+    # Few large products, in 160 MiB a tensor in bf16.
+    return 5 << 24
 
 
 @functools.cache

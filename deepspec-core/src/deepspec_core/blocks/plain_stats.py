@@ -28,8 +28,9 @@ class PlainStats(ChunkStats):
         target_ids_N: Tensor | None,
         extras: Mapping[str, Tensor],
         differentiable: bool,
+        uncorrected: bool,
     ) -> None:
-        """`draft` [N, V]; target_ids_N None takes the target's argmax as labels."""
+        """`draft` [N, V]; target_ids_N None takes the target's argmax as labels; `uncorrected`: see FusedStats."""
         self._product_NV = draft.product.detach().requires_grad_(differentiable)
         self._correction_NV = None
         with torch.set_grad_enabled(differentiable):
@@ -38,7 +39,7 @@ class PlainStats(ChunkStats):
                 self._correction_NV = draft.correction.detach().requires_grad_(differentiable)
                 draft_NV = base_NV + self._correction_NV
         super().__init__(
-            base_logits_NV=base_NV,
+            base_logits_NV=base_NV if uncorrected else None,
             draft_logits_NV=draft_NV,
             target_logits_UV=None if target is None else logit_values(target.rows.logits),
             target_row_N=None if target is None else target.rows.row_N,
@@ -56,4 +57,7 @@ class PlainStats(ChunkStats):
         """
         leaves = [self._product_NV] if self._correction_NV is None else [self._product_NV, self._correction_NV]
         found = torch.autograd.grad(total, [*leaves, *extras.values()], allow_unused=True)
-        return found[0], found[1] if len(leaves) > 1 else None, found[len(leaves) :]
+        product_NV, of_extras = found[0], found[len(leaves) :]
+        if self._correction_NV is None or product_NV is None:
+            return product_NV, None, of_extras
+        return product_NV, torch.zeros_like(self._correction_NV) if found[1] is None else found[1], of_extras

@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from deepspec_core.blocks.head_gradient import scaled
 from deepspec_core.blocks.kernel_choice import Choice, choose_kernels
 from deepspec_core.blocks.row_footprint import Footprint, footprint
 from deepspec_core.blocks.row_metrics import Ratio, slot_metrics, survival_metrics
-from deepspec_core.blocks.row_pass import EXTRA, HEAD_SLAB, PassSettings, RowPass
+from deepspec_core.blocks.row_pass import EXTRA, PassSettings, RowPass
 from deepspec_core.config.coefficient_schedule import CoefficientSchedule
 from deepspec_core.config.schema import LossOptions
 from deepspec_core.contracts.loss import LossTerm, Weighting
@@ -67,6 +68,7 @@ class RowEngine:
         # Who does not say needs none.
         readers = {**{f"term {name}": term for name, (term, _) in terms.items()}, "the weighting": weighting}
         self.needs_logits = [name for name, reader in readers.items() if getattr(reader, "needs_logits", False)]
+        self.needs_uncorrected = any(getattr(reader, "needs_uncorrected", False) for reader in readers.values())
         self._warned = False
         self._casts: dict[str, tuple[weakref.ref[Tensor], int, Tensor]] = {}
 
@@ -106,33 +108,20 @@ class RowEngine:
             )
         return RowResult(total, denominator, metrics)
 
-    def footprint(
-        self,
-        *,
-        rows: int,
-        positions: int,
-        hidden_size: int,
-        vocab_size: int,
-        correction_rank: int,
-        dtype: torch.dtype,
-        device_type: str,
-        trains_head: bool,
-    ) -> Footprint:
-        """What a pass with gradients over such rows will take; see row_footprint.py."""
+    def footprint(self, rows: Rows, heads: Heads, *, dtype: torch.dtype, device_type: str) -> Footprint:
+        """What a pass with gradients over such rows would take with products in `dtype`; see row_footprint.py."""
         return footprint(
-            self._choice(device_type, vocab_size),
+            self.choice(device_type, heads.draft.shape[0]),
+            rows,
+            heads,
             chunk_rows=self.chunk_rows,
             compares=self.needs_target,
-            rows=rows,
-            positions=positions,
-            hidden_size=hidden_size,
-            vocab_size=vocab_size,
-            correction_rank=correction_rank,
+            uncorrected=self.needs_uncorrected,
             dtype=dtype,
-            trains_head=trains_head,
         )
 
-    def _choice(self, device_type: str, vocab_size: int) -> Choice:
+    def choice(self, device_type: str, vocab_size: int) -> Choice:
+        """The kernels this engine runs there; finds out what can."""
         return choose_kernels(
             self.kernels, device_type=device_type, vocab_size=vocab_size, needs_logits=self.needs_logits
         )
@@ -141,7 +130,7 @@ class RowEngine:
         device, dtype, vocab_size = rows.hidden.device, rows.hidden.dtype, heads.draft.shape[0]
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
-        choice = self._choice(device.type, vocab_size)
+        choice = self.choice(device.type, vocab_size)
         return PassSettings(
             terms={name: (term, _at(coefficient, step)) for name, (term, coefficient) in self.terms.items()},
             weighting=self.weighting,
@@ -150,6 +139,7 @@ class RowEngine:
             most_kept=choice.chunk_rows,
             product_dtype=dtype,
             compares=rows.target_hidden is not None and (self.needs_target or with_metrics or rows.target_ids is None),
+            uncorrected=self.needs_uncorrected,
             with_metrics=with_metrics,
         )
 
@@ -217,14 +207,6 @@ def _at(coefficient: float | CoefficientSchedule, step: int) -> float:
     return coefficient.at(step) if isinstance(coefficient, CoefficientSchedule) else coefficient
 
 
-def _scaled(gradient: Tensor, by: Tensor, dtype: torch.dtype) -> Tensor:
-    """gradient * by in `dtype`, a few rows at a time: a head's gradient is large, and need not be there three times."""
-    result = torch.empty_like(gradient, dtype=dtype)
-    for part, into in zip(torch.split(gradient, HEAD_SLAB), torch.split(result, HEAD_SLAB), strict=True):
-        into.copy_(part * by)
-    return result
-
-
 class _RowSum(torch.autograd.Function):
     """The pass as one node of the graph: gradients are formed in forward, backward is linear in what comes in."""
 
@@ -235,12 +217,13 @@ class _RowSum(torch.autograd.Function):
         ctx.names, ctx.wanted = names, wanted
         ctx.dtypes = {name: tensor.dtype for name, tensor in given.items()}
         total = over.run(given, wanted)
-        ctx.save_for_backward(*(over.gradients.pop(name) for name in wanted))
+        gradients = over.gradients
+        ctx.save_for_backward(*(gradients[name] for name in wanted))
         return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator,unused-ignore]
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
         saved = dict(zip(ctx.wanted, ctx.saved_tensors, strict=True))
-        scaled = {name: _scaled(gradient, incoming, ctx.dtypes[name]) for name, gradient in saved.items()}
-        return None, None, None, *(scaled.get(name) for name in ctx.names)
+        found = {name: scaled(gradient, incoming, ctx.dtypes[name]) for name, gradient in saved.items()}
+        return None, None, None, *(found.get(name) for name in ctx.names)

@@ -1,6 +1,6 @@
 """What a pass over rows takes: memory while it runs, memory it leaves for backward, and operations.
 
-Mirrors row_pass.py by arithmetic, so that nothing needs to run. Knows sizes only.
+Mirrors row_pass.py by arithmetic, so that nothing needs to run. Knows shapes only.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from attrs import frozen
 
 from deepspec_core.blocks.kernel_choice import Choice
 from deepspec_core.blocks.row_kernels import SLAB
+from deepspec_core.blocks.row_pass import keeps_apart
+from deepspec_core.contracts.rows import Heads, Rows
 
 # Tensors of a chunk's or a slab's size, in fp32, that are alive at once where operations are not fused.
 _ALIVE = 8
@@ -29,33 +31,33 @@ class Footprint:
 
 def footprint(
     choice: Choice,
+    rows: Rows,
+    heads: Heads,
     *,
     chunk_rows: int | None,
     compares: bool,
-    rows: int,
-    positions: int,
-    hidden_size: int,
-    vocab_size: int,
-    correction_rank: int,
+    uncorrected: bool,
     dtype: torch.dtype,
-    trains_head: bool,
 ) -> Footprint:
-    """Of `rows` rows that look at `positions` target positions; `correction_rank` 0: none; `dtype`: of products."""
-    chunks = max(1, -(-rows // (chunk_rows or choice.chunk_rows)))
-    chunk = -(-rows // chunks)
+    """Of a pass over such rows, whose tensors need have no numbers; `dtype`: of products. See RowPass."""
+    num_rows, (vocab_size, hidden_size) = len(rows.hidden), heads.draft.shape
+    positions = 0 if rows.target_hidden is None else len(rows.target_hidden)
+    rank = 0 if heads.correction is None else heads.correction.shape[1]
+    chunks = max(1, -(-num_rows // (chunk_rows or choice.chunk_rows)))
+    chunk = -(-num_rows // chunks)
     # Logged steps look at the target's logits whatever the terms need.
     window = min(positions, chunk)
-    buffers = chunk * (2 if correction_rank else 1) + window
-    statistics = max(4, dtype.itemsize)
+    statistics = torch.promote_types(dtype, torch.float32).itemsize
     if choice.name == "plain":
         temporary = _ALIVE * chunk * vocab_size * statistics
     else:
         temporary = _ALIVE * min(SLAB, chunk * vocab_size) * statistics if choice.name == "eager" else 0
-    heads = vocab_size * (correction_rank + (hidden_size if trains_head else 0))
-    widths = hidden_size + correction_rank
-    products = 2 * widths * rows + (positions * hidden_size if compares else 0) + rows * heads // vocab_size
+    head = vocab_size * (rank + (hidden_size if heads.draft.requires_grad else 0))
+    widths = hidden_size + rank
+    products = 2 * widths * num_rows + (positions * hidden_size if compares else 0) + num_rows * head // vocab_size
     return Footprint(
-        workspace_bytes=buffers * vocab_size * dtype.itemsize + temporary,
-        gradient_bytes=rows * widths * dtype.itemsize + heads * statistics,
+        workspace_bytes=(chunk * (2 if keeps_apart(heads, uncorrected) else 1) + window) * vocab_size * dtype.itemsize
+        + temporary,
+        gradient_bytes=num_rows * widths * dtype.itemsize + head * (dtype.itemsize if chunks == 1 else statistics),
         flops=2 * vocab_size * products,
     )

@@ -17,6 +17,8 @@ from attrs import frozen
 from torch import Tensor
 
 from deepspec_core.blocks.fused_stats import FusedStats
+from deepspec_core.blocks.head_gradient import HeadGradient
+from deepspec_core.blocks.large_buffer import large_buffer
 from deepspec_core.blocks.plain_stats import PlainStats
 from deepspec_core.blocks.row_kernels import Logits, RowKernels
 from deepspec_core.blocks.row_plan import Chunk, plan_rows
@@ -25,8 +27,7 @@ from deepspec_core.contracts.loss import LossTerm, Weighting
 from deepspec_core.contracts.rows import Heads, Rows
 
 EXTRA = "extras."
-# Rows of a head taken at a time where its gradient is gone over.
-HEAD_SLAB = 1 << 14
+HEAD = "_head"
 
 
 @frozen(kw_only=True, eq=False)
@@ -43,7 +44,13 @@ class PassSettings:
     most_kept: int
     product_dtype: torch.dtype
     compares: bool  # the target's logits are needed
+    uncorrected: bool  # a term or weighting reads statistics from before the correction
     with_metrics: bool
+
+
+def keeps_apart(heads: Heads, uncorrected: bool) -> bool:
+    """Whether the correction's product is kept by itself: it comes after the cap, and some terms read both."""
+    return heads.correction is not None and (heads.softcap is not None or uncorrected)
 
 
 class RowPass:
@@ -59,7 +66,8 @@ class RowPass:
         self.correct_N = torch.zeros_like(rows.slot, dtype=torch.bool)
         self.acceptance_N = torch.zeros_like(rows.slot, dtype=self.stat_dtype)
         self.weight_N = torch.zeros_like(rows.slot, dtype=self.stat_dtype)
-        self.gradients: dict[str, Tensor] = {}
+        self._heads: dict[str, HeadGradient] = {}
+        self._rows: dict[str, Tensor] = {}
         kernels = settings.kernels
         self.statistics: Callable[..., FusedStats | PlainStats] = (
             PlainStats if kernels is None else partial(FusedStats, kernels=kernels)
@@ -68,18 +76,19 @@ class RowPass:
     def run(self, inputs: Mapping[str, Tensor], wanted: tuple[str, ...]) -> Tensor:
         """The total, []. `inputs`: hidden, draft_head, correction, correction_head, extras.*; gradients of `wanted`."""
         rows, settings = self.rows, self.settings
-        for name in wanted:
-            # Heads gather a share from every chunk: fp32. Rows are written once, by their own chunk.
-            dtype = self.stat_dtype if name.endswith("_head") else inputs[name].dtype
-            self.gradients[name] = torch.zeros_like(inputs[name], dtype=dtype)
         plan = plan_rows(
             rows.block,
             rows.target_index if settings.compares else None,
             chunk_rows=settings.chunk_rows,
             most_kept=settings.most_kept,
         )
+        # Rows are written once, by their own chunk; heads gather a share from every chunk.
+        heads = [name for name in wanted if name.endswith(HEAD)]
+        gathered = settings.product_dtype if len(plan.chunks) == 1 else self.stat_dtype
+        self._heads = {name: HeadGradient(inputs[name], gathered) for name in heads}
+        self._rows = {name: torch.zeros_like(inputs[name]) for name in wanted if name not in heads}
         self.product_NV = self._empty(plan.most_rows)
-        self.correction_NV = self._empty(plan.most_rows) if rows.correction is not None else None
+        self.correction_NV = self._empty(plan.most_rows) if keeps_apart(self.heads, settings.uncorrected) else None
         target = self._target(plan.window_rows) if settings.compares else None
         for chunk in plan.chunks:
             if target is not None:
@@ -88,9 +97,13 @@ class RowPass:
         del self.product_NV, self.correction_NV
         return self.total
 
+    @property
+    def gradients(self) -> dict[str, Tensor]:
+        return self._rows | {name: head.sum for name, head in self._heads.items()}
+
     def _empty(self, rows: int) -> Tensor:
-        vocab_size = self.heads.draft.shape[0]
-        return torch.empty(rows, vocab_size, dtype=self.settings.product_dtype, device=self.rows.hidden.device)
+        shape = rows, self.heads.draft.shape[0]
+        return large_buffer(*shape, dtype=self.settings.product_dtype, device=self.rows.hidden.device)
 
     def _target(self, window_rows: int) -> TargetWindow:
         assert self.rows.target_hidden is not None
@@ -115,6 +128,7 @@ class RowPass:
             target_ids_N=None if rows.target_ids is None else rows.target_ids[span],
             extras={name: leaves.get(EXTRA + name, extra[span].detach()) for name, extra in rows.extras.items()},
             differentiable=len(leaves) < len(wanted),
+            uncorrected=self.heads.correction is None or self.settings.uncorrected,
         )
         terms = self.settings.terms
         mixed_n = torch.zeros_like(rows.weight[span], dtype=self.stat_dtype)
@@ -140,9 +154,9 @@ class RowPass:
         product_nV, correction_nV, of_extras = stats.gradient(total, leaves)
         for name, gradient in zip(leaves, of_extras, strict=True):
             if gradient is not None:
-                self.gradients[name][span] = gradient
+                self._rows[name][span] = gradient
         if product_nV is not None:
-            products.backward(product_nV, correction_nV, self.gradients)
+            products.backward(product_nV, correction_nV, self._rows, self._heads)
 
 
 class _Products:
@@ -152,31 +166,44 @@ class _Products:
         dtype, size = over.settings.product_dtype, span.stop - span.start
         self.span, self.heads = span, over.heads
         self.hidden_nH = inputs["hidden"][span].detach().to(dtype)
-        product_nV = torch.mm(self.hidden_nH, self.heads.draft.mT, out=over.product_NV[:size])
-        correction_nV = None
-        if over.correction_NV is not None:
-            assert self.heads.correction is not None
+        product_nV, correction_nV = torch.mm(self.hidden_nH, self.heads.draft.mT, out=over.product_NV[:size]), None
+        self.correction_nr = None
+        if self.heads.correction is not None:
             self.correction_nr = inputs["correction"][span].detach().to(dtype)
-            correction_nV = torch.mm(self.correction_nr, self.heads.correction.mT, out=over.correction_NV[:size])
+            if over.correction_NV is None:
+                product_nV.addmm_(self.correction_nr, self.heads.correction.mT)
+            else:
+                correction_nV = torch.mm(self.correction_nr, self.heads.correction.mT, out=over.correction_NV[:size])
         self.logits = Logits(product_nV, correction_nV, self.heads.softcap)
 
-    def backward(self, product_nV: Tensor, correction_nV: Tensor | None, gradients: Mapping[str, Tensor]) -> None:
-        """From the gradients of the two products to those of their factors, into `gradients`, where they are wanted."""
-        self._backward(product_nV, self.hidden_nH, self.heads.draft, gradients, "hidden", "draft_head")
-        if correction_nV is not None:
+    def backward(
+        self,
+        product_nV: Tensor,
+        correction_nV: Tensor | None,
+        rows: Mapping[str, Tensor],
+        heads: Mapping[str, HeadGradient],
+    ) -> None:
+        """From the gradients of the products to those of their factors, into `rows` and `heads`, where wanted.
+
+        correction_nV None: its product is part of the other, and has the same gradient.
+        """
+        self._backward("hidden", product_nV, self.hidden_nH, self.heads.draft, rows, heads.get("draft" + HEAD))
+        if self.correction_nr is not None:
             assert self.heads.correction is not None
-            self._backward(
-                correction_nV, self.correction_nr, self.heads.correction, gradients, "correction", "correction_head"
-            )
+            of_nV = product_nV if correction_nV is None else correction_nV
+            head = heads.get("correction" + HEAD)
+            self._backward("correction", of_nV, self.correction_nr, self.heads.correction, rows, head)
 
     def _backward(
-        self, of_nV: Tensor, row_nX: Tensor, head_VX: Tensor, gradients: Mapping[str, Tensor], rows: str, head: str
+        self,
+        name: str,
+        of_nV: Tensor,
+        row_nX: Tensor,
+        head_VX: Tensor,
+        rows: Mapping[str, Tensor],
+        head: HeadGradient | None,
     ) -> None:
-        if rows in gradients:
-            gradients[rows][self.span] = of_nV @ head_VX
-        if head in gradients:
-            # In slabs of the vocabulary: the sum's conversion to fp32 then happens in caches, not through memory.
-            for of_nS, into_SX in zip(
-                torch.split(of_nV, HEAD_SLAB, dim=1), torch.split(gradients[head], HEAD_SLAB), strict=True
-            ):
-                into_SX.add_(of_nS.mT @ row_nX)
+        if name in rows:
+            rows[name][self.span] = of_nV @ head_VX
+        if head is not None:
+            head.add(of_nV, row_nX)

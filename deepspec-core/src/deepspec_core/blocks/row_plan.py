@@ -44,30 +44,35 @@ class RowPlan:
 def plan_rows(block_N: Tensor, target_index_N: Tensor | None, *, chunk_rows: int, most_kept: int = 0) -> RowPlan:
     """Chunks of at most `chunk_rows` rows, or one block where it is longer. Waits for the device once.
 
-    A window holds what its chunk needs, and of what only later chunks need, as much as fits `most_kept` rows in all (at
-    least `chunk_rows`): where blocks come in the order of their target positions that is everything, and each position
-    is formed once; what does not fit is formed again.
+    A window holds what its chunk needs, and of what later chunks need, the next needed first: positions that are there
+    are kept as far as fits `most_kept` rows in all (at least `chunk_rows`), and where positions have to be formed, more
+    are formed with them up to a chunk's rows, since a product of few rows takes nearly as long as one of many. Where
+    blocks come in the order of their target positions each is formed once; what did not fit is formed again.
     """
     if target_index_N is None:
-        chunks = [Chunk(span=slice(*ends)) for ends in chunk_spans(block_N, chunk_rows)]
-        return RowPlan(chunks=tuple(chunks), most_rows=_longest(chunks), window_rows=0)
+        spans, most_rows = _spans(block_N, chunk_rows)
+        return RowPlan(chunks=tuple(Chunk(span=span) for span in spans), most_rows=most_rows, window_rows=0)
     device = block_N.device
     block_N, index_N = torch.stack((block_N, target_index_N)).cpu()
-    spans = [slice(*ends) for ends in chunk_spans(block_N, chunk_rows)]
+    spans, most_rows = _spans(block_N, chunk_rows)
     index: _Indices = index_N.numpy()
     needed = [np.unique(index[span], return_inverse=True) for span in spans]
-    last_use = np.zeros(int(index.max(initial=-1)) + 1, dtype=np.int64)
-    for number, (positions, _) in enumerate(needed):
-        last_use[positions] = number
+    next_use, following = _uses([positions for positions, _ in needed])
     held: _Indices = np.zeros(0, dtype=np.int64)
     parts: list[_Indices] = []  # kept, fresh and window rows of every chunk, to go to the device in one piece
     window_rows = 0
-    for number, (positions, inverse) in enumerate(needed):
+    for (positions, inverse), then in zip(needed, following, strict=True):
+        next_use[positions] = then
         used = np.isin(held, positions)
-        room = max(chunk_rows, most_kept) - len(positions)
-        later = np.flatnonzero(~used & (last_use[held] > number))[: max(0, room)]
-        kept = np.sort(np.concatenate((np.flatnonzero(used), later)))
         fresh = np.setdiff1d(positions, held, assume_unique=True)
+        room = max(0, max(chunk_rows, most_kept) - len(positions))
+        later = _soonest(np.flatnonzero(~used & (next_use[held] < len(needed))), next_use[held], room)
+        kept = np.sort(np.concatenate((np.flatnonzero(used), later)))
+        if len(fresh):
+            ahead = next_use < len(needed)
+            ahead[held] = ahead[positions] = False
+            room = max(0, most_rows - len(kept) - len(fresh))
+            fresh = np.concatenate((fresh, _soonest(np.flatnonzero(ahead), next_use, room)))
         held = np.concatenate((held[kept], fresh))
         order = np.argsort(held)
         parts += [kept, fresh, order[np.searchsorted(held, positions, sorter=order)][inverse]]
@@ -79,7 +84,26 @@ def plan_rows(block_N: Tensor, target_index_N: Tensor | None, *, chunk_rows: int
         Chunk(span=span, kept_U=kept_U, fresh_U=fresh_U, window_row_N=row_N)
         for span, kept_U, fresh_U, row_N in zip(spans, pieces[::3], pieces[1::3], pieces[2::3], strict=True)
     ]
-    return RowPlan(chunks=tuple(chunks), most_rows=_longest(chunks), window_rows=window_rows)
+    return RowPlan(chunks=tuple(chunks), most_rows=most_rows, window_rows=window_rows)
+
+
+def _uses(needed: list[_Indices]) -> tuple[_Indices, list[_Indices]]:
+    """(the first chunk that needs each position, and for each chunk's positions the next one); len(needed) is never."""
+    sizes = [len(positions) for positions in needed]
+    position, chunk = np.concatenate([np.zeros(0, dtype=np.int64), *needed]), np.repeat(np.arange(len(needed)), sizes)
+    order = np.argsort(position, kind="stable")
+    again = position[order[1:]] == position[order[:-1]]
+    following = np.full(len(position), len(needed))
+    following[order[:-1][again]] = chunk[order[1:][again]]
+    first = np.full(position.max(initial=-1) + 1, len(needed))
+    np.minimum.at(first, position, chunk)
+    ends = np.cumsum(sizes, dtype=np.int64)
+    return first, [following[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+
+
+def _soonest(places: _Indices, next_use: _Indices, most: int) -> _Indices:
+    """Those of `places` that are needed next, at most `most`."""
+    return places[np.argsort(next_use[places], kind="stable")[:most]]
 
 
 def chunk_spans(block_N: Tensor, chunk_rows: int) -> Iterator[tuple[int, int]]:
@@ -108,5 +132,7 @@ def _filled(counts: list[int], most: int) -> Iterator[tuple[int, int]]:
     yield start, end
 
 
-def _longest(chunks: list[Chunk]) -> int:
-    return max((chunk.span.stop - chunk.span.start for chunk in chunks), default=0)
+def _spans(block_N: Tensor, chunk_rows: int) -> tuple[list[slice], int]:
+    """(chunks, rows of the longest)."""
+    ends = list(chunk_spans(block_N, chunk_rows))
+    return [slice(*pair) for pair in ends], max((end - start for start, end in ends), default=0)

@@ -14,6 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deepspec_core.errors import ConfigError
+
+
+def undeclared(read: str, attribute: str) -> ConfigError:
+    """For a term or weighting that reads what is only formed for those that say so."""
+    return ConfigError(
+        f"a loss term or weighting reads {read} without saying so beforehand",
+        where="[loss]",
+        fix=f"give its class the attribute {attribute} = True",
+    )
+
 
 class ChunkStats:
     """contracts.loss.RowStats on plain logits.
@@ -25,7 +36,7 @@ class ChunkStats:
     def __init__(
         self,
         *,
-        base_logits_NV: Tensor,
+        base_logits_NV: Tensor | None,
         draft_logits_NV: Tensor,
         target_logits_UV: Tensor | None,
         target_row_N: Tensor | None,
@@ -33,7 +44,8 @@ class ChunkStats:
         extras: Mapping[str, Tensor],
         differentiable: bool,
     ) -> None:
-        """base: capped, before the correction; draft: with it (the same tensor where there is none).
+        """base: capped, before the correction; draft: with it (the same tensor where there is none). base None: it is
+        not there to be read.
 
         target_row_N says which of the U rows of `target_logits_UV` a row is compared with; both None without a target.
         target_ids_N None takes the target's argmax as labels.
@@ -68,6 +80,8 @@ class ChunkStats:
 
     @cached_property
     def ce_without_correction(self) -> Tensor:
+        if self._base_logits_NV is None:
+            raise undeclared("ce_without_correction", "needs_uncorrected")
         if self._base_logits_NV is self._draft_logits_NV:
             return self.ce
         with torch.set_grad_enabled(self._differentiable):

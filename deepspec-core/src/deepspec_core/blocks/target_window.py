@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from deepspec_core.blocks.large_buffer import large_buffer
 from deepspec_core.blocks.row_kernels import Logits, RowKernels, TargetRows
 from deepspec_core.blocks.row_plan import Chunk
 
@@ -30,7 +31,7 @@ class TargetWindow:
         kernels: RowKernels | None,
     ) -> None:
         self._hidden_PH, self._head_VH, self._softcap, self._kernels = hidden_PH, head_VH, softcap, kernels
-        self._buffer = hidden_PH.new_empty(rows, head_VH.shape[0])
+        self._buffer = large_buffer(rows, head_VH.shape[0], dtype=hidden_PH.dtype, device=hidden_PH.device)
         none = torch.zeros(0, dtype=torch.int64, device=hidden_PH.device)
         lse_U = hidden_PH.new_empty(0, dtype=torch.promote_types(hidden_PH.dtype, torch.float32))
         self.rows = TargetRows(self._logits(0), lse_U, none)

@@ -25,7 +25,9 @@ class RowStats(Protocol):
 
     @property
     def ce_without_correction(self) -> Tensor:
-        """The same before the low-rank correction is added."""
+        """The same before the low-rank correction is added: only for terms and weightings with `needs_uncorrected`,
+        since elsewhere the correction may be added in place.
+        """
         ...
 
     @property
@@ -89,8 +91,9 @@ class RowStats(Protocol):
 @runtime_checkable
 class LossTerm(Protocol):
     """One value per row. `needs_target`: it reads statistics of the target. `needs_extras`: names it reads of the
-    extras. `needs_logits` (taken as False where a term does not say): it reads `draft_logits` or `target_logits`, which
-    keeps a run on the plain path; a weighting may say so too.
+    extras. Two more are taken as False where a term does not say, and a weighting may say them too. `needs_logits`: it
+    reads `draft_logits` or `target_logits`, which keeps a run on the plain path. `needs_uncorrected`: it reads
+    `ce_without_correction`, which takes one more tensor of logits.
     """
 
     needs_target: bool

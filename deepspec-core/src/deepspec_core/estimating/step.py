@@ -131,16 +131,7 @@ class _EngineStandIn:
         self.rows = rows.hidden.shape[0]
         self.positions = 0 if rows.target_hidden is None else rows.target_hidden.shape[0]
         dtype = torch.bfloat16 if self.compute_dtype == torch.bfloat16 else rows.hidden.dtype
-        footprint = self.engine.footprint(
-            rows=self.rows,
-            positions=self.positions,
-            hidden_size=rows.hidden.shape[1],
-            vocab_size=heads.draft.shape[0],
-            correction_rank=0 if rows.correction is None else rows.correction.shape[1],
-            dtype=dtype,
-            device_type=self.device_type,
-            trains_head=heads.draft.requires_grad,
-        )
+        footprint = self.engine.footprint(rows, heads, dtype=dtype, device_type=self.device_type)
         self.most = self.live.now + footprint.workspace_bytes + footprint.gradient_bytes
         self.flops = footprint.flops
         kept = {id(head): head for head in (heads.draft, heads.target) if not head.requires_grad}

@@ -97,16 +97,7 @@ def _process_bytes(run: Run, engine: RowEngine) -> int:
     run.plugins.registry.load("cache", run.file.cache.format)
     run.plugins.registry.load("draft", run.file.draft.type)
     # Kernels are compiled, or found not to, when they are first asked for.
-    engine.footprint(
-        rows=1,
-        positions=1,
-        hidden_size=architecture.hidden_size,
-        vocab_size=architecture.vocab_size,
-        correction_rank=0,
-        dtype=torch.float32,
-        device_type="cpu",
-        trains_head=False,
-    )
+    engine.choice("cpu", architecture.vocab_size)
     return resident_bytes() + KERNEL_BYTES
 
 

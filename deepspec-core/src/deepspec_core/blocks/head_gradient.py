@@ -1,0 +1,61 @@
+"""The gradient of a vocabulary head, gathered from chunks of rows.
+
+As large as the head, it is what a pass with a trained head spends memory and time on besides logits: it is never filled
+with zeros first, gone over in slabs that caches hold, and where one chunk has all rows, so that nothing is added up
+outside the product, it is in the product's dtype. Knows products' gradients and rows; not which head it is.
+
+Legend: V vocabulary, X width of the head, N rows of a chunk, S rows of a slab of the head.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from deepspec_core.blocks.large_buffer import large_buffer
+
+_SLAB = 1 << 20
+
+
+class HeadGradient:
+    """`add` each chunk's share; `sum` is [V, X]."""
+
+    def __init__(self, head_VX: Tensor, dtype: torch.dtype) -> None:
+        """`dtype` is that of products where one share comes, and wider where several are to be summed."""
+        self._sum_VX = large_buffer(*head_VX.shape, dtype=dtype, device=head_VX.device)
+        self._empty = True
+
+    def add(self, of_product_NV: Tensor, row_NX: Tensor) -> None:
+        """The share of rows whose products with the head have these gradients."""
+        if self._sum_VX.dtype == row_NX.dtype and self._empty:
+            torch.mm(of_product_NV.mT, row_NX, out=self._sum_VX)
+        else:
+            self._add_slabs(of_product_NV, row_NX)
+        self._empty = False
+
+    def _add_slabs(self, of_product_NV: Tensor, row_NX: Tensor) -> None:
+        size = _slab_rows(self._sum_VX)
+        slabs = zip(torch.split(of_product_NV, size, dim=1), torch.split(self._sum_VX, size), strict=True)
+        for of_product_NS, into_SX in slabs:
+            share_SX = of_product_NS.mT @ row_NX
+            if self._empty:
+                into_SX.copy_(share_SX)
+            else:
+                into_SX.add_(share_SX)
+
+    @property
+    def sum(self) -> Tensor:
+        return self._sum_VX.zero_() if self._empty else self._sum_VX
+
+
+def scaled(gradient: Tensor, by: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient [V, X] or [N, X] or [N], times `by` [], in `dtype`; it need not be there three times for that."""
+    result = large_buffer(*gradient.shape, dtype=dtype, device=gradient.device)
+    size = _slab_rows(gradient)
+    for part, into in zip(torch.split(gradient, size), torch.split(result, size), strict=True):
+        into.copy_(part * by)
+    return result
+
+
+def _slab_rows(tensor: Tensor) -> int:
+    return max(1, _SLAB // max(1, tensor[:1].numel()))
