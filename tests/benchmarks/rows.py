@@ -261,10 +261,9 @@ def ask(pipe: Connection) -> float:
 
 
 def table(results: dict[str, Any]) -> str:
-    lines = [
-        "| loss | way | median s | of straightforward | beyond inputs, MiB | of straightforward | TFLOP/s | error |"
-    ]
-    lines.append("|---|---|---|---|---|---|---|---|")
+    columns = "loss", "way", "median s", "of straightforward", "of the products"
+    columns += "beyond inputs, MiB", "of straightforward", "TFLOP/s", "error"
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for case, result in results.items():
         ways = result["ways"]
         for way, one in ways.items():
