@@ -15,14 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from deepspec_core.blocks.row_kernels import (
-    Distance,
-    Divergence,
-    Incoming,
-    Logits,
-    RowKernels,
-    logit_values,
-)
+from deepspec_core.blocks.row_kernels import Distance, Divergence, Incoming, Logits, RowKernels, logit_values
 from deepspec_core.blocks.row_stats import undeclared
 from deepspec_core.blocks.target_window import TargetWindow
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from deepspec_core.blocks.large_buffer import large_buffer
 
-_SLAB = 1 << 20
+# Entries of a slab: what a core's cache holds on CPU; elsewhere, what keeps a device busy and is still small.
+_CPU_SLAB, _SLAB = 1 << 20, 1 << 24
 
 
 class HeadGradient:
@@ -58,4 +59,5 @@ def scaled(gradient: Tensor, by: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _slab_rows(tensor: Tensor) -> int:
-    return max(1, _SLAB // max(1, tensor[:1].numel()))
+    entries = _CPU_SLAB if tensor.device.type == "cpu" else _SLAB
+    return max(1, entries // max(1, tensor[:1].numel()))

@@ -42,7 +42,7 @@ def footprint(
     """Of a pass over such rows, whose tensors need have no numbers; `dtype`: of products. See RowPass."""
     num_rows, (vocab_size, hidden_size) = len(rows.hidden), heads.draft.shape
     positions = 0 if rows.target_hidden is None else len(rows.target_hidden)
-    rank = 0 if heads.correction is None else heads.correction.shape[1]
+    rank = 0 if rows.correction is None else rows.correction.shape[1]
     chunks = max(1, -(-num_rows // (chunk_rows or choice.chunk_rows)))
     chunk = -(-num_rows // chunks)
     # Logged steps look at the target's logits whatever the terms need.
@@ -56,7 +56,9 @@ def footprint(
     widths = hidden_size + rank
     products = 2 * widths * num_rows + (positions * hidden_size if compares else 0) + num_rows * head // vocab_size
     return Footprint(
-        workspace_bytes=(chunk * (2 if keeps_apart(heads, uncorrected) else 1) + window) * vocab_size * dtype.itemsize
+        workspace_bytes=(chunk * (2 if keeps_apart(rows, heads, uncorrected=uncorrected) else 1) + window)
+        * vocab_size
+        * dtype.itemsize
         + temporary,
         gradient_bytes=num_rows * widths * dtype.itemsize + head * (dtype.itemsize if chunks == 1 else statistics),
         flops=2 * vocab_size * products,

@@ -48,9 +48,9 @@ class PassSettings:
     with_metrics: bool
 
 
-def keeps_apart(heads: Heads, uncorrected: bool) -> bool:
+def keeps_apart(rows: Rows, heads: Heads, *, uncorrected: bool) -> bool:
     """Whether the correction's product is kept by itself: it comes after the cap, and some terms read both."""
-    return heads.correction is not None and (heads.softcap is not None or uncorrected)
+    return rows.correction is not None and (heads.softcap is not None or uncorrected)
 
 
 class RowPass:
@@ -88,7 +88,8 @@ class RowPass:
         self._heads = {name: HeadGradient(inputs[name], gathered) for name in heads}
         self._rows = {name: torch.zeros_like(inputs[name]) for name in wanted if name not in heads}
         self.product_NV = self._empty(plan.most_rows)
-        self.correction_NV = self._empty(plan.most_rows) if keeps_apart(self.heads, settings.uncorrected) else None
+        apart = keeps_apart(rows, self.heads, uncorrected=settings.uncorrected)
+        self.correction_NV = self._empty(plan.most_rows) if apart else None
         target = self._target(plan.window_rows) if settings.compares else None
         for chunk in plan.chunks:
             if target is not None:
@@ -128,7 +129,7 @@ class RowPass:
             target_ids_N=None if rows.target_ids is None else rows.target_ids[span],
             extras={name: leaves.get(EXTRA + name, extra[span].detach()) for name, extra in rows.extras.items()},
             differentiable=len(leaves) < len(wanted),
-            uncorrected=self.heads.correction is None or self.settings.uncorrected,
+            uncorrected=rows.correction is None or self.settings.uncorrected,
         )
         terms = self.settings.terms
         mixed_n = torch.zeros_like(rows.weight[span], dtype=self.stat_dtype)
@@ -168,7 +169,8 @@ class _Products:
         self.hidden_nH = inputs["hidden"][span].detach().to(dtype)
         product_nV, correction_nV = torch.mm(self.hidden_nH, self.heads.draft.mT, out=over.product_NV[:size]), None
         self.correction_nr = None
-        if self.heads.correction is not None:
+        if over.rows.correction is not None:
+            assert self.heads.correction is not None
             self.correction_nr = inputs["correction"][span].detach().to(dtype)
             if over.correction_NV is None:
                 product_nV.addmm_(self.correction_nr, self.heads.correction.mT)

@@ -21,7 +21,8 @@ _Indices = NDArray[np.int64]
 
 @frozen(kw_only=True, eq=False)
 class Chunk:
-    """Rows `span`. Its window: rows `kept_U` of the one before come first, then `fresh_U`, target positions to form.
+    """Rows `span`. Its window: rows `kept_U` of the one before come first, then `fresh_U`, target positions to form;
+    some of both may be for later chunks.
 
     `window_row_N`: where in the window a row's target position stands. The three are None without a target.
     """
