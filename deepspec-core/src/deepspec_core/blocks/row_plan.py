@@ -57,26 +57,27 @@ def plan_rows(block_N: Tensor, target_index_N: Tensor | None, *, chunk_rows: int
     block_N, index_N = torch.stack((block_N, target_index_N)).cpu()
     spans, most_rows = _spans(block_N, chunk_rows)
     index: _Indices = index_N.numpy()
-    needed = [np.unique(index[span], return_inverse=True) for span in spans]
-    next_use, following = _uses([positions for positions, _ in needed])
+    needed = [np.unique(index[span]) for span in spans]
+    next_use, following = _uses(needed)
     held: _Indices = np.zeros(0, dtype=np.int64)
+    place = np.full(len(next_use), -1)  # where in the window a position stands
     parts: list[_Indices] = []  # kept, fresh and window rows of every chunk, to go to the device in one piece
     window_rows = 0
-    for (positions, inverse), then in zip(needed, following, strict=True):
+    for span, positions, then in zip(spans, needed, following, strict=True):
         next_use[positions] = then
-        used = np.isin(held, positions)
-        fresh = np.setdiff1d(positions, held, assume_unique=True)
+        wanted = np.zeros(len(next_use), dtype=np.bool_)
+        wanted[positions] = True
+        fresh = positions[place[positions] < 0]
         room = max(0, max(chunk_rows, most_kept) - len(positions))
-        later = _soonest(np.flatnonzero(~used & (next_use[held] < len(needed))), next_use[held], room)
-        kept = np.sort(np.concatenate((np.flatnonzero(used), later)))
+        later = _soonest(np.flatnonzero(~wanted[held] & (next_use[held] < len(spans))), next_use[held], room)
+        kept = np.sort(np.concatenate((np.flatnonzero(wanted[held]), later)))
         if len(fresh):
-            ahead = next_use < len(needed)
-            ahead[held] = ahead[positions] = False
-            room = max(0, most_rows - len(kept) - len(fresh))
-            fresh = np.concatenate((fresh, _soonest(np.flatnonzero(ahead), next_use, room)))
+            ahead = np.flatnonzero(~wanted & (place < 0) & (next_use < len(spans)))
+            fresh = np.concatenate((fresh, _soonest(ahead, next_use, max(0, most_rows - len(kept) - len(fresh)))))
+        place[held] = -1
         held = np.concatenate((held[kept], fresh))
-        order = np.argsort(held)
-        parts += [kept, fresh, order[np.searchsorted(held, positions, sorter=order)][inverse]]
+        place[held] = np.arange(len(held))
+        parts += [kept, fresh, place[index[span]]]
         window_rows = max(window_rows, len(held))
     sizes = [len(part) for part in parts]
     moved = torch.from_numpy(np.concatenate(parts)) if parts else torch.zeros(0, dtype=torch.int64)
