@@ -135,13 +135,19 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
-@pytest.mark.parametrize(("chunk_rows", "most_rows"), [(4, 4), (8, 7), (1000, 36)])
-def test_logits_of_one_chunk_exist_at_a_time(chunk_rows: int, most_rows: int, kernels: str) -> None:
+@pytest.mark.parametrize(("chunk_rows", "most_rows", "window"), [(4, 4, 4), (8, 7, 7), (1000, 36, 18)])
+@pytest.mark.parametrize("one_head", [True, False])
+def test_logits_of_one_chunk_exist_at_a_time(
+    chunk_rows: int, most_rows: int, window: int, one_head: bool, kernels: str
+) -> None:
+    """Draft's and target's in one tensor where they come of one head."""
     rows, heads = make(ANCHORS)
+    if not one_head:
+        heads = evolve(heads, target=heads.target.clone())
     with Largest() as largest:
         engine(chunk_rows, kernels)(rows, heads, with_metrics=True).total.backward()
     # Not fewer either: the recorder sees inside the engine.
-    assert largest.elements == most_rows * V > max(len(rows.slot), V) * H
+    assert largest.elements == (most_rows + window * one_head) * V > max(len(rows.slot), V) * H
 
 
 @pytest.mark.parametrize(

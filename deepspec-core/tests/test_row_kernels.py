@@ -237,6 +237,18 @@ def test_compiled_passes_are_their_definition_too() -> None:
     check_definition(("compiled", "cpu"), CASES["everything"])
 
 
+@pytest.mark.parametrize("first", [-200.0, float("-inf"), float("nan")])
+def test_compiled_normaliser_where_the_first_columns_mislead(first: float) -> None:
+    """They are taken for near the greatest logit; exp(200) is out of range."""
+    reason = why_not_compiled()
+    if reason is not None:
+        pytest.skip(reason)
+    product = torch.randn(3, 9000, generator=torch.Generator().manual_seed(0))
+    product[1, :4500] = first
+    found = TorchKernels(compiled=True).normaliser(Logits(product))
+    torch.testing.assert_close(found, product.logsumexp(-1), rtol=4e-6, atol=4e-6, equal_nan=True)
+
+
 def check_definition(variant: tuple[str, str], case: Case) -> None:
     chunk = Chunk(case, variant[1])
     expected = definition(chunk)

@@ -29,6 +29,8 @@ from torch import Tensor
 
 # Rows are taken in slabs of this many logits where each operation is a pass of its own: what caches hold.
 SLAB = 1 << 20
+# Of the vocabulary, for a number near a row's greatest logit.
+_SEARCHED = 1 << 12
 
 
 class Logits(NamedTuple):
@@ -41,6 +43,11 @@ class Logits(NamedTuple):
     def rows(self, span: slice | Tensor) -> Logits:
         """Some of the rows."""
         return Logits(self.product[span], None if self.correction is None else self.correction[span], self.softcap)
+
+    def columns(self, span: slice) -> Logits:
+        """Some of the vocabulary."""
+        correction = None if self.correction is None else self.correction[:, span]
+        return Logits(self.product[:, span], correction, self.softcap)
 
 
 class TargetRows(NamedTuple):
@@ -125,8 +132,7 @@ class TorchKernels:
 
     def normaliser(self, logits: Logits) -> Tensor:
         if self.compiled:
-            result: Tensor = _compiled(_normaliser)(logits)
-            return result
+            return _compiled_normaliser(logits)
         return torch.cat([_normaliser(logits.rows(span)) for span in _slabs(logits.product)])
 
     def argmax(self, logits: Logits) -> Tensor:
@@ -213,6 +219,23 @@ def logit_values(logits: Logits) -> Tensor:
 
 def _normaliser(logits: Logits) -> Tensor:
     return torch.logsumexp(logit_values(logits), dim=-1)
+
+
+def _compiled_normaliser(logits: Logits) -> Tensor:
+    lse_M: Tensor
+    if logits.product.device.type == "cpu":
+        # Any number near a row's greatest does to keep the sum in range, so not all of the vocabulary is searched for
+        # it. Where it was not near, the sum says so.
+        near_M = logit_values(logits.columns(slice(_SEARCHED))).amax(dim=-1)
+        lse_M = near_M + _compiled(_sum_exp)(logits, near_M).log()
+        if bool(lse_M.isfinite().all()):
+            return lse_M
+    lse_M = _compiled(_normaliser)(logits)
+    return lse_M
+
+
+def _sum_exp(logits: Logits, shift_M: Tensor) -> Tensor:
+    return (logit_values(logits) - shift_M[:, None]).exp().sum(dim=-1)
 
 
 def _argmax(logits: Logits) -> Tensor:

@@ -21,7 +21,7 @@ from deepspec_core.blocks.head_gradient import HeadGradient
 from deepspec_core.blocks.large_buffer import large_buffer
 from deepspec_core.blocks.plain_stats import PlainStats
 from deepspec_core.blocks.row_kernels import Logits, RowKernels
-from deepspec_core.blocks.row_plan import Chunk, plan_rows
+from deepspec_core.blocks.row_plan import Chunk, RowPlan, plan_rows
 from deepspec_core.blocks.target_window import TargetWindow
 from deepspec_core.contracts.loss import LossTerm, Weighting
 from deepspec_core.contracts.rows import Heads, Rows
@@ -87,13 +87,13 @@ class RowPass:
         gathered = settings.product_dtype if len(plan.chunks) == 1 else self.stat_dtype
         self._heads = {name: HeadGradient(inputs[name], gathered) for name in heads}
         self._rows = {name: torch.zeros_like(inputs[name]) for name in wanted if name not in heads}
-        self.product_NV = self._empty(plan.most_rows)
+        # Where one head serves draft and target, their products are one, in the window's buffer.
+        self.one_head = settings.compares and self.heads.target is self.heads.draft
+        self.product_NV = None if self.one_head else self._empty(plan.most_rows)
         apart = keeps_apart(rows, self.heads, uncorrected=settings.uncorrected)
         self.correction_NV = self._empty(plan.most_rows) if apart else None
-        target = self._target(plan.window_rows) if settings.compares else None
+        target = self._target(plan) if settings.compares else None
         for chunk in plan.chunks:
-            if target is not None:
-                target.advance(chunk)
             self._chunk(chunk, target, inputs, wanted)
         del self.product_NV, self.correction_NV
         return self.total
@@ -106,13 +106,14 @@ class RowPass:
         shape = rows, self.heads.draft.shape[0]
         return large_buffer(*shape, dtype=self.settings.product_dtype, device=self.rows.hidden.device)
 
-    def _target(self, window_rows: int) -> TargetWindow:
+    def _target(self, plan: RowPlan) -> TargetWindow:
         assert self.rows.target_hidden is not None
         assert self.rows.target_index is not None, "rows with target features need target_index"
         return TargetWindow(
             self.rows.target_hidden.detach().to(self.settings.product_dtype),
             self.heads.target,
-            rows=window_rows,
+            rows=plan.window_rows,
+            beside=plan.most_rows if self.one_head else 0,
             softcap=self.heads.softcap,
             kernels=self.settings.kernels,
         )
@@ -121,7 +122,7 @@ class RowPass:
         self, chunk: Chunk, target: TargetWindow | None, inputs: Mapping[str, Tensor], wanted: tuple[str, ...]
     ) -> None:
         rows, span = self.rows, chunk.span
-        products = _Products(self, span, inputs)
+        products = _Products(self, chunk, target, inputs)
         leaves = {name: inputs[name][span].detach().requires_grad_() for name in wanted if name.startswith(EXTRA)}
         stats = self.statistics(
             draft=products.logits,
@@ -163,15 +164,19 @@ class RowPass:
 class _Products:
     """The draft's products of one chunk, and their gradients: the only places where rows meet the vocabulary."""
 
-    def __init__(self, over: RowPass, span: slice, inputs: Mapping[str, Tensor]) -> None:
-        dtype, size = over.settings.product_dtype, span.stop - span.start
-        self.span, self.heads = span, over.heads
-        self.hidden_nH = inputs["hidden"][span].detach().to(dtype)
-        product_nV, correction_nV = torch.mm(self.hidden_nH, self.heads.draft.mT, out=over.product_NV[:size]), None
-        self.correction_nr = None
+    def __init__(self, over: RowPass, chunk: Chunk, target: TargetWindow | None, inputs: Mapping[str, Tensor]) -> None:
+        """Takes `target` to the chunk, too."""
+        self.span, self.heads = chunk.span, over.heads
+        dtype, size = over.settings.product_dtype, chunk.span.stop - chunk.span.start
+        self.hidden_nH = inputs["hidden"][self.span].detach().to(dtype)
+        if target is not None:
+            product_nV = target.advance(chunk, self.hidden_nH if over.one_head else self.hidden_nH[:0])
+        if over.product_NV is not None:
+            product_nV = torch.mm(self.hidden_nH, self.heads.draft.mT, out=over.product_NV[:size])
+        correction_nV, self.correction_nr = None, None
         if over.rows.correction is not None:
             assert self.heads.correction is not None
-            self.correction_nr = inputs["correction"][span].detach().to(dtype)
+            self.correction_nr = inputs["correction"][self.span].detach().to(dtype)
             if over.correction_NV is None:
                 product_nV.addmm_(self.correction_nr, self.heads.correction.mT)
             else:
