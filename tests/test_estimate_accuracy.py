@@ -37,10 +37,10 @@ DRAFTS = {
 }
 # Draft, precision, hidden size, vocabulary, layers, tokens, sequences in a micro-batch and a step; what it comes to.
 CASES = {
-    "small": ("dspark", "float32", 512, 32_000, 3, 512, 2, 4),  # 1.8 GB
+    "small": ("dspark", "float32", 512, 32_000, 3, 512, 2, 4),  # 1.6 GB
     "large": ("dspark", "float32", 768, 48_000, 4, 1024, 4, 8),  # 3.5 GB
     "another-draft": ("eagle3", "float32", 512, 8_000, 1, 768, 4, 8),  # 2.1 GB
-    "half-precision": ("dspark", "bfloat16", 768, 32_000, 4, 1024, 4, 8),  # 3.0 GB
+    "half-precision": ("dspark", "bfloat16", 768, 32_000, 4, 1024, 4, 8),  # 3.1 GB
     "one-batch-a-step": ("eagle3", "float32", 512, 8_000, 1, 768, 4, 4),  # 1.9 GB
 }
 STEPS = 3
