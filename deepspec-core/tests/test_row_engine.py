@@ -261,6 +261,23 @@ def test_terms_that_read_logits_get_them_or_an_error() -> None:
         RowEngine({"own": (ReadsLogitsUnannounced(), 1.0)}, Uniform(), kernels="eager")(rows, heads)
 
 
+class ReadsAHead:
+    needs_target = False
+    needs_extras = ("survival_head",)
+
+    def __call__(self, stats: RowStats) -> Tensor:
+        return stats.extras["survival_head"] ** 2
+
+
+def test_extras_may_have_any_name() -> None:
+    """One that ends as the vocabulary's heads do is a row's number all the same."""
+    rows, heads, leaves = make()
+    rows = evolve(rows, extras={"survival_head": leaves["confidence"]})
+    result = RowEngine({"own": (ReadsAHead(), 1.0)}, Uniform(), 4)(rows, heads)
+    (gradient,) = torch.autograd.grad(result.total, leaves["confidence"])
+    torch.testing.assert_close(gradient, 2.0 * rows.weight * leaves["confidence"].detach())
+
+
 class WithoutCorrectionUnannounced(WithoutCorrection):
     needs_uncorrected = False
 

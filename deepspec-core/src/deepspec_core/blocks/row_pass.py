@@ -27,7 +27,7 @@ from deepspec_core.contracts.loss import LossTerm, Weighting
 from deepspec_core.contracts.rows import Heads, Rows
 
 EXTRA = "extras."
-HEAD = "_head"
+_HEADS = ("draft_head", "correction_head")
 
 
 @frozen(kw_only=True, eq=False)
@@ -83,10 +83,9 @@ class RowPass:
             most_kept=settings.most_kept,
         )
         # Rows are written once, by their own chunk; heads gather a share from every chunk.
-        heads = [name for name in wanted if name.endswith(HEAD)]
         gathered = settings.product_dtype if len(plan.chunks) == 1 else self.stat_dtype
-        self._heads = {name: HeadGradient(inputs[name], gathered) for name in heads}
-        self._rows = {name: torch.zeros_like(inputs[name]) for name in wanted if name not in heads}
+        self._heads = {name: HeadGradient(inputs[name], gathered) for name in wanted if name in _HEADS}
+        self._rows = {name: torch.zeros_like(inputs[name]) for name in wanted if name not in _HEADS}
         # Where one head serves draft and target, their products are one, in the window's buffer.
         self.one_head = settings.compares and self.heads.target is self.heads.draft
         self.product_NV = None if self.one_head else self._empty(plan.most_rows)
@@ -194,11 +193,11 @@ class _Products:
 
         correction_nV None: its product is part of the other, and has the same gradient.
         """
-        self._backward("hidden", product_nV, self.hidden_nH, self.heads.draft, rows, heads.get("draft" + HEAD))
+        self._backward("hidden", product_nV, self.hidden_nH, self.heads.draft, rows, heads.get("draft_head"))
         if self.correction_nr is not None:
             assert self.heads.correction is not None
             of_nV = product_nV if correction_nV is None else correction_nV
-            head = heads.get("correction" + HEAD)
+            head = heads.get("correction_head")
             self._backward("correction", of_nV, self.correction_nr, self.heads.correction, rows, head)
 
     def _backward(
