@@ -87,8 +87,8 @@ class RowPass:
         self._heads = {name: HeadGradient(inputs[name], gathered) for name in wanted if name in _HEADS}
         self._rows = {name: torch.zeros_like(inputs[name]) for name in wanted if name not in _HEADS}
         # Where one head serves draft and target, their products are one, in the window's buffer.
-        self.one_head = settings.compares and self.heads.target is self.heads.draft
-        self.product_NV = None if self.one_head else self._empty(plan.most_rows)
+        one_head = settings.compares and self.heads.target is self.heads.draft
+        self.product_NV = None if one_head else self._empty(plan.most_rows)
         apart = keeps_apart(rows, self.heads, uncorrected=settings.uncorrected)
         self.correction_NV = self._empty(plan.most_rows) if apart else None
         target = self._target(plan) if settings.compares else None
@@ -112,7 +112,7 @@ class RowPass:
             self.rows.target_hidden.detach().to(self.settings.product_dtype),
             self.heads.target,
             rows=plan.window_rows,
-            beside=plan.most_rows if self.one_head else 0,
+            beside=plan.most_rows if self.product_NV is None else 0,
             softcap=self.heads.softcap,
             kernels=self.settings.kernels,
         )
@@ -168,9 +168,12 @@ class _Products:
         self.span, self.heads = chunk.span, over.heads
         dtype, size = over.settings.product_dtype, chunk.span.stop - chunk.span.start
         self.hidden_nH = inputs["hidden"][self.span].detach().to(dtype)
-        if target is not None:
-            product_nV = target.advance(chunk, self.hidden_nH if over.one_head else self.hidden_nH[:0])
-        if over.product_NV is not None:
+        if over.product_NV is None:
+            assert target is not None
+            product_nV = target.advance(chunk, self.hidden_nH)
+        else:
+            if target is not None:
+                target.advance(chunk, self.hidden_nH[:0])
             product_nV = torch.mm(self.hidden_nH, self.heads.draft.mT, out=over.product_NV[:size])
         correction_nV, self.correction_nr = None, None
         if over.rows.correction is not None:
