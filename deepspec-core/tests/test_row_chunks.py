@@ -97,6 +97,18 @@ def test_each_product_is_done_once(chunk_rows: int | None, kernels: str) -> None
     assert counter.get_total_flops() == 2 * forward
 
 
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_footprint_counts_the_products_that_are_done(labelled: bool) -> None:
+    """Without labels the target's own argmax is one, whatever the terms read."""
+    rows, heads = make(ANCHORS)
+    rows = rows if labelled else evolve(rows, target_ids=None)
+    over = RowEngine({"ce": (CrossEntropy(), 1.0)}, Decay(DecayOptions()))
+    counter = FlopCounterMode(display=False)
+    with counter:
+        over(evolve(rows, extras={}), heads).total.backward()
+    assert over.footprint(rows, heads, dtype=torch.float32, device_type="cpu").flops == counter.get_total_flops()
+
+
 @pytest.mark.parametrize("chunk_rows", [1, 5, 11, None])
 def test_a_head_that_is_trained_costs_one_product_more(chunk_rows: int | None) -> None:
     rows, heads = make(ANCHORS)

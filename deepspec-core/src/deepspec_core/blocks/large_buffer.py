@@ -15,8 +15,8 @@ _LARGE = 1 << 22
 def large_buffer(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """torch.empty; what is large and on CPU in memory that numpy asks for, since it asks for huge pages.
 
-    Pages are cleared when they are first touched, in pages of 4 KiB for as long as the product that fills them takes,
-    and every pass after that looks up their addresses.
+    Pages are cleared when they are first touched; in pages of 4 KiB a product into new memory takes half as long again,
+    and every pass after it has more addresses to look up.
     """
     size = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or size < _LARGE:

@@ -115,7 +115,7 @@ class RowEngine:
             rows,
             heads,
             chunk_rows=self.chunk_rows,
-            compares=self.needs_target,
+            compares=self._compares(rows),
             uncorrected=self.needs_uncorrected,
             dtype=dtype,
         )
@@ -125,6 +125,10 @@ class RowEngine:
         return choose_kernels(
             self.kernels, device_type=device_type, vocab_size=vocab_size, needs_logits=self.needs_logits
         )
+
+    def _compares(self, rows: Rows) -> bool:
+        """Whether the target's logits are needed, for terms or as labels."""
+        return rows.target_hidden is not None and (self.needs_target or rows.target_ids is None)
 
     def _settings(self, rows: Rows, heads: Heads, step: int, with_metrics: bool) -> PassSettings:
         device, dtype, vocab_size = rows.hidden.device, rows.hidden.dtype, heads.draft.shape[0]
@@ -138,7 +142,7 @@ class RowEngine:
             chunk_rows=self.chunk_rows or choice.chunk_rows,
             most_kept=choice.chunk_rows,
             product_dtype=dtype,
-            compares=rows.target_hidden is not None and (self.needs_target or with_metrics or rows.target_ids is None),
+            compares=self._compares(rows) or (with_metrics and rows.target_hidden is not None),
             uncorrected=self.needs_uncorrected,
             with_metrics=with_metrics,
         )

@@ -47,6 +47,7 @@ def footprint(
     chunk = -(-num_rows // chunks)
     # Logged steps look at the target's logits whatever the terms need.
     window = min(positions, chunk)
+    buffers = chunk * (2 if keeps_apart(rows, heads, uncorrected=uncorrected) else 1) + window
     statistics = torch.promote_types(dtype, torch.float32).itemsize
     if choice.name == "plain":
         temporary = _ALIVE * chunk * vocab_size * statistics
@@ -56,10 +57,7 @@ def footprint(
     widths = hidden_size + rank
     products = 2 * widths * num_rows + (positions * hidden_size if compares else 0) + num_rows * head // vocab_size
     return Footprint(
-        workspace_bytes=(chunk * (2 if keeps_apart(rows, heads, uncorrected=uncorrected) else 1) + window)
-        * vocab_size
-        * dtype.itemsize
-        + temporary,
+        workspace_bytes=buffers * vocab_size * dtype.itemsize + temporary,
         gradient_bytes=num_rows * widths * dtype.itemsize + head * (dtype.itemsize if chunks == 1 else statistics),
         flops=2 * vocab_size * products,
     )
