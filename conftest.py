@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from deepspec_core.plugins import load_plugins
-from deepspec_core.registry import Registry
+from deepspec_core.plugins.discovery import load_plugins
+from deepspec_core.plugins.registry import Registry
 from deepspec_core.testing.recorded import Recordings
 
 

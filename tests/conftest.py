@@ -15,8 +15,8 @@ from deepspec_core.cli.main import main
 from deepspec_core.config.schema import LayerOptions
 from deepspec_core.contracts.draft import DraftModel
 from deepspec_core.contracts.target import TargetAdapter, TargetModel
-from deepspec_core.features.targets import load_target, open_adapter
-from deepspec_core.registry import Registry
+from deepspec_core.plugins.registry import Registry
+from deepspec_core.targets.opening import load_target, open_adapter
 
 QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart" / "train.toml"
 

@@ -21,13 +21,13 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from deepspec_core.blocks.published import load_draft
-from deepspec_core.blocks.row_engine import build_engine
+from deepspec_core.checkpoints.opening import draft_adapter
+from deepspec_core.checkpoints.published import load_draft
 from deepspec_core.config.schema import LossOptions
 from deepspec_core.contracts.draft import DraftBatch
 from deepspec_core.contracts.target import TargetFeatures
-from deepspec_core.features.drafts import draft_adapter
-from deepspec_core.plugins import load_plugins
+from deepspec_core.plugins.discovery import load_plugins
+from deepspec_core.rows.engine import build_engine
 from deepspec_core.training.reduction import StepSums, normalise
 from deepspec_core.training.step import TrainingStep
 

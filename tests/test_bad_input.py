@@ -160,8 +160,8 @@ def test_two_plugins_offering_one_name(
     site = tmp_path / "site"
     site.mkdir()
     code = (
-        "from deepspec_core.hookspecs import hookimpl\n"
-        "from deepspec_core.specs import ComponentSpec\n"
+        "from deepspec_core.plugins.hooks import hookimpl\n"
+        "from deepspec_core.plugins.specs import ComponentSpec\n"
         "@hookimpl\n"
         "def deepspec_losses():\n"
         "    return [ComponentSpec(name='ce', summary='Mine.', build='mine:Loss')]\n"

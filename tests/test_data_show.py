@@ -14,7 +14,7 @@ from deepspec_core.data.conversations import from_row
 from deepspec_core.data.tokenize import ChatTokenizer
 from deepspec_core.pipeline.run import Run
 from deepspec_core.pipeline.showing import Shown
-from deepspec_core.plugins import load_plugins
+from deepspec_core.plugins.discovery import load_plugins
 
 ROWS = (
     {"id": "mute", "messages": [{"role": "user", "content": "Hi"}]},

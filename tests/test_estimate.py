@@ -10,7 +10,6 @@ import pytest
 import torch
 from transformers import Qwen3Config
 
-from deepspec_core.blocks.row_engine import build_engine
 from deepspec_core.cli.main import main
 from deepspec_core.config.load import load_run_file
 from deepspec_core.contracts.draft import Sample
@@ -22,7 +21,8 @@ from deepspec_core.features.online import OnlineFeatures
 from deepspec_core.pipeline.estimating import estimate
 from deepspec_core.pipeline.run import Run
 from deepspec_core.pipeline.training import new_draft
-from deepspec_core.plugins import load_plugins
+from deepspec_core.plugins.discovery import load_plugins
+from deepspec_core.rows.engine import build_engine
 from deepspec_core.training.host_batch import host_batch
 from deepspec_core.training.sampler import sample_rng
 

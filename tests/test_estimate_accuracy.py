@@ -16,7 +16,7 @@ from deepspec_core.config.load import load_run_file
 from deepspec_core.contracts.draft import Sample
 from deepspec_core.contracts.target import TargetFeatures
 from deepspec_core.pipeline.run import Run
-from deepspec_core.plugins import load_plugins
+from deepspec_core.plugins.discovery import load_plugins
 from deepspec_core.testing.tiny_tokenizer import tiny_tokenizer
 
 pytestmark = [

@@ -13,16 +13,16 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from deepspec_core.blocks.published import load_draft, save_draft
-from deepspec_core.blocks.row_engine import build_engine
+from deepspec_core.checkpoints.opening import draft_adapter
+from deepspec_core.checkpoints.published import load_draft, save_draft
 from deepspec_core.config.schema import LossOptions
 from deepspec_core.contracts.draft import DraftModel, Sample
 from deepspec_core.contracts.proposer import Proposal, Proposer, Sampling
 from deepspec_core.decoding.engine import Completion, Request, decode
-from deepspec_core.features.drafts import draft_adapter
 from deepspec_core.features.online import OnlineFeatures
-from deepspec_core.plugins import load_plugins
-from deepspec_core.registry import Registry
+from deepspec_core.plugins.discovery import load_plugins
+from deepspec_core.plugins.registry import Registry
+from deepspec_core.rows.engine import build_engine
 from deepspec_core.training.loader import MicroBatches, Plan
 from deepspec_core.training.step import TrainingStep
 

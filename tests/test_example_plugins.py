@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from deepspec_core.blocks.row_engine import RowEngine
-from deepspec_core.blocks.weightings import Uniform
 from deepspec_core.cli.main import main
 from deepspec_core.contracts.rows import Heads, Rows
-from deepspec_core.plugins import load_plugins
+from deepspec_core.plugins.discovery import load_plugins
+from deepspec_core.rows.engine import RowEngine
+from deepspec_core.rows.weightings import Uniform
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "plugins"
 

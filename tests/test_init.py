@@ -20,10 +20,10 @@ from transformers import (
 from deepspec_core.cli.main import main
 from deepspec_core.config.load import load_run_file
 from deepspec_core.config.schema import LayerOptions, RunFile
-from deepspec_core.features.taps import check_taps, spread_taps
 from deepspec_core.pipeline.run import Run
 from deepspec_core.pipeline.stages import check_before, plan
-from deepspec_core.plugins import load_plugins
+from deepspec_core.plugins.discovery import load_plugins
+from deepspec_core.targets.taps import check_taps, spread_taps
 
 SIZES = {
     "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 8, "num_attention_heads": 4,

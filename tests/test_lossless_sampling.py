@@ -13,7 +13,7 @@ import deepspec_core.decoding.engine as engine_module
 from deepspec_core.contracts.draft import DraftModel
 from deepspec_core.contracts.proposer import Proposer, Sampling
 from deepspec_core.decoding.engine import Request, decode
-from deepspec_core.plugins import load_plugins
+from deepspec_core.plugins.discovery import load_plugins
 
 ALGORITHMS = load_plugins().registry.names("draft")
 DRAWS = 3000

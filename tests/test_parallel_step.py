@@ -15,13 +15,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from deepspec_core.blocks.published import save_draft
-from deepspec_core.blocks.row_engine import build_engine
+from deepspec_core.checkpoints.published import save_draft
 from deepspec_core.config.schema import LossOptions
 from deepspec_core.contracts.draft import DraftBatch, DraftModel, Sample
 from deepspec_core.features.online import OnlineFeatures
-from deepspec_core.plugins import load_plugins
-from deepspec_core.registry import Registry
+from deepspec_core.plugins.discovery import load_plugins
+from deepspec_core.plugins.registry import Registry
+from deepspec_core.rows.engine import build_engine
 from deepspec_core.training.loader import MicroBatches, Plan
 from deepspec_core.training.step import TrainingStep
 

@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from deepspec_core.config.load import load_run_file
 from deepspec_core.config.schema import RunFile
 from deepspec_core.pipeline.fingerprint import flatten
-from deepspec_core.plugins import load_plugins
+from deepspec_core.plugins.discovery import load_plugins
 
 RECIPES = Path(__file__).parents[1] / "examples" / "recipes"
 PLUGINS = load_plugins()

@@ -15,11 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from deepspec_core.blocks.published import load_draft
+from deepspec_core.checkpoints.opening import draft_adapter, resolve_draft
+from deepspec_core.checkpoints.published import load_draft
 from deepspec_core.cli.main import main
 from deepspec_core.errors import CheckpointError
-from deepspec_core.features.drafts import draft_adapter, resolve_draft
-from deepspec_core.registry import Registry
+from deepspec_core.plugins.registry import Registry
 
 PARITY = Path(__file__).parent / "parity"
 TARGETS = ("qwen3_4b", "qwen3_8b", "qwen3_14b", "gemma4_12b")

@@ -31,7 +31,7 @@ class Distributions:
         """A distribution with one plugin, named like the package unless said otherwise; returns its module's name."""
         module = package.replace("-", "_") + "_plugin"
         prelude = "from __future__ import annotations\n"
-        prelude += "from deepspec_core.hookspecs import hookimpl\nfrom deepspec_core.specs import *\n"
+        prelude += "from deepspec_core.plugins.hooks import hookimpl\nfrom deepspec_core.plugins.specs import *\n"
         for name, text in {module: prelude + dedent(source), **(extra_modules or {})}.items():
             (self.folder / f"{name}.py").write_text(dedent(text))
             self.modules.append(name)

@@ -15,7 +15,7 @@ from deepspec_core.cli import main as command_line
 from deepspec_core.cli.main import execute, main, run_main
 from deepspec_core.config.load import load_run_file
 from deepspec_core.errors import TargetError
-from deepspec_core.plugins import load_plugins
+from deepspec_core.plugins.discovery import load_plugins
 
 RUN = """
 [run]

@@ -10,13 +10,13 @@ import pytest
 import tomli
 
 from deepspec_core.cli.main import main
-from deepspec_core.config.coefficient_schedule import CoefficientSchedule
 from deepspec_core.config.load import load_run_file
 from deepspec_core.config.render import render
 from deepspec_core.config.schema import LossOptions, RunFile
 from deepspec_core.errors import ConfigError, DeepSpecError
 from deepspec_core.pipeline.fingerprint import flatten
-from deepspec_core.plugins import load_plugins
+from deepspec_core.plugins.discovery import load_plugins
+from deepspec_core.rows.coefficient_schedule import CoefficientSchedule
 
 RUN = """
 [run]

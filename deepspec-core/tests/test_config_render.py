@@ -10,7 +10,7 @@ import tomli
 
 from deepspec_core.config.load import load_run_file
 from deepspec_core.config.render import render
-from deepspec_core.plugins import load_plugins
+from deepspec_core.plugins.discovery import load_plugins
 
 MINIMAL = """
 [run]

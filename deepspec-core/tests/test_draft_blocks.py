@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deepspec_core.blocks.attention import DraftAttention, rotate
-from deepspec_core.blocks.layer import DraftLayer, initialise
-from deepspec_core.blocks.published import layer_names, published_name
+from deepspec_core.checkpoints.published import layer_names, published_name
 from deepspec_core.contracts.target import AttentionProjections, LayerNorms
+from deepspec_core.layers.attention import DraftAttention, rotate
+from deepspec_core.layers.decoder_layer import DraftLayer, initialise
 
 HEADS, KV_HEADS, HEAD_DIM, WIDTH, HIDDEN = 4, 2, 6, 20, 10
 

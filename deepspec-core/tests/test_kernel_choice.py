@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from deepspec_core.blocks import kernel_choice
-from deepspec_core.blocks.kernel_choice import choose_kernels
 from deepspec_core.errors import ConfigError
+from deepspec_core.rows.kernels import choice as kernel_choice
+from deepspec_core.rows.kernels.choice import choose_kernels
 
 LARGE, SMALL = 151_936, 1_000
 

@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from deepspec_core.blocks.losses import KL, CrossEntropy, NegativeLogAcceptance, SoftCrossEntropy, TotalVariation
-from deepspec_core.blocks.row_engine import RowEngine, build_engine
-from deepspec_core.blocks.row_stats import ChunkStats
-from deepspec_core.blocks.weightings import Decay, DPace, Uniform
 from deepspec_core.config.schema import LossOptions, WeightingOptions
-from deepspec_core.config.weighting_options import DecayOptions, DPaceOptions
 from deepspec_core.contracts.loss import LossTerm, RowStats, Weighting
 from deepspec_core.contracts.rows import Heads, Rows
+from deepspec_core.rows.engine import RowEngine, build_engine
+from deepspec_core.rows.statistics import ChunkStats
+from deepspec_core.rows.terms import KL, CrossEntropy, NegativeLogAcceptance, SoftCrossEntropy, TotalVariation
+from deepspec_core.rows.weighting_options import DecayOptions, DPaceOptions
+from deepspec_core.rows.weightings import Decay, DPace, Uniform
 from deepspec_core.testing.core_registry import core_registry
 
 N, U, V = 5, 2, 7

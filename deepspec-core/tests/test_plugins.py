@@ -10,10 +10,13 @@ from typing import Any
 
 import pytest
 
-from deepspec_core import __version__, hookspecs
+from deepspec_core import __version__
 from deepspec_core.errors import PluginError
-from deepspec_core.plugins import PluginRecord, Plugins, check_required, load_plugins
-from deepspec_core.registry import KINDS
+from deepspec_core.plugins import hooks as hookspecs
+from deepspec_core.plugins.discovery import Plugins, load_plugins
+from deepspec_core.plugins.records import PluginRecord
+from deepspec_core.plugins.registry import KINDS
+from deepspec_core.plugins.requirements import check_required
 
 LOSS = """
     @hookimpl
@@ -212,7 +215,7 @@ def test_hooks_of_a_plugin_that_fails_go_with_it_and_blame_goes_to_the_right_plu
 
 
 COMPLETE = """
-    from deepspec_core import hookspecs
+    from deepspec_core.plugins import hooks as hookspecs
     CALLS = []
 
     def spec(cls, **more):
@@ -324,7 +327,7 @@ def test_required_plugins(distributions: Any) -> None:
 
 def test_loading_plugins_imports_no_torch() -> None:
     code = (
-        "import sys; from deepspec_core.plugins import load_plugins; load_plugins();"
+        "import sys; from deepspec_core.plugins.discovery import load_plugins; load_plugins();"
         "sys.exit(sum(name in sys.modules for name in ('torch', 'transformers', 'cattrs', 'tomli', 'rich')))"
     )
     done = subprocess.run(

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from deepspec_core.errors import PluginError, TargetError
-from deepspec_core.plugins import PluginRecord
-from deepspec_core.registry import KINDS, Offer, Registry, resolve
-from deepspec_core.specs import ComponentSpec, DraftModelSpec, ExportSpec, TargetAdapterSpec
+from deepspec_core.plugins.records import PluginRecord
+from deepspec_core.plugins.references import resolve
+from deepspec_core.plugins.registry import KINDS, Offer, Registry
+from deepspec_core.plugins.specs import ComponentSpec, DraftModelSpec, ExportSpec, TargetAdapterSpec
 
 
 def offer(kind: str, spec: ComponentSpec, package: str = "fake-one") -> Offer:
@@ -151,7 +152,7 @@ def test_resolve_follows_dotted_attributes() -> None:
 
 
 def test_the_table_of_kinds_covers_every_hook_that_offers() -> None:
-    from deepspec_core import hookspecs
+    from deepspec_core.plugins import hooks as hookspecs
 
     offering = {name for name in vars(hookspecs) if name.startswith("deepspec_")} - {
         "deepspec_commands",

@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from deepspec_core.blocks.large_buffer import large_buffer
-from deepspec_core.blocks.losses import Confidence, CrossEntropy, TotalVariation
-from deepspec_core.blocks.row_engine import RowEngine, RowResult
-from deepspec_core.blocks.row_plan import chunk_spans, plan_rows
-from deepspec_core.blocks.weightings import Decay
-from deepspec_core.config.weighting_options import DecayOptions
 from deepspec_core.contracts.rows import Heads, Rows
+from deepspec_core.rows.engine import RowEngine, RowResult
+from deepspec_core.rows.large_buffer import large_buffer
+from deepspec_core.rows.plan import chunk_spans, plan_rows
+from deepspec_core.rows.terms import Confidence, CrossEntropy, TotalVariation
+from deepspec_core.rows.weighting_options import DecayOptions
+from deepspec_core.rows.weightings import Decay
 
 K, H, V, R = 4, 3, 64, 2
 KERNELS = ["plain", "eager"]

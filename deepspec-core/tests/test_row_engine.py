@@ -11,7 +11,13 @@ import torch
 from attrs import evolve
 from torch import Tensor
 
-from deepspec_core.blocks.losses import (
+from deepspec_core.contracts.loss import LossTerm, RowStats, Weighting
+from deepspec_core.contracts.rows import Heads, Rows
+from deepspec_core.errors import ConfigError
+from deepspec_core.rows.coefficient_schedule import CoefficientSchedule
+from deepspec_core.rows.engine import RowEngine
+from deepspec_core.rows.kernels.formulas import why_not_compiled
+from deepspec_core.rows.terms import (
     KL,
     Confidence,
     CrossEntropy,
@@ -19,14 +25,8 @@ from deepspec_core.blocks.losses import (
     SoftCrossEntropy,
     TotalVariation,
 )
-from deepspec_core.blocks.row_engine import RowEngine
-from deepspec_core.blocks.row_kernels import why_not_compiled
-from deepspec_core.blocks.weightings import Decay, DPace, Uniform
-from deepspec_core.config.coefficient_schedule import CoefficientSchedule
-from deepspec_core.config.weighting_options import DecayOptions, DPaceOptions
-from deepspec_core.contracts.loss import LossTerm, RowStats, Weighting
-from deepspec_core.contracts.rows import Heads, Rows
-from deepspec_core.errors import ConfigError
+from deepspec_core.rows.weighting_options import DecayOptions, DPaceOptions
+from deepspec_core.rows.weightings import Decay, DPace, Uniform
 
 BLOCKS, K, H, V, P, R = 7, 3, 5, 11, 6, 2
 N = BLOCKS * K

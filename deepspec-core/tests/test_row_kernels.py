@@ -19,15 +19,9 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from deepspec_core.blocks.losses import (
-    Confidence,
-    CrossEntropy,
-    NegativeLogAcceptance,
-    SoftCrossEntropy,
-    TotalVariation,
-)
-from deepspec_core.blocks.row_engine import RowEngine
-from deepspec_core.blocks.row_kernels import (
+from deepspec_core.contracts.rows import Heads, Rows
+from deepspec_core.rows.engine import RowEngine
+from deepspec_core.rows.kernels.formulas import (
     Distance,
     Divergence,
     Incoming,
@@ -37,9 +31,15 @@ from deepspec_core.blocks.row_kernels import (
     TorchKernels,
     why_not_compiled,
 )
-from deepspec_core.blocks.weightings import Decay
-from deepspec_core.config.weighting_options import DecayOptions
-from deepspec_core.contracts.rows import Heads, Rows
+from deepspec_core.rows.terms import (
+    Confidence,
+    CrossEntropy,
+    NegativeLogAcceptance,
+    SoftCrossEntropy,
+    TotalVariation,
+)
+from deepspec_core.rows.weighting_options import DecayOptions
+from deepspec_core.rows.weightings import Decay
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 NEEDS_TRITON = pytest.mark.skipif(sys.platform != "linux", reason="Triton is published for Linux only")
@@ -61,7 +61,7 @@ VARIANTS = [
 def kernels_of(variant: tuple[str, str]) -> RowKernels:
     if variant[0] != "triton":
         return TorchKernels(compiled=variant[0] == "compiled")
-    from deepspec_core.blocks.row_kernels_triton import TritonKernels
+    from deepspec_core.rows.kernels.triton_kernels import TritonKernels
 
     return TritonKernels()
 
@@ -390,7 +390,7 @@ def test_interpreter_runs_the_kernels_on_this_cpu() -> None:
 @NEEDS_TRITON
 @NOT_INTERPRETING
 def test_where_triton_can_run() -> None:
-    from deepspec_core.blocks.row_kernels_triton import can_run
+    from deepspec_core.rows.kernels.triton_kernels import can_run
 
     assert "'cpu'" in (can_run("cpu") or "")
     if not torch.cuda.is_available():
@@ -418,7 +418,7 @@ def compile_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    from deepspec_core.blocks.row_kernels_triton import TritonKernels
+    from deepspec_core.rows.kernels.triton_kernels import TritonKernels
 
     compiled: dict[str, Any] = {}
     run = JITFunction.run

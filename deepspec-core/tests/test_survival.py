@@ -7,15 +7,15 @@ import math
 import pytest
 import torch
 
-from deepspec_core.blocks.losses import Confidence, CrossEntropy, TotalVariation
-from deepspec_core.blocks.row_engine import RowEngine
-from deepspec_core.blocks.weightings import Decay, Uniform
-from deepspec_core.config.weighting_options import DecayOptions
 from deepspec_core.contracts.loss import LossTerm
 from deepspec_core.contracts.proposer import Proposal
 from deepspec_core.contracts.rows import Heads, Rows
 from deepspec_core.decoding.confidence import cut
 from deepspec_core.errors import ConfigError
+from deepspec_core.rows.engine import RowEngine
+from deepspec_core.rows.terms import Confidence, CrossEntropy, TotalVariation
+from deepspec_core.rows.weighting_options import DecayOptions
+from deepspec_core.rows.weightings import Decay, Uniform
 from deepspec_core.testing.core_registry import core_registry
 
 SURVIVAL = torch.tensor([0.9, 0.6, 0.3, 0.5])

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from deepspec_core.errors import TargetError
-from deepspec_core.features.taps import check_taps
+from deepspec_core.targets.taps import check_taps
 
 
 @pytest.mark.parametrize("taps", [[-1], [0, 2, 6], [-1, 0, 1, 2, 3, 4, 5, 6]])
@@ -37,5 +37,5 @@ def test_invalid_taps_are_refused_with_the_valid_range(taps: list[int], problem:
 
 
 def test_checking_taps_does_not_import_torch() -> None:
-    code = "import sys, deepspec_core.features.taps; sys.exit('torch' in sys.modules)"
+    code = "import sys, deepspec_core.targets.taps; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

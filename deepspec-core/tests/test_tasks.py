@@ -9,7 +9,7 @@ import pytest
 
 from deepspec_core.errors import DataError
 from deepspec_core.evaluation.tasks import Prompt, load_task
-from deepspec_core.registry import Registry
+from deepspec_core.plugins.registry import Registry
 
 
 def _load(folder: Path, rows: list[dict[str, Any]], limit: int | None = None) -> list[Prompt]:

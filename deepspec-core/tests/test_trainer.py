@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from deepspec_core.config.schema import LossOptions, TrainOptions, WeightingOptions
-from deepspec_core.config.weighting_options import DecayOptions
 from deepspec_core.contracts.draft import Sample
 from deepspec_core.errors import CheckpointError, DataError, TrainingError
+from deepspec_core.rows.weighting_options import DecayOptions
 from deepspec_core.testing.core_registry import core_registry
 from deepspec_core.testing.tiny_draft import TinyDraft, TinySource
 from deepspec_core.training.checkpoint import latest
@@ -97,7 +97,7 @@ def test_training_lowers_the_loss_and_says_so(tmp_path: Path) -> None:
 
 def test_one_step_is_adamw_on_the_step_wide_mean(tmp_path: Path) -> None:
     """Against the definition: all sequences in one batch, one division, clip, AdamW at the schedule's rate."""
-    from deepspec_core.blocks.row_engine import build_engine
+    from deepspec_core.rows.engine import build_engine
     from deepspec_core.training.loader import MicroBatches, Plan
     from deepspec_core.training.sampler import GlobalBatches
 

@@ -7,9 +7,9 @@ from itertools import islice
 import pytest
 import torch
 
-from deepspec_core.blocks.losses import CrossEntropy, TotalVariation
-from deepspec_core.blocks.row_engine import RowEngine
-from deepspec_core.blocks.weightings import Uniform
+from deepspec_core.rows.engine import RowEngine
+from deepspec_core.rows.terms import CrossEntropy, TotalVariation
+from deepspec_core.rows.weightings import Uniform
 from deepspec_core.testing.tiny_draft import TinyDraft, TinySource
 from deepspec_core.training.host_batch import HostBatch
 from deepspec_core.training.loader import MicroBatches, Plan, StepPlans, iterate

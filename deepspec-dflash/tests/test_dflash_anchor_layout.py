@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from deepspec_core.blocks.published import load_draft, read_draft_config, save_draft
-from deepspec_core.registry import Registry
+from deepspec_core.checkpoints.published import load_draft, read_draft_config, save_draft
+from deepspec_core.plugins.registry import Registry
 from deepspec_core.testing.driven_proposer import SAMPLED, DrivenProposer
 from deepspec_core.testing.random_batches import features_of, padded_batch, random_sample
 from deepspec_core.testing.recorded import Recordings

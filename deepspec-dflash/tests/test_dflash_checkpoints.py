@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from deepspec_core.blocks import published
-from deepspec_core.blocks.published import load_draft, read_draft_config, save_draft
+from deepspec_core.checkpoints import published
+from deepspec_core.checkpoints.published import load_draft, read_draft_config, save_draft
 from deepspec_core.errors import CheckpointError
-from deepspec_core.registry import Registry
+from deepspec_core.plugins.registry import Registry
 from deepspec_core.testing.driven_proposer import check_same_proposals, sampled_proposal
 from deepspec_core.testing.recorded import Recordings, check_same_weights, edit_config
 from deepspec_dflash.model import DFlashModel

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from deepspec_core.blocks.row_engine import build_engine
 from deepspec_core.config.schema import LossOptions, WeightingOptions
-from deepspec_core.config.weighting_options import DecayOptions
-from deepspec_core.registry import Registry
+from deepspec_core.plugins.registry import Registry
+from deepspec_core.rows.engine import build_engine
+from deepspec_core.rows.weighting_options import DecayOptions
 from deepspec_core.testing.draft_checks import check_near
 from deepspec_core.testing.recorded import FORWARD, Recordings, TrainingCase
 from deepspec_core.training.step import TrainingStep

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from deepspec_core.blocks.published import load_draft, read_draft_config, save_draft
+from deepspec_core.checkpoints.published import load_draft, read_draft_config, save_draft
 from deepspec_core.config.load import load_run_file
 from deepspec_core.config.render import render
 from deepspec_core.errors import CheckpointError, ConfigError
-from deepspec_core.plugins import load_plugins
-from deepspec_core.registry import Registry
+from deepspec_core.plugins.discovery import load_plugins
+from deepspec_core.plugins.registry import Registry
 from deepspec_core.testing.driven_proposer import check_same_proposals
 from deepspec_core.testing.recorded import Recordings, check_same_weights
 from deepspec_dspark.model import DSparkModel

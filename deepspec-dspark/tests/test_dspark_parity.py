@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from deepspec_core.blocks.row_engine import RowResult, build_engine
 from deepspec_core.config.schema import LossOptions, WeightingOptions
-from deepspec_core.config.weighting_options import DecayOptions
 from deepspec_core.contracts.rows import Rows
-from deepspec_core.registry import Registry
+from deepspec_core.plugins.registry import Registry
+from deepspec_core.rows.engine import RowResult, build_engine
+from deepspec_core.rows.weighting_options import DecayOptions
 from deepspec_core.testing.draft_checks import check_near
 from deepspec_core.testing.recorded import FORWARD, Recordings, TrainingCase
 from deepspec_dspark.model import DSparkModel

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from deepspec_core.blocks.losses import Confidence, CrossEntropy, TotalVariation
-from deepspec_core.blocks.row_engine import RowEngine
-from deepspec_core.blocks.weightings import Decay
-from deepspec_core.config.weighting_options import DecayOptions
 from deepspec_core.contracts.draft import DraftBatch
 from deepspec_core.contracts.loss import LossTerm
 from deepspec_core.errors import ConfigError
+from deepspec_core.rows.engine import RowEngine
+from deepspec_core.rows.terms import Confidence, CrossEntropy, TotalVariation
+from deepspec_core.rows.weighting_options import DecayOptions
+from deepspec_core.rows.weightings import Decay
 from deepspec_core.testing.draft_checks import check_all_near, gradients_of, trained
 from deepspec_core.testing.random_batches import padded_batch, prepare, ragged_samples
 from deepspec_dspark.model import DSparkModel

@@ -8,9 +8,9 @@ import pytest
 import torch
 from attrs import evolve
 
-from deepspec_core.blocks.row_engine import RowResult, build_engine
 from deepspec_core.config.schema import LossOptions
-from deepspec_core.registry import Registry
+from deepspec_core.plugins.registry import Registry
+from deepspec_core.rows.engine import RowResult, build_engine
 from deepspec_core.testing.draft_checks import check_near
 from deepspec_core.testing.recorded import FORWARD, Recordings, TrainingCase
 from deepspec_eagle3.model import Eagle3Model, Places

@@ -10,11 +10,11 @@ import pytest
 import torch
 from attrs import evolve
 
-from deepspec_core.blocks.row_engine import RowResult, build_engine
 from deepspec_core.config.schema import LossOptions
 from deepspec_core.contracts.draft import DraftBatch, Sample
 from deepspec_core.contracts.target import TargetFeatures
-from deepspec_core.registry import Registry
+from deepspec_core.plugins.registry import Registry
+from deepspec_core.rows.engine import RowResult, build_engine
 from deepspec_core.testing.draft_checks import (
     check_all_near,
     check_autocast,

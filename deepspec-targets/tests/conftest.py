@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from deepspec_core.config.schema import LayerOptions
-from deepspec_core.registry import Registry
+from deepspec_core.plugins.registry import Registry
 from deepspec_targets.family import FamilyAdapter
 
 SIZES = {

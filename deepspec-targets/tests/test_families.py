@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from deepspec_core.errors import TargetError
-from deepspec_core.features.targets import load_target, open_adapter
-from deepspec_core.registry import Registry
+from deepspec_core.plugins.registry import Registry
+from deepspec_core.targets.opening import load_target, open_adapter
 from deepspec_targets.family import FamilyAdapter
 from deepspec_targets.transformers_target import TransformersTarget
 

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from deepspec_core.blocks.layer import DraftLayer
-from deepspec_core.blocks.published import layer_names, published_name
+from deepspec_core.checkpoints.published import layer_names, published_name
 from deepspec_core.config.schema import LayerOptions
 from deepspec_core.contracts.target import SpecialTokens, TargetAdapter
 from deepspec_core.errors import TargetError
-from deepspec_core.registry import Registry
+from deepspec_core.layers.decoder_layer import DraftLayer
+from deepspec_core.plugins.registry import Registry
 from deepspec_targets.family import FamilyAdapter
 from deepspec_targets.masks import MaskBuilder
 from deepspec_targets.transformers_target import TransformersTarget

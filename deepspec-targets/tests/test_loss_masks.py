@@ -19,7 +19,7 @@ from deepspec_core.contracts.target import ConversationFormat
 from deepspec_core.data.answers import Supervision
 from deepspec_core.data.conversations import Conversation, from_row
 from deepspec_core.data.tokenize import ChatTokenizer, TemplateRefusal
-from deepspec_core.registry import Registry
+from deepspec_core.plugins.registry import Registry
 
 TEMPLATES = Path(__file__).parent / "chat_templates"
 CONFIGS: dict[str, Any] = {

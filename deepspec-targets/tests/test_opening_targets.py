@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerFast
 
 from deepspec_core.config.schema import LayerOptions
 from deepspec_core.errors import DeepSpecError, TargetError
-from deepspec_core.features.targets import fingerprint, load_target, open_adapter, resolve_model, tokenizer_for
-from deepspec_core.registry import Registry
+from deepspec_core.plugins.registry import Registry
+from deepspec_core.targets.opening import fingerprint, load_target, open_adapter, resolve_model, tokenizer_for
 
 PARITY = Path(__file__).parents[2] / "tests" / "parity"
 

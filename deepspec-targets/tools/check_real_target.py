@@ -30,8 +30,8 @@ from torch import Tensor
 
 from deepspec_core.contracts.proposer import Sampling
 from deepspec_core.decoding.engine import Request, decode
-from deepspec_core.features.targets import load_target, open_adapter, tokenizer_for
-from deepspec_core.plugins import load_plugins
+from deepspec_core.plugins.discovery import load_plugins
+from deepspec_core.targets.opening import load_target, open_adapter, tokenizer_for
 
 Result = TypeVar("Result")
 FEATURE_TOLERANCE = 1e-4  # of the largest value, in float32

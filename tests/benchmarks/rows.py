@@ -6,7 +6,7 @@
 What is compared, each in a process of its own so that peaks do not mix:
     straightforward   every logits tensor at once, the loss written down operation by operation, autograd
     compiled          the same function through torch.compile
-    engine            deepspec_core.blocks.row_engine, its kernels chosen automatically
+    engine            deepspec_core.rows.engine, its kernels chosen automatically
     products          the matrix products alone: draft and target forward, and backward
 Times are interleaved: every process does one step in turn, several turns after a warm-up. Peak memory on CPU is the
 growth of the process's resident set over a step; on CUDA that of allocated memory. All three totals and the gradients
@@ -114,11 +114,11 @@ def products(data: dict[str, Tensor], case: str) -> Tensor:
 
 
 def engine(case: str, kernels: str) -> Callable[[dict[str, Tensor], str], Tensor]:
-    from deepspec_core.blocks.losses import Confidence, CrossEntropy, SoftCrossEntropy, TotalVariation
-    from deepspec_core.blocks.row_engine import RowEngine
-    from deepspec_core.blocks.weightings import Decay, Uniform
-    from deepspec_core.config.weighting_options import DecayOptions
     from deepspec_core.contracts.rows import Heads, Rows
+    from deepspec_core.rows.engine import RowEngine
+    from deepspec_core.rows.terms import Confidence, CrossEntropy, SoftCrossEntropy, TotalVariation
+    from deepspec_core.rows.weighting_options import DecayOptions
+    from deepspec_core.rows.weightings import Decay, Uniform
 
     kinds = {"ce": CrossEntropy, "tv": TotalVariation, "confidence": Confidence}
     if case == "eagle3":

@@ -14,10 +14,10 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from deepspec_core.blocks.attention import DraftAttention, Rotary
-from deepspec_core.blocks.layer import DraftLayer, initialise
-from deepspec_core.blocks.published import layer_names
+from deepspec_core.checkpoints.published import layer_names
 from deepspec_core.contracts.target import TargetAdapter
+from deepspec_core.layers.attention import DraftAttention, Rotary
+from deepspec_core.layers.decoder_layer import DraftLayer, initialise
 from deepspec_dflash.attention import BlockLayout, KeysValues, Path, attend
 
 

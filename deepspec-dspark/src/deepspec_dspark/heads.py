@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from deepspec_core.blocks.layer import initialise
+from deepspec_core.layers.decoder_layer import initialise
 
 
 class MarkovHead(nn.Module):

@@ -13,10 +13,10 @@ import torch
 from attrs import evolve
 from torch import Tensor
 
-from deepspec_core.blocks.layer import initialise
 from deepspec_core.contracts.draft import DraftBatch
 from deepspec_core.contracts.rows import Heads, Rows
 from deepspec_core.contracts.target import TargetAdapter
+from deepspec_core.layers.decoder_layer import initialise
 from deepspec_dflash.model import DFlashModel
 from deepspec_dspark.heads import ConfidenceHead, MarkovHead, new_markov_head
 from deepspec_dspark.options import DSparkOptions

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from deepspec_core.hookspecs import hookimpl
-from deepspec_core.specs import DraftModelSpec
+from deepspec_core.plugins import DraftModelSpec, hookimpl
 from deepspec_dspark.options import DSparkOptions, is_dspark
 
 

@@ -14,10 +14,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from deepspec_core.blocks.attention import Rotary
-from deepspec_core.blocks.layer import DraftLayer, initialise
-from deepspec_core.blocks.published import layer_names
+from deepspec_core.checkpoints.published import layer_names
 from deepspec_core.contracts.target import TargetAdapter
+from deepspec_core.layers.attention import Rotary
+from deepspec_core.layers.decoder_layer import DraftLayer, initialise
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 

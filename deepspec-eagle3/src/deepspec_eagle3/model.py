@@ -16,10 +16,10 @@ from attrs import evolve, frozen
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deepspec_core.blocks.layer import initialise
 from deepspec_core.contracts.draft import DraftBatch, DraftDescription, DraftModel
 from deepspec_core.contracts.rows import Heads, Rows
 from deepspec_core.contracts.target import TargetAdapter
+from deepspec_core.layers.decoder_layer import initialise
 from deepspec_eagle3.attention import KeysValues, StepLayout, attend_first, attend_later
 from deepspec_eagle3.drafter import Eagle3Drafter
 from deepspec_eagle3.options import Eagle3Options

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from deepspec_core.hookspecs import hookimpl
-from deepspec_core.specs import BuiltinSpec, TargetAdapterSpec
+from deepspec_core.plugins import BuiltinSpec, TargetAdapterSpec, hookimpl
 
 # name, summary, module:class in this package, model types
 _FAMILIES = (

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from deepspec_core.contracts.target import TargetArchitecture, TargetFeatures, TargetStep
 from deepspec_core.errors import TargetError
-from deepspec_core.features.taps import check_taps
+from deepspec_core.targets.taps import check_taps
 from deepspec_targets.masks import MaskBuilder
 from deepspec_targets.slot_cache import SlotCache
 

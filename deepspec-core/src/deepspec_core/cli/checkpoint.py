@@ -12,7 +12,7 @@ import click
 from deepspec_core.cli.options import no_plugin
 
 if TYPE_CHECKING:
-    from deepspec_core.blocks.inspection import DraftFacts
+    from deepspec_core.checkpoints.inspection import DraftFacts
 
 UNFIT = 2
 
@@ -31,9 +31,9 @@ def show(name: str, as_json: bool, blocked: tuple[str, ...]) -> int:
 
     No target is loaded. The exit code is 2 where weights are missing, unexpected or of another shape.
     """
-    from deepspec_core.blocks.inspection import inspect_draft
-    from deepspec_core.features.drafts import resolve_draft
-    from deepspec_core.plugins import load_plugins
+    from deepspec_core.checkpoints.inspection import inspect_draft
+    from deepspec_core.checkpoints.opening import resolve_draft
+    from deepspec_core.plugins.discovery import load_plugins
 
     directory = resolve_draft(name, base=Path())
     facts = inspect_draft(directory, registry=load_plugins(blocked=blocked).registry)

@@ -7,7 +7,7 @@ import click
 from deepspec_core.cli.options import no_plugin, overrides, run_file
 from deepspec_core.config.load import load_run_file
 from deepspec_core.config.schema import RunFile
-from deepspec_core.plugins import load_plugins
+from deepspec_core.plugins.discovery import load_plugins
 
 
 @click.group()

@@ -56,7 +56,7 @@ def show(
     from deepspec_core.config.load import load_run_file
     from deepspec_core.pipeline.run import Run
     from deepspec_core.pipeline.showing import view
-    from deepspec_core.plugins import load_plugins
+    from deepspec_core.plugins.discovery import load_plugins
 
     plugins = load_plugins(blocked=blocked)
     run = Run(file=load_run_file(path, overrides=overrides, plugins=plugins), path=Path(path), plugins=plugins)

@@ -61,7 +61,7 @@ def estimate(
     from deepspec_core.pipeline import workers as all_workers
     from deepspec_core.pipeline.estimating import estimate as estimate_run
     from deepspec_core.pipeline.run import Run
-    from deepspec_core.plugins import load_plugins
+    from deepspec_core.plugins.discovery import load_plugins
 
     plugins = load_plugins(blocked=blocked)
     run = Run(file=load_run_file(path, overrides=overrides, plugins=plugins), path=Path(path), plugins=plugins)

@@ -28,7 +28,7 @@ from deepspec_core.config.schema import (
 )
 
 if TYPE_CHECKING:
-    from deepspec_core.plugins import Plugins
+    from deepspec_core.plugins.discovery import Plugins
 
 DEFAULTS = EvaluateOptions()
 
@@ -94,7 +94,7 @@ def evaluate(
     What the draft is (algorithm, options, tapped layers) is read from its config.json. Interrupted, the same command
     goes on where it stopped.
     """
-    from deepspec_core.plugins import load_plugins
+    from deepspec_core.plugins.discovery import load_plugins
 
     plugins = load_plugins(blocked=blocked)
     name = re.sub(r"[^\w.-]", "_", Path(draft).resolve().name)
@@ -121,8 +121,8 @@ def _tasks(tasks: tuple[str, ...]) -> tuple[str, ...]:
 def _run_file(
     run: RunOptions, target: str, dtype: str | None, thinking: bool, evaluated: EvaluateOptions, plugins: Plugins
 ) -> RunFile:
-    from deepspec_core.blocks.published import read_draft_config, read_options
-    from deepspec_core.features.drafts import resolve_draft
+    from deepspec_core.checkpoints.opening import resolve_draft
+    from deepspec_core.checkpoints.published import read_draft_config, read_options
 
     assert evaluated.draft is not None
     directory = resolve_draft(evaluated.draft, base=Path())

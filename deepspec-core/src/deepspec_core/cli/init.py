@@ -26,7 +26,7 @@ def init(model: str, draft_type: str, data: str | None, out: str, blocked: tuple
     from deepspec_core.config.starter import starter
     from deepspec_core.errors import ConfigError
     from deepspec_core.pipeline.starting import start_of
-    from deepspec_core.plugins import load_plugins
+    from deepspec_core.plugins.discovery import load_plugins
 
     path = Path(out)
     exists = ConfigError("the run file exists already", where=path, fix="Choose another name with -o.")

@@ -78,8 +78,8 @@ def _import_command(name: str) -> click.Command:
 
 def _plugin_commands(ctx: click.Context) -> dict[str, click.Command]:
     """What plugins add, each to a group of its own: one that fails, or takes a name, is reported and left out."""
-    from deepspec_core.plugins import load_plugins
-    from deepspec_core.references import blame
+    from deepspec_core.plugins.discovery import load_plugins
+    from deepspec_core.plugins.references import blame
 
     if _PLUGIN_COMMANDS in ctx.meta:
         return ctx.meta[_PLUGIN_COMMANDS]  # type: ignore[no-any-return]

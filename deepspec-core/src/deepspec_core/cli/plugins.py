@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 import click
 
 from deepspec_core.cli.options import no_plugin
-from deepspec_core.plugins import PluginRecord, load_plugins
+from deepspec_core.plugins.discovery import load_plugins
+from deepspec_core.plugins.records import PluginRecord
 
 _COLOURS = {"ok": "green", "duplicate": "yellow", "blocked": "yellow"}
 

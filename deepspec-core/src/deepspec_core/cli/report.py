@@ -46,7 +46,7 @@ def _folder(place: str, blocked: tuple[str, ...]) -> Path:
         return path
     from deepspec_core.config.load import load_run_file
     from deepspec_core.pipeline.run import Run
-    from deepspec_core.plugins import load_plugins
+    from deepspec_core.plugins.discovery import load_plugins
 
     plugins = load_plugins(blocked=blocked)
     return Run(file=load_run_file(path, plugins=plugins), path=path, plugins=plugins).folder

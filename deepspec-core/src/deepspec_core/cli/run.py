@@ -51,7 +51,7 @@ def run(
     from deepspec_core.pipeline import run as runs
     from deepspec_core.pipeline import stages as pipeline
     from deepspec_core.pipeline import workers as processes
-    from deepspec_core.plugins import load_plugins
+    from deepspec_core.plugins.discovery import load_plugins
 
     show_messages()
     plugins = load_plugins(blocked=blocked)

@@ -12,7 +12,7 @@ from typing import Any
 
 from deepspec_core.config.schema import HELD_OUT, KNOWN_STAGES, DataOptions, RunOptions
 from deepspec_core.errors import ConfigError, DeepSpecError, PluginError
-from deepspec_core.registry import Registry
+from deepspec_core.plugins.registry import Registry
 
 
 def check_sections(sections: Mapping[str, Any], folder: Path, registry: Registry) -> Iterator[DeepSpecError]:

@@ -21,7 +21,7 @@ from cattrs.errors import (
 )
 
 from deepspec_core.errors import ConfigError, DeepSpecError, nearest
-from deepspec_core.references import message_of
+from deepspec_core.plugins.references import message_of
 
 _LONGEST = 100
 _WORDS = {

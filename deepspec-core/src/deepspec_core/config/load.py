@@ -20,7 +20,8 @@ from deepspec_core.config.overrides import apply_override
 from deepspec_core.config.schema import LossOptions, RunFile
 from deepspec_core.config.structure import strict_converter
 from deepspec_core.errors import ConfigError, DeepSpecError, PluginError, nearest
-from deepspec_core.plugins import Plugins, check_required
+from deepspec_core.plugins.discovery import Plugins
+from deepspec_core.plugins.requirements import check_required
 
 
 def load_run_file(path: str | os.PathLike[str], *, overrides: Sequence[str] = (), plugins: Plugins) -> RunFile:

@@ -13,7 +13,7 @@ from typing import Any
 from attrs import field, frozen
 from attrs.validators import and_, deep_iterable, ge, gt, in_, le, matches_re, optional
 
-from deepspec_core.config.coefficient_schedule import CoefficientSchedule
+from deepspec_core.rows.coefficient_schedule import CoefficientSchedule
 
 KNOWN_STAGES = ("regenerate", "cache", "train", "evaluate", "export")
 # Marks an attribute that is no key of the run file: loading puts a plugin's options object there.

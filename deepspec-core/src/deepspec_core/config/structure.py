@@ -31,7 +31,7 @@ from deepspec_core.config.schema import (
     WeightingOptions,
 )
 from deepspec_core.errors import DeepSpecError, PluginError
-from deepspec_core.registry import Registry
+from deepspec_core.plugins.registry import Registry
 
 HELD_OUT = "held-out"
 BUILTIN = "builtin:"

@@ -27,7 +27,7 @@ _FILES: Final = (".jsonl", ".jsonl.gz")
 
 
 class Registry(Protocol):
-    """The part of deepspec_core.registry.Registry that sources need."""
+    """The part of deepspec_core.plugins.registry.Registry that sources need."""
 
     def get(self, kind: str, name: str) -> Any: ...
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from deepspec_core.contracts.draft import Sample
 from deepspec_core.contracts.target import TargetFeatures, TargetModel
 from deepspec_core.features.online import OnlineFeatures
-from deepspec_core.features.targets import first_line
+from deepspec_core.targets.opening import first_line
 
 
 class TriedFeatures(OnlineFeatures):

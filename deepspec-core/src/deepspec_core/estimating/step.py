@@ -16,13 +16,13 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from deepspec_core.blocks.row_engine import RowEngine, RowResult
 from deepspec_core.contracts.draft import DraftModel
 from deepspec_core.contracts.features import FeatureSource
 from deepspec_core.contracts.rows import Heads, Rows
 from deepspec_core.estimating.flops import flop_counter
 from deepspec_core.estimating.memory import LiveBytes, bytes_of
 from deepspec_core.estimating.process import HEAP_BLOCK
+from deepspec_core.rows.engine import RowEngine, RowResult
 from deepspec_core.training.host_batch import HostBatch
 from deepspec_core.training.reduction import normalise
 from deepspec_core.training.step import TrainingStep

@@ -17,7 +17,7 @@ from attrs import evolve, frozen
 
 from deepspec_core.config.schema import HELD_OUT as HELD_OUT
 from deepspec_core.errors import DataError
-from deepspec_core.registry import Registry
+from deepspec_core.plugins.registry import Registry
 
 HELD_OUT_QUOTA = 500
 

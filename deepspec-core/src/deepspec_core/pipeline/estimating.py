@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 import torch
 
-from deepspec_core.blocks.row_engine import RowEngine, build_engine
 from deepspec_core.cache.estimate import cache_bytes
 from deepspec_core.contracts.cache import CacheFormat
 from deepspec_core.contracts.draft import DraftModel, Sample
@@ -24,6 +23,7 @@ from deepspec_core.estimating.process import KERNEL_BYTES, kept_bytes, resident_
 from deepspec_core.estimating.step import estimate_step
 from deepspec_core.pipeline.run import Run
 from deepspec_core.pipeline.training import new_draft
+from deepspec_core.rows.engine import RowEngine, build_engine
 from deepspec_core.training.host_batch import HostBatch, host_batch
 from deepspec_core.training.sampler import sample_rng
 

@@ -16,8 +16,9 @@ import torch
 import transformers
 
 from deepspec_core import __version__
-from deepspec_core.blocks.inspection import Parameters
-from deepspec_core.blocks.published import load_draft
+from deepspec_core.checkpoints.inspection import Parameters
+from deepspec_core.checkpoints.opening import check_same_target, draft_adapter, resolve_draft
+from deepspec_core.checkpoints.published import load_draft
 from deepspec_core.contracts.draft import DraftModel
 from deepspec_core.contracts.proposer import Sampling
 from deepspec_core.contracts.target import TargetAdapter
@@ -26,9 +27,8 @@ from deepspec_core.errors import DataError, StageError
 from deepspec_core.evaluation.evaluator import Decoding, evaluate, summarise
 from deepspec_core.evaluation.report import markdown
 from deepspec_core.evaluation.tasks import HELD_OUT_QUOTA, Prompt, load_task
-from deepspec_core.features.drafts import check_same_target, draft_adapter, resolve_draft
-from deepspec_core.features.targets import fingerprint
 from deepspec_core.pipeline.run import Run
+from deepspec_core.targets.opening import fingerprint
 
 DRAFT_RECORD = "draft.json"
 

@@ -21,7 +21,7 @@ from attrs import define, evolve, field
 from deepspec_core.config.schema import RunFile
 from deepspec_core.errors import DataError, StageError
 from deepspec_core.pipeline import workers
-from deepspec_core.plugins import Plugins
+from deepspec_core.plugins.discovery import Plugins
 
 if TYPE_CHECKING:
     import torch
@@ -111,7 +111,7 @@ class Run:
     @cached_property
     def where(self) -> str | Path:
         """The target's directory or Hub id."""
-        from deepspec_core.features.targets import resolve_model
+        from deepspec_core.targets.opening import resolve_model
 
         options = self.file.target
         return resolve_model(options.model, base=self.base, registry=self.plugins.registry, revision=options.revision)
@@ -131,7 +131,7 @@ class Run:
     @cached_property
     def family(self) -> TargetAdapter:
         """The target's adapter, whatever the taps are."""
-        from deepspec_core.features.targets import open_adapter
+        from deepspec_core.targets.opening import open_adapter
 
         return open_adapter(
             self.where,
@@ -144,7 +144,7 @@ class Run:
     @cached_property
     def adapter(self) -> TargetAdapter:
         """The target's adapter; the taps are checked against it."""
-        from deepspec_core.features.taps import check_taps
+        from deepspec_core.targets.taps import check_taps
 
         layers = self.family.architecture.num_layers
         check_taps(self.file.target.layers, layers, where=f"{self.path}: target.layers")
@@ -153,7 +153,7 @@ class Run:
     @cached_property
     def target(self) -> TargetModel:
         """The loaded target."""
-        from deepspec_core.features.targets import load_target
+        from deepspec_core.targets.opening import load_target
 
         return load_target(
             self.adapter,
@@ -168,7 +168,7 @@ class Run:
     def tokenizer(self) -> ChatTokenizer:
         """The target's tokenizer with its chat template."""
         from deepspec_core.data.tokenize import ChatTokenizer
-        from deepspec_core.features.targets import tokenizer_for
+        from deepspec_core.targets.opening import tokenizer_for
 
         tokenizer = tokenizer_for(self.where, self.file.target.trust_remote_code, revision=self.file.target.revision)
         return ChatTokenizer(tokenizer, thinking=self.file.regenerate.thinking)
@@ -260,7 +260,7 @@ class Run:
 
     def cache_header(self) -> CacheHeader:
         """What a cache of this run is made from."""
-        from deepspec_core.features.targets import fingerprint
+        from deepspec_core.targets.opening import fingerprint
 
         data = self.file.data
         if "regenerate" in self.file.run.stages:

@@ -18,7 +18,7 @@ from deepspec_core.errors import StageError, nearest
 from deepspec_core.pipeline import workers
 from deepspec_core.pipeline.fingerprint import RECORD, StageRecord, differences, fingerprint, flatten, read_record
 from deepspec_core.pipeline.run import Run
-from deepspec_core.registry import resolve
+from deepspec_core.plugins.references import resolve
 
 
 @frozen(kw_only=True)

@@ -22,9 +22,9 @@ from deepspec_core.contracts.draft import DraftModel
 from deepspec_core.contracts.target import TargetAdapter
 from deepspec_core.data.tokenize import ChatTokenizer
 from deepspec_core.errors import DataError, TargetError
-from deepspec_core.features.taps import spread_taps
-from deepspec_core.features.targets import open_adapter, resolve_model, tokenizer_for, weight_bytes
-from deepspec_core.registry import Registry
+from deepspec_core.plugins.registry import Registry
+from deepspec_core.targets.opening import open_adapter, resolve_model, tokenizer_for, weight_bytes
+from deepspec_core.targets.taps import spread_taps
 
 BUILTIN: Final = "builtin:"
 DEFAULT_DATA: Final = "mlabonne/open-perfectblend"

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from deepspec_core.blocks.published import save_draft
+from deepspec_core.checkpoints.published import save_draft
 from deepspec_core.contracts.draft import DraftModel
 from deepspec_core.contracts.features import FeatureSource
 from deepspec_core.pipeline import workers

@@ -21,13 +21,13 @@ from attrs import frozen
 from safetensors.torch import load_file
 from torch import Tensor
 
-from deepspec_core.blocks.published import CONFIG, WEIGHTS, load_draft, published_name, read_draft_config
+from deepspec_core.checkpoints.published import CONFIG, WEIGHTS, load_draft, published_name, read_draft_config
 from deepspec_core.contracts.draft import DraftBatch, DraftModel, PreparedSample, Sample
 from deepspec_core.contracts.proposer import Proposer, Sampling
 from deepspec_core.contracts.target import TargetAdapter, TargetFeatures, TargetModel
 from deepspec_core.decoding.engine import Completion, Request, decode
-from deepspec_core.features.targets import load_target, open_adapter
-from deepspec_core.registry import Registry
+from deepspec_core.plugins.registry import Registry
+from deepspec_core.targets.opening import load_target, open_adapter
 from deepspec_core.testing.draft_checks import check_all_near, check_near, trained
 
 # What a port may differ by, relative to the largest entry; metrics relative to themselves.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepspec_core.blocks.row_metrics import Ratio
+from deepspec_core.rows.metrics import Ratio
 
 
 class StepSums:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from deepspec_core.blocks.row_engine import RowEngine, RowResult
 from deepspec_core.contracts.draft import DraftBatch, DraftModel
 from deepspec_core.contracts.rows import Rows
+from deepspec_core.rows.engine import RowEngine, RowResult
 
 
 class TrainingStep(nn.Module):

@@ -20,14 +20,14 @@ from accelerate.utils import DistributedDataParallelKwargs
 from attrs import field, frozen
 from torch import Tensor
 
-from deepspec_core.blocks.row_engine import build_engine
 from deepspec_core.config.schema import LossOptions, TrainOptions
 from deepspec_core.contracts.draft import DraftModel
 from deepspec_core.contracts.features import FeatureSource
 from deepspec_core.dtypes import torch_dtype
 from deepspec_core.errors import CheckpointError, DataError, TrainingError
+from deepspec_core.plugins.registry import Registry
 from deepspec_core.progress import Progress
-from deepspec_core.registry import Registry
+from deepspec_core.rows.engine import build_engine
 from deepspec_core.training import checkpoint as checkpoints
 from deepspec_core.training.host_batch import HostBatch
 from deepspec_core.training.interrupt import Interrupt

@@ -2,8 +2,7 @@
 
 from collections.abc import Iterable
 
-from deepspec_core.hookspecs import hookimpl
-from deepspec_core.specs import ComponentSpec
+from deepspec_core.plugins import ComponentSpec, hookimpl
 
 
 @hookimpl

@@ -11,8 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from deepspec_core.config.weighting_options import DecayOptions, DPaceOptions
 from deepspec_core.contracts.loss import RowStats
+from deepspec_core.rows.weighting_options import DecayOptions, DPaceOptions
 
 
 class Uniform:

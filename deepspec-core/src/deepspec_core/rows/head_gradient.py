@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deepspec_core.blocks.large_buffer import large_buffer
+from deepspec_core.rows.large_buffer import large_buffer
 
 # Entries of a slab: what a core's cache holds on CPU; elsewhere, what keeps a device busy and is still small.
 _CPU_SLAB, _SLAB = 1 << 20, 1 << 24

@@ -22,7 +22,7 @@ from deepspec_core.errors import TargetError
 if TYPE_CHECKING:
     import torch
 
-    from deepspec_core.registry import Registry
+    from deepspec_core.plugins.registry import Registry
 
 BUILTIN = "builtin:"
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")

@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deepspec_core.blocks.large_buffer import large_buffer
-from deepspec_core.blocks.row_kernels import Logits, RowKernels, TargetRows
-from deepspec_core.blocks.row_plan import Chunk
+from deepspec_core.rows.kernels.formulas import Logits, RowKernels, TargetRows
+from deepspec_core.rows.large_buffer import large_buffer
+from deepspec_core.rows.plan import Chunk
 
 
 class TargetWindow:

@@ -20,12 +20,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from deepspec_core.blocks.layer import DraftLayer
 from deepspec_core.contracts.draft import DraftModel
 from deepspec_core.contracts.target import TargetAdapter
 from deepspec_core.errors import CheckpointError, PluginError
-from deepspec_core.references import resolve
-from deepspec_core.registry import Registry
+from deepspec_core.layers.decoder_layer import DraftLayer
+from deepspec_core.plugins.references import resolve
+from deepspec_core.plugins.registry import Registry
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _SHOWN = 8

@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from deepspec_core.blocks.row_kernels import Logits, logit_values
-from deepspec_core.blocks.row_stats import ChunkStats
-from deepspec_core.blocks.target_window import TargetWindow
+from deepspec_core.rows.kernels.formulas import Logits, logit_values
+from deepspec_core.rows.statistics import ChunkStats
+from deepspec_core.rows.target_window import TargetWindow
 
 
 class PlainStats(ChunkStats):

@@ -9,43 +9,20 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Literal
+from typing import Any
 
 import pluggy
 from attrs import evolve, fields, frozen
-from attrs import field as attribute
 
-from deepspec_core import __version__, hookspecs
-from deepspec_core.errors import DeepSpecError, PluginError, nearest
-from deepspec_core.references import blame, message_of
-from deepspec_core.registry import KINDS, Offer, Registry
+from deepspec_core import __version__
+from deepspec_core.errors import PluginError, nearest
+from deepspec_core.plugins import hooks
+from deepspec_core.plugins.records import PluginRecord, Status, canonical
+from deepspec_core.plugins.references import blame, message_of
+from deepspec_core.plugins.registry import KINDS, Offer, Registry
 
 GROUP = "deepspec"
 CORE = "deepspec-core"
-
-Status = Literal["ok", "broken", "incompatible", "blocked", "duplicate"]
-
-
-@frozen(kw_only=True)
-class PluginRecord:
-    """One entry point, loaded or not.
-
-    `status`: ok; broken (it raised, or a hook or spec is not as it must be); incompatible (it asks for another
-    deepspec-core); blocked (by the user); duplicate (loaded, but another plugin claims one of its names, which neither
-    can serve then). `reason` is None exactly where status is ok. `offers` maps a kind to the names offered.
-    """
-
-    name: str
-    package: str
-    version: str
-    status: Status = "ok"
-    reason: str | None = None
-    offers: Mapping[str, Sequence[str]] = attribute(factory=dict)
-
-    @property
-    def loaded(self) -> bool:
-        """Whether what it offers can be used (but for names claimed twice)."""
-        return self.status in ("ok", "duplicate")
 
 
 @frozen(kw_only=True, eq=False)
@@ -91,11 +68,11 @@ def load_plugins(*, blocked: Collection[str] = ()) -> Plugins:
     """
     found = _find()
     _check_blocked(blocked, found)
-    unwanted = {_canonical(name) for name in blocked}
+    unwanted = {canonical(name) for name in blocked}
     left_out: dict[str, tuple[Status, str]] = {}
     modules: dict[str, Any] = {}
     for plugin in found:
-        hit = unwanted & {_canonical(plugin.name), _canonical(plugin.package)}
+        hit = unwanted & {canonical(plugin.name), canonical(plugin.package)}
         if hit:
             left_out[plugin.key] = ("blocked", f"--no-plugin {min(hit)}")
         elif (reason := _incompatible(plugin.entry)) is not None:
@@ -143,56 +120,6 @@ def load_plugins(*, blocked: Collection[str] = ()) -> Plugins:
     return Plugins(manager=manager, records=tuple(_mark_duplicates(records, registry)), registry=registry)
 
 
-def check_required(requirements: Sequence[str], plugins: Plugins) -> list[DeepSpecError]:
-    """What is unmet of `required_plugins`, such as "deepspec-core>=0.1": one error for each."""
-    from packaging.requirements import InvalidRequirement, Requirement
-
-    errors: list[DeepSpecError] = []
-    for index, text in enumerate(requirements):
-        where = f"required_plugins[{index}]"
-        try:
-            wanted = Requirement(text)
-        except InvalidRequirement as error:
-            found = f"{text!r}: {message_of(error)}"
-            errors.append(PluginError("not a requirement", where=where, found=found, expected='"NAME>=VERSION"'))
-            continue
-        records = [record for record in plugins.records if _canonical(record.package) == _canonical(wanted.name)]
-        lost = [record for record in records if not record.loaded]
-        if not records:
-            known = [record.package for record in plugins.records]
-            close = nearest(wanted.name, known)
-            errors.append(
-                PluginError(
-                    f"required plugin {wanted.name!r} is not installed",
-                    where=where,
-                    found=f"installed: {', '.join(sorted(set(known)))}",
-                    expected=text,
-                    fix=f"write {close!r}" if close else f"pip install '{text}'",
-                )
-            )
-        elif not wanted.specifier.contains(records[0].version, prereleases=True):
-            errors.append(
-                PluginError(
-                    f"required plugin {wanted.name!r} has another version",
-                    where=where,
-                    found=f"{records[0].package} {records[0].version}",
-                    expected=text,
-                    fix=f"pip install '{text}'",
-                )
-            )
-        else:
-            errors += [
-                PluginError(
-                    f"required plugin {record.name!r} is {record.status}",
-                    where=where,
-                    found=record.reason,
-                    expected=text,
-                )
-                for record in lost
-            ]
-    return errors
-
-
 def _find() -> list[_Found]:
     found = []
     for entry in entry_points(group=GROUP):
@@ -200,17 +127,13 @@ def _find() -> list[_Found]:
         package = (entry.dist.name if entry.dist else None) or "unknown"
         version = (entry.dist.version if entry.dist else None) or "unknown"
         found.append(_Found(entry=entry, name=entry.name, package=package, version=version))
-    return sorted(found, key=lambda plugin: (_canonical(plugin.package) != CORE, plugin.package, plugin.name))
-
-
-def _canonical(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
+    return sorted(found, key=lambda plugin: (canonical(plugin.package) != CORE, plugin.package, plugin.name))
 
 
 def _check_blocked(blocked: Iterable[str], found: Sequence[_Found]) -> None:
     known = sorted({name for plugin in found for name in (plugin.name, plugin.package)})
     for name in blocked:
-        if _canonical(name) not in map(_canonical, known):
+        if canonical(name) not in map(canonical, known):
             close = nearest(name, known)
             raise PluginError(
                 f"no plugin {name!r} to leave out",
@@ -227,7 +150,7 @@ def _incompatible(entry: EntryPoint) -> str | None:
 
     for text in (entry.dist.requires if entry.dist else None) or ():
         name = re.match(r"[\w.-]*", text)
-        if name is None or _canonical(name[0]) != CORE:
+        if name is None or canonical(name[0]) != CORE:
             continue
         try:
             requirement = Requirement(text)
@@ -242,8 +165,8 @@ def _incompatible(entry: EntryPoint) -> str | None:
 
 def _register(modules: Mapping[str, Any]) -> pluggy.PluginManager:
     """A manager with every plugin registered and checked. _LeftOut names the first plugin that does not pass."""
-    manager = pluggy.PluginManager(hookspecs.PROJECT)
-    manager.add_hookspecs(hookspecs)
+    manager = pluggy.PluginManager(hooks.PROJECT)
+    manager.add_hookspecs(hooks)
     # Historic, and called before anyone is registered: each plugin is asked as it comes, in whatever order.
     manager.hook.deepspec_addhooks.call_historic(kwargs={"manager": manager})
     keys = {id(module): key for key, module in modules.items()}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from deepspec_core.config.weighting_options import DecayOptions, DPaceOptions
-from deepspec_core.hookspecs import hookimpl
-from deepspec_core.specs import ComponentSpec
+from deepspec_core.plugins.hooks import hookimpl
+from deepspec_core.plugins.specs import ComponentSpec
+from deepspec_core.rows.weighting_options import DecayOptions, DPaceOptions
 
 
 @hookimpl
@@ -14,32 +14,32 @@ def deepspec_losses() -> list[ComponentSpec]:
         ComponentSpec(
             name="ce",
             summary="cross-entropy of the draft at the label",
-            build="deepspec_core.blocks.losses:CrossEntropy",
+            build="deepspec_core.rows.terms:CrossEntropy",
         ),
         ComponentSpec(
             name="soft_ce",
             summary="cross-entropy of the draft at the target's distribution",
-            build="deepspec_core.blocks.losses:SoftCrossEntropy",
+            build="deepspec_core.rows.terms:SoftCrossEntropy",
         ),
         ComponentSpec(
             name="kl",
             summary="Kullback-Leibler divergence of the draft from the target",
-            build="deepspec_core.blocks.losses:KL",
+            build="deepspec_core.rows.terms:KL",
         ),
         ComponentSpec(
             name="tv",
             summary="total variation between draft and target",
-            build="deepspec_core.blocks.losses:TotalVariation",
+            build="deepspec_core.rows.terms:TotalVariation",
         ),
         ComponentSpec(
             name="lk",
             summary="negative log of the draft's acceptance rate by the target",
-            build="deepspec_core.blocks.losses:NegativeLogAcceptance",
+            build="deepspec_core.rows.terms:NegativeLogAcceptance",
         ),
         ComponentSpec(
             name="confidence",
             summary="binary cross-entropy of the draft's confidence with its acceptance by the target",
-            build="deepspec_core.blocks.losses:Confidence",
+            build="deepspec_core.rows.terms:Confidence",
         ),
     ]
 
@@ -51,18 +51,18 @@ def deepspec_weightings() -> list[ComponentSpec]:
         ComponentSpec(
             name="uniform",
             summary="every row of a block weighs the same",
-            build="deepspec_core.blocks.weightings:Uniform",
+            build="deepspec_core.rows.weightings:Uniform",
         ),
         ComponentSpec(
             name="decay",
             summary="rows weigh exponentially less the later they stand in their block",
-            build="deepspec_core.blocks.weightings:Decay",
+            build="deepspec_core.rows.weightings:Decay",
             options=DecayOptions,
         ),
         ComponentSpec(
             name="d-pace",
             summary="rows weigh by how much they add to the accepted length the draft itself expects",
-            build="deepspec_core.blocks.weightings:DPace",
+            build="deepspec_core.rows.weightings:DPace",
             options=DPaceOptions,
         ),
     ]

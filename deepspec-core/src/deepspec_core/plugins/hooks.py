@@ -13,7 +13,7 @@ from typing import Any
 
 import pluggy
 
-from deepspec_core.specs import (
+from deepspec_core.plugins.specs import (
     BuiltinSpec,
     ComponentSpec,
     DraftModelSpec,

@@ -2,7 +2,7 @@
 
 Products come in as the matrix multiplication left them (uncapped, in its dtype); every pass caps, corrects and converts
 on the fly, so that no other tensor of a chunk's size is needed. `TorchKernels` runs the formulas below, compiled into
-one loop each or as they stand; row_kernels_triton.py has the same in Triton. Knows tensors only; not terms, rows or
+one loop each or as they stand; triton_kernels.py has the same in Triton. Knows tensors only; not terms, rows or
 heads.
 
 With z = cap(product) + correction, q = softmax(z), t = cap(target product), p = softmax(t), label y, for one row:

@@ -16,15 +16,15 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from deepspec_core.blocks.fused_stats import FusedStats
-from deepspec_core.blocks.head_gradient import HeadGradient
-from deepspec_core.blocks.large_buffer import large_buffer
-from deepspec_core.blocks.plain_stats import PlainStats
-from deepspec_core.blocks.row_kernels import Logits, RowKernels
-from deepspec_core.blocks.row_plan import Chunk, RowPlan, plan_rows
-from deepspec_core.blocks.target_window import TargetWindow
 from deepspec_core.contracts.loss import LossTerm, Weighting
 from deepspec_core.contracts.rows import Heads, Rows
+from deepspec_core.rows.fused_statistics import FusedStats
+from deepspec_core.rows.head_gradient import HeadGradient
+from deepspec_core.rows.kernels.formulas import Logits, RowKernels
+from deepspec_core.rows.large_buffer import large_buffer
+from deepspec_core.rows.plain_statistics import PlainStats
+from deepspec_core.rows.plan import Chunk, RowPlan, plan_rows
+from deepspec_core.rows.target_window import TargetWindow
 
 EXTRA = "extras."
 _HEADS = ("draft_head", "correction_head")

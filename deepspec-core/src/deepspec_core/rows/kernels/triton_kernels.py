@@ -1,4 +1,4 @@
-"""The passes of row_kernels.py as Triton kernels, for GPUs; the formulas stand at the top of that file.
+"""The passes of formulas.py as Triton kernels, for GPUs; the formulas stand at the top of that file.
 
 Every pass is a grid of programs (row, block of the vocabulary). A program reads its block once, in parallel, keeps it
 in registers and leaves: what a multiprocessor has in flight is the blocks of its resident programs, so there are no
@@ -20,8 +20,8 @@ import torch
 import triton
 from torch import Tensor
 
-from deepspec_core.blocks import triton_passes
-from deepspec_core.blocks.row_kernels import Distance, Divergence, Incoming, Logits, TargetRows
+from deepspec_core.rows.kernels import triton_passes
+from deepspec_core.rows.kernels.formulas import Distance, Divergence, Incoming, Logits, TargetRows
 
 # Chosen by what kernels compile to for compute capability 9.0, not by timing at start-up, which would let runs differ.
 # A thread takes 32 elements of one tensor or 16 of each of several: 48 to 80 registers, so three to five programs of

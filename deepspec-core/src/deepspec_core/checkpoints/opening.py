@@ -1,7 +1,7 @@
 """Finding a draft checkpoint and the family it was made in: from what a run file names to what can be loaded.
 
 Knows where checkpoints are stored (a local directory, the Hugging Face Hub) and that config.json names the family and
-the target's sizes. Which algorithm a checkpoint belongs to is read in blocks/published.py; no target is opened here.
+the target's sizes. Which algorithm a checkpoint belongs to is read in published.py; no target is opened here.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deepspec_core.blocks.published import CONFIG, read_draft_config
+from deepspec_core.checkpoints.published import CONFIG, read_draft_config
 from deepspec_core.contracts.target import TargetAdapter, TargetArchitecture
 from deepspec_core.errors import CheckpointError, DeepSpecError
-from deepspec_core.features.targets import HUB_ID, first_line
+from deepspec_core.targets.opening import HUB_ID, first_line
 
 if TYPE_CHECKING:
-    from deepspec_core.registry import Registry
+    from deepspec_core.plugins.registry import Registry
 
 # Never pickled weights, never code.
 _HUB_FILES = ("*.json", "*.safetensors")

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 
 from attrs import frozen
 
-from deepspec_core.blocks.row_kernels import RowKernels, TorchKernels, why_not_compiled
 from deepspec_core.config.schema import KERNELS
 from deepspec_core.errors import ConfigError
+from deepspec_core.rows.kernels.formulas import RowKernels, TorchKernels, why_not_compiled
 
 # A smaller vocabulary's loss takes less time than compiling for it does.
 _WORTH_COMPILING = 1 << 14
@@ -71,7 +71,7 @@ def _kernels(name: str, device_type: str) -> RowKernels | None:
         reason = _why_no_triton(device_type)
         if reason is not None:
             raise ConfigError("Triton kernels cannot run here", where="[loss] kernels", found=reason, fix='set "auto"')
-        from deepspec_core.blocks.row_kernels_triton import TritonKernels
+        from deepspec_core.rows.kernels.triton_kernels import TritonKernels
 
         return TritonKernels()
     return None if name == "plain" else TorchKernels(compiled=name == "compiled")
@@ -93,7 +93,7 @@ def _elements(name: str, device_type: str, vocab_size: int) -> int:
 @functools.cache
 def _why_no_triton(device_type: str) -> str | None:
     try:
-        from deepspec_core.blocks.row_kernels_triton import can_run
+        from deepspec_core.rows.kernels.triton_kernels import can_run
     except ImportError as error:
         return str(error)
     return can_run(device_type)

@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from deepspec_core.blocks.attention import DraftAttention
 from deepspec_core.contracts.target import TargetAdapter
+from deepspec_core.layers.attention import DraftAttention
 
 
 class DraftLayer(nn.Module):

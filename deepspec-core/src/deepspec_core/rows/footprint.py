@@ -1,6 +1,6 @@
 """What a pass over rows takes: memory while it runs, memory it leaves for backward, and operations.
 
-Mirrors row_pass.py by arithmetic, so that nothing needs to run. Knows shapes only.
+Mirrors chunk_pass.py by arithmetic, so that nothing needs to run. Knows shapes only.
 """
 
 from __future__ import annotations
@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from attrs import frozen
 
-from deepspec_core.blocks.kernel_choice import Choice
-from deepspec_core.blocks.row_kernels import SLAB
-from deepspec_core.blocks.row_pass import keeps_apart
 from deepspec_core.contracts.rows import Heads, Rows
+from deepspec_core.rows.chunk_pass import keeps_apart
+from deepspec_core.rows.kernels.choice import Choice
+from deepspec_core.rows.kernels.formulas import SLAB
 
 # Tensors of a chunk's or a slab's size, in fp32, that are alive at once where operations are not fused.
 _ALIVE = 8

@@ -15,11 +15,11 @@ import torch
 from attrs import frozen
 from safetensors import SafetensorError, safe_open
 
-from deepspec_core.blocks.published import WEIGHTS, WeightDifferences, build_draft, published_name, read_options
+from deepspec_core.checkpoints.opening import draft_adapter
+from deepspec_core.checkpoints.published import WEIGHTS, WeightDifferences, build_draft, published_name, read_options
 from deepspec_core.contracts.draft import DraftDescription, DraftModel
 from deepspec_core.errors import CheckpointError
-from deepspec_core.features.drafts import draft_adapter
-from deepspec_core.registry import Registry
+from deepspec_core.plugins.registry import Registry
 
 
 @frozen(kw_only=True)

@@ -1,21 +1,21 @@
 """Named components: what plugins offer, looked up by kind and name, imported when first used.
 
 Knows the table of kinds and how to explain a name that is not there (the nearest one, what is installed, which plugin
-was left out and why). Does not know how plugins are found (plugins.py), nor any component's contract.
+was left out and why). Does not know how plugins are found (discovery.py), nor any component's contract.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import Any, Literal, overload
 
 from attrs import frozen
 
 from deepspec_core.errors import DeepSpecError, PluginError, TargetError, nearest
-from deepspec_core.references import blame
-from deepspec_core.references import resolve as resolve
-from deepspec_core.specs import (
+from deepspec_core.plugins.records import PluginRecord
+from deepspec_core.plugins.references import blame, resolve
+from deepspec_core.plugins.specs import (
     BuiltinSpec,
     ComponentSpec,
     DraftModelSpec,
@@ -24,9 +24,6 @@ from deepspec_core.specs import (
     TargetAdapterSpec,
     TaskSpec,
 )
-
-if TYPE_CHECKING:
-    from deepspec_core.plugins import PluginRecord
 
 
 @frozen(kw_only=True)

@@ -1,7 +1,7 @@
 """Statistics of one chunk of rows without differentiable logits: a handful of passes, and gradients by formula.
 
 contracts.loss.RowStats whose differentiable statistics are leaves of [N] values. Terms build on them with autograd;
-what arrives at the leaves is turned into the gradient of the logits by one more pass (row_kernels.py). Knows logits,
+what arrives at the leaves is turned into the gradient of the logits by one more pass (kernels/). Knows logits,
 labels and kernels; not which terms read what, nor how they are reduced.
 
 Legend: N rows of the chunk, U rows of the target window, V vocabulary.
@@ -15,9 +15,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from deepspec_core.blocks.row_kernels import Distance, Divergence, Incoming, Logits, RowKernels, logit_values
-from deepspec_core.blocks.row_stats import undeclared
-from deepspec_core.blocks.target_window import TargetWindow
+from deepspec_core.rows.kernels.formulas import Distance, Divergence, Incoming, Logits, RowKernels, logit_values
+from deepspec_core.rows.statistics import undeclared
+from deepspec_core.rows.target_window import TargetWindow
 
 
 class FusedStats:

@@ -1,6 +1,6 @@
-"""The Triton kernels themselves; row_kernels_triton.py says how they are cut and launches them.
+"""The Triton kernels themselves; triton_kernels.py says how they are cut and launches them.
 
-Formulas stand at the top of row_kernels.py. A program has one row and one block of the vocabulary. What is None when a
+Formulas stand at the top of formulas.py. A program has one row and one block of the vocabulary. What is None when a
 kernel is launched is left out when it is compiled. Knows pointers and strides; not torch.
 
 Legend: N rows of a chunk, M rows of any logits, U distinct target positions, V vocabulary, S blocks of it.

@@ -1,8 +1,8 @@
 """The row engine: from rows to the weighted sum of loss terms and its gradients, without logits of all rows.
 
-The forward pass goes over the rows once, in chunks (row_pass.py), and forms the gradients of everything that needs one;
-only those are kept, and backward scales them. Knows which terms, weighting and kernels a run asks for; not who made the
-rows, nor how sums are divided (training/reduction.py does that).
+The forward pass goes over the rows once, in chunks (chunk_pass.py), and forms the gradients of everything that needs
+one. Only those gradients are kept, and backward scales them. Knows which terms, weighting and kernels a run asks for;
+not who made the rows, nor how sums are divided (training/reduction.py does that).
 
 Legend: N rows, V vocabulary.
 """
@@ -17,17 +17,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from deepspec_core.blocks.head_gradient import scaled
-from deepspec_core.blocks.kernel_choice import Choice, choose_kernels
-from deepspec_core.blocks.row_footprint import Footprint, footprint
-from deepspec_core.blocks.row_metrics import Ratio, slot_metrics, survival_metrics
-from deepspec_core.blocks.row_pass import EXTRA, PassSettings, RowPass
-from deepspec_core.config.coefficient_schedule import CoefficientSchedule
 from deepspec_core.config.schema import LossOptions
 from deepspec_core.contracts.loss import LossTerm, Weighting
 from deepspec_core.contracts.rows import Heads, Rows
 from deepspec_core.errors import ConfigError
-from deepspec_core.registry import Registry
+from deepspec_core.plugins.registry import Registry
+from deepspec_core.rows.chunk_pass import EXTRA, PassSettings, RowPass
+from deepspec_core.rows.coefficient_schedule import CoefficientSchedule
+from deepspec_core.rows.footprint import Footprint, footprint
+from deepspec_core.rows.head_gradient import scaled
+from deepspec_core.rows.kernels.choice import Choice, choose_kernels
+from deepspec_core.rows.metrics import Ratio, slot_metrics, survival_metrics
 
 
 class RowResult(NamedTuple):
@@ -109,7 +109,7 @@ class RowEngine:
         return RowResult(total, denominator, metrics)
 
     def footprint(self, rows: Rows, heads: Heads, *, dtype: torch.dtype, device_type: str) -> Footprint:
-        """What a pass with gradients over such rows would take with products in `dtype`; see row_footprint.py."""
+        """What a pass with gradients over such rows would take with products in `dtype`; see footprint.py."""
         return footprint(
             self.choice(device_type, heads.draft.shape[0]),
             rows,

@@ -1,0 +1,1 @@
+"""Draft checkpoints on disk: finding, writing, reading and inspecting them."""

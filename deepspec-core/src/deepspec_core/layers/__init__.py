@@ -1,0 +1,1 @@
+"""What the layers of a draft are built from, whatever its algorithm and family."""

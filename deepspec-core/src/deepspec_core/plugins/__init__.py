@@ -1,0 +1,26 @@
+"""What a plugin is written with: the hook marker and the specs that say what it offers.
+
+A plugin's `plugin.py` imports these names and nothing heavier. The hooks, one contract each, are in hooks.py.
+"""
+
+from deepspec_core.plugins.hooks import hookimpl
+from deepspec_core.plugins.specs import (
+    BuiltinSpec,
+    ComponentSpec,
+    DraftModelSpec,
+    ExportSpec,
+    ImportSpec,
+    TargetAdapterSpec,
+    TaskSpec,
+)
+
+__all__ = [
+    "BuiltinSpec",
+    "ComponentSpec",
+    "DraftModelSpec",
+    "ExportSpec",
+    "ImportSpec",
+    "TargetAdapterSpec",
+    "TaskSpec",
+    "hookimpl",
+]

@@ -1,0 +1,1 @@
+"""Targets: finding them, their tokenizer and their adapter."""
