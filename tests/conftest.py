@@ -12,9 +12,9 @@ from attrs import fields, frozen
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from deepspec_core.cli.main import main
-from deepspec_core.config.schema import LayerOptions
 from deepspec_core.contracts.draft import DraftModel
 from deepspec_core.contracts.target import TargetAdapter, TargetModel
+from deepspec_core.layers.options import LayerOptions
 from deepspec_core.plugins.registry import Registry
 from deepspec_core.targets.opening import load_target, open_adapter
 

@@ -152,7 +152,7 @@ def test_one_system_prompt_in_regeneration_training_and_evaluation(
         file=load_run_file(run_file, overrides=given, plugins=load_plugins()), path=run_file, plugins=load_plugins()
     )
     rows = [from_row(row, "test") for row in ROWS[2:3]]
-    assert len(list(run.tokenized(rows, run.counts))) == 1
+    assert len(list(run.data.tokenized(rows, run.data.counts))) == 1
     begin = f"<|im_start|>system\n{prompt}<|im_end|>\n<|im_start|>user\n" if prompt else "<|im_start|>user\n"
     assert len(samples) == 3
     assert all(text.startswith(begin) for text in (*prompts, *samples))

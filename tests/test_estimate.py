@@ -100,7 +100,7 @@ def step_estimate(run: Run, *, fake: bool) -> StepEstimate:
         draft=draft,
         engine=build_engine(run.file.loss, run.plugins.registry),
         batch=host_batch(prepared, draft.preparation),
-        source=OnlineFeatures([], run.target, run.file.target.layers),
+        source=OnlineFeatures([], run.target.model, run.file.target.layers),
         device_type="cpu",
         compute_dtype=torch.bfloat16 if run.file.train.precision == "bfloat16" else torch.float32,
         accumulates=True,
@@ -235,7 +235,7 @@ def test_the_cache_takes_as_many_bytes_as_said(dtype: str, make_run: MakeRun, ti
     assert said is not None
     assert (said.most_tokens, said.most_bytes) == (30 * LENGTH, 30 * LENGTH * said.bytes_per_token)
     cache = run.plugins.registry.load("cache", "hdf5")()
-    writer, length = cache.create(tmp_path / "cache", run.bare_header()), 20_000
+    writer, length = cache.create(tmp_path / "cache", run.cache.bare_header()), 20_000
     features = TargetFeatures(hidden=torch.zeros(length, TAPS * HIDDEN), last_hidden=torch.zeros(length, HIDDEN))
     ids = torch.zeros(length, dtype=torch.long)
     writer.write(Sample(id="a", input_ids=ids, loss_mask=ids > 0, original_length=length, features=features))

@@ -134,7 +134,7 @@ def _make(
     )
     plugins = load_plugins()
     run = Run(file=load_run_file(path, plugins=plugins), path=path, plugins=plugins)
-    header = run.cache_header()
+    header = run.cache.header()
     (folder / "cache").rmdir()
     writer = HDF5Format().create(folder / "cache", header)
     torch.manual_seed(0)

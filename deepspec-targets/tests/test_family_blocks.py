@@ -14,10 +14,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from deepspec_core.checkpoints.published import layer_names, published_name
-from deepspec_core.config.schema import LayerOptions
 from deepspec_core.contracts.target import SpecialTokens, TargetAdapter
 from deepspec_core.errors import TargetError
 from deepspec_core.layers.decoder_layer import DraftLayer
+from deepspec_core.layers.options import LayerOptions
 from deepspec_core.plugins.registry import Registry
 from deepspec_targets.family import FamilyAdapter
 from deepspec_targets.masks import MaskBuilder

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from deepspec_core.config.schema import LayerOptions
 from deepspec_core.errors import DeepSpecError, TargetError
+from deepspec_core.layers.options import LayerOptions
 from deepspec_core.plugins.registry import Registry
 from deepspec_core.targets.opening import fingerprint, load_target, open_adapter, resolve_model, tokenizer_for
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoConfig, Qwen3Config
 
-from deepspec_core.config.schema import LayerOptions
 from deepspec_core.contracts.target import SpecialTokens, TargetAdapter
+from deepspec_core.layers.options import LayerOptions
 from deepspec_targets.qwen3 import Qwen3Adapter
 
 PARITY = Path(__file__).parents[2] / "tests" / "parity"

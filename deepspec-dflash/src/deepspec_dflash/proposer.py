@@ -3,14 +3,14 @@
 Owns the draft's keys and values of verified context, one cache a layer; a block's own are dropped after its round.
 Knows neither the target nor verification.
 
-Legend: S slots, B slots in a call, T tokens, C = taps * H, H hidden size, K predictions of a block,
+Legend: S slots, B slots in a call, N blocks, T tokens, C = taps * H, H hidden size, K predictions of a block,
 V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,16 +18,35 @@ from torch import Tensor
 from deepspec_core.contracts.proposer import Proposal, Sampling
 from deepspec_core.decoding.kv_cache import SlotKVCache
 from deepspec_core.decoding.sampling import distribution, draw
-from deepspec_dflash.attention import BlockLayout
+from deepspec_dflash.attention import BlockLayout, KeysValues
+from deepspec_dflash.backbone import DFlashBackbone
+from deepspec_dflash.options import DFlashOptions
 
-if TYPE_CHECKING:
-    from deepspec_dflash.model import DFlashModel
+
+class BlockDraft(Protocol):
+    """What proposing needs of a draft: its backbone, blocks through it, and logits of their outputs."""
+
+    taps: tuple[int, ...]
+    backbone: DFlashBackbone
+
+    @property
+    def options(self) -> DFlashOptions: ...
+
+    def run_blocks(
+        self, anchor_ids_N: Tensor, anchors_N: Tensor, context: Sequence[KeysValues], layout: BlockLayout
+    ) -> Tensor:
+        """Outputs at the slots that predict, [N, K, H]."""
+        ...
+
+    def logits(self, hidden_H: Tensor) -> Tensor:
+        """[..., H] -> [..., V]."""
+        ...
 
 
 class DFlashProposer:
     """A contracts.proposer.Proposer. Drafts with a sequential head subclass it and replace `tokens`."""
 
-    def __init__(self, model: DFlashModel) -> None:
+    def __init__(self, model: BlockDraft) -> None:
         self.model = model
         self.max_tokens = model.options.num_predictions
         self.taps = model.taps

@@ -5,7 +5,7 @@ Legend: B slots in a call, K predictions of a block, H hidden size, V vocabulary
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from attrs import evolve
@@ -13,17 +13,31 @@ from torch import Tensor
 
 from deepspec_core.contracts.proposer import Proposal, Sampling
 from deepspec_core.decoding.sampling import distribution, draw
-from deepspec_dflash.proposer import DFlashProposer
+from deepspec_dflash.proposer import BlockDraft, DFlashProposer
+from deepspec_dspark.heads import MarkovHead
 
-if TYPE_CHECKING:
-    from deepspec_dspark.heads import MarkovHead
-    from deepspec_dspark.model import DSparkModel
+
+class CorrectedDraft(BlockDraft, Protocol):
+    """What proposing needs beyond a block draft's: the head that corrects logits, and confidence in slots."""
+
+    markov_head: MarkovHead | None
+
+    def embed_previous(self, previous: Tensor) -> Tensor | None:
+        """[...] -> [..., r], or None without a Markov head."""
+        ...
+
+    def confidence(self, hidden_H: Tensor, embedded_r: Tensor | None) -> Tensor | None:
+        """[..., H] and [..., r] -> [...], or None without a confidence head."""
+        ...
 
 
 class DSparkProposer(DFlashProposer):
     """A contracts.proposer.Proposer."""
 
-    model: DSparkModel
+    model: CorrectedDraft
+
+    def __init__(self, model: CorrectedDraft) -> None:
+        super().__init__(model)
 
     def tokens(
         self, hidden_BKH: Tensor, last_B: Tensor, limits_B: Tensor, sampling: Sampling, uniforms_BK: Tensor

@@ -11,24 +11,36 @@ V vocabulary, h query heads, G kv heads, D head size.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deepspec_core.contracts.proposer import Proposal, Sampling
 from deepspec_core.decoding.kv_cache import SlotKVCache
 from deepspec_core.decoding.sampling import distribution, draw
+from deepspec_eagle3.drafter import Eagle3Drafter
+from deepspec_eagle3.options import Eagle3Options
 
-if TYPE_CHECKING:
-    from deepspec_eagle3.model import Eagle3Model
+
+class StepDraft(Protocol):
+    """What proposing needs of a draft: the network of one step, the embedding, and logits of normed outputs."""
+
+    options: Eagle3Options
+    taps: tuple[int, ...]
+    embed_tokens: nn.Module
+    drafter: Eagle3Drafter
+
+    def logits(self, hidden_H: Tensor) -> Tensor:
+        """[..., H] -> [..., V]."""
+        ...
 
 
 class Eagle3Proposer:
     """A contracts.proposer.Proposer. Any number of layers: a layer's cache holds what training's attention sees."""
 
-    def __init__(self, model: Eagle3Model) -> None:
+    def __init__(self, model: StepDraft) -> None:
         self.model = model
         self.max_tokens = model.options.ttt_length
         self.taps = model.taps

@@ -18,7 +18,6 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
-from deepspec_core.config.schema import LayerOptions
 from deepspec_core.contracts.target import (
     AttentionProjections,
     ConversationFormat,
@@ -28,6 +27,7 @@ from deepspec_core.contracts.target import (
     TargetModel,
 )
 from deepspec_core.errors import TargetError
+from deepspec_core.layers.options import LayerOptions
 from deepspec_targets.masks import MaskBuilder
 
 Module = TypeVar("Module", bound=nn.Module)

@@ -20,12 +20,12 @@ from deepspec_core.config.schema import (
     DataOptions,
     DraftOptions,
     EvaluateOptions,
-    LayerOptions,
     RegenerateOptions,
     RunFile,
     RunOptions,
     TargetOptions,
 )
+from deepspec_core.layers.options import LayerOptions
 
 if TYPE_CHECKING:
     from deepspec_core.plugins.discovery import Plugins

@@ -48,15 +48,16 @@ def run(
     Finished stages are skipped, interrupted ones resume, and a setting that changed under results is refused.
     """
     from deepspec_core.config.load import load_run_file
-    from deepspec_core.pipeline import run as runs
     from deepspec_core.pipeline import stages as pipeline
     from deepspec_core.pipeline import workers as processes
+    from deepspec_core.pipeline.run import Run
+    from deepspec_core.pipeline.smoke import smoke as made_small
     from deepspec_core.plugins.discovery import load_plugins
 
     show_messages()
     plugins = load_plugins(blocked=blocked)
     file = load_run_file(path, overrides=overrides, plugins=plugins)
-    the_run = runs.Run(file=runs.smoke(file) if smoke else file, path=Path(path), plugins=plugins)
+    the_run = Run(file=made_small(file) if smoke else file, path=Path(path), plugins=plugins)
     if file.run.threads is not None:
         import torch
 

@@ -13,6 +13,7 @@ from typing import Any
 from attrs import field, frozen
 from attrs.validators import and_, deep_iterable, ge, gt, in_, le, matches_re, optional
 
+from deepspec_core.layers.options import LayerOptions
 from deepspec_core.rows.coefficient_schedule import CoefficientSchedule
 
 KNOWN_STAGES = ("regenerate", "cache", "train", "evaluate", "export")
@@ -110,16 +111,6 @@ class CacheOptions:
     path: str | None = None
     shard_samples: int = field(default=512, validator=gt(0))
     batch_size: int = field(default=8, validator=gt(0))
-
-
-@frozen(kw_only=True)
-class LayerOptions:
-    """[draft.layer]: the draft's own shape; what is left out is the target's."""
-
-    intermediate_size: int | None = field(default=None, validator=optional(gt(0)))
-    num_heads: int | None = field(default=None, validator=optional(gt(0)))
-    num_kv_heads: int | None = field(default=None, validator=optional(gt(0)))
-    head_dim: int | None = field(default=None, validator=optional(gt(0)))
 
 
 @frozen(kw_only=True)

@@ -47,4 +47,4 @@ class CachedFeatures:
 
 def from_run(run: Any) -> CachedFeatures:
     """`[features] mode = "cached"`: the cache stage's result."""
-    return CachedFeatures(run.open_cache())
+    return CachedFeatures(run.cache.open())

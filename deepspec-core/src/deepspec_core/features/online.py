@@ -51,4 +51,4 @@ class OnlineFeatures:
 
 def from_run(run: Any) -> OnlineFeatures:
     """`[features] mode = "online"`."""
-    return OnlineFeatures(run.training_samples(), run.target, run.file.target.layers)
+    return OnlineFeatures(run.data.training_samples(), run.target.model, run.file.target.layers)

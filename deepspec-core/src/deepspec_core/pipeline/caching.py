@@ -5,20 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from deepspec_core.cache.estimate import cache_bytes, require_space
-from deepspec_core.contracts.cache import CacheFormat
 from deepspec_core.dtypes import torch_dtype
 from deepspec_core.features.capture import capture
-from deepspec_core.pipeline.run import LOSSES, Run
+from deepspec_core.pipeline.run import Run
 from deepspec_core.progress import Progress
 
 
 def run_stage(run: Run) -> dict[str, Any]:
     """Write the cache; sealed shards of an interrupted run are kept. CacheError where the disk is too small."""
     options = run.file.cache
-    samples = run.training_samples()
-    header = run.cache_header()
-    cache_format: CacheFormat = run.plugins.registry.load("cache", options.format)()
-    folder = run.stage_folder("cache")
+    samples = run.data.training_samples()
+    header = run.cache.header()
+    cache_format, folder = run.cache.format, run.cache.folder
     writer = cache_format.create(folder, header, shard_samples=options.shard_samples)
     done = writer.written()
     missing = sum(len(sample.input_ids) for sample in samples if sample.id not in done)
@@ -27,7 +25,7 @@ def run_stage(run: Run) -> dict[str, Any]:
     dtype = None if options.dtype == "float8_e4m3" else torch_dtype(options.dtype)
     with Progress(len(samples), "cache", "samples", done=len(done)) as progress:
         for sample in capture(
-            samples, run.target, run.file.target.layers, batch_size=options.batch_size, dtype=dtype, done=done
+            samples, run.target.model, run.file.target.layers, batch_size=options.batch_size, dtype=dtype, done=done
         ):
             writer.write(sample)
             progress.advance()
@@ -36,5 +34,5 @@ def run_stage(run: Run) -> dict[str, Any]:
         "samples": len(samples),
         "tokens": sum(len(sample.input_ids) for sample in samples),
         "bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
-        **{name: run.counts[name] for name in LOSSES},
+        **run.data.losses(),
     }

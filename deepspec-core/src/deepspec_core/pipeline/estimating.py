@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import torch
 
 from deepspec_core.cache.estimate import cache_bytes
-from deepspec_core.contracts.cache import CacheFormat
 from deepspec_core.contracts.draft import DraftModel, Sample
 from deepspec_core.contracts.target import TargetFeatures
 from deepspec_core.dtypes import torch_dtype
@@ -37,7 +36,7 @@ def estimate(run: Run, *, processes: int = 1) -> Estimate:
     accelerators may take less for attention. TargetError or ConfigError where the target, its taps or the draft's
     options would stop training too.
     """
-    options, on_cpu = run.file.train, run.device.type == "cpu"
+    options, on_cpu = run.file.train, run.target.device.type == "cpu"
     engine = build_engine(run.file.loss, run.plugins.registry)
     cache = _cache(run) if run.file.features.mode == CACHED else None
     process = _process_bytes(run, engine) if on_cpu else 0
@@ -47,7 +46,7 @@ def estimate(run: Run, *, processes: int = 1) -> Estimate:
     with fake_tensors():
         with LiveBytes() as made:
             # Training holds the target whatever its features come from.
-            target = run.adapter.skeleton(dtype=run.dtype)
+            target = run.target.adapter.skeleton(dtype=run.target.dtype)
             target_bytes = made.now
         draft = new_draft(run)
         stored = _stored_features(run) if run.file.features.mode == CACHED else None
@@ -58,7 +57,7 @@ def estimate(run: Run, *, processes: int = 1) -> Estimate:
         engine=engine,
         batch=batch,
         source=source,
-        device_type=run.device.type,
+        device_type=run.target.device.type,
         compute_dtype=torch_dtype(options.precision),
         accumulates=micro_batches > 1,
     )
@@ -74,10 +73,13 @@ def estimate(run: Run, *, processes: int = 1) -> Estimate:
     # A checkpoint is copied on the host before it is written, both moments at once; there are no gradients then.
     checkpoint = max(0, held["optimizer_moments"] - held["gradients"]) if on_cpu else 0
     return Estimate(
-        device=run.device.type,
+        device=run.target.device.type,
         processes=processes,
         micro_batch=MicroBatch(
-            sequences=sequences, tokens_per_sequence=_longest(run), rows=step.rows, target_positions=step.positions
+            sequences=sequences,
+            tokens_per_sequence=run.data.max_length,
+            rows=step.rows,
+            target_positions=step.positions,
         ),
         micro_batches_per_step=micro_batches,
         memory=Memory(held=held, phases={**step.phases, "checkpoint": checkpoint}),
@@ -92,7 +94,7 @@ def estimate(run: Run, *, processes: int = 1) -> Estimate:
 
 def _process_bytes(run: Run, engine: RowEngine) -> int:
     """What this process has, once it has loaded what training loads before it has any tensor."""
-    architecture = run.adapter.architecture
+    architecture = run.target.architecture
     run.plugins.registry.load("features", run.file.features.mode)
     run.plugins.registry.load("cache", run.file.cache.format)
     run.plugins.registry.load("draft", run.file.draft.type)
@@ -101,12 +103,8 @@ def _process_bytes(run: Run, engine: RowEngine) -> int:
     return resident_bytes() + KERNEL_BYTES
 
 
-def _longest(run: Run) -> int:
-    return min(run.file.data.max_length, run.adapter.architecture.max_positions)
-
-
 def _longest_samples(run: Run, count: int, features: TargetFeatures | None) -> list[Sample]:
-    length = _longest(run)
+    length = run.data.max_length
     return [
         Sample(
             id=f"longest-{number}",
@@ -121,9 +119,9 @@ def _longest_samples(run: Run, count: int, features: TargetFeatures | None) -> l
 
 def _stored_features(run: Run) -> TargetFeatures:
     """Features of one sample in the type a cache gives them in."""
-    dtype, size = torch_dtype(run.file.cache.dtype), run.adapter.architecture.hidden_size
+    dtype, size = torch_dtype(run.file.cache.dtype), run.target.architecture.hidden_size
     dtype = torch.bfloat16 if dtype.itemsize == 1 else dtype
-    length = _longest(run)
+    length = run.data.max_length
     return TargetFeatures(
         hidden=torch.empty(length, len(run.file.target.layers) * size, dtype=dtype),
         last_hidden=torch.empty(length, size, dtype=dtype),
@@ -145,9 +143,9 @@ def _batch_bytes(batch: HostBatch, micro_batches: int) -> int:
 
 
 def _cache(run: Run) -> CacheSize:
-    cache_format: CacheFormat = run.plugins.registry.load("cache", run.file.cache.format)()
-    header, count = run.bare_header(), run.expected_conversations()
-    tokens = None if count is None else count * _longest(run)
+    cache_format = run.cache.format
+    header, count = run.cache.bare_header(), run.data.expected_conversations()
+    tokens = None if count is None else count * run.data.max_length
     return CacheSize(
         bytes_per_token=cache_format.bytes_per_token(header),
         most_tokens=tokens,

@@ -8,7 +8,6 @@ import os
 import platform
 import re
 from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,9 @@ def run_stage(run: Run) -> dict[str, Any]:
     options = run.file.evaluate
     draft_folder, adapter = draft_of(run)
     refuse_another_draft(run, draft_folder)
-    draft = load_draft(draft_folder, registry=run.plugins.registry, adapter=adapter, dtype=run.dtype, device=run.device)
+    draft = load_draft(
+        draft_folder, registry=run.plugins.registry, adapter=adapter, dtype=run.target.dtype, device=run.target.device
+    )
     journals = _journals(options.tasks)
     record = json.dumps({"revision": fingerprint(draft_folder)}) + "\n"
     results = []
@@ -49,10 +50,7 @@ def run_stage(run: Run) -> dict[str, Any]:
             seed=options.seed,
             base=run.base,
             registry=run.plugins.registry,
-            held_out=lambda: (
-                {"id": row.id, "messages": row.messages, "tools": row.tools}
-                for row in islice(run.conversations("held_out"), options.limit or HELD_OUT_QUOTA)
-            ),
+            held_out=lambda: run.data.held_out(options.limit or HELD_OUT_QUOTA),
         )
         requests = _requests(run, prompts)
         for temperature in options.temperature:
@@ -91,7 +89,7 @@ def draft_of(run: Run) -> tuple[Path, TargetAdapter]:
     named = run.file.evaluate.draft
     folder = run.folder / "draft" if named is None else resolve_draft(named, base=run.base)
     adapter = draft_adapter(folder, registry=run.plugins.registry)
-    check_same_target(folder, adapter.architecture, run.family.architecture)
+    check_same_target(folder, adapter.architecture, run.target.family.architecture)
     return folder, adapter
 
 
@@ -126,12 +124,12 @@ def _requests(run: Run, prompts: list[Prompt]) -> list[Request]:
     rendered = [
         Request(
             id=prompt.id,
-            prompt_ids=run.tokenizer.render_prompt(prompt.messages, run.file.data.system_prompt, prompt.tools),
+            prompt_ids=run.target.tokenizer.render_prompt(prompt.messages, run.file.data.system_prompt, prompt.tools),
             seed=run.file.evaluate.seed + prompt.index,
         )
         for prompt in prompts
     ]
-    room = run.adapter.architecture.max_positions
+    room = run.target.architecture.max_positions
     fitting = [request for request in rendered if len(request.prompt_ids) < room]
     if not fitting:
         raise DataError(
@@ -149,10 +147,10 @@ def _digest(requests: Sequence[Request]) -> str:
 
 
 def _decoding(run: Run, draft: DraftModel, requests: Sequence[Request], temperature: float) -> Decoding:
-    options, architecture = run.file.evaluate, run.adapter.architecture
+    options, architecture = run.file.evaluate, run.target.architecture
     longest = max(len(request.prompt_ids) for request in requests)
     return Decoding(
-        target=run.target,
+        target=run.target.model,
         proposer=draft.proposer(),
         sampling=Sampling(temperature=temperature),
         stop_ids=architecture.stop_token_ids,
@@ -165,7 +163,7 @@ def _decoding(run: Run, draft: DraftModel, requests: Sequence[Request], temperat
 
 
 def _report(run: Run, draft: DraftModel, draft_folder: Path, results: list[dict[str, Any]]) -> dict[str, Any]:
-    description, architecture = draft.describe(), run.adapter.architecture
+    description, architecture = draft.describe(), run.target.architecture
     sizes = Parameters.of(draft)
     return {
         "run": run.file.run.name,
@@ -181,9 +179,9 @@ def _report(run: Run, draft: DraftModel, draft_folder: Path, results: list[dict[
         },
         "target": {
             "model": run.file.target.model,
-            "revision": fingerprint(run.where, revision=run.file.target.revision),
+            "revision": run.target.fingerprint(),
             "num_layers": architecture.num_layers,
-            "dtype": str(run.dtype).removeprefix("torch."),
+            "dtype": str(run.target.dtype).removeprefix("torch."),
         },
         "settings": {
             "max_new_tokens": run.file.evaluate.max_new_tokens,
@@ -194,14 +192,16 @@ def _report(run: Run, draft: DraftModel, draft_folder: Path, results: list[dict[
             "thinking": run.file.regenerate.thinking,
         },
         "machine": {
-            "device": torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else platform.machine(),
+            "device": torch.cuda.get_device_name(run.target.device)
+            if run.target.device.type == "cuda"
+            else platform.machine(),
             "threads": torch.get_num_threads(),
             "python": platform.python_version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "deepspec-core": __version__,
         },
-        "plugins": run.plugin_versions,
+        "plugins": run.plugins.versions(),
         "results": results,
     }
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from deepspec_core.cache.estimate import in_words
-from deepspec_core.contracts.cache import CacheFormat
 from deepspec_core.pipeline.run import Run
 from deepspec_core.pipeline.stages import Step
 
@@ -17,7 +16,7 @@ _WORDS = {"run": "would run", "resume": "would resume", "skip": "complete, would
 
 def preview(run: Run, steps: Sequence[Step]) -> Iterator[str]:
     """One line a stage, and one for the target."""
-    architecture = run.adapter.architecture
+    architecture = run.target.architecture
     yield (
         f"target: {run.file.target.model} ({architecture.model_type}, {architecture.num_layers} layers, hidden size "
         f"{architecture.hidden_size}, vocabulary {architecture.vocab_size:,}), taps {list(run.file.target.layers)}"
@@ -29,13 +28,12 @@ def preview(run: Run, steps: Sequence[Step]) -> Iterator[str]:
 
 
 def _size(run: Run, stage: str) -> str:
-    file, count = run.file, run.expected_conversations()
+    file, count = run.file, run.data.expected_conversations()
     known = f"at most {count:,}" if count is not None else "all"
     if stage == "regenerate":
         return f"{known} conversations of at most {file.regenerate.max_tokens:,} new tokens an answer"
     if stage == "cache":
-        cache_format: CacheFormat = run.plugins.registry.load("cache", file.cache.format)()
-        per_token = cache_format.bytes_per_token(run.bare_header())
+        per_token = run.cache.format.bytes_per_token(run.cache.bare_header())
         bound = f", at most {in_words(per_token * count * file.data.max_length)}" if count is not None else ""
         return f"{per_token:,} bytes a token{bound}"
     if stage == "train":

@@ -11,22 +11,22 @@ from deepspec_core.pipeline.run import Run
 
 def run_stage(run: Run) -> dict[str, Any]:
     """Answer every training conversation; an interrupted stage goes on with those that are missing."""
-    fmt = run.adapter.conversation_format()
-    architecture = run.adapter.architecture
+    assert run.data.regenerated is not None, "this stage is in the run"
+    fmt = run.target.adapter.conversation_format()
     counts: Counter[str] = Counter()
     report = regenerate(
-        run.conversations("train", counts),
-        target=run.target,
-        tokenizer=run.tokenizer,
+        run.data.conversations("train", counts),
+        target=run.target.model,
+        tokenizer=run.target.tokenizer,
         fmt=fmt,
         options=run.file.regenerate,
         sampling=sampling_of(run.file.regenerate, fmt.sampling),
-        stop_ids=architecture.stop_token_ids,
-        out=run.regenerated,
+        stop_ids=run.target.architecture.stop_token_ids,
+        out=run.data.regenerated,
         seed=run.file.run.seed,
-        max_length=min(run.file.data.max_length, architecture.max_positions),
+        max_length=run.data.max_length,
         system_prompt=run.file.data.system_prompt,
-        total=run.expected_conversations(),
+        total=run.data.expected_conversations(),
     )
     return {
         "conversations": report.conversations,

@@ -10,6 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import islice
+from pathlib import Path
 
 from attrs import field, frozen
 
@@ -50,33 +51,32 @@ def view(run: Run, split: Split, count: int, *, on_drop: Callable[[Dropped], Non
     counts: Counter[str] = Counter()
     if split == "held_out":
         return View(origin="held-out prompts, as evaluation asks them", shown=_held_out(run, count), counts=counts)
-    regenerates = "regenerate" in run.file.run.stages
-    if regenerates and not run.regenerated.exists():
-        prompts = (shown for row in run.conversations("train", counts) if (shown := _first_prompt(run, row)))
+    regenerated = run.data.regenerated
+    if regenerated is not None and not regenerated.exists():
+        prompts = (shown for row in run.data.conversations("train", counts) if (shown := _first_prompt(run, row)))
         origin = "prompts of data.sources, as regeneration asks them (nothing is regenerated yet)"
         return View(origin=origin, shown=islice(prompts, count), counts=counts)
-    samples = run.tokenized(run.training_conversations(counts), counts, on_drop)
-    longest = min(run.file.data.max_length, run.adapter.architecture.max_positions)
+    samples = run.data.tokenized(run.data.training_conversations(counts), counts, on_drop)
+    longest = run.data.max_length
     return View(
-        origin=f"samples of {run.regenerated}" if regenerates else "samples of data.sources",
-        shown=islice((_sample(run.tokenizer, sample, longest) for sample in samples), count),
+        origin=f"samples of {regenerated or 'data.sources'}",
+        shown=islice((_sample(run.target.tokenizer, sample, longest) for sample in samples), count),
         counts=counts,
-        failures=_failures(run) if regenerates else (),
+        failures=() if regenerated is None else _failures(regenerated),
     )
 
 
 def _held_out(run: Run, count: int) -> Iterator[Shown]:
-    rows = islice(run.conversations("held_out"), count)
     prompts = load_task(
         HELD_OUT,
         limit=count,
         seed=run.file.evaluate.seed,
         base=run.base,
         registry=run.plugins.registry,
-        held_out=lambda: ({"id": row.id, "messages": row.messages, "tools": row.tools} for row in rows),
+        held_out=lambda: run.data.held_out(count),
     )
     for prompt in prompts:
-        ids = run.tokenizer.render_prompt(prompt.messages, run.file.data.system_prompt, prompt.tools)
+        ids = run.target.tokenizer.render_prompt(prompt.messages, run.file.data.system_prompt, prompt.tools)
         yield _prompt(run, prompt.id, ids)
 
 
@@ -86,11 +86,11 @@ def _first_prompt(run: Run, row: Conversation) -> Shown | None:
     if asked is None:
         return None
     said = [message for message in row.messages[: asked + 1] if message["role"] != "assistant"]
-    return _prompt(run, row.id, run.tokenizer.render_prompt(said, run.file.data.system_prompt, row.tools))
+    return _prompt(run, row.id, run.target.tokenizer.render_prompt(said, run.file.data.system_prompt, row.tools))
 
 
 def _prompt(run: Run, identity: str, ids: tuple[int, ...]) -> Shown:
-    text = run.tokenizer.decode(ids)
+    text = run.target.tokenizer.decode(ids)
     return Shown(id=identity, pieces=((text, False),), tokens=len(ids), supervised=0, is_prompt=True)
 
 
@@ -110,9 +110,9 @@ def _sample(tokenizer: ChatTokenizer, sample: Sample, longest: int) -> Shown:
     )
 
 
-def _failures(run: Run) -> tuple[str, ...]:
+def _failures(regenerated: Path) -> tuple[str, ...]:
     """What regeneration gave up on, one line each: id and reason."""
-    path = run.regenerated.with_name(run.regenerated.name + ".failures.jsonl")
+    path = regenerated.with_name(regenerated.name + ".failures.jsonl")
     if not path.exists():
         return ()
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

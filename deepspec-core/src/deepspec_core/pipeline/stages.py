@@ -220,7 +220,7 @@ def execute(run: Run, steps: Sequence[Step], *, say: Callable[[str], None]) -> d
             keys=step.keys,
             complete=False,
             seconds=step.record.seconds if step.record else 0.0,
-            plugins=run.plugin_versions,
+            plugins=run.plugins.versions(),
             summary={},
         )
         record.write(folder)

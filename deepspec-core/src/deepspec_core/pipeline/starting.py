@@ -15,13 +15,14 @@ import torch
 from attrs import asdict, fields, frozen
 
 from deepspec_core.cache.estimate import in_words
-from deepspec_core.config.schema import CacheOptions, DataOptions, LayerOptions
+from deepspec_core.config.schema import CacheOptions, DataOptions
 from deepspec_core.config.starter import Start
 from deepspec_core.contracts.cache import CacheFormat, CacheHeader
 from deepspec_core.contracts.draft import DraftModel
 from deepspec_core.contracts.target import TargetAdapter
 from deepspec_core.data.tokenize import ChatTokenizer
 from deepspec_core.errors import DataError, TargetError
+from deepspec_core.layers.options import LayerOptions
 from deepspec_core.plugins.registry import Registry
 from deepspec_core.targets.opening import open_adapter, resolve_model, tokenizer_for, weight_bytes
 from deepspec_core.targets.taps import spread_taps

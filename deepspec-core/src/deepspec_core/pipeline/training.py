@@ -13,7 +13,7 @@ from deepspec_core.checkpoints.published import save_draft
 from deepspec_core.contracts.draft import DraftModel
 from deepspec_core.contracts.features import FeatureSource
 from deepspec_core.pipeline import workers
-from deepspec_core.pipeline.run import LOSSES, Run
+from deepspec_core.pipeline.run import Run
 from deepspec_core.training.trainer import train
 
 
@@ -22,7 +22,7 @@ def run_stage(run: Run) -> dict[str, Any]:
     registry = run.plugins.registry
     source: FeatureSource = registry.load("features", run.file.features.mode)(run)
     draft = new_draft(run)
-    draft.adopt(run.target.embedding_weight(), run.target.head_weight())
+    draft.adopt(run.target.model.embedding_weight(), run.target.model.head_weight())
     folder = run.stage_folder("train")
     result = train(
         draft=draft,
@@ -32,16 +32,16 @@ def run_stage(run: Run) -> dict[str, Any]:
         registry=registry,
         folder=folder,
         seed=run.file.run.seed,
-        save_draft=lambda path: save_draft(draft, run.adapter, path),
+        save_draft=lambda path: save_draft(draft, run.target.adapter, path),
         on_checkpoint=lambda path: run.plugins.manager.hook.deepspec_checkpoint_saved(run=run, checkpoint=path),
-        device=run.device,
+        device=run.target.device,
     )
     if workers.rank() == 0:
         publish(result.checkpoint / "draft", run.folder / "draft")
     return {
         "steps": result.steps,
         "samples": len(source),
-        **{name: run.counts[name] for name in LOSSES},
+        **run.data.losses(),
         "resumed_from": result.resumed_from,
         "figures": result.figures,
         "counts": result.counts,
@@ -52,7 +52,7 @@ def new_draft(run: Run) -> DraftModel:
     """A draft of the run's type in the target's family, its weights drawn from the run's seed."""
     build = run.plugins.registry.load("draft", run.file.draft.type)
     torch.manual_seed(run.file.run.seed)
-    draft: DraftModel = build(run.file.draft.options, run.adapter, run.file.target.layers)
+    draft: DraftModel = build(run.file.draft.options, run.target.adapter, run.file.target.layers)
     return draft
 
 

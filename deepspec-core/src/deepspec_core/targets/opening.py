@@ -15,9 +15,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deepspec_core.config.schema import LayerOptions
 from deepspec_core.contracts.target import SpecialTokens, TargetAdapter, TargetModel
 from deepspec_core.errors import TargetError
+from deepspec_core.layers.options import LayerOptions
 
 if TYPE_CHECKING:
     import torch

@@ -1,0 +1,88 @@
+"""A run's feature cache: where it lies, what it is made from, and opening it.
+
+Knows the run file's [cache]; not how features are stored (cache/) nor how they are made (features/).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from attrs import define, evolve
+
+from deepspec_core.config.schema import CacheOptions
+from deepspec_core.contracts.cache import CacheFormat, CacheHeader, CacheReader
+from deepspec_core.pipeline.run_data import RunData
+from deepspec_core.pipeline.run_target import RunTarget
+from deepspec_core.plugins.registry import Registry
+
+
+@define(kw_only=True)
+class RunCache:
+    """[cache] in effect. `made_here`: this run has the stage that writes it."""
+
+    options: CacheOptions
+    folder: Path
+    made_here: bool
+    target: RunTarget
+    data: RunData
+    registry: Registry
+    plugin_versions: Mapping[str, str]
+
+    @property
+    def format(self) -> CacheFormat:
+        """The format the run file names."""
+        cache_format: CacheFormat = self.registry.load("cache", self.options.format)()
+        return cache_format
+
+    def header(self) -> CacheHeader:
+        """What a cache of this run is made from."""
+        data = self.data.options
+        if self.data.regenerated is not None:
+            source = file_digest(self.data.regenerated)
+        else:
+            facts = [[str(option) for option in data.sources], data.held_out, self.data.seed]
+            source = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+        return evolve(
+            self.bare_header(),
+            revision=self.target.fingerprint(),
+            tokenizer=self.target.tokenizer.tokenizer_fingerprint(),
+            template=self.target.tokenizer.template_fingerprint(
+                self.target.adapter.conversation_format(), data.system_prompt, self.data.supervision
+            ),
+            source=source,
+        )
+
+    def bare_header(self) -> CacheHeader:
+        """The header without its digests: enough to know sizes before data and tokenizer are read."""
+        architecture = self.target.architecture
+        return CacheHeader(
+            target=self.target.options.model,
+            revision="",
+            adapter=architecture.model_type,
+            taps=self.target.options.layers,
+            hidden_size=architecture.hidden_size,
+            vocab_size=architecture.vocab_size,
+            dtype=self.options.dtype,
+            tokenizer="",
+            template="",
+            max_length=self.data.options.max_length,
+            source="",
+            plugins=dict(self.plugin_versions),
+        )
+
+    def open(self) -> CacheReader:
+        """The finished cache; CacheError where it is missing, unfinished, or made for something else."""
+        cache_format, expected = self.format, self.header()
+        if not self.made_here:
+            # Another run made it, perhaps from conversations that this one does not have: those are its affair.
+            expected = evolve(expected, source=cache_format.open(self.folder, None).header.source)
+        return cache_format.open(self.folder, expected)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

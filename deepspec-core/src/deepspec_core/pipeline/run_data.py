@@ -1,0 +1,133 @@
+"""A run's conversations: of its sources, regenerated, and as the tokens training reads.
+
+Knows the run file's [data] and where the regenerate stage leaves its answers; not how conversations are read, rendered
+or masked (data/), nor what a stage does with them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from attrs import define, field
+
+from deepspec_core.config.schema import DataOptions, SourceOptions
+from deepspec_core.errors import DataError
+from deepspec_core.pipeline.run_target import RunTarget
+from deepspec_core.plugins.registry import Registry
+
+if TYPE_CHECKING:
+    from deepspec_core.contracts.draft import Sample
+    from deepspec_core.data.answers import Supervision
+    from deepspec_core.data.conversations import Conversation
+    from deepspec_core.data.sources import Split
+    from deepspec_core.data.tokenize import Dropped
+
+# Counts of conversations that do not become one whole sample each.
+LOSSES = ("refused", "no_answer", "too_short", "truncated", "split", "duplicates", "renamed")
+
+
+@define(kw_only=True, slots=False)
+class RunData:
+    """[data] in effect. `regenerated` is the file of the regenerate stage, None where the run has no such stage.
+
+    `counts` says what was read and what was dropped while `training_samples` was formed.
+    """
+
+    options: DataOptions
+    seed: int
+    base: Path
+    named_in: Path
+    regenerated: Path | None
+    target: RunTarget
+    registry: Registry
+    counts: Counter[str] = field(factory=Counter)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest sample: data.max_length, or the target's positions where those are fewer."""
+        return min(self.options.max_length, self.target.architecture.max_positions)
+
+    @property
+    def supervision(self) -> Supervision:
+        """What is supervised beside the answers."""
+        from deepspec_core.data.answers import Supervision
+
+        return Supervision(newline=self.options.supervise_newline, think_block=self.options.supervise_think_block)
+
+    def conversations(self, split: Split, counts: Counter[str] | None = None) -> Iterator[Conversation]:
+        """The conversations of the sources, as they stand there."""
+        return self._read(self.options.sources, split, self.options.held_out, counts)
+
+    def held_out(self, limit: int) -> Iterator[dict[str, Any]]:
+        """At most `limit` of the conversations that training never sees, as rows of an evaluation task."""
+        for row in islice(self.conversations("held_out"), limit):
+            yield {"id": row.id, "messages": row.messages, "tools": row.tools}
+
+    def expected_conversations(self) -> int | None:
+        """How many training conversations there are at most, None where a source has no limit."""
+        limits = [source.limit for source in self.options.sources]
+        return None if None in limits else sum(limit for limit in limits if limit is not None)
+
+    def training_conversations(self, counts: Counter[str] | None = None) -> Iterator[Conversation]:
+        """What training learns from: the regenerated conversations where the run has that stage, else the sources'."""
+        if self.regenerated is None:
+            return self.conversations("train", counts)
+        # Held-out conversations were never regenerated: nothing is left to hold out.
+        return self._read([SourceOptions(path=str(self.regenerated.resolve()))], "train", 0.0, counts)
+
+    def _read(
+        self, sources: Sequence[SourceOptions], split: Split, held_out: float, counts: Counter[str] | None
+    ) -> Iterator[Conversation]:
+        from deepspec_core.data.sources import read_sources
+
+        return read_sources(
+            sources,
+            split=split,
+            held_out=held_out,
+            seed=self.seed,
+            base=self.base,
+            registry=self.registry,
+            counts=counts,
+        )
+
+    def tokenized(
+        self,
+        conversations: Iterable[Conversation],
+        counts: Counter[str],
+        on_drop: Callable[[Dropped], None] = lambda _: None,
+    ) -> Iterator[Sample]:
+        """Conversations as training reads them: rendered, masked, cut, and short ones dropped."""
+        from deepspec_core.data.tokenize import tokenize_all
+
+        return tokenize_all(
+            conversations,
+            self.target.tokenizer,
+            self.target.adapter.conversation_format(),
+            system_prompt=self.options.system_prompt,
+            max_length=self.max_length,
+            min_supervised_tokens=self.options.min_supervised_tokens,
+            supervision=self.supervision,
+            counts=counts,
+            on_drop=on_drop,
+        )
+
+    def training_samples(self) -> Sequence[Sample]:
+        """The training conversations, tokenised. What was dropped is counted in `counts`."""
+        samples = list(self.tokenized(self.training_conversations(self.counts), self.counts))
+        if not samples:
+            raise DataError(
+                "No conversation is left to train on",
+                where=f"{self.named_in}: data",
+                found=", ".join(f"{name} {count}" for name, count in self.counts.items() if count)
+                or "no conversations",
+                fix="Give more data, or lower data.min_supervised_tokens.",
+            )
+        return samples
+
+    def losses(self) -> dict[str, int]:
+        """What became of conversations that are not one whole sample each, by reason."""
+        return {name: self.counts[name] for name in LOSSES}

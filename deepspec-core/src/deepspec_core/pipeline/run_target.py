@@ -1,0 +1,110 @@
+"""A run's target: where it is, its adapter, tokenizer and weights, each opened when first asked for.
+
+Knows the run file's [target], [draft.layer] and whether the target thinks; not data, caches or stages.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from attrs import define
+
+from deepspec_core.config.schema import TargetOptions
+from deepspec_core.layers.options import LayerOptions
+from deepspec_core.pipeline import workers
+from deepspec_core.plugins.registry import Registry
+
+if TYPE_CHECKING:
+    import torch
+
+    from deepspec_core.contracts.target import TargetAdapter, TargetArchitecture, TargetModel
+    from deepspec_core.data.tokenize import ChatTokenizer
+
+
+@define(kw_only=True, slots=False)
+class RunTarget:
+    """[target] in effect. `base` is what relative paths start at, `named_in` the file that names the taps."""
+
+    options: TargetOptions
+    draft_layer: LayerOptions
+    thinking: bool
+    base: Path
+    named_in: Path
+    registry: Registry
+
+    @cached_property
+    def where(self) -> str | Path:
+        """The target's directory or Hub id."""
+        from deepspec_core.targets.opening import resolve_model
+
+        return resolve_model(self.options.model, base=self.base, registry=self.registry, revision=self.options.revision)
+
+    @cached_property
+    def device(self) -> torch.device:
+        """The accelerator of this process, else the CPU."""
+        return workers.device()
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """As the run file says; else fp32 on CPU, where results are exact, and bf16 on an accelerator."""
+        from deepspec_core.dtypes import torch_dtype
+
+        return torch_dtype(self.options.dtype or ("float32" if self.device.type == "cpu" else "bfloat16"))
+
+    @cached_property
+    def family(self) -> TargetAdapter:
+        """The adapter. The taps are not looked at."""
+        from deepspec_core.targets.opening import open_adapter
+
+        return open_adapter(
+            self.where,
+            registry=self.registry,
+            draft_layer=self.draft_layer,
+            trust_remote_code=self.options.trust_remote_code,
+            revision=self.options.revision,
+        )
+
+    @cached_property
+    def adapter(self) -> TargetAdapter:
+        """The adapter, after the taps are checked against it. TargetError where they do not fit."""
+        from deepspec_core.targets.taps import check_taps
+
+        layers = self.family.architecture.num_layers
+        check_taps(self.options.layers, layers, where=f"{self.named_in}: target.layers")
+        return self.family
+
+    @property
+    def architecture(self) -> TargetArchitecture:
+        """The target's sizes and special tokens."""
+        return self.adapter.architecture
+
+    @cached_property
+    def model(self) -> TargetModel:
+        """The target with its weights."""
+        from deepspec_core.targets.opening import load_target
+
+        return load_target(
+            self.adapter,
+            self.where,
+            dtype=self.dtype,
+            device=self.device,
+            trust_remote_code=self.options.trust_remote_code,
+            revision=self.options.revision,
+        )
+
+    @cached_property
+    def tokenizer(self) -> ChatTokenizer:
+        """The tokenizer with its chat template."""
+        from deepspec_core.data.tokenize import ChatTokenizer
+        from deepspec_core.targets.opening import tokenizer_for
+
+        tokenizer = tokenizer_for(self.where, self.options.trust_remote_code, revision=self.options.revision)
+        return ChatTokenizer(tokenizer, thinking=self.thinking)
+
+    def fingerprint(self) -> str:
+        """What tells this target from another; see targets/opening.py."""
+        from deepspec_core.targets.opening import fingerprint
+
+        return fingerprint(self.where, revision=self.options.revision)
