@@ -51,6 +51,7 @@ def run(
     from deepspec_core.pipeline import stages as pipeline
     from deepspec_core.pipeline import workers as processes
     from deepspec_core.pipeline.run import Run
+    from deepspec_core.pipeline.running import do
     from deepspec_core.pipeline.smoke import smoke as made_small
     from deepspec_core.plugins.discovery import load_plugins
 
@@ -80,13 +81,7 @@ def run(
         pipeline.follow(the_run, steps)
         processes.part()
         return None
-    with the_run.locked():
-        for folder in pipeline.discard(the_run, force):
-            click.echo(f"discarded {folder}")
-        the_run.save_config()
-        processes.meet()
-        pipeline.execute(the_run, steps, say=click.echo)
-        processes.part()
+    do(the_run, steps, force=force, say=click.echo)
     if all(step.action == "skip" for step in steps):
         click.echo(f"nothing to do: every stage is complete in {the_run.folder}")
     show_report(the_run.folder)

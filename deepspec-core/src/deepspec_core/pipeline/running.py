@@ -1,0 +1,40 @@
+"""Doing a run in this process: plan, try out, lock, discard what is to be discarded, and do the stages in order.
+
+The command line and the Python interface both go through here. Knows no stage; starts no other process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from deepspec_core.pipeline import stages, workers
+from deepspec_core.pipeline.run import Run
+from deepspec_core.pipeline.stages import Step
+
+
+def run_stages(
+    run: Run, *, only: Sequence[str] = (), force: Sequence[str] = (), say: Callable[[str], None]
+) -> dict[str, dict[str, Any]]:
+    """Do the run's stages (or `only` some of them) as far as they are not done; each stage's summary.
+
+    Results of the stages in `force`, and of those that build on them, are discarded first. DeepSpecError where the plan
+    is refused or a stage fails.
+    """
+    steps = stages.plan(run, only=only, force=force)
+    stages.check_before(run, steps)
+    return do(run, steps, force=force, say=say)
+
+
+def do(
+    run: Run, steps: Sequence[Step], *, force: Sequence[str] = (), say: Callable[[str], None]
+) -> dict[str, dict[str, Any]]:
+    """What the plan says, as the first (or only) process of the run, with the run's folder locked."""
+    with run.locked():
+        for folder in stages.discard(run, force):
+            say(f"discarded {folder}")
+        run.save_config()
+        workers.meet()
+        summaries = stages.execute(run, steps, say=say)
+        workers.part()
+    return summaries
