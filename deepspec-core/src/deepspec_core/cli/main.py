@@ -13,6 +13,7 @@ import click
 
 from deepspec_core import __version__
 from deepspec_core.errors import DeepSpecError, PluginError, nearest
+from deepspec_core.pipeline.threads import let_waiting_threads_sleep
 
 # In the order of a project's life. A command is there when its file is.
 COMMANDS = {
@@ -109,6 +110,7 @@ def cli() -> None:
 
 def execute(command: click.Command, name: str, arguments: Sequence[str] | None = None) -> int:
     """Run a command and return the exit code: 0; 2 for a mistake of the user's; 130 when interrupted."""
+    let_waiting_threads_sleep()
     try:
         result = command.main(args=arguments, prog_name=name, standalone_mode=False)
     except click.ClickException as error:

@@ -59,10 +59,6 @@ def run(
     plugins = load_plugins(blocked=blocked)
     file = load_run_file(path, overrides=overrides, plugins=plugins)
     the_run = Run(file=made_small(file) if smoke else file, path=Path(path), plugins=plugins)
-    if file.run.threads is not None:
-        import torch
-
-        torch.set_num_threads(file.run.threads)
     steps = pipeline.plan(the_run, only=stages, force=force)
     if dry_run:
         from deepspec_core.pipeline.preview import preview

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from attrs import evolve, frozen
 
 from deepspec_core.errors import StageError, nearest
-from deepspec_core.pipeline import workers
+from deepspec_core.pipeline import threads, workers
 from deepspec_core.pipeline.fingerprint import RECORD, StageRecord, differences, fingerprint, flatten, read_record
 from deepspec_core.pipeline.run import Run
 from deepspec_core.plugins.references import resolve
@@ -206,6 +206,9 @@ def discard(run: Run, force: Sequence[str]) -> list[Path]:
 def execute(run: Run, steps: Sequence[Step], *, say: Callable[[str], None]) -> dict[str, dict[str, Any]]:
     """Do what the plan says, in order; returns each stage's summary. An interrupted stage keeps its open record."""
     summaries: dict[str, dict[str, Any]] = {}
+    counts = _threads(run, steps)
+    if counts:
+        say(threads.in_words(counts, given=run.file.run.threads is not None))
     for step in steps:
         name = step.stage.name
         if step.action == "skip":
@@ -227,7 +230,8 @@ def execute(run: Run, steps: Sequence[Step], *, say: Callable[[str], None]) -> d
         say(f"{name}: {'resuming' if step.action == 'resume' else 'starting'}")
         start = time.monotonic()
         try:
-            summary = resolve(step.stage.body)(run)
+            with threads.using(counts[name]):
+                summary = resolve(step.stage.body)(run)
         except BaseException:
             evolve(record, seconds=record.seconds + time.monotonic() - start).write(folder)
             raise
@@ -240,13 +244,15 @@ def execute(run: Run, steps: Sequence[Step], *, say: Callable[[str], None]) -> d
 
 def follow(run: Run, steps: Sequence[Step]) -> None:
     """What a worker other than the first does: take part in shared stages, wait for the rest."""
+    counts = _threads(run, steps)
     for step in steps:
         if step.action == "skip":
             continue
         if step.stage.shared:
             for ancestor in ancestors(step.stage, run.file.run.stages):
                 workers.wait_for(run.stage_folder(ancestor.name))
-            resolve(step.stage.body)(run)
+            with threads.using(counts[step.stage.name]):
+                resolve(step.stage.body)(run)
         workers.wait_for(run.stage_folder(step.stage.name))
 
 
@@ -263,6 +269,10 @@ def check_before(run: Run, steps: Sequence[Step]) -> None:
 
     with torch.device("meta"):
         new_draft(run)
+
+
+def _threads(run: Run, steps: Sequence[Step]) -> dict[str, int]:
+    return threads.choose(run, [step.stage.name for step in steps if step.action != "skip"])
 
 
 def _require_ancestors(run: Run, stage: Stage) -> None:
