@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from deepspec_core.checkpoints.published import CONFIG, read_draft_config
 from deepspec_core.contracts.target import TargetAdapter, TargetArchitecture
 from deepspec_core.errors import CheckpointError, DeepSpecError
+from deepspec_core.hub import why_unreachable
 from deepspec_core.targets.opening import HUB_ID, first_line
 
 if TYPE_CHECKING:
@@ -37,13 +38,14 @@ def resolve_draft(name: str | Path, *, base: Path) -> Path:
         )
     from huggingface_hub import snapshot_download
 
+    problem = why_unreachable()
     try:
         return Path(snapshot_download(text, allow_patterns=list(_HUB_FILES)))
     except (OSError, ValueError) as error:
         raise CheckpointError(
             "no such local directory, and the Hub does not give it",
             where=text,
-            found=first_line(error),
+            found=problem or first_line(error),
             expected="a local directory, or a Hub id that exists and can be reached",
             fix="Check the name and the network; offline, download it first and give its directory.",
         ) from error

@@ -19,6 +19,7 @@ from attrs import evolve
 from deepspec_core.config.schema import SourceOptions
 from deepspec_core.data.conversations import Conversation, from_row
 from deepspec_core.errors import DataError, nearest
+from deepspec_core.hub import say_local_copy, why_unreachable
 
 Split = Literal["train", "held_out"]
 
@@ -151,6 +152,7 @@ def _dataset(source: SourceOptions, base: Path) -> Iterator[Conversation]:
     import datasets
 
     split = source.split or "train"
+    problem = None if local.is_dir() else why_unreachable()
     try:
         if (local / "dataset_dict.json").is_file():
             rows = datasets.load_from_disk(str(local))[split]
@@ -163,10 +165,12 @@ def _dataset(source: SourceOptions, base: Path) -> Iterator[Conversation]:
         raise DataError(
             "A dataset cannot be read",
             where=f"data.sources: {source.path}",
-            found=f"{type(error).__name__}: {error}",
+            found=problem or f"{type(error).__name__}: {error}",
             expected=f"split {split!r} of a dataset folder or of a dataset on the Hub",
-            fix="Check the name, the split and the connection.",
+            fix="Check the name, the split and the connection; offline, download it first and give its folder.",
         ) from error
+    if not local.is_dir():
+        say_local_copy(source.path)
     for number, row in enumerate(rows, start=1):
         yield from_row(row, f"{source.path}:{number}")
 

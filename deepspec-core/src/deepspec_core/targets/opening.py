@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from deepspec_core.contracts.target import SpecialTokens, TargetAdapter, TargetModel
 from deepspec_core.errors import TargetError
+from deepspec_core.hub import say_local_copy, why_unreachable
 from deepspec_core.layers.options import LayerOptions
 
 if TYPE_CHECKING:
@@ -158,6 +159,8 @@ def tokenizer_for(where: str | Path, trust_remote_code: bool = False, *, revisio
     """The target's tokenizer (transformers). TargetError where it cannot be had, or has no vocabulary."""
     from transformers import AutoTokenizer
 
+    if not _is_local(where):
+        why_unreachable()
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
         problem = None
@@ -225,12 +228,14 @@ def _read_json(where: str | Path, name: str, revision: str | None, *, required: 
     else:
         from transformers.utils import cached_file
 
+        problem = why_unreachable()
         try:
             found = cached_file(str(where), name, revision=revision, _raise_exceptions_for_missing_entries=required)
         except OSError as error:
-            raise _unreachable(where, revision, error) from error
+            raise _not_given(where, revision, problem or first_line(error)) from error
         if found is None:
             return None
+        say_local_copy(str(where))
         path = Path(found)
     try:
         content = json.loads(path.read_text("utf-8"))
@@ -247,17 +252,18 @@ def _fetched(where: str | Path, revision: str | None, trust_remote_code: bool) -
     from huggingface_hub import snapshot_download
 
     patterns = [*_HUB_FILES, *(("*.py",) if trust_remote_code else ())]
+    problem = why_unreachable()
     try:
         return Path(snapshot_download(str(where), revision=revision, allow_patterns=patterns))
     except (OSError, ValueError) as error:
-        raise _unreachable(where, revision, error) from error
+        raise _not_given(where, revision, problem or first_line(error)) from error
 
 
-def _unreachable(where: str | Path, revision: str | None, error: Exception) -> TargetError:
+def _not_given(where: str | Path, revision: str | None, problem: str) -> TargetError:
     return TargetError(
         "no such local directory, and the Hub does not give it",
         where=where if revision is None else f"{where} at revision {revision}",
-        found=first_line(error),
+        found=problem,
         expected="a local directory, or a Hub id that exists and can be reached",
         fix="Check the name and the network; offline, download it first and give its directory.",
     )

@@ -1,0 +1,80 @@
+"""The Hub that cannot be reached: one short answer instead of minutes of tries, and the libraries told once."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+
+from deepspec_core import hub
+from deepspec_core.checkpoints.opening import resolve_draft
+from deepspec_core.config.schema import SourceOptions
+from deepspec_core.data.sources import read_sources
+from deepspec_core.errors import CheckpointError, DataError, TargetError
+from deepspec_core.targets.opening import open_adapter, tokenizer_for
+from deepspec_core.testing.core_registry import core_registry
+
+
+@pytest.fixture(autouse=True)
+def _nothing_known(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every test asks anew; no mode is left behind."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "_found", hub._Found())
+    yield
+    hub._switch(offline=False)
+
+
+@pytest.fixture
+def unreachable(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A port of this machine where nobody listens; the list counts how often it was asked."""
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    asked: list[int] = []
+    ask = hub._ask
+    monkeypatch.setattr(hub, "_ask", lambda: asked.append(1) or ask())
+    return asked
+
+
+def test_every_way_to_the_hub_answers_quickly_with_the_reason(unreachable: list[int], tmp_path: Path) -> None:
+    start = time.monotonic()
+    registry = core_registry()
+    with pytest.raises(TargetError, match="Hub cannot be reached") as target:
+        open_adapter("organisation/model", registry=registry)
+    assert "no local copy" in str(target.value)
+    with pytest.raises(TargetError):
+        tokenizer_for("organisation/model")
+    with pytest.raises(CheckpointError, match="Hub cannot be reached"):
+        resolve_draft("organisation/draft", base=tmp_path)
+    source = SourceOptions(path="organisation/prompts")
+    with pytest.raises(DataError, match="Hub cannot be reached"):
+        list(read_sources([source], split="train", held_out=0.0, seed=0, base=tmp_path, registry=registry))
+    assert time.monotonic() - start < 5 * hub.ANSWER_WITHIN_SECONDS
+    assert len(unreachable) == 1
+
+
+def test_a_hub_that_never_answers_is_given_up_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Session:
+        def head(self, *_: object, **__: object) -> None:
+            time.sleep(2)
+
+    monkeypatch.setattr("huggingface_hub.get_session", Session)
+    monkeypatch.setattr(hub, "ANSWER_WITHIN_SECONDS", 0.05)
+    assert "no answer within" in (hub.why_unreachable() or "")
+    assert constants.HF_HUB_OFFLINE
+
+
+def test_any_answer_will_do_and_it_is_asked_again_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Session:
+        def head(self, *_: object, **__: object) -> str:
+            return "503"
+
+    hub._switch(offline=True)
+    monkeypatch.setattr("huggingface_hub.get_session", Session)
+    assert hub.why_unreachable() is None
+    assert not constants.HF_HUB_OFFLINE
+
+
+def test_offline_mode_of_the_user_s_own_is_kept(monkeypatch: pytest.MonkeyPatch, unreachable: list[int]) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert "HF_HUB_OFFLINE is set" in (hub.why_unreachable() or "")
+    assert unreachable == []
