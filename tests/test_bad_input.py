@@ -125,7 +125,9 @@ def test_half_written_cache(finished_copy: Path, says: Says) -> None:
 def test_full_disk_is_noticed_before_writing(finished_copy: Path, says: Says, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(finished_copy)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000))
-    says([*_smoke(finished_copy), "--force", "cache"], "no room for the cache", "10.0 kB free", "cache.dtype")
+    only_cache = ["--force", "cache", "--stages", "cache"]
+    says([*_smoke(finished_copy), *only_cache], "no room for the cache", "10.0 kB free", "cache.dtype")
+    says([*_smoke(finished_copy), "--force", "regenerate"], "no room for a checkpoint", "10.0 kB free")
     assert not list((_results(finished_copy) / "cache").glob("shard-*"))
 
 

@@ -216,7 +216,7 @@ def test_what_an_optimizer_and_several_processes_hold(make_run: MakeRun, tiny_ta
 
 def test_an_accelerators_memory_holds_no_libraries(make_run: MakeRun, tiny_target: Any) -> None:
     run = make_run(tiny_target("qwen3").where)
-    run.__dict__["device"] = torch.device("cuda")
+    run.target.__dict__["device"] = torch.device("cuda")
     found = estimate(run)
     assert found.device == "cuda"
     held = found.memory.held

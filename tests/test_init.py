@@ -21,8 +21,9 @@ from deepspec_core.cli.main import main
 from deepspec_core.config.load import load_run_file
 from deepspec_core.config.schema import RunFile
 from deepspec_core.layers.options import LayerOptions
+from deepspec_core.pipeline.checking import check_before
 from deepspec_core.pipeline.run import Run
-from deepspec_core.pipeline.stages import check_before, plan
+from deepspec_core.pipeline.stages import plan
 from deepspec_core.plugins.discovery import load_plugins
 from deepspec_core.targets.taps import check_taps, spread_taps
 

@@ -16,11 +16,12 @@ import pytest
 import torch
 from attrs import evolve
 
-from deepspec_core.cache.estimate import cache_bytes, in_words, require_space
+from deepspec_core.cache.estimate import cache_bytes, require_space
 from deepspec_core.cache.hdf5 import HDF5Format
 from deepspec_core.contracts.cache import CacheFormat, CacheHeader, CacheReader, CacheWriter
 from deepspec_core.contracts.draft import Sample
 from deepspec_core.contracts.target import TargetFeatures
+from deepspec_core.disk import in_words
 from deepspec_core.dtypes import torch_dtype
 from deepspec_core.errors import CacheError
 

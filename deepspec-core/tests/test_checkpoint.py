@@ -144,5 +144,5 @@ def test_no_room_is_said_before_writing(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: Usage(free=999_999_999))
     checkpoints.require_space(tmp_path, 999_999_999)
-    with pytest.raises(CheckpointError, match=r"(?s)no room.*1\.00 GB free.*2\.00 GB"):
+    with pytest.raises(CheckpointError, match=r"(?s)no room.*1,000.0 MB free.*2.0 GB"):
         checkpoints.require_space(tmp_path, 2_000_000_000)

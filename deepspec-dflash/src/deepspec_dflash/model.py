@@ -123,6 +123,7 @@ class DFlashModel(DraftModel):
             causal=False,
             weight_names=self.backbone.names("backbone"),
             config=self.config(),
+            gives_confidence=False,
         )
 
     def config(self) -> dict[str, Any]:

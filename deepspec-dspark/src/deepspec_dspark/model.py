@@ -13,7 +13,7 @@ import torch
 from attrs import evolve
 from torch import Tensor
 
-from deepspec_core.contracts.draft import DraftBatch
+from deepspec_core.contracts.draft import DraftBatch, DraftDescription
 from deepspec_core.contracts.rows import Heads, Rows
 from deepspec_core.contracts.target import TargetAdapter
 from deepspec_core.layers.decoder_layer import initialise
@@ -91,6 +91,10 @@ class DSparkModel(DFlashModel):
     def proposer(self) -> DSparkProposer:
         """The decoding side, sharing these weights."""
         return DSparkProposer(self)
+
+    def describe(self) -> DraftDescription:
+        """Facts for checkpoints, exports and reports."""
+        return evolve(super().describe(), gives_confidence=self.confidence_head is not None)
 
     def config(self) -> dict[str, Any]:
         """What is added to config.json."""

@@ -141,6 +141,7 @@ class Eagle3Model(DraftModel):
             causal=True,
             weight_names=self.drafter.names("drafter"),
             config=self.config(),
+            gives_confidence=False,
         )
 
     def config(self) -> dict[str, Any]:

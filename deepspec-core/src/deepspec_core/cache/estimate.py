@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from deepspec_core.contracts.cache import CacheFormat, CacheHeader
+from deepspec_core.disk import free_bytes, in_words
 from deepspec_core.errors import CacheError
 
 
@@ -16,25 +16,13 @@ def cache_bytes(cache_format: CacheFormat, header: CacheHeader, num_tokens: int)
 
 def require_space(path: Path, needed: int) -> None:
     """CacheError where the disk under `path` (which need not exist yet) has less than `needed` bytes free."""
-    folder = path.resolve()
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    free = free_bytes(path)
     if needed > free:
         raise CacheError(
             "The disk has no room for the cache",
             where=path,
             found=f"{in_words(free)} free",
-            expected=f"{in_words(needed)}",
+            expected=in_words(needed),
             fix='Put the cache on another disk (cache.path), store it in 8 bits (cache.dtype = "float8_e4m3"), '
             'or compute features while training (features.mode = "online").',
         )
-
-
-def in_words(size: float) -> str:
-    """Bytes as people say them: 1.5 GB."""
-    units = ("bytes", "kB", "MB", "GB", "TB")
-    power = 0
-    while size >= 1000 and power < len(units) - 1:
-        size, power = size / 1000, power + 1
-    return f"{size:,.0f} {units[power]}" if power == 0 else f"{size:,.1f} {units[power]}"

@@ -141,19 +141,12 @@ def _run_file(
 
 def _execute(file: RunFile, plugins: Plugins, force: Sequence[str]) -> None:
     from deepspec_core.cli.run import show_report
-    from deepspec_core.pipeline import stages
-    from deepspec_core.pipeline.evaluating import draft_of, refuse_another_draft
+    from deepspec_core.pipeline.evaluating import draft_of
     from deepspec_core.pipeline.run import Run
+    from deepspec_core.pipeline.running import run_stages
 
     show_messages()
     run = Run(file=file, path=Path("command line"), plugins=plugins)
-    # Before anything is written or discarded.
-    draft_folder, _ = draft_of(run)
-    steps = stages.plan(run, force=force)
-    with run.locked():
-        for folder in stages.discard(run, force):
-            click.echo(f"discarded {folder}")
-        refuse_another_draft(run, draft_folder)
-        run.save_config()
-        stages.execute(run, steps, say=click.echo)
+    draft_of(run)  # before settings are compared with those of earlier results
+    run_stages(run, force=force, say=click.echo)
     show_report(run.folder)

@@ -50,6 +50,7 @@ def run(
     from deepspec_core.config.load import load_run_file
     from deepspec_core.pipeline import stages as pipeline
     from deepspec_core.pipeline import workers as processes
+    from deepspec_core.pipeline.checking import check_before
     from deepspec_core.pipeline.run import Run
     from deepspec_core.pipeline.running import do
     from deepspec_core.pipeline.smoke import smoke as made_small
@@ -66,7 +67,7 @@ def run(
         for line in preview(the_run, steps):
             click.echo(line)
         return None
-    pipeline.check_before(the_run, steps)
+    check_before(the_run, steps)
     if not processes.launched() and any(step.stage.shared and step.action != "skip" for step in steps):
         count = processes.visible_devices() if workers is None else workers
         if count > 1:

@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from deepspec_core.config.schema import HELD_OUT, KNOWN_STAGES, DataOptions, RunOptions
+from deepspec_core.config.schema import BUILTIN, HELD_OUT, KNOWN_STAGES, DataOptions, RunOptions
 from deepspec_core.errors import ConfigError, DeepSpecError, PluginError
 from deepspec_core.plugins.registry import Registry
 
@@ -26,6 +26,8 @@ def check_sections(sections: Mapping[str, Any], folder: Path, registry: Registry
             yield ConfigError(
                 "the export stage has nothing to write", where="export.to", found="[]", expected="a format"
             )
+        if "evaluate" in run.stages and sections.get("evaluate"):
+            yield from _tasks(sections["evaluate"].tasks, sections.get("data"))
     if sections.get("target"):
         yield from _layers(sections["target"].layers)
     if sections.get("data") and not sections["data"].sources and _reads_data(sections):
@@ -46,6 +48,27 @@ def check_sections(sections: Mapping[str, Any], folder: Path, registry: Registry
                     expected=error.expected,
                     fix=error.fix,
                 )
+
+
+def _tasks(tasks: tuple[str, ...], data: DataOptions | None) -> Iterator[ConfigError]:
+    if not tasks:
+        yield ConfigError(
+            "the evaluate stage has nothing to evaluate on",
+            where="evaluate.tasks",
+            found="[]",
+            expected=f'at least one task, such as "{HELD_OUT}"',
+            fix='add a task, or remove "evaluate" from run.stages',
+        )
+    # Prompts that a plugin ships have a held-out part of their own.
+    split = () if data is None else tuple(source for source in data.sources if not source.path.startswith(BUILTIN))
+    if HELD_OUT in tasks and data is not None and data.held_out == 0 and split and len(split) == len(data.sources):
+        yield ConfigError(
+            "no prompts are held out from training",
+            where="data.held_out",
+            found=f'0, with "{HELD_OUT}" in evaluate.tasks',
+            expected="a share above 0",
+            fix="set data.held_out = 0.05, or name other tasks",
+        )
 
 
 def _reads_data(sections: Mapping[str, Any]) -> bool:

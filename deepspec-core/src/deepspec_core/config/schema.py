@@ -23,6 +23,8 @@ KERNELS = ("auto", "plain", "eager", "compiled", "triton")
 DTYPES = ("float32", "bfloat16", "float16")
 # The task that asks the prompts a run never trained on.
 HELD_OUT = "held-out"
+# What ships inside a plugin stands after it: builtin:NAME.
+BUILTIN = "builtin:"
 
 
 @frozen(kw_only=True)

@@ -20,6 +20,7 @@ from cattrs.gen import make_dict_structure_fn, override
 
 from deepspec_core.config.explain import Mismatch, UnknownKeys, is_union, keys_of, of_validator, words
 from deepspec_core.config.schema import (
+    BUILTIN,
     CacheOptions,
     DraftOptions,
     EvaluateOptions,
@@ -34,7 +35,6 @@ from deepspec_core.errors import DeepSpecError, PluginError
 from deepspec_core.plugins.registry import Registry
 
 HELD_OUT = "held-out"
-BUILTIN = "builtin:"
 
 Hook = Callable[[Any, Any], Any]
 Check = Callable[[int | str, Any], None]

@@ -105,6 +105,7 @@ class DraftDescription:
     """Neutral facts that checkpoints, exporters and reports translate.
 
     `anchor_predicts`: slot 0 of a block is itself a prediction. `max_tokens`: proposals of one round at most.
+    `gives_confidence`: its proposals carry confidence; None where it does not say.
     `weight_names`: own parameter-name prefixes (or whole names) -> published ones, longest match wins.
     `config`: what the algorithm adds to config.json.
     """
@@ -118,6 +119,7 @@ class DraftDescription:
     causal: bool
     weight_names: Mapping[str, str]
     config: Mapping[str, Any]
+    gives_confidence: bool | None = None
 
 
 class DraftModel(nn.Module, ABC):

@@ -9,21 +9,20 @@ import gzip
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final, Literal, Protocol
 
 from attrs import evolve
 
-from deepspec_core.config.schema import SourceOptions
+from deepspec_core.config.schema import BUILTIN, SourceOptions
 from deepspec_core.data.conversations import Conversation, from_row
 from deepspec_core.errors import DataError, nearest
 from deepspec_core.hub import say_local_copy, why_unreachable
 
 Split = Literal["train", "held_out"]
 
-BUILTIN: Final = "builtin:"
 _FILES: Final = (".jsonl", ".jsonl.gz")
 
 
@@ -77,6 +76,18 @@ def read_sources(
         yield conversation
 
 
+def check_sources(sources: Sequence[SourceOptions], *, base: Path, registry: Registry) -> None:
+    """DataError where a source is not there. No conversation is read; of Hub datasets only what describes them is."""
+    for source in sources:
+        if source.path.startswith(BUILTIN):
+            _offered_prompts(source.path, registry)
+        elif source.path.endswith(_FILES):
+            if not (base / source.path).is_file():
+                raise _missing(base / source.path)
+        else:
+            _open_dataset(source, base, streaming=True)
+
+
 def is_held_out(identity: str, *, held_out: float, seed: int) -> bool:
     """Whether a conversation is held out; a property of its id and the seed alone."""
     digest = hashlib.sha256(f"{seed}/{identity}".encode("utf-8", "surrogatepass")).digest()
@@ -96,6 +107,13 @@ def _of_split(
 
 
 def _builtin(path: str, split: Split, seed: int, registry: Registry) -> Iterator[Conversation]:
+    name = _offered_prompts(path, registry)
+    for number, row in enumerate(registry.load("builtin", name)(split, seed=seed), start=1):
+        yield from_row(row, f"{path}:{number}")
+
+
+def _offered_prompts(path: str, registry: Registry) -> str:
+    """The name of the builtin. DataError where it offers no prompts."""
     name = path.removeprefix(BUILTIN)
     spec = registry.get("builtin", name)
     if spec.kind != "prompts":
@@ -106,8 +124,7 @@ def _builtin(path: str, split: Split, seed: int, registry: Registry) -> Iterator
             expected="a builtin that offers prompts",
             fix="See `deepspec plugins` for those that are installed.",
         )
-    for number, row in enumerate(registry.load("builtin", name)(split, seed=seed), start=1):
-        yield from_row(row, f"{path}:{number}")
+    return name
 
 
 def _file(path: Path) -> Iterator[Conversation]:
@@ -142,6 +159,11 @@ def _missing(path: Path) -> DataError:
 
 def _dataset(source: SourceOptions, base: Path) -> Iterator[Conversation]:
     """A dataset folder, or a dataset on the Hub, streamed where only a part of it is wanted."""
+    for number, row in enumerate(_open_dataset(source, base, streaming=source.limit is not None), start=1):
+        yield from_row(row, f"{source.path}:{number}")
+
+
+def _open_dataset(source: SourceOptions, base: Path, *, streaming: bool) -> Iterable[Any]:
     local = base / source.path
     if local.is_file():
         raise DataError(
@@ -160,7 +182,7 @@ def _dataset(source: SourceOptions, base: Path) -> Iterator[Conversation]:
             rows = datasets.load_from_disk(str(local))
         else:
             name = str(local) if local.is_dir() else source.path
-            rows = datasets.load_dataset(name, split=split, streaming=source.limit is not None)
+            rows = datasets.load_dataset(name, split=split, streaming=streaming)
     except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
             "A dataset cannot be read",
@@ -171,8 +193,8 @@ def _dataset(source: SourceOptions, base: Path) -> Iterator[Conversation]:
         ) from error
     if not local.is_dir():
         say_local_copy(source.path)
-    for number, row in enumerate(rows, start=1):
-        yield from_row(row, f"{source.path}:{number}")
+    opened: Iterable[Any] = rows
+    return opened
 
 
 def _interleave(streams: Sequence[Iterator[Conversation]], weights: Sequence[float]) -> Iterator[Conversation]:

@@ -7,24 +7,18 @@ counted.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
-
 from deepspec_core.cache.estimate import cache_bytes
-from deepspec_core.contracts.draft import DraftModel, Sample
-from deepspec_core.contracts.target import TargetFeatures
 from deepspec_core.dtypes import torch_dtype
 from deepspec_core.estimating.estimate import CacheSize, Estimate, Memory, MicroBatch
 from deepspec_core.estimating.features import TriedFeatures
 from deepspec_core.estimating.memory import LiveBytes, bytes_of, fake_tensors
 from deepspec_core.estimating.process import KERNEL_BYTES, kept_bytes, resident_bytes
 from deepspec_core.estimating.step import estimate_step
+from deepspec_core.pipeline.made_up import made_up_batch, made_up_features, made_up_samples
 from deepspec_core.pipeline.run import Run
 from deepspec_core.pipeline.training import new_draft
 from deepspec_core.rows.engine import RowEngine, build_engine
-from deepspec_core.training.host_batch import HostBatch, host_batch
-from deepspec_core.training.sampler import sample_rng
+from deepspec_core.training.host_batch import HostBatch
 
 CACHED = "cached"
 
@@ -49,8 +43,8 @@ def estimate(run: Run, *, processes: int = 1) -> Estimate:
             target = run.target.adapter.skeleton(dtype=run.target.dtype)
             target_bytes = made.now
         draft = new_draft(run)
-        stored = _stored_features(run) if run.file.features.mode == CACHED else None
-    batch = _batch(draft, _longest_samples(run, sequences, stored), run.file.run.seed)
+        stored = made_up_features(run, run.data.max_length) if run.file.features.mode == CACHED else None
+    batch = made_up_batch(draft, made_up_samples(sequences, run.data.max_length, stored), run.file.run.seed)
     source = TriedFeatures(batch.samples, target, run.file.target.layers)
     step = estimate_step(
         draft=draft,
@@ -101,37 +95,6 @@ def _process_bytes(run: Run, engine: RowEngine) -> int:
     # Kernels are compiled, or found not to, when they are first asked for.
     engine.choice("cpu", architecture.vocab_size)
     return resident_bytes() + KERNEL_BYTES
-
-
-def _longest_samples(run: Run, count: int, features: TargetFeatures | None) -> list[Sample]:
-    length = run.data.max_length
-    return [
-        Sample(
-            id=f"longest-{number}",
-            input_ids=torch.zeros(length, dtype=torch.long),
-            loss_mask=torch.arange(length) > 0,
-            original_length=length,
-            features=features,
-        )
-        for number in range(count)
-    ]
-
-
-def _stored_features(run: Run) -> TargetFeatures:
-    """Features of one sample in the type a cache gives them in."""
-    dtype, size = torch_dtype(run.file.cache.dtype), run.target.architecture.hidden_size
-    dtype = torch.bfloat16 if dtype.itemsize == 1 else dtype
-    length = run.data.max_length
-    return TargetFeatures(
-        hidden=torch.empty(length, len(run.file.target.layers) * size, dtype=dtype),
-        last_hidden=torch.empty(length, size, dtype=dtype),
-    )
-
-
-def _batch(draft: DraftModel, samples: Sequence[Sample], seed: int) -> HostBatch:
-    preparation = draft.preparation
-    prepared = [preparation.prepare(sample, sample_rng(seed, 0, sample.id)) for sample in samples]
-    return host_batch(prepared, preparation)
 
 
 def _batch_bytes(batch: HostBatch, micro_batches: int) -> int:

@@ -25,7 +25,7 @@ from deepspec_core.decoding.engine import Request
 from deepspec_core.errors import DataError, StageError
 from deepspec_core.evaluation.evaluator import Decoding, evaluate, summarise
 from deepspec_core.evaluation.report import markdown
-from deepspec_core.evaluation.tasks import HELD_OUT_QUOTA, Prompt, load_task
+from deepspec_core.evaluation.tasks import HELD_OUT_QUOTA, load_task
 from deepspec_core.pipeline.run import Run
 from deepspec_core.targets.opening import fingerprint
 
@@ -40,26 +40,18 @@ def run_stage(run: Run) -> dict[str, Any]:
     draft = load_draft(
         draft_folder, registry=run.plugins.registry, adapter=adapter, dtype=run.target.dtype, device=run.target.device
     )
-    journals = _journals(options.tasks)
+    journal_names = journals(options.tasks)
     record = json.dumps({"revision": fingerprint(draft_folder)}) + "\n"
     results = []
     for task in options.tasks:
-        prompts = load_task(
-            task,
-            limit=options.limit,
-            seed=options.seed,
-            base=run.base,
-            registry=run.plugins.registry,
-            held_out=lambda: run.data.held_out(options.limit or HELD_OUT_QUOTA),
-        )
-        requests = _requests(run, prompts)
+        requests, too_long = requests_of(run, task)
         for temperature in options.temperature:
             decoding = _decoding(run, draft, requests, temperature)
             _write(run.stage_folder("evaluate") / DRAFT_RECORD, record)
             groups = evaluate(
                 requests,
                 decoding,
-                journal=run.stage_folder("evaluate") / f"{journals[task]}-t{temperature:g}.jsonl",
+                journal=run.stage_folder("evaluate") / f"{journal_names[task]}-t{temperature:g}.jsonl",
                 what=f"evaluate {task} at temperature {temperature:g}",
             )
             results.append(
@@ -67,7 +59,7 @@ def run_stage(run: Run) -> dict[str, Any]:
                     "task": task,
                     "temperature": temperature,
                     **summarise(groups, seed=options.seed),
-                    "prompts_too_long": len(prompts) - len(requests),
+                    "prompts_too_long": too_long,
                     "prompts_digest": _digest(requests),
                 }
             )
@@ -105,7 +97,7 @@ def refuse_another_draft(run: Run, folder: Path) -> None:
         )
 
 
-def _journals(tasks: Sequence[str]) -> dict[str, str]:
+def journals(tasks: Sequence[str]) -> dict[str, str]:
     """Task -> the name its files have. DataError where two tasks would share one."""
     names = {task: re.sub(r"[^\w.-]", "_", Path(task).stem if task.endswith(".jsonl") else task) for task in tasks}
     shared = [task for task, name in names.items() if list(names.values()).count(name) > 1]
@@ -119,13 +111,25 @@ def _journals(tasks: Sequence[str]) -> dict[str, str]:
     return names
 
 
-def _requests(run: Run, prompts: list[Prompt]) -> list[Request]:
-    """What is decoded: the prompts that leave the target room to answer. DataError where none does."""
+def requests_of(run: Run, task: str) -> tuple[list[Request], int]:
+    """What is decoded of a task: its prompts that leave the target room to answer, and how many do not.
+
+    DataError where the task cannot be read, or none of its prompts leaves room.
+    """
+    options = run.file.evaluate
+    prompts = load_task(
+        task,
+        limit=options.limit,
+        seed=options.seed,
+        base=run.base,
+        registry=run.plugins.registry,
+        held_out=lambda: run.data.held_out(options.limit or HELD_OUT_QUOTA),
+    )
     rendered = [
         Request(
             id=prompt.id,
             prompt_ids=run.target.tokenizer.render_prompt(prompt.messages, run.file.data.system_prompt, prompt.tools),
-            seed=run.file.evaluate.seed + prompt.index,
+            seed=options.seed + prompt.index,
         )
         for prompt in prompts
     ]
@@ -134,11 +138,11 @@ def _requests(run: Run, prompts: list[Prompt]) -> list[Request]:
     if not fitting:
         raise DataError(
             "Every prompt of a task is too long for the target",
-            where="evaluate.tasks",
+            where=f"evaluate.tasks: {task}",
             found=f"the shortest has {min(len(request.prompt_ids) for request in rendered)} tokens",
             expected=f"fewer than {room}",
         )
-    return fitting
+    return fitting, len(rendered) - len(fitting)
 
 
 def _digest(requests: Sequence[Request]) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from deepspec_core.cache.estimate import in_words
+from deepspec_core.disk import in_words
 from deepspec_core.pipeline.run import Run
 from deepspec_core.pipeline.stages import Step
 

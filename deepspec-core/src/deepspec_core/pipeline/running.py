@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from deepspec_core.pipeline import stages, workers
+from deepspec_core.pipeline.checking import check_before
 from deepspec_core.pipeline.run import Run
 from deepspec_core.pipeline.stages import Step
 
@@ -22,7 +23,7 @@ def run_stages(
     is refused or a stage fails.
     """
     steps = stages.plan(run, only=only, force=force)
-    stages.check_before(run, steps)
+    check_before(run, steps)
     return do(run, steps, force=force, say=say)
 
 

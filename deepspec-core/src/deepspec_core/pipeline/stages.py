@@ -256,21 +256,6 @@ def follow(run: Run, steps: Sequence[Step]) -> None:
         workers.wait_for(run.stage_folder(step.stage.name))
 
 
-def check_before(run: Run, steps: Sequence[Step]) -> None:
-    """Raise today what would stop a stage hours from now: the target's config, the taps, the draft's options.
-
-    The draft is built without memory for its weights. Nothing happens where no stage is to run.
-    """
-    if all(step.action == "skip" for step in steps):
-        return
-    import torch
-
-    from deepspec_core.pipeline.training import new_draft
-
-    with torch.device("meta"):
-        new_draft(run)
-
-
 def _threads(run: Run, steps: Sequence[Step]) -> dict[str, int]:
     return threads.choose(run, [step.stage.name for step in steps if step.action != "skip"])
 

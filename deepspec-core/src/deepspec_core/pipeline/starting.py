@@ -14,20 +14,19 @@ from typing import Any, Final
 import torch
 from attrs import asdict, fields, frozen
 
-from deepspec_core.cache.estimate import in_words
-from deepspec_core.config.schema import CacheOptions, DataOptions
+from deepspec_core.config.schema import BUILTIN, CacheOptions, DataOptions
 from deepspec_core.config.starter import Start
 from deepspec_core.contracts.cache import CacheFormat, CacheHeader
 from deepspec_core.contracts.draft import DraftModel
 from deepspec_core.contracts.target import TargetAdapter
 from deepspec_core.data.tokenize import ChatTokenizer
+from deepspec_core.disk import in_words
 from deepspec_core.errors import DataError, TargetError
 from deepspec_core.layers.options import LayerOptions
 from deepspec_core.plugins.registry import Registry
 from deepspec_core.targets.opening import open_adapter, resolve_model, tokenizer_for, weight_bytes
 from deepspec_core.targets.taps import spread_taps
 
-BUILTIN: Final = "builtin:"
 DEFAULT_DATA: Final = "mlabonne/open-perfectblend"
 MASK: Final = "mask_token_id"
 # fp32 weights, their gradients and the two moments of the optimizer; a frozen weight in bfloat16.

@@ -79,7 +79,8 @@ class RowEngine:
         `with_metrics` adds accuracy and, where rows have a target, acceptance per slot to the loss figures. ConfigError
         where a term reads what these rows do not carry, or the kernels asked for cannot run.
         """
-        self._check(rows)
+        self.check(rows)
+        self._warn_of_idle(rows)
         inputs = {"hidden": rows.hidden, "draft_head": heads.draft}
         if rows.correction is not None:
             assert heads.correction is not None, "rows carry a correction, heads have none"
@@ -147,7 +148,8 @@ class RowEngine:
             with_metrics=with_metrics,
         )
 
-    def _check(self, rows: Rows) -> None:
+    def check(self, rows: Rows) -> None:
+        """ConfigError where a term reads what these rows do not carry."""
         for name, (term, _) in self.terms.items():
             if term.needs_target and rows.target_hidden is None:
                 raise ConfigError(
@@ -165,6 +167,8 @@ class RowEngine:
                     fix=f"remove {name!r} from [loss] terms, or enable the head it trains under [draft]",
                 )
 
+    def _warn_of_idle(self, rows: Rows) -> None:
+        """Once, where the draft gives a trained extra that no term reads."""
         read = {extra for term, _ in self.terms.values() for extra in term.needs_extras}
         idle = [name for name, extra in rows.extras.items() if extra.requires_grad and name not in read]
         if idle and not self._warned:

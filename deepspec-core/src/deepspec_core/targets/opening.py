@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deepspec_core.config.schema import BUILTIN
 from deepspec_core.contracts.target import SpecialTokens, TargetAdapter, TargetModel
 from deepspec_core.errors import TargetError
 from deepspec_core.hub import say_local_copy, why_unreachable
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
     from deepspec_core.plugins.registry import Registry
 
-BUILTIN = "builtin:"
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _WEIGHT_FILES = "*.safetensors"
 # Never pickled weights; code only where the user allows it.

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from deepspec_core.disk import free_bytes, in_words
 from deepspec_core.errors import CheckpointError
 
 CHECKPOINTS = "checkpoints"
@@ -90,16 +91,22 @@ def save(
     return final
 
 
+def bytes_of_one(draft: nn.Module) -> int:
+    """Bytes of a checkpoint: fp32 weights and two moments of what is trained, and the draft in its own dtype."""
+    trained = sum(part.numel() for part in draft.parameters() if part.requires_grad)
+    own: int = sum(value.nbytes for value in draft.state_dict().values())
+    return 12 * trained + own
+
+
 def require_space(folder: Path, needed_bytes: int) -> None:
     """CheckpointError where the disk has no room for a checkpoint of that size."""
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
+    free = free_bytes(folder)
     if free < needed_bytes:
         raise CheckpointError(
             "no room for a checkpoint",
             where=folder,
-            found=f"{free / 1e9:.2f} GB free",
-            expected=f"{needed_bytes / 1e9:.2f} GB",
+            found=f"{in_words(free)} free",
+            expected=in_words(needed_bytes),
             fix="free some space, or choose another run.output",
         )
 

@@ -146,9 +146,7 @@ class _Trainer:
         self.figures = Figures()
         self.counts: Counter[str] = Counter()  # of this rank, since the start of this call
         self.counts_before: Counter[str] = Counter()  # of all ranks, up to the checkpoint resumed from
-        trained = sum(value.numel() for value in self.parameters.values())
-        # fp32 weights and two moments; the draft itself in its own dtype.
-        self.checkpoint_bytes = 12 * trained + sum(value.nbytes for value in draft.state_dict().values())
+        self.checkpoint_bytes = checkpoints.bytes_of_one(draft)
         self.unfinished = checkpoints.remove_unfinished(folder) if self.is_main else 0
         self.first_step = self._resume()
 

@@ -1,0 +1,156 @@
+"""What is known to be wrong before the first stage is said before the first stage.
+
+Knows which stages are to run and what each will need; tries training out through trying.py. Writes nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from deepspec_core.config.schema import HELD_OUT
+from deepspec_core.disk import free_bytes, in_words, why_not_writable
+from deepspec_core.errors import CheckpointError, ConfigError, StageError
+from deepspec_core.pipeline.run import Run
+from deepspec_core.pipeline.stages import Step
+
+if TYPE_CHECKING:
+    from deepspec_core.contracts.target import TargetAdapter
+
+log = logging.getLogger("deepspec")
+
+
+def check_before(run: Run, steps: Sequence[Step]) -> None:
+    """Raise today what would stop a stage hours from now. Nothing happens where no stage is to run.
+
+    Looked at are folders, the target's config and tokenizer, taps, sources, the draft's options and forward pass, loss
+    terms and kernels, room for a checkpoint, tasks and their prompts, and the draft that is to be evaluated.
+    """
+    _same_draft(run, steps)
+    todo = {step.stage.name for step in steps if step.action != "skip"}
+    if not todo:
+        return
+    _folders(run, todo)
+    assert run.target.adapter is not None
+    if todo - {"train"} or run.file.features.mode != "cached":
+        assert run.target.tokenizer is not None
+    if _reads_sources(run, todo):
+        from deepspec_core.data.sources import check_sources
+
+        check_sources(run.file.data.sources, base=run.base, registry=run.plugins.registry)
+    confidence: bool | None = None
+    if "train" in run.file.run.stages:
+        from deepspec_core.pipeline.trying import try_draft, try_training
+
+        draft, tried = try_draft(run)
+        confidence = tried.gives_confidence
+        if "train" in todo:
+            try_training(run, draft)
+            _room_for_checkpoint(run, tried.checkpoint_bytes)
+    if "cache" in todo:
+        _room_for_cache(run)
+    if "evaluate" in todo:
+        _evaluation(run, confidence)
+
+
+def _same_draft(run: Run, steps: Sequence[Step]) -> None:
+    """A draft that the run file names may have changed under results, also under complete ones."""
+    kept = any(step.stage.name == "evaluate" and step.action != "run" for step in steps)
+    if kept and run.file.evaluate.draft is not None:
+        from deepspec_core.pipeline.evaluating import draft_of, refuse_another_draft
+
+        refuse_another_draft(run, draft_of(run)[0])
+
+
+def _folders(run: Run, todo: Collection[str]) -> None:
+    for folder in (run.folder, *(run.stage_folder(stage) for stage in sorted(todo))):
+        problem = why_not_writable(folder)
+        if problem is not None:
+            raise StageError(
+                "Results cannot be written there",
+                where=folder,
+                found=problem,
+                fix="Choose another run.output (or cache.path), or make the folder writable.",
+            )
+    draft = run.folder / "draft"
+    if "train" in todo and (draft.is_symlink() or (draft.exists() and not draft.is_dir())):
+        raise StageError(
+            "The finished draft cannot be put there",
+            where=draft,
+            found="a symbolic link" if draft.is_symlink() else "a file",
+            expected="a folder of this run, or nothing",
+            fix="Move it away, or choose another run.output.",
+        )
+
+
+def _reads_sources(run: Run, todo: Collection[str]) -> bool:
+    """Whether a stage reads [data] sources: regeneration, or else what trains on them as they are; held-out prompts."""
+    if "evaluate" in todo and HELD_OUT in run.file.evaluate.tasks:
+        return True
+    first = "regenerate" if "regenerate" in run.file.run.stages else "cache" if _caches(run) else "train"
+    return first in todo
+
+
+def _caches(run: Run) -> bool:
+    return run.file.features.mode == "cached"
+
+
+def _room_for_checkpoint(run: Run, needed: int) -> None:
+    """A new checkpoint is complete before an old one is removed, so there is one at least."""
+    free = free_bytes(run.folder)
+    if needed > free:
+        raise CheckpointError(
+            "no room for a checkpoint",
+            where=run.folder,
+            found=f"{in_words(free)} free",
+            expected=in_words(needed),
+            fix="free some space, or choose another run.output",
+        )
+
+
+def _room_for_cache(run: Run) -> None:
+    """How long samples will be is not known yet, so the largest size the run file allows is a warning only."""
+    from deepspec_core.cache.estimate import cache_bytes
+
+    count = run.data.expected_conversations()
+    if count is None:
+        return
+    most = cache_bytes(run.cache.format, run.cache.bare_header(), count * run.data.max_length)
+    free = free_bytes(run.cache.folder)
+    if most > free:
+        log.warning(
+            "the cache may take up to %s, and %s are free in %s", in_words(most), in_words(free), run.cache.folder
+        )
+
+
+def _confidence_of(run: Run, folder: Path, adapter: TargetAdapter) -> bool | None:
+    """What the draft in `folder` says, built without memory for its weights."""
+    from deepspec_core.checkpoints.published import build_draft
+    from deepspec_core.estimating.memory import fake_tensors
+
+    with fake_tensors():
+        draft = build_draft(folder, registry=run.plugins.registry, adapter=adapter)
+    return draft.describe().gives_confidence
+
+
+def _evaluation(run: Run, confidence: bool | None) -> None:
+    from deepspec_core.pipeline.evaluating import draft_of, journals, requests_of
+
+    options = run.file.evaluate
+    journals(options.tasks)
+    if options.draft is not None or "train" not in run.file.run.stages:
+        folder, adapter = draft_of(run)
+        if options.confidence_threshold > 0:
+            confidence = _confidence_of(run, folder, adapter)
+    if options.confidence_threshold > 0 and confidence is False:
+        raise ConfigError(
+            "this draft gives no confidence to compare with",
+            where="[evaluate] confidence_threshold",
+            found=f"{options.confidence_threshold:g}",
+            expected="a draft with a confidence head, or a threshold of 0",
+        )
+    for task in options.tasks:
+        if task != HELD_OUT:
+            requests_of(run, task)

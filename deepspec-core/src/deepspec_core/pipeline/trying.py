@@ -1,0 +1,153 @@
+"""A run's training tried out before its first stage: the draft's forward pass, the loss on its rows, the kernels.
+
+The draft runs on tensors without memory, so it costs nothing at any size. Loss terms then run for real on a handful of
+rows that look like the draft's. Knows runs and contracts; no stage, no disk.
+
+Legend: N rows, P target positions, H hidden size, V vocabulary, r rank of the correction.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+import torch
+from attrs import evolve, frozen
+from torch import Tensor
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedOperatorException,
+)
+
+from deepspec_core.contracts.draft import DraftBatch, DraftModel
+from deepspec_core.contracts.rows import Heads, Rows
+from deepspec_core.errors import DeepSpecError, PluginError
+from deepspec_core.estimating.memory import fake_tensors
+from deepspec_core.pipeline.made_up import made_up_batch, made_up_features, made_up_samples
+from deepspec_core.pipeline.run import Run
+from deepspec_core.pipeline.training import new_draft
+from deepspec_core.plugins.references import blame
+from deepspec_core.rows.engine import RowEngine, build_engine
+from deepspec_core.training.checkpoint import bytes_of_one
+
+log = logging.getLogger("deepspec")
+
+_LENGTH = 128
+_ROWS = 4
+_VOCABULARY = 16
+_CANNOT_WITHOUT_NUMBERS = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
+
+
+@frozen(kw_only=True)
+class Tried:
+    """What was found out: the bytes of one checkpoint, and whether the draft says that it judges its own tokens."""
+
+    checkpoint_bytes: int
+    gives_confidence: bool | None
+
+
+def try_draft(run: Run) -> tuple[DraftModel, Tried]:
+    """The run's draft, built on tensors without memory. What stops it stops it now."""
+    adapter = run.target.adapter  # opened before: what a plugin makes on first use needs real memory
+    assert adapter is not None
+    with fake_tensors():
+        draft = new_draft(run)
+    return draft, Tried(checkpoint_bytes=bytes_of_one(draft), gives_confidence=draft.describe().gives_confidence)
+
+
+def try_training(run: Run, draft: DraftModel) -> None:
+    """One forward pass of the draft, and the run's loss on rows like its own.
+
+    ConfigError where a term reads what the draft does not provide or the kernels asked for cannot run. PluginError,
+    naming the package, where the draft or a term fails.
+    """
+    engine = build_engine(run.file.loss, run.plugins.registry)
+    engine.choice(run.target.device.type, run.target.architecture.vocab_size)
+    rows = _rows(run, draft)
+    if rows is not None:
+        engine.check(rows)
+        _try_loss(run, engine, rows, draft.heads())
+
+
+def _rows(run: Run, draft: DraftModel) -> Rows | None:
+    """Rows of one made-up sample, None where the draft cannot run without numbers."""
+    length = min(_LENGTH, run.data.max_length)
+    try:
+        with fake_tensors():
+            features = made_up_features(run, length)
+        host = made_up_batch(draft, made_up_samples(1, length, features), run.file.run.seed)
+        assert host.features is not None
+        batch = DraftBatch(
+            input_ids=host.input_ids,
+            loss_mask=host.loss_mask,
+            attention_mask=host.attention_mask,
+            features=host.features,
+            prepared=host.prepared,
+        )
+        bf16 = run.file.train.precision == "bfloat16"
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+            rows: Rows = draft(batch)
+            return rows
+    except DeepSpecError:
+        raise
+    except _CANNOT_WITHOUT_NUMBERS as error:
+        log.info("the draft's forward pass was not tried: it reads numbers (%s)", blame(error))
+        return None
+    except Exception as error:
+        kind = run.file.draft.type
+        raise PluginError(
+            f"draft type {kind!r} fails on a made-up sample",
+            where=run.plugins.registry.provider("draft", kind),
+            found=blame(error),
+        ) from error
+
+
+def _try_loss(run: Run, engine: RowEngine, rows: Rows, heads: Heads) -> None:
+    few_rows, few_heads = _few(rows, heads)
+    for name, term in engine.terms.items():
+        alone = RowEngine({name: term}, engine.weighting, kernels="plain")
+        try:
+            with warnings.catch_warnings():
+                # One term leaves to others what the draft gives them.
+                warnings.simplefilter("ignore", RuntimeWarning)
+                alone(few_rows, few_heads).total.backward()
+        except DeepSpecError:
+            raise
+        except Exception as error:
+            raise PluginError(
+                f"loss term {name!r} fails on made-up rows",
+                where=run.plugins.registry.provider("loss", name),
+                found=blame(error),
+            ) from error
+
+
+def _few(rows: Rows, heads: Heads) -> tuple[Rows, Heads]:
+    """A handful of real rows in two blocks with everything that the draft's rows have, over a small vocabulary."""
+    draw = torch.Generator().manual_seed(0)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=draw).requires_grad_()
+
+    size, index_N = rows.hidden.shape[-1], torch.arange(_ROWS)
+    few = evolve(
+        rows,
+        hidden=drawn(_ROWS, size),
+        correction=None if rows.correction is None else drawn(_ROWS, rows.correction.shape[-1]),
+        target_hidden=None if rows.target_hidden is None else drawn(_ROWS, size).detach(),
+        target_index=None if rows.target_index is None else index_N,
+        target_ids=None if rows.target_ids is None else index_N,
+        weight=torch.ones(_ROWS),
+        slot=index_N % 2,
+        block=index_N // 2,
+        extras={
+            name: drawn(_ROWS, *extra.shape[1:])
+            if extra.is_floating_point()
+            else torch.zeros(_ROWS, *extra.shape[1:], dtype=extra.dtype)
+            for name, extra in rows.extras.items()
+        },
+        denominator=None if rows.denominator is None else torch.ones(()),
+    )
+    head = drawn(_VOCABULARY, size).detach()
+    correction = None if heads.correction is None else drawn(_VOCABULARY, heads.correction.shape[-1])
+    return few, Heads(draft=head, target=head, correction=correction, softcap=heads.softcap)

@@ -1,0 +1,140 @@
+"""What can be known before the first stage is said before it: no stage has run when the message comes."""
+
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deepspec_core.cli.main import main
+
+Refused = Any
+
+
+@pytest.fixture
+def refused(run_file: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
+    """refused(*overrides, says=(...)): the run ends with exit code 2 and these parts before anything is written."""
+
+    def check(*overrides: str, says: tuple[str, ...]) -> None:
+        arguments = [word for text in overrides for word in ("--set", text)]
+        assert main(["run", str(run_file), "--smoke", *arguments]) == 2
+        seen = capsys.readouterr()
+        assert "starting" not in seen.out
+        assert "Traceback" not in seen.err
+        for part in says:
+            assert part in seen.err, f"{part!r} is not in:\n{seen.err}"
+        runs = run_file.parent / "runs"
+        assert not runs.exists() or not list(runs.rglob("stage.json"))
+
+    return check
+
+
+def test_a_loss_term_the_draft_cannot_serve(refused: Refused) -> None:
+    refused(
+        "loss.terms={ce=1.0,confidence=1.0}",
+        says=("loss term 'confidence' reads what this draft does not provide", "confidence_logits"),
+    )
+
+
+def test_kernels_that_cannot_run(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deepspec_core.rows.kernels.choice._why_no_triton", lambda _: "there is no GPU")
+    from deepspec_core.rows.kernels import choice
+
+    choice._kernels.cache_clear()
+    refused('loss.kernels="triton"', says=("Triton kernels cannot run here", "there is no GPU"))
+
+
+def test_a_task_file_that_is_missing_or_damaged(refused: Refused, run_file: Path) -> None:
+    refused('evaluate.tasks=["questions.jsonl"]', says=("A task's file is missing", "questions.jsonl"))
+    (run_file.parent / "questions.jsonl").write_text('{"turns": ["one"]}\n{"question": 1}\n')
+    refused('evaluate.tasks=["questions.jsonl"]', says=("has no question", "questions.jsonl:2"))
+
+
+def test_two_tasks_of_one_name(refused: Refused, run_file: Path) -> None:
+    for folder in ("a", "b"):
+        (run_file.parent / folder).mkdir()
+        (run_file.parent / folder / "same.jsonl").write_text('{"turns": ["one"]}\n')
+    refused('evaluate.tasks=["a/same.jsonl", "b/same.jsonl"]', says=("share one file of results",))
+
+
+def test_prompts_that_leave_no_room(refused: Refused, run_file: Path) -> None:
+    (run_file.parent / "long.jsonl").write_text(json.dumps({"turns": ["word " * 5000]}) + "\n")
+    refused('evaluate.tasks=["long.jsonl"]', says=("too long for the target", "long.jsonl"))
+
+
+def test_nothing_to_evaluate_on(refused: Refused, run_file: Path) -> None:
+    refused("evaluate.tasks=[]", says=("evaluate.tasks", "at least one task"))
+    (run_file.parent / "chats.jsonl").write_text('{"turns": ["one"]}\n')
+    refused(
+        'data.sources=[{path = "chats.jsonl"}]',
+        "data.held_out=0.0",
+        says=("no prompts are held out", "data.held_out"),
+    )
+
+
+def test_a_second_source_that_is_missing(refused: Refused) -> None:
+    refused(
+        'data.sources=[{path = "builtin:tiny-dialogues", limit = 5}, {path = "gone.jsonl", weight = 0.001}]',
+        says=("A source of conversations is missing", "gone.jsonl"),
+    )
+
+
+def test_a_confidence_threshold_for_a_draft_without_confidence(refused: Refused) -> None:
+    refused("evaluate.confidence_threshold=0.5", says=("gives no confidence", "confidence_threshold"))
+
+
+def test_a_draft_to_evaluate_that_is_not_there(refused: Refused) -> None:
+    refused('evaluate.draft="elsewhere/draft"', says=("elsewhere/draft",))
+
+
+def test_folders_that_cannot_be_written(refused: Refused, run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (run_file.parent / "taken").write_text("a file")
+    refused('run.output="taken/run"', says=("Results cannot be written there", "taken is no folder"))
+    refused('cache.path="taken"', says=("Results cannot be written there", "taken is no folder"))
+    monkeypatch.setattr(os, "access", lambda _path, mode: not mode & os.W_OK)
+    refused(says=("Results cannot be written there", "cannot be written to"))
+
+
+def test_a_finished_draft_that_would_land_behind_a_link(refused: Refused, run_file: Path) -> None:
+    out = run_file.parent / "runs" / "quickstart-dflash-smoke"
+    out.mkdir(parents=True)
+    (run_file.parent / "other").mkdir()
+    (out / "draft").symlink_to(run_file.parent / "other")
+    refused(says=("The finished draft cannot be put there", "a symbolic link"))
+
+
+def test_no_room_for_a_checkpoint(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deepspec_core.pipeline.checking.free_bytes", lambda _: 10_000)
+    refused(says=("no room for a checkpoint", "10.0 kB free"))
+
+
+def test_a_term_or_draft_of_a_plugin_that_fails_is_named(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(_self: object, _stats: object) -> None:
+        raise AttributeError("no such statistic")
+
+    monkeypatch.setattr("deepspec_core.rows.terms.CrossEntropy.__call__", fails)
+    refused(says=("loss term 'ce' fails on made-up rows", "deepspec-core", "no such statistic"))
+    monkeypatch.undo()
+    monkeypatch.setattr("deepspec_dflash.model.DFlashModel.block_hidden", lambda *_: [][1])
+    refused(says=("draft type 'dflash' fails on a made-up sample", "deepspec-dflash", "IndexError"))
+
+
+@pytest.mark.parametrize("quickstart", ["dflash", "dspark", "eagle3"])
+def test_what_can_run_is_not_refused(quickstart: str, run_file: Path) -> None:
+    from deepspec_core.config.load import load_run_file
+    from deepspec_core.pipeline.checking import check_before
+    from deepspec_core.pipeline.run import Run
+    from deepspec_core.pipeline.stages import plan
+    from deepspec_core.plugins.discovery import load_plugins
+
+    text = (Path(__file__).parents[1] / "examples" / "quickstart" / f"{quickstart}.toml").read_text()
+    run_file.write_text(text.replace("../../runs/", "runs/"))
+    plugins = load_plugins()
+    warnings.simplefilter("error")
+    for precision in ("float32", "bfloat16"):
+        file = load_run_file(run_file, overrides=[f'train.precision="{precision}"'], plugins=plugins)
+        run = Run(file=file, path=run_file, plugins=plugins)
+        check_before(run, plan(run))
+    assert not (run_file.parent / "runs").exists()
