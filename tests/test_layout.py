@@ -32,7 +32,8 @@ def _imports(path: Path, known: dict[str, Path]) -> Iterator[str]:
             elif isinstance(statement, ast.Import):
                 yield from (alias.name for alias in statement.names)
             elif isinstance(statement, ast.ImportFrom):
-                assert statement.level == 0 and statement.module is not None, f"{path}: imports are absolute"
+                assert statement.level == 0, f"{path}: imports are absolute"
+                assert statement.module is not None
                 for alias in statement.names:
                     inner = f"{statement.module}.{alias.name}"
                     yield inner if inner in known else statement.module

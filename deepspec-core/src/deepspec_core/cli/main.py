@@ -26,6 +26,7 @@ COMMANDS = {
     "estimate": "estimate:estimate",
     "train": "train:train",
     "evaluate": "evaluate:evaluate",
+    "generate": "generate:generate",
     "diagnose": "diagnose:diagnose",
     "calibrate": "calibrate:calibrate",
     "simulate": "simulate:simulate",

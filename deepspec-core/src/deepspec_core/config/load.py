@@ -7,7 +7,7 @@ sections checks.py's. Nothing here imports torch.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,26 @@ def load_run_file(path: str | os.PathLike[str], *, overrides: Sequence[str] = ()
     components, unmet `required_plugins`, and sections that do not fit together.
     """
     path = Path(path)
-    tables = _read(path)
+    return _checked(_read(path), overrides, str(path), path.parent, plugins)
+
+
+def run_file_of(tables: Mapping[str, Any], *, folder: str | os.PathLike[str], plugins: Plugins) -> RunFile:
+    """The run file that nested mappings say, relative paths starting at `folder`. ConfigError holds every problem.
+
+    Tuples and paths are taken as the lists and texts that TOML would have.
+    """
+    return _checked(_as_toml(tables), (), "the run file", Path(folder), plugins)
+
+
+def _as_toml(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _as_toml(entry) for key, entry in value.items() if entry is not None}
+    if isinstance(value, list | tuple):
+        return [_as_toml(entry) for entry in value]
+    return str(value) if isinstance(value, os.PathLike) else value
+
+
+def _checked(tables: dict[str, Any], overrides: Sequence[str], name: str, folder: Path, plugins: Plugins) -> RunFile:
     problems: list[DeepSpecError] = []
     overridden: set[str] = set()
     for text in overrides:
@@ -41,14 +60,14 @@ def load_run_file(path: str | os.PathLike[str], *, overrides: Sequence[str] = ()
             problems.append(error)
     sections, found = _structure(tables, plugins)
     found += check_required(sections.get("required_plugins", ()), plugins)
-    found += check_sections(sections, path.parent, plugins.registry)
+    found += check_sections(sections, folder, plugins.registry)
     for problem in found:
         if str(problem.where) in overridden:
             problem.found = "from --set" if problem.found is None else f"{problem.found}, from --set"
         problems.append(problem)
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise ConfigError(f"{count} in {path}", problems=problems)
+        raise ConfigError(f"{count} in {name}", problems=problems)
     return RunFile(**sections)
 
 

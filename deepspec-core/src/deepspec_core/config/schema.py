@@ -218,3 +218,14 @@ class RunFile:
     evaluate: EvaluateOptions = field(factory=EvaluateOptions)
     export: ExportOptions = field(factory=ExportOptions)
     required_plugins: tuple[str, ...] = ()
+
+    @classmethod
+    def from_dict(cls, tables: Mapping[str, Any], *, base: str = ".") -> RunFile:
+        """A run file from nested mappings, as TOML would be read, checked as strictly.
+
+        `base` is the folder that relative paths start at. ConfigError holds every problem.
+        """
+        from deepspec_core.config.load import run_file_of
+        from deepspec_core.plugins.discovery import load_plugins
+
+        return run_file_of(tables, folder=base, plugins=load_plugins())

@@ -10,7 +10,7 @@ Legend: B sequences in a round, T tokens, K draft tokens at most, C = taps * H, 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -53,6 +53,15 @@ class Completion:
     output_ids: tuple[int, ...]
     finish_reason: str
     rounds: tuple[Round, ...]
+
+
+@frozen
+class Committed:
+    """What a round added to a sequence's output: new ids, the first `accepted` of them proposed by the draft."""
+
+    id: str
+    ids: tuple[int, ...]
+    accepted: int
 
 
 @define
@@ -106,13 +115,15 @@ def decode(
     max_length: int,
     confidence_threshold: float = 0.0,
     clock: Clock | None = None,
+    on_round: Callable[[Committed], None] | None = None,
 ) -> Iterator[Completion]:
     """Continue every request; completions come as they finish.
 
     At most `batch_size` sequences at once, each of at most `max_length` tokens, prompt included: a prompt that leaves
     less than max_new_tokens gets what is left, and one that leaves nothing is a ValueError. Another round starts while
     fewer than limit + 1 tokens stand (the published loop); only then is the output trimmed. A `confidence_threshold`
-    above 0 ends each proposal before its first token the draft is less confident of.
+    above 0 ends each proposal before its first token the draft is less confident of. `on_round` is told of every token
+    of the output once, in the order of a sequence's tokens.
     """
     engine = _Engine(
         target,
@@ -124,6 +135,7 @@ def decode(
         max_length,
         confidence_threshold,
         clock or Clock(),
+        on_round,
     )
     with torch.no_grad():
         yield from engine.run(iter(requests))
@@ -140,6 +152,7 @@ class _Engine:
     max_length: int
     confidence_threshold: float
     clock: Clock
+    on_round: Callable[[Committed], None] | None
     active: dict[int, _Sequence] = field(factory=dict)
 
     @property
@@ -207,6 +220,7 @@ class _Engine:
                 output=[int(first_B[row])],
                 random=generators[row],
             )
+            self._tell(sequence, 0, 0)
             if sequence.output[0] in self.stop_ids:
                 done.append(self._finish(slot, sequence))
             else:
@@ -279,7 +293,9 @@ class _Engine:
             proposed, accepted, committed = counts[row]
             survival = None if confidence is None else tuple(confidence[row][:proposed])
             sequence.rounds.append(Round(proposed, accepted, committed, survival))
+            before = len(sequence.output)
             sequence.output += tokens[row][:committed]
+            self._tell(sequence, before, accepted)
             stopped = sequence.output[-1] in self.stop_ids
             if stopped or len(sequence.output) > sequence.limit:
                 del self.active[slot]
@@ -297,6 +313,12 @@ class _Engine:
                 if alive:
                     self.proposer.accept(slots_B, tokens_BK, committed_B, hidden_BKC)
         return done
+
+    def _tell(self, sequence: _Sequence, before: int, accepted: int) -> None:
+        """The output from index `before` on, as far as the limit keeps it."""
+        fresh = tuple(sequence.output[before : sequence.limit])
+        if self.on_round is not None and fresh:
+            self.on_round(Committed(sequence.request.id, fresh, min(accepted, len(fresh))))
 
     def _finish(self, slot: int, sequence: _Sequence) -> Completion:
         freed = torch.tensor([slot], device=self.target.device)

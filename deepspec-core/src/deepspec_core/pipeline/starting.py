@@ -21,10 +21,9 @@ from deepspec_core.contracts.draft import DraftModel
 from deepspec_core.contracts.target import TargetAdapter
 from deepspec_core.data.tokenize import ChatTokenizer
 from deepspec_core.disk import in_words
-from deepspec_core.errors import DataError, TargetError
-from deepspec_core.layers.options import LayerOptions
+from deepspec_core.errors import DataError
 from deepspec_core.plugins.registry import Registry
-from deepspec_core.targets.opening import open_adapter, resolve_model, tokenizer_for, weight_bytes
+from deepspec_core.targets.opening import open_target_alone, resolve_model, tokenizer_for, weight_bytes
 from deepspec_core.targets.taps import spread_taps
 
 DEFAULT_DATA: Final = "mlabonne/open-perfectblend"
@@ -55,7 +54,7 @@ def start_of(model: str, draft_type: str, data: str | None, folder: Path, regist
     spec = registry.get("draft", draft_type)
     here = Path.cwd()
     where = resolve_model(model, base=here, registry=registry)
-    adapter, layer = _adapter(where, registry)
+    adapter, layer = open_target_alone(where, registry=registry)
     architecture = adapter.architecture
     tokenizer = ChatTokenizer(tokenizer_for(where))
     taps = architecture.known_taps or spread_taps(architecture.num_layers)
@@ -87,19 +86,6 @@ def start_of(model: str, draft_type: str, data: str | None, folder: Path, regist
             f"draft.{MASK}": [mask.reason],
         },
     )
-
-
-def _adapter(where: str | Path, registry: Registry) -> tuple[TargetAdapter, dict[str, int]]:
-    """The adapter, and the draft's own sizes where the target gives none."""
-    try:
-        return open_adapter(where, registry=registry), {}
-    except TargetError as refused:
-        try:
-            some = open_adapter(where, registry=registry, draft_layer=LayerOptions(intermediate_size=64))
-        except TargetError:
-            raise refused from None
-        layer = {"intermediate_size": 3 * some.architecture.hidden_size}
-        return open_adapter(where, registry=registry, draft_layer=LayerOptions(**layer)), layer
 
 
 def _mask_token(adapter: TargetAdapter, tokenizer: ChatTokenizer) -> _Found:

@@ -112,6 +112,24 @@ def open_adapter(
     return adapter
 
 
+def open_target_alone(
+    where: str | Path, *, registry: Registry, trust_remote_code: bool = False, revision: str | None = None
+) -> tuple[TargetAdapter, dict[str, int]]:
+    """The adapter without a run file to say the draft's shape; with it the sizes of [draft.layer] that a target without
+    dense layers leaves open, filled in with three times the hidden size, as far as they are needed.
+    """
+    options = {"registry": registry, "trust_remote_code": trust_remote_code, "revision": revision}
+    try:
+        return open_adapter(where, **options), {}  # type: ignore[arg-type]
+    except TargetError as refused:
+        try:
+            some = open_adapter(where, draft_layer=LayerOptions(intermediate_size=64), **options)  # type: ignore[arg-type]
+        except TargetError:
+            raise refused from None
+        layer = {"intermediate_size": 3 * some.architecture.hidden_size}
+        return open_adapter(where, draft_layer=LayerOptions(**layer), **options), layer  # type: ignore[arg-type]
+
+
 def load_target(
     adapter: TargetAdapter,
     where: str | Path,

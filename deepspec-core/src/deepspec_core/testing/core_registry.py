@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from deepspec_core.plugins import core
+from deepspec_core import plugin
 from deepspec_core.plugins.registry import Offer, Registry
 
 
 def core_registry() -> Registry:
     """Terms and weightings as core's plugin offers them."""
-    offers = [("loss", spec) for spec in core.deepspec_losses()]
-    offers += [("weighting", spec) for spec in core.deepspec_weightings()]
+    offers = [("loss", spec) for spec in plugin.deepspec_losses()]
+    offers += [("weighting", spec) for spec in plugin.deepspec_weightings()]
     return Registry(
         [Offer(kind=kind, spec=spec, plugin="core", package="deepspec-core", version="0") for kind, spec in offers]
     )

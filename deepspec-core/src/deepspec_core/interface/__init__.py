@@ -1,0 +1,1 @@
+"""The Python interface: what `import deepspec_core` offers. ../__init__.pyi lists the names."""
