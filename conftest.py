@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from deepspec_core.checkpoints.published import load_draft, save_draft
+from deepspec_core.contracts.draft import DraftModel
+from deepspec_core.contracts.target import TargetAdapter
 from deepspec_core.plugins.discovery import load_plugins
 from deepspec_core.plugins.registry import Registry
 from deepspec_core.testing.recorded import Recordings
+from deepspec_core.testing.shifted import shifted
 
 
 @pytest.fixture(scope="session")
 def registry() -> Registry:
     """Every installed plugin's offers."""
     return load_plugins().registry
+
+
+@pytest.fixture
+def reloaded(registry: Registry) -> Callable[[DraftModel, TargetAdapter, Path], DraftModel]:
+    """reloaded(draft, adapter, folder): the draft, written there and read back, its weights at shifted addresses.
+
+    A bitwise comparison of the two thus fails on every machine.
+    """
+
+    def reload(draft: DraftModel, adapter: TargetAdapter, folder: Path) -> DraftModel:
+        save_draft(draft, adapter, folder)
+        return shifted(load_draft(folder, registry=registry, adapter=adapter))
+
+    return reload
 
 
 @pytest.fixture(scope="session")

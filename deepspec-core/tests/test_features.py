@@ -4,15 +4,17 @@ import pickle
 import random
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from deepspec_core.cache.hdf5 import HDF5Format
 from deepspec_core.contracts.cache import CacheHeader
 from deepspec_core.contracts.draft import Sample
 from deepspec_core.contracts.features import FeatureSource
-from deepspec_core.contracts.target import TargetModel
+from deepspec_core.contracts.target import TargetFeatures, TargetModel
 from deepspec_core.data.collate import pad_ids
 from deepspec_core.features import cached, online
 from deepspec_core.features.capture import capture
@@ -87,14 +89,24 @@ def test_capture_equals_the_target_alone() -> None:
         assert features.hidden.untyped_storage().nbytes() == features.hidden.numel() * 4
 
 
-def test_an_interrupted_capture_repeats_nothing_and_changes_no_bit() -> None:
+def test_an_interrupted_capture_repeats_nothing_and_keeps_the_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     target = TinyTarget()
+    batches: list[list[list[int]]] = []
+    features = target.features
+
+    def seen(ids: Tensor, *rest: Any) -> TargetFeatures:
+        batches.append(ids.tolist())
+        return features(ids, *rest)
+
+    monkeypatch.setattr(target, "features", seen)
     whole = {sample.id: sample for sample in capture(_samples(), target, TAPS, batch_size=4)}
     done = set(list(whole)[:6])
     rest = {sample.id: sample for sample in capture(_samples(), target, TAPS, batch_size=4, done=done)}
     assert rest.keys() == whole.keys() - done
+    # The same neighbours, so the same sums; the memory they are formed in is new.
+    assert batches[-3:] == batches[1:4]
     for name, sample in rest.items():
-        assert torch.equal(sample.features.hidden, whole[name].features.hidden)
+        torch.testing.assert_close(sample.features.hidden, whole[name].features.hidden, rtol=1e-6, atol=1e-6)
     half = next(capture(_samples(), target, TAPS, batch_size=4, dtype=torch.bfloat16))
     assert half.features.last_hidden.dtype == torch.bfloat16
 
@@ -103,9 +115,9 @@ def test_cached_and_online_sources_agree(tmp_path: Path) -> None:
     samples, target = _samples(), TinyTarget()
     reader = _cache(tmp_path, samples, target)
     run = SimpleNamespace(
-        training_samples=lambda: samples,
-        open_cache=lambda: reader,
-        target=target,
+        data=SimpleNamespace(training_samples=lambda: samples),
+        cache=SimpleNamespace(open=lambda: reader),
+        target=SimpleNamespace(model=target),
         file=SimpleNamespace(target=SimpleNamespace(layers=TAPS)),
     )
     stored, live = cached.from_run(run), online.from_run(run)

@@ -230,7 +230,8 @@ def test_d_pace_does_not_see_the_other_blocks_of_a_chunk() -> None:
     logits, target = chunk.draft_logits, chunk.target_logits
     cuts = [slice(sum(LENGTHS[:i]), sum(LENGTHS[: i + 1])) for i in range(len(LENGTHS))]
     alone = [DPace(DPaceOptions())(slot[cut], block[cut], compare(logits[cut], target[cut])) for cut in cuts]
-    assert torch.equal(torch.cat(alone), together)
+    # A block's rows begin at another address when they stand alone.
+    torch.testing.assert_close(torch.cat(alone), together, rtol=1e-6, atol=0)
     nothing = DPace(DPaceOptions())(slot[:0], block[:0], compare(logits[:0], target[:0]))
     assert nothing.shape == (0,)
 

@@ -72,8 +72,18 @@ def weights(draft: TinyDraft) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in draft.named_parameters() if value.requires_grad}
 
 
+# The same sums in other memory, or with another number of threads: products may round differently in the last bit, and
+# a few steps of AdamW at a rate of 1e-2 carry that on.
+ROUNDING = {"rtol": 1e-5, "atol": 1e-5}
+
+
 def assert_same(draft: TinyDraft, other: dict[str, Tensor], **tolerance: float) -> None:
-    torch.testing.assert_close(weights(draft), other, **(tolerance or {"rtol": 0, "atol": 0}))
+    torch.testing.assert_close(weights(draft), other, **(tolerance or ROUNDING))
+
+
+def check_log(found: Path, expected: Path) -> None:
+    for one, other in zip(fixed(found), fixed(expected), strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
 
 
 def test_training_lowers_the_loss_and_says_so(tmp_path: Path) -> None:
@@ -125,9 +135,8 @@ def test_the_cut_into_micro_batches_changes_nothing(tmp_path: Path, micro_batch_
     options = evolve(OPTIONS, max_steps=3, log_every=1)
     expected, _ = run(tmp_path / "four", options)
     draft, _ = run(tmp_path / "other", evolve(options, micro_batch_size=micro_batch_size))
-    assert_same(draft, weights(expected), rtol=1e-5, atol=1e-5)
-    for one, other in zip(fixed(tmp_path / "four"), fixed(tmp_path / "other"), strict=True):
-        assert other == pytest.approx(one, rel=1e-4)
+    assert_same(draft, weights(expected))
+    check_log(tmp_path / "other", tmp_path / "four")
 
 
 def test_workers_and_online_features_change_nothing(tmp_path: Path) -> None:
@@ -162,12 +171,12 @@ def test_resuming_equals_never_having_stopped(tmp_path: Path) -> None:
     draft, result = run(tmp_path / "stopped", draft=fresh)
     assert result.resumed_from == 3
     assert_same(draft, weights(expected))
-    assert fixed(tmp_path / "stopped") == fixed(tmp_path / "straight")
+    check_log(tmp_path / "stopped", tmp_path / "straight")
     assert result.counts["samples"] == 2 * SAMPLES
     again, result = run(tmp_path / "stopped")
+    assert_same(again, weights(draft), rtol=0, atol=0)  # stored, not computed
     assert (result.resumed_from, result.counts["samples"]) == (6, 2 * SAMPLES)
     assert result.figures == lines(tmp_path / "stopped")[-1]
-    assert_same(again, weights(expected))
     assert len(lines(tmp_path / "stopped")) == 3
 
 
@@ -196,7 +205,7 @@ def test_killed_while_saving_then_resumed(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "killed" / "checkpoints").glob("step-*")] == ["step-000003"]
     draft, result = run(tmp_path / "killed")
     assert (result.resumed_from, result.unfinished) == (3, 1)
-    assert fixed(tmp_path / "killed") == fixed(tmp_path / "straight")
+    check_log(tmp_path / "killed", tmp_path / "straight")
     assert_same(draft, weights(expected))
     assert not list((tmp_path / "killed" / "checkpoints").glob(".*"))
 
@@ -236,14 +245,13 @@ def test_two_ranks_equal_one_and_resume_each_other(tmp_path: Path) -> None:
     ]
     assert [rank.wait(timeout=180) for rank in ranks] == [0, 0]
     two = load_file(tmp_path / "two" / "checkpoints" / "step-000006" / "draft" / "model.safetensors")
-    torch.testing.assert_close(two, dict(expected.state_dict()), rtol=1e-5, atol=1e-5)
-    for one, other in zip(fixed(tmp_path / "one"), fixed(tmp_path / "two"), strict=True):
-        assert other == pytest.approx(one, rel=1e-4)
+    torch.testing.assert_close(two, dict(expected.state_dict()), **ROUNDING)
+    check_log(tmp_path / "two", tmp_path / "one")
     # What two ranks left, one rank continues.
     shutil.rmtree(tmp_path / "two" / "checkpoints" / "step-000006")
     draft, result = run(tmp_path / "two", source=TinySource(17))
     assert result.resumed_from == 3
-    assert_same(draft, weights(expected), rtol=1e-5, atol=1e-5)
+    assert_same(draft, weights(expected))
     assert result.counts["samples"] == 34
 
 
@@ -280,13 +288,13 @@ def test_what_is_not_finite_stops_training_before_weights_are_touched(tmp_path: 
     with pytest.raises(TrainingError, match=r"(?s)loss of step 1 is not finite.*sample-7\n") as error:
         run(tmp_path, options, draft=draft, source=TinySource(SAMPLES, spoil=7))
     assert error.value.exit_code == 2
-    assert_same(draft, before)
+    assert_same(draft, before, rtol=0, atol=0)
     assert latest(tmp_path) is None
 
 
 def test_nothing_to_supervise_is_a_step_of_zeros(tmp_path: Path) -> None:
     draft, result = run(tmp_path, evolve(OPTIONS, weight_decay=0.0), source=TinySource(9, lengths=(2, 4)))
-    assert_same(draft, weights(TinyDraft(rank=2)))
+    assert_same(draft, weights(TinyDraft(rank=2)), rtol=0, atol=0)
     assert result.counts["short_samples"] == 18
     assert "loss" not in result.figures
     assert result.figures["grad_norm"] == 0.0

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from deepspec_core.checkpoints import published
 from deepspec_core.checkpoints.published import load_draft, read_draft_config, save_draft
+from deepspec_core.contracts.draft import DraftModel
 from deepspec_core.errors import CheckpointError
-from deepspec_core.plugins.registry import Registry
 from deepspec_core.testing.driven_proposer import check_same_proposals, sampled_proposal
 from deepspec_core.testing.recorded import Recordings, check_same_weights, edit_config
 from deepspec_dflash.model import DFlashModel
@@ -44,11 +44,13 @@ def test_a_published_checkpoint_survives_a_round_trip(tmp_path: Path, recordings
 
 
 def test_proposals_survive_a_round_trip(
-    make_model: Callable[..., DFlashModel], tmp_path: Path, registry: Registry, recordings: Recordings
+    make_model: Callable[..., DFlashModel],
+    tmp_path: Path,
+    reloaded: Callable[..., DraftModel],
+    recordings: Recordings,
 ) -> None:
-    model, adapter = make_model(block_size=5, num_layers=1), recordings.adapter("qwen3")
-    save_draft(model, adapter, tmp_path / "draft")
-    loaded = load_draft(tmp_path / "draft", registry=registry, adapter=adapter)
+    model = make_model(block_size=5, num_layers=1)
+    loaded = reloaded(model, recordings.adapter("qwen3"), tmp_path / "draft")
     assert isinstance(loaded, DFlashModel)
     assert loaded.options == model.options
     assert loaded.describe() == model.describe()

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from deepspec_core.checkpoints.published import load_draft, read_draft_config, save_draft
+from deepspec_core.checkpoints.published import read_draft_config, save_draft
 from deepspec_core.config.load import load_run_file
 from deepspec_core.config.render import render
+from deepspec_core.contracts.draft import DraftModel
 from deepspec_core.errors import CheckpointError, ConfigError
 from deepspec_core.plugins.discovery import load_plugins
 from deepspec_core.plugins.registry import Registry
@@ -51,12 +52,11 @@ def test_proposals_survive_a_round_trip(
     make_model: Callable[..., DSparkModel],
     tmp_path: Path,
     recordings: Recordings,
-    registry: Registry,
+    reloaded: Callable[..., DraftModel],
     shape: dict[str, Any],
 ) -> None:
-    model, adapter = make_model(**shape), recordings.adapter("qwen3")
-    save_draft(model, adapter, tmp_path / "draft")
-    loaded = load_draft(tmp_path / "draft", registry=registry, adapter=adapter)
+    model = make_model(**shape)
+    loaded = reloaded(model, recordings.adapter("qwen3"), tmp_path / "draft")
     assert isinstance(loaded, DSparkModel)
     assert loaded.options == model.options
     assert loaded.describe() == model.describe()

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from deepspec_core.checkpoints.published import load_draft, read_draft_config, save_draft
+from deepspec_core.contracts.draft import DraftModel
 from deepspec_core.errors import CheckpointError
-from deepspec_core.plugins.registry import Registry
 from deepspec_core.testing.driven_proposer import check_same_proposals, sampled_proposal
 from deepspec_core.testing.recorded import Recordings, check_same_weights
 from deepspec_eagle3.model import Eagle3Model
@@ -46,16 +46,15 @@ def test_a_published_checkpoint_survives_a_round_trip(tmp_path: Path, recordings
 def test_proposals_survive_a_round_trip(
     make_model: Callable[..., Eagle3Model],
     tmp_path: Path,
-    registry: Registry,
+    reloaded: Callable[..., DraftModel],
     recordings: Recordings,
     family: str,
     options: dict[str, Any],
 ) -> None:
-    model, adapter = make_model(family=family, taps=(1, 4), **options), recordings.adapter(family)
-    save_draft(model, adapter, tmp_path / "draft")
+    model = make_model(family=family, taps=(1, 4), **options)
+    loaded = reloaded(model, recordings.adapter(family), tmp_path / "draft")
     config = read_draft_config(tmp_path / "draft")
     assert config.keys() >= PUBLISHED
-    loaded = load_draft(tmp_path / "draft", registry=registry, adapter=adapter)
     assert isinstance(loaded, Eagle3Model)
     assert loaded.options == model.options
     assert loaded.describe() == model.describe()

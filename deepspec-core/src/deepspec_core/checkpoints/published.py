@@ -145,7 +145,9 @@ def load_draft(
             fix="check that the checkpoint belongs to this target and was written whole",
         )
     # Assigned rather than cast with .to(dtype), which would round buffers that are no weights (rotary frequencies) too.
-    draft.load_state_dict({names[name]: tensor.to(dtype) for name, tensor in weights.items()}, assign=True)
+    # Copied, because the tensors of the file are the file, mapped into memory: it may change, and lies unaligned.
+    own_weights = {names[name]: tensor.to(dtype, copy=True) for name, tensor in weights.items()}
+    draft.load_state_dict(own_weights, assign=True)
     return draft.to(device).eval()
 
 

@@ -86,8 +86,11 @@ def sampled_proposal(draft: DraftModel) -> Proposal:
 
 
 def check_same_proposals(found: DraftModel, expected: DraftModel) -> None:
-    """Two drafts propose the same, bit for bit."""
-    _check_near(sampled_proposal(found), 0, sampled_proposal(expected), 0, 0.0)
+    """Two drafts propose the same tokens; probabilities and confidence differ by rounding at most.
+
+    Weights that lie elsewhere in memory are summed in another order (testing/shifted.py).
+    """
+    _check_near(sampled_proposal(found), 0, sampled_proposal(expected), 0, 1e-6)
 
 
 def check_batched_as_alone(

@@ -1,0 +1,38 @@
+"""Weights at other addresses: what a reloaded model on another day may have, made to happen on every machine.
+
+Vector instructions go over memory in steps of up to 64 bytes, and a matrix that begins elsewhere is summed in another
+order. Two models with equal weights may thus differ in the last bit. A test that compares a model with its reloaded
+copy shifts the copy first, so that a bitwise comparison fails wherever it is written and not on one machine in ten.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+ALIGNMENT = 64  # bytes; what PyTorch aligns its own tensors to on the CPU
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def shifted(module: M) -> M:
+    """The same module, every floating parameter and buffer moved to memory that no vector instruction is aligned to."""
+    moved: dict[int, Tensor] = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.is_floating_point() and id(tensor) not in moved:
+            moved[id(tensor)] = tensor
+            tensor.data = _elsewhere(tensor.data)
+    return module
+
+
+def _elsewhere(tensor: Tensor) -> Tensor:
+    """A copy that begins one element past a multiple of the alignment."""
+    size = tensor.element_size()
+    buffer = torch.empty(tensor.numel() + 2 * ALIGNMENT // size, dtype=tensor.dtype)
+    first = -(buffer.data_ptr() // size) % (ALIGNMENT // size) + 1
+    place = buffer[first : first + tensor.numel()].view(tensor.shape)
+    place.copy_(tensor)
+    assert place.data_ptr() % ALIGNMENT == size
+    return place
