@@ -7,6 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from deepspec_core.pipeline.threads import let_waiting_threads_sleep
+
+# Before anything imports PyTorch: a test run is rarely alone on its machine.
+let_waiting_threads_sleep()
+
 from deepspec_core.checkpoints.published import load_draft, save_draft
 from deepspec_core.contracts.draft import DraftModel
 from deepspec_core.contracts.target import TargetAdapter

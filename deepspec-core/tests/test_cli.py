@@ -195,7 +195,7 @@ def test_plugins_add_commands_but_take_none(distributions: Any, capsys: pytest.C
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
     assert "greet" in shown
-    assert "Show or check a run file." in shown
+    assert "Show or check a run file" in shown
 
 
 def test_core_commands_do_not_ask_plugins_for_theirs(distributions: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,20 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 
+__all__ = [
+    "CacheError",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "DeepSpecError",
+    "ExportError",
+    "PluginError",
+    "StageError",
+    "TargetError",
+    "TrainingError",
+    "nearest",
+]
+
 
 class DeepSpecError(Exception):
     """One problem, told in up to five parts; empty parts are left out.

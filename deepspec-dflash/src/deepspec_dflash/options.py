@@ -24,10 +24,12 @@ def _leaves_a_prediction(options: DFlashOptions, _attribute: Attribute[bool], an
 class DFlashOptions:
     """The options of a DFlash draft.
 
-    `block_size`: slots of a block, the anchor's included. `num_layers`: draft layers. `num_anchors`: blocks drawn per
-    training sequence. `mask_token_id`: fills the slots after the anchor; the target's own where left out.
-    `anchor_predicts`: the anchor's slot predicts the token after it, and every slot its successor's; where false (the
-    layout of the original DFlash) it predicts nothing, every other slot its own token, and a block one token less.
+    block_size: Slots of a block, the anchor's included.
+    num_layers: Layers of the draft.
+    num_anchors: Blocks drawn in each training sequence.
+    mask_token_id: The token that fills the slots after the anchor. Left out: the target's own mask token.
+    anchor_predicts: The anchor's slot predicts the token after it, and every slot its successor's. Off, it predicts
+        nothing and every other slot its own token, as in the original DFlash.
     """
 
     block_size: int = field(default=7, validator=[instance_of(int), gt(0)])

@@ -19,9 +19,11 @@ GRADIENTS = ("through", "stop")
 
 @frozen(kw_only=True)
 class MarkovOptions:
-    """`markov`: the sequential head. `rank`: of its correction of the logits, 0 for none. `head`: what it looks at.
+    """The Markov head of a DSpark draft.
 
-    "vanilla": the previous token; "gated": also the backbone's output; "rnn": also every token of the block before.
+    rank: Rank of the correction of the logits; 0: no Markov head.
+    head: What the correction looks at. "vanilla": the previous token; "gated": the backbone's output too; "rnn":
+        every earlier token of the block too.
     """
 
     rank: int = field(default=256, validator=[instance_of(int), ge(0)])
@@ -42,9 +44,11 @@ def _has_a_head(options: DSparkOptions, _attribute: Attribute[bool], confidence_
 class DSparkOptions(DFlashOptions):
     """The options of a DSpark draft: those of its backbone, and of its two heads.
 
-    `confidence_head`: whether there is one. `confidence_with_markov`: it also sees the previous token's Markov
-    embedding. `confidence_gradient`: its loss trains the backbone and that embedding too ("through", as published), or
-    stops at them and trains the head alone ("stop").
+    markov: The Markov head: a correction of each slot's logits by the token before it.
+    confidence_head: Whether the draft judges its own tokens.
+    confidence_with_markov: The confidence head also sees the previous token's Markov embedding.
+    confidence_gradient: "through": the confidence loss trains the backbone too, as published. "stop": it trains its
+        own head alone.
     """
 
     markov: MarkovOptions = field(factory=MarkovOptions)

@@ -20,11 +20,13 @@ Normaliser = Literal["sequence", "padded_batch"]
 class Eagle3Options:
     """The options of an Eagle3 draft.
 
-    `ttt_length`: steps of test-time training, and tokens proposed a round. `step_decay`: the loss of step s weighs
-    step_decay ** s. `num_layers`: draft layers. `normaliser`: what losses are divided by, the sequence's own length and
-    the number of sequences, or all positions of the padded batch (depends on padding; for comparison with recordings).
-    `qk_norm`: keep the family's query and key norms; false gives the layout serving engines know, where the family has
-    them at all. `target_name`: what config.json names as the target; where left out, what it was loaded from.
+    ttt_length: Steps of test-time training, and tokens proposed a round.
+    step_decay: The loss of step s weighs step_decay ** s.
+    num_layers: Layers of the draft.
+    normaliser: What losses are divided by. "sequence": the tokens of each sequence, then the number of sequences.
+        "padded_batch": all positions of the padded batch, which depends on padding.
+    qk_norm: Keep the family's query and key norms. Off gives the layout that serving engines know.
+    target_name: What config.json names as the target. Left out: where the target was loaded from.
     """
 
     ttt_length: int = field(default=7, validator=[instance_of(int), gt(0)])

@@ -27,6 +27,8 @@ from deepspec_core.layers.decoder_layer import DraftLayer
 from deepspec_core.plugins.references import resolve
 from deepspec_core.plugins.registry import Registry
 
+__all__ = ["layer_names", "load_draft", "save_draft"]
+
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _SHOWN = 8
 

@@ -1,18 +1,29 @@
-"""`deepspec config show|check RUN.toml`: the effective run file, or everything that is wrong with it."""
+"""`deepspec config show|check RUN.toml`: the effective run file, or everything that is wrong with it.
+
+`deepspec config keys [SECTION]`: what run files may say.
+"""
 
 from __future__ import annotations
 
+import json
+import textwrap
+from typing import TYPE_CHECKING
+
 import click
+from attrs import asdict
 
 from deepspec_core.cli.options import no_plugin, overrides, run_file
 from deepspec_core.config.load import load_run_file
 from deepspec_core.config.schema import RunFile
 from deepspec_core.plugins.discovery import load_plugins
 
+if TYPE_CHECKING:
+    from deepspec_core.config.reference import SectionFacts
+
 
 @click.group()
 def config() -> None:
-    """Show or check a run file."""
+    """Show or check a run file; say what its keys mean."""
 
 
 @config.command()
@@ -34,6 +45,40 @@ def check(path: str, overrides: tuple[str, ...], blocked: tuple[str, ...]) -> No
     """Report every error at once, each with its key, what was found and expected, and the nearest valid name."""
     _load(path, overrides, blocked)
     click.echo(f"{path}: no problems found")
+
+
+@config.command()
+@click.argument("section", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable: a list of sections.")
+@click.option("--markdown", is_flag=True, help="As the page docs/run-file.md has it.")
+@no_plugin
+def keys(section: str | None, as_json: bool, markdown: bool, blocked: tuple[str, ...]) -> None:
+    """Say what the keys of a run file mean, or those of one SECTION: type, default and meaning.
+
+    The sections of installed plugins are among them.
+    """
+    from deepspec_core.config import reference
+
+    registry = load_plugins(blocked=blocked).registry
+    chosen = reference.sections(registry) if section is None else reference.sections_named(section, registry)
+    if as_json:
+        click.echo(json.dumps([asdict(one) for one in chosen], ensure_ascii=False, indent=1))
+    elif markdown:
+        click.echo(reference.markdown(chosen), nl=False)
+    else:
+        for one in chosen:
+            _print(one)
+
+
+def _print(section: SectionFacts) -> None:
+    click.echo(f"{click.style(f'[{section.path}]', bold=True)} {section.about}")
+    for key in section.keys:
+        default = {None: "required", "": "may be left out"}.get(key.default, f"default {key.default}")
+        kind = f"{key.type}, {key.limits}" if key.limits else key.type
+        click.echo(f"  {click.style(key.name, fg='cyan')}: {kind}; {default}")
+        for line in textwrap.wrap(key.meaning, 110):
+            click.echo(f"      {line}")
+    click.echo("")
 
 
 def _load(path: str, overrides: tuple[str, ...], blocked: tuple[str, ...]) -> RunFile:

@@ -29,7 +29,15 @@ BUILTIN = "builtin:"
 
 @frozen(kw_only=True)
 class RunOptions:
-    """[run]: what this run is called, where its results go, which stages it has, in order."""
+    """[run]: what this run is called, where its results go, which stages it has.
+
+    name: What the run is called in reports and in the names of its files.
+    output: The folder for results, relative to the run file.
+    stages: The stages, in this order: regenerate, cache, train, evaluate.
+    seed: Seeds the draft's first weights, the held-out split, sampling in regeneration, and the order of training.
+    threads: CPU threads of every stage. Left out: chosen for each stage by the size of its steps, and said in the
+        run's first line.
+    """
 
     name: str = field(validator=matches_re(r"[\w.-]+"))
     output: str
@@ -40,7 +48,15 @@ class RunOptions:
 
 @frozen(kw_only=True)
 class TargetOptions:
-    """[target]: the frozen model the draft is for. `layers` are the tapped decoder layers (zero-based outputs)."""
+    """[target]: the frozen model that the draft is for.
+
+    model: A Hub id, a directory, or builtin:NAME.
+    layers: The tapped decoder layers, counted from 0, whose outputs the draft sees; -1 is the embedding. The last
+        layer cannot be tapped.
+    dtype: The numbers the target computes with. Left out: float32 on a CPU, bfloat16 on an accelerator.
+    revision: A branch, tag or commit of a Hub id.
+    trust_remote_code: Run code that the target's repository brings. Off, such a target is refused.
+    """
 
     model: str
     layers: tuple[int, ...]
@@ -51,7 +67,13 @@ class TargetOptions:
 
 @frozen(kw_only=True)
 class SourceOptions:
-    """One entry of [data] sources: a JSON-lines file, a Hub dataset, builtin:NAME. `limit` caps its conversations."""
+    """An entry of [data] sources.
+
+    path: A JSON-lines file (.jsonl, .jsonl.gz), a dataset folder, a Hub dataset such as org/name, or builtin:NAME.
+    weight: How often this source comes up among the others while it lasts. Every conversation is used once.
+    split: The split of a dataset. Left out: train.
+    limit: At most so many training conversations of this source.
+    """
 
     path: str
     weight: float = field(default=1.0, validator=gt(0))
@@ -61,12 +83,20 @@ class SourceOptions:
 
 @frozen(kw_only=True)
 class DataOptions:
-    """[data]: conversations, how long they may be, how many are held out from training.
+    """[data]: the conversations, how long they may be, how many are held out from training.
 
-    `system_prompt` stands before conversations without one of their own, in regeneration, training and evaluation
-    alike. Supervised is each answer up to and including its end marker; of conversations that are rendered (not of
-    those with tokens) `supervise_newline` adds the newline after the marker, `supervise_think_block` what the chat
-    template itself puts before an answer, such as an empty think block.
+    Supervised is each answer up to and including its end marker.
+
+    sources: Where conversations come from; each entry is a table.
+    max_length: Tokens of the longest sample; longer conversations are cut.
+    held_out: The share of conversations that is kept from training for evaluation.
+    min_supervised_tokens: Samples with fewer supervised tokens are dropped, and counted.
+    system_prompt: Stands before conversations without a system message of their own, in regeneration, training and
+        evaluation alike.
+    supervise_newline: Of conversations that are not regenerated: supervise the newline after an answer's end marker
+        too.
+    supervise_think_block: Of conversations that are not regenerated: supervise what the chat template itself puts
+        before an answer, such as an empty think block.
     """
 
     sources: tuple[SourceOptions, ...]
@@ -80,9 +110,19 @@ class DataOptions:
 
 @frozen(kw_only=True)
 class RegenerateOptions:
-    """[regenerate]: the target answers the prompts itself. No servers: in process.
+    """[regenerate]: the target answers the prompts itself.
 
-    Sampling keys left out take the family's recommended values.
+    servers: OpenAI-compatible servers that answer. Not there yet: the target answers in this process.
+    thinking: Ask in the target's thinking mode, in regeneration and in evaluation.
+    max_tokens: New tokens of one answer at most.
+    temperature: 0 is greedy. Left out: what the target's makers recommend.
+    top_p: Sample from the smallest set of tokens with this probability together; 1 is off. Left out: as recommended.
+    top_k: Sample from so many most probable tokens; 0 is off. Left out: as recommended.
+    min_p: Sample from tokens with at least this share of the most probable one's probability; 0 is off. Left out: as
+        recommended.
+    batch_size: Conversations answered at once. Changes no result but the order of the file.
+    max_failures: The stage stops where a larger share of conversations fails.
+    api_key_env: The environment variable that holds the servers' key.
     """
 
     servers: tuple[str, ...] = ()
@@ -99,14 +139,25 @@ class RegenerateOptions:
 
 @frozen(kw_only=True)
 class FeaturesOptions:
-    """[features]: "online" computes target features while training, "cached" reads them from the cache stage."""
+    """[features]: where training takes the target's features from.
+
+    mode: "online": the target runs beside the draft while training. "cached": training reads what the cache stage
+        wrote.
+    """
 
     mode: str = "online"
 
 
 @frozen(kw_only=True)
 class CacheOptions:
-    """[cache]: how features are stored. `path` defaults to a folder of the run."""
+    """[cache]: how the cache stage stores features.
+
+    format: How features are stored; see `deepspec plugins`.
+    dtype: The numbers features are stored in; "float8_e4m3" takes about half of bfloat16.
+    path: The cache's folder. Left out: cache/ in the run's output. Another run's cache may be named.
+    shard_samples: Samples in one file of the cache.
+    batch_size: Samples the target reads at once.
+    """
 
     format: str = "hdf5"
     dtype: str = field(default="bfloat16", validator=in_(("float32", "bfloat16", "float16", "float8_e4m3")))
@@ -117,7 +168,11 @@ class CacheOptions:
 
 @frozen(kw_only=True)
 class DraftOptions:
-    """[draft]: `type` names the algorithm; every other key but `layer` is the algorithm's own (`options`)."""
+    """[draft]: the algorithm. Its own keys stand in the same section.
+
+    type: The algorithm; its own keys stand beside this one. See `deepspec plugins`.
+    layer: The draft's own shape, where it is not the target's.
+    """
 
     type: str
     options: Any = field(metadata=FILLED_IN)
@@ -126,7 +181,10 @@ class DraftOptions:
 
 @frozen(kw_only=True)
 class WeightingOptions:
-    """[loss] weighting: `type` names it; every other key is its own (`options`, None where it has none)."""
+    """[loss] weighting: a table whose `type` names the weighting. Its own keys stand in the same table.
+
+    type: How rows of a block weigh; the weighting's own keys stand beside this one.
+    """
 
     type: str = "uniform"
     options: Any = field(default=None, metadata=FILLED_IN)
@@ -138,14 +196,15 @@ def _numbers_first(terms: Mapping[str, float | CoefficientSchedule]) -> dict[str
 
 @frozen(kw_only=True)
 class LossOptions:
-    """[loss]: terms and their coefficients, and how the rows of a block weigh.
+    """[loss]: what the draft is trained on.
 
-    A coefficient is a number, or a table that says how it changes over the optimizer's steps. Numbers stand before
-    tables, as in a file that is written back: terms are summed in this order, and rounding depends on it.
+    Terms are summed with numbers before tables, as in a file that is written back: rounding depends on the order.
 
-    `kernels` says how logits are gone over: by autograd ("plain"), or by formula, compiled, in Triton on an
-    accelerator, or one operation at a time ("eager"); "auto" takes the fastest that can run. `chunk_rows` is how many
-    rows' logits exist at once; left out, it follows from the vocabulary.
+    terms: Loss terms and their coefficients: numbers, or tables for coefficients that change. Left out: what the
+        algorithm asks for.
+    weighting: How the rows of a block weigh. Left out: what the algorithm asks for.
+    chunk_rows: Rows whose logits exist at once. Left out: chosen by the vocabulary.
+    kernels: How the passes over logits run. "auto" takes the fastest that can run here.
     """
 
     terms: dict[str, float | CoefficientSchedule] = field(factory=lambda: {"ce": 1.0}, converter=_numbers_first)
@@ -156,7 +215,23 @@ class LossOptions:
 
 @frozen(kw_only=True)
 class TrainOptions:
-    """[train]: the optimizer, the batch and how long. `max_steps`, where given, ends training early."""
+    """[train]: the optimizer, the batch and how long.
+
+    lr: The peak learning rate of AdamW.
+    global_batch_size: Sequences of one optimizer step, over all processes.
+    micro_batch_size: Sequences a process computes at once. Changes results by rounding only.
+    epochs: Passes over the training samples.
+    max_steps: Ends training after so many optimizer steps, and the learning-rate schedule with it.
+    warmup: The share of all steps over which the learning rate rises; after it, it falls to 0 along a cosine.
+    weight_decay: AdamW's weight decay.
+    betas: AdamW's two averaging factors.
+    clip_norm: The gradient is scaled down to this norm where it is larger.
+    precision: "bfloat16" is autocast over fp32 weights; "float32" where results are to be exact.
+    checkpoint_every: Optimizer steps between checkpoints.
+    keep_checkpoints: How many of the newest checkpoints stay.
+    log_every: Optimizer steps between lines of metrics.jsonl.
+    loader_workers: Processes that read and prepare samples; 0: the training process itself.
+    """
 
     lr: float = field(default=6e-4, validator=gt(0.0))
     global_batch_size: int = field(default=512, validator=gt(0))
@@ -176,12 +251,19 @@ class TrainOptions:
 
 @frozen(kw_only=True)
 class EvaluateOptions:
-    """[evaluate]: real speculative decoding. `temperature` may be a list: each is evaluated.
+    """[evaluate]: real speculative decoding.
 
-    `tasks` are task names, "held-out" (prompts the run never trained on), or JSON-lines files with `turns` or
-    `messages`. `limit` caps each task's prompts (held-out: 500 where left out). `batch_size` is the number of sequences
-    decoded at once. `plain`: decode without the draft too, for the speed-up and the check of greedy outputs. A proposal
-    ends before its first token whose confidence is below `confidence_threshold` (0: never), where a draft gives one.
+    tasks: "held-out" (prompts the run never trained on), registered tasks, or JSON-lines files with `turns` or
+        `messages`.
+    temperature: Each of these temperatures is evaluated; 0 is greedy.
+    max_new_tokens: New tokens of one answer at most.
+    batch_size: Sequences decoded at once.
+    limit: Prompts of each task at most. Left out: all, and 500 of held-out prompts.
+    seed: Seeds sampling, and the choice of prompts where a task has more than `limit`.
+    plain: Decode without the draft too: for the speed-up and the comparison of greedy outputs.
+    confidence_threshold: A proposal ends before its first token whose confidence is lower; 0: never. For drafts with
+        a confidence head.
+    draft: A draft checkpoint to evaluate (directory or Hub id) in place of the run's own.
     """
 
     tasks: tuple[str, ...] = (HELD_OUT,)
@@ -197,14 +279,20 @@ class EvaluateOptions:
 
 @frozen(kw_only=True)
 class ExportOptions:
-    """[export]: formats to write."""
+    """[export]: what to write for serving engines.
+
+    to: Formats to write; see `deepspec plugins`.
+    """
 
     to: tuple[str, ...] = ()
 
 
 @frozen(kw_only=True)
 class RunFile:
-    """A whole run file."""
+    """A whole run file.
+
+    required_plugins: Packages that the run needs, as requirements: ["deepspec-core>=0.1"].
+    """
 
     run: RunOptions
     target: TargetOptions

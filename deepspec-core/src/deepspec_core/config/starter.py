@@ -5,14 +5,13 @@ Turns facts about a target and a draft (pipeline/starting.py gathers them) into 
 
 from __future__ import annotations
 
-import inspect
-import json
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from attrs import NOTHING, asdict, fields, frozen, has
 
+from deepspec_core.config.reference import about, meanings
 from deepspec_core.config.schema import (
     CacheOptions,
     DataOptions,
@@ -22,6 +21,7 @@ from deepspec_core.config.schema import (
     SourceOptions,
     TrainOptions,
 )
+from deepspec_core.config.toml_values import toml
 
 _WIDTH = 116
 _COMMENT_AT = 36
@@ -57,7 +57,7 @@ def starter(start: Start) -> str:
         _section("regenerate", _regenerate(start), ["The target answers the prompts itself, turn by turn."]),
         _section("features", [_line("mode", "online", 'the target runs beside the drafter; "cached" stores features')]),
         _section("cache", _cache(), start.notes.get("cache", ())),
-        _section("draft", _draft(start), [*start.notes.get("draft", ()), *_explained(start.options)]),
+        _section("draft", _draft(start), [*start.notes.get("draft", ()), about(start.options)]),
         *([_section("draft.layer", _layer(start), start.notes.get("draft.layer", ()))] if start.layer else []),
         _section("loss", _loss(start), ["What the algorithm asks for; other terms: `deepspec plugins`."]),
         _section("train", _train()),
@@ -68,20 +68,6 @@ def starter(start: Start) -> str:
         "  deepspec config check FILE;  deepspec data show FILE;  deepspec run FILE --smoke;  deepspec run FILE",
     ]
     return "\n".join(["\n".join(f"# {line}" for line in head), *sections]) + "\n"
-
-
-def toml(value: Any) -> str:
-    """A value as TOML, on one line."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)
-    if isinstance(value, Mapping):
-        given = {key: entry for key, entry in value.items() if entry is not None}
-        return "{" + ", ".join(f"{key} = {toml(entry)}" for key, entry in given.items()) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(toml, value)) + "]"
-    return repr(value)
 
 
 def _section(name: str, lines: Sequence[str], notes: Sequence[str] = ()) -> str:
@@ -162,21 +148,13 @@ def _cache() -> list[str]:
     return _defaults(CacheOptions, {"format": "", "dtype": '"float8_e4m3" takes about half of bfloat16'})
 
 
-def _explained(options: type[Any]) -> Iterator[str]:
-    """What options say of themselves, those they build on first, those inside them last."""
-    for section in (base for base in reversed(options.__mro__) if has(base)):
-        yield from inspect.cleandoc(section.__doc__ or "").split("\n\n")
-    for attribute in fields(options):
-        inside = type(_default_of(attribute))
-        if has(inside):
-            yield from _explained(inside)
-
-
 def _draft(start: Start) -> list[str]:
-    lines = [_line("type", start.draft_type)]
+    lines, said = [_line("type", start.draft_type)], meanings(start.options)
     for attribute in fields(start.options):
         name = attribute.name
         value = start.option_values.get(name, _default_of(attribute))
+        inside = meanings(type(value)) if has(type(value)) else {}
+        lines += _comments([said.get(name, ""), *(f"{key}: {meaning}" for key, meaning in inside.items())])
         if value is NOTHING:
             lines.append(f"# {name}: has no default, and must be given")
         elif value is None:

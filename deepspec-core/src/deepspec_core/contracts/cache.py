@@ -9,6 +9,8 @@ from attrs import asdict, frozen
 
 from deepspec_core.contracts.draft import Sample
 
+__all__ = ["CacheFormat", "CacheHeader", "CacheReader", "CacheWriter"]
+
 
 @frozen(kw_only=True)
 class CacheHeader:

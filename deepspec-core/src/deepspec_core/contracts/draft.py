@@ -22,6 +22,8 @@ from deepspec_core.contracts.proposer import Proposer
 from deepspec_core.contracts.rows import Heads, Rows
 from deepspec_core.contracts.target import TargetFeatures
 
+__all__ = ["DraftBatch", "DraftDescription", "DraftModel", "Preparation", "PreparedSample", "Sample"]
+
 
 @frozen(kw_only=True, eq=False)
 class Sample:

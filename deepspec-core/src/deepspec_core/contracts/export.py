@@ -7,6 +7,8 @@ from typing import Protocol, runtime_checkable
 
 from deepspec_core.contracts.draft import DraftDescription, DraftModel
 
+__all__ = ["Exporter"]
+
 
 @runtime_checkable
 class Exporter(Protocol):

@@ -13,6 +13,8 @@ from torch import Tensor
 from deepspec_core.contracts.draft import Sample
 from deepspec_core.contracts.target import TargetFeatures
 
+__all__ = ["FeatureSource"]
+
 
 @runtime_checkable
 class FeatureSource(Protocol):

@@ -10,6 +10,8 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+__all__ = ["LossTerm", "RowStats", "Weighting"]
+
 
 @runtime_checkable
 class RowStats(Protocol):

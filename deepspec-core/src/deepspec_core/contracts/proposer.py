@@ -14,6 +14,8 @@ from typing import Protocol, runtime_checkable
 from attrs import frozen
 from torch import Tensor
 
+__all__ = ["Proposal", "Proposer", "Sampling"]
+
 
 @frozen(kw_only=True)
 class Sampling:

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from attrs import field, frozen
 from torch import Tensor
 
+__all__ = ["Heads", "Rows"]
+
 
 @frozen(kw_only=True, eq=False)
 class Rows:

@@ -15,6 +15,19 @@ import torch
 from attrs import field, frozen
 from torch import Tensor, nn
 
+__all__ = [
+    "AttentionProjections",
+    "ConversationFormat",
+    "LayerNorms",
+    "SamplingDefaults",
+    "SpecialTokens",
+    "TargetAdapter",
+    "TargetArchitecture",
+    "TargetFeatures",
+    "TargetModel",
+    "TargetStep",
+]
+
 
 @frozen(kw_only=True)
 class TargetArchitecture:

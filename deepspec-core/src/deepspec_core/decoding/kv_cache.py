@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+__all__ = ["SlotKVCache"]
+
 
 class SlotKVCache:
     """keys and values [S, G, L + 1, D]; the last entry is scratch, where padding (position -1) is written."""

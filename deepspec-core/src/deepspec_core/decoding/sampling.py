@@ -13,6 +13,8 @@ from torch import Tensor
 
 from deepspec_core.contracts.proposer import Sampling
 
+__all__ = ["distribution", "draw"]
+
 
 def distribution(logits_V: Tensor, sampling: Sampling) -> Tensor:
     """The distribution tokens are drawn from: logits [..., V] -> probabilities [..., V] fp32, each row summing to 1.

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from deepspec_core.contracts.target import AttentionProjections
 
+__all__ = ["DraftAttention", "Rotary", "rotate"]
+
 Rotary = tuple[Tensor, Tensor]
 
 

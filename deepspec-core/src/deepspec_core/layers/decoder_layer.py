@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from deepspec_core.contracts.target import TargetAdapter
 from deepspec_core.layers.attention import DraftAttention
 
+__all__ = ["DraftLayer", "initialise"]
+
 
 class DraftLayer(nn.Module):
     """r = h + after_attention(attend(before_attention(h))); out = output_scale(r + after_mlp(mlp(before_mlp(r)))).

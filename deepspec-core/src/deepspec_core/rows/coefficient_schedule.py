@@ -15,9 +15,13 @@ SHAPES = ("linear", "cosine")
 
 @frozen(kw_only=True)
 class CoefficientSchedule:
-    """[loss] terms = {tv = {start = 0.0, end = 0.9, steps = 2000}}: from `start` to `end` in `steps` optimizer steps.
+    """A coefficient that changes over training: [loss] terms = {tv = {start = 0.0, end = 0.9, steps = 2000}}.
 
-    The change begins at step `after`; before it the coefficient is `start`, from step `after + steps` on it is `end`.
+    start: The coefficient before the change.
+    end: The coefficient after it.
+    steps: Optimizer steps from `start` to `end`.
+    after: The optimizer step at which the change begins; before it the coefficient is `start`.
+    shape: How the coefficient moves.
     """
 
     start: float

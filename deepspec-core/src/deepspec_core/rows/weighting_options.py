@@ -8,17 +8,23 @@ from attrs.validators import and_, gt, le
 
 @frozen(kw_only=True)
 class DecayOptions:
-    """[loss] weighting = {type = "decay", gamma = 4.0}: row weight exp(-slot / gamma)."""
+    """[loss] weighting = {type = "decay", gamma = 4.0}: rows weigh less the later they stand in their block.
+
+    gamma: A row in slot k weighs exp(-k / gamma).
+    """
 
     gamma: float = field(default=4.0, validator=gt(0.0))
 
 
 @frozen(kw_only=True)
 class DPaceOptions:
-    """[loss] weighting = {type = "d-pace", alpha = 0.5}: weights from the draft's own confidence in the labels.
+    """[loss] weighting = {type = "d-pace", alpha = 0.5}: rows weigh by the draft's own confidence in the labels.
 
-    A confidence q counts as (1 - alpha) * q + alpha: with alpha 1 a row weighs the number of rows from it to the end of
-    its block, and the smaller alpha, the less rows weigh behind one that the draft is unsure of.
+    A confidence q counts as (1 - alpha) * q + alpha. The smaller alpha, the less rows weigh behind one that the draft
+    is unsure of.
+
+    alpha: The share of confidence that is taken for granted. With 1 a row weighs the number of rows from it to the
+        end of its block.
     """
 
     alpha: float = field(default=0.5, validator=and_(gt(0.0), le(1.0)))

@@ -7,6 +7,8 @@ from itertools import pairwise
 
 from deepspec_core.errors import TargetError
 
+__all__ = ["check_taps", "spread_taps"]
+
 
 def check_taps(taps: Sequence[int], num_layers: int, *, where: object = None) -> tuple[int, ...]:
     """The taps as a tuple, if a target of `num_layers` decoder layers has them.

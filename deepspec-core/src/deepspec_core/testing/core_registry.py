@@ -5,6 +5,8 @@ from __future__ import annotations
 from deepspec_core import plugin
 from deepspec_core.plugins.registry import Offer, Registry
 
+__all__ = ["core_registry"]
+
 
 def core_registry() -> Registry:
     """Terms and weightings as core's plugin offers them."""

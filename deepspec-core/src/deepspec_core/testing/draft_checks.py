@@ -15,6 +15,17 @@ from torch import Tensor, nn
 from deepspec_core.contracts.draft import DraftBatch, DraftModel
 from deepspec_core.contracts.rows import Rows
 
+__all__ = [
+    "check_all_near",
+    "check_autocast",
+    "check_frozen_heads",
+    "check_near",
+    "check_same_rows",
+    "gradients_of",
+    "rows_where",
+    "trained",
+]
+
 _PER_ROW = ("hidden", "correction", "target_index", "target_ids", "weight", "slot", "block")
 
 

@@ -15,6 +15,16 @@ from deepspec_core.contracts.draft import DraftModel, Sample
 from deepspec_core.contracts.proposer import Proposal, Proposer, Sampling
 from deepspec_core.testing.random_batches import features_of, random_sample
 
+__all__ = [
+    "DrivenProposer",
+    "check_batched_as_alone",
+    "check_reused_slot",
+    "check_same_proposals",
+    "prompts",
+    "sampled_proposal",
+    "started",
+]
+
 GREEDY, SAMPLED = Sampling(), Sampling(temperature=1.0)
 
 

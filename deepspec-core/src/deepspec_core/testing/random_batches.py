@@ -18,6 +18,17 @@ from torch.nn.utils.rnn import pad_sequence
 from deepspec_core.contracts.draft import DraftBatch, DraftModel, PreparedSample, Sample
 from deepspec_core.contracts.target import TargetFeatures
 
+__all__ = [
+    "TAPS",
+    "Draft",
+    "features_of",
+    "padded_batch",
+    "prepare",
+    "ragged_samples",
+    "random_sample",
+    "with_large_weights",
+]
+
 TAPS = (0, 2, 3, 5, 6)
 _H = 32
 _GAPS = [0, 0, 1, 1, 1, 1, 0, 0, 1, 0, 1, 1, 1, 1, 1, 0, 1, 1]

@@ -12,6 +12,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+__all__ = ["ALIGNMENT", "shifted"]
+
 ALIGNMENT = 64  # bytes; what PyTorch aligns its own tensors to on the CPU
 
 M = TypeVar("M", bound=nn.Module)

@@ -13,6 +13,8 @@ from torch import Tensor
 from deepspec_core.contracts.proposer import Proposal, Sampling
 from deepspec_core.decoding.sampling import distribution, draw
 
+__all__ = ["TableProposer"]
+
 
 class TableProposer:
     """The next token's distribution depends on the token before it only. Counts what the engine tells it.

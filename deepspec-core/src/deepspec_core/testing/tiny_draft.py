@@ -20,6 +20,8 @@ from deepspec_core.contracts.proposer import Proposer
 from deepspec_core.contracts.rows import Heads, Rows
 from deepspec_core.contracts.target import TargetFeatures
 
+__all__ = ["TinyDraft", "TinyPreparation", "TinySource"]
+
 
 class TinyPreparation:
     """Draws `num_anchors` positions whose next `block_size` tokens exist; counts samples with fewer."""

@@ -16,6 +16,8 @@ from torch import Tensor
 from deepspec_core.contracts.target import TargetArchitecture, TargetFeatures, TargetStep
 from deepspec_core.decoding.kv_cache import SlotKVCache
 
+__all__ = ["TinyTarget"]
+
 
 class TinyTarget:
     """Random weights; `sharpness` scales the logits (higher: less entropy, so greedy and sampled text differ less)."""

@@ -10,6 +10,8 @@ from typing import Any
 
 from deepspec_core.contracts.target import ConversationFormat
 
+__all__ = ["ASSISTANT_END", "ASSISTANT_START", "TEMPLATE", "tiny_format", "tiny_tokenizer"]
+
 ASSISTANT_START = "<|start|>assistant\n"
 ASSISTANT_END = "<|end|>"
 

@@ -1,0 +1,83 @@
+"""What plugin authors may import from core: the one list. Everything else in core is private and may move or change.
+
+A public module says its names in `__all__`. This file names modules as text and imports none of them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from typing import Any
+
+from attrs import frozen
+
+# Module -> what it is for, in the order of the documentation.
+PUBLIC_MODULES = {
+    "deepspec_core": "The Python interface for notebooks and scripts.",
+    "deepspec_core.plugins": "What a plugin's plugin.py is written with: the hook marker and specs.",
+    "deepspec_core.errors": "Errors that users see.",
+    "deepspec_core.contracts.draft": "What an algorithm provides.",
+    "deepspec_core.contracts.rows": "What drafts hand to losses.",
+    "deepspec_core.contracts.proposer": "The decoding side of an algorithm.",
+    "deepspec_core.contracts.loss": "Loss terms and weightings.",
+    "deepspec_core.contracts.target": "What a target family provides.",
+    "deepspec_core.contracts.cache": "Feature cache formats.",
+    "deepspec_core.contracts.features": "Feature sources.",
+    "deepspec_core.contracts.export": "Exports.",
+    "deepspec_core.layers.attention": "A draft layer's attention without its pattern.",
+    "deepspec_core.layers.decoder_layer": "A draft layer in its family's layout.",
+    "deepspec_core.layers.options": "The draft's own shape, as a run file gives it.",
+    "deepspec_core.decoding.kv_cache": "A draft's keys and values, by slots.",
+    "deepspec_core.decoding.sampling": "Distributions and draws, as the engine makes them.",
+    "deepspec_core.checkpoints.published": "Draft checkpoints: writing, reading, published names of weights.",
+    "deepspec_core.targets.taps": "Which decoder layers may be tapped.",
+    "deepspec_core.testing.draft_checks": "For tests: what must hold of any draft.",
+    "deepspec_core.testing.driven_proposer": "For tests: a proposer driven by hand.",
+    "deepspec_core.testing.random_batches": "For tests: random samples and batches.",
+    "deepspec_core.testing.recorded": "For tests: recorded cases, loaded and replayed.",
+    "deepspec_core.testing.shifted": "For tests: weights at other addresses.",
+    "deepspec_core.testing.core_registry": "For tests: core's own loss terms and weightings.",
+    "deepspec_core.testing.table_proposer": "For tests: a proposer that reads its tokens from a table.",
+    "deepspec_core.testing.tiny_draft": "For tests: a small draft.",
+    "deepspec_core.testing.tiny_target": "For tests: a small target.",
+    "deepspec_core.testing.tiny_tokenizer": "For tests: a small tokenizer with a chat template.",
+}
+
+
+@frozen(kw_only=True)
+class PublicName:
+    """A name of a public module, and the first sentence of what it says of itself."""
+
+    name: str
+    about: str
+
+
+def public_names(module: str) -> list[PublicName]:
+    """The names of a public module, imported now."""
+    loaded = importlib.import_module(module)
+    return [PublicName(name=name, about=_first_sentence(getattr(loaded, name))) for name in loaded.__all__]
+
+
+def markdown() -> str:
+    """The list as a page."""
+    lines = [
+        "# What plugins may import",
+        "",
+        "This is the whole list. Everything else in `deepspec_core` is private: it may move or change in any release.",
+        "The hooks that a plugin implements are in [writing a plugin](plugins.md).",
+    ]
+    for module, about in PUBLIC_MODULES.items():
+        lines += ["", f"## {module}", "", about, "", "| name | what it is |", "|---|---|"]
+        for one in public_names(module):
+            about = one.about.replace("|", "\\|")
+            lines.append(f"| `{one.name}` | {about} |")
+    return "\n".join(lines) + "\n"
+
+
+def _first_sentence(value: Any) -> str:
+    """Of a docstring; nothing of a constant, whose docstring would be its type's."""
+    if not (inspect.isclass(value) or inspect.isroutine(value)):
+        return ""
+    text = " ".join((inspect.getdoc(value) or "").split("\n\n")[0].split())
+    head, stop, _ = text.partition(". ")
+    return head + "." if stop else text
