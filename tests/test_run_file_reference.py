@@ -23,7 +23,7 @@ OURS = ("dflash", "dspark", "eagle3", "decay", "d-pace")
 
 def _ours() -> Iterator[Any]:
     for section in sections(load_plugins().registry):
-        if "type = " not in section.path or any(f'"{name}"' in section.path for name in OURS):
+        if "(type " not in section.path or any(f'"{name}"' in section.path for name in OURS):
             yield section
 
 
@@ -42,7 +42,7 @@ def test_every_key_of_the_schema_is_there() -> None:
                 assert (attribute.name, key) in listed
     assert ("top-level", "required_plugins") in listed
     assert ("draft.layer", "num_heads") in listed
-    assert ('draft with type = "dspark".markov', "rank") in listed
+    assert ('draft (type "dspark").markov', "rank") in listed
 
 
 def test_facts_are_the_schema_s(capsys: pytest.CaptureFixture[str]) -> None:
@@ -56,7 +56,7 @@ def test_facts_are_the_schema_s(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", "keys", "draft", "--json"]) == 0
     found = {one["path"]: one for one in json.loads(capsys.readouterr().out)}
     assert found["draft"]["keys"][0]["default"] is None
-    assert {key["name"] for key in found['draft with type = "dspark"']["keys"]} >= {"block_size", "markov"}
+    assert {key["name"] for key in found['draft (type "dspark")']["keys"]} >= {"block_size", "markov"}
 
 
 def test_a_section_that_does_not_exist_has_a_nearest(capsys: pytest.CaptureFixture[str]) -> None:

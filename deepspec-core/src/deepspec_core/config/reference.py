@@ -136,7 +136,7 @@ def _with_tables(path: str, section: Any, registry: Registry) -> Iterator[Sectio
     for name in registry.names(kind) if kind else ():
         options = registry.get(kind or "", name).options
         if options is not None:
-            yield from _with_tables(f'{path} with type = "{name}"', options, registry)
+            yield from _with_tables(f'{path} (type "{name}")', options, registry)
 
 
 def _tables_in(type_: Any) -> Iterator[tuple[type[Any], str]]:
