@@ -1,6 +1,6 @@
-"""What single values cannot tell: whether the sections of a run file fit together.
+"""Whether the sections of a run file fit together.
 
-Each check looks at sections that are right by themselves; a section with errors of its own is absent and skipped here.
+Each check looks at sections that are valid by themselves. A section with errors of its own is not there and is skipped.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Write a run file's effective values back as TOML that loads to the same options.
 
-Values that are None are left out: None always means "not given". Knows the two sections whose options a plugin shapes
-only as "a type, core's keys, and the rest".
+Values that are None are left out, because None always means "not given". Two sections have keys that a plugin decides;
+here they are a type, core's own keys, and the rest.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The text of a new run file: every section, every key a person is likely to touch, and why it says what it says.
+"""The text of a new run file: every section, the keys that people change, and comments that explain their values.
 
-Turns facts about a target and a draft (pipeline/starting.py gathers them) into commented TOML; opens nothing.
+pipeline/starting.py gathers the facts about target and draft; here they become TOML. Opens nothing.
 """
 
 from __future__ import annotations

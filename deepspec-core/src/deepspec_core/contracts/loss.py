@@ -1,4 +1,7 @@
-"""What loss terms and weightings are: functions of one row's statistics, of whole blocks of detached quantities.
+"""What loss terms and weightings are.
+
+A loss term is a function of one row's statistics. A weighting is a function of whole blocks of rows, whose statistics
+are detached.
 
 Legend: N rows (of a chunk), V vocabulary.
 """

@@ -1,9 +1,9 @@
-"""Where the assistant speaks in rendered text, found by rendering alone; markers in what users write mean nothing.
+"""Where the assistant speaks in rendered text.
 
-An answer is what a template puts after the answer's own prompt: for every answer two renderings are compared, the
-conversation up to it with the generation prompt, and the conversation that ends with it. What the generation prompt
-says already (an empty think block, an empty thought channel) is the template's, not the answer's. Knows renderings;
-neither tokens nor how a template is run.
+Answers are found by rendering, so markers in what users write mean nothing. Two renderings are compared for every
+answer: the conversation up to it, with the generation prompt, and the conversation that ends with it. What the second
+has beyond the first is the answer. What the generation prompt says already (an empty think block, an empty thought
+channel) belongs to the template. Knows renderings; neither tokens nor how a template is run.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""The file regeneration writes: lines appended one by one, torn ones cut off, put in order at the end under its name.
+"""The file that regeneration writes.
 
-Knows lines and names of files; not how conversations are answered.
+Lines are appended one by one to a partial file. A line that a kill tore in half is cut off. At the end the lines are
+put in the order of the input, under the final name. Knows lines and names of files; not how conversations are answered.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Keys and values of one attention layer, for many sequences at once.
 
-Knows slots and positions; not whose layer it is, what is attended to, nor how long a sequence stands: readers mask.
+Knows slots and positions. Does not know whose layer it is or how long a sequence is: who reads from it masks.
 
 Legend: S slots, B slots in a call, G kv heads, L cache length, T new tokens, D head size.
 """

@@ -1,4 +1,4 @@
-"""Online features of a target without weights, where it can run like that.
+"""Online features of a target without weights, for targets that can run without numbers.
 
 Knows the target's contract; no drafts, no files.
 """

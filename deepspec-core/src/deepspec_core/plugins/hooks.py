@@ -60,7 +60,8 @@ def deepspec_cache_formats() -> Iterable[ComponentSpec]:  # type: ignore[empty-b
 def deepspec_feature_sources() -> Iterable[ComponentSpec]:  # type: ignore[empty-body]
     """Offer ways to get target features: `[features] mode = NAME`.
 
-    `build(run)` returns a contracts.features.FeatureSource.
+    `build(run)` returns a contracts.features.FeatureSource. Of the run it may use `run.file` (the run file in effect),
+    `run.data.training_samples()`, `run.target.model` and `run.cache.open()`.
     """
 
 
@@ -96,7 +97,7 @@ def deepspec_addhooks(manager: Any) -> None:
 
 @hookspec
 def deepspec_checkpoint_saved(run: Any, checkpoint: Any) -> None:
-    """Notice: a checkpoint directory (pathlib.Path) of the run (pipeline.stages.Run) is complete on disk."""
+    """Notice: a checkpoint directory (pathlib.Path) of the run (pipeline.run.Run) is complete on disk."""
 
 
 @hookspec

@@ -1,7 +1,8 @@
-"""One pass over a batch's rows, chunk by chunk: products, statistics, terms, and at once all gradients.
+"""One pass over a batch's rows, chunk by chunk: products, statistics, terms, and in the same pass all gradients.
 
-Each vocabulary product is formed once forward and once backward, in buffers that chunks share; nothing of a chunk's
-size outlives it. Knows rows, heads, terms, a weighting and kernels; not the autograd graph the pass is a node of.
+Each product with the vocabulary is formed once forward and once backward, in buffers that all chunks share. No tensor
+of a chunk's size is left when the pass is over. Knows rows, heads, terms, a weighting and kernels; not the autograd
+graph that the pass is a node of.
 
 Legend: N rows of the batch, n of a chunk, P distinct target positions, H hidden size, V vocabulary, r rank of the
 correction.

@@ -1,6 +1,6 @@
-"""What a pass over rows takes: memory while it runs, memory it leaves for backward, and operations.
+"""What a pass over rows takes: memory while it runs, memory that stays for backward, and operations.
 
-Mirrors chunk_pass.py by arithmetic, so that nothing needs to run. Knows shapes only.
+The figures are computed from shapes, step by step as chunk_pass.py works; nothing runs. Knows shapes only.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The gradient of a vocabulary head, gathered from chunks of rows.
 
-As large as the head, it is what a pass with a trained head spends memory and time on besides logits: it is never filled
-with zeros first, gone over in slabs that caches hold, and where one chunk has all rows, so that nothing is added up
-outside the product, it is in the product's dtype. Knows products' gradients and rows; not which head it is.
+A trained head's gradient is as large as the head, so it costs memory and time beside the logits. Three things keep that
+low. It is never filled with zeros first. It is gone over in slabs that fit the processor's caches. Where one chunk has
+all rows, nothing is added up outside the product, and the gradient keeps the product's dtype. Knows gradients of
+products and rows; not which head they belong to.
 
 Legend: V vocabulary, X width of the head, N rows of a chunk, S rows of a slab of the head.
 """

@@ -1,6 +1,6 @@
-"""A micro-batch on the host: prepared samples, padded; and the way from there to what a draft reads on the device.
+"""A micro-batch on the host, padded, and how it becomes what a draft reads on the device.
 
-Knows padding and sources of features; what the algorithm's own tensors mean is the algorithm's.
+Knows padding and feature sources; not what the algorithm's own tensors mean.
 
 Legend: B samples, T tokens of the longest, C = taps * H, H hidden size.
 """

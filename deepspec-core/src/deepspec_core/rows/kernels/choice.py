@@ -1,9 +1,9 @@
 """Which implementation goes over a chunk's logits, and how many rows a chunk has for it.
 
-"plain" differentiates the logits by autograd: the reference, and the only one for terms that read logits themselves.
-The others know the statistics' gradients by formula: "compiled" by torch.compile, "triton" on accelerators, and "eager"
-operation by operation, which takes the least memory where nothing can be compiled, and longest. Knows devices and
-vocabulary sizes; not rows or terms.
+"plain" differentiates the logits by autograd. It is the reference, and the only one for terms that read logits
+themselves. The others compute gradients by formula: "compiled" through torch.compile, "triton" on accelerators, "eager"
+one operation at a time. "eager" is the slowest, and takes the least memory where nothing can be compiled. Knows devices
+and vocabulary sizes; not rows or terms.
 """
 
 from __future__ import annotations
