@@ -37,16 +37,21 @@ def load_run_file(path: str | os.PathLike[str], *, overrides: Sequence[str] = ()
 def run_file_of(tables: Mapping[str, Any], *, folder: str | os.PathLike[str], plugins: Plugins) -> RunFile:
     """The run file that nested mappings say, relative paths starting at `folder`. ConfigError holds every problem.
 
-    Tuples and paths are taken as the lists and texts that TOML would have.
+    Tuples, paths, arrays and their numbers are taken as what TOML would have.
     """
-    return _checked(_as_toml(tables), (), "the run file", Path(folder), plugins)
+    if not isinstance(tables, Mapping):
+        raise ConfigError("a run file is made of nested mappings", found=type(tables).__name__, expected="a dictionary")
+    return _checked(as_toml(tables), (), "the run file", Path(folder), plugins)
 
 
-def _as_toml(value: Any) -> Any:
+def as_toml(value: Any) -> Any:
+    """A Python value in the types that TOML knows: None is left out, an array is a list, a NumPy number is a number."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
     if isinstance(value, Mapping):
-        return {key: _as_toml(entry) for key, entry in value.items() if entry is not None}
+        return {key: as_toml(entry) for key, entry in value.items() if entry is not None}
     if isinstance(value, list | tuple):
-        return [_as_toml(entry) for entry in value]
+        return [as_toml(entry) for entry in value]
     return str(value) if isinstance(value, os.PathLike) else value
 
 

@@ -100,7 +100,8 @@ class ChatTokenizer:
     ) -> tuple[int, ...]:
         """Token ids of a prompt that ends where the assistant is to begin. The last message is not the assistant's."""
         text = self.render(messages, system_prompt, prompt=True, tools=tools)
-        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        # verbose: the library would warn of a long prompt, which callers refuse or count in their own words.
+        return tuple(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids of rendered text, and the characters each stands for."""
