@@ -6,12 +6,12 @@ evaluate in their own stage (pipeline/evaluating.py).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from attrs import frozen
+from attrs import field, frozen
 
 from deepspec_core.config.schema import HELD_OUT, EvaluateOptions
 from deepspec_core.contracts.proposer import Sampling
@@ -21,7 +21,13 @@ from deepspec_core.errors import ConfigError, DataError
 from deepspec_core.evaluation.evaluator import Decoding, summarise
 from deepspec_core.evaluation.evaluator import evaluate as decode_groups
 from deepspec_core.evaluation.tasks import load_task
-from deepspec_core.interface.models import Draft, Target
+from deepspec_core.interface.generating import check_confidence
+from deepspec_core.interface.models import Draft, Target, check_models
+from deepspec_core.interface.options import GenerateOptions, checked
+from deepspec_core.interface.prompts import Prompt, PromptReader, listed
+from deepspec_core.pipeline import threads
+
+Tasks = str | Sequence[str] | Mapping[str, Iterable[Prompt]]
 
 DEFAULTS = EvaluateOptions()
 
@@ -30,22 +36,27 @@ DEFAULTS = EvaluateOptions()
 class Evaluation:
     """The figures of one task at one temperature.
 
-    `figures` has what metrics.json of a run has for it: acceptance by position, rounds, seconds by part, tokens per
-    second, and with plain decoding the ids of prompts whose greedy outputs differed (`mismatches`, which is empty).
+    `prompts` were decoded; `prompts_too_long` left the target no room to answer and were not. `speedup` is that of the
+    draft over plain decoding, and `mismatches` has the ids of prompts whose greedy output differed from it; both are
+    None where there was no plain decoding, `mismatches` also above temperature 0. `figures` has everything that
+    metrics.json of a run has for a task: acceptance by position, rounds, seconds by part, tokens per second.
     """
 
     task: str
     temperature: float
     prompts: int
+    prompts_too_long: int
     accepted_length: float
+    accepted_length_interval: tuple[float, float]
     speedup: float | None
-    figures: dict[str, Any]
+    mismatches: tuple[str, ...] | None
+    figures: dict[str, Any] = field(repr=False)
 
 
 def evaluate(
     target: Target,
     draft: Draft,
-    tasks: str | Sequence[str],
+    tasks: Tasks,
     *,
     temperature: float | Sequence[float] = 0.0,
     limit: int | None = None,
@@ -59,86 +70,136 @@ def evaluate(
 ) -> list[Evaluation]:
     """Decode the prompts of every task at every temperature; one result each, in that order.
 
-    `tasks` are registered tasks or JSON-lines files with `turns` or `messages`, relative to the working directory.
-    Raises DeepSpecError where a task cannot be read or an option is out of range.
+    `tasks` are registered tasks or JSON-lines files with `turns` or `messages`, relative to the working directory; or a
+    dictionary of names and lists of prompts, as `generate` takes them. `limit` caps the prompts of each task. Raises
+    DeepSpecError where a task cannot be read or an option is out of range.
     """
-    names = [tasks] if isinstance(tasks, str) else list(tasks)
-    temperatures = [temperature] if isinstance(temperature, int | float) else list(temperature)
-    options = _checked(names, temperatures, limit, max_new_tokens, batch_size, confidence_threshold, seed)
-    tokenizer = ChatTokenizer(target.tokenizer, thinking=thinking)
-    found = []
-    for task in options.tasks:
-        requests = _requests(target, tokenizer, task, options, system_prompt)
-        longest = max(len(request.prompt_ids) for request in requests)
-        for value in options.temperature:
-            decoding = Decoding(
-                target=target.model,
-                proposer=draft.model.proposer(),
-                sampling=Sampling(temperature=value),
-                stop_ids=target.architecture.stop_token_ids,
-                max_new_tokens=options.max_new_tokens,
-                max_length=min(target.architecture.max_positions, longest + options.max_new_tokens),
-                batch_size=options.batch_size,
-                plain=plain,
-                confidence_threshold=options.confidence_threshold,
-            )
-            with TemporaryDirectory() as folder:
-                groups = decode_groups(
-                    requests, decoding, journal=Path(folder) / "journal.jsonl", what=f"evaluate {task} at {value:g}"
-                )
-            figures = summarise(groups, seed=options.seed)
-            found.append(
-                Evaluation(
-                    task=task,
-                    temperature=value,
-                    prompts=len(requests),
-                    accepted_length=figures["acceptance_length"],
-                    speedup=figures.get("speedup"),
-                    figures=figures,
-                )
-            )
-    return found
-
-
-def _checked(
-    tasks: list[str],
-    temperatures: list[float],
-    limit: int | None,
-    max_new_tokens: int,
-    batch_size: int,
-    confidence_threshold: float,
-    seed: int,
-) -> EvaluateOptions:
-    """The options as a run file would hold them, so that the same values are refused."""
-    if not tasks or HELD_OUT in tasks:
+    check_models(target, draft)
+    if draft is None:
         raise ConfigError(
-            "nothing to evaluate on" if not tasks else "held-out prompts are those of a run's data",
-            where="evaluate(tasks=...)",
-            found=tasks,
-            expected="registered tasks or JSON-lines files",
-            fix="For held-out prompts, run the evaluate stage: train(run_file)." if tasks else None,
+            "there is nothing to evaluate without a draft",
+            where="the argument `draft`",
+            fix="For the target's own answers, use generate(target, None, prompts).",
         )
-    try:
-        return EvaluateOptions(
-            tasks=tuple(tasks),
-            temperature=tuple(float(value) for value in temperatures),
-            limit=limit,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            confidence_threshold=confidence_threshold,
-            seed=seed,
-        )
-    except (ValueError, TypeError) as error:
-        raise ConfigError("an option of the evaluation is out of range", found=error.args[0]) from error
+    own = {name: listed(prompts) for name, prompts in tasks.items()} if isinstance(tasks, Mapping) else None
+    names = [] if own is not None else [tasks] if isinstance(tasks, str) else list(tasks)
+    options = checked(
+        EvaluateOptions,
+        {
+            "tasks": names,
+            "temperature": temperature,
+            "limit": limit,
+            "max_new_tokens": max_new_tokens,
+            "batch_size": batch_size,
+            "plain": plain,
+            "confidence_threshold": confidence_threshold,
+            "seed": seed,
+        },
+        call="evaluate",
+        registry=target.plugins.registry,
+    )
+    check_confidence(draft, options.confidence_threshold)
+    asked = checked(
+        GenerateOptions,
+        {"thinking": thinking, "system_prompt": system_prompt},
+        call="evaluate",
+        registry=target.plugins.registry,
+    )
+    if HELD_OUT in names or not (own or names):
+        raise _no_tasks(names)
+    if own is not None:
+        reader = PromptReader(target, asked.thinking, asked.system_prompt)
+        requests = {name: _own_requests(name, prompts, reader, options) for name, prompts in own.items()}
+        too_long = dict.fromkeys(requests, 0)
+    else:
+        tokenizer = ChatTokenizer(target.tokenizer, thinking=asked.thinking)
+        rendered = {task: _rendered(target, tokenizer, task, options, asked.system_prompt) for task in names}
+        requests = {task: _fitting(target, task, all_of_it) for task, all_of_it in rendered.items()}
+        too_long = {task: len(rendered[task]) - len(requests[task]) for task in requests}
+    return [
+        _evaluation(target, draft, task, requests[task], too_long[task], value, options)
+        for task in requests
+        for value in options.temperature
+    ]
 
 
-def _requests(
+def _evaluation(
+    target: Target,
+    draft: Draft,
+    task: str,
+    requests: list[Request],
+    too_long: int,
+    temperature: float,
+    options: EvaluateOptions,
+) -> Evaluation:
+    architecture = target.architecture
+    decoding = Decoding(
+        target=target.model,
+        proposer=draft.model.proposer(),
+        sampling=Sampling(temperature=temperature),
+        stop_ids=architecture.stop_token_ids,
+        max_new_tokens=options.max_new_tokens,
+        max_length=min(
+            architecture.max_positions,
+            max(len(request.prompt_ids) for request in requests) + options.max_new_tokens,
+        ),
+        batch_size=options.batch_size,
+        plain=options.plain,
+        confidence_threshold=options.confidence_threshold,
+    )
+    count = threads.for_decoding(architecture, target.model.device, batch_size=options.batch_size)
+    with threads.using(count), TemporaryDirectory() as folder:
+        groups = decode_groups(
+            requests,
+            decoding,
+            journal=Path(folder) / "journal.jsonl",
+            what=f"evaluate {task} at temperature {temperature:g}",
+        )
+    figures = {**summarise(groups, seed=options.seed), "prompts_too_long": too_long}
+    low, high = figures["acceptance_length_interval"]
+    return Evaluation(
+        task=task,
+        temperature=temperature,
+        prompts=len(requests),
+        prompts_too_long=too_long,
+        accepted_length=figures["acceptance_length"],
+        accepted_length_interval=(low, high),
+        speedup=figures.get("speedup"),
+        mismatches=tuple(figures["mismatches"]) if options.plain and temperature == 0 else None,
+        figures=figures,
+    )
+
+
+def _no_tasks(names: Sequence[str]) -> ConfigError:
+    return ConfigError(
+        "held-out prompts are those of a run's data" if names else "nothing to evaluate on",
+        where="the argument `tasks`",
+        found=list(names),
+        expected="registered tasks, JSON-lines files, or a dictionary of names and lists of prompts",
+        fix='Run the evaluate stage instead: train(run_file, stages=["evaluate"]).' if names else None,
+    )
+
+
+def _own_requests(
+    task: str, prompts: Sequence[Prompt], reader: PromptReader, options: EvaluateOptions
+) -> list[Request]:
+    if not prompts:
+        raise DataError("A task has no prompts", where=task, fix="Give a task with at least one prompt.")
+    return [
+        Request(
+            id=f"{task}-{index}", prompt_ids=reader.ids(prompt, f"{task}: prompt {index}"), seed=options.seed + index
+        )
+        for index, prompt in enumerate(prompts[: options.limit])
+    ]
+
+
+def _rendered(
     target: Target, tokenizer: ChatTokenizer, task: str, options: EvaluateOptions, system_prompt: str | None
 ) -> list[Request]:
     prompts = load_task(
         task, limit=options.limit, seed=options.seed, base=Path.cwd(), registry=target.plugins.registry, held_out=list
     )
-    rendered = [
+    return [
         Request(
             id=prompt.id,
             prompt_ids=tokenizer.render_prompt(prompt.messages, system_prompt, prompt.tools),
@@ -146,8 +207,16 @@ def _requests(
         )
         for prompt in prompts
     ]
+
+
+def _fitting(target: Target, task: str, requests: list[Request]) -> list[Request]:
     room = target.architecture.max_positions
-    fitting = [request for request in rendered if len(request.prompt_ids) < room]
+    fitting = [request for request in requests if len(request.prompt_ids) < room]
     if not fitting:
-        raise DataError("Every prompt of a task is too long for the target", where=task, expected=f"fewer than {room}")
+        raise DataError(
+            "Every prompt of a task is too long for the target",
+            where=task,
+            found=f"the shortest has {min(len(request.prompt_ids) for request in requests)} tokens",
+            expected=f"fewer than {room}",
+        )
     return fitting

@@ -1,48 +1,88 @@
-"""Decoding prompts with or without a draft, from Python.
+"""Continuing prompts with or without a draft, from Python.
 
-Knows what a prompt may look like and what comes back; how rounds work is decoding/engine.py's.
+Knows how prompts become results and how a result is told round by round; what a prompt may look like is prompts.py's,
+how rounds work decoding/engine.py's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from attrs import frozen
+from attrs import define, field, frozen
 
 from deepspec_core.contracts.proposer import Sampling
-from deepspec_core.data.tokenize import ChatTokenizer
-from deepspec_core.decoding.engine import Clock, Committed, Request, Round, decode
-from deepspec_core.errors import ConfigError, DataError
-from deepspec_core.interface.models import Draft, Target
+from deepspec_core.decoding.engine import Committed, Completion, Request, decode
+from deepspec_core.decoding.text_stream import TextStream
+from deepspec_core.errors import ConfigError
+from deepspec_core.interface.models import Draft, Target, check_models
+from deepspec_core.interface.options import GenerateOptions, checked
+from deepspec_core.interface.prompts import Prompt, PromptReader, listed
+from deepspec_core.pipeline import threads
 
-Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
+
+@frozen
+class Round:
+    """One proposal and its verification: tokens proposed, how many of them were accepted, how many were committed.
+
+    Committed tokens are the accepted ones and, unless an accepted one ends the answer, one of the target's own. The
+    last round may commit more than `max_new_tokens` admits. `confidence` has a probability for each proposed token
+    where the draft gives one.
+    """
+
+    proposed: int
+    accepted: int
+    committed: int
+    confidence: tuple[float, ...] | None = None
 
 
 @frozen(kw_only=True)
 class Generation:
-    """One continued prompt. `ids` are the new tokens, a stop token included; `text` is what they say, without it.
+    """One continued prompt.
 
-    `finish_reason` is "stop" or "length". `rounds` has one entry a round of proposal and verification: tokens proposed,
-    draft tokens accepted, tokens committed. Without a draft a round commits one token.
+    `ids` are the new tokens, a stop token included; `text` is what they say. `finish_reason` is "stop" or "length". The
+    first token comes with the prompt; each of `rounds` commits those that follow. `seconds` go from the start of the
+    prompt to its last token; prompts of a batch share them.
     """
 
-    prompt_ids: tuple[int, ...]
-    ids: tuple[int, ...]
+    prompt_ids: tuple[int, ...] = field(repr=False)
+    ids: tuple[int, ...] = field(repr=False)
     text: str
     finish_reason: str
-    rounds: tuple[Round, ...]
+    rounds: tuple[Round, ...] = field(repr=False)
+    seconds: float = field(eq=False)
 
     @property
     def accepted_length(self) -> float:
         """Tokens a round commits on average, the target's own included; 0 where there was no round."""
-        return sum(r.acceptance_length for r in self.rounds) / len(self.rounds) if self.rounds else 0.0
+        return sum(one.committed for one in self.rounds) / len(self.rounds) if self.rounds else 0.0
+
+
+@frozen(kw_only=True)
+class Streamed:
+    """What one round added to one answer. `prompt` is the prompt's index.
+
+    `pieces` has the text of each of `ids`, "" where a character is not complete yet; the draft proposed the first
+    `accepted` ids, the target chose the rest.
+    """
+
+    prompt: int
+    ids: tuple[int, ...]
+    pieces: tuple[str, ...]
+    accepted: int
+
+    @property
+    def text(self) -> str:
+        """All pieces."""
+        return "".join(self.pieces)
 
 
 def generate(
     target: Target,
     draft: Draft | None,
-    prompts: Prompt | Sequence[Prompt],
+    prompts: Prompt | Iterable[Prompt],
     *,
     max_new_tokens: int = 256,
     temperature: float = 0.0,
@@ -51,131 +91,132 @@ def generate(
     seed: int = 0,
     batch_size: int = 1,
     confidence_threshold: float = 0.0,
-    on_round: Callable[[Committed], None] | None = None,
-    clock: Clock | None = None,
+    on_round: Callable[[Streamed], None] | None = None,
 ) -> list[Generation]:
     """Continue every prompt; the results are in the order of the prompts.
 
     A prompt is a text (one user turn), a list of messages with `role` and `content`, or a list of token ids, which are
     taken as they are. Texts and messages go through the target's chat template. With a draft the output is the same as
     without: at temperature 0 token for token, above it in distribution. Prompt i draws from `seed` + i, whatever stands
-    beside it in the batch.
+    beside it in the batch. A prompt that leaves the target less room than `max_new_tokens` gets what is left.
 
-    `on_round` is told, as decoding goes on, which tokens were committed. `clock`, where given, adds up the seconds of
-    prefill, draft and verification. Raises DeepSpecError for options out of range and for prompts that cannot be
-    rendered or leave no room to answer.
+    `on_round` is told, as decoding goes on, what each round added. Raises DeepSpecError for options out of range, for a
+    draft of another target, and for prompts that cannot be rendered or leave no room to answer.
     """
-    _check(max_new_tokens, temperature, seed, batch_size, confidence_threshold)
-    if draft is not None and confidence_threshold > 0 and draft.description.gives_confidence is False:
+    check_models(target, draft)
+    given = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "thinking": thinking,
+        "system_prompt": system_prompt,
+        "seed": seed,
+        "batch_size": batch_size,
+        "confidence_threshold": confidence_threshold,
+    }
+    options = checked(GenerateOptions, given, call="generate", registry=target.plugins.registry)
+    if draft is not None:
+        check_confidence(draft, options.confidence_threshold)
+    reader = PromptReader(target, options.thinking, options.system_prompt)
+    requests = [
+        Request(id=str(index), prompt_ids=reader.ids(prompt, f"prompt {index}"), seed=options.seed + index)
+        for index, prompt in enumerate(listed(prompts))
+    ]
+    return _Answers(target, on_round).all(draft, requests, options) if requests else []
+
+
+def check_confidence(draft: Draft, threshold: float) -> None:
+    """ConfigError where proposals are to end by a confidence that the draft does not give."""
+    if threshold > 0 and draft.description.gives_confidence is False:
         raise ConfigError(
             "this draft gives no confidence to compare with",
             where="confidence_threshold",
-            found=f"{confidence_threshold:g}",
+            found=f"{threshold:g}",
             expected="a draft with a confidence head, or 0",
         )
-    tokenizer = ChatTokenizer(target.tokenizer, thinking=thinking)
-    requests = [
-        Request(
-            id=str(index), prompt_ids=_prompt_ids(tokenizer, prompt, system_prompt, index, target), seed=seed + index
-        )
-        for index, prompt in enumerate(_listed(prompts))
-    ]
-    if not requests:
-        return []
-    room = target.architecture.max_positions
-    longest = max(len(request.prompt_ids) for request in requests)
-    found = {
-        done.id: done
-        for done in decode(
-            target.model,
-            None if draft is None else draft.model.proposer(),
-            requests,
-            sampling=Sampling(temperature=temperature),
-            stop_ids=target.architecture.stop_token_ids,
-            max_new_tokens=max_new_tokens,
-            batch_size=min(batch_size, len(requests)),
-            max_length=min(room, longest + max_new_tokens),
-            confidence_threshold=confidence_threshold,
-            on_round=on_round,
-            clock=clock,
-        )
-    }
-    return [
-        Generation(
+
+
+@define(slots=False)
+class _Answers:
+    """Answers under way: when each one started, and its text as far as it has been told."""
+
+    target: Target
+    on_round: Callable[[Streamed], None] | None
+    started: dict[str, float] = field(factory=dict)
+    streams: dict[str, TextStream] = field(factory=dict)
+    told: float = 0.0  # seconds spent in on_round, which are no decoding
+
+    def all(self, draft: Draft | None, requests: list[Request], options: GenerateOptions) -> list[Generation]:
+        architecture, model = self.target.architecture, self.target.model
+        batch_size = min(options.batch_size, len(requests))
+        longest = max(len(request.prompt_ids) for request in requests)
+        with threads.using(threads.for_decoding(architecture, model.device, batch_size=batch_size)):
+            found = {
+                done.id: self._finish(done)
+                for done in decode(
+                    model,
+                    None if draft is None else draft.model.proposer(),
+                    self._start(requests),
+                    sampling=Sampling(temperature=options.temperature),
+                    stop_ids=architecture.stop_token_ids,
+                    max_new_tokens=options.max_new_tokens,
+                    batch_size=batch_size,
+                    max_length=min(architecture.max_positions, longest + options.max_new_tokens),
+                    confidence_threshold=options.confidence_threshold,
+                    on_round=None if self.on_round is None else self._tell,
+                )
+            }
+        return [found[request.id] for request in requests]
+
+    def _start(self, requests: list[Request]) -> Iterator[Request]:
+        """The engine takes a request when it has a slot for it, and begins at once."""
+        for request in requests:
+            self.started[request.id] = self._now()
+            yield request
+
+    def _now(self) -> float:
+        return time.perf_counter() - self.told
+
+    def _finish(self, done: Completion) -> Generation:
+        seconds = self._now() - self.started[done.id]
+        if done.id in self.streams and (rest := self.streams.pop(done.id).rest()):
+            self._show(Streamed(prompt=int(done.id), ids=(), pieces=(rest,), accepted=0))
+        return Generation(
             prompt_ids=done.prompt_ids,
             ids=done.output_ids,
-            text=tokenizer.decode(done.output_ids, skip_special_tokens=True),
+            text=self._text([token for token in done.output_ids if not self._stops(token)]),
             finish_reason=done.finish_reason,
-            rounds=done.rounds,
+            rounds=tuple(
+                Round(
+                    proposed=one.proposal_length,
+                    accepted=one.accepted_draft_length,
+                    committed=one.acceptance_length,
+                    confidence=None if one.confidence is None else tuple(map(_sigmoid, one.confidence)),
+                )
+                for one in done.rounds
+            ),
+            seconds=seconds,
         )
-        for done in (found[request.id] for request in requests)
-    ]
+
+    def _tell(self, committed: Committed) -> None:
+        stream = self.streams.setdefault(committed.id, TextStream(self._text))
+        pieces = tuple("" if self._stops(token) else stream.push(token) for token in committed.ids)
+        self._show(Streamed(prompt=int(committed.id), ids=committed.ids, pieces=pieces, accepted=committed.accepted))
+
+    def _show(self, streamed: Streamed) -> None:
+        assert self.on_round is not None
+        start = time.perf_counter()
+        self.on_round(streamed)
+        self.told += time.perf_counter() - start
+
+    def _stops(self, token: int) -> bool:
+        # A stop token ends the answer, so there is one at most, the last. Not every family marks it as special.
+        return token in self.target.architecture.stop_token_ids
+
+    def _text(self, ids: Sequence[int]) -> str:
+        # Cleaning up would remove spaces that were told already.
+        decode_ids: Any = self.target.tokenizer.decode
+        return str(decode_ids(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
-def _check(max_new_tokens: int, temperature: float, seed: int, batch_size: int, confidence_threshold: float) -> None:
-    limits = {
-        "max_new_tokens": (max_new_tokens, max_new_tokens >= 1, "1 or more"),
-        "temperature": (temperature, 0.0 <= temperature < float("inf"), "0 or more"),
-        "seed": (seed, seed >= 0, "0 or more"),
-        "batch_size": (batch_size, batch_size >= 1, "1 or more"),
-        "confidence_threshold": (confidence_threshold, 0.0 <= confidence_threshold <= 1.0, "between 0 and 1"),
-    }
-    for name, (value, fits, expected) in limits.items():
-        if not fits:
-            raise ConfigError("an option of generation is out of range", where=name, found=value, expected=expected)
-
-
-def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt alone is a list of one."""
-    if isinstance(prompts, str):
-        return [prompts]
-    if prompts and isinstance(prompts[0], int | Mapping):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
-
-
-def _prompt_ids(
-    tokenizer: ChatTokenizer, prompt: Prompt, system_prompt: str | None, index: int, target: Target
-) -> tuple[int, ...]:
-    where = f"prompt {index}"
-    vocabulary, room = target.architecture.vocab_size, target.architecture.max_positions
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    elif hasattr(prompt, "tolist"):  # ids as an array or a tensor
-        prompt = prompt.tolist()
-    if len(prompt) == 0 or (isinstance(prompt[0], Mapping) and not prompt[-1].get("content")):  # type: ignore[union-attr]
-        raise DataError("a prompt is empty", where=where, expected="text, messages that end with text, or token ids")
-    if isinstance(prompt[0], int):
-        ids = tuple(int(token) for token in prompt)  # type: ignore[arg-type]
-        outside = [token for token in ids if not 0 <= token < vocabulary]
-        if outside:
-            raise DataError(
-                "a prompt has ids outside the vocabulary",
-                where=where,
-                found=outside[0],
-                expected=f"0 to {vocabulary - 1}",
-            )
-    else:
-        messages = _messages(prompt, where)
-        ids = tokenizer.render_prompt(messages, system_prompt)
-    if len(ids) >= room:
-        raise DataError(
-            "a prompt leaves the target no room to answer",
-            where=where,
-            found=f"{len(ids):,} tokens",
-            expected=f"fewer than {room:,}",
-        )
-    return ids
-
-
-def _messages(prompt: Any, where: str) -> tuple[Mapping[str, Any], ...]:
-    for message in prompt:
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise DataError(
-                "a message has no role", where=where, found=message, expected='{"role": ..., "content": ...}'
-            )
-    if prompt[-1]["role"] == "assistant":
-        raise DataError(
-            "a prompt ends with the assistant's message", where=where, expected="a user's message at the end"
-        )
-    return tuple(prompt)
+def _sigmoid(logit: float) -> float:
+    return 1 / (1 + math.exp(-logit)) if logit > -700 else 0.0

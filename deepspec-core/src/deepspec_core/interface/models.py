@@ -1,6 +1,6 @@
 """Targets and drafts for a notebook: opened by name, checked against each other, ready to decode.
 
-Knows how names become loaded models; not what is done with them.
+Knows how names become loaded models, and which draft goes with which target; not what is done with them.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from attrs import field, frozen
 
 from deepspec_core.checkpoints import published
 from deepspec_core.checkpoints.opening import check_same_target, draft_adapter, resolve_draft
+from deepspec_core.config.schema import DTYPES
 from deepspec_core.contracts.draft import DraftDescription, DraftModel
 from deepspec_core.contracts.target import TargetAdapter, TargetArchitecture, TargetModel
-from deepspec_core.dtypes import torch_dtype
-from deepspec_core.errors import ConfigError
+from deepspec_core.dtypes import dtype_name, torch_dtype
+from deepspec_core.errors import CheckpointError, ConfigError, nearest
 from deepspec_core.plugins.discovery import Plugins, load_plugins
 from deepspec_core.targets.opening import load_target as load_weights
 from deepspec_core.targets.opening import open_target_alone, resolve_model, tokenizer_for
@@ -40,16 +41,17 @@ class Target:
     def __repr__(self) -> str:
         a = self.architecture
         sizes = f"{a.num_layers} layers, hidden size {a.hidden_size}, vocabulary {a.vocab_size:,}"
-        return f"<Target {self.name}: {a.model_type}, {sizes}, {self.model.dtype} on {self.model.device}>"
+        return f"<Target {self.name}: {a.model_type}, {sizes}, {dtype_name(self.model.dtype)} on {self.model.device}>"
 
 
 @frozen(kw_only=True, eq=False)
 class Draft:
-    """A loaded draft of a target. `path` is its directory, `description` says what it is."""
+    """A loaded draft. `path` is its directory, `description` says what it is, `target` what it was opened for."""
 
     path: Path
     model: DraftModel = field(repr=False)
     description: DraftDescription
+    target: TargetArchitecture = field(repr=False)
 
     def __repr__(self) -> str:
         said = self.description
@@ -57,10 +59,10 @@ class Draft:
 
 
 def load_target(
-    name: str,
+    name: str | Path,
     *,
-    dtype: str | None = None,
-    device: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Target:
@@ -71,16 +73,18 @@ def load_target(
     a branch, tag or commit on the Hub. Raises DeepSpecError where there is no such target, or no plugin covers it.
     """
     plugins = load_plugins()
-    where_to = _device(device)
-    numbers = torch_dtype(dtype or ("float32" if where_to.type == "cpu" else "bfloat16"))
+    name = str(name)
+    place = _device(device)
+    numbers = _dtype(dtype, place)
     where = resolve_model(name, base=Path.cwd(), registry=plugins.registry, revision=revision)
     adapter, _ = open_target_alone(
         where, registry=plugins.registry, trust_remote_code=trust_remote_code, revision=revision
     )
-    model = load_weights(
-        adapter, where, dtype=numbers, device=where_to, trust_remote_code=trust_remote_code, revision=revision
-    )
+    # The tokenizer first: what is missing is said before gigabytes are read.
     tokenizer = tokenizer_for(where, trust_remote_code, revision=revision)
+    model = load_weights(
+        adapter, where, dtype=numbers, device=place, trust_remote_code=trust_remote_code, revision=revision
+    )
     return Target(name=name, adapter=adapter, model=model, tokenizer=tokenizer, plugins=plugins)
 
 
@@ -90,6 +94,7 @@ def load_draft(name: str | Path, target: Target) -> Draft:
     Raises DeepSpecError where there is no such checkpoint, no installed algorithm knows it, its weights are damaged, or
     it was made for a target of other sizes.
     """
+    check_models(target, None)
     registry = target.plugins.registry
     folder = resolve_draft(name, base=Path.cwd())
     adapter = draft_adapter(folder, registry=registry)
@@ -97,16 +102,80 @@ def load_draft(name: str | Path, target: Target) -> Draft:
     model = published.load_draft(
         folder, registry=registry, adapter=adapter, dtype=target.model.dtype, device=target.model.device
     )
-    return Draft(path=folder, model=model, description=model.describe())
+    return Draft(path=folder, model=model, description=model.describe(), target=target.architecture)
 
 
-def _device(name: str | None) -> torch.device:
-    if name is None:
+def check_models(target: Target, draft: Draft | None) -> None:
+    """ConfigError for what is no loaded model, CheckpointError for a draft that was opened for another target."""
+    if not isinstance(target, Target):
+        raise _no_model("target", target, "load_target(NAME)")
+    if draft is None:
+        return
+    if not isinstance(draft, Draft):
+        raise _no_model("draft", draft, "load_draft(NAME, target), or None")
+    head = draft.model.lm_head.weight
+    opened = _facts(draft.target, head.dtype, head.device)
+    wanted = _facts(target.architecture, target.model.dtype, target.model.device)
+    if opened != wanted:
+        different = [name for name in wanted if opened[name] != wanted[name]]
+        raise CheckpointError(
+            "the draft was opened for another target: " + ", ".join(f"`{name}` differs" for name in different),
+            where=draft.path,
+            found=", ".join(f"{name} = {opened[name]}" for name in different),
+            expected=", ".join(f"{name} = {wanted[name]}" for name in different),
+            fix="Open it again with load_draft(NAME, target).",
+        )
+
+
+def _no_model(argument: str, given: object, maker: str) -> ConfigError:
+    return ConfigError(
+        f"this is no {argument}",
+        where=f"the argument `{argument}`",
+        found=repr(given),
+        expected=f"what {maker} returns",
+    )
+
+
+def _facts(architecture: TargetArchitecture, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """What a draft and its target have in common."""
+    return {
+        "hidden_size": architecture.hidden_size,
+        "vocab_size": architecture.vocab_size,
+        "num_layers": architecture.num_layers,
+        "dtype": dtype_name(dtype),
+        "device": str(device),
+    }
+
+
+def _dtype(given: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    if given is None:
+        given = "float32" if device.type == "cpu" else "bfloat16"
+    name = str(given).removeprefix("torch.")
+    if name not in DTYPES:
+        close = nearest(name, DTYPES)
+        raise ConfigError(
+            "a target cannot be loaded in this dtype",
+            where="dtype",
+            found=name,
+            expected=f"one of {', '.join(DTYPES)}",
+            fix=f"write {close!r}" if close else None,
+        )
+    return torch_dtype(name)
+
+
+def _device(given: str | torch.device | None) -> torch.device:
+    if given is None:
         found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return torch.device("cpu") if found is None else found
     try:
-        return torch.device(name)
-    except RuntimeError as error:
+        device = torch.device(given)
+        torch.empty(0, device=device)
+    # A device that is unknown, not built in, or not there: PyTorch raises another type for each.
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
         raise ConfigError(
-            "no such device", where="load_target(device=...)", found=name, expected="such as cpu, cuda or cuda:1"
+            "no such device",
+            where="device",
+            found=f"{given} ({(str(error).splitlines() or [''])[0]})",
+            expected="such as cpu, cuda or cuda:1",
         ) from error
+    return device

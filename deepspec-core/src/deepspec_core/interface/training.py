@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from attrs import frozen
 
-from deepspec_core.config.load import load_run_file
+from deepspec_core.config.load import load_run_file, run_file_of
 from deepspec_core.config.schema import RunFile
 from deepspec_core.pipeline.run import Run
 from deepspec_core.pipeline.running import run_stages
@@ -26,14 +26,16 @@ log = logging.getLogger("deepspec")
 
 @frozen(kw_only=True)
 class Training:
-    """What a run left behind. `folder` is its output; `draft` the directory of the finished draft.
+    """What a run left behind. `folder` is its output, `draft` the directory of the finished draft.
 
     `steps`: optimizer steps. `figures`: the last line of the training log, such as {"loss": ...}. `metrics`: what the
-    evaluate stage wrote to metrics.json, None where the run has no such stage. `stages`: each stage's own summary.
+    evaluate stage wrote to metrics.json. `stages`: the summary of each stage that was asked for. Without a train stage
+    among them `draft` is None where no earlier run left one, `steps` 0 and `figures` empty; without an evaluate stage
+    `metrics` is None.
     """
 
     folder: Path
-    draft: Path
+    draft: Path | None
     steps: int
     figures: dict[str, Any]
     metrics: dict[str, Any] | None
@@ -41,7 +43,7 @@ class Training:
 
 
 def train(
-    run_file: RunFile | str | os.PathLike[str],
+    run_file: RunFile | Mapping[str, Any] | str | os.PathLike[str],
     *,
     stages: Sequence[str] = (),
     force: Sequence[str] = (),
@@ -50,22 +52,26 @@ def train(
 ) -> Training:
     """Do the stages of a run file, or only those in `stages`, as far as they are not done.
 
-    `run_file` is a path, or a RunFile, whose relative paths then start at `base`. Finished stages are skipped,
-    interrupted ones resume, and a setting that changed under results is refused; `force` discards the results of stages
-    first. `smoke` makes every stage small. Runs in this process on one device; messages go to the logger "deepspec".
-    Raises DeepSpecError as the command line would report it.
+    `run_file` is the path of a TOML file, or a RunFile, or a dictionary as RunFile.from_dict takes it; of the latter
+    two, relative paths start at `base`. Finished stages are skipped, interrupted ones resume, and a setting that
+    changed under results is refused; `force` discards the results of stages first. `smoke` makes every stage small.
+
+    Runs in this process on one device; messages go to the logger "deepspec". Raises DeepSpecError as the command line
+    would report it.
     """
     plugins = load_plugins()
     if isinstance(run_file, RunFile):
         file, path = run_file, Path(base) / "run file"
+    elif isinstance(run_file, Mapping):
+        file, path = run_file_of(run_file, folder=base, plugins=plugins), Path(base) / "run file"
     else:
         file, path = load_run_file(run_file, plugins=plugins), Path(run_file)
     run = Run(file=made_small(file) if smoke else file, path=path, plugins=plugins)
     summaries = run_stages(run, only=stages, force=force, say=log.info)
-    trained, metrics = summaries.get("train", {}), run.folder / "metrics.json"
+    trained, metrics, draft = summaries.get("train", {}), run.folder / "metrics.json", run.folder / "draft"
     return Training(
         folder=run.folder,
-        draft=run.folder / "draft",
+        draft=draft if draft.is_dir() else None,
         steps=trained.get("steps", 0),
         figures=trained.get("figures", {}),
         metrics=json.loads(metrics.read_text(encoding="utf-8")) if "evaluate" in summaries else None,

@@ -1,0 +1,48 @@
+"""Options of the Python interface, checked as strictly as those of a run file: every problem at once, and in words.
+
+Knows how keyword arguments become an attrs class. What a value of a run file may be is config/'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from attrs import field, frozen
+from attrs.validators import and_, ge, gt, le
+
+from deepspec_core.config.explain import explain
+from deepspec_core.config.load import as_toml
+from deepspec_core.config.structure import strict_converter
+from deepspec_core.errors import ConfigError
+from deepspec_core.plugins.registry import Registry
+
+Options = TypeVar("Options")
+
+
+@frozen(kw_only=True)
+class GenerateOptions:
+    """How prompts are continued. `thinking` and `system_prompt` concern prompts that go through the chat template."""
+
+    max_new_tokens: int = field(default=256, validator=gt(0))
+    temperature: float = field(default=0.0, validator=ge(0.0))
+    thinking: bool = False
+    system_prompt: str | None = None
+    seed: int = field(default=0, validator=ge(0))
+    batch_size: int = field(default=1, validator=gt(0))
+    confidence_threshold: float = field(default=0.0, validator=and_(ge(0.0), le(1.0)))
+
+
+def checked(kind: type[Options], values: Mapping[str, Any], *, call: str, registry: Registry) -> Options:
+    """The options as their class. Numbers of NumPy and PyTorch are taken as Python's.
+
+    ConfigError, with every problem, names the arguments as the caller of `call` wrote them.
+    """
+    try:
+        return strict_converter(registry).structure(as_toml(values), kind)
+    except Exception as error:
+        problems = explain(error, "", siblings={})
+    for problem in problems:
+        problem.where = str(problem.where).removeprefix(".")
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    raise ConfigError(f"{count} in the arguments of {call}", problems=problems)

@@ -1,0 +1,126 @@
+"""Prompts as people write them in Python, and the token ids they stand for.
+
+A prompt is a text (one user turn), a list of messages, or token ids. Knows these shapes; how messages become text is
+known to the target's chat template.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from numbers import Integral
+from typing import Any
+
+from attrs import define
+
+from deepspec_core.data.conversations import from_row
+from deepspec_core.data.tokenize import ChatTokenizer
+from deepspec_core.errors import DataError
+from deepspec_core.interface.models import Target
+
+Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
+
+_SHAPES = "text, a list of messages with `role` and `content`, or a list of token ids"
+
+
+def listed(prompts: Any) -> list[Prompt]:
+    """One prompt alone as a list of one, several as a list. DataError for what is neither."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if isinstance(prompts, Mapping) or not (isinstance(prompts, Iterable) or hasattr(prompts, "tolist")):
+        raise DataError(
+            "this is neither a prompt nor a list of prompts",
+            where="prompts",
+            found=type(prompts).__name__,
+            expected=f"{_SHAPES}; or a list of those",
+            fix="Put a single message into a list." if isinstance(prompts, Mapping) else None,
+        )
+    several = _as_list(prompts)
+    if several and (isinstance(several[0], Integral) or (isinstance(several[0], Mapping) and "role" in several[0])):
+        return [several]
+    return several
+
+
+@define(slots=False)
+class PromptReader:
+    """Turns prompts into token ids for one target. The chat template is needed only by prompts that go through it."""
+
+    target: Target
+    thinking: bool
+    system_prompt: str | None
+
+    def ids(self, prompt: Any, where: str) -> tuple[int, ...]:
+        """The ids of one prompt. DataError, saying `where`, for one that is malformed, empty or too long."""
+        return self._fitting(self._read(prompt, where), where)
+
+    def _read(self, prompt: Any, where: str) -> tuple[int, ...]:
+        if isinstance(prompt, str):
+            return self._rendered([{"role": "user", "content": prompt}], where)
+        if isinstance(prompt, Mapping) or not (isinstance(prompt, Iterable) or hasattr(prompt, "tolist")):
+            raise DataError("this is no prompt", where=where, found=type(prompt).__name__, expected=_SHAPES)
+        parts = _as_list(prompt)
+        if not parts:
+            raise _empty(where)
+        if not isinstance(parts[0], Integral):
+            return self._rendered(parts, where)
+        other = next((part for part in parts if not _is_id(part)), None)
+        if other is not None:
+            raise DataError("a prompt's ids are not whole numbers", where=where, found=repr(other), expected="[12, 34]")
+        return tuple(map(int, parts))
+
+    @cached_property
+    def _tokenizer(self) -> ChatTokenizer:
+        return ChatTokenizer(self.target.tokenizer, thinking=self.thinking)
+
+    def _rendered(self, messages: list[Any], where: str) -> tuple[int, ...]:
+        read = from_row({"messages": messages}, where).messages
+        if read[-1]["role"] == "assistant":
+            raise DataError(
+                "a prompt ends with the assistant's message", where=where, expected="a user's message at the end"
+            )
+        if not read[-1]["content"].strip():
+            raise _empty(where)
+        try:
+            for message in read:
+                message["content"].encode("utf-8")
+            return self._tokenizer.render_prompt(read, self.system_prompt)
+        except UnicodeEncodeError as error:
+            raise DataError(
+                "a prompt is not valid Unicode", where=where, found=f"{error.reason}, character {error.start}"
+            ) from None
+        except DataError as error:
+            raise DataError(
+                error.problem, where=error.where or where, found=error.found, expected=error.expected, fix=error.fix
+            ) from error
+
+    def _fitting(self, ids: tuple[int, ...], where: str) -> tuple[int, ...]:
+        architecture = self.target.architecture
+        outside = next((token for token in ids if not 0 <= token < architecture.vocab_size), None)
+        if outside is not None:
+            raise DataError(
+                "a prompt has ids outside the vocabulary",
+                where=where,
+                found=outside,
+                expected=f"0 to {architecture.vocab_size - 1}",
+            )
+        if len(ids) >= architecture.max_positions:
+            raise DataError(
+                "a prompt leaves the target no room to answer",
+                where=where,
+                found=f"{len(ids):,} tokens",
+                expected=f"fewer than {architecture.max_positions:,}",
+            )
+        return ids
+
+
+def _as_list(values: Any) -> list[Any]:
+    """Arrays and tensors as lists of Python's own numbers."""
+    return list(values.tolist() if hasattr(values, "tolist") else values)
+
+
+def _is_id(value: object) -> bool:
+    return not isinstance(value, bool) and isinstance(value, Integral)
+
+
+def _empty(where: str) -> DataError:
+    return DataError("a prompt is empty", where=where, expected=_SHAPES)
