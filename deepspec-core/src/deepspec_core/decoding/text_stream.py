@@ -14,7 +14,8 @@ class TextStream:
     """`push` ids one by one; each call returns the text that is complete now, "" while a character is incomplete.
 
     The pieces and the `rest` together are the text of all ids. Only the ids since the last piece but one are decoded
-    again, because a tokenizer may write an id differently after another one (a leading space).
+    again, because a tokenizer may write an id differently after another one (a leading space). Where the ids end inside
+    a character, a tokenizer with byte tokens may spoil the characters before it too, when it decodes them all at once.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:

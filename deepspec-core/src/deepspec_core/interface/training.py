@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from attrs import frozen
+from attrs import field, frozen
 
 from deepspec_core.config.load import load_run_file, run_file_of
 from deepspec_core.config.schema import RunFile
@@ -38,8 +38,8 @@ class Training:
     draft: Path | None
     steps: int
     figures: dict[str, Any]
-    metrics: dict[str, Any] | None
-    stages: dict[str, dict[str, Any]]
+    metrics: dict[str, Any] | None = field(repr=False)
+    stages: dict[str, dict[str, Any]] = field(repr=False)
 
 
 def train(
