@@ -20,6 +20,7 @@ from deepspec_core.decoding.engine import Request
 from deepspec_core.errors import ConfigError, DataError
 from deepspec_core.evaluation.evaluator import Decoding, summarise
 from deepspec_core.evaluation.evaluator import evaluate as decode_groups
+from deepspec_core.evaluation.requests import requests_of_prompts
 from deepspec_core.evaluation.tasks import load_task
 from deepspec_core.interface.generating import check_confidence
 from deepspec_core.interface.models import Draft, Target, check_models
@@ -113,9 +114,9 @@ def evaluate(
         too_long = dict.fromkeys(requests, 0)
     else:
         tokenizer = ChatTokenizer(target.tokenizer, thinking=asked.thinking)
-        rendered = {task: _rendered(target, tokenizer, task, options, asked.system_prompt) for task in names}
-        requests = {task: _fitting(target, task, all_of_it) for task, all_of_it in rendered.items()}
-        too_long = {task: len(rendered[task]) - len(requests[task]) for task in requests}
+        found = {task: _of_task(target, tokenizer, task, options, asked.system_prompt) for task in names}
+        requests = {task: fitting for task, (fitting, _) in found.items()}
+        too_long = {task: count for task, (_, count) in found.items()}
     return [
         _evaluation(target, draft, task, requests[task], too_long[task], value, options)
         for task in requests
@@ -193,30 +194,17 @@ def _own_requests(
     ]
 
 
-def _rendered(
+def _of_task(
     target: Target, tokenizer: ChatTokenizer, task: str, options: EvaluateOptions, system_prompt: str | None
-) -> list[Request]:
+) -> tuple[list[Request], int]:
     prompts = load_task(
         task, limit=options.limit, seed=options.seed, base=Path.cwd(), registry=target.plugins.registry, held_out=list
     )
-    return [
-        Request(
-            id=prompt.id,
-            prompt_ids=tokenizer.render_prompt(prompt.messages, system_prompt, prompt.tools),
-            seed=options.seed + prompt.index,
-        )
-        for prompt in prompts
-    ]
-
-
-def _fitting(target: Target, task: str, requests: list[Request]) -> list[Request]:
-    room = target.architecture.max_positions
-    fitting = [request for request in requests if len(request.prompt_ids) < room]
-    if not fitting:
-        raise DataError(
-            "Every prompt of a task is too long for the target",
-            where=task,
-            found=f"the shortest has {min(len(request.prompt_ids) for request in requests)} tokens",
-            expected=f"fewer than {room}",
-        )
-    return fitting
+    return requests_of_prompts(
+        prompts,
+        tokenizer,
+        system_prompt=system_prompt,
+        seed=options.seed,
+        room=target.architecture.max_positions,
+        task=task,
+    )

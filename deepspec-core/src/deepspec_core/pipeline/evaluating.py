@@ -25,6 +25,7 @@ from deepspec_core.decoding.engine import Request
 from deepspec_core.errors import DataError, StageError
 from deepspec_core.evaluation.evaluator import Decoding, evaluate, summarise
 from deepspec_core.evaluation.report import markdown
+from deepspec_core.evaluation.requests import requests_of_prompts
 from deepspec_core.evaluation.tasks import HELD_OUT_QUOTA, load_task
 from deepspec_core.pipeline.run import Run
 from deepspec_core.targets.opening import fingerprint
@@ -125,24 +126,14 @@ def requests_of(run: Run, task: str) -> tuple[list[Request], int]:
         registry=run.plugins.registry,
         held_out=lambda: run.data.held_out(options.limit or HELD_OUT_QUOTA),
     )
-    rendered = [
-        Request(
-            id=prompt.id,
-            prompt_ids=run.target.tokenizer.render_prompt(prompt.messages, run.file.data.system_prompt, prompt.tools),
-            seed=options.seed + prompt.index,
-        )
-        for prompt in prompts
-    ]
-    room = run.target.architecture.max_positions
-    fitting = [request for request in rendered if len(request.prompt_ids) < room]
-    if not fitting:
-        raise DataError(
-            "Every prompt of a task is too long for the target",
-            where=f"evaluate.tasks: {task}",
-            found=f"the shortest has {min(len(request.prompt_ids) for request in rendered)} tokens",
-            expected=f"fewer than {room}",
-        )
-    return fitting, len(rendered) - len(fitting)
+    return requests_of_prompts(
+        prompts,
+        run.target.tokenizer,
+        system_prompt=run.file.data.system_prompt,
+        seed=options.seed,
+        room=run.target.architecture.max_positions,
+        task=f"evaluate.tasks: {task}",
+    )
 
 
 def _digest(requests: Sequence[Request]) -> str:

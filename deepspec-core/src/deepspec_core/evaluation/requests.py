@@ -1,0 +1,39 @@
+"""From the prompts of a task to what is decoded: rendered, seeded, and without those that leave no room to answer.
+
+Knows prompts and the chat template; not tasks' sources, models or decoding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from deepspec_core.data.tokenize import ChatTokenizer
+from deepspec_core.decoding.engine import Request
+from deepspec_core.errors import DataError
+from deepspec_core.evaluation.tasks import Prompt
+
+
+def requests_of_prompts(
+    prompts: Sequence[Prompt], tokenizer: ChatTokenizer, *, system_prompt: str | None, seed: int, room: int, task: str
+) -> tuple[list[Request], int]:
+    """The requests that leave the target room to answer, and how many prompts do not. DataError where none does.
+
+    `room` is the target's number of positions. Prompt i is decoded with `seed` + i, whatever stands before it.
+    """
+    rendered = [
+        Request(
+            id=prompt.id,
+            prompt_ids=tokenizer.render_prompt(prompt.messages, system_prompt, prompt.tools),
+            seed=seed + prompt.index,
+        )
+        for prompt in prompts
+    ]
+    fitting = [request for request in rendered if len(request.prompt_ids) < room]
+    if not fitting:
+        raise DataError(
+            "Every prompt of a task is too long for the target",
+            where=task,
+            found=f"the shortest has {min(len(request.prompt_ids) for request in rendered)} tokens",
+            expected=f"fewer than {room}",
+        )
+    return fitting, len(rendered) - len(fitting)
