@@ -9,8 +9,19 @@ from typing import Any
 import pytest
 
 from deepspec_core.cli.main import main
+from deepspec_core.config.load import load_run_file
+from deepspec_core.pipeline.checking import check_before
+from deepspec_core.pipeline.run import Run
+from deepspec_core.pipeline.stages import Step, plan
+from deepspec_core.plugins.discovery import load_plugins
 
 Refused = Any
+
+
+def _planned(path: Path, *overrides: str) -> tuple[Run, list[Step]]:
+    plugins = load_plugins()
+    run = Run(file=load_run_file(path, overrides=overrides, plugins=plugins), path=path, plugins=plugins)
+    return run, plan(run)
 
 
 @pytest.fixture
@@ -121,20 +132,39 @@ def test_a_term_or_draft_of_a_plugin_that_fails_is_named(refused: Refused, monke
     refused(says=("draft type 'dflash' fails on a made-up sample", "deepspec-dflash", "IndexError"))
 
 
+@pytest.mark.parametrize("reads", [lambda t: t.sum().item(), lambda t: t.nonzero(), lambda t: t.float().numpy()])
+def test_a_draft_that_reads_numbers_is_not_refused(
+    reads: Any, run_file: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from deepspec_dflash.model import DFlashModel
+
+    hidden = DFlashModel.block_hidden
+
+    def reading(self: DFlashModel, batch: Any) -> Any:
+        reads(batch.features.hidden)
+        return hidden(self, batch)
+
+    monkeypatch.setattr(DFlashModel, "block_hidden", reading)
+    run, steps = _planned(run_file)
+    check_before(run, steps)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_draft_of_wrong_shapes_is_told_in_one_message(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    def misshapen(_draft: object, batch: Any) -> torch.Tensor:
+        return batch.features.hidden @ torch.ones(3, 3)
+
+    monkeypatch.setattr("deepspec_dflash.model.DFlashModel.block_hidden", misshapen)
+    refused(says=("draft type 'dflash' fails on a made-up sample", "deepspec-dflash"))
+
+
 @pytest.mark.parametrize("quickstart", ["dflash", "dspark", "eagle3"])
 def test_what_can_run_is_not_refused(quickstart: str, run_file: Path) -> None:
-    from deepspec_core.config.load import load_run_file
-    from deepspec_core.pipeline.checking import check_before
-    from deepspec_core.pipeline.run import Run
-    from deepspec_core.pipeline.stages import plan
-    from deepspec_core.plugins.discovery import load_plugins
-
     text = (Path(__file__).parents[1] / "examples" / "quickstart" / f"{quickstart}.toml").read_text()
     run_file.write_text(text.replace("../../runs/", "runs/"))
-    plugins = load_plugins()
     warnings.simplefilter("error")
     for precision in ("float32", "bfloat16"):
-        file = load_run_file(run_file, overrides=[f'train.precision="{precision}"'], plugins=plugins)
-        run = Run(file=file, path=run_file, plugins=plugins)
-        check_before(run, plan(run))
+        check_before(*_planned(run_file, f'train.precision="{precision}"'))
     assert not (run_file.parent / "runs").exists()

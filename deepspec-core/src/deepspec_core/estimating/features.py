@@ -5,14 +5,13 @@ Knows the target's contract; no drafts, no files.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from deepspec_core.contracts.draft import Sample
 from deepspec_core.contracts.target import TargetFeatures, TargetModel
+from deepspec_core.estimating.memory import without_torch_messages
 from deepspec_core.features.online import OnlineFeatures
 from deepspec_core.targets.opening import first_line
 
@@ -32,7 +31,7 @@ class TriedFeatures(OnlineFeatures):
     def features(self, samples: Sequence[Sample], input_ids: Tensor, attention_mask: Tensor) -> TargetFeatures:
         """[B, T, taps * H] and [B, T, H]."""
         try:
-            with _quiet():
+            with without_torch_messages():
                 return super().features(samples, input_ids, attention_mask)
         except RuntimeError as error:  # what torch raises depends on the operation
             self.problem = first_line(error)
@@ -41,14 +40,3 @@ class TriedFeatures(OnlineFeatures):
             hidden=weight.new_empty(*input_ids.shape, self._num_taps * size),
             last_hidden=weight.new_empty(*input_ids.shape, size),
         )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the traceback that torch logs before it raises."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before

@@ -8,6 +8,7 @@ mean.
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,17 @@ def fake_tensors() -> FakeTensorMode:
     """Under it, new tensors hold no numbers. They may meet real ones later, outside it: what is computed from real
     tensors alone (indices, lengths) stays real, so code may read it."""
     return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+@contextmanager
+def without_torch_messages() -> Iterator[None]:
+    """Without the traceback that torch logs before it raises for an operation on tensors without numbers."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call,unused-ignore]
