@@ -15,7 +15,7 @@ from attrs import define, field
 
 log = logging.getLogger("deepspec")
 
-ANSWER_WITHIN_SECONDS = 4.0
+ANSWER_WITHIN_SECONDS = 2.5
 ASK_AGAIN_AFTER_SECONDS = 60.0
 
 

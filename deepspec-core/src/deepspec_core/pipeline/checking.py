@@ -33,13 +33,13 @@ def check_before(run: Run, steps: Sequence[Step]) -> None:
     if not todo:
         return
     _folders(run, todo)
-    assert run.target.adapter is not None
-    if todo - {"train"} or run.file.features.mode != "cached":
-        assert run.target.tokenizer is not None
     if _reads_sources(run, todo):
         from deepspec_core.data.sources import check_sources
 
         check_sources(run.file.data.sources, base=run.base, registry=run.plugins.registry)
+    assert run.target.adapter is not None
+    if todo - {"train"} or run.file.features.mode != "cached":
+        assert run.target.tokenizer is not None
     confidence: bool | None = None
     if "train" in run.file.run.stages:
         from deepspec_core.pipeline.trying import try_draft, try_training

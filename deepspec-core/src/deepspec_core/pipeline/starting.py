@@ -106,7 +106,7 @@ def _mask_token(adapter: TargetAdapter, tokenizer: ChatTokenizer) -> _Found:
 def _tap_note(adapter: TargetAdapter) -> str:
     architecture = adapter.architecture
     how = "as in published drafts of this target" if architecture.known_taps else "evenly spaced"
-    return f"The decoder layers whose outputs the draft sees, of 0 to {architecture.num_layers - 1}: {how}."
+    return f"The decoder layers whose outputs the draft sees, from 0 to {architecture.num_layers - 2}: {how}."
 
 
 def _target_note(where: str | Path) -> str:
