@@ -37,9 +37,9 @@ def check_before(run: Run, steps: Sequence[Step]) -> None:
         from deepspec_core.data.sources import check_sources
 
         check_sources(run.file.data.sources, base=run.base, registry=run.plugins.registry)
-    assert run.target.adapter is not None
+    _ = run.target.adapter  # opened for its errors
     if todo - {"train"} or run.file.features.mode != "cached":
-        assert run.target.tokenizer is not None
+        _ = run.target.tokenizer
     confidence: bool | None = None
     if "train" in run.file.run.stages:
         from deepspec_core.pipeline.trying import try_draft, try_training

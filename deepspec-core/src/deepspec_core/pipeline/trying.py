@@ -51,8 +51,7 @@ class Tried:
 
 def try_draft(run: Run) -> tuple[DraftModel, Tried]:
     """The run's draft, built on tensors without memory. What stops it stops it now."""
-    adapter = run.target.adapter  # opened before: what a plugin makes on first use needs real memory
-    assert adapter is not None
+    _ = run.target.adapter  # opened before: what a plugin makes on first use needs real memory
     with fake_tensors():
         draft = new_draft(run)
     return draft, Tried(checkpoint_bytes=bytes_of_one(draft), gives_confidence=draft.describe().gives_confidence)
