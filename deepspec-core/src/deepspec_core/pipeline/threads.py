@@ -1,9 +1,9 @@
 """How many threads each stage computes with on the CPU, and how waiting threads behave.
 
-A stage's threads follow from the size of one of its steps: each thread gets a minimum of work, because several threads
-on a small product spend their time waiting for each other. The rule reads the run file and the target's sizes only, so
-a resumed run chooses the same again. `run.threads` overrides it. Imports nothing heavy at the top: the environment has
-to be set before PyTorch is loaded.
+A stage's threads follow from the size of one of its steps, because several threads on a small product spend their time
+waiting for each other. The rule reads the run file and the target's sizes only, so a resumed run chooses the same
+again. `run.threads` overrides it. Imports nothing heavy at the top: the environment has to be set before PyTorch is
+loaded.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ if TYPE_CHECKING:
 
 # Measured with dense transformers on two cores: a second thread makes a forward pass of 0.04 GFLOP 1.02 times as fast,
 # one of 0.34 GFLOP 1.16 times, one of 0.95 GFLOP 1.31 times and one of 17 GFLOP 1.84 times.
-OPERATIONS_A_THREAD = 2.5e8
-# Turns of libgomp's waiting loop before a thread sleeps, some tens of microseconds. Its default, 300,000, holds a core
-# that the thread waited for may need: two trainings on two cores then ran 34 times slower than one alone.
+# A step smaller than WORTH_SHARING gets one thread; a larger one gets a thread for each OPERATIONS_A_THREAD.
+WORTH_SHARING = 3.5e8
+OPERATIONS_A_THREAD = 1e8
+# Turns of libgomp's waiting loop before a thread sleeps, about a tenth of a millisecond. Its default, 300,000, holds a
+# core that the thread waited for may need: two trainings on two cores then ran 34 times slower than one alone.
 SPIN_COUNT = "3000"
 _WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 _CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
@@ -54,7 +56,7 @@ def available(quota: Path = _CPU_QUOTA) -> int:
 
 def threads_for(operations: float, most: int) -> int:
     """Threads for steps of that many floating-point operations, between 1 and `most`."""
-    return max(1, min(most, int(operations / OPERATIONS_A_THREAD)))
+    return 1 if operations < WORTH_SHARING else min(most, int(operations / OPERATIONS_A_THREAD))
 
 
 def operations_of_step(run: Run, stage: str) -> float:
