@@ -182,7 +182,20 @@ class TorchKernels:
 
 @functools.cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=True)
+    options = _vector_width() if why_not_compiled() is None else {}
+    return torch.compile(function, dynamic=True, options=options)
+
+
+def _vector_width() -> dict[str, Any]:
+    """Options for torch.compile that name this processor's vector width.
+
+    torch.compile keeps what it generates on disk, and its key leaves the processor out. Loops are generated for one
+    width, though: code made for AVX2 and found by a process with AVX-512 gives wrong sums, or aborts. Machines that
+    share a cache directory meet this. Options are part of the key.
+    """
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    return {"cpp.simdlen": pick_vec_isa().bit_width()}
 
 
 @functools.cache
@@ -194,7 +207,7 @@ def why_not_compiled() -> str | None:
     if not any(candidate and shutil.which(candidate) for candidate in (*candidates, "clang++", "c++")):
         return "there is no C++ compiler"
     try:
-        torch.compile(torch.neg)(torch.zeros(8))
+        torch.compile(torch.neg, options=_vector_width())(torch.zeros(8))
     # What fails is the compiler, its headers or its flags, and each says so in an exception of its own.
     except Exception as error:
         return f"the C++ compiler does not work for torch.compile ({str(error).strip().splitlines()[0]})"
