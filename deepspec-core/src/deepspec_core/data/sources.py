@@ -85,7 +85,7 @@ def check_sources(sources: Sequence[SourceOptions], *, base: Path, registry: Reg
             if not (base / source.path).is_file():
                 raise _missing(base / source.path)
         else:
-            _open_dataset(source, base, streaming=True)
+            _open_dataset(source, base, look_only=True)
 
 
 def is_held_out(identity: str, *, held_out: float, seed: int) -> bool:
@@ -159,11 +159,12 @@ def _missing(path: Path) -> DataError:
 
 def _dataset(source: SourceOptions, base: Path) -> Iterator[Conversation]:
     """A dataset folder, or a dataset on the Hub, streamed where only a part of it is wanted."""
-    for number, row in enumerate(_open_dataset(source, base, streaming=source.limit is not None), start=1):
+    for number, row in enumerate(_open_dataset(source, base), start=1):
         yield from_row(row, f"{source.path}:{number}")
 
 
-def _open_dataset(source: SourceOptions, base: Path, *, streaming: bool) -> Iterable[Any]:
+def _open_dataset(source: SourceOptions, base: Path, *, look_only: bool = False) -> Iterable[Any]:
+    """Its rows, lazily. `look_only`: no rows, of what is not saved yet only what describes it. DataError either way."""
     local = base / source.path
     if local.is_file():
         raise DataError(
@@ -182,7 +183,10 @@ def _open_dataset(source: SourceOptions, base: Path, *, streaming: bool) -> Iter
             rows = datasets.load_from_disk(str(local))
         else:
             name = str(local) if local.is_dir() else source.path
-            rows = datasets.load_dataset(name, split=split, streaming=streaming)
+            if look_only:
+                datasets.load_dataset_builder(name)
+                return ()
+            rows = datasets.load_dataset(name, split=split, streaming=source.limit is not None)
     except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
             "A dataset cannot be read",
