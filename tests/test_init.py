@@ -72,7 +72,7 @@ def _load(path: Path) -> RunFile:
 def test_every_family(family: str, draft: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     _target(tmp_path / "models" / "target", FAMILIES[family])
-    (tmp_path / "rows.jsonl").write_text('{"turns": ["Hi"]}\n')
+    (tmp_path / "rows.jsonl").write_text("".join(f'{{"turns": ["Hi {number}"]}}\n' for number in range(200)))
     (tmp_path / "files").mkdir()
     out = tmp_path / "files" / "train.toml"
     assert main(["init", "models/target", "--draft", draft, "--data", "rows.jsonl", "-o", str(out)]) == 0

@@ -85,6 +85,11 @@ def test_nothing_to_evaluate_on(refused: Refused, run_file: Path) -> None:
     )
 
 
+def test_sources_too_small_to_hold_a_prompt_out(refused: Refused, run_file: Path) -> None:
+    (run_file.parent / "chats.jsonl").write_text('{"turns": ["one"]}\n')
+    refused('data.sources=[{path = "chats.jsonl"}]', says=("No prompt is held out", "data.held_out"))
+
+
 def test_a_second_source_that_is_missing(refused: Refused) -> None:
     refused(
         'data.sources=[{path = "builtin:tiny-dialogues", limit = 5}, {path = "gone.jsonl", weight = 0.001}]',

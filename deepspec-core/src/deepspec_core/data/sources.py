@@ -88,6 +88,12 @@ def check_sources(sources: Sequence[SourceOptions], *, base: Path, registry: Reg
             _open_dataset(source, base, look_only=True)
 
 
+def on_hub(source: SourceOptions, base: Path) -> bool:
+    """Whether reading the source means asking the Hub."""
+    ships = source.path.startswith(BUILTIN) or source.path.endswith(_FILES)
+    return not ships and not (base / source.path).is_dir()
+
+
 def is_held_out(identity: str, *, held_out: float, seed: int) -> bool:
     """Whether a conversation is held out; a property of its id and the seed alone."""
     digest = hashlib.sha256(f"{seed}/{identity}".encode("utf-8", "surrogatepass")).digest()

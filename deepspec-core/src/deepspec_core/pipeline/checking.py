@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from deepspec_core.config.schema import HELD_OUT
 from deepspec_core.disk import free_bytes, in_words, why_not_writable
-from deepspec_core.errors import CheckpointError, ConfigError, StageError
+from deepspec_core.errors import CheckpointError, ConfigError, DataError, StageError
 from deepspec_core.pipeline.run import Run
 from deepspec_core.pipeline.stages import Step
 
@@ -154,3 +154,21 @@ def _evaluation(run: Run, confidence: bool | None) -> None:
     for task in options.tasks:
         if task != HELD_OUT:
             requests_of(run, task)
+        else:
+            _some_held_out(run)
+
+
+def _some_held_out(run: Run) -> None:
+    """At least one prompt is held out, where that can be found out without the Hub."""
+    from deepspec_core.data.sources import on_hub
+
+    if any(on_hub(source, run.base) for source in run.file.data.sources):
+        return
+    if next(run.data.held_out(1), None) is None:
+        raise DataError(
+            "No prompt is held out for evaluation",
+            where=f"{run.path}: data.held_out",
+            found=f"none of the conversations, at a share of {run.file.data.held_out:g}",
+            expected="at least one",
+            fix="Raise data.held_out, give more data, or name other tasks in evaluate.tasks.",
+        )
