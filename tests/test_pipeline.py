@@ -137,11 +137,16 @@ def _seal(folder: Path) -> dict[str, object]:
 
 
 def _check_weights(found: Path, expected: Path) -> None:
-    """Equal up to rounding: sums formed in other memory or in another order differ in their last bits."""
+    """Equal up to rounding: sums formed in other memory or in another order differ in their last bits.
+
+    Adam divides a gradient by its own size, so where one weight's gradient is nearly zero its last bits decide a whole
+    step. Whole tensors are compared for that reason. Two workers are apart by up to 7e-6 of a tensor's norm; a batch of
+    15 samples in place of 16 moves every tensor by 2e-3 of it or more, and matrices by 0.1.
+    """
     mine, theirs = (load_file(folder / "draft" / "model.safetensors") for folder in (found, expected))
     assert mine.keys() == theirs.keys()
     for name, weight in theirs.items():
-        assert torch.allclose(mine[name], weight, atol=2e-5), name
+        assert torch.linalg.vector_norm(mine[name] - weight) <= 1e-4 * torch.linalg.vector_norm(weight), name
 
 
 @pytest.mark.slow
