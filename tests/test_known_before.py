@@ -63,6 +63,13 @@ def test_a_task_file_that_is_missing_or_damaged(refused: Refused, run_file: Path
     refused('evaluate.tasks=["questions.jsonl"]', says=("has no question", "questions.jsonl:2"))
 
 
+def test_a_dry_run_says_it_too(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", str(run_file), "--smoke", "--dry-run", "--set", 'evaluate.tasks=["questions.jsonl"]']) == 2
+    seen = capsys.readouterr()
+    assert "evaluate: would run" in seen.out
+    assert "A task's file is missing" in seen.err
+
+
 def test_two_tasks_of_one_name(refused: Refused, run_file: Path) -> None:
     for folder in ("a", "b"):
         (run_file.parent / folder).mkdir()

@@ -66,8 +66,10 @@ def run(
 
         for line in preview(the_run, steps):
             click.echo(line)
-        return None
+    # What would stop the run later stops a dry run too: the plan is shown first, then why it would not come true.
     check_before(the_run, steps)
+    if dry_run:
+        return None
     if not processes.launched() and any(step.stage.shared and step.action != "skip" for step in steps):
         count = processes.visible_devices() if workers is None else workers
         if count > 1:
