@@ -52,8 +52,44 @@ def test_a_quota_shuffles_with_its_seed_and_renumbers(tmp_path: Path) -> None:
         ([{"id": "a", "turns": ["x"]}, {"id": "a", "turns": ["y"]}], "share an id"),
         ([{"question": "x"}], "task.jsonl:1"),
         ([], "no prompts"),
+        ([{"messages": [{"content": "x"}]}], "no known role"),
+        ([{"messages": "hello"}], "messages is not a list"),
+        ([{"turns": "hello"}], "turns is not a list"),
+        ([{"turns": [3]}], "content is not text"),
+        ([{"turns": [" "]}], "question is empty"),
+        ([{"messages": [{"role": "assistant", "content": "x"}]}], "begin with a user's question"),
+        (
+            [{"messages": [{"role": "assistant", "content": "x"}, {"role": "user", "content": "y"}]}],
+            "begin with a user",
+        ),
+        ([{"turns": ["x"], "tools": "{"}], "Not JSON"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused(tmp_path: Path, rows: list[dict[str, Any]], said: str) -> None:
     with pytest.raises(DataError, match=said):
         _load(tmp_path, rows)
+
+
+def test_lines_end_at_newlines_only(tmp_path: Path) -> None:
+    (tmp_path / "task.jsonl").write_bytes('{"turns": ["one\u2028two\x85three four"]}\n\n{"turns": ["five"]}'.encode())
+    prompts = load_task("task.jsonl", limit=None, seed=7, base=tmp_path, registry=Registry(), held_out=list)
+    assert [prompt.messages[0]["content"] for prompt in prompts] == ["one\u2028two\x85three four", "five"]
+
+
+@pytest.mark.parametrize("line", [b"[" * 100_000, b'{"turns": ["\xff"]}', b"{", b"7"])
+def test_a_line_that_is_no_row_is_told_by_its_number(tmp_path: Path, line: bytes) -> None:
+    (tmp_path / "task.jsonl").write_bytes(b'{"turns": ["x"]}\n' + line + b"\n")
+    with pytest.raises(DataError, match=r"task\.jsonl:2"):
+        load_task("task.jsonl", limit=None, seed=7, base=tmp_path, registry=Registry(), held_out=list)
+
+
+BENCHMARKS = Path(__file__).parents[3] / "shared" / "eval_datasets"
+
+
+@pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="the benchmark prompts lie beside the project, not in it")
+def test_every_benchmark_file_loads_whole() -> None:
+    files = sorted(BENCHMARKS.glob("*.jsonl"))
+    assert files
+    for file in files:
+        prompts = load_task(str(file), limit=None, seed=7, base=Path(), registry=Registry(), held_out=list)
+        assert len(prompts) == sum(bool(line.strip()) for line in file.read_bytes().split(b"\n")), file.name

@@ -23,7 +23,7 @@ class Journal:
         content = path.read_bytes() if path.exists() else b""
         whole = content[: content.rfind(b"\n") + 1]
         self.entries: list[dict[str, Any]] = []
-        for number, line in enumerate(whole.splitlines(), start=1):
+        for number, line in enumerate(whole.split(b"\n")[:-1], start=1):
             try:
                 self.entries.append(json.loads(line))
             except ValueError as error:

@@ -202,7 +202,7 @@ def _parsed(value: Any, where: str) -> Any:
         return value
     try:
         return json.loads(value)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(
             "Not JSON", where=where, found=repr(value)[:80], expected="JSON text, or what it says"
         ) from error
@@ -212,8 +212,8 @@ def _tokens(row: Mapping[str, Any], where: str) -> tuple[tuple[int, ...] | None,
     if row.get("output_ids") is not None:
         prompt, output = _ids(row, "prompt_ids", where), _ids(row, "output_ids", where)
         mask = [0] * len(prompt) + [1] * len(output)
-        for begin, end in row.get("prompt_answers") or ():
-            if not 0 <= begin < end <= len(prompt):
+        for begin, end in _pairs(row, "prompt_answers", where):
+            if not (isinstance(begin, int) and isinstance(end, int) and 0 <= begin < end <= len(prompt)):
                 raise DataError(
                     "prompt_answers leaves the prompt",
                     where=where,
@@ -238,8 +238,15 @@ def _tokens(row: Mapping[str, Any], where: str) -> tuple[tuple[int, ...] | None,
 
 
 def _rewritten(row: Mapping[str, Any], where: str) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
-    pairs = [dict(zip(("prompt", "output"), pair, strict=True)) for pair in row.get("rewritten") or ()]
+    pairs = [{"prompt": prompt, "output": output} for prompt, output in _pairs(row, "rewritten", where)]
     return tuple((_ids(pair, "prompt", where), _ids(pair, "output", where)) for pair in pairs)
+
+
+def _pairs(row: Mapping[str, Any], name: str, where: str) -> Sequence[Sequence[Any]]:
+    value = row.get(name) or ()
+    if isinstance(value, (list, tuple)) and all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in value):
+        return value
+    raise DataError(f"{name} is not a list of pairs", where=where, found=repr(value)[:80], expected="[[..., ...], ...]")
 
 
 def _ids(row: Mapping[str, Any], name: str, where: str) -> tuple[int, ...]:

@@ -5,9 +5,7 @@ Knows how to find and split conversations; does not know templates, tokens or wh
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
@@ -20,6 +18,7 @@ from deepspec_core.config.schema import BUILTIN, SourceOptions
 from deepspec_core.data.conversations import Conversation, from_row
 from deepspec_core.errors import DataError, nearest
 from deepspec_core.hub import say_local_copy, why_unreachable
+from deepspec_core.json_lines import read_json_lines
 
 Split = Literal["train", "held_out"]
 
@@ -136,21 +135,8 @@ def _offered_prompts(path: str, registry: Registry) -> str:
 def _file(path: Path) -> Iterator[Conversation]:
     if not path.is_file():
         raise _missing(path)
-    number = 0
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
-        try:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield from_row(_json(line, f"{path}:{number}"), f"{path}:{number}")
-        except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
-            raise DataError("A file cannot be read", where=f"{path}:{number + 1}", found=error) from error
-
-
-def _json(line: str, where: str) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError as error:
-        raise DataError("A line is not JSON", where=where, found=error, expected="one JSON object a line") from error
+    for where, row in read_json_lines(path):
+        yield from_row(row, where)
 
 
 def _missing(path: Path) -> DataError:

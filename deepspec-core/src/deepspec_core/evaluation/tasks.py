@@ -6,7 +6,6 @@ first is asked, as the published protocol does.
 
 from __future__ import annotations
 
-import json
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -16,7 +15,9 @@ from typing import Any
 from attrs import evolve, frozen
 
 from deepspec_core.config.schema import HELD_OUT as HELD_OUT
+from deepspec_core.data.conversations import from_row
 from deepspec_core.errors import DataError
+from deepspec_core.json_lines import read_json_lines
 from deepspec_core.plugins.registry import Registry
 
 HELD_OUT_QUOTA = 500
@@ -47,13 +48,11 @@ def load_task(
     `messages`. Where a task has more rows than its limit, random.Random(seed) shuffles them before the cut. DataError
     where the file is missing or a row is malformed.
     """
-    if task == HELD_OUT:
-        rows = list(held_out())
-    elif task.endswith(".jsonl"):
-        rows = _read_file(base / task)
+    if task.endswith(".jsonl"):
+        prompts = _read_file(base / task)
     else:
-        rows = list(registry.load("task", task)(limit, seed))
-    prompts = [_prompt(row, index, task) for index, row in enumerate(rows)]
+        rows = held_out() if task == HELD_OUT else registry.load("task", task)(limit, seed)
+        prompts = [_prompt(row, index, task, f"{task}:{index + 1}") for index, row in enumerate(rows)]
     if limit is not None and len(prompts) > limit:
         random.Random(seed).shuffle(prompts)
         prompts = prompts[:limit]
@@ -70,37 +69,37 @@ def load_task(
     return [evolve(prompt, index=index) for index, prompt in enumerate(prompts)]
 
 
-def _read_file(path: Path) -> list[Mapping[str, Any]]:
+def _read_file(path: Path) -> list[Prompt]:
     if not path.is_file():
         raise DataError("A task's file is missing", where=path, fix="Paths are relative to the run file's folder.")
-    rows: list[Mapping[str, Any]] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise DataError("A task's row is not JSON", where=f"{path}:{number}", found=str(error)) from error
-        if not isinstance(row, dict) or not (row.get("turns") or row.get("messages")):
-            raise DataError(
-                "A task's row has no question",
-                where=f"{path}:{number}",
-                found=", ".join(row) if isinstance(row, dict) else type(row).__name__,
-                expected="an object with `turns` (a list of user texts) or `messages`",
-            )
-        rows.append(row)
-    return rows
+    return [_prompt(row, index, path.stem, where) for index, (where, row) in enumerate(read_json_lines(path))]
 
 
-def _prompt(row: Mapping[str, Any], index: int, task: str) -> Prompt:
-    if "turns" in row:
-        messages: tuple[Mapping[str, Any], ...] = ({"role": "user", "content": row["turns"][0]},)
-    else:
-        kept = []
-        for message in row["messages"]:
-            if message["role"] == "assistant":
-                break
-            kept.append(message)
-            if message["role"] == "user":
-                break
-        messages = tuple(kept)
-    identity = str(row.get("id", f"{Path(task).stem}-{index}"))
-    return Prompt(id=identity, index=index, messages=messages, tools=tuple(row.get("tools") or ()))
+def _prompt(row: Any, index: int, name: str, where: str) -> Prompt:
+    """What is asked: the messages up to the first user turn. DataError where there is none, or the row is malformed."""
+    if not isinstance(row, Mapping) or not (row.get("turns") or row.get("messages")):
+        raise DataError(
+            "A task's row has no question",
+            where=where,
+            found=", ".join(map(str, row)) if isinstance(row, Mapping) else type(row).__name__,
+            expected="an object with `turns` (a list of user texts) or `messages`",
+        )
+    conversation = from_row({key: row.get(key) for key in ("id", "messages", "turns", "tools")}, where)
+    roles = [message["role"] for message in conversation.messages]
+    asked = roles.index("user") if "user" in roles else len(roles)
+    if "user" not in roles or "assistant" in roles[:asked]:
+        raise DataError(
+            "A task's row does not begin with a user's question",
+            where=where,
+            found=", ".join(roles),
+            expected="a user message, after system messages at most",
+        )
+    if not conversation.messages[asked]["content"].strip():
+        raise DataError("A task's question is empty", where=where, expected="a user message with text")
+    identity = row.get("id")
+    return Prompt(
+        id=f"{name}-{index}" if identity in (None, "") else str(identity),
+        index=index,
+        messages=conversation.messages[: asked + 1],
+        tools=conversation.tools,
+    )

@@ -6,7 +6,6 @@ found is printed.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -20,6 +19,7 @@ from deepspec_core.data.conversations import Conversation
 from deepspec_core.data.sources import Split
 from deepspec_core.data.tokenize import ChatTokenizer, Dropped
 from deepspec_core.evaluation.tasks import load_task
+from deepspec_core.json_lines import read_json_lines
 from deepspec_core.pipeline.run import Run
 
 
@@ -115,5 +115,4 @@ def _failures(regenerated: Path) -> tuple[str, ...]:
     path = regenerated.with_name(regenerated.name + ".failures.jsonl")
     if not path.exists():
         return ()
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return tuple(f"{row['id']}: {row['reason']}" for row in rows)
+    return tuple(f"{row['id']}: {row['reason']}" for _, row in read_json_lines(path))
