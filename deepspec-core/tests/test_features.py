@@ -16,6 +16,7 @@ from deepspec_core.contracts.draft import Sample
 from deepspec_core.contracts.features import FeatureSource
 from deepspec_core.contracts.target import TargetFeatures, TargetModel
 from deepspec_core.data.collate import pad_ids
+from deepspec_core.errors import CacheError
 from deepspec_core.features import cached, online
 from deepspec_core.features.capture import capture
 from deepspec_core.testing.tiny_target import TinyTarget
@@ -141,3 +142,32 @@ def test_loader_workers_get_samples_without_the_target() -> None:
     pickled = pickle.dumps(source)
     assert len(pickled) < 50_000
     assert pickle.loads(pickled)[2].id == source[2].id
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "says"),
+    [
+        (70_000.0, torch.float16, ("does not fit float16", "layer 2", "70,000", 'cache.dtype = "bfloat16"')),
+        (float("nan"), torch.float32, ("not finite", "layer 2", "target.dtype")),
+    ],
+)
+def test_a_feature_that_cannot_be_kept_is_refused(
+    monkeypatch: pytest.MonkeyPatch, value: float, dtype: torch.dtype, says: tuple[str, ...]
+) -> None:
+    target = TinyTarget()
+    true_features = target.features
+
+    def features(*arguments: Any) -> TargetFeatures:
+        found = true_features(*arguments)
+        # The second tap has the second half of the channels. Padding may hold anything.
+        found.hidden[0, 1, 20] = value
+        found.hidden[2, -1] = torch.inf
+        return found
+
+    monkeypatch.setattr(target, "features", features)
+    samples = _samples(3)
+    longest = max(samples, key=lambda sample: len(sample.input_ids))
+    with pytest.raises(CacheError) as caught:
+        list(capture(samples, target, TAPS, batch_size=3, dtype=dtype))
+    for part in (*says, longest.id, "token 1"):
+        assert part in str(caught.value)

@@ -1,18 +1,23 @@
 """Running the target over samples to take its features, in batches of like length.
 
 Knows batches and dtypes; not where features go nor what is done with them.
+
+Legend: T tokens, C channels: taps * H, or H.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from attrs import evolve
+from torch import Tensor
 
 from deepspec_core.contracts.draft import Sample
 from deepspec_core.contracts.target import TargetFeatures, TargetModel
 from deepspec_core.data.collate import pad_ids
+from deepspec_core.errors import CacheError
 
 
 def capture(
@@ -28,6 +33,7 @@ def capture(
 
     Samples whose ids are in `done` are left out. Batches are laid out over all samples all the same, so a sample is
     computed beside the same neighbours, and comes out the same to the bit, whether or not a run was interrupted.
+    CacheError where a feature is not finite in `dtype`: float16 ends at 65,504.
     """
     dtype = target.dtype if dtype is None else dtype
     order = sorted(samples, key=lambda sample: (-len(sample.input_ids), sample.id))
@@ -48,4 +54,26 @@ def capture(
                 stored = TargetFeatures(
                     hidden=hidden[row, :length].clone(), last_hidden=last_hidden[row, :length].clone()
                 )
+                for kept_TC, computed_TC, layers in (
+                    (stored.hidden, features.hidden[row, :length], [f"layer {tap}" for tap in taps]),
+                    (stored.last_hidden, features.last_hidden[row, :length], ["the last layer"]),
+                ):
+                    _require_finite(kept_TC, computed_TC, layers, sample.id)
                 yield evolve(sample, features=stored)
+
+
+def _require_finite(kept_TC: Tensor, computed_TC: Tensor, layers: Sequence[str], sample: str) -> None:
+    """CacheError, naming layer and value, where a feature is not finite in the type it is kept in."""
+    if bool(torch.isfinite(kept_TC).all()):
+        return
+    token, channel = (int(index) for index in torch.nonzero(~torch.isfinite(kept_TC))[0])
+    value, range_ = float(computed_TC[token, channel]), torch.finfo(kept_TC.dtype)
+    fits = math.isfinite(value)
+    dtype = str(kept_TC.dtype).removeprefix("torch.")
+    raise CacheError(
+        f"A feature does not fit {dtype}" if fits else "The target computed a feature that is not finite",
+        where=f"sample {sample}, token {token}, {layers[channel * len(layers) // kept_TC.shape[1]]}",
+        found=f"{value:,g}",
+        expected=f"{range_.min:,g} to {range_.max:,g}" if fits else "a finite number",
+        fix='Set cache.dtype = "bfloat16".' if fits else "Set target.dtype to a wider type.",
+    )
