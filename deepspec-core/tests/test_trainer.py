@@ -292,12 +292,14 @@ def test_what_is_not_finite_stops_training_before_weights_are_touched(tmp_path: 
     assert latest(tmp_path) is None
 
 
-def test_nothing_to_supervise_is_a_step_of_zeros(tmp_path: Path) -> None:
-    draft, result = run(tmp_path, evolve(OPTIONS, weight_decay=0.0), source=TinySource(9, lengths=(2, 4)))
-    assert_same(draft, weights(TinyDraft(rank=2)), rtol=0, atol=0)
-    assert result.counts["short_samples"] == 18
-    assert "loss" not in result.figures
-    assert result.figures["grad_norm"] == 0.0
+def test_an_epoch_with_nothing_to_supervise_ends_training(tmp_path: Path) -> None:
+    draft = TinyDraft(rank=2)
+    before = weights(draft)
+    with pytest.raises(TrainingError, match=r"(?s)nothing to learn from.*short_samples 9"):
+        run(tmp_path, evolve(OPTIONS, weight_decay=0.0), draft=draft, source=TinySource(9, lengths=(2, 4)))
+    # Until then its steps are steps of zeros.
+    assert_same(draft, before, rtol=0, atol=0)
+    assert all(line["grad_norm"] == 0.0 and "loss" not in line for line in lines(tmp_path))
 
 
 def test_refusals(tmp_path: Path) -> None:

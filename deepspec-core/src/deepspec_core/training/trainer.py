@@ -79,7 +79,8 @@ def train(
     `on_checkpoint(path)` is told of each complete checkpoint; both on the first rank only. The schedule spans
     min(max_steps, epochs' steps). Ctrl-C finishes the step, saves a checkpoint and raises KeyboardInterrupt; a second
     one does not wait. DataError without samples; CheckpointError on a damaged or foreign training state, or no room
-    for one; TrainingError where a loss or gradient is not finite, before weights are touched.
+    for one; TrainingError where a loss or gradient is not finite, before weights are touched, and where no row of an
+    epoch is supervised.
     """
     if len(source) == 0:
         raise DataError(
@@ -146,6 +147,7 @@ class _Trainer:
         self.figures = Figures()
         self.counts: Counter[str] = Counter()  # of this rank, since the start of this call
         self.counts_before: Counter[str] = Counter()  # of all ranks, up to the checkpoint resumed from
+        self.epoch_weight = 0.0  # the denominators of this epoch's steps so far, all ranks
         self.checkpoint_bytes = checkpoints.bytes_of_one(draft)
         self.unfinished = checkpoints.remove_unfinished(folder) if self.is_main else 0
         self.first_step = self._resume()
@@ -176,6 +178,8 @@ class _Trainer:
                 )
         self.figures = Figures(scalars["figures"])
         self.counts_before = Counter(scalars["counts"])
+        # Checkpoints from before this was kept are taken to have had something to learn from.
+        self.epoch_weight = scalars.get("epoch_weight", 1.0)
         self.checkpoint = newest
         return checkpoints.step_of(newest)
 
@@ -214,6 +218,9 @@ class _Trainer:
                         log.write(line)
                 shown = {name: line[name] for name in ("loss", "tau_probabilistic") if name in line}
                 progress.advance(1, **shown)
+                epoch = self.batches.epoch(step)
+                if self.batches.epoch(done) != epoch or (last and epoch == 0):
+                    self._require_supervision()
                 if stop or last or done % self.options.checkpoint_every == 0:
                     self._save(done)
                 if stop:
@@ -256,7 +263,21 @@ class _Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.figures.add(names, values)
+        self.epoch_weight += denominator
         return rate, grad_norm, stop > 0
+
+    def _require_supervision(self) -> None:
+        """At an epoch's end: TrainingError where not one row of it was supervised."""
+        if self.epoch_weight <= 0:
+            counts = self.all_counts()
+            raise TrainingError(
+                "the draft has nothing to learn from: no row of an epoch is supervised",
+                where=f"{len(self.batches.lengths)} samples",
+                found=", ".join(f"{name} {count}" for name, count in sorted(counts.items()) if count) or None,
+                expected="samples with supervised tokens that the draft can predict",
+                fix="Raise data.max_length or data.min_supervised_tokens, or give longer answers.",
+            )
+        self.epoch_weight = 0.0
 
     def _not_finite(self, step: int, grad_norm: float, done: list[tuple[list[str], Tensor]]) -> TrainingError:
         culprits = [ids for ids, total in done if not bool(torch.isfinite(total))]
@@ -294,7 +315,12 @@ class _Trainer:
                 save_draft=self.save_draft,
                 parameters=self.parameters,
                 optimizer=self.optimizer,
-                scalars={**self._scalars(step), "figures": self.figures.sums, "counts": counts},
+                scalars={
+                    **self._scalars(step),
+                    "figures": self.figures.sums,
+                    "counts": counts,
+                    "epoch_weight": self.epoch_weight,
+                },
                 keep=self.options.keep_checkpoints,
             )
             if self.on_checkpoint is not None:
