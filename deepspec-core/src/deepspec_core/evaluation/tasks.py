@@ -71,7 +71,13 @@ def load_task(
 
 def _read_file(path: Path) -> list[Prompt]:
     if not path.is_file():
-        raise DataError("A task's file is missing", where=path, fix="Paths are relative to the run file's folder.")
+        raise DataError(
+            "A task's file is missing",
+            where=path,
+            found="a folder" if path.is_dir() else None,
+            expected="a JSON-lines file",
+            fix="Paths are relative to the run file's folder.",
+        )
     return [_prompt(row, index, path.stem, where) for index, (where, row) in enumerate(read_json_lines(path))]
 
 
@@ -84,7 +90,8 @@ def _prompt(row: Any, index: int, name: str, where: str) -> Prompt:
             found=", ".join(map(str, row)) if isinstance(row, Mapping) else type(row).__name__,
             expected="an object with `turns` (a list of user texts) or `messages`",
         )
-    conversation = from_row({key: row.get(key) for key in ("id", "messages", "turns", "tools")}, where)
+    asks = "turns" if row.get("turns") else "messages"
+    conversation = from_row({key: row.get(key) for key in (asks, "tools")}, where)
     roles = [message["role"] for message in conversation.messages]
     asked = roles.index("user") if "user" in roles else len(roles)
     if "user" not in roles or "assistant" in roles[:asked]:
