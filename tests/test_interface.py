@@ -305,6 +305,8 @@ def test_evaluating_a_loaded_draft(target: Any, drafts: dict[str, Path], tmp_pat
     task.write_text(task.read_text() + json.dumps({"turns": ["word " * 5000]}) + "\n")
     [short] = deepspec_core.evaluate(target, draft, str(task), max_new_tokens=1, plain=False)
     assert (short.prompts, short.prompts_too_long) == (3, 1)
+    with pytest.raises(deepspec_core.DeepSpecError, match="no temperature to evaluate at"):
+        deepspec_core.evaluate(target, draft, {"own": ["x"]}, temperature=[])
     with pytest.raises(deepspec_core.DeepSpecError, match="nothing to evaluate on"):
         deepspec_core.evaluate(target, draft, [])
     with pytest.raises(deepspec_core.DeepSpecError, match="held-out"):

@@ -92,6 +92,10 @@ def test_nothing_to_evaluate_on(refused: Refused, run_file: Path) -> None:
     )
 
 
+def test_no_temperature_to_evaluate_at(refused: Refused) -> None:
+    refused("evaluate.temperature=[]", says=("no temperature to evaluate at", "evaluate.temperature"))
+
+
 def test_sources_too_small_to_hold_a_prompt_out(refused: Refused, run_file: Path) -> None:
     (run_file.parent / "chats.jsonl").write_text('{"turns": ["one"]}\n')
     refused('data.sources=[{path = "chats.jsonl"}]', says=("No prompt is held out", "data.held_out"))

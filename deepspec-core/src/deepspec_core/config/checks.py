@@ -28,6 +28,8 @@ def check_sections(sections: Mapping[str, Any], folder: Path, registry: Registry
             )
         if "evaluate" in run.stages and sections.get("evaluate"):
             yield from _tasks(sections["evaluate"].tasks, sections.get("data"))
+            if not sections["evaluate"].temperature:
+                yield no_temperature("evaluate.temperature")
     if sections.get("target"):
         yield from _layers(sections["target"].layers)
     if sections.get("data") and not sections["data"].sources and _reads_data(sections):
@@ -48,6 +50,13 @@ def check_sections(sections: Mapping[str, Any], folder: Path, registry: Registry
                     expected=error.expected,
                     fix=error.fix,
                 )
+
+
+def no_temperature(where: str) -> ConfigError:
+    """An evaluation at no temperature would be an empty report. `where` is the key or the argument."""
+    return ConfigError(
+        "there is no temperature to evaluate at", where=where, found="[]", expected="at least one, such as 0 for greedy"
+    )
 
 
 def _tasks(tasks: tuple[str, ...], data: DataOptions | None) -> Iterator[ConfigError]:

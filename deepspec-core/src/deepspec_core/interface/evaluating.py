@@ -13,6 +13,7 @@ from typing import Any
 
 from attrs import field, frozen
 
+from deepspec_core.config.checks import no_temperature
 from deepspec_core.config.schema import HELD_OUT, EvaluateOptions
 from deepspec_core.contracts.proposer import Sampling
 from deepspec_core.data.tokenize import ChatTokenizer
@@ -108,6 +109,8 @@ def evaluate(
     )
     if HELD_OUT in names or not (own or names):
         raise _no_tasks(names)
+    if not options.temperature:
+        raise no_temperature("the argument `temperature`")
     if own is not None:
         reader = PromptReader(target, asked.thinking, asked.system_prompt)
         requests = {name: _own_requests(name, prompts, reader, options) for name, prompts in own.items()}
