@@ -49,6 +49,10 @@ def test_a_loss_term_the_draft_cannot_serve(refused: Refused) -> None:
     )
 
 
+def test_servers_to_regenerate_with(refused: Refused) -> None:
+    refused('regenerate.servers=["http://127.0.0.1:1"]', says=("in process only", "regenerate.servers"))
+
+
 def test_kernels_that_cannot_run(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("deepspec_core.rows.kernels.choice._why_no_triton", lambda _: "there is no GPU")
     from deepspec_core.rows.kernels import choice

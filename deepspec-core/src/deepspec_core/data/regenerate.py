@@ -94,13 +94,7 @@ def regenerate(
     `out` is left as it is. Failures go to OUT.failures.jsonl with their reason, and DataError ends the run where they
     are more than options.max_failures of all. `total`, where known, is for the progress shown. Ids are unique.
     """
-    if options.servers:
-        raise DataError(
-            "This version regenerates in process only",
-            where="regenerate.servers",
-            found=", ".join(options.servers),
-            fix="Remove the key `servers` from [regenerate].",
-        )
+    require_in_process(options)
     partial, failures_path = beside(out, ".partial"), beside(out, ".failures.jsonl")
     if out.exists():
         partial.unlink(missing_ok=True)
@@ -140,6 +134,17 @@ def regenerate(
     work.check_budget(final=True)
     tally = finish(partial, out, list(work.order))
     return _report(out, failures_path, tally, written=work.num_written, failures=work.num_failures)
+
+
+def require_in_process(options: RegenerateOptions) -> None:
+    """DataError where the run file asks for servers, which this version does not know."""
+    if options.servers:
+        raise DataError(
+            "This version regenerates in process only",
+            where="regenerate.servers",
+            found=", ".join(options.servers),
+            fix="Remove the key `servers` from [regenerate].",
+        )
 
 
 @define

@@ -33,6 +33,10 @@ def check_before(run: Run, steps: Sequence[Step]) -> None:
     if not todo:
         return
     _folders(run, todo)
+    if "regenerate" in todo:
+        from deepspec_core.data.regenerate import require_in_process
+
+        require_in_process(run.file.regenerate)
     if _reads_sources(run, todo):
         from deepspec_core.data.sources import check_sources
 
