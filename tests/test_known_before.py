@@ -124,6 +124,9 @@ def test_folders_that_cannot_be_written(refused: Refused, run_file: Path, monkey
     (run_file.parent / "taken").write_text("a file")
     refused('run.output="taken/run"', says=("Results cannot be written there", "taken is no folder"))
     refused('cache.path="taken"', says=("Results cannot be written there", "taken is no folder"))
+    # Where it is there, /proc takes no file, whoever asks and whatever its permissions say.
+    if Path("/proc/self").exists():
+        refused('cache.path="/proc/cache"', says=("Results cannot be written there", "/proc cannot be written to"))
     monkeypatch.setattr(os, "access", lambda _path, mode: not mode & os.W_OK)
     refused(says=("Results cannot be written there", "cannot be written to"))
 

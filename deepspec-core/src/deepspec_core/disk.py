@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 
@@ -21,13 +22,18 @@ def free_bytes(path: Path) -> int:
 
 
 def why_not_writable(path: Path) -> str | None:
-    """Why no folder can be made or filled at `path`, None where one can."""
+    """Why no folder can be made or filled at `path`, None where one can. A temporary file is made there and removed."""
     there = nearest_folder(path)
     if not there.is_dir():
         return f"{there} is no folder"
     if not os.access(there, os.W_OK | os.X_OK):
         return f"{there} cannot be written to"
-    return None
+    # Permissions do not say it of every folder: the superuser may write anywhere, and /proc still takes no file.
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            return None
+    except OSError as error:
+        return f"{there} cannot be written to ({error.strerror})"
 
 
 def in_words(size: float) -> str:
