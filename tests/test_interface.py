@@ -217,6 +217,8 @@ def test_seconds_are_those_of_decoding(target: Any, monkeypatch: pytest.MonkeyPa
         (None, {}, ("neither a prompt nor a list", "NoneType")),
         ({"role": "user", "content": "x"}, {}, ("neither a prompt nor a list", "fix:", "into a list")),
         (["fine", None], {}, ("no prompt", "prompt 1", "NoneType")),
+        (b"hi", {}, ("no prompt", "prompt 0", "bytes")),
+        (["fine", b"hi"], {}, ("no prompt", "prompt 1", "bytes")),
         ([[1, "a"]], {}, ("not whole numbers", "'a'")),
         ([[True]], {}, ("not whole numbers", "True")),
         ([[1, 99_999]], {}, ("outside the vocabulary", "99999")),

@@ -25,7 +25,7 @@ _SHAPES = "text, a list of messages with `role` and `content`, or a list of toke
 
 def listed(prompts: Any) -> list[Prompt]:
     """One prompt alone as a list of one, several as a list. DataError for what is neither."""
-    if isinstance(prompts, str):
+    if isinstance(prompts, (str, bytes, bytearray)):
         return [prompts]
     if isinstance(prompts, Mapping) or not (isinstance(prompts, Iterable) or hasattr(prompts, "tolist")):
         raise DataError(
@@ -56,7 +56,9 @@ class PromptReader:
     def _read(self, prompt: Any, where: str) -> tuple[int, ...]:
         if isinstance(prompt, str):
             return self._rendered([{"role": "user", "content": prompt}], where)
-        if isinstance(prompt, Mapping) or not (isinstance(prompt, Iterable) or hasattr(prompt, "tolist")):
+        no_list = not (isinstance(prompt, Iterable) or hasattr(prompt, "tolist"))
+        # Bytes would pass for a list of ids below 256.
+        if isinstance(prompt, (Mapping, bytes, bytearray)) or no_list:
             raise DataError("this is no prompt", where=where, found=type(prompt).__name__, expected=_SHAPES)
         parts = _as_list(prompt)
         if not parts:
