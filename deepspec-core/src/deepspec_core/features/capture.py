@@ -1,6 +1,6 @@
 """Running the target over samples to take its features, in batches of like length.
 
-Knows batches and dtypes; not where features go nor what is done with them.
+Knows batches and the type that features are kept in; not where they go nor what is done with them.
 
 Legend: T tokens, C channels: taps * H, or H.
 """
@@ -75,5 +75,5 @@ def _require_finite(kept_TC: Tensor, computed_TC: Tensor, layers: Sequence[str],
         where=f"sample {sample}, token {token}, {layers[channel * len(layers) // kept_TC.shape[1]]}",
         found=f"{value:,g}",
         expected=f"{range_.min:,g} to {range_.max:,g}" if fits else "a finite number",
-        fix='Set cache.dtype = "bfloat16".' if fits else "Set target.dtype to a wider type.",
+        fix='Set cache.dtype = "bfloat16".' if fits else "Set target.dtype to a wider type, or look at the sample and the target's weights.",
     )
