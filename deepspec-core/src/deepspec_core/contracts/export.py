@@ -15,7 +15,7 @@ class Exporter(Protocol):
     """One (format, algorithm) pair."""
 
     def unservable(self, description: DraftDescription) -> str | None:
-        """Why the engine cannot serve such a draft, or None. Asked before the first stage of a run."""
+        """Why the engine cannot serve such a draft, or None. Nothing asks yet: there is no export stage."""
         ...
 
     def write(self, draft: DraftModel, out: Path) -> None:
