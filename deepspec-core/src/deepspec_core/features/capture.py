@@ -75,5 +75,7 @@ def _require_finite(kept_TC: Tensor, computed_TC: Tensor, layers: Sequence[str],
         where=f"sample {sample}, token {token}, {layers[channel * len(layers) // kept_TC.shape[1]]}",
         found=f"{value:,g}",
         expected=f"{range_.min:,g} to {range_.max:,g}" if fits else "a finite number",
-        fix='Set cache.dtype = "bfloat16".' if fits else "Set target.dtype to a wider type, or look at the sample and the target's weights.",
+        fix='Set cache.dtype = "bfloat16".'
+        if fits
+        else "Set target.dtype to a wider type, or look at the sample and the target's weights.",
     )
