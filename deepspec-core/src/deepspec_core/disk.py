@@ -1,11 +1,25 @@
-"""What a disk can take: room, and whether a folder can be written. Knows paths; not what is written there."""
+"""What a disk can take: room, whether a folder can be written, and what a full disk is called.
+
+Knows paths and the errors of writing; not what is written there.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
+
+from safetensors import SafetensorError
+
+from deepspec_core.errors import StageError
+
+# No room on the disk, none in the user's quota, a file larger than files may be.
+_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def nearest_folder(path: Path) -> Path:
@@ -34,6 +48,32 @@ def why_not_writable(path: Path) -> str | None:
             return None
     except OSError as error:
         return f"{there} cannot be written to ({error.strerror})"
+
+
+@contextmanager
+def full_disk_is_an_error(folder: Path) -> Iterator[None]:
+    """StageError where something inside the block found no room to write. `folder` is where it was writing."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = no_room(error)
+        if reason is None:
+            raise
+        raise StageError(
+            "There is no room to write",
+            where=folder,
+            found=f"{reason}; {in_words(free_bytes(folder))} free",
+            fix="Make room, then run again: it goes on from what is there.",
+        ) from error
+
+
+def no_room(error: Exception) -> str | None:
+    """Why nothing could be written, where that is what the error says: a full disk, quota or file. Else None."""
+    if isinstance(error, OSError):
+        return os.strerror(error.errno) if error.errno in _FULL else None
+    # safetensors gives the system's error as text only.
+    codes = [code for code in _FULL if f"os error {code}" in str(error)]
+    return os.strerror(codes[0]) if codes else None
 
 
 def in_words(size: float) -> str:

@@ -95,7 +95,8 @@ class TrainingError(DeepSpecError):
 
 
 class StageError(DeepSpecError):
-    """A stage cannot run: its inputs are missing, or its settings changed after it had results."""
+    """A stage cannot run: its inputs are missing, its settings or data changed after it had results, another process
+    is in its way, or there is no room to write."""
 
 
 class ExportError(DeepSpecError):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from attrs import field, frozen
+from attrs import Attribute, field, frozen
 from attrs.validators import and_, deep_iterable, ge, gt, in_, le, matches_re, optional
 
 from deepspec_core.layers.options import LayerOptions
@@ -19,12 +19,20 @@ from deepspec_core.rows.coefficient_schedule import CoefficientSchedule
 KNOWN_STAGES = ("regenerate", "cache", "train", "evaluate", "export")
 # Marks an attribute that is no key of the run file: loading puts a plugin's options object there.
 FILLED_IN = {"key": False}
+# Marks a key that changes no result beyond rounding: it may change under the results of a stage. Every other key that a
+# stage reads counts.
+CHANGES_NOTHING = {"results": False}
 KERNELS = ("auto", "plain", "eager", "compiled", "triton")
 DTYPES = ("float32", "bfloat16", "float16")
 # The task that asks the prompts a run never trained on.
 HELD_OUT = "held-out"
 # What ships inside a plugin stands after it: builtin:NAME.
 BUILTIN = "builtin:"
+
+
+def changes_results(key: Attribute[Any]) -> bool:
+    """Whether results made with another value of this key are other results."""
+    return key.metadata != CHANGES_NOTHING
 
 
 @frozen(kw_only=True)
@@ -39,11 +47,11 @@ class RunOptions:
         run's first line.
     """
 
-    name: str = field(validator=matches_re(r"[\w.-]+"))
-    output: str
-    stages: tuple[str, ...] = field(validator=deep_iterable(in_(KNOWN_STAGES)))
+    name: str = field(validator=matches_re(r"[\w.-]+"), metadata=CHANGES_NOTHING)
+    output: str = field(metadata=CHANGES_NOTHING)
+    stages: tuple[str, ...] = field(validator=deep_iterable(in_(KNOWN_STAGES)), metadata=CHANGES_NOTHING)
     seed: int = field(default=42, validator=ge(0))
-    threads: int | None = field(default=None, validator=optional(gt(0)))
+    threads: int | None = field(default=None, validator=optional(gt(0)), metadata=CHANGES_NOTHING)
 
 
 @frozen(kw_only=True)
@@ -62,7 +70,7 @@ class TargetOptions:
     layers: tuple[int, ...]
     dtype: str | None = field(default=None, validator=optional(in_(DTYPES)))
     revision: str | None = None
-    trust_remote_code: bool = False
+    trust_remote_code: bool = field(default=False, metadata=CHANGES_NOTHING)
 
 
 @frozen(kw_only=True)
@@ -132,9 +140,9 @@ class RegenerateOptions:
     top_p: float | None = field(default=None, validator=optional(and_(gt(0.0), le(1.0))))
     top_k: int | None = field(default=None, validator=optional(ge(0)))
     min_p: float | None = field(default=None, validator=optional(and_(ge(0.0), le(1.0))))
-    batch_size: int = field(default=32, validator=gt(0))
-    max_failures: float = field(default=0.05, validator=and_(ge(0.0), le(1.0)))
-    api_key_env: str | None = None
+    batch_size: int = field(default=32, validator=gt(0), metadata=CHANGES_NOTHING)
+    max_failures: float = field(default=0.05, validator=and_(ge(0.0), le(1.0)), metadata=CHANGES_NOTHING)
+    api_key_env: str | None = field(default=None, metadata=CHANGES_NOTHING)
 
 
 @frozen(kw_only=True)
@@ -161,9 +169,9 @@ class CacheOptions:
 
     format: str = "hdf5"
     dtype: str = field(default="bfloat16", validator=in_(("float32", "bfloat16", "float16", "float8_e4m3")))
-    path: str | None = None
-    shard_samples: int = field(default=512, validator=gt(0))
-    batch_size: int = field(default=8, validator=gt(0))
+    path: str | None = field(default=None, metadata=CHANGES_NOTHING)
+    shard_samples: int = field(default=512, validator=gt(0), metadata=CHANGES_NOTHING)
+    batch_size: int = field(default=8, validator=gt(0), metadata=CHANGES_NOTHING)
 
 
 @frozen(kw_only=True)
@@ -209,8 +217,8 @@ class LossOptions:
 
     terms: dict[str, float | CoefficientSchedule] = field(factory=lambda: {"ce": 1.0}, converter=_numbers_first)
     weighting: WeightingOptions = field(factory=WeightingOptions)
-    chunk_rows: int | None = field(default=None, validator=optional(gt(0)))
-    kernels: str = field(default="auto", validator=in_(KERNELS))
+    chunk_rows: int | None = field(default=None, validator=optional(gt(0)), metadata=CHANGES_NOTHING)
+    kernels: str = field(default="auto", validator=in_(KERNELS), metadata=CHANGES_NOTHING)
 
 
 @frozen(kw_only=True)
@@ -235,7 +243,7 @@ class TrainOptions:
 
     lr: float = field(default=6e-4, validator=gt(0.0))
     global_batch_size: int = field(default=512, validator=gt(0))
-    micro_batch_size: int = field(default=1, validator=gt(0))
+    micro_batch_size: int = field(default=1, validator=gt(0), metadata=CHANGES_NOTHING)
     epochs: int = field(default=10, validator=gt(0))
     max_steps: int | None = field(default=None, validator=optional(gt(0)))
     warmup: float = field(default=0.04, validator=and_(ge(0.0), le(1.0)))
@@ -243,10 +251,10 @@ class TrainOptions:
     betas: tuple[float, float] = (0.9, 0.999)
     clip_norm: float = field(default=1.0, validator=gt(0.0))
     precision: str = field(default="bfloat16", validator=in_(("float32", "bfloat16")))
-    checkpoint_every: int = field(default=3000, validator=gt(0))
-    keep_checkpoints: int = field(default=2, validator=gt(0))
-    log_every: int = field(default=10, validator=gt(0))
-    loader_workers: int = field(default=0, validator=ge(0))
+    checkpoint_every: int = field(default=3000, validator=gt(0), metadata=CHANGES_NOTHING)
+    keep_checkpoints: int = field(default=2, validator=gt(0), metadata=CHANGES_NOTHING)
+    log_every: int = field(default=10, validator=gt(0), metadata=CHANGES_NOTHING)
+    loader_workers: int = field(default=0, validator=ge(0), metadata=CHANGES_NOTHING)
 
 
 @frozen(kw_only=True)

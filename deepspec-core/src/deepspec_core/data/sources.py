@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final, Literal, Protocol
@@ -93,6 +93,12 @@ def on_hub(source: SourceOptions, base: Path) -> bool:
     return not ships and not (base / source.path).is_dir()
 
 
+def hub_commit(source: SourceOptions, base: Path) -> str:
+    """The commit of a dataset on the Hub that is read; offline, that of the local copy."""
+    commit: str = _open_dataset(source, base, look_only=True).hash
+    return commit
+
+
 def is_held_out(identity: str, *, held_out: float, seed: int) -> bool:
     """Whether a conversation is held out; a property of its id and the seed alone."""
     digest = hashlib.sha256(f"{seed}/{identity}".encode("utf-8", "surrogatepass")).digest()
@@ -155,8 +161,8 @@ def _dataset(source: SourceOptions, base: Path) -> Iterator[Conversation]:
         yield from_row(row, f"{source.path}:{number}")
 
 
-def _open_dataset(source: SourceOptions, base: Path, *, look_only: bool = False) -> Iterable[Any]:
-    """Its rows, lazily. `look_only`: no rows, of what is not saved yet only what describes it. DataError either way."""
+def _open_dataset(source: SourceOptions, base: Path, *, look_only: bool = False) -> Any:
+    """Its rows, lazily. `look_only`: of what is not saved yet only its builder, no rows. DataError either way."""
     local = base / source.path
     if local.is_file():
         raise DataError(
@@ -176,8 +182,7 @@ def _open_dataset(source: SourceOptions, base: Path, *, look_only: bool = False)
         else:
             name = str(local) if local.is_dir() else source.path
             if look_only:
-                datasets.load_dataset_builder(name)
-                return ()
+                return datasets.load_dataset_builder(name)
             rows = datasets.load_dataset(name, split=split, streaming=source.limit is not None)
     except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
@@ -189,8 +194,7 @@ def _open_dataset(source: SourceOptions, base: Path, *, look_only: bool = False)
         ) from error
     if not local.is_dir():
         say_local_copy(source.path)
-    opened: Iterable[Any] = rows
-    return opened
+    return rows
 
 
 def _interleave(streams: Sequence[Iterator[Conversation]], weights: Sequence[float]) -> Iterator[Conversation]:

@@ -17,6 +17,7 @@ from attrs import asdict, field, frozen
 from deepspec_core.contracts.proposer import Proposer, Sampling
 from deepspec_core.contracts.target import TargetModel
 from deepspec_core.decoding.engine import Clock, Completion, Request, Round, decode
+from deepspec_core.errors import StageError
 from deepspec_core.evaluation.metrics import pool
 from deepspec_core.journal import Journal
 from deepspec_core.progress import Progress
@@ -61,12 +62,29 @@ class Group:
     mismatches: tuple[str, ...] = field(factory=tuple)
 
 
-def evaluate(requests: Sequence[Request], decoding: Decoding, *, journal: Path, what: str) -> list[Group]:
-    """Decode every request; groups already in the journal are taken from there."""
+def evaluate(
+    requests: Sequence[Request], decoding: Decoding, *, journal: Path, prompts_digest: str, what: str
+) -> list[Group]:
+    """Decode every request; groups already in the journal are taken from there.
+
+    StageError where the journal was begun with other prompts than those of `prompts_digest`.
+    """
     size = max(decoding.batch_size, -(-len(requests) // MIN_GROUPS))
     groups = [requests[start : start + size] for start in range(0, len(requests), size)]
     log = Journal(journal)
-    done = [_from_json(entry) for entry in log.entries]
+    head, entries = (log.entries[0], log.entries[1:]) if log.entries else ({"prompts": prompts_digest}, [])
+    if not log.entries:
+        log.append(head)
+    if head.get("prompts") != prompts_digest:
+        log.close()
+        raise StageError(
+            "The prompts are not those of the results that are there",
+            where=journal,
+            found=prompts_digest[:16],
+            expected=str(head.get("prompts", "prompts without a digest"))[:32],
+            fix="Put the prompts back as they were, or discard the results with --force evaluate.",
+        )
+    done = [_from_json(entry) for entry in entries]
     finished = sum(len(group.completions) for group in done)
     with Progress(len(requests), what, "prompts", done=finished) as progress:
         if not done and groups:

@@ -16,6 +16,7 @@ from attrs import evolve, frozen
 
 from deepspec_core.config.schema import HELD_OUT as HELD_OUT
 from deepspec_core.data.conversations import from_row
+from deepspec_core.data.source_digest import file_digest
 from deepspec_core.errors import DataError
 from deepspec_core.json_lines import read_json_lines
 from deepspec_core.plugins.registry import Registry
@@ -67,6 +68,11 @@ def load_task(
             fix="Give every row an `id` of its own, or none: rows without one are numbered.",
         )
     return [evolve(prompt, index=index) for index, prompt in enumerate(prompts)]
+
+
+def task_digest(task: str, *, base: Path) -> str | None:
+    """The digest of a task's file; None for tasks that are no files. OSError where it cannot be read."""
+    return file_digest(base / task) if task.endswith(".jsonl") and (base / task).is_file() else None
 
 
 def _read_file(path: Path) -> list[Prompt]:

@@ -157,6 +157,7 @@ def _evaluation(
             requests,
             decoding,
             journal=Path(folder) / "journal.jsonl",
+            prompts_digest="",
             what=f"evaluate {task} at temperature {temperature:g}",
         )
     figures = {**summarise(groups, seed=options.seed), "prompts_too_long": too_long}

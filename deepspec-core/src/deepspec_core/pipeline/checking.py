@@ -28,7 +28,6 @@ def check_before(run: Run, steps: Sequence[Step]) -> None:
     Looked at are folders, the target's config and tokenizer, taps, sources, the draft's options and forward pass, loss
     terms and kernels, room for a checkpoint, tasks and their prompts, and the draft that is to be evaluated.
     """
-    _same_draft(run, steps)
     todo = {step.stage.name for step in steps if step.action != "skip"}
     if not todo:
         return
@@ -57,15 +56,6 @@ def check_before(run: Run, steps: Sequence[Step]) -> None:
         _room_for_cache(run)
     if "evaluate" in todo:
         _evaluation(run, confidence)
-
-
-def _same_draft(run: Run, steps: Sequence[Step]) -> None:
-    """A draft that the run file names may have changed under results, also under complete ones."""
-    kept = any(step.stage.name == "evaluate" and step.action != "run" for step in steps)
-    if kept and run.file.evaluate.draft is not None:
-        from deepspec_core.pipeline.evaluating import draft_of, refuse_another_draft
-
-        refuse_another_draft(run, draft_of(run)[0])
 
 
 def _folders(run: Run, todo: Collection[str]) -> None:

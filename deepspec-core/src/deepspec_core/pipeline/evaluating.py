@@ -22,37 +22,35 @@ from deepspec_core.contracts.draft import DraftModel
 from deepspec_core.contracts.proposer import Sampling
 from deepspec_core.contracts.target import TargetAdapter
 from deepspec_core.decoding.engine import Request
-from deepspec_core.errors import DataError, StageError
+from deepspec_core.errors import DataError
 from deepspec_core.evaluation.evaluator import Decoding, evaluate, summarise
 from deepspec_core.evaluation.report import markdown
 from deepspec_core.evaluation.requests import requests_of_prompts
-from deepspec_core.evaluation.tasks import HELD_OUT_QUOTA, load_task
+from deepspec_core.evaluation.tasks import HELD_OUT_QUOTA, load_task, task_digest
+from deepspec_core.pipeline import contents
 from deepspec_core.pipeline.run import Run
 from deepspec_core.targets.opening import fingerprint
-
-DRAFT_RECORD = "draft.json"
 
 
 def run_stage(run: Run) -> dict[str, Any]:
     """Evaluate; finished groups of prompts of an interrupted evaluation are kept."""
     options = run.file.evaluate
     draft_folder, adapter = draft_of(run)
-    refuse_another_draft(run, draft_folder)
     draft = load_draft(
         draft_folder, registry=run.plugins.registry, adapter=adapter, dtype=run.target.dtype, device=run.target.device
     )
     journal_names = journals(options.tasks)
-    record = json.dumps({"revision": fingerprint(draft_folder)}) + "\n"
     results = []
     for task in options.tasks:
         requests, too_long = requests_of(run, task)
+        digest = _digest(requests)
         for temperature in options.temperature:
             decoding = _decoding(run, draft, requests, temperature)
-            _write(run.stage_folder("evaluate") / DRAFT_RECORD, record)
             groups = evaluate(
                 requests,
                 decoding,
                 journal=run.stage_folder("evaluate") / f"{journal_names[task]}-t{temperature:g}.jsonl",
+                prompts_digest=digest,
                 what=f"evaluate {task} at temperature {temperature:g}",
             )
             results.append(
@@ -61,7 +59,7 @@ def run_stage(run: Run) -> dict[str, Any]:
                     "temperature": temperature,
                     **summarise(groups, seed=options.seed),
                     "prompts_too_long": too_long,
-                    "prompts_digest": _digest(requests),
+                    "prompts_digest": digest,
                 }
             )
     report = _report(run, draft, draft_folder, results)
@@ -79,23 +77,21 @@ def draft_of(run: Run) -> tuple[Path, TargetAdapter]:
 
     CheckpointError where it is not there, or was made for another target.
     """
-    named = run.file.evaluate.draft
-    folder = run.folder / "draft" if named is None else resolve_draft(named, base=run.base)
+    folder = _draft_folder(run)
     adapter = draft_adapter(folder, registry=run.plugins.registry)
     check_same_target(folder, adapter.architecture, run.target.family.architecture)
+    run.reads.content(contents.DRAFT, fingerprint(folder))
     return folder, adapter
 
 
-def refuse_another_draft(run: Run, folder: Path) -> None:
-    """StageError where results lie in the stage's folder that were made with another draft than the one in `folder`."""
-    record = run.stage_folder("evaluate") / DRAFT_RECORD
-    if record.exists() and json.loads(record.read_text(encoding="utf-8"))["revision"] != fingerprint(folder):
-        raise StageError(
-            "The draft changed under the results of the stage `evaluate`",
-            where=record.parent,
-            found=folder,
-            fix="Choose another output, or discard the results with --force evaluate.",
-        )
+def draft_digest(run: Run) -> str:
+    """Tells the draft that is evaluated from another one."""
+    return fingerprint(_draft_folder(run))
+
+
+def _draft_folder(run: Run) -> Path:
+    named = run.file.evaluate.draft
+    return run.folder / "draft" if named is None else resolve_draft(named, base=run.base)
 
 
 def journals(tasks: Sequence[str]) -> dict[str, str]:
@@ -118,6 +114,8 @@ def requests_of(run: Run, task: str) -> tuple[list[Request], int]:
     DataError where the task cannot be read, or none of its prompts leaves room.
     """
     options = run.file.evaluate
+    if (digest := task_digest(task, base=run.base)) is not None:
+        run.reads.content(contents.task(task), digest)
     prompts = load_task(
         task,
         limit=options.limit,

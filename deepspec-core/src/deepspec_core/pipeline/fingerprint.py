@@ -1,8 +1,8 @@
 """What a stage was made from, so that a rerun can tell done from changed.
 
-A fingerprint is the values of just those keys of the run file that the stage reads, itself or through the stages before
-it. It is kept as text beside the stage's results (stage.json), so that a difference can be named. Knows keys and
-values; not what stages do.
+A fingerprint is the values of just those keys of the run file that the stage read, and the digests of what else it read
+(reads.py). It is kept as text beside the stage's results (stage.json), so that a difference can be named. Knows keys
+and values; not what stages do.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import attrs
-from attrs import frozen
+from attrs import field, frozen
+from attrs.validators import instance_of
 
 from deepspec_core.config.schema import RunFile
 from deepspec_core.errors import StageError
@@ -57,14 +58,25 @@ def fingerprint(flat: Mapping[str, Any], reads: Sequence[str]) -> dict[str, Any]
 
 @frozen(kw_only=True)
 class StageRecord:
-    """What stands beside a stage's results."""
+    """What stands beside a stage's results.
 
-    stage: str
-    keys: dict[str, Any]
-    complete: bool
-    seconds: float
-    plugins: dict[str, str]
-    summary: dict[str, Any]
+    `reads` are names of keys and sections, `keys` all keys under these names with their values, `content` what was read
+    beside the run file.
+    """
+
+    stage: str = field(validator=instance_of(str))
+    keys: dict[str, Any] = field(validator=instance_of(dict))
+    complete: bool = field(validator=instance_of(bool))
+    seconds: float = field(validator=instance_of((int, float)))
+    plugins: dict[str, str] = field(validator=instance_of(dict))
+    summary: dict[str, Any] = field(validator=instance_of(dict))
+    reads: list[str] = field(factory=list, validator=instance_of(list))
+    content: dict[str, str] = field(factory=dict, validator=instance_of(dict))
+
+    @property
+    def names_read(self) -> list[str]:
+        """`reads`; a record from before these were kept names single keys only."""
+        return self.reads or list(self.keys)
 
     def write(self, folder: Path) -> None:
         """Write atomically."""
@@ -81,7 +93,7 @@ def read_record(folder: Path) -> StageRecord | None:
         return None
     try:
         return StageRecord(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise StageError(
             "A stage's record is damaged",
             where=path,

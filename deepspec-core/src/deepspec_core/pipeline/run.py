@@ -6,17 +6,14 @@ Knows where everything of a run lies and how its parts belong together; each par
 
 from __future__ import annotations
 
-import fcntl
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from attrs import define
+from attrs import define, field
 
 from deepspec_core.config.schema import RunFile
-from deepspec_core.errors import StageError
+from deepspec_core.locks import Lock, lock
+from deepspec_core.pipeline.reads import Reads, recording, remembered
 from deepspec_core.pipeline.run_data import RunData
 from deepspec_core.pipeline.run_target import RunTarget
 from deepspec_core.plugins.discovery import Plugins
@@ -27,11 +24,19 @@ if TYPE_CHECKING:
 
 @define(slots=False)
 class Run:
-    """A run file in effect. Relative paths of the file start at the folder of `path`."""
+    """A run file in effect. Relative paths of the file start at the folder of `path`.
+
+    `reads` is told which keys of `file` are read, and what else the run's parts read.
+    """
 
     file: RunFile
     path: Path
     plugins: Plugins
+    reads: Reads = field(factory=Reads, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._draft_layer = self.file.draft.layer
+        self.file = recording(self.file, self.reads)
 
     @property
     def base(self) -> Path:
@@ -49,33 +54,39 @@ class Run:
             return self.base / self.file.cache.path
         return self.folder / stage
 
-    @cached_property
+    def has(self, stage: str) -> bool:
+        """Whether the run has this stage. Unlike the whole list of stages, each stage of it counts as a key."""
+        self.reads.key(f"run.stages.{stage}")
+        return stage in self.file.run.stages
+
+    @remembered
     def target(self) -> RunTarget:
         """The target: where it is, its adapter, tokenizer and weights."""
         return RunTarget(
             options=self.file.target,
-            draft_layer=self.file.draft.layer,
+            draft_layer=self._draft_layer,
             thinking=self.file.regenerate.thinking,
             base=self.base,
             named_in=self.path,
             registry=self.plugins.registry,
+            reads=self.reads,
         )
 
-    @cached_property
+    @remembered
     def data(self) -> RunData:
         """The conversations."""
-        regenerates = "regenerate" in self.file.run.stages
         return RunData(
             options=self.file.data,
             seed=self.file.run.seed,
             base=self.base,
             named_in=self.path,
-            regenerated=self.stage_folder("regenerate") / "conversations.jsonl" if regenerates else None,
+            regenerated=self.stage_folder("regenerate") / "conversations.jsonl" if self.has("regenerate") else None,
             target=self.target,
             registry=self.plugins.registry,
+            reads=self.reads,
         )
 
-    @cached_property
+    @remembered
     def cache(self) -> RunCache:
         """The feature cache."""
         from deepspec_core.pipeline.run_cache import RunCache
@@ -83,9 +94,10 @@ class Run:
         return RunCache(
             options=self.file.cache,
             folder=self.stage_folder("cache"),
-            made_here="cache" in self.file.run.stages,
+            made_here=self.has("cache"),
             target=self.target,
             data=self.data,
+            reads=self.reads,
             registry=self.plugins.registry,
             plugin_versions=self.plugins.versions(),
         )
@@ -97,17 +109,10 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "config.toml").write_text(render(self.file), encoding="utf-8")
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> Lock:
         """Hold the run's folder for this process; StageError where another one works in it."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / ".lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise StageError(
-                    "Another process is working on this run",
-                    where=self.folder,
-                    fix="Wait for it, stop it, or give this run another run.output.",
-                ) from error
-            yield
+        return lock(
+            self.folder,
+            problem="Another process is working on this run",
+            fix="Wait for it, stop it, or give this run another run.output.",
+        )

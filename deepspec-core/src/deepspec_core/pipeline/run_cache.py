@@ -10,10 +10,13 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from attrs import define, evolve
+from attrs import define, evolve, field
 
 from deepspec_core.config.schema import CacheOptions
 from deepspec_core.contracts.cache import CacheFormat, CacheHeader, CacheReader
+from deepspec_core.locks import Lock, lock
+from deepspec_core.pipeline import contents
+from deepspec_core.pipeline.reads import Reads
 from deepspec_core.pipeline.run_data import RunData
 from deepspec_core.pipeline.run_target import RunTarget
 from deepspec_core.plugins.registry import Registry
@@ -28,8 +31,10 @@ class RunCache:
     made_here: bool
     target: RunTarget
     data: RunData
+    reads: Reads
     registry: Registry
     plugin_versions: Mapping[str, str]
+    _held: Lock = field(factory=lambda: Lock(None), init=False)
 
     @property
     def format(self) -> CacheFormat:
@@ -41,9 +46,10 @@ class RunCache:
         """What a cache of this run is made from."""
         data = self.data.options
         if self.data.regenerated is not None:
-            source = file_digest(self.data.regenerated)
+            source = self.data.regenerated_digest()
         else:
-            facts = [[str(option) for option in data.sources], data.held_out, self.data.seed]
+            content = [self.data.source_digest(index, ask_hub=True) for index in range(len(data.sources))]
+            facts = [[str(option) for option in data.sources], content, data.held_out, self.data.seed]
             source = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
         return evolve(
             self.bare_header(),
@@ -79,10 +85,26 @@ class RunCache:
         if not self.made_here:
             # Another run made it, perhaps from conversations that this one does not have: those are its affair.
             expected = evolve(expected, source=cache_format.open(self.folder, None).header.source)
-        return cache_format.open(self.folder, expected)
+        self._held = self.locked(shared=True)
+        reader = cache_format.open(self.folder, expected)
+        self.reads.content(contents.CACHE, self.digest())
+        return reader
 
+    def locked(self, *, shared: bool = False) -> Lock:
+        """Hold the cache's folder, which other runs may name too; StageError where another process is in the way."""
+        return lock(
+            self.folder,
+            shared=shared,
+            problem=f"Another process is {'writing' if shared else 'using'} this cache",
+            fix="Wait for it, stop it, or give this run another cache.path.",
+        )
 
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    def let_go(self) -> None:
+        """Of the cache that was opened: others may write it from now on."""
+        self._held.release()
+
+    def digest(self) -> str:
+        """What tells this cache from another: its samples, in order, and what it was made from."""
+        reader = self.format.open(self.folder, None)
+        content = [reader.header.as_json(), reader.ids(), reader.lengths()]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()

@@ -16,6 +16,8 @@ from attrs import define, field
 
 from deepspec_core.config.schema import DataOptions, SourceOptions
 from deepspec_core.errors import DataError
+from deepspec_core.pipeline import contents
+from deepspec_core.pipeline.reads import Reads
 from deepspec_core.pipeline.run_target import RunTarget
 from deepspec_core.plugins.registry import Registry
 
@@ -44,6 +46,7 @@ class RunData:
     regenerated: Path | None
     target: RunTarget
     registry: Registry
+    reads: Reads
     counts: Counter[str] = field(factory=Counter)
 
     @property
@@ -60,7 +63,24 @@ class RunData:
 
     def conversations(self, split: Split, counts: Counter[str] | None = None) -> Iterator[Conversation]:
         """The conversations of the sources, as they stand there."""
+        for index in range(len(self.options.sources)):
+            digest = self.source_digest(index, ask_hub=True)
+            if digest is not None:
+                self.reads.content(contents.source(index), digest)
         return self._read(self.options.sources, split, self.options.held_out, counts)
+
+    def source_digest(self, index: int, *, ask_hub: bool) -> str | None:
+        """Tells a source from an edited one; see data/source_digest.py."""
+        from deepspec_core.data.source_digest import source_digest
+
+        return source_digest(self.options.sources[index], base=self.base, ask_hub=ask_hub)
+
+    def regenerated_digest(self) -> str:
+        """Of the file of regenerated conversations, which this run has. OSError where it cannot be read."""
+        from deepspec_core.data.source_digest import file_digest
+
+        assert self.regenerated is not None, "the run has the regenerate stage"
+        return file_digest(self.regenerated)
 
     def held_out(self, limit: int) -> Iterator[dict[str, Any]]:
         """At most `limit` of the conversations that training never sees, as rows of an evaluation task."""
@@ -76,6 +96,7 @@ class RunData:
         """What training learns from: the regenerated conversations where the run has that stage, else the sources'."""
         if self.regenerated is None:
             return self.conversations("train", counts)
+        self.reads.content(contents.REGENERATED, self.regenerated_digest())
         # Held-out conversations were never regenerated: nothing is left to hold out.
         return self._read([SourceOptions(path=str(self.regenerated.resolve()))], "train", 0.0, counts)
 

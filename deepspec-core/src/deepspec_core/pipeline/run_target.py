@@ -13,7 +13,8 @@ from attrs import define
 
 from deepspec_core.config.schema import TargetOptions
 from deepspec_core.layers.options import LayerOptions
-from deepspec_core.pipeline import workers
+from deepspec_core.pipeline import contents, workers
+from deepspec_core.pipeline.reads import Reads, remembered
 from deepspec_core.plugins.registry import Registry
 
 if TYPE_CHECKING:
@@ -25,7 +26,10 @@ if TYPE_CHECKING:
 
 @define(kw_only=True, slots=False)
 class RunTarget:
-    """[target] in effect. `base` is what relative paths start at, `named_in` the file that names the taps."""
+    """[target] in effect. `base` is what relative paths start at, `named_in` the file that names the taps.
+
+    `draft_layer` is read to open the adapter, but only a draft has that shape: `draft_adapter` notes the reading.
+    """
 
     options: TargetOptions
     draft_layer: LayerOptions
@@ -33,8 +37,9 @@ class RunTarget:
     base: Path
     named_in: Path
     registry: Registry
+    reads: Reads
 
-    @cached_property
+    @remembered
     def where(self) -> str | Path:
         """The target's directory or Hub id."""
         from deepspec_core.targets.opening import resolve_model
@@ -46,14 +51,18 @@ class RunTarget:
         """The accelerator of this process, else the CPU."""
         return workers.device()
 
-    @cached_property
+    @remembered
     def dtype(self) -> torch.dtype:
         """As the run file says; else fp32 on CPU, where results are exact, and bf16 on an accelerator."""
         from deepspec_core.dtypes import torch_dtype
 
-        return torch_dtype(self.options.dtype or ("float32" if self.device.type == "cpu" else "bfloat16"))
+        if self.options.dtype is not None:
+            return torch_dtype(self.options.dtype)
+        name = "float32" if self.device.type == "cpu" else "bfloat16"
+        self.reads.content(contents.DTYPE, name)
+        return torch_dtype(name)
 
-    @cached_property
+    @remembered
     def family(self) -> TargetAdapter:
         """The adapter. The taps are not looked at."""
         from deepspec_core.targets.opening import open_adapter
@@ -66,7 +75,7 @@ class RunTarget:
             revision=self.options.revision,
         )
 
-    @cached_property
+    @remembered
     def adapter(self) -> TargetAdapter:
         """The adapter, after the taps are checked against it. TargetError where they do not fit."""
         from deepspec_core.targets.taps import check_taps
@@ -76,15 +85,22 @@ class RunTarget:
         return self.family
 
     @property
+    def draft_adapter(self) -> TargetAdapter:
+        """The adapter, for what has the draft's own shape."""
+        self.reads.key("draft.layer")
+        return self.adapter
+
+    @property
     def architecture(self) -> TargetArchitecture:
         """The target's sizes and special tokens."""
         return self.adapter.architecture
 
-    @cached_property
+    @remembered
     def model(self) -> TargetModel:
         """The target with its weights."""
         from deepspec_core.targets.opening import load_target
 
+        self.reads.content(contents.TARGET, self.fingerprint())
         return load_target(
             self.adapter,
             self.where,
@@ -94,12 +110,13 @@ class RunTarget:
             revision=self.options.revision,
         )
 
-    @cached_property
+    @remembered
     def tokenizer(self) -> ChatTokenizer:
         """The tokenizer with its chat template."""
         from deepspec_core.data.tokenize import ChatTokenizer
         from deepspec_core.targets.opening import tokenizer_for
 
+        self.reads.content(contents.TARGET, self.fingerprint())
         tokenizer = tokenizer_for(self.where, self.options.trust_remote_code, revision=self.options.revision)
         return ChatTokenizer(tokenizer, thinking=self.thinking)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from deepspec_core.disk import full_disk_is_an_error
 from deepspec_core.pipeline import stages, workers
 from deepspec_core.pipeline.checking import check_before
 from deepspec_core.pipeline.run import Run
@@ -31,7 +32,7 @@ def do(
     run: Run, steps: Sequence[Step], *, force: Sequence[str] = (), say: Callable[[str], None]
 ) -> dict[str, dict[str, Any]]:
     """What the plan says, as the first (or only) process of the run, with the run's folder locked."""
-    with run.locked():
+    with run.locked(), full_disk_is_an_error(run.folder):
         for folder in stages.discard(run, force):
             say(f"discarded {folder}")
         run.save_config()

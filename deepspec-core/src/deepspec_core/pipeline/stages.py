@@ -9,98 +9,43 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from attrs import evolve, frozen
+from attrs import frozen
 
+from deepspec_core.disk import full_disk_is_an_error
 from deepspec_core.errors import StageError, nearest
+from deepspec_core.locks import LOCK
 from deepspec_core.pipeline import threads, workers
-from deepspec_core.pipeline.fingerprint import RECORD, StageRecord, differences, fingerprint, flatten, read_record
+from deepspec_core.pipeline.changes import refuse_changes
+from deepspec_core.pipeline.fingerprint import RECORD, StageRecord, fingerprint, flatten, read_record
+from deepspec_core.pipeline.reads import Trace
 from deepspec_core.pipeline.run import Run
 from deepspec_core.plugins.references import resolve
 
 
 @frozen(kw_only=True)
 class Stage:
-    """`reads`: keys and sections whose change makes results stale. `uses`: stages whose results it builds on, where the
-    run has them. `body` is called with the run and returns a summary in JSON types. `shared`: all workers of a run take
-    part; the others are the first worker's alone."""
+    """`uses`: stages whose results it builds on, where the run has them. `body` is called with the run and returns a
+    summary in JSON types. `shared`: all workers of a run take part; the others are the first worker's alone."""
 
     name: str
-    reads: tuple[str, ...]
     uses: tuple[str, ...]
     body: str
     shared: bool = False
 
 
-_TARGET = ("target.model", "target.revision", "target.dtype")
-_DATA = ("data.sources", "data.held_out", "data.system_prompt", "data.max_length", "run.seed")
-_SUPERVISION = ("data.min_supervised_tokens", "data.supervise_newline", "data.supervise_think_block")
-
 STAGES = {
     stage.name: stage
     for stage in (
+        Stage(name="regenerate", uses=(), body="deepspec_core.pipeline.regenerating:run_stage"),
+        Stage(name="cache", uses=("regenerate",), body="deepspec_core.pipeline.caching:run_stage"),
         Stage(
-            name="regenerate",
-            reads=(
-                *_TARGET,
-                *_DATA,
-                *(f"regenerate.{key}" for key in ("thinking", "max_tokens", "temperature", "top_p", "top_k", "min_p")),
-            ),
-            uses=(),
-            body="deepspec_core.pipeline.regenerating:run_stage",
+            name="train", uses=("regenerate", "cache"), body="deepspec_core.pipeline.training:run_stage", shared=True
         ),
-        Stage(
-            name="cache",
-            reads=(
-                *_TARGET,
-                *_DATA,
-                *_SUPERVISION,
-                "target.layers",
-                "cache.format",
-                "cache.dtype",
-                "cache.path",
-            ),
-            uses=("regenerate",),
-            body="deepspec_core.pipeline.caching:run_stage",
-        ),
-        Stage(
-            name="train",
-            reads=(
-                *_TARGET,
-                *_DATA,
-                *_SUPERVISION,
-                "target.layers",
-                "features",
-                "draft",
-                "loss.terms",
-                "loss.weighting",
-                *(
-                    f"train.{key}"
-                    for key in (
-                        "lr",
-                        "global_batch_size",
-                        "epochs",
-                        "max_steps",
-                        "warmup",
-                        "weight_decay",
-                        "betas",
-                        "clip_norm",
-                        "precision",
-                    )
-                ),
-            ),
-            uses=("regenerate", "cache"),
-            body="deepspec_core.pipeline.training:run_stage",
-            shared=True,
-        ),
-        Stage(
-            name="evaluate",
-            reads=(*_TARGET, "target.layers", "data.sources", "data.system_prompt", "evaluate"),
-            uses=("train",),
-            body="deepspec_core.pipeline.evaluating:run_stage",
-        ),
+        Stage(name="evaluate", uses=("train",), body="deepspec_core.pipeline.evaluating:run_stage"),
     )
 }
 
@@ -113,7 +58,6 @@ class Step:
 
     stage: Stage
     action: Action
-    keys: dict[str, Any]
     record: StageRecord | None
 
 
@@ -137,20 +81,23 @@ def plan(run: Run, *, only: Sequence[str] = (), force: Sequence[str] = ()) -> li
                 expected=f"one of {', '.join(present)}",
                 fix=f"Did you mean `{close}`?" if (close := nearest(name, present)) else None,
             )
-    flat = flatten(run.file)
     steps: list[Step] = []
+    checked: dict[str, StageRecord | None] = {}
     for name in present:
         if only and name not in only:
             continue
         stage = _known(name, run)
         lineage = [*ancestors(stage, present), stage]
-        keys = fingerprint(flat, [key for member in lineage for key in member.reads])
-        forced = [member.name for member in lineage if member.name in force]
-        record = None if forced else _record_of_results(run.stage_folder(name))
-        if record is not None:
-            _refuse_changes(run, stage, record, keys)
+        for member in lineage:
+            if member.name not in checked:
+                forced = any(one.name in force for one in [*ancestors(member, present), member])
+                record = None if forced else _record_of_results(run.stage_folder(member.name))
+                if record is not None:
+                    refuse_changes(run, record)
+                checked[member.name] = record
+        record = checked[name]
         action: Action = "run" if record is None else "skip" if record.complete else "resume"
-        steps.append(Step(stage=stage, action=action, keys=keys, record=record))
+        steps.append(Step(stage=stage, action=action, record=record))
     return steps
 
 
@@ -174,33 +121,23 @@ def _known(name: str, run: Run) -> Stage:
     return STAGES[name]
 
 
-def _refuse_changes(run: Run, stage: Stage, record: StageRecord, keys: dict[str, Any]) -> None:
-    changes = differences(record.keys, keys)
-    if not changes:
-        return
-    key, old, new = changes[0]
-    more = f" (and {len(changes) - 1} more: {', '.join(name for name, _, _ in changes[1:6])})" if changes[1:] else ""
-    raise StageError(
-        f"`{key}` changed under the results of the stage `{stage.name}`{more}",
-        where=run.stage_folder(stage.name),
-        found=f"{key} = {new}",
-        expected=f"{key} = {old}, which the results were made with",
-        fix=f"Set it back, choose another run.output, or discard the results with --force {stage.name}.",
-    )
-
-
 def discard(run: Run, force: Sequence[str]) -> list[Path]:
-    """Remove the results of forced stages and of all that build on them; returns the folders removed."""
-    removed = []
+    """Remove the results of forced stages and of all that build on them; returns the folders emptied."""
+    emptied = []
     for name in run.file.run.stages:
         stage = _known(name, run)
         if any(member.name in force for member in [*ancestors(stage, run.file.run.stages), stage]):
             folder = run.stage_folder(name)
             # Only what a stage made is removed: a cache path that points elsewhere by mistake holds no record.
             if read_record(folder) is not None:
-                shutil.rmtree(folder)
-                removed.append(folder)
-    return removed
+                with _alone(run, name):
+                    for entry in folder.iterdir():
+                        if entry.is_dir() and not entry.is_symlink():
+                            shutil.rmtree(entry)
+                        elif entry.name != LOCK:  # others may be waiting for it
+                            entry.unlink()
+                emptied.append(folder)
+    return emptied
 
 
 def execute(run: Run, steps: Sequence[Step], *, say: Callable[[str], None]) -> dict[str, dict[str, Any]]:
@@ -217,29 +154,62 @@ def execute(run: Run, steps: Sequence[Step], *, say: Callable[[str], None]) -> d
             say(f"{name}: already complete ({step.record.seconds:.0f} s), nothing to do")
             continue
         _require_ancestors(run, step.stage)
-        folder = run.stage_folder(name)
-        record = StageRecord(
-            stage=name,
-            keys=step.keys,
-            complete=False,
-            seconds=step.record.seconds if step.record else 0.0,
-            plugins=run.plugins.versions(),
-            summary={},
-        )
-        record.write(folder)
-        say(f"{name}: {'resuming' if step.action == 'resume' else 'starting'}")
-        start = time.monotonic()
-        try:
-            with threads.using(counts[name]):
-                summary = resolve(step.stage.body)(run)
-        except BaseException:
-            evolve(record, seconds=record.seconds + time.monotonic() - start).write(folder)
-            raise
-        record = evolve(record, complete=True, seconds=record.seconds + time.monotonic() - start, summary=summary)
-        record.write(folder)
-        summaries[name] = summary
-        say(f"{name}: done in {record.seconds:.0f} s{_in_words(summary)}")
+        with _alone(run, name), threads.using(counts[name]):
+            record = _do(run, step, say)
+        summaries[name] = record.summary
+        say(f"{name}: done in {record.seconds:.0f} s{_in_words(record.summary)}")
     return summaries
+
+
+def _do(run: Run, step: Step, say: Callable[[str], None]) -> StageRecord:
+    """Do one stage, its record on disk at every moment naming whatever was read so far."""
+    name, folder, before, start = step.stage.name, run.stage_folder(step.stage.name), step.record, time.monotonic()
+    flat, versions = flatten(run.file), run.plugins.versions()
+
+    def record_of(read: Trace, *, complete: bool = False, summary: dict[str, Any] | None = None) -> StageRecord:
+        if before is not None:
+            # What an earlier process made from these keys is among the results.
+            read = Trace({*before.names_read, *read.keys}, {**before.content, **read.content})
+        return StageRecord(
+            stage=name,
+            keys=fingerprint(flat, sorted(read.keys)),
+            complete=complete,
+            seconds=time.monotonic() - start + (before.seconds if before else 0.0),
+            plugins=versions,
+            summary=summary or {},
+            reads=sorted(read.keys),
+            content=read.content,
+        )
+
+    def keep(read: Trace) -> None:
+        record_of(read).write(folder)
+
+    if _record_of_results(folder) != before:
+        raise StageError(
+            f"Another process worked on the stage `{name}` meanwhile",
+            where=folder,
+            fix="Run again: it is looked at anew.",
+        )
+    keep(Trace())
+    say(f"{name}: {'resuming' if step.action == 'resume' else 'starting'}")
+    try:
+        with run.reads.traced(on_growth=keep) as read, full_disk_is_an_error(folder):
+            try:
+                summary = resolve(step.stage.body)(run)
+            except BaseException:
+                with suppress(OSError):  # a full disk, perhaps; the record that names these keys is there
+                    keep(read)
+                raise
+    finally:
+        run.cache.let_go()
+    record = record_of(read, complete=True, summary=summary)
+    record.write(folder)
+    return record
+
+
+def _alone(run: Run, name: str) -> AbstractContextManager[object]:
+    """The run's own folder is locked already; a cache elsewhere may be another run's too."""
+    return run.cache.locked() if name == "cache" else nullcontext()
 
 
 def follow(run: Run, steps: Sequence[Step]) -> None:

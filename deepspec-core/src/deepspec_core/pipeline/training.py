@@ -32,7 +32,7 @@ def run_stage(run: Run) -> dict[str, Any]:
         registry=registry,
         folder=folder,
         seed=run.file.run.seed,
-        save_draft=lambda path: save_draft(draft, run.target.adapter, path),
+        save_draft=lambda path: save_draft(draft, run.target.draft_adapter, path),
         on_checkpoint=lambda path: run.plugins.manager.hook.deepspec_checkpoint_saved(run=run, checkpoint=path),
         device=run.target.device,
     )
@@ -52,7 +52,7 @@ def new_draft(run: Run) -> DraftModel:
     """A draft of the run's type in the target's family, its weights drawn from the run's seed."""
     build = run.plugins.registry.load("draft", run.file.draft.type)
     torch.manual_seed(run.file.run.seed)
-    draft: DraftModel = build(run.file.draft.options, run.target.adapter, run.file.target.layers)
+    draft: DraftModel = build(run.file.draft.options, run.target.draft_adapter, run.file.target.layers)
     return draft
 
 

@@ -1,0 +1,37 @@
+"""The digest of a source of conversations: content counts, so that an edited source is told from the one that was read.
+
+Knows files, dataset folders and commits of the Hub; not what stands in a source.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from deepspec_core.config.schema import BUILTIN, SourceOptions
+from deepspec_core.data.sources import hub_commit, on_hub
+
+
+def source_digest(source: SourceOptions, *, base: Path, ask_hub: bool) -> str | None:
+    """Of a file's content, of all files in a dataset folder, or the commit of a dataset on the Hub.
+
+    None where there is nothing to hash: prompts that a plugin ships come from its code, and the Hub is asked only if
+    `ask_hub`. DataError where the Hub does not give the dataset, OSError where a file cannot be read.
+    """
+    if source.path.startswith(BUILTIN):
+        return None
+    if on_hub(source, base):
+        return hub_commit(source, base) if ask_hub else None
+    path = base / source.path
+    if not path.is_dir():
+        return file_digest(path)
+    digest = hashlib.sha256()
+    for file in sorted(entry for entry in path.rglob("*") if entry.is_file()):
+        digest.update(f"{file.relative_to(path)} {file_digest(file)}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,81 @@
+"""Whether what a stage's results were made from is still the same: keys of the run file, and content beside it.
+
+Knows records and where each content of a run lies; what a stage is and does is not known here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Final
+
+from deepspec_core.errors import DeepSpecError, StageError
+from deepspec_core.pipeline import contents
+from deepspec_core.pipeline.fingerprint import StageRecord, differences, fingerprint, flatten
+from deepspec_core.pipeline.run import Run
+
+# Of a digest, in messages.
+_DIGITS: Final = 16
+
+
+def refuse_changes(run: Run, record: StageRecord) -> None:
+    """StageError where a key has another value than the results were made with, or content has changed."""
+    stage, folder = record.stage, run.stage_folder(record.stage)
+    back = f"choose another run.output, or discard the results with --force {stage}."
+    changes = differences(record.keys, fingerprint(flatten(run.file), record.names_read))
+    if changes:
+        key, old, new = changes[0]
+        others = ", ".join(name for name, _, _ in changes[1:6])
+        more = f" (and {len(changes) - 1} more: {others})" if changes[1:] else ""
+        raise StageError(
+            f"`{key}` changed under the results of the stage `{stage}`{more}",
+            where=folder,
+            found=f"{key} = {new}",
+            expected=f"{key} = {old}, which the results were made with",
+            fix=f"Set it back, {back}",
+        )
+    for name, old in record.content.items():
+        new = digest_now(run, name, resuming=not record.complete)
+        if new is not None and new != old:
+            raise StageError(
+                f"{name[0].upper()}{name[1:]} changed under the results of the stage `{stage}`",
+                where=folder,
+                found=new[:_DIGITS],
+                expected=f"{old[:_DIGITS]}, which the results were made with",
+                fix=f"Put back what was there, {back}",
+            )
+
+
+def digest_now(run: Run, name: str, *, resuming: bool) -> str | None:
+    """The digest of what has this name, as it is now; None where that is unknown.
+
+    What is gone does not make results wrong that were made from it: a stage that needs it says so itself. Only a stage
+    that is to be resumed asks the Hub, and minds what this machine computes with: its results would be mixed.
+    """
+    try:
+        return _look_up(run, name, resuming)()
+    except (DeepSpecError, OSError):
+        return None
+
+
+def _look_up(run: Run, name: str, resuming: bool) -> Callable[[], str | None]:
+    if name == contents.TARGET:
+        return run.target.fingerprint
+    if name == contents.DTYPE:
+        return lambda: str(run.target.dtype).removeprefix("torch.") if resuming else None
+    if name == contents.REGENERATED:
+        return run.data.regenerated_digest if run.data.regenerated is not None else lambda: None
+    if name == contents.CACHE:
+        return run.cache.digest
+    if name == contents.DRAFT:
+        from deepspec_core.pipeline.evaluating import draft_digest
+
+        return lambda: draft_digest(run)
+    if found := re.fullmatch(re.escape(contents.SOURCE).replace(r"\{\}", r"(\d+)"), name):
+        return lambda: run.data.source_digest(int(found[1]), ask_hub=resuming)
+    prefix, suffix = contents.TASK.split("{}")
+    if name.startswith(prefix):
+        from deepspec_core.evaluation.tasks import task_digest
+
+        return lambda: task_digest(name.removeprefix(prefix).removesuffix(suffix), base=run.base)
+    return lambda: None

@@ -1,0 +1,27 @@
+"""Names of what a run reads beside its run file: sources, target, regenerated answers, cache, draft, tasks.
+
+A stage notes a digest under such a name when it reads something (reads.py), and the same name is looked up again before
+its results are used (changes.py). Knows names only.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+TARGET: Final = "the target"
+DTYPE: Final = "what the target computes with, where target.dtype is left out,"
+REGENERATED: Final = "the file of regenerated conversations"
+CACHE: Final = "the cache"
+DRAFT: Final = "the draft"
+SOURCE: Final = "the content of data.sources[{}]"
+TASK: Final = "the content of the task {}"
+
+
+def source(index: int) -> str:
+    """The name of a source's content."""
+    return SOURCE.format(index)
+
+
+def task(name: str) -> str:
+    """The name of a task's content."""
+    return TASK.format(name)

@@ -1,0 +1,150 @@
+"""Results are used again only where everything they were made from is the same: keys, data, draft, prompts."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import attrs
+import pytest
+
+from deepspec_core.cli.main import main
+from deepspec_core.config.load import load_run_file
+from deepspec_core.config.schema import changes_results
+from deepspec_core.errors import StageError
+from deepspec_core.evaluation.evaluator import evaluate
+from deepspec_core.journal import Journal
+from deepspec_core.pipeline.reads import Reads, recording, remembered
+from deepspec_core.plugins.discovery import load_plugins
+
+ONE_THREAD = ("--set", "run.threads=1")
+
+
+def _folder(path: Path) -> Path:
+    return path.parent / "runs" / "quickstart-dflash-smoke"
+
+
+def _rows(path: Path, count: int = 16, text: str = "the") -> None:
+    rows = [
+        {"id": str(number), "messages": [{"role": "user", "content": f"{text} {number}"}]} for number in range(count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_every_key_that_changes_results_is_noted_when_it_is_read(run_file: Path) -> None:
+    file = load_run_file(run_file, plugins=load_plugins())
+    reads = Reads()
+    noting = recording(file, reads)
+    for section in attrs.fields(type(file)):
+        plain, noted = getattr(file, section.name), getattr(noting, section.name)
+        if not attrs.has(type(plain)):
+            continue
+        for attribute in attrs.fields(type(plain)):
+            with reads.traced() as trace:
+                assert getattr(noted, attribute.name) == getattr(plain, attribute.name)
+            own = section.name if attribute.name == "options" else f"{section.name}.{attribute.name}"
+            assert trace.keys == ({own} if changes_results(attribute) else set()), attribute.name
+
+
+def test_what_is_made_once_counts_as_read_by_everyone_who_uses_it() -> None:
+    class Made:
+        reads = Reads()
+        computed = 0
+
+        @remembered
+        def part(self) -> int:
+            self.reads.key("a.b")
+            Made.computed += 1
+            return 1
+
+    made = Made()
+    assert made.part == 1  # outside any stage
+    with made.reads.traced() as trace:
+        assert made.part == 1
+    assert trace.keys == {"a.b"}
+    assert Made.computed == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("regenerate.thinking", "true"), ("run.seed", "7"), ("data.held_out", "0.4")]
+)
+def test_an_evaluation_alone_reads_keys_of_other_sections(
+    finished: Path, run_file: Path, capsys: pytest.CaptureFixture[str], key: str, value: str
+) -> None:
+    draft = _folder(finished) / "draft"
+    command = ["run", str(run_file), "--smoke", *ONE_THREAD, "--set", 'run.stages=["evaluate"]']
+    command += ["--set", f"evaluate.draft={json.dumps(str(draft))}", "--set", "evaluate.temperature=[0.0]"]
+    assert main(command) == 0
+    assert main([*command, "--set", f"{key}={value}"]) == 2
+    assert f"`{key}` changed under the results of the stage `evaluate`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("interrupted", [True, False])
+def test_edited_sources_are_refused(run_file: Path, capsys: pytest.CaptureFixture[str], interrupted: bool) -> None:
+    rows = run_file.parent / "rows.jsonl"
+    _rows(rows)
+    command = ["run", str(run_file), "--smoke", *ONE_THREAD, "--stages", "regenerate"]
+    command += ["--set", 'data.sources=[{path="rows.jsonl"}]', "--set", "data.held_out=0.0"]
+    command += ["--set", "regenerate.max_tokens=4"]
+    assert main(command) == 0
+    if interrupted:
+        record = _folder(run_file) / "regenerate" / "stage.json"
+        record.write_text(json.dumps({**json.loads(record.read_text()), "complete": False}))
+    _rows(rows, text="a")
+    assert main(command) == 2
+    assert (
+        "The content of data.sources[0] changed under the results of the stage `regenerate`" in capsys.readouterr().err
+    )
+    _rows(rows)
+    assert main(command) == 0
+
+
+def test_edited_answers_are_refused(finished_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = _folder(finished_copy) / "regenerate" / "conversations.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
+    assert main(["run", str(finished_copy), "--smoke"]) == 2
+    assert "The file of regenerated conversations changed" in capsys.readouterr().err
+
+
+def test_a_stage_left_out_later_is_refused(finished_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", str(finished_copy), "--smoke", "--set", 'run.stages=["cache", "train"]']) == 2
+    assert "`run.stages.regenerate` changed under the results of the stage `cache`" in capsys.readouterr().err
+
+
+def test_a_journal_of_other_prompts_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "task-t0.jsonl"
+    journal = Journal(path)
+    journal.append({"prompts": "one"})
+    journal.close()
+    with pytest.raises(StageError, match="prompts are not those"):
+        evaluate([], None, journal=path, prompts_digest="another", what="x")  # type: ignore[arg-type]
+
+
+def test_one_cache_is_not_written_by_two_runs(finished_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The cache lies outside the run's own folder, where another run may name it too."""
+    shared = finished_copy.parent / "shared-cache"
+    script = (
+        "import sys; from pathlib import Path; from deepspec_core.locks import lock; "
+        "held = lock(Path(sys.argv[1]), problem='', fix=''); print('held', flush=True); sys.stdin.read()"
+    )
+    command = [
+        "run",
+        str(finished_copy),
+        "--smoke",
+        "--stages",
+        "cache",
+        "--set",
+        f"cache.path={json.dumps(str(shared))}",
+    ]
+    holder = subprocess.Popen(
+        [sys.executable, "-c", script, str(shared)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        assert main(command) == 2
+        assert "Another process is using this cache" in capsys.readouterr().err
+        assert not (shared / "stage.json").exists()
+    finally:
+        holder.communicate()
+    assert main(command) == 0
