@@ -84,7 +84,7 @@ def test_edited_sources_are_refused(run_file: Path, capsys: pytest.CaptureFixtur
     rows = run_file.parent / "rows.jsonl"
     _rows(rows)
     command = ["run", str(run_file), "--smoke", *ONE_THREAD, "--stages", "regenerate"]
-    command += ["--set", 'data.sources=[{path="rows.jsonl"}]', "--set", "data.held_out=0.0"]
+    command += ["--set", 'data.sources=[{path="rows.jsonl"}]', "--set", 'run.stages=["regenerate"]']
     command += ["--set", "regenerate.max_tokens=4"]
     assert main(command) == 0
     if interrupted:

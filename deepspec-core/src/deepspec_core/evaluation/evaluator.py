@@ -69,8 +69,6 @@ def evaluate(
 
     StageError where the journal was begun with other prompts than those of `prompts_digest`.
     """
-    size = max(decoding.batch_size, -(-len(requests) // MIN_GROUPS))
-    groups = [requests[start : start + size] for start in range(0, len(requests), size)]
     log = Journal(journal)
     head, entries = (log.entries[0], log.entries[1:]) if log.entries else ({"prompts": prompts_digest}, [])
     if not log.entries:
@@ -84,6 +82,8 @@ def evaluate(
             expected=str(head.get("prompts", "prompts without a digest"))[:32],
             fix="Put the prompts back as they were, or discard the results with --force evaluate.",
         )
+    size = max(decoding.batch_size, -(-len(requests) // MIN_GROUPS))
+    groups = [requests[start : start + size] for start in range(0, len(requests), size)]
     done = [_from_json(entry) for entry in entries]
     finished = sum(len(group.completions) for group in done)
     with Progress(len(requests), what, "prompts", done=finished) as progress:

@@ -17,7 +17,7 @@ import attrs
 from attrs import field, frozen
 from attrs.validators import instance_of
 
-from deepspec_core.config.schema import RunFile
+from deepspec_core.config.schema import KNOWN_STAGES, RunFile
 from deepspec_core.errors import StageError
 
 RECORD = "stage.json"
@@ -40,6 +40,8 @@ def flatten(run_file: RunFile) -> dict[str, Any]:
             flat[path] = json.loads(json.dumps(value, default=_plain))
 
     visit("", run_file)
+    # Each stage by itself, for what depends on whether the run has it (Run.has).
+    flat |= {f"run.stages.{stage}": stage in run_file.run.stages for stage in KNOWN_STAGES}
     return flat
 
 
