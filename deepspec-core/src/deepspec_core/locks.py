@@ -29,6 +29,9 @@ class Lock:
             os.close(self._handle)
             self._handle = None
 
+    def __del__(self) -> None:
+        self.release()
+
     def __enter__(self) -> Lock:
         return self
 

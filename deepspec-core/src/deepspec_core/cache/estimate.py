@@ -8,10 +8,13 @@ from deepspec_core.contracts.cache import CacheFormat, CacheHeader
 from deepspec_core.disk import free_bytes, in_words
 from deepspec_core.errors import CacheError
 
+# What a format needs for a shard beside its tokens, at most: the last chunk of each array is not full.
+SHARD_BYTES = 2 * 1024 * 1024
 
-def cache_bytes(cache_format: CacheFormat, header: CacheHeader, num_tokens: int) -> int:
-    """Bytes of a cache: tokens * bytes a token. What the format itself needs, about a MB a shard, is left out."""
-    return cache_format.bytes_per_token(header) * num_tokens
+
+def cache_bytes(cache_format: CacheFormat, header: CacheHeader, num_tokens: int, *, shards: int = 0) -> int:
+    """Bytes of a cache: tokens * bytes a token, and what the format needs for so many shards."""
+    return cache_format.bytes_per_token(header) * num_tokens + SHARD_BYTES * shards
 
 
 def require_space(path: Path, needed: int) -> None:

@@ -1,8 +1,10 @@
 """The HDF5 cache format: shards of ragged arrays laid end to end, sealed one by one.
 
-A shard is written as shard-00000.h5.partial, synced, renamed, and entered in the manifest; only then do its samples
-count. Datasets: input_ids, loss_mask, hidden and last_hidden over all tokens (with *_scale where features are 8 bits),
-offsets [n + 1] and original_length [n] over samples. Knows storage; not where features come from.
+A shard is written as shard-00000.h5.HOST-PID.partial, synced, renamed, and entered in the manifest; only then do its
+samples count. One writer holds the cache at a time. Datasets: input_ids, loss_mask, hidden and last_hidden over all
+tokens (with *_scale where features are 8 bits), offsets [n + 1] and original_length [n] over samples.
+
+Knows storage; not where features come from.
 
 Legend: T tokens, C = taps * H, H hidden size.
 """
@@ -10,6 +12,7 @@ Legend: T tokens, C = taps * H, H hidden size.
 from __future__ import annotations
 
 import os
+import socket
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,13 +26,16 @@ from attrs import evolve
 
 from deepspec_core.cache import quantize
 from deepspec_core.cache.manifest import Manifest, Shard, check_header, check_shards, checksum, load, sync_folder
+from deepspec_core.cache.shard_file import ShardOutput, open_shard
 from deepspec_core.contracts.cache import CacheHeader
 from deepspec_core.contracts.draft import Sample
 from deepspec_core.contracts.target import TargetFeatures
 from deepspec_core.errors import CacheError
+from deepspec_core.locks import Lock, lock
 
 FORMAT: Final = "hdf5"
 _PARTIAL: Final = ".partial"
+_LOCK: Final = "writer.lock"
 _CHUNK_BYTES: Final = 256 * 1024
 _OPEN_SHARDS: Final = 64
 
@@ -40,22 +46,33 @@ class HDF5Format:
     def create(self, path: Path, header: CacheHeader, *, shard_samples: int = 512) -> HDF5Writer:
         """Start or continue a cache; what an earlier writer left unsealed is removed.
 
-        CacheError where `path` holds a cache with another header, or one whose sealed shards are damaged.
+        CacheError where `path` holds a cache with another header, or one whose sealed shards are damaged. StageError
+        where another writer is at work.
         """
-        manifest = load(path, format=FORMAT)
-        if manifest is None:
-            manifest = Manifest(format=FORMAT, header=header)
+        with _storage_errors(path):
+            held = lock(
+                path,
+                name=_LOCK,
+                problem="Another process is writing this cache",
+                fix="Wait for it, stop it, or choose another cache.path.",
+            )
+        try:
+            manifest = load(path, format=FORMAT)
             with _storage_errors(path):
-                path.mkdir(parents=True, exist_ok=True)
-                manifest.save(path)
-        else:
-            check_header(path, manifest.header, header)
-            check_shards(path, manifest, verify=False)
-        sealed = {shard.file for shard in manifest.shards}
-        for leftover in path.glob("shard-*.h5*"):
-            if leftover.name not in sealed:
-                leftover.unlink()
-        return HDF5Writer(path, manifest, shard_samples)
+                if manifest is None:
+                    manifest = Manifest(format=FORMAT, header=header)
+                    manifest.save(path)
+                else:
+                    check_header(path, manifest.header, header)
+                    check_shards(path, manifest, verify=False)
+                sealed = {shard.file for shard in manifest.shards}
+                for leftover in path.glob("shard-*.h5*"):
+                    if leftover.name not in sealed:
+                        leftover.unlink()
+        except BaseException:
+            held.release()
+            raise
+        return HDF5Writer(path, manifest, shard_samples, held)
 
     def open(self, path: Path, expect: CacheHeader | None, *, verify: bool = False) -> HDF5Reader:
         """A finished cache, its header and its shards' sizes checked; `verify` reads all of it for the checksums."""
@@ -84,10 +101,14 @@ class HDF5Format:
 
 
 class HDF5Writer:
-    """contracts.cache.CacheWriter. Every `shard_samples` samples are sealed; samples go to disk as they come."""
+    """contracts.cache.CacheWriter. Every `shard_samples` samples are sealed; samples go to disk as they come.
 
-    def __init__(self, path: Path, manifest: Manifest, shard_samples: int) -> None:
-        self._path, self._manifest, self._shard_samples = path, manifest, shard_samples
+    `held` is the lock on the cache; it is let go by `finish`, `close`, or an error of writing.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, shard_samples: int, held: Lock) -> None:
+        self._path, self._manifest, self._shard_samples, self._held = path, manifest, shard_samples, held
+        self._output: ShardOutput | None = None
         self._written = {name for shard in manifest.shards for name in shard.ids}
         self._seen = set(self._written)
         self._file: Any = None
@@ -104,14 +125,17 @@ class HDF5Writer:
         assert sample.features is not None, "a cache holds features"
         assert sample.id not in self._seen, f"sample {sample.id} comes twice"
         self._seen.add(sample.id)
-        with _storage_errors(self._path):
+        with _storage_errors(self._path), self._closed_by_errors():
             if self._manifest.complete:
                 self._manifest = evolve(self._manifest, complete=False)
                 self._manifest.save(self._path)
             if self._file is None:
-                self._file = h5py.File(self._path / (self._shard_name + _PARTIAL), "w")
+                self._output = ShardOutput(self._partial)
+                self._file = h5py.File(self._output, "w")
             for name, array in self._arrays(sample, sample.features).items():
                 _append(self._file, name, array)
+            assert self._output is not None
+            self._output.check()
             self._ids.append(sample.id)
             self._lengths.append(len(sample.input_ids))
             self._original_lengths.append(sample.original_length)
@@ -120,11 +144,35 @@ class HDF5Writer:
 
     def finish(self) -> None:
         """Seal the open shard and mark the cache complete."""
-        with _storage_errors(self._path):
+        with _storage_errors(self._path), self._closed_by_errors():
             if self._file is not None:
                 self._seal()
             self._manifest = evolve(self._manifest, complete=True)
             self._manifest.save(self._path)
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the cache. Samples that are not in a sealed shard are lost."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        if self._output is not None:
+            self._output.close()
+            self._output = None
+            self._partial.unlink(missing_ok=True)
+        self._held.release()
+
+    @contextmanager
+    def _closed_by_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def _partial(self) -> Path:
+        return self._path / f"{self._shard_name}.{socket.gethostname()}-{os.getpid()}{_PARTIAL}"
 
     @property
     def _shard_name(self) -> str:
@@ -147,25 +195,26 @@ class HDF5Writer:
 
     def _seal(self) -> None:
         name = self._shard_name
-        partial, sealed = self._path / (name + _PARTIAL), self._path / name
+        partial, sealed = self._partial, self._path / name
         self._file["offsets"] = np.cumsum([0, *self._lengths], dtype="<i8")
         self._file["original_length"] = np.array(self._original_lengths, dtype="<i8")
         self._file.close()
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
+        assert self._output is not None
+        self._output.sync_and_close()
         os.replace(partial, sealed)
+        self._file = self._output = None
         sync_folder(self._path)
         shard = Shard(
             file=name,
             bytes=sealed.stat().st_size,
-            sha256=checksum(sealed),
+            xxh3=checksum(sealed),
             ids=tuple(self._ids),
             lengths=tuple(self._lengths),
         )
         self._manifest = self._manifest.with_shard(shard)
         self._manifest.save(self._path)
         self._written.update(self._ids)
-        self._file, self._ids, self._lengths, self._original_lengths = None, [], [], []
+        self._ids, self._lengths, self._original_lengths = [], [], []
 
 
 class HDF5Reader:
@@ -217,6 +266,21 @@ class HDF5Reader:
             features=TargetFeatures(hidden=hidden, last_hidden=last_hidden),
         )
 
+    def _shapes(self, shard: Shard) -> dict[str, tuple[tuple[int, ...], Any]]:
+        """Name -> shape and type of everything that a shard of these samples holds."""
+        header, samples, tokens = self.header, len(shard.ids), sum(shard.lengths)
+        shapes: dict[str, tuple[tuple[int, ...], Any]] = {
+            "input_ids": ((tokens,), np.dtype("<i4")),
+            "loss_mask": ((tokens,), np.dtype("<u1")),
+            "offsets": ((samples + 1,), np.dtype("<i8")),
+            "original_length": ((samples,), np.dtype("<i8")),
+        }
+        for name, layers in (("hidden", len(header.taps)), ("last_hidden", 1)):
+            shapes[name] = ((tokens, layers * header.hidden_size), np.dtype(quantize.ARRAY_TYPES[header.dtype]))
+            if quantize.has_scale(header.dtype):
+                shapes[f"{name}_scale"] = ((tokens, layers), np.dtype("<f4"))
+        return shapes
+
     def _feature(self, file: Any, name: str, begin: int, end: int) -> torch.Tensor:
         scales = file[f"{name}_scale"][begin:end] if quantize.has_scale(self.header.dtype) else None
         return quantize.decode(file[name][begin:end], scales, self.header.dtype)
@@ -228,7 +292,8 @@ class HDF5Reader:
         if shard not in self._files:
             if len(self._files) == _OPEN_SHARDS:
                 self._files.popitem(last=False)[1].close()
-            self._files[shard] = h5py.File(self._path / self._shards[shard].file, "r")
+            sealed = self._shards[shard]
+            self._files[shard] = open_shard(self._path / sealed.file, self._shapes(sealed), sealed.lengths)
         self._files.move_to_end(shard)
         return self._files[shard]
 

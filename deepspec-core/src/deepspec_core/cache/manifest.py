@@ -5,20 +5,20 @@ Knows headers, shards and checksums; not what is inside a shard.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+import xxhash
 from attrs import asdict, evolve, fields, frozen
 
 from deepspec_core.contracts.cache import CacheHeader
 from deepspec_core.errors import CacheError
 
 NAME: Final = "manifest.json"
-VERSION: Final = 1
+VERSION: Final = 2
 
 
 @frozen(kw_only=True)
@@ -27,7 +27,7 @@ class Shard:
 
     file: str
     bytes: int
-    sha256: str
+    xxh3: str
     ids: tuple[str, ...]
     lengths: tuple[int, ...]
 
@@ -125,20 +125,23 @@ def check_shards(folder: Path, manifest: Manifest, *, verify: bool) -> None:
                 expected=f"{shard.bytes:,} bytes",
                 fix="Make the cache again (--force cache).",
             )
-        if verify and (digest := checksum(path)) != shard.sha256:
+        if verify and (digest := checksum(path)) != shard.xxh3:
             raise CacheError(
                 "A shard of the cache is damaged",
                 where=path,
-                found=f"sha256 {digest}",
-                expected=f"sha256 {shard.sha256}",
+                found=f"checksum {digest}",
+                expected=f"checksum {shard.xxh3}",
                 fix="Make the cache again (--force cache).",
             )
 
 
 def checksum(path: Path) -> str:
-    """sha256 of a file."""
+    """XXH3 of a file, 128 bits: it finds accidents at the speed of the disk, where SHA-256 is 14 times slower."""
+    digest = xxhash.xxh3_128()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def sync_folder(folder: Path) -> None:

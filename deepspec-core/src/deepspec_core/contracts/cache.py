@@ -53,7 +53,11 @@ class CacheWriter(Protocol):
         ...
 
     def finish(self) -> None:
-        """Seal the open shard and mark the cache complete."""
+        """Seal the open shard, mark the cache complete and let go of it."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the cache, finished or not; what is not sealed is lost. May be called twice."""
         ...
 
 
@@ -79,12 +83,15 @@ class CacheFormat(Protocol):
     def create(self, path: Path, header: CacheHeader, *, shard_samples: int = 512) -> CacheWriter:
         """Start or continue a cache, its shards of at most shard_samples samples each.
 
-        CacheError where `path` holds a cache with another header.
+        CacheError where `path` holds a cache with another header, StageError where another process writes it.
         """
         ...
 
-    def open(self, path: Path, expect: CacheHeader | None) -> CacheReader:
-        """Open a finished cache. CacheError names the first field in which `expect` differs (`plugins` aside)."""
+    def open(self, path: Path, expect: CacheHeader | None, *, verify: bool = False) -> CacheReader:
+        """Open a finished cache. CacheError names the first field in which `expect` differs (`plugins` aside).
+
+        With `verify` all of it is read, and CacheError names what is not as it was written.
+        """
         ...
 
     def bytes_per_token(self, header: CacheHeader) -> int:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from deepspec_core.contracts.cache import CacheReader
 from deepspec_core.contracts.draft import Sample
 from deepspec_core.contracts.target import TargetFeatures
 from deepspec_core.data.collate import pad_features
+from deepspec_core.errors import CacheError
 
 
 class CachedFeatures:
@@ -30,8 +32,21 @@ class CachedFeatures:
         return [lengths[index] for index in self._order]
 
     def __getitem__(self, index: int) -> Sample:
-        """The sample with its features."""
-        return self.reader[self._order[index]]
+        """The sample with its features. CacheError where one of them is not finite: attention would spread it."""
+        sample = self.reader[self._order[index]]
+        features = sample.features
+        assert features is not None, "a cache holds features"
+        for name, values in (("hidden", features.hidden), ("last_hidden", features.last_hidden)):
+            if not bool(torch.isfinite(values).all()):
+                token, channel = torch.nonzero(~torch.isfinite(values))[0].tolist()
+                raise CacheError(
+                    "A feature of the cache is not finite",
+                    where=f"sample {sample.id}, token {token}, {name} channel {channel}",
+                    found=float(values[token, channel]),
+                    expected="a finite number",
+                    fix="Make the cache again (--force cache), or get it again from where it came.",
+                )
+        return sample
 
     def features(self, samples: Sequence[Sample], input_ids: Tensor, attention_mask: Tensor) -> TargetFeatures:
         """Stored features of a batch. Samples without theirs are read again, by id."""

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import closing
 from typing import Any
 
 from deepspec_core.cache.estimate import cache_bytes, require_space
+from deepspec_core.contracts.cache import CacheWriter
+from deepspec_core.contracts.draft import Sample
 from deepspec_core.dtypes import torch_dtype
 from deepspec_core.features.capture import capture
 from deepspec_core.pipeline.run import Run
@@ -17,10 +21,22 @@ def run_stage(run: Run) -> dict[str, Any]:
     samples = run.data.training_samples()
     header = run.cache.header()
     cache_format, folder = run.cache.format, run.cache.folder
-    writer = cache_format.create(folder, header, shard_samples=options.shard_samples)
+    with closing(cache_format.create(folder, header, shard_samples=options.shard_samples)) as writer:
+        _write(run, writer, samples)
+    return {
+        "samples": len(samples),
+        "tokens": sum(len(sample.input_ids) for sample in samples),
+        "bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
+        **run.data.losses(),
+    }
+
+
+def _write(run: Run, writer: CacheWriter, samples: Sequence[Sample]) -> None:
+    options, cache_format, folder = run.file.cache, run.cache.format, run.cache.folder
     done = writer.written()
-    missing = sum(len(sample.input_ids) for sample in samples if sample.id not in done)
-    require_space(folder, cache_bytes(cache_format, header, missing))
+    missing = [len(sample.input_ids) for sample in samples if sample.id not in done]
+    shards = -(-len(missing) // options.shard_samples)
+    require_space(folder, cache_bytes(cache_format, run.cache.bare_header(), sum(missing), shards=shards))
     # Eight bits carry a scale of their own, made by the format from full precision.
     dtype = None if options.dtype == "float8_e4m3" else torch_dtype(options.dtype)
     with Progress(len(samples), "cache", "samples", done=len(done)) as progress:
@@ -30,9 +46,3 @@ def run_stage(run: Run) -> dict[str, Any]:
             writer.write(sample)
             progress.advance()
     writer.finish()
-    return {
-        "samples": len(samples),
-        "tokens": sum(len(sample.input_ids) for sample in samples),
-        "bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
-        **run.data.losses(),
-    }

@@ -1,0 +1,222 @@
+"""A cache that others wrote, or are writing, or that the disk has no room for."""
+
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from deepspec_core.cache.hdf5 import HDF5Format
+from deepspec_core.cache.shard_file import ShardOutput
+from deepspec_core.contracts.cache import CacheHeader
+from deepspec_core.contracts.draft import Sample
+from deepspec_core.contracts.target import TargetFeatures
+from deepspec_core.errors import CacheError
+from deepspec_core.features.cached import CachedFeatures
+
+HEADER = CacheHeader(
+    target="t", revision="r", adapter="a", taps=(0, 2), hidden_size=4, vocab_size=50, dtype="float32", tokenizer="k",
+    template="m", max_length=64, source="s", plugins={},
+)  # fmt: skip
+
+
+def _sample(index: int, length: int = 5) -> Sample:
+    draw = torch.Generator().manual_seed(index)
+    features = TargetFeatures(
+        hidden=torch.randn(length, 8, generator=draw), last_hidden=torch.randn(length, 4, generator=draw)
+    )
+    ids = torch.arange(length)
+    return Sample(id=str(index), input_ids=ids, loss_mask=ids > 1, original_length=length, features=features)
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    """A finished cache of one shard."""
+    writer = HDF5Format().create(tmp_path / "cache", HEADER)
+    for index in range(3):
+        writer.write(_sample(index))
+    writer.finish()
+    return tmp_path / "cache"
+
+
+def _external(file: Any, folder: Path) -> None:
+    outside = folder.parent / "secret.bin"
+    outside.write_bytes(bytes(15 * 8 * 4))
+    del file["hidden"]
+    file.create_dataset("hidden", shape=(15, 8), dtype="<f4", external=[(str(outside), 0, h5py.h5f.UNLIMITED)])
+
+
+def _external_link(file: Any, folder: Path) -> None:
+    other = folder.parent / "other.h5"
+    with h5py.File(other, "w") as outside:
+        outside["hidden"] = np.zeros((15, 8), "<f4")
+    del file["hidden"]
+    file["hidden"] = h5py.ExternalLink(str(other), "hidden")
+
+
+def _soft_link(file: Any, folder: Path) -> None:
+    file.move("hidden", "elsewhere")
+    file["hidden"] = h5py.SoftLink("/elsewhere")
+
+
+def _virtual(file: Any, folder: Path) -> None:
+    other = folder.parent / "other.h5"
+    with h5py.File(other, "w") as outside:
+        outside["hidden"] = np.zeros((15, 8), "<f4")
+    layout = h5py.VirtualLayout(shape=(15, 8), dtype="<f4")
+    layout[:] = h5py.VirtualSource(str(other), "hidden", shape=(15, 8))
+    del file["hidden"]
+    file.create_virtual_dataset("hidden", layout)
+
+
+def _shorter(file: Any, folder: Path) -> None:
+    file["hidden"].resize(9, axis=0)
+
+
+def _group(file: Any, folder: Path) -> None:
+    del file["loss_mask"]
+    file.create_group("loss_mask")
+
+
+def _missing(file: Any, folder: Path) -> None:
+    del file["last_hidden"]
+
+
+def _other_type(file: Any, folder: Path) -> None:
+    del file["hidden"]
+    file["hidden"] = np.zeros((15, 8), "<f8")
+
+
+def _offsets(file: Any, folder: Path) -> None:
+    file["offsets"][1] = 7
+
+
+@pytest.mark.parametrize(
+    "change", [_external, _external_link, _soft_link, _virtual, _shorter, _group, _missing, _other_type, _offsets]
+)
+def test_a_shard_that_is_not_what_the_manifest_says_is_refused(cache: Path, change: Callable[..., None]) -> None:
+    shard = cache / "shard-00000.h5"
+    with h5py.File(shard, "r+") as file:
+        change(file, cache)
+    manifest = cache / "manifest.json"
+    text = manifest.read_text()
+    before = text.split('"bytes": ')[1].split(",")[0]
+    manifest.write_text(text.replace(f'"bytes": {before}', f'"bytes": {shard.stat().st_size}'))
+    reader = HDF5Format().open(cache, HEADER)
+    with pytest.raises(CacheError, match="not what its manifest says"):
+        reader[0]
+
+
+def test_flipped_bytes_are_found_when_the_cache_is_verified(cache: Path) -> None:
+    shard = cache / "shard-00000.h5"
+    data = bytearray(shard.read_bytes())
+    data[-2000:-1000] = os.urandom(1000)
+    shard.write_bytes(data)
+    HDF5Format().open(cache, HEADER)
+    with pytest.raises(CacheError, match="damaged"):
+        HDF5Format().open(cache, HEADER, verify=True)
+
+
+def test_a_feature_that_is_not_finite_is_refused_wherever_it_stands(tmp_path: Path) -> None:
+    """Attention spreads it over the sequence, so that a weight of 0 does not keep it from the loss."""
+    sample = _sample(0)
+    assert sample.features is not None
+    sample.features.hidden[0, 3] = float("nan")
+    writer = HDF5Format().create(tmp_path, HEADER)
+    writer.write(sample)
+    writer.finish()
+    with pytest.raises(CacheError, match=r"(?s)not finite.*sample 0"):
+        CachedFeatures(HDF5Format().open(tmp_path, HEADER))[0]
+
+
+def test_a_second_writer_is_refused_and_the_first_one_loses_nothing(tmp_path: Path) -> None:
+    writer = HDF5Format().create(tmp_path, HEADER, shard_samples=2)
+    writer.write(_sample(0))
+    script = (
+        "import sys, pathlib; sys.path.insert(0, sys.argv[2]); from test_cache_trust import HEADER, HDF5Format; "
+        "HDF5Format().create(pathlib.Path(sys.argv[1]), HEADER)"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path), str(Path(__file__).parent)]
+    second = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert second.returncode != 0
+    assert "StageError: Another process is writing this cache" in second.stderr
+    writer.write(_sample(1))
+    writer.finish()
+    reader = HDF5Format().open(tmp_path, HEADER, verify=True)
+    for index in range(2):
+        found, expected = reader[index].features, _sample(index).features
+        assert found is not None
+        assert expected is not None
+        assert torch.equal(found.hidden, expected.hidden)
+    HDF5Format().create(tmp_path, HEADER).close()  # the lock is free again
+
+
+def test_an_error_lets_go_of_the_cache(tmp_path: Path) -> None:
+    writer = HDF5Format().create(tmp_path, HEADER)
+    writer.write(_sample(0))
+    writer.close()
+    assert [path.name for path in tmp_path.glob("shard*")] == []
+    with pytest.raises(CacheError, match="another max_length"):
+        HDF5Format().create(tmp_path, CacheHeader(**{**HEADER.as_json(), "taps": HEADER.taps, "max_length": 9}))
+    HDF5Format().create(tmp_path, HEADER).close()
+
+
+_FILL = """
+import resource, sys, pathlib
+sys.path.insert(0, sys.argv[2])
+import torch
+from test_cache_trust import HEADER, HDF5Format, _sample
+# A file that may not grow takes the place of a full disk; both refuse the same write.
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), resource.RLIM_INFINITY))
+writer = HDF5Format().create(pathlib.Path(sys.argv[1]), HEADER, shard_samples=8)
+from deepspec_core.errors import CacheError
+try:
+    for index in range(4000):
+        writer.write(_sample(index, length=500))
+    writer.finish()
+except CacheError as error:
+    print(error.problem)
+    sys.exit(2)
+"""
+
+
+@pytest.mark.parametrize("limit", [1000, 60_000, 300_000, 1_000_000])
+def test_a_full_disk_is_one_error_and_not_the_end_of_the_process(tmp_path: Path, limit: int) -> None:
+    command = [sys.executable, "-c", _FILL, str(tmp_path), str(Path(__file__).parent), str(limit)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, "")
+    assert done.stdout == "The cache cannot be written\n"
+    assert not list(tmp_path.glob("*.partial"))
+    # With room it goes on from the sealed shards.
+    writer = HDF5Format().create(tmp_path, HEADER, shard_samples=8)
+    for index in range(10):
+        if str(index) not in writer.written():
+            writer.write(_sample(index, length=500))
+    writer.finish()
+    assert len(HDF5Format().open(tmp_path, HEADER, verify=True)) == 10
+
+
+def test_what_did_not_fit_is_read_back_while_the_file_is_closed(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    output = ShardOutput(tmp_path / "shard")
+    output.write(b"abcdef")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6, before[1]))
+    try:
+        output.seek(4)
+        output.write(b"EFGH")
+        output.seek(2)
+        assert output.read(8) == b"cdEFGH\0\0"
+        with pytest.raises(OSError, match="File too large"):
+            output.check()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        output.close()
+    with pytest.raises(FileExistsError):
+        ShardOutput(tmp_path / "shard")
