@@ -92,6 +92,23 @@ def test_results_are_never_mixed(copy: Path, capsys: pytest.CaptureFixture[str])
     refused(capsys, command(), "The draft changed", "--force evaluate")
 
 
+def test_changed_weights_are_another_model(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = copy / "mine" / "model.safetensors"
+    original = weights.read_bytes()
+    changed = bytearray(original)
+    changed[len(changed) // 2] ^= 1
+    weights.write_bytes(changed)
+    refused(capsys, command(), "The draft changed", "--force evaluate")
+    weights.write_bytes(original)
+    record = copy / "evaluation-mine" / "evaluate" / "stage.json"
+    noted = json.loads(record.read_text())
+    assert set(noted["content"]) >= {"the draft", "the target"}
+    record.write_text(json.dumps({**noted, "content": {**noted["content"], "the target": "another"}}))
+    refused(capsys, command(), "The target changed", "--force evaluate")
+    record.write_text(json.dumps(noted))
+    assert main(command()) == 0
+
+
 def test_a_target_the_draft_was_not_made_for(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     draft, target = str(PARITY / "qwen3-dflash" / "draft"), str(PARITY / "qwen3-target")
     refused(capsys, command("mine", target), "`hidden_size`", "`vocab_size`", "`num_target_layers`", "12", "expected")

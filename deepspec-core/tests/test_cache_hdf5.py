@@ -236,7 +236,7 @@ def test_damage_is_found(tmp_path: Path) -> None:
     content[len(content) // 2] ^= 1
     (flipped / "shard-00001.h5").write_bytes(content)
     HDF5Format().open(flipped, HEADER)
-    with pytest.raises(CacheError, match=r"(?s)damaged.*shard-00001.*sha256"):
+    with pytest.raises(CacheError, match=r"(?s)damaged.*shard-00001.*checksum"):
         HDF5Format().open(flipped, HEADER, verify=True)
 
     cut = copy("cut")

@@ -194,3 +194,32 @@ def test_the_fingerprint_follows_config_and_weights(folder: Path, tmp_path: Path
     weights["model.norm.weight"] += 1
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     assert fingerprint(folder) != second
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in folder.iterdir()}
+
+
+def test_the_fingerprint_follows_a_weight_in_the_middle(folder: Path) -> None:
+    first, before = fingerprint(folder), sizes(folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.5.mlp.down_proj.weight"][3] += 1
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert sizes(folder) == before
+    assert fingerprint(folder) != first
+
+
+def test_the_fingerprint_follows_what_says_how_weights_are_read(folder: Path) -> None:
+    found = [fingerprint(folder)]
+    for name in ("model.safetensors.index.json", "adapter_config.json"):
+        (folder / name).write_text('{"lora_alpha": 8}')
+        found.append(fingerprint(folder))
+        (folder / name).write_text('{"lora_alpha": 9}')
+        found.append(fingerprint(folder))
+    assert len(set(found)) == len(found)
+
+
+def test_a_target_without_its_files_has_no_fingerprint(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    with pytest.raises(TargetError, match="cannot be read"):
+        fingerprint(folder)

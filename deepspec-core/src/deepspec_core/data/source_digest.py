@@ -10,6 +10,7 @@ from pathlib import Path
 
 from deepspec_core.config.schema import BUILTIN, SourceOptions
 from deepspec_core.data.sources import hub_commit, on_hub
+from deepspec_core.digests import digests_of
 
 
 def source_digest(source: SourceOptions, *, base: Path, ask_hub: bool) -> str | None:
@@ -25,13 +26,12 @@ def source_digest(source: SourceOptions, *, base: Path, ask_hub: bool) -> str | 
     path = base / source.path
     if not path.is_dir():
         return file_digest(path)
-    digest = hashlib.sha256()
-    for file in sorted(entry for entry in path.rglob("*") if entry.is_file()):
-        digest.update(f"{file.relative_to(path)} {file_digest(file)}\n".encode("utf-8", "surrogateescape"))
+    digest, files = hashlib.sha256(), sorted(entry for entry in path.rglob("*") if entry.is_file())
+    for file, content in zip(files, digests_of(files), strict=True):
+        digest.update(f"{file.relative_to(path)} {content}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Of a file's content, every byte of it."""
+    return digests_of([path])[0]

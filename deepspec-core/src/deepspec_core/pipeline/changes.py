@@ -60,7 +60,7 @@ def digest_now(run: Run, name: str, *, resuming: bool) -> str | None:
 
 def _look_up(run: Run, name: str, resuming: bool) -> Callable[[], str | None]:
     if name == contents.TARGET:
-        return run.target.fingerprint
+        return run.target.content_digest
     if name == contents.DTYPE:
         return lambda: str(run.target.dtype).removeprefix("torch.") if resuming else None
     if name == contents.REGENERATED:

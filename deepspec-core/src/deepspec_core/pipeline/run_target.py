@@ -100,7 +100,7 @@ class RunTarget:
         """The target with its weights."""
         from deepspec_core.targets.opening import load_target
 
-        self.reads.content(contents.TARGET, self.fingerprint())
+        self.reads.content(contents.TARGET, self.content_digest())
         return load_target(
             self.adapter,
             self.where,
@@ -116,7 +116,7 @@ class RunTarget:
         from deepspec_core.data.tokenize import ChatTokenizer
         from deepspec_core.targets.opening import tokenizer_for
 
-        self.reads.content(contents.TARGET, self.fingerprint())
+        self.reads.content(contents.TARGET, self.content_digest())
         tokenizer = tokenizer_for(self.where, self.options.trust_remote_code, revision=self.options.revision)
         return ChatTokenizer(tokenizer, thinking=self.thinking)
 
@@ -125,3 +125,9 @@ class RunTarget:
         from deepspec_core.targets.opening import fingerprint
 
         return fingerprint(self.where, revision=self.options.revision)
+
+    def content_digest(self) -> str:
+        """What tells it from the same target with another tokenizer or other stop tokens too."""
+        from deepspec_core.targets.opening import content_digest
+
+        return content_digest(self.where, revision=self.options.revision)

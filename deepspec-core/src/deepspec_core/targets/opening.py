@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from deepspec_core.config.schema import BUILTIN
 from deepspec_core.contracts.target import SpecialTokens, TargetAdapter, TargetModel
+from deepspec_core.digests import digests_of
 from deepspec_core.errors import TargetError
 from deepspec_core.hub import say_local_copy, why_unreachable
 from deepspec_core.layers.options import LayerOptions
@@ -30,7 +31,7 @@ HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _WEIGHT_FILES = "*.safetensors"
 # Never pickled weights; code only where the user allows it.
 _HUB_FILES = ("*.json", "*.jinja", "*.txt", "*.model", _WEIGHT_FILES)
-_EDGE_BYTES = 64 * 1024
+_ABOUT_WEIGHTS = ("*.safetensors.index.json", "adapter_config.json")
 
 
 def resolve_model(name: str, *, base: Path, registry: Registry, revision: str | None = None) -> str | Path:
@@ -199,11 +200,11 @@ def tokenizer_for(where: str | Path, trust_remote_code: bool = False, *, revisio
 
 
 def fingerprint(where: str | Path, *, revision: str | None = None) -> str:
-    """What tells one target from another: caches and results made with it carry it.
+    """What tells one target or draft from another: caches and results made with it carry it.
 
-    A directory: a digest of config.json and of each weight file's name, size, first and last 64 KiB (hashing tens of
-    gigabytes would take minutes). A Hub id: the commit, where it is known from the local Hub cache, else the id and
-    revision as asked for.
+    A directory: a digest of config.json, of every byte of every weight file (digests.py), and of what says which of
+    them are read and how: an index of shards, the settings of an adapter. A Hub id: the commit, where it is known from
+    the local Hub cache, else the id and revision as asked for. TargetError where a file cannot be read.
     """
     if not _is_local(where):
         from huggingface_hub import try_to_load_from_cache
@@ -213,14 +214,32 @@ def fingerprint(where: str | Path, *, revision: str | None = None) -> str:
         commit = extract_commit_hash(cached, None) if isinstance(cached, str) else None
         return commit or f"{where}@{revision or 'main'}"
     folder = Path(where)
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob(_WEIGHT_FILES)):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}\n".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(_EDGE_BYTES))
-            file.seek(max(0, size - _EDGE_BYTES))
-            digest.update(file.read(_EDGE_BYTES))
+    weights = sorted(folder.glob(_WEIGHT_FILES))
+    try:
+        digest = hashlib.sha256((folder / "config.json").read_bytes())
+        for path in sorted(path for pattern in _ABOUT_WEIGHTS for path in folder.glob(pattern)):
+            digest.update(f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+        for path, content in zip(weights, digests_of(weights), strict=True):
+            digest.update(f"{path.name} {content}\n".encode())
+    except OSError as error:
+        raise TargetError(
+            "weights cannot be read",
+            where=folder,
+            found=error,
+            fix="Check that the directory is complete and readable.",
+        ) from error
+    return digest.hexdigest()
+
+
+def content_digest(where: str | Path, *, revision: str | None = None) -> str:
+    """The fingerprint, and of a directory also the files that say how it speaks: tokenizer, template, stop tokens."""
+    digest = hashlib.sha256(fingerprint(where, revision=revision).encode())
+    if _is_local(where):
+        spoken = sorted(
+            path for pattern in _HUB_FILES if pattern != _WEIGHT_FILES for path in Path(where).glob(pattern)
+        )
+        for path, content in zip(spoken, digests_of(spoken), strict=True):
+            digest.update(f"{path.name} {content}\n".encode())
     return digest.hexdigest()
 
 
