@@ -14,6 +14,8 @@ import click
 from deepspec_core import __version__
 from deepspec_core.errors import DeepSpecError, PluginError, nearest
 from deepspec_core.pipeline.threads import let_waiting_threads_sleep
+from deepspec_core.pipeline.workers import rank
+from deepspec_core.stopping import exit_code, stopped_by_sigterm
 
 # In the order of a project's life. A command is there when its file is.
 COMMANDS = {
@@ -37,7 +39,6 @@ COMMANDS = {
     "status": "status:status",
     "new": "new:new",
 }
-INTERRUPTED = 130
 _PLUGIN_COMMANDS = "deepspec_core.plugin_commands"
 
 
@@ -110,19 +111,22 @@ def cli() -> None:
 
 
 def execute(command: click.Command, name: str, arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return the exit code: 0; 2 for a mistake of the user's; 130 when interrupted."""
+    """Run a command and return the exit code: 0; 2 for a mistake of the user's; 130 or 143 where Ctrl-C or SIGTERM
+    stopped it."""
     let_waiting_threads_sleep()
     try:
-        result = command.main(args=arguments, prog_name=name, standalone_mode=False)
+        with stopped_by_sigterm():
+            result = command.main(args=arguments, prog_name=name, standalone_mode=False)
     except click.ClickException as error:
         error.show()
         return error.exit_code
     except DeepSpecError as error:
         click.echo(f"{click.style('Error:', fg='red')} {error.render()}", err=True)
         return error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("Interrupted.", err=True)
-        return INTERRUPTED
+    except (click.Abort, KeyboardInterrupt) as error:
+        if rank() == 0:
+            click.echo("Interrupted.", err=True)
+        return exit_code(error)
     # click returns the code of an explicit exit, or whatever the command returned.
     return result if isinstance(result, int) else 0
 

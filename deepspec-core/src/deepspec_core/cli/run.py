@@ -51,12 +51,14 @@ def run(
     from deepspec_core.pipeline import stages as pipeline
     from deepspec_core.pipeline import workers as processes
     from deepspec_core.pipeline.checking import check_before
+    from deepspec_core.pipeline.local_workers import start, stop_with_starter
     from deepspec_core.pipeline.run import Run
     from deepspec_core.pipeline.running import do
     from deepspec_core.pipeline.smoke import smoke as made_small
     from deepspec_core.plugins.discovery import load_plugins
 
     show_messages()
+    stop_with_starter()
     plugins = load_plugins(blocked=blocked)
     file = load_run_file(path, overrides=overrides, plugins=plugins)
     the_run = Run(file=made_small(file) if smoke else file, path=Path(path), plugins=plugins)
@@ -74,7 +76,7 @@ def run(
         count = processes.visible_devices() if workers is None else workers
         if count > 1:
             arguments = click.get_current_context().meta[ARGUMENTS]
-            return processes.start(count, ["run", *arguments])
+            return start(count, ["run", *arguments])
     if processes.rank() > 0:
         processes.meet()
         pipeline.follow(the_run, steps)

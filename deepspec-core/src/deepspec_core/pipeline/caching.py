@@ -13,6 +13,7 @@ from deepspec_core.dtypes import torch_dtype
 from deepspec_core.features.capture import capture
 from deepspec_core.pipeline.run import Run
 from deepspec_core.progress import Progress
+from deepspec_core.stopping import StopRequest
 
 
 def run_stage(run: Run) -> dict[str, Any]:
@@ -39,10 +40,11 @@ def _write(run: Run, writer: CacheWriter, samples: Sequence[Sample]) -> None:
     require_space(folder, cache_bytes(cache_format, run.cache.bare_header(), sum(missing), shards=shards))
     # Eight bits carry a scale of their own, made by the format from full precision.
     dtype = None if options.dtype == "float8_e4m3" else torch_dtype(options.dtype)
-    with Progress(len(samples), "cache", "samples", done=len(done)) as progress:
+    with StopRequest() as request, Progress(len(samples), "cache", "samples", done=len(done)) as progress:
         for sample in capture(
             samples, run.target.model, run.file.target.layers, batch_size=options.batch_size, dtype=dtype, done=done
         ):
             writer.write(sample)
             progress.advance()
+            request.check()  # here and not inside HDF5, which cannot take an exception
     writer.finish()

@@ -1,17 +1,13 @@
 """One run as several processes: the first does every stage, the others join it where there is work for all: training.
 
-Knows the launcher's environment (torchrun, accelerate launch) and how to start workers on one machine; not what a stage
-does. The others wait by looking at stage records on the shared disk: stages before training may take days, longer than
-any collective may wait.
+Knows the launcher's environment (torchrun, accelerate launch, local_workers.py); not what a stage does. The others wait by
+looking at stage records on the shared disk: stages before training may take days, longer than any collective may wait.
 """
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,12 +34,6 @@ def visible_devices() -> int:
     import torch
 
     return torch.accelerator.device_count() if torch.accelerator.is_available() else 0
-
-
-def start(count: int, arguments: Sequence[str]) -> int:
-    """Run `deepspec ARGUMENTS` as `count` workers on this machine; returns the exit code."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-    return subprocess.run([*launcher, "-m", "deepspec_core", *arguments], check=False).returncode
 
 
 def device() -> torch.device:

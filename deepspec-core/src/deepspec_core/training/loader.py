@@ -75,7 +75,7 @@ def iterate(
     options: dict[str, Any] = {
         "num_workers": workers,
         "prefetch_factor": _READ_AHEAD,
-        "worker_init_fn": _ignore_interrupts,
+        "worker_init_fn": _leave_stopping_to_the_trainer,
     }
     return iter(DataLoader(dataset, batch_size=None, sampler=plans, collate_fn=_as_is, **options))
 
@@ -84,6 +84,8 @@ def _as_is(batch: Any) -> Any:
     return batch
 
 
-def _ignore_interrupts(_worker: int) -> None:
-    # Ctrl-C reaches every process of the terminal; the training process finishes its step first and then ends them.
+def _leave_stopping_to_the_trainer(_worker: int) -> None:
+    # Ctrl-C reaches every process of the terminal, and a launcher's SIGTERM every process of the group. The training
+    # process finishes its step first and then ends its loaders; a second SIGTERM is its own, for one that hangs.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, _frame: signal.signal(number, signal.SIG_DFL))

@@ -7,6 +7,7 @@ algorithms or families. Devices and data parallelism are accelerate's, precision
 from __future__ import annotations
 
 import math
+import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -28,9 +29,9 @@ from deepspec_core.errors import CheckpointError, DataError, TrainingError
 from deepspec_core.plugins.registry import Registry
 from deepspec_core.progress import Progress
 from deepspec_core.rows.engine import build_engine
+from deepspec_core.stopping import Stopped, StopRequest
 from deepspec_core.training import checkpoint as checkpoints
 from deepspec_core.training.host_batch import HostBatch
-from deepspec_core.training.interrupt import Interrupt
 from deepspec_core.training.loader import StepPlans, iterate
 from deepspec_core.training.metrics import Clock, Figures, MetricsLog
 from deepspec_core.training.reduction import StepSums, gathered, normalise
@@ -77,7 +78,7 @@ def train(
 
     Writes `folder`/checkpoints and `folder`/metrics.jsonl. `save_draft(path)` writes the draft as published;
     `on_checkpoint(path)` is told of each complete checkpoint; both on the first rank only. The schedule spans
-    min(max_steps, epochs' steps). Ctrl-C finishes the step, saves a checkpoint and raises KeyboardInterrupt; a second
+    min(max_steps, epochs' steps). Ctrl-C or SIGTERM finishes the step, saves a checkpoint and raises Stopped; a second
     one does not wait. DataError without samples; CheckpointError on a damaged or foreign training state, or no room
     for one; TrainingError where a loss or gradient is not finite, before weights are touched, and where no row of an
     epoch is supervised.
@@ -202,12 +203,12 @@ class _Trainer:
         )
         progress = Progress(self.total_steps, "train", "steps", done=self.first_step, enabled=self.is_main)
         clock = Clock()
-        with Interrupt() as interrupt, progress:
+        with StopRequest() as request, progress:
             for step in range(self.first_step, self.total_steps):
                 done = step + 1
                 last = done == self.total_steps
                 logged = last or done % self.options.log_every == 0
-                rate, norm, stop = self._step(step, plans, micro_batches, logged, interrupt.asked)
+                rate, norm, stop = self._step(step, plans, micro_batches, logged, request.asked)
                 chosen = self.batches.indices(step)
                 clock.count(len(chosen), sum(self.batches.lengths[index] for index in chosen))
                 if logged:
@@ -224,7 +225,7 @@ class _Trainer:
                 if stop or last or done % self.options.checkpoint_every == 0:
                     self._save(done)
                 if stop:
-                    raise KeyboardInterrupt
+                    raise Stopped(request.number or signal.SIGTERM)  # another rank's signal, where not ours
         return line
 
     def _step(
