@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -64,6 +65,12 @@ def _fill(path: Path, count: int, header: CacheHeader = HEADER, shard_samples: i
     writer.finish()
 
 
+def opened(path: Path, header: CacheHeader):
+    """A reader of a cache that is as it was written."""
+    assert HDF5Format().verify(path) == []
+    return HDF5Format().open(path, header)
+
+
 def _same(one: Sample, other: Sample) -> None:
     assert one.id == other.id
     assert one.original_length == other.original_length
@@ -80,7 +87,7 @@ def _same(one: Sample, other: Sample) -> None:
 def test_samples_come_back_bit_for_bit(tmp_path: Path, dtype: str) -> None:
     header = evolve(HEADER, dtype=dtype)
     _fill(tmp_path, 10, header)
-    reader = HDF5Format().open(tmp_path, header, verify=True)
+    reader = opened(tmp_path, header)
     assert len(reader) == 10
     assert reader.header == header
     assert reader.lengths() == [len(make_sample(index).input_ids) for index in range(10)]
@@ -176,7 +183,7 @@ def test_a_killed_writer_loses_at_most_its_open_shard(tmp_path: Path) -> None:
     writer.close()
     _fill(killed, 18)
     _fill(whole, 18)
-    continued, uninterrupted = HDF5Format().open(killed, HEADER, verify=True), HDF5Format().open(whole, HEADER)
+    continued, uninterrupted = opened(killed, HEADER), HDF5Format().open(whole, HEADER)
     assert continued.ids() == uninterrupted.ids()
     for index in range(18):
         _same(continued[index], uninterrupted[index])
@@ -203,7 +210,7 @@ def test_a_shard_renamed_but_not_in_the_manifest_does_not_count(tmp_path: Path) 
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     del writer  # as a kill does, without closing
     _fill(tmp_path, 4, shard_samples=2)
-    reader = HDF5Format().open(tmp_path, HEADER, verify=True)
+    reader = opened(tmp_path, HEADER)
     assert reader.ids() == [f"sample-{index}" for index in range(4)]
 
 
@@ -236,8 +243,9 @@ def test_damage_is_found(tmp_path: Path) -> None:
     content[len(content) // 2] ^= 1
     (flipped / "shard-00001.h5").write_bytes(content)
     HDF5Format().open(flipped, HEADER)
-    with pytest.raises(CacheError, match=r"(?s)damaged.*shard-00001.*checksum"):
-        HDF5Format().open(flipped, HEADER, verify=True)
+    (problem,) = HDF5Format().verify(flipped)
+    assert re.search(r"(?s)damaged.*shard-00001.*checksum", str(problem))
+    assert [len(HDF5Format().verify(flipped, part=part, parts=2)) for part in range(2)] == [0, 1]
 
     cut = copy("cut")
     (cut / "shard-00000.h5").write_bytes((sound / "shard-00000.h5").read_bytes()[:-1])

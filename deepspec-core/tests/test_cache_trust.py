@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from deepspec_core.cache.hdf5 import HDF5Format
+from deepspec_core.cache.hdf5 import HDF5Format, HDF5Reader
 from deepspec_core.cache.shard_file import ShardOutput
 from deepspec_core.contracts.cache import CacheHeader
 from deepspec_core.contracts.draft import Sample
@@ -44,6 +44,12 @@ def cache(tmp_path: Path) -> Path:
         writer.write(_sample(index))
     writer.finish()
     return tmp_path / "cache"
+
+
+def opened(path: Path, header: CacheHeader) -> HDF5Reader:
+    """A reader of a cache that is as it was written."""
+    assert HDF5Format().verify(path) == []
+    return HDF5Format().open(path, header)
 
 
 def _external(file: Any, folder: Path) -> None:
@@ -120,8 +126,8 @@ def test_flipped_bytes_are_found_when_the_cache_is_verified(cache: Path) -> None
     data[-2000:-1000] = os.urandom(1000)
     shard.write_bytes(data)
     HDF5Format().open(cache, HEADER)
-    with pytest.raises(CacheError, match="damaged"):
-        HDF5Format().open(cache, HEADER, verify=True)
+    (problem,) = HDF5Format().verify(cache)
+    assert "damaged" in problem.problem
 
 
 def test_a_feature_that_is_not_finite_is_refused_wherever_it_stands(tmp_path: Path) -> None:
@@ -133,6 +139,16 @@ def test_a_feature_that_is_not_finite_is_refused_wherever_it_stands(tmp_path: Pa
     writer.write(sample)
     writer.finish()
     with pytest.raises(CacheError, match=r"(?s)not finite.*sample 0"):
+        CachedFeatures(HDF5Format().open(tmp_path, HEADER))[0]
+
+
+def test_a_token_id_beyond_the_vocabulary_is_refused(tmp_path: Path) -> None:
+    sample = _sample(0)
+    sample.input_ids[2] = HEADER.vocab_size
+    writer = HDF5Format().create(tmp_path, HEADER)
+    writer.write(sample)
+    writer.finish()
+    with pytest.raises(CacheError, match=r"(?s)not in the target's vocabulary.*sample 0.*50.*0 to 49"):
         CachedFeatures(HDF5Format().open(tmp_path, HEADER))[0]
 
 
@@ -149,7 +165,7 @@ def test_a_second_writer_is_refused_and_the_first_one_loses_nothing(tmp_path: Pa
     assert "StageError: Another process is writing this cache" in second.stderr
     writer.write(_sample(1))
     writer.finish()
-    reader = HDF5Format().open(tmp_path, HEADER, verify=True)
+    reader = opened(tmp_path, HEADER)
     for index in range(2):
         found, expected = reader[index].features, _sample(index).features
         assert found is not None
@@ -200,7 +216,7 @@ def test_a_full_disk_is_one_error_and_not_the_end_of_the_process(tmp_path: Path,
         if str(index) not in writer.written():
             writer.write(_sample(index, length=500))
     writer.finish()
-    assert len(HDF5Format().open(tmp_path, HEADER, verify=True)) == 10
+    assert len(opened(tmp_path, HEADER)) == 10
 
 
 def test_what_did_not_fit_is_read_back_while_the_file_is_closed(tmp_path: Path) -> None:

@@ -34,17 +34,22 @@ from deepspec_core.progress import Progress
 _SETTLED_SECONDS = 2.0
 _BLOCK_BYTES = 1 << 22
 _SHOWN_BYTES = 1 << 30
-_REMEMBERED = 4096
+_REMEMBERED = 16384
 
 
-def digests_of(paths: Sequence[Path]) -> list[str]:
-    """The digest of each file's content, in hexadecimal, remembered or read. OSError where a file cannot be read."""
-    memory = _read_memory()
+def digests_of(
+    paths: Sequence[Path], *, what: str = "read files once to tell them apart", remembered: bool = True
+) -> list[str]:
+    """The digest of each file's content, in hexadecimal, remembered or read. OSError where a file cannot be read.
+
+    `what` names the work where it is long enough to be shown. Without `remembered` every file is read.
+    """
+    memory = _read_memory() if remembered else {}
     known = {path: _remembered(memory, path) for path in paths}
     unread = [path for path in paths if known[path] is None]
     total = sum(path.stat().st_size for path in unread)
     learnt: dict[str, list[Any]] = {}
-    with Progress(total >> 20, "read files once to tell them apart", "MiB", enabled=total >= _SHOWN_BYTES) as progress:
+    with Progress(total >> 20, what, "MiB", enabled=total >= _SHOWN_BYTES) as progress:
         for path in unread:
             began, before = time.time(), _state(path)
             known[path] = _digest(path, progress)
@@ -53,6 +58,12 @@ def digests_of(paths: Sequence[Path]) -> list[str]:
     if learnt:
         _remember(learnt)
     return [str(known[path]) for path in paths]
+
+
+def digest_of(path: Path) -> str:
+    """The digest of one file's content, read now."""
+    with Progress(None, "read a file", "MiB", enabled=False) as progress:
+        return _digest(path, progress)
 
 
 def memory_file() -> Path:

@@ -25,7 +25,16 @@ import torch
 from attrs import evolve
 
 from deepspec_core.cache import quantize
-from deepspec_core.cache.manifest import Manifest, Shard, check_header, check_shards, checksum, load, sync_folder
+from deepspec_core.cache.manifest import (
+    Manifest,
+    Shard,
+    check_header,
+    check_sizes,
+    checksum,
+    damaged_shards,
+    load,
+    sync_folder,
+)
 from deepspec_core.cache.shard_file import ShardOutput, open_shard
 from deepspec_core.contracts.cache import CacheHeader
 from deepspec_core.contracts.draft import Sample
@@ -64,7 +73,7 @@ class HDF5Format:
                     manifest.save(path)
                 else:
                     check_header(path, manifest.header, header)
-                    check_shards(path, manifest, verify=False)
+                    check_sizes(path, manifest)
                 sealed = {shard.file for shard in manifest.shards}
                 for leftover in path.glob("shard-*.h5*"):
                     if leftover.name not in sealed:
@@ -74,30 +83,52 @@ class HDF5Format:
             raise
         return HDF5Writer(path, manifest, shard_samples, held)
 
-    def open(self, path: Path, expect: CacheHeader | None, *, verify: bool = False) -> HDF5Reader:
-        """A finished cache, its header and its shards' sizes checked; `verify` reads all of it for the checksums."""
+    def header(self, path: Path) -> CacheHeader | None:
+        """What the manifest says."""
         manifest = load(path, format=FORMAT)
-        if manifest is None:
-            raise CacheError(
-                "There is no cache", where=path, expected="manifest.json", fix="Run the cache stage, or set cache.path."
-            )
-        if expect is not None:
-            check_header(path, manifest.header, expect)
-        if not manifest.complete:
-            raise CacheError(
-                "The cache is unfinished",
-                where=path,
-                found=f"{manifest.num_samples} samples in {len(manifest.shards)} sealed shards",
-                expected="a cache whose writer has finished",
-                fix="Run the cache stage again: it continues.",
-            )
-        check_shards(path, manifest, verify=verify)
+        return None if manifest is None else manifest.header
+
+    def open(self, path: Path, expect: CacheHeader | None) -> HDF5Reader:
+        """A finished cache, its header and its shards' sizes checked."""
+        manifest = _finished(path, expect)
+        check_sizes(path, manifest)
         return HDF5Reader(path, manifest)
+
+    def verify(self, path: Path, *, part: int = 0, parts: int = 1, remembered: bool = True) -> list[CacheError]:
+        """Shards whose checksum is not the manifest's: of every shard in turn, those of one part."""
+        return damaged_shards(path, _finished(path, None).shards[part::parts], remembered=remembered)
 
     def bytes_per_token(self, header: CacheHeader) -> int:
         """Features, token id and loss mask."""
         size = header.hidden_size
         return quantize.bytes_per_token(header.dtype, (len(header.taps) + 1) * size, size) + 4 + 1
+
+
+def _finished(path: Path, expect: CacheHeader | None) -> Manifest:
+    """The manifest of a finished cache that was made from what is expected."""
+    manifest = load(path, format=FORMAT)
+    if manifest is None:
+        raise CacheError(
+            "There is no cache", where=path, expected="manifest.json", fix="Run the cache stage, or set cache.path."
+        )
+    if expect is not None:
+        check_header(path, manifest.header, expect)
+    if not manifest.complete:
+        raise CacheError(
+            "The cache is unfinished",
+            where=path,
+            found=f"{manifest.num_samples} samples in {len(manifest.shards)} sealed shards",
+            expected="a cache whose writer has finished",
+            fix="Run the cache stage again: it continues.",
+        )
+    if manifest.header.dtype not in quantize.ARRAY_TYPES:
+        raise CacheError(
+            "The cache's features are stored in an unknown type",
+            where=path,
+            found=manifest.header.dtype,
+            expected=f"one of {', '.join(quantize.ARRAY_TYPES)}",
+        )
+    return manifest
 
 
 class HDF5Writer:

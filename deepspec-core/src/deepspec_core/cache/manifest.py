@@ -7,29 +7,38 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-import xxhash
-from attrs import asdict, evolve, fields, frozen
+from attrs import asdict, evolve, field, fields, frozen
+from attrs.validators import deep_iterable, instance_of, matches_re
 
-from deepspec_core.contracts.cache import CacheHeader
+from deepspec_core.contracts.cache import CacheHeader, whole_number
+from deepspec_core.digests import digest_of, digests_of
 from deepspec_core.errors import CacheError
 
 NAME: Final = "manifest.json"
 VERSION: Final = 2
+_MAKE_AGAIN: Final = "Make the cache again (--force cache), or get it again from where it came."
 
 
 @frozen(kw_only=True)
 class Shard:
-    """A sealed shard: its file, size and checksum, and the samples in it, in order."""
+    """A sealed shard: its file, size and checksum, and the samples in it, in order, with their numbers of tokens."""
 
-    file: str
-    bytes: int
-    xxh3: str
-    ids: tuple[str, ...]
-    lengths: tuple[int, ...]
+    file: str = field(validator=[instance_of(str), matches_re(r"[\w.-]+")])
+    bytes: int = field(validator=whole_number(0))
+    xxh3: str = field(validator=[instance_of(str), matches_re("[0-9a-f]{32}")])
+    ids: tuple[str, ...] = field(validator=deep_iterable(instance_of(str), instance_of(tuple)))
+    lengths: tuple[int, ...] = field(validator=deep_iterable(whole_number(1), instance_of(tuple)))
+
+    def __attrs_post_init__(self) -> None:
+        if self.file in (".", ".."):
+            raise ValueError(f"shard {self.file!r} lies outside the cache")
+        if len(self.ids) != len(self.lengths):
+            raise ValueError(f"shard {self.file!r} has {len(self.ids)} samples and {len(self.lengths)} lengths")
 
 
 @frozen(kw_only=True)
@@ -39,7 +48,16 @@ class Manifest:
     format: str
     header: CacheHeader
     shards: tuple[Shard, ...] = ()
-    complete: bool = False
+    complete: bool = field(default=False, validator=instance_of(bool))
+
+    def __attrs_post_init__(self) -> None:
+        for what, names in (
+            ("file", [shard.file for shard in self.shards]),
+            ("sample", [name for shard in self.shards for name in shard.ids]),
+        ):
+            if len(set(names)) < len(names):
+                twice = next(name for name, count in Counter(names).items() if count > 1)
+                raise ValueError(f"{what} {twice!r} is there twice")
 
     @property
     def num_samples(self) -> int:
@@ -85,10 +103,12 @@ def load(folder: Path, *, format: str) -> Manifest | None:
         return Manifest(
             format=content["format"],
             header=_header(content["header"]),
-            shards=tuple(_shard(shard) for shard in content["shards"]),
+            shards=tuple(_shard(shard) for shard in _items(content["shards"])),
             complete=content["complete"],
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
+        raise CacheError("The cache's manifest cannot be read", where=path, found=error.strerror) from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CacheError(
             "The cache's manifest is damaged",
             where=path,
@@ -112,36 +132,50 @@ def check_header(path: Path, found: CacheHeader, expected: CacheHeader) -> None:
             )
 
 
-def check_shards(folder: Path, manifest: Manifest, *, verify: bool) -> None:
-    """CacheError for a sealed shard that is missing or of another size; with `verify`, of other content."""
+def check_sizes(folder: Path, manifest: Manifest) -> None:
+    """CacheError for a sealed shard that is missing or of another size."""
     for shard in manifest.shards:
-        path = folder / shard.file
-        size = path.stat().st_size if path.is_file() else None
-        if size != shard.bytes:
-            raise CacheError(
-                "A shard of the cache is damaged" if size is not None else "A shard of the cache is missing",
-                where=path,
-                found=None if size is None else f"{size:,} bytes",
-                expected=f"{shard.bytes:,} bytes",
-                fix="Make the cache again (--force cache).",
-            )
-        if verify and (digest := checksum(path)) != shard.xxh3:
-            raise CacheError(
+        if (problem := _of_another_size(folder, shard)) is not None:
+            raise problem
+
+
+def damaged_shards(folder: Path, shards: Sequence[Shard], *, remembered: bool) -> list[CacheError]:
+    """An error for each shard that is missing or whose content is not what was written."""
+    problems = {shard.file: _of_another_size(folder, shard) for shard in shards}
+    whole = [shard for shard in shards if problems[shard.file] is None]
+    try:
+        digests = digests_of([folder / shard.file for shard in whole], what="verify the cache", remembered=remembered)
+    except OSError as error:
+        return [CacheError("A shard of the cache cannot be read", where=error.filename, found=error.strerror)]
+    for shard, digest in zip(whole, digests, strict=True):
+        if digest != shard.xxh3:
+            problems[shard.file] = CacheError(
                 "A shard of the cache is damaged",
-                where=path,
+                where=folder / shard.file,
                 found=f"checksum {digest}",
                 expected=f"checksum {shard.xxh3}",
-                fix="Make the cache again (--force cache).",
+                fix=_MAKE_AGAIN,
             )
+    return [problem for problem in problems.values() if problem is not None]
 
 
 def checksum(path: Path) -> str:
     """XXH3 of a file, 128 bits: it finds accidents at the speed of the disk, where SHA-256 is 14 times slower."""
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+    return digest_of(path)
+
+
+def _of_another_size(folder: Path, shard: Shard) -> CacheError | None:
+    path = folder / shard.file
+    size = path.stat().st_size if path.is_file() and not path.is_symlink() else None
+    if size == shard.bytes:
+        return None
+    return CacheError(
+        "A shard of the cache is damaged" if size is not None else "A shard of the cache is missing",
+        where=path,
+        found=None if size is None else f"{size:,} bytes",
+        expected=f"a file of {shard.bytes:,} bytes",
+        fix=_MAKE_AGAIN,
+    )
 
 
 def sync_folder(folder: Path) -> None:
@@ -154,11 +188,14 @@ def sync_folder(folder: Path) -> None:
 
 
 def _header(content: Mapping[str, Any]) -> CacheHeader:
-    return CacheHeader(**{**content, "taps": tuple(content["taps"])})
+    return CacheHeader(**{**content, "taps": _items(content["taps"])})
 
 
 def _shard(content: Mapping[str, Any]) -> Shard:
-    file = content["file"]
-    if Path(file).name != file:
-        raise ValueError(f"shard {file!r} lies outside the cache")
-    return Shard(**{**content, "ids": tuple(content["ids"]), "lengths": tuple(content["lengths"])})
+    return Shard(**{**content, "ids": _items(content["ids"]), "lengths": _items(content["lengths"])})
+
+
+def _items(value: Any) -> tuple[Any, ...]:
+    if not isinstance(value, list):
+        raise TypeError(f"{value!r}, where a list belongs")
+    return tuple(value)

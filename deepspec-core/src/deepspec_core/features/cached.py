@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from deepspec_core.contracts.draft import Sample
 from deepspec_core.contracts.target import TargetFeatures
 from deepspec_core.data.collate import pad_features
 from deepspec_core.errors import CacheError
+
+_MAKE_AGAIN: Final = "Make the cache again (--force cache), or get it again from where it came."
 
 
 class CachedFeatures:
@@ -32,8 +34,12 @@ class CachedFeatures:
         return [lengths[index] for index in self._order]
 
     def __getitem__(self, index: int) -> Sample:
-        """The sample with its features. CacheError where one of them is not finite: attention would spread it."""
+        """The sample with its features.
+
+        CacheError where a feature is not finite, since attention would spread it, and where a token id is none.
+        """
         sample = self.reader[self._order[index]]
+        self._check_ids(sample)
         features = sample.features
         assert features is not None, "a cache holds features"
         for name, values in (("hidden", features.hidden), ("last_hidden", features.last_hidden)):
@@ -44,9 +50,20 @@ class CachedFeatures:
                     where=f"sample {sample.id}, token {token}, {name} channel {channel}",
                     found=float(values[token, channel]),
                     expected="a finite number",
-                    fix="Make the cache again (--force cache), or get it again from where it came.",
+                    fix=_MAKE_AGAIN,
                 )
         return sample
+
+    def _check_ids(self, sample: Sample) -> None:
+        wrong_ids = sample.input_ids[(sample.input_ids < 0) | (sample.input_ids >= self.reader.header.vocab_size)]
+        if len(wrong_ids):
+            raise CacheError(
+                "A token id of the cache is not in the target's vocabulary",
+                where=f"sample {sample.id}",
+                found=int(wrong_ids[0]),
+                expected=f"0 to {self.reader.header.vocab_size - 1}",
+                fix=_MAKE_AGAIN,
+            )
 
     def features(self, samples: Sequence[Sample], input_ids: Tensor, attention_mask: Tensor) -> TargetFeatures:
         """Stored features of a batch. Samples without theirs are read again, by id."""

@@ -24,6 +24,7 @@ def run_stage(run: Run) -> dict[str, Any]:
     cache_format, folder = run.cache.format, run.cache.folder
     with closing(cache_format.create(folder, header, shard_samples=options.shard_samples)) as writer:
         _write(run, writer, samples)
+    run.cache.written()
     return {
         "samples": len(samples),
         "tokens": sum(len(sample.input_ids) for sample in samples),

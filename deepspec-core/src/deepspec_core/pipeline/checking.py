@@ -53,7 +53,10 @@ def check_before(run: Run, steps: Sequence[Step]) -> None:
             try_training(run, draft)
             _room_for_checkpoint(run, tried.checkpoint_bytes)
     if "cache" in todo:
-        _room_for_cache(run)
+        forced = any(step.forced for step in steps if step.stage.name == "cache")
+        _cache(run, fresh=forced)
+    elif "train" in todo and _caches(run) and "cache" not in run.file.run.stages:
+        run.cache.require()
     if "evaluate" in todo:
         _evaluation(run, confidence)
 
@@ -104,14 +107,22 @@ def _room_for_checkpoint(run: Run, needed: int) -> None:
         )
 
 
-def _room_for_cache(run: Run) -> None:
-    """How long samples will be is not known yet, so the largest size the run file allows is a warning only."""
-    from deepspec_core.cache.estimate import cache_bytes
+def _cache(run: Run, *, fresh: bool) -> None:
+    """What is there is this run's own, or goes; and there is room, as far as that is known.
 
-    count = run.data.expected_conversations()
+    How long samples will be, and how many, is not known yet. A disk without room for one is an error, one without room
+    for the largest size that the run file allows is a warning.
+    """
+    from deepspec_core.cache.estimate import cache_bytes, require_space
+
+    begun = not fresh and run.cache.refuse_another()
+    header, count = run.cache.bare_header(), run.data.expected_conversations()
+    if not begun:
+        require_space(run.cache.folder, cache_bytes(run.cache.format, header, 1, shards=1))
     if count is None:
         return
-    most = cache_bytes(run.cache.format, run.cache.bare_header(), count * run.data.max_length)
+    shards = -(-count // run.file.cache.shard_samples)
+    most = cache_bytes(run.cache.format, header, count * run.data.max_length, shards=shards)
     free = free_bytes(run.cache.folder)
     if most > free:
         log.warning(

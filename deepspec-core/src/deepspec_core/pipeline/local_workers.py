@@ -55,7 +55,7 @@ def stop_with_starter() -> None:
 
 def _meeting_point(count: int) -> tuple[object, int]:
     """Where the workers find each other: a store in this process, on a port that is free, reached from here only."""
-    from torch.distributed.distributed_c10d import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     listener = socket.create_server((_LOOPBACK, 0))
     port: int = listener.getsockname()[1]

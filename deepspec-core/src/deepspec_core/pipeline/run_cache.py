@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
 from attrs import define, evolve, field
 
+from deepspec_core.cache.manifest import check_header
 from deepspec_core.config.schema import CacheOptions
 from deepspec_core.contracts.cache import CacheFormat, CacheHeader, CacheReader
 from deepspec_core.locks import Lock, lock
-from deepspec_core.pipeline import contents
+from deepspec_core.pipeline import contents, workers
 from deepspec_core.pipeline.reads import Reads
 from deepspec_core.pipeline.run_data import RunData
 from deepspec_core.pipeline.run_target import RunTarget
 from deepspec_core.plugins.registry import Registry
+
+log = logging.getLogger("deepspec")
 
 
 @define(kw_only=True)
@@ -35,6 +39,7 @@ class RunCache:
     registry: Registry
     plugin_versions: Mapping[str, str]
     _held: Lock = field(factory=lambda: Lock(None), init=False)
+    _written_now: bool = field(default=False, init=False)
 
     @property
     def format(self) -> CacheFormat:
@@ -44,19 +49,21 @@ class RunCache:
 
     def header(self) -> CacheHeader:
         """What a cache of this run is made from."""
-        data = self.data.options
         if self.data.regenerated is not None:
-            source = self.data.regenerated_digest()
-        else:
-            content = [self.data.source_digest(index, ask_hub=True) for index in range(len(data.sources))]
-            facts = [[str(option) for option in data.sources], content, data.held_out, self.data.seed]
-            source = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+            return self._header(self.data.regenerated_digest())
+        data = self.data.options
+        content = [self.data.source_digest(index, ask_hub=True) for index in range(len(data.sources))]
+        facts = [[str(option) for option in data.sources], content, data.held_out, self.data.seed]
+        return self._header(hashlib.sha256(json.dumps(facts).encode()).hexdigest())
+
+    def _header(self, source: str) -> CacheHeader:
+        tokenizer = self.target.tokenizer
         return evolve(
             self.bare_header(),
             revision=self.target.fingerprint(),
-            tokenizer=self.target.tokenizer.tokenizer_fingerprint(),
-            template=self.target.tokenizer.template_fingerprint(
-                self.target.adapter.conversation_format(), data.system_prompt, self.data.supervision
+            tokenizer=tokenizer.tokenizer_fingerprint(),
+            template=tokenizer.template_fingerprint(
+                self.target.adapter.conversation_format(), self.data.options.system_prompt, self.data.supervision
             ),
             source=source,
         )
@@ -87,8 +94,37 @@ class RunCache:
             expected = evolve(expected, source=cache_format.open(self.folder, None).header.source)
         self._held = self.locked(shared=True)
         reader = cache_format.open(self.folder, expected)
+        if not self._written_now:
+            self._verify()
         self.reads.content(contents.CACHE, self.digest())
         return reader
+
+    def written(self) -> None:
+        """This process has just written the cache, and need not read it to believe it."""
+        self._written_now = True
+
+    def _verify(self) -> None:
+        """Read what is stored, each worker its share; CacheError for the first damage."""
+        problems = self.format.verify(self.folder, part=workers.rank(), parts=workers.count())
+        if problems:
+            log.error("%d damaged or missing files in the cache; `deepspec cache verify` names them all", len(problems))
+            raise problems[0]
+
+    def refuse_another(self) -> bool:
+        """Whether a cache of this run is there, finished or not. CacheError where it is damaged or another's.
+
+        The conversations are not compared: before the first stage they may not be answered yet.
+        """
+        found = self.format.header(self.folder)
+        if found is None:
+            return False
+        check_header(self.folder, found, self._header(found.source))
+        return True
+
+    def require(self) -> None:
+        """CacheError where the cache that another run made is not there, not finished, or not for this run."""
+        reader = self.format.open(self.folder, None)
+        check_header(self.folder, reader.header, self._header(reader.header.source))
 
     def locked(self, *, shared: bool = False) -> Lock:
         """Hold the cache's folder, which other runs may name too; StageError where another process is in the way."""

@@ -54,11 +54,12 @@ Action = Literal["run", "resume", "skip"]
 
 @frozen(kw_only=True)
 class Step:
-    """What is to be done about one stage of a run, and why."""
+    """What is to be done about one stage of a run, and why. `forced`: what is there is discarded first."""
 
     stage: Stage
     action: Action
     record: StageRecord | None
+    forced: bool = False
 
 
 def ancestors(stage: Stage, present: Sequence[str]) -> list[Stage]:
@@ -90,15 +91,19 @@ def plan(run: Run, *, only: Sequence[str] = (), force: Sequence[str] = ()) -> li
         lineage = [*ancestors(stage, present), stage]
         for member in lineage:
             if member.name not in checked:
-                forced = any(one.name in force for one in [*ancestors(member, present), member])
-                record = None if forced else _record_of_results(run.stage_folder(member.name))
+                record = None if _forced(member, force, present) else _record_of_results(run.stage_folder(member.name))
                 if record is not None:
                     refuse_changes(run, record)
                 checked[member.name] = record
         record = checked[name]
         action: Action = "run" if record is None else "skip" if record.complete else "resume"
-        steps.append(Step(stage=stage, action=action, record=record))
+        steps.append(Step(stage=stage, action=action, record=record, forced=_forced(stage, force, present)))
     return steps
+
+
+def _forced(stage: Stage, force: Sequence[str], present: Sequence[str]) -> bool:
+    """Whether a stage's results are to be discarded, because of itself or of one that it builds on."""
+    return any(one.name in force for one in [*ancestors(stage, present), stage])
 
 
 def _record_of_results(folder: Path) -> StageRecord | None:
@@ -126,7 +131,7 @@ def discard(run: Run, force: Sequence[str]) -> list[Path]:
     emptied = []
     for name in run.file.run.stages:
         stage = _known(name, run)
-        if any(member.name in force for member in [*ancestors(stage, run.file.run.stages), stage]):
+        if _forced(stage, force, run.file.run.stages):
             folder = run.stage_folder(name)
             # Only what a stage made is removed: a cache path that points elsewhere by mistake holds no record.
             if read_record(folder) is not None:

@@ -1,7 +1,8 @@
 """One run as several processes: the first does every stage, the others join it where there is work for all: training.
 
-Knows the launcher's environment (torchrun, accelerate launch, local_workers.py); not what a stage does. The others wait by
-looking at stage records on the shared disk: stages before training may take days, longer than any collective may wait.
+The others wait by looking at stage records on the shared disk: stages before training may take days, longer than any
+collective may wait. Knows the launcher's environment (torchrun, accelerate launch, local_workers.py); not what a stage
+does.
 """
 
 from __future__ import annotations
@@ -24,9 +25,14 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def count() -> int:
+    """How many processes the run has."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def launched() -> bool:
     """Whether a launcher started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return count() > 1
 
 
 def visible_devices() -> int:

@@ -1,0 +1,109 @@
+"""A cache is read whole before a stage believes what another process wrote, and when the user asks."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from deepspec_core.cli.main import main
+
+
+@pytest.fixture
+def cache(finished_copy: Path) -> Path:
+    return finished_copy.parent / "runs" / "quickstart-dflash-smoke" / "cache"
+
+
+def _flip(path: Path, place: float = 0.5) -> None:
+    content = bytearray(path.read_bytes())
+    begin = int(len(content) * place)
+    content[begin : begin + 20] = bytes(255 - byte for byte in content[begin : begin + 20])
+    path.write_bytes(content)
+
+
+def _train(run_file: Path, *more: str) -> int:
+    return main(["run", str(run_file), "--smoke", "--stages", "train", "--force", "train", *more])
+
+
+def test_training_refuses_flipped_bytes(finished_copy: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _train(finished_copy) == 0
+    _flip(cache / "shard-00000.h5")
+    capsys.readouterr()
+    assert _train(finished_copy) == 2
+    seen = capsys.readouterr().err
+    assert "A shard of the cache is damaged" in seen
+    assert "shard-00000.h5" in seen
+    assert "train: 1" not in seen
+
+
+def test_verify_says_that_all_is_well_or_names_every_damage(
+    finished_copy: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["cache", "verify", str(cache)]) == 0
+    assert "16 samples" in capsys.readouterr().out
+    # Five samples a shard make four shards.
+    run_file = finished_copy.parent / "small.toml"
+    run_file.write_text(finished_copy.read_text().replace("[cache]", "[cache]\nshard_samples = 5"))
+    again = ["run", str(run_file), "--smoke", "--stages", "cache", "--force", "cache"]
+    assert main([*again, "--set", 'run.stages=["regenerate", "cache"]']) == 0
+    _flip(cache / "shard-00000.h5", 0.2)
+    (cache / "shard-00001.h5").unlink()
+    (cache / "shard-00002.h5").write_bytes((cache / "shard-00002.h5").read_bytes()[:-1])
+    shutil.copy(cache / "shard-00000.h5", tmp_path / "elsewhere.h5")
+    (cache / "shard-00003.h5").rename(tmp_path / "real.h5")
+    (cache / "shard-00003.h5").symlink_to(tmp_path / "real.h5")
+    capsys.readouterr()
+    assert main(["cache", "verify", str(cache)]) == 2
+    seen = capsys.readouterr().err
+    assert seen.count("Damaged:") == 4
+    for number, word in enumerate(("checksum", "missing", "bytes", "missing")):
+        part = next(text for text in seen.split("Damaged:") if f"shard-0000{number}" in text)
+        assert word in part
+
+
+def test_what_is_no_finished_cache_is_refused(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["cache", "verify", str(tmp_path)]) == 2
+    assert "There is no cache" in capsys.readouterr().err
+    assert list(tmp_path.glob(".lock")) == []
+    manifest = json.loads((cache / "manifest.json").read_text())
+    (cache / "manifest.json").write_text(json.dumps({**manifest, "complete": False}))
+    assert main(["cache", "verify", str(cache)]) == 2
+    assert "The cache is unfinished" in capsys.readouterr().err
+    assert main(["cache", "verify", str(cache), "--format", "hdf6"]) == 2
+    assert "hdf5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["damaged", "another", "gone", "unfinished"])
+def test_a_cache_elsewhere_is_looked_at_before_the_first_stage(
+    run_file: Path, cache: Path, what: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = cache / "manifest.json"
+    content = json.loads(manifest.read_text())
+    stages = '["regenerate", "train"]' if what in ("gone", "unfinished") else '["regenerate", "cache", "train"]'
+    if what == "damaged":
+        manifest.write_text("{")
+    elif what == "another":
+        content["header"]["taps"] = [1]
+    elif what == "gone":
+        manifest.unlink()
+    else:
+        content["complete"] = False
+    if what in ("another", "unfinished"):
+        manifest.write_text(json.dumps(content))
+    (cache / "stage.json").unlink()
+    options = ["--set", f"cache.path={json.dumps(str(cache))}", "--set", f"run.stages={stages}"]
+    assert main(["run", str(run_file), "--smoke", *options]) == 2
+    seen = capsys.readouterr()
+    says = {"damaged": "manifest is damaged", "another": "made for another taps", "gone": "There is no cache"}
+    assert says.get(what, "The cache is unfinished") in seen.err
+    assert "regenerate" not in seen.out
+
+
+def test_no_room_for_a_cache_is_said_before_the_first_stage(
+    run_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("deepspec_core.cache.estimate.free_bytes", lambda _path: 1000)
+    assert main(["run", str(run_file), "--smoke"]) == 2
+    seen = capsys.readouterr()
+    assert "The disk has no room for the cache" in seen.err
+    assert "regenerate" not in seen.out
