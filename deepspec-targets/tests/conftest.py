@@ -42,6 +42,9 @@ LLAMA_ROPE = {
     "original_max_position_embeddings": 16,
 }  # fmt: skip
 
+YARN_ROPE = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+
 
 @frozen(kw_only=True)
 class Family:
@@ -71,6 +74,10 @@ class Family:
 
 FAMILIES = {
     "qwen3": Family(adapter="qwen3", config_class=Qwen3Config, settings=SIZES | {"head_dim": 16}, full_layer=2),
+    "qwen3-yarn": Family(
+        adapter="qwen3", config_class=Qwen3Config, full_layer=2,
+        settings=SIZES | {"head_dim": 16, "rope_parameters": YARN_ROPE},
+    ),
     "qwen3-bias-sliding": Family(
         adapter="qwen3", config_class=Qwen3Config, full_layer=1,
         settings=SIZES | {
@@ -91,6 +98,9 @@ FAMILIES = {
     "llama-bias": Family(
         adapter="llama", config_class=LlamaConfig, full_layer=2,
         settings=SIZES | {"attention_bias": True, "mlp_bias": True, "head_dim": 16},
+    ),
+    "llama-linear": Family(
+        adapter="llama", config_class=LlamaConfig, full_layer=2, settings=SIZES | {"rope_parameters": LINEAR_ROPE}
     ),
     "mistral": Family(
         adapter="mistral", config_class=MistralConfig, settings=SIZES | {"sliding_window": None}, full_layer=2

@@ -29,6 +29,7 @@ from deepspec_core.contracts.target import (
 from deepspec_core.errors import TargetError
 from deepspec_core.layers.options import LayerOptions
 from deepspec_targets.masks import MaskBuilder
+from deepspec_targets.rotary_kinds import varying_rotary
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -179,6 +180,9 @@ class FamilyAdapter(ABC):
         unknown = MaskBuilder.unknown_types(self.text)
         if unknown:
             return f"the target has layers of type {', '.join(sorted(unknown))}"
+        varying = varying_rotary(self.text)
+        if varying is not None:
+            return varying
         beyond = self.not_dense()
         if beyond is not None and self.draft_layer.intermediate_size is None:
             return f"drafts are dense, and the target has {beyond}: give intermediate_size in [draft.layer]"

@@ -1,0 +1,39 @@
+"""Which kinds of rotary position embedding a target may have.
+
+Decoding keeps keys that were rotated when the sequence was shorter. With a kind whose angles follow from the sequence's
+length, they no longer fit those rotated now: the same tokens get other logits depending on how they were fed, a draft's
+verification accepts other tokens than plain decoding draws, and plain decoding differs with the neighbours in a batch.
+Knows configs; no family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+# The angle of a position is the same whatever comes after it.
+FIXED: Final = frozenset({"default", "linear", "yarn", "llama3", "proportional"})
+
+
+def varying_rotary(text: Any) -> str | None:
+    """Why the rotary embedding of a text config cannot be used, or None."""
+    refused = sorted({repr(kind) for kind in _kinds(text) if kind not in FIXED})
+    if not refused:
+        return None
+    return (
+        f"the target's rotary embedding is of kind {', '.join(refused)}: its angles may follow from the sequence's "
+        f"length, so that decoding is not lossless (known not to: {', '.join(sorted(FIXED))})"
+    )
+
+
+def _kinds(text: Any) -> Iterator[object]:
+    """The kinds a config names, in newer or older spelling, for all layers or by layer type."""
+    for attribute in ("rope_parameters", "rope_scaling"):
+        yield from _named(getattr(text, attribute, None))
+
+
+def _named(entry: object) -> Iterator[object]:
+    if isinstance(entry, Mapping):
+        yield from (entry[key] for key in ("rope_type", "type") if entry.get(key) is not None)
+        for inner in entry.values():
+            yield from _named(inner)
