@@ -94,7 +94,7 @@ def test_overrides_put_either_in_the_others_place(tmp_path: Path, toy: Any) -> N
 @pytest.mark.parametrize(
     ("entry", "key", "found", "expected", "fix"),
     [
-        ("start=0, end=1, steps=0", "steps", "0 (a whole number)", "a whole number, > 0", None),
+        ("start=0, end=1, steps=0", "steps", "0 (a whole number)", "a whole number, >= 1", None),
         ("start=0, end=1, steps=2.0", "steps", "2.0 (a number)", "a whole number", None),
         ("start=0, end=1, steps=2, after=-1", "after", "-1 (a whole number)", "a whole number, >= 0", None),
         ("start='a', end=1, steps=2", "start", '"a" (text)', "a number", None),

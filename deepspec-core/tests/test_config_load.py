@@ -162,7 +162,7 @@ def test_sections_that_plugins_shape_hold_their_own_typed_options(load: Loader) 
         ("loss.terms.ce='x'", "loss.terms.ce", '"x" (text)', "a number"),
         ("draft.head.rank='x'", "draft.head.rank", '"x" (text)', "a whole number"),
         ("draft.head.rank=0", "draft.head.rank", "0 (a whole number)", "a whole number, > 0"),
-        ("draft.layer.head_dim=0", "draft.layer.head_dim", "0 (a whole number)", "a whole number, > 0"),
+        ("draft.layer.head_dim=0", "draft.layer.head_dim", "0 (a whole number)", "a whole number, >= 1"),
         ("train=3", "train", "3 (a whole number)", "a table with the keys lr, global_batch_size"),
         ("draft=3", "draft", "3 (a whole number)", "a table with the keys type, layer"),
         ("evaluate.temperature=[1, -1.0]", "evaluate.temperature[1]", "-1.0 (a number)", "a number, >= 0.0"),

@@ -1,6 +1,6 @@
 """What `[draft] type = "dflash"` may say, and how the same is read back from a checkpoint's config.json.
 
-Imports attrs and core's errors only.
+Imports attrs, core's bounds and core's errors only.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from attrs import Attribute, field, frozen
-from attrs.validators import ge, gt, instance_of, optional
+from attrs.validators import instance_of, optional
 
+from deepspec_core.config.bounds import whole
 from deepspec_core.errors import CheckpointError
 
 
@@ -32,10 +33,10 @@ class DFlashOptions:
         nothing and every other slot its own token, as in the original DFlash.
     """
 
-    block_size: int = field(default=7, validator=[instance_of(int), gt(0)])
-    num_layers: int = field(default=5, validator=[instance_of(int), gt(0)])
-    num_anchors: int = field(default=512, validator=[instance_of(int), gt(0)])
-    mask_token_id: int | None = field(default=None, validator=optional([instance_of(int), ge(0)]))
+    block_size: int = field(default=7, validator=whole(1, 1024))
+    num_layers: int = field(default=5, validator=whole(1, 256))
+    num_anchors: int = field(default=512, validator=whole(1, 2**20))
+    mask_token_id: int | None = field(default=None, validator=optional(whole(0)))
     anchor_predicts: bool = field(default=True, validator=[instance_of(bool), _leaves_a_prediction])
 
     @property
@@ -73,7 +74,7 @@ def backbone_keys(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def taps_of(config: Mapping[str, Any]) -> tuple[int, ...]:
     """The target layers a config.json names. KeyError or TypeError where it does not."""
-    return tuple(int(layer) for layer in config["target_layer_ids"])
+    return tuple(config["target_layer_ids"])
 
 
 @contextmanager

@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from attrs import Attribute, field, frozen
-from attrs.validators import ge, in_, instance_of
+from attrs.validators import in_, instance_of
 
+from deepspec_core.config.bounds import whole
 from deepspec_dflash.options import DFlashOptions, backbone_keys, is_dflash, reading, taps_of
 
 HEADS = ("vanilla", "gated", "rnn")
@@ -26,7 +27,7 @@ class MarkovOptions:
         every earlier token of the block too.
     """
 
-    rank: int = field(default=256, validator=[instance_of(int), ge(0)])
+    rank: int = field(default=256, validator=whole(0, 2**16))
     head: Literal["vanilla", "gated", "rnn"] = field(default="vanilla", validator=in_(HEADS))
 
 

@@ -1,6 +1,6 @@
 """What `[draft] type = "eagle3"` may say, and how the same is read back from a checkpoint's config.json.
 
-Imports attrs and core's errors only.
+Imports attrs, core's bounds and core's errors only.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from attrs import field, frozen
-from attrs.validators import and_, ge, gt, in_, instance_of, le, optional
+from attrs.validators import in_, instance_of, optional
 
+from deepspec_core.config.bounds import above, whole
 from deepspec_core.errors import CheckpointError
 
 Normaliser = Literal["sequence", "padded_batch"]
@@ -29,9 +30,9 @@ class Eagle3Options:
     target_name: What config.json names as the target. Left out: where the target was loaded from.
     """
 
-    ttt_length: int = field(default=7, validator=[instance_of(int), gt(0)])
-    step_decay: float = field(default=0.8, validator=[instance_of(float), and_(gt(0.0), le(1.0))])
-    num_layers: int = field(default=1, validator=[instance_of(int), ge(1)])
+    ttt_length: int = field(default=7, validator=whole(1, 1024))
+    step_decay: float = field(default=0.8, validator=above(0.0, 1.0))
+    num_layers: int = field(default=1, validator=whole(1, 256))
     normaliser: Normaliser = field(default="sequence", validator=in_(("sequence", "padded_batch")))
     qk_norm: bool = field(default=True, validator=instance_of(bool))
     target_name: str | None = field(default=None, validator=optional(instance_of(str)))
@@ -50,12 +51,12 @@ def options_of(config: Mapping[str, Any]) -> tuple[Eagle3Options, tuple[int, ...
     try:
         options = Eagle3Options(
             ttt_length=config["ttt_length"],
-            step_decay=float(config["step_loss_decay"]),
+            step_decay=config["step_loss_decay"],
             num_layers=config["draft_num_hidden_layers"],
             qk_norm=config.get("qk_norm", True),
             target_name=config.get("target_model_name_or_path"),
         )
-        return options, tuple(int(layer) for layer in config["target_layer_ids"])
+        return options, tuple(config["target_layer_ids"])
     except KeyError as error:
         raise CheckpointError(
             "config.json lacks a key of an Eagle3 draft", where="config.json", expected=error

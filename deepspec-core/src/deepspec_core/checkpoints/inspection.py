@@ -11,14 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import attrs
-import torch
 from attrs import frozen
-from safetensors import SafetensorError, safe_open
 
 from deepspec_core.checkpoints.opening import draft_adapter
-from deepspec_core.checkpoints.published import WEIGHTS, WeightDifferences, build_draft, published_name, read_options
+from deepspec_core.checkpoints.published import WEIGHTS, WeightDifferences, build_empty, published_name, read_options
+from deepspec_core.checkpoints.weight_file import read_header
 from deepspec_core.contracts.draft import DraftDescription, DraftModel
-from deepspec_core.errors import CheckpointError
 from deepspec_core.plugins.registry import Registry
 
 
@@ -90,11 +88,10 @@ def inspect_draft(directory: Path, *, registry: Registry) -> DraftFacts:
     """
     algorithm, options, _ = read_options(directory, registry)
     adapter = draft_adapter(directory, registry=registry)
-    with torch.device("meta"):
-        draft = build_draft(directory, registry=registry, adapter=adapter)
+    draft = build_empty(directory, registry=registry, adapter=adapter)
     description, architecture = draft.describe(), adapter.architecture
     assert description.algorithm == algorithm
-    shapes, dtypes = _header(directory / WEIGHTS)
+    header = read_header(directory / WEIGHTS)
     expected = {
         published_name(name, description.weight_names): tuple(tensor.shape)
         for name, tensor in draft.state_dict().items()
@@ -112,21 +109,6 @@ def inspect_draft(directory: Path, *, registry: Registry) -> DraftFacts:
         options=attrs.asdict(options),
         parameters=Parameters.of(draft),
         parts=dict(parts),
-        dtypes=dtypes,
-        differences=WeightDifferences.between(expected, shapes),
+        dtypes=header.dtypes,
+        differences=WeightDifferences.between(expected, header.shapes),
     )
-
-
-def _header(path: Path) -> tuple[dict[str, tuple[int, ...]], tuple[str, ...]]:
-    """Shapes by name, and the dtypes that occur; no weight is read."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-            shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
-            return shapes, tuple(sorted({part.get_dtype() for part in slices.values()}))
-    except FileNotFoundError:
-        raise CheckpointError("the checkpoint has no weights", where=path, expected=WEIGHTS) from None
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(
-            "weights cannot be read", where=path, found=error, fix="the file is damaged: copy or download it again"
-        ) from error

@@ -13,6 +13,7 @@ from deepspec_core.checkpoints.published import CONFIG, read_draft_config
 from deepspec_core.contracts.target import TargetAdapter, TargetArchitecture
 from deepspec_core.errors import CheckpointError, DeepSpecError
 from deepspec_core.hub import why_unreachable
+from deepspec_core.json_files import value_of
 from deepspec_core.targets.opening import HUB_ID, first_line
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 # Never pickled weights, never code.
 _HUB_FILES = ("*.json", "*.safetensors")
+_MOST_LAYERS = 10_000
 
 
 def resolve_draft(name: str | Path, *, base: Path) -> Path:
@@ -61,6 +63,14 @@ def draft_adapter(directory: Path, *, registry: Registry) -> TargetAdapter:
 
     fields = read_draft_config(directory)
     where = Path(directory) / CONFIG
+    layers = value_of(fields, "num_target_layers", int, path=where, kind=CheckpointError)
+    if layers is not None and not 0 < layers <= _MOST_LAYERS:
+        raise CheckpointError(
+            "config.json cannot be used",
+            where=f"{where}: num_target_layers",
+            found=layers,
+            expected=f"the target's number of layers, at most {_MOST_LAYERS:,}",
+        )
     model_type = fields.pop("model_type", None)
     if not isinstance(model_type, str):
         raise CheckpointError(
@@ -72,12 +82,15 @@ def draft_adapter(directory: Path, *, registry: Registry) -> TargetAdapter:
         raise CheckpointError(
             error.problem, where=where, found=error.found, expected=error.expected, fix=error.fix
         ) from error
-    layers = fields.get("num_target_layers")
-    if isinstance(layers, int):
+    if layers is not None:
         fields["num_hidden_layers"] = layers
         fields["layer_types"] = ["full_attention"] * layers
     try:
         config = AutoConfig.for_model(model_type, **fields)
+        adapter: TargetAdapter = registry.load("target", spec.name)(config)
+        reason = adapter.unsupported()
+    except DeepSpecError:
+        raise
     except Exception as error:  # what transformers raises on a bad config depends on the family
         raise CheckpointError(
             "config.json is not a valid configuration",
@@ -85,8 +98,6 @@ def draft_adapter(directory: Path, *, registry: Registry) -> TargetAdapter:
             found=first_line(error),
             expected=f"a {model_type} configuration",
         ) from error
-    adapter: TargetAdapter = registry.load("target", spec.name)(config)
-    reason = adapter.unsupported()
     if reason is not None:
         raise CheckpointError("this draft's family cannot build it", where=where, found=reason)
     return adapter

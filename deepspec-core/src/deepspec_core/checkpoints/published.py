@@ -6,7 +6,6 @@ Which algorithm a config.json belongs to is asked of the registry; what is in it
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -16,21 +15,25 @@ from typing import Any, cast
 
 import torch
 from attrs import asdict, frozen
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from deepspec_core.checkpoints.weight_file import read_header, read_tensors
 from deepspec_core.contracts.draft import DraftModel
 from deepspec_core.contracts.target import TargetAdapter
-from deepspec_core.errors import CheckpointError, PluginError
+from deepspec_core.disk import in_words
+from deepspec_core.errors import CheckpointError, DeepSpecError, PluginError
+from deepspec_core.json_files import read_object
 from deepspec_core.layers.decoder_layer import DraftLayer
-from deepspec_core.plugins.references import resolve
+from deepspec_core.plugins.references import blame, resolve
 from deepspec_core.plugins.registry import Registry
 
 __all__ = ["layer_names", "load_draft", "save_draft"]
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _SHOWN = 8
+# Rotary frequencies and the like.
+_CONSTANT_BYTES = 2**26
 
 
 def layer_names(layers: Iterable[nn.Module], under: str = "layers") -> dict[str, str]:
@@ -99,20 +102,12 @@ def save_draft(
 
 def read_draft_config(directory: Path) -> dict[str, Any]:
     """A checkpoint's config.json. CheckpointError where it is missing or not a JSON object."""
-    path = Path(directory) / CONFIG
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(Path(directory) / CONFIG, kind=CheckpointError)
     except FileNotFoundError:
         raise CheckpointError(
             "no draft checkpoint there", where=directory, expected=f"a directory with {CONFIG} and {WEIGHTS}"
         ) from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{CONFIG} cannot be read", where=path, found=error, expected="a JSON object") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(
-            f"{CONFIG} cannot be read", where=path, found=type(config).__name__, expected="a JSON object"
-        )
-    return config
 
 
 def load_draft(
@@ -126,38 +121,54 @@ def load_draft(
     """A draft from a checkpoint, its embedding and lm_head frozen, in evaluation mode.
 
     `adapter` must have the draft's shape. CheckpointError where files are missing or damaged, no algorithm knows the
-    checkpoint, or weights are missing, unexpected or of another shape; all such weights are named.
+    checkpoint, or weights are missing, unexpected or of another shape; all such weights are named. What config.json
+    describes is compared with the header of the weights before memory is taken for it.
     """
     directory = Path(directory)
+    empty = build_empty(directory, registry=registry, adapter=adapter)
+    _check_weights(empty, directory)
     # The new weights are overwritten at once; whoever loads a draft keeps their random state.
     with torch.random.fork_rng(devices=[]):
         draft = build_draft(directory, registry=registry, adapter=adapter)
-    weights = _read_weights(directory / WEIGHTS)
-    own = draft.state_dict()
-    names = {published_name(name, draft.describe().weight_names): name for name in own}
-    differences = WeightDifferences.between(
-        {name: own[own_name].shape for name, own_name in names.items()},
-        {name: tensor.shape for name, tensor in weights.items()},
-    )
-    if differences:
-        raise CheckpointError(
-            f"the weights are not those of the {draft.describe().algorithm!r} draft that {CONFIG} describes",
-            where=directory / WEIGHTS,
-            found=differences.in_words(shown=_SHOWN),
-            fix="check that the checkpoint belongs to this target and was written whole",
-        )
+    names = {published_name(name, draft.describe().weight_names): name for name in draft.state_dict()}
     # Assigned rather than cast with .to(dtype), which would round buffers that are no weights (rotary frequencies) too.
     # Copied, because the tensors of the file are the file, mapped into memory: it may change, and lies unaligned.
-    own_weights = {names[name]: tensor.to(dtype, copy=True) for name, tensor in weights.items()}
+    own_weights = {
+        names[name]: tensor.to(dtype, copy=True) for name, tensor in read_tensors(directory / WEIGHTS).items()
+    }
     draft.load_state_dict(own_weights, assign=True)
     return draft.to(device).eval()
+
+
+def build_empty(directory: Path, *, registry: Registry, adapter: TargetAdapter) -> DraftModel:
+    """As build_draft, without memory for weights (on the meta device), and buffers no larger than a config may ask for.
+
+    CheckpointError, too, where the algorithm or the family cannot build what config.json describes.
+    """
+    try:
+        with torch.device("meta"):
+            draft = build_draft(directory, registry=registry, adapter=adapter)
+    except DeepSpecError:
+        raise
+    except Exception as error:  # what a draft or a family raises on senseless sizes is theirs
+        raise CheckpointError(
+            f"no draft can be built as {CONFIG} describes it", where=Path(directory) / CONFIG, found=blame(error)
+        ) from error
+    constants = sum(buffer.nbytes for buffer in draft.buffers())
+    if constants > _CONSTANT_BYTES:
+        raise CheckpointError(
+            f"{CONFIG} asks for constants larger than any draft's",
+            where=Path(directory) / CONFIG,
+            found=in_words(constants),
+            expected=f"at most {in_words(_CONSTANT_BYTES)}",
+        )
+    return draft
 
 
 def build_draft(directory: Path, *, registry: Registry, adapter: TargetAdapter) -> DraftModel:
     """The draft a checkpoint's config.json describes, with new weights, its embedding and lm_head frozen.
 
-    On the meta device it costs nothing. CheckpointError where config.json is missing or damaged, or no algorithm knows
-    it.
+    CheckpointError where config.json is missing or damaged, or no algorithm knows it.
     """
     algorithm, options, taps = read_options(directory, registry)
     draft = cast(DraftModel, registry.load("draft", algorithm)(options, adapter, taps))
@@ -168,26 +179,39 @@ def build_draft(directory: Path, *, registry: Registry, adapter: TargetAdapter) 
 
 def read_options(directory: Path, registry: Registry) -> tuple[str, Any, tuple[int, ...]]:
     """What a checkpoint's config.json says it is: the algorithm's name, its options, the taps."""
-    config = read_draft_config(directory)
+    config, where = read_draft_config(directory), Path(directory) / CONFIG
     try:
         spec = registry.recognise(config)
         options, taps = resolve(spec.options_of)(config)
     except (PluginError, CheckpointError) as error:
         raise CheckpointError(
-            error.problem, where=Path(directory) / CONFIG, found=error.found, expected=error.expected, fix=error.fix
+            error.problem, where=where, found=error.found, expected=error.expected, fix=error.fix
         ) from error
-    return spec.name, options, taps
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise CheckpointError("the checkpoint has no weights", where=path, expected=WEIGHTS) from None
-    except (SafetensorError, OSError, ValueError) as error:
+    except Exception as error:  # a plugin's reading of a value that it did not expect
+        raise CheckpointError(f"{CONFIG} does not describe a draft", where=where, found=blame(error)) from error
+    if not taps or any(type(tap) is not int for tap in taps):
         raise CheckpointError(
-            "weights cannot be read", where=path, found=error, fix="the file is damaged: copy or download it again"
-        ) from error
+            f"{CONFIG} names no layers of the target", where=where, found=taps, expected="a list of whole numbers"
+        )
+    return spec.name, options, tuple(taps)
+
+
+def _check_weights(draft: DraftModel, directory: Path) -> None:
+    description = draft.describe()
+    differences = WeightDifferences.between(
+        {
+            published_name(name, description.weight_names): tuple(tensor.shape)
+            for name, tensor in draft.state_dict().items()
+        },
+        read_header(directory / WEIGHTS).shapes,
+    )
+    if differences:
+        raise CheckpointError(
+            f"the weights are not those of the {description.algorithm!r} draft that {CONFIG} describes",
+            where=directory / WEIGHTS,
+            found=differences.in_words(shown=_SHOWN),
+            fix="check that the checkpoint belongs to this target and was written whole",
+        )
 
 
 @frozen(kw_only=True)

@@ -28,6 +28,8 @@ relative to the file. Unknown keys are refused, and so is `"8"` for `8`.
 
 `deepspec config keys --markdown` wrote this page. `deepspec config keys train` prints a section on the terminal, with
 the keys of the plugins that are installed there."""
+# A limit that only slips of the hand reach.
+_OF_NO_INTEREST = 1000
 _MEANING = re.compile(r"(\w+): (.*)")
 # Sections whose `type` names a component with keys of its own: the kind of component.
 _TYPED = {DraftOptions: "draft", WeightingOptions: "weighting"}
@@ -198,7 +200,7 @@ def _limits(validator: Any) -> Iterator[str]:
     for name in ("validator", "member_validator"):
         if (inner := getattr(validator, name, None)) is not None:
             yield from _limits(inner)
-    if hasattr(validator, "bound") and hasattr(validator, "compare_op"):
+    if hasattr(validator, "bound") and hasattr(validator, "compare_op") and validator.bound < _OF_NO_INTEREST:
         yield f"{validator.compare_op} {validator.bound:g}"
     if isinstance(options := getattr(validator, "options", None), tuple | list | frozenset):
         yield "one of " + ", ".join(map(str, options))

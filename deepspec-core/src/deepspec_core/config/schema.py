@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from attrs import Attribute, field, frozen
-from attrs.validators import and_, deep_iterable, ge, gt, in_, le, matches_re, optional
+from attrs.validators import deep_iterable, in_, matches_re, optional
 
+from deepspec_core.config.bounds import above, real, whole
 from deepspec_core.layers.options import LayerOptions
 from deepspec_core.rows.coefficient_schedule import CoefficientSchedule
 
@@ -26,8 +27,21 @@ KERNELS = ("auto", "plain", "eager", "compiled", "triton")
 DTYPES = ("float32", "bfloat16", "float16")
 # The task that asks the prompts a run never trained on.
 HELD_OUT = "held-out"
+# Divided by less than this, logits leave the range of 32-bit floats.
+COLDEST = 1e-6
 # What ships inside a plugin stands after it: builtin:NAME.
 BUILTIN = "builtin:"
+# More than any context, batch or generator of random numbers takes.
+_TOKENS = 2**27
+_SEQUENCES = 2**20
+_SEEDS = 2**63 - 1
+
+
+def temperatures(_options: object, attribute: Attribute[Any], value: float) -> None:
+    """A validator: 0, or a temperature that logits can be divided by."""
+    real(0.0, 100.0)(None, attribute, value)
+    if 0.0 < value < COLDEST:
+        raise ValueError(f"'{attribute.name}' must be 0 for greedy decoding, or at least {COLDEST:g}: {value}")
 
 
 def changes_results(key: Attribute[Any]) -> bool:
@@ -50,8 +64,8 @@ class RunOptions:
     name: str = field(validator=matches_re(r"[\w.-]+"), metadata=CHANGES_NOTHING)
     output: str = field(metadata=CHANGES_NOTHING)
     stages: tuple[str, ...] = field(validator=deep_iterable(in_(KNOWN_STAGES)), metadata=CHANGES_NOTHING)
-    seed: int = field(default=42, validator=ge(0))
-    threads: int | None = field(default=None, validator=optional(gt(0)), metadata=CHANGES_NOTHING)
+    seed: int = field(default=42, validator=whole(0, _SEEDS))
+    threads: int | None = field(default=None, validator=optional(whole(1, 1024)), metadata=CHANGES_NOTHING)
 
 
 @frozen(kw_only=True)
@@ -84,9 +98,9 @@ class SourceOptions:
     """
 
     path: str
-    weight: float = field(default=1.0, validator=gt(0))
+    weight: float = field(default=1.0, validator=above(0.0, 1e9))
     split: str | None = None
-    limit: int | None = field(default=None, validator=optional(gt(0)))
+    limit: int | None = field(default=None, validator=optional(whole(1)))
 
 
 @frozen(kw_only=True)
@@ -108,9 +122,9 @@ class DataOptions:
     """
 
     sources: tuple[SourceOptions, ...]
-    max_length: int = field(default=4096, validator=gt(1))
-    held_out: float = field(default=0.05, validator=and_(ge(0.0), le(0.5)))
-    min_supervised_tokens: int = field(default=14, validator=ge(1))
+    max_length: int = field(default=4096, validator=whole(2, _TOKENS))
+    held_out: float = field(default=0.05, validator=real(0.0, 0.5))
+    min_supervised_tokens: int = field(default=14, validator=whole(1, _TOKENS))
     system_prompt: str | None = None
     supervise_newline: bool = False
     supervise_think_block: bool = False
@@ -135,13 +149,13 @@ class RegenerateOptions:
 
     servers: tuple[str, ...] = ()
     thinking: bool = False
-    max_tokens: int = field(default=4096, validator=gt(0))
-    temperature: float | None = field(default=None, validator=optional(ge(0.0)))
-    top_p: float | None = field(default=None, validator=optional(and_(gt(0.0), le(1.0))))
-    top_k: int | None = field(default=None, validator=optional(ge(0)))
-    min_p: float | None = field(default=None, validator=optional(and_(ge(0.0), le(1.0))))
-    batch_size: int = field(default=32, validator=gt(0), metadata=CHANGES_NOTHING)
-    max_failures: float = field(default=0.05, validator=and_(ge(0.0), le(1.0)), metadata=CHANGES_NOTHING)
+    max_tokens: int = field(default=4096, validator=whole(1, _TOKENS))
+    temperature: float | None = field(default=None, validator=optional(temperatures))
+    top_p: float | None = field(default=None, validator=optional(above(0.0, 1.0)))
+    top_k: int | None = field(default=None, validator=optional(whole(0)))
+    min_p: float | None = field(default=None, validator=optional(real(0.0, 1.0)))
+    batch_size: int = field(default=32, validator=whole(1, _SEQUENCES), metadata=CHANGES_NOTHING)
+    max_failures: float = field(default=0.05, validator=real(0.0, 1.0), metadata=CHANGES_NOTHING)
     api_key_env: str | None = field(default=None, metadata=CHANGES_NOTHING)
 
 
@@ -170,8 +184,8 @@ class CacheOptions:
     format: str = "hdf5"
     dtype: str = field(default="bfloat16", validator=in_(("float32", "bfloat16", "float16", "float8_e4m3")))
     path: str | None = field(default=None, metadata=CHANGES_NOTHING)
-    shard_samples: int = field(default=512, validator=gt(0), metadata=CHANGES_NOTHING)
-    batch_size: int = field(default=8, validator=gt(0), metadata=CHANGES_NOTHING)
+    shard_samples: int = field(default=512, validator=whole(1), metadata=CHANGES_NOTHING)
+    batch_size: int = field(default=8, validator=whole(1, _SEQUENCES), metadata=CHANGES_NOTHING)
 
 
 @frozen(kw_only=True)
@@ -217,7 +231,7 @@ class LossOptions:
 
     terms: dict[str, float | CoefficientSchedule] = field(factory=lambda: {"ce": 1.0}, converter=_numbers_first)
     weighting: WeightingOptions = field(factory=WeightingOptions)
-    chunk_rows: int | None = field(default=None, validator=optional(gt(0)), metadata=CHANGES_NOTHING)
+    chunk_rows: int | None = field(default=None, validator=optional(whole(1)), metadata=CHANGES_NOTHING)
     kernels: str = field(default="auto", validator=in_(KERNELS), metadata=CHANGES_NOTHING)
 
 
@@ -241,20 +255,20 @@ class TrainOptions:
     loader_workers: Processes that read and prepare samples; 0: the training process itself.
     """
 
-    lr: float = field(default=6e-4, validator=gt(0.0))
-    global_batch_size: int = field(default=512, validator=gt(0))
-    micro_batch_size: int = field(default=1, validator=gt(0), metadata=CHANGES_NOTHING)
-    epochs: int = field(default=10, validator=gt(0))
-    max_steps: int | None = field(default=None, validator=optional(gt(0)))
-    warmup: float = field(default=0.04, validator=and_(ge(0.0), le(1.0)))
-    weight_decay: float = field(default=0.0, validator=ge(0.0))
-    betas: tuple[float, float] = (0.9, 0.999)
-    clip_norm: float = field(default=1.0, validator=gt(0.0))
+    lr: float = field(default=6e-4, validator=above(0.0, 1e3))
+    global_batch_size: int = field(default=512, validator=whole(1, _SEQUENCES))
+    micro_batch_size: int = field(default=1, validator=whole(1, _SEQUENCES), metadata=CHANGES_NOTHING)
+    epochs: int = field(default=10, validator=whole(1))
+    max_steps: int | None = field(default=None, validator=optional(whole(1)))
+    warmup: float = field(default=0.04, validator=real(0.0, 1.0))
+    weight_decay: float = field(default=0.0, validator=real(0.0, 1e3))
+    betas: tuple[float, float] = field(default=(0.9, 0.999), validator=deep_iterable(real(0.0, 1.0)))
+    clip_norm: float = field(default=1.0, validator=above(0.0, 1e9))
     precision: str = field(default="bfloat16", validator=in_(("float32", "bfloat16")))
-    checkpoint_every: int = field(default=3000, validator=gt(0), metadata=CHANGES_NOTHING)
-    keep_checkpoints: int = field(default=2, validator=gt(0), metadata=CHANGES_NOTHING)
-    log_every: int = field(default=10, validator=gt(0), metadata=CHANGES_NOTHING)
-    loader_workers: int = field(default=0, validator=ge(0), metadata=CHANGES_NOTHING)
+    checkpoint_every: int = field(default=3000, validator=whole(1), metadata=CHANGES_NOTHING)
+    keep_checkpoints: int = field(default=2, validator=whole(1), metadata=CHANGES_NOTHING)
+    log_every: int = field(default=10, validator=whole(1), metadata=CHANGES_NOTHING)
+    loader_workers: int = field(default=0, validator=whole(0, 512), metadata=CHANGES_NOTHING)
 
 
 @frozen(kw_only=True)
@@ -275,13 +289,13 @@ class EvaluateOptions:
     """
 
     tasks: tuple[str, ...] = (HELD_OUT,)
-    temperature: tuple[float, ...] = field(default=(1.0,), validator=deep_iterable(ge(0.0)))
-    max_new_tokens: int = field(default=2048, validator=gt(0))
-    batch_size: int = field(default=1, validator=gt(0))
-    limit: int | None = field(default=None, validator=optional(gt(0)))
-    seed: int = field(default=980406, validator=ge(0))
+    temperature: tuple[float, ...] = field(default=(1.0,), validator=deep_iterable(temperatures))
+    max_new_tokens: int = field(default=2048, validator=whole(1, _TOKENS))
+    batch_size: int = field(default=1, validator=whole(1, _SEQUENCES))
+    limit: int | None = field(default=None, validator=optional(whole(1)))
+    seed: int = field(default=980406, validator=whole(0, _SEEDS))
     plain: bool = True
-    confidence_threshold: float = field(default=0.0, validator=and_(ge(0.0), le(1.0)))
+    confidence_threshold: float = field(default=0.0, validator=real(0.0, 1.0))
     draft: str | None = None
 
 

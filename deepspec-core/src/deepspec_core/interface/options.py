@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from attrs import field, frozen
-from attrs.validators import and_, ge, gt, le
 
+from deepspec_core.config.bounds import real, whole
 from deepspec_core.config.explain import explain
 from deepspec_core.config.load import as_toml
+from deepspec_core.config.schema import temperatures
 from deepspec_core.config.structure import strict_converter
 from deepspec_core.errors import ConfigError
 from deepspec_core.plugins.registry import Registry
@@ -24,13 +25,13 @@ Options = TypeVar("Options")
 class GenerateOptions:
     """How prompts are continued. `thinking` and `system_prompt` concern prompts that go through the chat template."""
 
-    max_new_tokens: int = field(default=256, validator=gt(0))
-    temperature: float = field(default=0.0, validator=ge(0.0))
+    max_new_tokens: int = field(default=256, validator=whole(1))
+    temperature: float = field(default=0.0, validator=temperatures)
     thinking: bool = False
     system_prompt: str | None = None
-    seed: int = field(default=0, validator=ge(0))
-    batch_size: int = field(default=1, validator=gt(0))
-    confidence_threshold: float = field(default=0.0, validator=and_(ge(0.0), le(1.0)))
+    seed: int = field(default=0, validator=whole(0, 2**63 - 1))
+    batch_size: int = field(default=1, validator=whole(1, 2**20))
+    confidence_threshold: float = field(default=0.0, validator=real(0.0, 1.0))
 
 
 def checked(kind: type[Options], values: Mapping[str, Any], *, call: str, registry: Registry) -> Options:

@@ -1,11 +1,16 @@
-"""[draft.layer]: the draft's own shape, where it is not the target's. Imports attrs only."""
+"""[draft.layer]: the draft's own shape, where it is not the target's. Imports attrs and core's bounds only."""
 
 from __future__ import annotations
 
 from attrs import field, frozen
-from attrs.validators import gt, optional
+from attrs.validators import optional
+
+from deepspec_core.config.bounds import whole
 
 __all__ = ["LayerOptions"]
+
+_SIZES = 2**20
+_HEADS = 2**12
 
 
 @frozen(kw_only=True)
@@ -18,7 +23,7 @@ class LayerOptions:
     head_dim: Size of a head.
     """
 
-    intermediate_size: int | None = field(default=None, validator=optional(gt(0)))
-    num_heads: int | None = field(default=None, validator=optional(gt(0)))
-    num_kv_heads: int | None = field(default=None, validator=optional(gt(0)))
-    head_dim: int | None = field(default=None, validator=optional(gt(0)))
+    intermediate_size: int | None = field(default=None, validator=optional(whole(1, _SIZES)))
+    num_heads: int | None = field(default=None, validator=optional(whole(1, _HEADS)))
+    num_kv_heads: int | None = field(default=None, validator=optional(whole(1, _HEADS)))
+    head_dim: int | None = field(default=None, validator=optional(whole(1, _SIZES)))

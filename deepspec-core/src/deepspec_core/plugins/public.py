@@ -16,6 +16,7 @@ PUBLIC_MODULES = {
     "deepspec_core": "The Python interface for notebooks and scripts.",
     "deepspec_core.plugins": "What a plugin's plugin.py is written with: the hook marker and specs.",
     "deepspec_core.errors": "Errors that users see.",
+    "deepspec_core.config.bounds": "Validators of numbers in options.",
     "deepspec_core.contracts.draft": "What an algorithm provides.",
     "deepspec_core.contracts.rows": "What drafts hand to losses.",
     "deepspec_core.contracts.proposer": "The decoding side of an algorithm.",

@@ -8,7 +8,9 @@ from __future__ import annotations
 import math
 
 from attrs import field, frozen
-from attrs.validators import ge, gt, in_
+from attrs.validators import in_
+
+from deepspec_core.config.bounds import whole
 
 SHAPES = ("linear", "cosine")
 
@@ -26,8 +28,8 @@ class CoefficientSchedule:
 
     start: float
     end: float
-    steps: int = field(validator=gt(0))
-    after: int = field(default=0, validator=ge(0))
+    steps: int = field(validator=whole(1))
+    after: int = field(default=0, validator=whole(0))
     shape: str = field(default="linear", validator=in_(SHAPES))
 
     def at(self, step: int) -> float:

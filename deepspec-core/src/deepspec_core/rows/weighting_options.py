@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from attrs import field, frozen
-from attrs.validators import and_, gt, le
+
+from deepspec_core.config.bounds import above
 
 
 @frozen(kw_only=True)
@@ -13,7 +14,7 @@ class DecayOptions:
     gamma: A row in slot k weighs exp(-k / gamma).
     """
 
-    gamma: float = field(default=4.0, validator=gt(0.0))
+    gamma: float = field(default=4.0, validator=above(0.0, 1e300))
 
 
 @frozen(kw_only=True)
@@ -27,4 +28,4 @@ class DPaceOptions:
         end of its block.
     """
 
-    alpha: float = field(default=0.5, validator=and_(gt(0.0), le(1.0)))
+    alpha: float = field(default=0.5, validator=above(0.0, 1.0))

@@ -8,7 +8,6 @@ imported when a target is first opened.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -18,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 from deepspec_core.config.schema import BUILTIN
 from deepspec_core.contracts.target import SpecialTokens, TargetAdapter, TargetModel
 from deepspec_core.digests import digests_of
-from deepspec_core.errors import TargetError
+from deepspec_core.errors import DeepSpecError, TargetError
 from deepspec_core.hub import say_local_copy, why_unreachable
+from deepspec_core.json_files import read_object, value_of
 from deepspec_core.layers.options import LayerOptions
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _WEIGHT_FILES = "*.safetensors"
+_INDEX = "model.safetensors.index.json"
+_MOST_LAYERS = 10_000
 # Never pickled weights; code only where the user allows it.
 _HUB_FILES = ("*.json", "*.jinja", "*.txt", "*.model", _WEIGHT_FILES)
 _ABOUT_WEIGHTS = ("*.safetensors.index.json", "adapter_config.json")
@@ -91,6 +93,7 @@ def open_adapter(
     if not isinstance(model_type, str):
         raise TargetError("config.json names no model_type", where=where, found=model_type, expected="a string")
     spec = registry.adapter_for(model_type)
+    _check_layers(raw, where)
     try:
         config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # what transformers raises on a bad config depends on the family
@@ -101,8 +104,19 @@ def open_adapter(
             expected=f"a {model_type} configuration",
         ) from error
     tokens = special_tokens(where, raw, revision=revision, trust_remote_code=trust_remote_code)
-    adapter: TargetAdapter = registry.load("target", spec.name)(config, draft_layer, tokens)
-    reason = adapter.unsupported()
+    build = registry.load("target", spec.name)
+    try:
+        adapter: TargetAdapter = build(config, draft_layer, tokens)
+        reason = adapter.unsupported()
+    except DeepSpecError:
+        raise
+    except Exception as error:  # what a family makes of values that it did not expect
+        raise TargetError(
+            "the target's config.json is not a valid configuration",
+            where=where,
+            found=first_line(error),
+            expected=f"a {model_type} configuration that {registry.provider('target', spec.name)} can read",
+        ) from error
     if reason is not None:
         raise TargetError(
             "this target, or a draft in this shape, is not supported",
@@ -142,7 +156,22 @@ def load_target(
 ) -> TargetModel:
     """The target with its weights. From the Hub it is fetched whole first, so that it cannot change under a run."""
     folder = _fetched(where, revision, trust_remote_code)
+    _check_index(folder)
     return adapter.load(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+
+
+def _check_index(folder: Path) -> None:
+    """TargetError where the index of a target in several files names files elsewhere."""
+    index = _read_json(folder, _INDEX, None) or {}
+    shards = value_of(index, "weight_map", dict, path=folder / _INDEX, kind=TargetError, absent={})
+    for name in set(map(str, shards.values())):
+        if Path(name).name != name or name in (".", ".."):
+            raise TargetError(
+                "the index of the target's weights names a file outside its folder",
+                where=folder / _INDEX,
+                found=name,
+                expected="names of files in the same folder",
+            )
 
 
 def special_tokens(
@@ -153,16 +182,16 @@ def special_tokens(
     Padding falls back to the first stop id; without a mask token `mask` is None. `config` is config.json as a mapping.
     TargetError where nothing says where answers stop.
     """
-    text = {**config, **config.get("text_config", {})}
+    text = {**config, **_text_part(config, where)}
     generation = _read_json(where, "generation_config.json", revision) or {}
     named = _read_json(where, "tokenizer_config.json", revision) or {}
-    stop = _ids(generation.get("eos_token_id"))
+    stop = _ids(generation.get("eos_token_id"), f"{where}: eos_token_id of generation_config.json")
     mask = None
     if named and (named.get("mask_token") is not None or not stop):
         tokenizer = tokenizer_for(where, trust_remote_code, revision=revision)
         mask = tokenizer.mask_token_id
-        stop = stop or _ids(tokenizer.eos_token_id)
-    stop = stop or _ids(text.get("eos_token_id"))
+        stop = stop or _ids(tokenizer.eos_token_id, f"{where}: the tokenizer's end token")
+    stop = stop or _ids(text.get("eos_token_id"), f"{where}: eos_token_id of config.json")
     if not stop:
         raise TargetError(
             "nothing says where the target's answers stop",
@@ -170,8 +199,37 @@ def special_tokens(
             expected="eos_token_id in generation_config.json or config.json, or an end token of the tokenizer",
             fix="Add eos_token_id to generation_config.json.",
         )
-    pads = (generation.get("pad_token_id"), text.get("pad_token_id"), stop[0])
-    return SpecialTokens(stop=stop, pad=next(pad for pad in pads if pad is not None), mask=mask)
+    pads = (
+        *_ids(generation.get("pad_token_id"), f"{where}: pad_token_id of generation_config.json"),
+        *_ids(text.get("pad_token_id"), f"{where}: pad_token_id of config.json"),
+        stop[0],
+    )
+    return SpecialTokens(stop=stop, pad=pads[0], mask=mask)
+
+
+def _text_part(config: Mapping[str, Any], where: str | Path) -> Mapping[str, Any]:
+    part = config.get("text_config") or {}
+    if not isinstance(part, Mapping):
+        raise TargetError(
+            "the target's config.json is not a valid configuration",
+            where=f"{where}: text_config",
+            found=type(part).__name__,
+            expected="an object",
+        )
+    return part
+
+
+def _check_layers(config: Mapping[str, Any], where: str | Path) -> None:
+    """TargetError for a number of layers that no model has: libraries make a list of them before anything else."""
+    for part in (config, _text_part(config, where)):
+        layers = part.get("num_hidden_layers", 1)
+        if type(layers) is not int or not 0 < layers <= _MOST_LAYERS:
+            raise TargetError(
+                "the target's config.json is not a valid configuration",
+                where=f"{where}: num_hidden_layers",
+                found=repr(layers)[:80],
+                expected=f"a whole number from 1 to {_MOST_LAYERS:,}",
+            )
 
 
 def tokenizer_for(where: str | Path, trust_remote_code: bool = False, *, revision: str | None = None) -> Any:
@@ -247,8 +305,8 @@ def weight_bytes(where: str | Path) -> int | None:
     """How large a target's weight files are together; None where a Hub id does not say it in a file, or none are."""
     if _is_local(where):
         return sum(path.stat().st_size for path in Path(where).glob(_WEIGHT_FILES)) or None
-    index = _read_json(where, "model.safetensors.index.json", None) or {}
-    size = index.get("metadata", {}).get("total_size")
+    about = (_read_json(where, _INDEX, None) or {}).get("metadata")
+    size = about.get("total_size") if isinstance(about, dict) else None
     return size if isinstance(size, int) else None
 
 
@@ -274,13 +332,8 @@ def _read_json(where: str | Path, name: str, revision: str | None, *, required: 
             return None
         say_local_copy(str(where))
         path = Path(found)
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise TargetError("not valid JSON", where=path, found=str(error), fix="Copy the file again.") from error
-    if not isinstance(content, dict):
-        raise TargetError("not a JSON object", where=path, found=type(content).__name__, expected="an object")
-    return content
+    # As transformers reads it: of a key that comes twice the last counts.
+    return read_object(path, kind=TargetError, strict=False, fix="Copy the file again.")
 
 
 def _fetched(where: str | Path, revision: str | None, trust_remote_code: bool) -> Path:
@@ -306,8 +359,14 @@ def _not_given(where: str | Path, revision: str | None, problem: str) -> TargetE
     )
 
 
-def _ids(value: Any) -> tuple[int, ...]:
-    return () if value is None else (value,) if isinstance(value, int) else tuple(value)
+def _ids(value: Any, where: str) -> tuple[int, ...]:
+    """One token id or a list of them; none where there is nothing."""
+    ids = () if value is None else tuple(value) if isinstance(value, list | tuple) else (value,)
+    if any(type(token) is not int or token < 0 for token in ids):
+        raise TargetError(
+            "no token id", where=where, found=repr(value)[:80], expected="a whole number, or a list of them"
+        )
+    return ids
 
 
 def first_line(error: Exception) -> str:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from deepspec_core.disk import free_bytes, in_words
 from deepspec_core.errors import CheckpointError
+from deepspec_core.json_files import read_object
 
 CHECKPOINTS = "checkpoints"
 DRAFT, STATE = "draft", "state"
@@ -142,11 +143,11 @@ def restore(checkpoint: Path, *, parameters: Mapping[str, Tensor], optimizer: to
         }
     )
     scalars: dict[str, Any] = _read_json(checkpoint / STATE / _SCALARS)
-    if scalars["format"] != _FORMAT:
+    if scalars.get("format") != _FORMAT:
         raise CheckpointError(
             "training state of another version",
             where=checkpoint / STATE / _SCALARS,
-            found=f"format {scalars['format']}",
+            found=f"format {scalars.get('format')}",
             expected=f"format {_FORMAT}",
             fix="resume with the version of deepspec-core that wrote it, or train anew in another output folder",
         )
@@ -196,12 +197,9 @@ def _damaged(path: Path, found: object) -> CheckpointError:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise _damaged(path, error) from error
-    if not isinstance(value, dict):
-        raise _damaged(path, type(value).__name__)
-    return value
+        return read_object(path, kind=CheckpointError)
+    except (OSError, CheckpointError) as error:
+        raise _damaged(path, error.found if isinstance(error, CheckpointError) else error) from error
 
 
 def _verify(checkpoint: Path) -> None:
@@ -212,12 +210,20 @@ def _verify(checkpoint: Path) -> None:
             raise _damaged(checkpoint / _MANIFEST, f"no entry for {STATE}/{name}")
     for name, expected in manifest.items():
         path = checkpoint / name
+        if ".." in path.parts or Path(name).is_absolute() or not _is_fingerprint(expected):
+            raise _damaged(checkpoint / _MANIFEST, f"{name}: {expected}")
         if not path.is_file():
             raise _damaged(path, "no file")
         if path.stat().st_size != expected["bytes"]:
             raise _damaged(path, f"{path.stat().st_size} bytes instead of {expected['bytes']}")
         if name.startswith(f"{STATE}/") and _fingerprint(path) != expected:
             raise _damaged(path, "its checksum differs from the manifest's")
+
+
+def _is_fingerprint(value: Any) -> bool:
+    return (
+        isinstance(value, dict) and value.keys() == {"bytes", "crc32"} and all(type(n) is int for n in value.values())
+    )
 
 
 def _load(path: Path) -> dict[str, Tensor]:

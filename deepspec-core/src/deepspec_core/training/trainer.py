@@ -42,6 +42,7 @@ from deepspec_core.training.step import TrainingStep
 METRICS = "metrics.jsonl"
 _SHOWN_IDS = 8
 _FIXED_SCALARS = ("seed", "samples", "global_batch_size")
+_KEPT = {**dict.fromkeys(_FIXED_SCALARS, int), "figures": dict, "counts": dict}
 
 
 @frozen(kw_only=True)
@@ -168,6 +169,14 @@ class _Trainer:
         if newest is None:
             return 0
         scalars = checkpoints.restore(newest, parameters=self.parameters, optimizer=self.optimizer)
+        for name, type_ in _KEPT.items():
+            if type(scalars.get(name)) is not type_:
+                raise CheckpointError(
+                    "damaged training state",
+                    where=f"{newest}: {name}",
+                    found=repr(scalars.get(name))[:80],
+                    fix=f"remove {newest} to resume from the checkpoint before it",
+                )
         for name, value in self._scalars(0).items():
             if name in _FIXED_SCALARS and scalars[name] != value:
                 raise CheckpointError(

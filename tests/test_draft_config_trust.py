@@ -1,0 +1,173 @@
+"""A draft's config.json is somebody else's: it loads as the same draft, or is refused before memory is taken for it."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from deepspec_core.checkpoints.inspection import inspect_draft
+from deepspec_core.checkpoints.opening import draft_adapter
+from deepspec_core.checkpoints.published import load_draft, save_draft
+from deepspec_core.errors import CheckpointError, DeepSpecError
+from deepspec_core.plugins.registry import Registry
+
+ALGORITHMS = ("dflash", "dspark", "eagle3")
+
+
+@pytest.fixture(scope="module", params=ALGORITHMS)
+def draft_folder(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_target: Any, tiny_draft: Any
+) -> Path:
+    target = tiny_target("qwen3")
+    folder: Path = tmp_path_factory.mktemp(request.param) / "draft"
+    save_draft(tiny_draft(request.param, target), target.adapter, folder)
+    return folder
+
+
+def _open(folder: Path, registry: Registry) -> Any:
+    return load_draft(folder, registry=registry, adapter=draft_adapter(folder, registry=registry))
+
+
+def _with(folder: Path, tmp: Path, text: str) -> Path:
+    """A folder with the same weights and another config.json."""
+    tmp.mkdir(exist_ok=True)
+    if not (tmp / "model.safetensors").exists():
+        (tmp / "model.safetensors").symlink_to(folder / "model.safetensors")
+    (tmp / "config.json").write_text(text)
+    return tmp
+
+
+HUGE = [10**5, 10**9, 10**18, 10**30]
+VALUES = st.one_of(
+    st.sampled_from([*HUGE, -1, 0, 1.5, 1e300, True, False, None, "", "x", [], {}, [1], [True], ["1"], {"a": 1}]),
+    st.integers(-5, 5),
+    st.lists(st.integers(-3, 9), max_size=4),
+    st.text(max_size=4),
+)
+
+
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), value=VALUES)
+def test_any_value_of_any_key_is_harmless(
+    draft_folder: Path, registry: Registry, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, value: Any
+) -> None:
+    config = json.loads((draft_folder / "config.json").read_text())
+    config[data.draw(st.sampled_from(sorted(config)))] = value
+    changed = _with(draft_folder, draft_folder.parent / "changed", json.dumps(config))
+    begin = time.monotonic()
+    with suppress(DeepSpecError):
+        found, own = _open(changed, registry), _open(draft_folder, registry)
+        assert found.state_dict().keys() == own.state_dict().keys()
+        assert all(torch.equal(one, other) for one, other in zip(found.parameters(), own.parameters(), strict=True))
+    assert time.monotonic() - begin < 20
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "3", "{", '{"a": NaN}', '{"a": 1, "a": 2}', "[" * 10**5, '{"a":' * 10**5],
+)
+def test_what_is_no_json_object_is_refused(draft_folder: Path, registry: Registry, tmp_path: Path, text: str) -> None:
+    for use in (_open, lambda folder, registry: inspect_draft(folder, registry=registry)):
+        with pytest.raises(CheckpointError, match=r"config\.json cannot be read"):
+            use(_with(draft_folder, tmp_path / "draft", text), registry)
+
+
+def test_a_huge_file_is_not_read(draft_folder: Path, registry: Registry, tmp_path: Path) -> None:
+    folder = _with(draft_folder, tmp_path / "draft", "{")
+    with (folder / "config.json").open("r+b") as file:
+        file.truncate(2**33)
+    with pytest.raises(CheckpointError, match="too large"):
+        _open(folder, registry)
+
+
+SENSELESS = {
+    "markov_rank": [10**9, True],
+    "block_size": [True, 10**9],
+    "num_hidden_layers": [10**5],
+    "draft_num_hidden_layers": [10**5],
+    "num_target_layers": [10**9],
+    "vocab_size": [10**10],
+    "hidden_size": [10**8],
+    "head_dim": [10**9],
+    "intermediate_size": [10**12],
+    "target_layer_ids": ["12", [True], []],
+}
+_LIMITED = """
+import resource, sys
+from pathlib import Path
+from deepspec_core.checkpoints.opening import draft_adapter
+from deepspec_core.checkpoints.published import load_draft
+from deepspec_core.errors import DeepSpecError
+from deepspec_core.plugins.discovery import load_plugins
+
+registry = load_plugins().registry
+good, *others = map(Path, sys.argv[1:])
+load_draft(good, registry=registry, adapter=draft_adapter(good, registry=registry))
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, used + 2**28))
+for folder in others:
+    try:
+        load_draft(folder, registry=registry, adapter=draft_adapter(folder, registry=registry))
+        print(folder.name, "loaded")
+    except DeepSpecError as error:
+        print(folder.name, "refused", " ".join(error.render().split()))
+"""
+
+
+def test_sizes_are_compared_before_memory_is_taken(draft_folder: Path, tmp_path: Path) -> None:
+    config = json.loads((draft_folder / "config.json").read_text())
+    if "draft_num_hidden_layers" in config:
+        # Eagle3 keeps its own number of layers elsewhere, and reads this one for nothing.
+        config.pop("num_hidden_layers")
+    cases = {
+        f"{key}-{number}": config | {key: value}
+        for key, values in SENSELESS.items()
+        if key in config
+        for number, value in enumerate(values)
+    }
+    assert len(cases) >= 9
+    folders = [_with(draft_folder, tmp_path / name, json.dumps(content)) for name, content in cases.items()]
+    begin = time.monotonic()
+    command = [sys.executable, "-c", _LIMITED, *map(str, [draft_folder, *folders])]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - begin < 60
+    said = dict(line.split(" ", 1) for line in done.stdout.splitlines())
+    assert said.keys() == cases.keys()
+    for name, text in said.items():
+        assert text.startswith("refused"), name
+        assert str(tmp_path / name) in text
+        assert "emory" not in text, text
+
+
+def _longer_header(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[:8] = (2**40).to_bytes(8, "little")
+    path.write_bytes(content)
+
+
+def _shorter_data(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize("damage", [_longer_header, _shorter_data, lambda path: path.write_bytes(b"")])
+def test_a_file_of_weights_that_lies_is_refused(
+    draft_folder: Path, registry: Registry, tmp_path: Path, damage: Callable[[Path], Any]
+) -> None:
+    folder = tmp_path / "draft"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).write_bytes((draft_folder / name).read_bytes())
+    damage(folder / "model.safetensors")
+    for use in (_open, lambda folder, registry: inspect_draft(folder, registry=registry)):
+        with pytest.raises(CheckpointError, match="weights cannot be read"):
+            use(folder, registry)
