@@ -5,22 +5,20 @@ Knows how to find and split conversations; does not know templates, tokens or wh
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Protocol
 
 from attrs import evolve
 
 from deepspec_core.config.schema import BUILTIN, SourceOptions
 from deepspec_core.data.conversations import Conversation, from_row
+from deepspec_core.data.split import Split, is_held_out, prompt_digest
 from deepspec_core.errors import DataError, nearest
 from deepspec_core.hub import say_local_copy, why_unreachable
 from deepspec_core.json_lines import read_json_lines
-
-Split = Literal["train", "held_out"]
 
 _FILES: Final = (".jsonl", ".jsonl.gz")
 
@@ -45,13 +43,14 @@ def read_sources(
 ) -> Iterator[Conversation]:
     """The conversations of one split, lazily, each once.
 
-    Prompts a plugin ships have a held-out split of their own. Everything else is split by a hash of (seed, id): a
-    conversation is held out where the hash, as a fraction of 1, is below `held_out`; so the splits share no id,
-    whatever is read, in whatever order. `limit` caps the train conversations of a source.
+    Prompts a plugin ships have a held-out split of their own. Everything else is split by what the first user asks
+    (split.py), so that no question stands in both splits, whatever is read, in whatever order, under whatever id.
+    `limit` caps the train conversations of a source.
 
     Sources are interleaved in proportion to their weights for as long as they last; every conversation comes once, so
     weights decide the order, and limits how much. `counts` receives `conversations`, `duplicates` (same id, same
-    content: dropped) and `renamed` (same id, other content: kept under a longer id).
+    content: dropped), `renamed` (same id, other content: kept under a longer id) and `same_question` (the first user
+    asks what an earlier conversation's asked: kept).
 
     DataError where a source is missing, not readable, or holds a malformed row (told by file and line).
     """
@@ -61,6 +60,7 @@ def read_sources(
         for source in sources
     ]
     seen: dict[str, str] = {}
+    asked: set[bytes] = set()
     for conversation in _interleave(streams, [source.weight for source in sources]):
         digest = conversation.digest
         if conversation.id in seen:
@@ -71,6 +71,9 @@ def read_sources(
             counts["renamed"] += 1
             conversation = evolve(conversation, id=renamed)
         seen[conversation.id] = digest
+        question = prompt_digest(conversation)
+        counts["same_question"] += question in asked
+        asked.add(question)
         counts["conversations"] += 1
         yield conversation
 
@@ -99,12 +102,6 @@ def hub_commit(source: SourceOptions, base: Path) -> str:
     return commit
 
 
-def is_held_out(identity: str, *, held_out: float, seed: int) -> bool:
-    """Whether a conversation is held out; a property of its id and the seed alone."""
-    digest = hashlib.sha256(f"{seed}/{identity}".encode("utf-8", "surrogatepass")).digest()
-    return int.from_bytes(digest[:8], "big") < held_out * 2**64
-
-
 def _of_split(
     source: SourceOptions, split: Split, held_out: float, seed: int, base: Path, registry: Registry
 ) -> Iterator[Conversation]:
@@ -113,7 +110,7 @@ def _of_split(
         return
     rows = _file(base / source.path) if source.path.endswith(_FILES) else _dataset(source, base)
     for conversation in rows:
-        if is_held_out(conversation.id, held_out=held_out, seed=seed) == (split == "held_out"):
+        if is_held_out(prompt_digest(conversation), held_out=held_out, seed=seed) == (split == "held_out"):
             yield conversation
 
 

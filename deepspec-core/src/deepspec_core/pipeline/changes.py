@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from typing import Final
 
+from deepspec_core.data.split import RULE
 from deepspec_core.errors import DeepSpecError, StageError
 from deepspec_core.pipeline import contents
 from deepspec_core.pipeline.fingerprint import StageRecord, differences, fingerprint, flatten
@@ -65,6 +66,8 @@ def _look_up(run: Run, name: str, resuming: bool) -> Callable[[], str | None]:
         return lambda: str(run.target.dtype).removeprefix("torch.") if resuming else None
     if name == contents.REGENERATED:
         return run.data.regenerated_digest if run.data.regenerated is not None else lambda: None
+    if name == contents.SPLIT:
+        return lambda: RULE
     if name == contents.CACHE:
         return run.cache.digest
     if name == contents.DRAFT:

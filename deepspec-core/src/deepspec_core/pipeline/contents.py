@@ -13,6 +13,7 @@ DTYPE: Final = "what the target computes with, where target.dtype is left out,"
 REGENERATED: Final = "the file of regenerated conversations"
 CACHE: Final = "the cache"
 DRAFT: Final = "the draft"
+SPLIT: Final = "the rule that splits conversations"
 SOURCE: Final = "the content of data.sources[{}]"
 TASK: Final = "the content of the task {}"
 

@@ -16,6 +16,7 @@ from attrs import define, evolve, field
 from deepspec_core.cache.manifest import check_header
 from deepspec_core.config.schema import CacheOptions
 from deepspec_core.contracts.cache import CacheFormat, CacheHeader, CacheReader
+from deepspec_core.data.split import RULE
 from deepspec_core.locks import Lock, lock
 from deepspec_core.pipeline import contents, workers
 from deepspec_core.pipeline.reads import Reads
@@ -53,7 +54,7 @@ class RunCache:
             return self._header(self.data.regenerated_digest())
         data = self.data.options
         content = [self.data.source_digest(index, ask_hub=True) for index in range(len(data.sources))]
-        facts = [[str(option) for option in data.sources], content, data.held_out, self.data.seed]
+        facts = [[str(option) for option in data.sources], content, RULE, data.held_out, self.data.seed]
         return self._header(hashlib.sha256(json.dumps(facts).encode()).hexdigest())
 
     def _header(self, source: str) -> CacheHeader:

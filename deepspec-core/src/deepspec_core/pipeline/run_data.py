@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from deepspec_core.contracts.draft import Sample
     from deepspec_core.data.answers import Supervision
     from deepspec_core.data.conversations import Conversation
-    from deepspec_core.data.sources import Split
+    from deepspec_core.data.split import Split
     from deepspec_core.data.tokenize import Dropped
 
-# Counts of conversations that do not become one whole sample each.
-LOSSES = ("refused", "no_answer", "too_short", "truncated", "split", "duplicates", "renamed")
+# Counts of conversations that do not become one whole sample each, or ask what another one asks.
+LOSSES = ("refused", "no_answer", "too_short", "truncated", "split", "duplicates", "renamed", "same_question")
 
 
 @define(kw_only=True, slots=False)
@@ -63,6 +63,9 @@ class RunData:
 
     def conversations(self, split: Split, counts: Counter[str] | None = None) -> Iterator[Conversation]:
         """The conversations of the sources, as they stand there."""
+        from deepspec_core.data.split import RULE
+
+        self.reads.content(contents.SPLIT, RULE)
         for index in range(len(self.options.sources)):
             digest = self.source_digest(index, ask_hub=True)
             if digest is not None:

@@ -16,7 +16,7 @@ from attrs import field, frozen
 from deepspec_core.config.schema import HELD_OUT
 from deepspec_core.contracts.draft import Sample
 from deepspec_core.data.conversations import Conversation
-from deepspec_core.data.sources import Split
+from deepspec_core.data.split import Split
 from deepspec_core.data.tokenize import ChatTokenizer, Dropped
 from deepspec_core.evaluation.tasks import load_task
 from deepspec_core.json_lines import read_json_lines

@@ -1,0 +1,36 @@
+"""Which conversations are held out from training: a property of what the first user asks, and of the seed.
+
+Sources repeat each other's prompts under other ids, with other system prompts and other answers. A split by id would
+put a held-out prompt into training again; this one cannot. Knows messages; not where they come from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import unicodedata
+from typing import Final, Literal
+
+from deepspec_core.data.conversations import Conversation
+
+Split = Literal["train", "held_out"]
+
+# Part of the fingerprint of what is made from a split. Another rule, another number.
+RULE: Final = "first question, 1"
+
+
+def prompt_digest(conversation: Conversation) -> bytes:
+    """16 bytes that depend on the first user's text alone, as compared: Unicode NFKC, case folded, white space as one.
+
+    A conversation in which no user speaks is told by its whole content.
+    """
+    for message in conversation.messages:
+        if message["role"] == "user":
+            text = unicodedata.normalize("NFKC", message["content"]).casefold()
+            return hashlib.sha256(" ".join(text.split()).encode("utf-8", "surrogatepass")).digest()[:16]
+    return hashlib.sha256(conversation.digest.encode()).digest()[:16]
+
+
+def is_held_out(prompt: bytes, *, held_out: float, seed: int) -> bool:
+    """Whether conversations with this prompt_digest are held out: those of a share `held_out` of all prompts."""
+    digest = hashlib.sha256(f"{seed}/".encode() + prompt).digest()
+    return int.from_bytes(digest[:8], "big") < held_out * 2**64
