@@ -18,8 +18,7 @@ from transformers import (
 )
 
 from deepspec_core.cli.main import main
-from deepspec_core.config.load import load_run_file
-from deepspec_core.config.schema import RunFile
+from deepspec_core.config.load import RunFile, load_run_file
 from deepspec_core.layers.options import LayerOptions
 from deepspec_core.pipeline.checking import check_before
 from deepspec_core.pipeline.run import Run

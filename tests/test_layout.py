@@ -23,22 +23,17 @@ def _modules() -> dict[str, Path]:
 
 
 def _imports(path: Path, known: dict[str, Path]) -> Iterator[str]:
-    """Our own modules that a file imports at its top, those for type checkers included; not inside functions."""
-
-    def visit(statements: list[ast.stmt]) -> Iterator[str]:
-        for statement in statements:
-            if isinstance(statement, ast.If):
-                yield from visit(statement.body)
-            elif isinstance(statement, ast.Import):
-                yield from (alias.name for alias in statement.names)
-            elif isinstance(statement, ast.ImportFrom):
-                assert statement.level == 0, f"{path}: imports are absolute"
-                assert statement.module is not None
-                for alias in statement.names:
-                    inner = f"{statement.module}.{alias.name}"
-                    yield inner if inner in known else statement.module
-
-    yield from (name for name in visit(ast.parse(path.read_text(encoding="utf-8")).body) if name in known)
+    """Our own modules that a file imports: at its top, inside functions, and for type checkers."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in known)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            assert node.module is not None
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                if (module := inner if inner in known else node.module) in known:
+                    yield module
 
 
 def test_no_circles_of_imports() -> None:

@@ -10,8 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from deepspec_core.config.load import load_run_file
-from deepspec_core.config.schema import RunFile
+from deepspec_core.config.load import RunFile, load_run_file
 from deepspec_core.pipeline.fingerprint import flatten
 from deepspec_core.plugins.discovery import load_plugins
 

@@ -12,8 +12,8 @@ from attrs import fields, frozen, has
 
 from deepspec_core.cli.main import main
 from deepspec_core.config.explain import keys_of
+from deepspec_core.config.load import RunFile
 from deepspec_core.config.reference import KeyFacts, meanings, sections, sections_named
-from deepspec_core.config.schema import RunFile
 from deepspec_core.plugins.discovery import load_plugins
 
 PAGE = Path(__file__).parents[1] / "docs" / "run-file.md"

@@ -10,9 +10,9 @@ import pytest
 import tomli
 
 from deepspec_core.cli.main import main
-from deepspec_core.config.load import load_run_file
+from deepspec_core.config.load import RunFile, load_run_file
 from deepspec_core.config.render import render
-from deepspec_core.config.schema import LossOptions, RunFile
+from deepspec_core.config.schema import LossOptions
 from deepspec_core.errors import ConfigError, DeepSpecError
 from deepspec_core.pipeline.fingerprint import flatten
 from deepspec_core.plugins.discovery import load_plugins

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from deepspec_core.config.load import load_run_file
-from deepspec_core.config.schema import RunFile
+from deepspec_core.config.load import RunFile, load_run_file
 from deepspec_core.errors import ConfigError, DeepSpecError
 from deepspec_core.layers.options import LayerOptions
 from deepspec_core.plugins.discovery import Plugins, load_plugins

@@ -13,7 +13,7 @@ __all__ = ["DeepSpecError", "RunFile", "evaluate", "generate", "load_draft", "lo
 
 _PLACES = {
     "DeepSpecError": "errors",
-    "RunFile": "config.schema",
+    "RunFile": "config.load",
     "evaluate": "interface.evaluating",
     "generate": "interface.generating",
     "load_draft": "interface.models",

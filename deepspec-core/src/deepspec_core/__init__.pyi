@@ -1,6 +1,6 @@
 """The names of __init__.py for type checkers, which cannot follow imports that happen on first use."""
 
-from deepspec_core.config.schema import RunFile as RunFile
+from deepspec_core.config.load import RunFile as RunFile
 from deepspec_core.errors import DeepSpecError as DeepSpecError
 from deepspec_core.interface.evaluating import evaluate as evaluate
 from deepspec_core.interface.generating import generate as generate

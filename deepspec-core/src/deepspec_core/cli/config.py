@@ -13,8 +13,7 @@ import click
 from attrs import asdict
 
 from deepspec_core.cli.options import no_plugin, overrides, run_file
-from deepspec_core.config.load import load_run_file
-from deepspec_core.config.schema import RunFile
+from deepspec_core.config.load import RunFile, load_run_file
 from deepspec_core.plugins.discovery import load_plugins
 
 if TYPE_CHECKING:

@@ -14,6 +14,7 @@ import click
 
 from deepspec_core.cli.messages import show_messages
 from deepspec_core.cli.options import no_plugin
+from deepspec_core.config.load import RunFile
 from deepspec_core.config.schema import (
     DTYPES,
     HELD_OUT,
@@ -21,7 +22,6 @@ from deepspec_core.config.schema import (
     DraftOptions,
     EvaluateOptions,
     RegenerateOptions,
-    RunFile,
     RunOptions,
     TargetOptions,
 )

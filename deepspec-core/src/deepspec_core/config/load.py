@@ -1,7 +1,7 @@
-"""Read a run file: TOML, overrides, strict structuring, and every error at once.
+"""The run file, and how it is read: TOML, overrides, strict structuring, and every error at once.
 
-Knows the sections and in which order things are checked. Types are structure.py's, words explain.py's, checks across
-sections checks.py's. Nothing here imports torch.
+Knows which sections there are and in which order things are checked. What a section holds is schema.py's. Types are
+structure.py's, words explain.py's, checks across sections checks.py's. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -12,16 +12,57 @@ from pathlib import Path
 from typing import Any
 
 import tomli
-from attrs import NOTHING, fields, has, resolve_types
+from attrs import NOTHING, field, fields, frozen, has, resolve_types
 
 from deepspec_core.config.checks import check_sections
 from deepspec_core.config.explain import explain, keys_of, unknown_key, words
 from deepspec_core.config.overrides import apply_override
-from deepspec_core.config.schema import LossOptions, RunFile
+from deepspec_core.config.schema import (
+    CacheOptions,
+    DataOptions,
+    DraftOptions,
+    EvaluateOptions,
+    ExportOptions,
+    FeaturesOptions,
+    LossOptions,
+    RegenerateOptions,
+    RunOptions,
+    TargetOptions,
+    TrainOptions,
+)
 from deepspec_core.config.structure import strict_converter
 from deepspec_core.errors import ConfigError, DeepSpecError, PluginError, nearest
-from deepspec_core.plugins.discovery import Plugins
+from deepspec_core.plugins.discovery import Plugins, load_plugins
 from deepspec_core.plugins.requirements import check_required
+
+
+@frozen(kw_only=True)
+class RunFile:
+    """A whole run file.
+
+    required_plugins: Packages that the run needs, as requirements: ["deepspec-core>=0.1"].
+    """
+
+    run: RunOptions
+    target: TargetOptions
+    data: DataOptions
+    draft: DraftOptions
+    regenerate: RegenerateOptions = field(factory=RegenerateOptions)
+    features: FeaturesOptions = field(factory=FeaturesOptions)
+    cache: CacheOptions = field(factory=CacheOptions)
+    loss: LossOptions = field(factory=LossOptions)
+    train: TrainOptions = field(factory=TrainOptions)
+    evaluate: EvaluateOptions = field(factory=EvaluateOptions)
+    export: ExportOptions = field(factory=ExportOptions)
+    required_plugins: tuple[str, ...] = ()
+
+    @classmethod
+    def from_dict(cls, tables: Mapping[str, Any], *, base: str = ".") -> RunFile:
+        """A run file from nested mappings, as TOML would be read, checked as strictly.
+
+        `base` is the folder that relative paths start at. ConfigError holds every problem.
+        """
+        return run_file_of(tables, folder=base, plugins=load_plugins())
 
 
 def load_run_file(path: str | os.PathLike[str], *, overrides: Sequence[str] = (), plugins: Plugins) -> RunFile:

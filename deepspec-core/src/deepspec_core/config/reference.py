@@ -15,7 +15,8 @@ from typing import Any, get_args
 from attrs import NOTHING, Attribute, Factory, asdict, fields, frozen, has, resolve_types
 
 from deepspec_core.config.explain import is_union, keys_of, words
-from deepspec_core.config.schema import DraftOptions, RunFile, WeightingOptions
+from deepspec_core.config.load import RunFile
+from deepspec_core.config.schema import DraftOptions, WeightingOptions
 from deepspec_core.config.toml_values import toml
 from deepspec_core.errors import ConfigError, nearest
 from deepspec_core.plugins.registry import Registry

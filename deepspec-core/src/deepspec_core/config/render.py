@@ -13,7 +13,7 @@ from typing import Any
 import tomli_w
 from attrs import Attribute, asdict
 
-from deepspec_core.config.schema import RunFile
+from deepspec_core.config.load import RunFile
 
 
 def render(run_file: RunFile) -> str:

@@ -1,8 +1,8 @@
 """The run file's sections, as frozen keyword-only attrs classes: every key core knows, its type and its default.
 
 Imports attrs only. Sections whose shape a plugin decides (`[draft]`, a weighting) are kept here as a type name and a
-typed options object; load.py fills them in from the registry. Paths are as written; Run (pipeline/run.py) resolves them
-against the run file's folder.
+typed options object; structure.py fills them in from the registry. load.py puts the sections together to a run file.
+Paths are as written; Run (pipeline/run.py) resolves them against the run file's folder.
 """
 
 from __future__ import annotations
@@ -307,35 +307,3 @@ class ExportOptions:
     """
 
     to: tuple[str, ...] = ()
-
-
-@frozen(kw_only=True)
-class RunFile:
-    """A whole run file.
-
-    required_plugins: Packages that the run needs, as requirements: ["deepspec-core>=0.1"].
-    """
-
-    run: RunOptions
-    target: TargetOptions
-    data: DataOptions
-    draft: DraftOptions
-    regenerate: RegenerateOptions = field(factory=RegenerateOptions)
-    features: FeaturesOptions = field(factory=FeaturesOptions)
-    cache: CacheOptions = field(factory=CacheOptions)
-    loss: LossOptions = field(factory=LossOptions)
-    train: TrainOptions = field(factory=TrainOptions)
-    evaluate: EvaluateOptions = field(factory=EvaluateOptions)
-    export: ExportOptions = field(factory=ExportOptions)
-    required_plugins: tuple[str, ...] = ()
-
-    @classmethod
-    def from_dict(cls, tables: Mapping[str, Any], *, base: str = ".") -> RunFile:
-        """A run file from nested mappings, as TOML would be read, checked as strictly.
-
-        `base` is the folder that relative paths start at. ConfigError holds every problem.
-        """
-        from deepspec_core.config.load import run_file_of
-        from deepspec_core.plugins.discovery import load_plugins
-
-        return run_file_of(tables, folder=base, plugins=load_plugins())

@@ -14,8 +14,7 @@ from typing import Any
 
 from attrs import field, frozen
 
-from deepspec_core.config.load import load_run_file, run_file_of
-from deepspec_core.config.schema import RunFile
+from deepspec_core.config.load import RunFile, load_run_file, run_file_of
 from deepspec_core.pipeline.run import Run
 from deepspec_core.pipeline.running import run_stages
 from deepspec_core.pipeline.smoke import smoke as made_small

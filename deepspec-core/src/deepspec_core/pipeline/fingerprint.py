@@ -17,7 +17,8 @@ import attrs
 from attrs import field, frozen
 from attrs.validators import instance_of
 
-from deepspec_core.config.schema import KNOWN_STAGES, RunFile
+from deepspec_core.config.load import RunFile
+from deepspec_core.config.schema import KNOWN_STAGES
 from deepspec_core.errors import StageError
 
 RECORD = "stage.json"

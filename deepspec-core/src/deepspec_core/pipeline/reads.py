@@ -15,7 +15,8 @@ from typing import Any, Final, Generic, TypeVar
 import attrs
 from attrs import define, evolve, field
 
-from deepspec_core.config.schema import FILLED_IN, RunFile, changes_results
+from deepspec_core.config.load import RunFile
+from deepspec_core.config.schema import FILLED_IN, changes_results
 
 T = TypeVar("T")
 

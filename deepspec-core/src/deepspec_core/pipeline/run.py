@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from attrs import define, field
 
-from deepspec_core.config.schema import RunFile
+from deepspec_core.config.load import RunFile
 from deepspec_core.locks import Lock, lock
 from deepspec_core.pipeline.reads import Reads, recording, remembered
 from deepspec_core.pipeline.run_data import RunData

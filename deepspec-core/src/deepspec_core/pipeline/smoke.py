@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from attrs import evolve
 
-from deepspec_core.config.schema import RunFile
+from deepspec_core.config.load import RunFile
 
 SAMPLES = 16
 STEPS = 10
