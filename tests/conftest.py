@@ -29,6 +29,12 @@ def write_run_file(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def new_run_file() -> Callable[[Path], Path]:
+    """new_run_file(folder): the quickstart's run file in a folder, nothing run yet."""
+    return write_run_file
+
+
+@pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run file of a finished smoke run; tests that change anything work on `finished_copy`."""
     path = write_run_file(tmp_path_factory.mktemp("finished"))

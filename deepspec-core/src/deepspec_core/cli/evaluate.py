@@ -122,13 +122,20 @@ def _run_file(
     run: RunOptions, target: str, dtype: str | None, thinking: bool, evaluated: EvaluateOptions, plugins: Plugins
 ) -> RunFile:
     from deepspec_core.checkpoints.opening import resolve_draft
-    from deepspec_core.checkpoints.published import read_draft_config, read_options
+    from deepspec_core.checkpoints.published import CONFIG, read_draft_config, read_options
+    from deepspec_core.errors import CheckpointError
 
     assert evaluated.draft is not None
     directory = resolve_draft(evaluated.draft, base=Path())
     algorithm, options, taps = read_options(directory, plugins.registry)
     # A target without dense layers needs to be told; the draft itself is built from its own config.json.
-    layer = LayerOptions(intermediate_size=read_draft_config(directory).get("intermediate_size"))
+    config = read_draft_config(directory)
+    try:
+        layer = LayerOptions(intermediate_size=config.get("intermediate_size"))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{CONFIG} cannot be used", where=f"{directory / CONFIG}: intermediate_size", found=error
+        ) from None
     return RunFile(
         run=run,
         target=TargetOptions(model=target, layers=taps, dtype=dtype),

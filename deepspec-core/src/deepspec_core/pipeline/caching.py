@@ -11,6 +11,7 @@ from deepspec_core.contracts.cache import CacheWriter
 from deepspec_core.contracts.draft import Sample
 from deepspec_core.dtypes import torch_dtype
 from deepspec_core.features.capture import capture
+from deepspec_core.pipeline.fingerprint import RECORD
 from deepspec_core.pipeline.run import Run
 from deepspec_core.progress import Progress
 from deepspec_core.stopping import StopRequest
@@ -28,7 +29,7 @@ def run_stage(run: Run) -> dict[str, Any]:
     return {
         "samples": len(samples),
         "tokens": sum(len(sample.input_ids) for sample in samples),
-        "bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
+        "bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and path.name != RECORD),
         **run.data.losses(),
     }
 
