@@ -1,15 +1,19 @@
 """What plugin authors may import from core: the one list. Everything else in core is private and may move or change.
 
-A public module says its names in `__all__`. This file names modules as text and imports none of them.
+A module of core has `__all__` exactly if it is on this list, and its public names are those in `__all__`. This file
+names modules as text and imports none of them.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
+from pathlib import Path
 from typing import Any
 
 from attrs import frozen
+
+_CORE = Path(__file__).parents[1]
 
 # Module -> what it is for, in the order of the documentation.
 PUBLIC_MODULES = {
@@ -34,6 +38,7 @@ PUBLIC_MODULES = {
     "deepspec_core.targets.taps": "Which decoder layers may be tapped.",
     "deepspec_core.testing.draft_checks": "For tests: what must hold of any draft.",
     "deepspec_core.testing.driven_proposer": "For tests: a proposer driven by hand.",
+    "deepspec_core.testing.public_imports": "For tests: what a plugin imports of core.",
     "deepspec_core.testing.random_batches": "For tests: random samples and batches.",
     "deepspec_core.testing.recorded": "For tests: recorded cases, loaded and replayed.",
     "deepspec_core.testing.shifted": "For tests: weights at other addresses.",
@@ -65,6 +70,14 @@ def markdown() -> str:
         "# What plugins may import",
         "",
         "This is the whole list. Everything else in `deepspec_core` is private: it may move or change in any release.",
+        "",
+        "The source says the same. A module is public if it has `__all__`; its public names are those in `__all__`.",
+        "A module without `__all__` is private. A name is private if it is not in its module's `__all__`.",
+        f"These folders are private as a whole: {', '.join(f'`{name}/`' for name in _private_folders())}.",
+        "",
+        "`deepspec_core.testing.public_imports.check_public_imports` reads what a plugin imports and fails on a private",
+        "name.",
+        "",
         "The hooks that a plugin implements are in [writing a plugin](plugins.md).",
     ]
     for module, about in PUBLIC_MODULES.items():
@@ -73,6 +86,12 @@ def markdown() -> str:
             about = one.about.replace("|", "\\|")
             lines.append(f"| `{one.name}` | {about} |")
     return "\n".join(lines) + "\n"
+
+
+def _private_folders() -> list[str]:
+    """Core's folders that have no public module."""
+    public = {module.split(".")[1] for module in PUBLIC_MODULES if "." in module}
+    return sorted({path.parent.name for path in _CORE.glob("*/__init__.py")} - public)
 
 
 def _first_sentence(value: Any) -> str:
