@@ -17,6 +17,7 @@ from deepspec_core.contracts.target import AttentionProjections
 __all__ = ["DraftAttention", "Rotary", "rotate"]
 
 Rotary = tuple[Tensor, Tensor]
+"""The cosine and the sine of the rotary embedding, each [..., T, D], at the positions of T tokens."""
 
 
 def rotate(x_hTD: Tensor, rotary: Rotary) -> Tensor:

@@ -26,6 +26,7 @@ from deepspec_core.plugins.specs import (
 PROJECT = "deepspec"
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
+"""Marks a function of plugin.py as the plugin's implementation of the hook of that name."""
 
 
 @hookspec

@@ -6,10 +6,11 @@ names modules as text and imports none of them.
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from attrs import frozen
 
@@ -61,7 +62,7 @@ class PublicName:
 def public_names(module: str) -> list[PublicName]:
     """The names of a public module, imported now."""
     loaded = importlib.import_module(module)
-    return [PublicName(name=name, about=_first_sentence(getattr(loaded, name))) for name in loaded.__all__]
+    return [PublicName(name=name, about=_first_sentence(_docstring(module, name))) for name in loaded.__all__]
 
 
 def markdown() -> str:
@@ -75,9 +76,7 @@ def markdown() -> str:
         "A module without `__all__` is private. A name is private if it is not in its module's `__all__`.",
         f"These folders are private as a whole: {', '.join(f'`{name}/`' for name in _private_folders())}.",
         "",
-        "`deepspec_core.testing.public_imports.check_public_imports` reads what a plugin imports and fails on a private",
-        "name.",
-        "",
+        "`deepspec_core.testing.public_imports` has the test that a plugin imports public names only.",
         "The hooks that a plugin implements are in [writing a plugin](plugins.md).",
     ]
     for module, about in PUBLIC_MODULES.items():
@@ -94,10 +93,23 @@ def _private_folders() -> list[str]:
     return sorted({path.parent.name for path in _CORE.glob("*/__init__.py")} - public)
 
 
-def _first_sentence(value: Any) -> str:
-    """Of a docstring; nothing of a constant, whose docstring would be its type's."""
-    if not (inspect.isclass(value) or inspect.isroutine(value)):
-        return ""
-    text = " ".join((inspect.getdoc(value) or "").split("\n\n")[0].split())
+def _docstring(module: str, name: str) -> str:
+    """What a name says of itself. A constant says it in a text below its assignment, where it is made."""
+    loaded = importlib.import_module(module)
+    value = getattr(loaded, name)
+    if inspect.isclass(value) or inspect.isroutine(value):
+        return inspect.getdoc(value) or ""
+    statements = ast.parse(inspect.getsource(loaded)).body
+    for statement, below in pairwise(statements):
+        if isinstance(statement, ast.ImportFrom) and any(alias.name == name for alias in statement.names):
+            return _docstring(statement.module or "", name)
+        if isinstance(statement, ast.Assign) and any(ast.unparse(target) == name for target in statement.targets):
+            text = below.value if isinstance(below, ast.Expr) else None
+            return str(text.value) if isinstance(text, ast.Constant) else ""
+    return ""
+
+
+def _first_sentence(docstring: str) -> str:
+    text = " ".join(docstring.strip().split("\n\n")[0].split())
     head, stop, _ = text.partition(". ")
     return head + "." if stop else text

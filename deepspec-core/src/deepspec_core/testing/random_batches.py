@@ -20,7 +20,6 @@ from deepspec_core.contracts.target import TargetFeatures
 
 __all__ = [
     "TAPS",
-    "Draft",
     "features_of",
     "padded_batch",
     "prepare",
@@ -30,13 +29,14 @@ __all__ = [
 ]
 
 TAPS = (0, 2, 3, 5, 6)
+"""The tapped layers whose features random samples carry."""
 _H = 32
 _GAPS = [0, 0, 1, 1, 1, 1, 0, 0, 1, 0, 1, 1, 1, 1, 1, 0, 1, 1]
 
-Draft = TypeVar("Draft", bound=nn.Module)
+_Draft = TypeVar("_Draft", bound=nn.Module)
 
 
-def with_large_weights(draft: Draft) -> Draft:
+def with_large_weights(draft: _Draft) -> _Draft:
     """The draft with new matrices, large enough that outputs differ visibly."""
     with torch.no_grad():
         for parameter in draft.parameters():

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 __all__ = ["ALIGNMENT", "shifted"]
 
-ALIGNMENT = 64  # bytes; what PyTorch aligns its own tensors to on the CPU
+ALIGNMENT = 64
+"""Bytes that PyTorch aligns its own tensors to on the CPU."""
 
-M = TypeVar("M", bound=nn.Module)
+_Module = TypeVar("_Module", bound=nn.Module)
 
 
-def shifted(module: M) -> M:
+def shifted(module: _Module) -> _Module:
     """The same module, every floating parameter and buffer moved to memory that no vector instruction is aligned to."""
     moved: dict[int, Tensor] = {}
     for tensor in (*module.parameters(), *module.buffers()):

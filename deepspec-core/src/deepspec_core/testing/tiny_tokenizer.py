@@ -13,7 +13,10 @@ from deepspec_core.contracts.target import ConversationFormat
 __all__ = ["ASSISTANT_END", "ASSISTANT_START", "TEMPLATE", "tiny_format", "tiny_tokenizer"]
 
 ASSISTANT_START = "<|start|>assistant\n"
+"""The text that an answer of the assistant begins after."""
+
 ASSISTANT_END = "<|end|>"
+"""The marker that ends an answer; it is one token."""
 
 TEMPLATE = (
     "{%- for m in messages -%}"
@@ -25,6 +28,7 @@ TEMPLATE = (
     "{%- if enable_thinking is defined and not enable_thinking -%}{{ '<think>\n\n</think>\n\n' }}{%- endif -%}"
     "{%- endif -%}"
 )
+"""The chat template, in Jinja."""
 
 _TEXT = (
     "What is two plus three? Two plus three is five.",
