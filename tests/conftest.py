@@ -1,4 +1,5 @@
-"""What tests across packages share: a finished small run of the quickstart; tiny targets and drafts of every kind."""
+"""What tests across packages share: a finished small run of the quickstart; the built-in target and drafts for it; tiny
+targets and drafts of every kind."""
 
 import shutil
 from collections.abc import Callable
@@ -11,9 +12,12 @@ import torch
 from attrs import fields, frozen
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import deepspec_core
+from deepspec_core.checkpoints.published import save_draft
 from deepspec_core.cli.main import main
 from deepspec_core.contracts.draft import DraftModel
 from deepspec_core.contracts.target import TargetAdapter, TargetModel
+from deepspec_core.interface.models import Target
 from deepspec_core.layers.options import LayerOptions
 from deepspec_core.plugins.registry import Registry
 from deepspec_core.targets.opening import load_target, open_adapter
@@ -53,6 +57,26 @@ def finished_copy(finished: Path, tmp_path: Path) -> Path:
 def run_file(tmp_path: Path) -> Path:
     """The quickstart's run file, nothing run yet."""
     return write_run_file(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def target() -> Target:
+    """The built-in target, as `load_target` opens it."""
+    return deepspec_core.load_target("builtin:tiny-qwen3")
+
+
+@pytest.fixture(scope="session")
+def drafts(target: Target, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A checkpoint of every algorithm for the built-in target, with weights as they are drawn."""
+    folder = tmp_path_factory.mktemp("drafts")
+    registry = target.plugins.registry
+    for name in ("dflash", "dspark", "eagle3"):
+        torch.manual_seed(3)
+        spec = registry.get("draft", name)
+        draft = registry.load("draft", name)(spec.options(), target.adapter, (2, 6, 10))
+        draft.adopt(target.model.embedding_weight(), target.model.head_weight())
+        save_draft(draft, target.adapter, folder / name)
+    return {name: folder / name for name in ("dflash", "dspark", "eagle3")}
 
 
 @frozen(kw_only=True)

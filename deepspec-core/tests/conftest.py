@@ -1,4 +1,7 @@
-"""Distributions that are not installed: a folder on sys.path with a plugin module and its metadata each."""
+"""Distributions that are not installed: a folder on sys.path with a plugin module and its metadata each.
+
+And run files that name what they offer, loaded by `load`.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,9 @@ from pathlib import Path
 from textwrap import dedent
 
 import pytest
+from run_file_loading import Loader
+
+from deepspec_core.plugins.discovery import Plugins, load_plugins
 
 
 class Distributions:
@@ -89,3 +95,37 @@ def toy(distributions: Distributions) -> Distributions:
     """A distribution that offers the draft type `toy`, with typed options."""
     distributions.add("fake-toy", TOY)
     return distributions
+
+
+@pytest.fixture
+def plugins(toy: Distributions) -> Plugins:
+    """Installed plugins, and some that are not: an algorithm, exports, a task, builtins."""
+    toy.add(
+        "fake-export",
+        """
+        @hookimpl
+        def deepspec_exporters():
+            return [
+                ExportSpec(name="served", summary="", build="a:b", algorithm="toy"),
+                ExportSpec(name="foreign", summary="", build="a:b", algorithm="other"),
+            ]
+
+        @hookimpl
+        def deepspec_tasks():
+            return [TaskSpec(name="sums", summary="", build="a:b")]
+
+        @hookimpl
+        def deepspec_builtins():
+            return [
+                BuiltinSpec(name="small-model", summary="", build="a:b", kind="model"),
+                BuiltinSpec(name="small-talk", summary="", build="a:b", kind="prompts"),
+            ]
+        """,
+    )
+    return load_plugins()
+
+
+@pytest.fixture
+def load(tmp_path: Path, plugins: Plugins) -> Loader:
+    """load(text, *overrides): the run file that says `text`."""
+    return Loader(tmp_path, plugins)

@@ -6,83 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from run_file_loading import GOOD, Loader
 
-from deepspec_core.config.load import RunFile, load_run_file
-from deepspec_core.errors import ConfigError, DeepSpecError
+from deepspec_core.config.load import load_run_file
+from deepspec_core.errors import ConfigError
 from deepspec_core.layers.options import LayerOptions
-from deepspec_core.plugins.discovery import Plugins, load_plugins
-from deepspec_core.rows.weighting_options import DecayOptions
-
-GOOD = """
-[run]
-name = "a-run"
-output = "runs/a-run"
-stages = ["train", "evaluate"]
-
-[target]
-model = "someone/some-model"
-layers = [1, 9]
-
-[data]
-sources = [{path = "talk.jsonl", weight = 2}]
-
-[draft]
-type = "toy"
-"""
-
-
-@pytest.fixture
-def plugins(toy: Any) -> Plugins:
-    toy.add(
-        "fake-export",
-        """
-        @hookimpl
-        def deepspec_exporters():
-            return [
-                ExportSpec(name="served", summary="", build="a:b", algorithm="toy"),
-                ExportSpec(name="foreign", summary="", build="a:b", algorithm="other"),
-            ]
-
-        @hookimpl
-        def deepspec_tasks():
-            return [TaskSpec(name="sums", summary="", build="a:b")]
-
-        @hookimpl
-        def deepspec_builtins():
-            return [
-                BuiltinSpec(name="small-model", summary="", build="a:b", kind="model"),
-                BuiltinSpec(name="small-talk", summary="", build="a:b", kind="prompts"),
-            ]
-        """,
-    )
-    return load_plugins()
-
-
-class Loader:
-    """Writes a run file and loads it."""
-
-    def __init__(self, folder: Path, plugins: Plugins) -> None:
-        self.path, self.plugins = folder / "run.toml", plugins
-
-    def __call__(self, text: str = GOOD, *overrides: str) -> RunFile:
-        self.path.write_text(text)
-        return load_run_file(self.path, overrides=overrides, plugins=self.plugins)
-
-    def problems(self, text: str = GOOD, *overrides: str) -> dict[str, DeepSpecError]:
-        """Path -> problem."""
-        with pytest.raises(ConfigError) as caught:
-            self(text, *overrides)
-        found = caught.value.problems
-        rendered = str(caught.value)
-        assert all(problem.render() in rendered for problem in found)
-        by_path = {str(problem.where): problem for problem in found}
-        assert len(by_path) == len(found), "two problems at one path"
-        return by_path
-
-
-@pytest.fixture
-def load(tmp_path: Path, plugins: Plugins) -> Loader:
-    return Loader(tmp_path, plugins)
+from deepspec_core.plugins.discovery import load_plugins
 
 
 def test_a_minimal_file_has_every_default(load: Loader) -> None:
@@ -96,48 +25,6 @@ def test_a_minimal_file_has_every_default(load: Loader) -> None:
     assert (file.loss.weighting.type, file.loss.weighting.options) == ("uniform", None)
     assert file.train.betas == (0.9, 0.999)
     assert file.evaluate.temperature == (1.0,)
-
-
-def test_an_algorithm_says_what_it_is_trained_on_where_the_file_does_not(tmp_path: Path, toy: Any) -> None:
-    toy.add(
-        "fake-soft",
-        """
-        from attrs import frozen
-
-        @frozen(kw_only=True)
-        class SoftOptions:
-            pass
-
-        @hookimpl
-        def deepspec_draft_models():
-            return [
-                DraftModelSpec(
-                    name="soft", summary="", build="a:b", options=SoftOptions, class_suffix="SoftModel",
-                    options_of="a:c", default_loss={"terms": {"soft_ce": 1.0}},
-                )
-            ]
-        """,
-    )
-    load, soft = Loader(tmp_path, load_plugins()), GOOD.replace('"toy"', '"soft"')
-    assert load(soft).loss.terms == {"soft_ce": 1.0}
-    assert load(soft + "[loss]\nchunk_rows = 8\n").loss.terms == {"soft_ce": 1.0}
-    assert load(soft + "[loss]\nterms = {tv = 2.0}\n").loss.terms == {"tv": 2.0}
-    assert load(GOOD).loss.terms == {"ce": 1.0}
-    assert list(load.problems(GOOD.replace('"toy"', '"nobody"'))) == ["draft.type"]
-
-
-def test_sections_that_plugins_shape_hold_their_own_typed_options(load: Loader) -> None:
-    text = GOOD + (
-        "head = {rank = 4}\nwidths = [1, 2]\ndropout = 1\nlayer = {num_heads = 2}\n"
-        '[loss]\nterms = {ce = 1, tv = 0.5}\nweighting = {type = "decay", gamma = 2}\n'
-    )
-    file = load(text)
-    assert file.draft.options.head.rank == 4
-    assert file.draft.options.widths == (1, 2)
-    assert type(file.draft.options.dropout) is float
-    assert file.draft.layer.num_heads == 2
-    assert file.loss.weighting.options == DecayOptions(gamma=2.0)
-    assert file.loss.terms == {"ce": 1.0, "tv": 0.5}
 
 
 @pytest.mark.parametrize(
@@ -331,48 +218,6 @@ def test_sections_that_do_fit_together(load: Loader, tmp_path: Path) -> None:
     assert load(GOOD, "target.layers=[-1, 0, 7]").target.layers == (-1, 0, 7)
 
 
-@pytest.mark.parametrize(
-    ("override", "section", "key", "value"),
-    [
-        ("run.name=words", "run", "name", "words"),
-        ("run.name='quoted'", "run", "name", "quoted"),
-        ("run.name=2026-01-31", "run", "name", "2026-01-31"),
-        ("run.output=runs/x", "run", "output", "runs/x"),
-        ("target.model = Owner/Name-4B", "target", "model", "Owner/Name-4B"),
-        ("train.lr=3e-4", "train", "lr", 3e-4),
-        ("train.max_steps=1_000", "train", "max_steps", 1000),
-        ("regenerate.servers=['http://a:1/v1']", "regenerate", "servers", ("http://a:1/v1",)),
-        ("data.system_prompt=a=b", "data", "system_prompt", "a=b"),
-    ],
-)
-def test_overrides_are_toml_or_bare_words(load: Loader, override: str, section: str, key: str, value: object) -> None:
-    assert getattr(getattr(load(GOOD, override), section), key) == value
-
-
-@pytest.mark.parametrize(
-    ("override", "problem"),
-    [
-        ("train.lr", "not an override"),
-        ("=3", "not an override"),
-        ("train..lr=3", "not an override"),
-        ("train.lr=3\nrun.name='x'", "more than one value"),
-        ("run.stages=[train]", "not a TOML value"),
-        ("run.name='x", "not a TOML value"),
-        ("run.name=", "not a TOML value"),
-        ("run.name.first=3", "not a table"),
-        ("data.sources.path=3", "not a table"),
-    ],
-)
-def test_overrides_that_cannot_be_read(load: Loader, override: str, problem: str) -> None:
-    (only,) = load.problems(GOOD, override).values()
-    assert (only.problem, only.where) == (problem, f"--set {override}")
-
-
-def test_overrides_win_in_order_and_are_named_in_errors(load: Loader) -> None:
-    assert load(GOOD, "run.seed=1", "run.seed=2").run.seed == 2
-    assert load.problems(GOOD, "run.seed=x")["run.seed"].found == '"x" (text), from --set'
-
-
 def test_toml_errors_name_line_and_column(load: Loader) -> None:
     with pytest.raises(ConfigError, match="not TOML") as caught:
         load("[run]\nname = = 3\n")
@@ -392,80 +237,3 @@ def test_files_that_cannot_be_read(load: Loader, tmp_path: Path) -> None:
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="not a text file"):
         load_run_file(tmp_path / "binary.toml", plugins=load.plugins)
-
-
-def test_options_of_every_supported_type_are_strict(load: Loader, toy: Any) -> None:
-    toy.add(
-        "fake-rich",
-        """
-        from collections.abc import Mapping, Sequence
-        from pathlib import Path
-        from typing import Literal
-        from attrs import field, frozen
-
-        @frozen(kw_only=True)
-        class RichOptions:
-            mode: Literal["fast", "slow"] = "fast"
-            either: int | str | tuple[int, ...] = 0
-            scales: Sequence[float] = ()
-            pairs: tuple[tuple[int, str], ...] = ()
-            extra: Mapping[str, int] = field(factory=dict)
-            where: Path | None = None
-            low: int = 0
-            high: int = field(default=1)
-
-            @high.validator
-            def _above(self, attribute, value):
-                if value <= self.low:
-                    raise ValueError("high must be above low")
-
-        @hookimpl
-        def deepspec_weightings():
-            return [ComponentSpec(name="rich", summary="", build="a:b", options=RichOptions)]
-        """,
-    )
-    load.plugins = load_plugins()
-
-    def weighting(keys: str) -> str:
-        return f'{GOOD}[loss]\nweighting = {{type = "rich", {keys}}}\n'
-
-    options = load(
-        weighting('either = [1], scales = [1, 2], pairs = [[1, "a"]], extra = {a = 1}, where = "x/y"')
-    ).loss.weighting.options
-    assert (options.either, options.scales, options.pairs) == ((1,), (1.0, 2.0), ((1, "a"),))
-    assert (options.extra, options.where) == ({"a": 1}, Path("x/y"))
-    text = weighting('mode = "fst", either = 1.5, scales = "ab", pairs = [[1, 2], [1]], extra = {a = "1"}, where = 3')
-    problems = load.problems(text)
-    below = "loss.weighting."
-    assert {path.removeprefix(below): problem.expected for path, problem in problems.items()} == {
-        "mode": 'one of "fast", "slow"',
-        "either": "a whole number or text in quotes or a list of whole numbers",
-        "scales": "a list of numbers",
-        "pairs[0][1]": "text in quotes",
-        "pairs[1]": "a list of a whole number, text in quotes",
-        "extra.a": "a whole number",
-        "where": "a path in quotes",
-    }
-    assert problems[below + "mode"].fix == "write 'fast'"
-    assert load.problems(weighting("low = 5, high = 2"))["loss.weighting"].found == "high must be above low"
-
-
-def test_options_whose_types_cannot_be_resolved_are_the_plugin_s_fault(load: Loader, toy: Any) -> None:
-    toy.add(
-        "fake-lost",
-        """
-        from attrs import frozen
-
-        @frozen(kw_only=True)
-        class LostOptions:
-            size: Missing = 1
-
-        @hookimpl
-        def deepspec_weightings():
-            return [ComponentSpec(name="lost", summary="", build="a:b", options=LostOptions)]
-        """,
-    )
-    load.plugins = load_plugins()
-    problem = load.problems(GOOD, "loss.weighting={type='lost', size=3}")["loss.weighting.type"]
-    assert problem.problem == "the options of 'lost' cannot be read"
-    assert "'Missing' is not defined" in str(problem.found)

@@ -3,180 +3,28 @@
 from __future__ import annotations
 
 import itertools
-import warnings
-from collections.abc import Mapping
 
 import pytest
 import torch
 from attrs import evolve
+from row_definition import (
+    MIXES,
+    TERMS,
+    WEIGHTINGS,
+    V,
+    assert_equal_to_the_definition,
+    make,
+    mixed,
+    naive,
+)
 from torch import Tensor
 
-from deepspec_core.contracts.loss import LossTerm, RowStats, Weighting
 from deepspec_core.contracts.rows import Heads, Rows
-from deepspec_core.errors import ConfigError
 from deepspec_core.rows.coefficient_schedule import CoefficientSchedule
 from deepspec_core.rows.engine import RowEngine
 from deepspec_core.rows.kernels.formulas import why_not_compiled
-from deepspec_core.rows.terms import (
-    KL,
-    Confidence,
-    CrossEntropy,
-    NegativeLogAcceptance,
-    SoftCrossEntropy,
-    TotalVariation,
-)
-from deepspec_core.rows.weighting_options import DecayOptions, DPaceOptions
-from deepspec_core.rows.weightings import Decay, DPace, Uniform
-
-BLOCKS, K, H, V, P, R = 7, 3, 5, 11, 6, 2
-N = BLOCKS * K
-
-
-class WithoutCorrection:
-    """A term on a statistic no built-in term reads."""
-
-    needs_target = False
-    needs_logits = False
-    needs_uncorrected = True
-    needs_extras: tuple[str, ...] = ()
-
-    def __call__(self, stats: RowStats) -> Tensor:
-        return stats.ce_without_correction
-
-
-class Blend:
-    """A term that blends statistics per row, by an extra and by another statistic."""
-
-    needs_target = True
-    needs_logits = False
-    needs_extras = ("confidence_logits",)
-
-    def __call__(self, stats: RowStats) -> Tensor:
-        share = stats.extras["confidence_logits"].sigmoid()
-        return share * stats.kl + (1 - share) * stats.tv * stats.ce
-
-
-TERMS: dict[str, LossTerm] = {
-    "ce": CrossEntropy(),
-    "soft_ce": SoftCrossEntropy(),
-    "kl": KL(),
-    "tv": TotalVariation(),
-    "lk": NegativeLogAcceptance(),
-    "confidence": Confidence(),
-    "base": WithoutCorrection(),
-    "blend": Blend(),
-}
-MIXES: dict[str, dict[str, float]] = {
-    **{name: {name: 1.0} for name in TERMS},
-    "two": {"ce": 0.1, "tv": 0.9},
-    "mix": {"ce": 0.1, "tv": 0.9, "confidence": 1.0},
-    "all": {name: 0.3 + 0.1 * number for number, name in enumerate(TERMS)},
-}
-WEIGHTINGS: dict[str, Weighting] = {
-    "uniform": Uniform(),
-    "decay": Decay(DecayOptions(gamma=4.0)),
-    "d-pace": DPace(DPaceOptions(alpha=0.5)),
-}
-
-
-def mixed(mix: str) -> dict[str, tuple[LossTerm, float | CoefficientSchedule]]:
-    return {name: (TERMS[name], coefficient) for name, coefficient in MIXES[mix].items()}
-
-
-def make(
-    *,
-    correction: bool = False,
-    softcap: float | None = None,
-    dtype: torch.dtype = torch.float64,
-    train_head: bool = False,
-    seed: int = 1,
-) -> tuple[Rows, Heads, dict[str, Tensor]]:
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
-    leaves = {"hidden": normal(N, H).requires_grad_(), "confidence": normal(N).requires_grad_()}
-    head = normal(V, H).requires_grad_(train_head)
-    target = normal(V, H) if train_head else head
-    if train_head:
-        leaves["head"] = head
-    if correction:
-        leaves["correction"] = normal(N, R).requires_grad_()
-        leaves["correction_head"] = normal(V, R).requires_grad_()
-    weight = torch.rand(N, generator=generator)
-    weight[[2, 8, 9, 10, 11]] = 0.0
-    rows = Rows(
-        hidden=leaves["hidden"],
-        correction=leaves.get("correction"),
-        target_hidden=normal(P, H),
-        target_index=torch.randint(0, P, (N,), generator=generator),
-        target_ids=torch.randint(0, V, (N,), generator=generator),
-        weight=weight,
-        slot=torch.arange(N) % K,
-        block=torch.arange(N) // K,
-        extras={"confidence_logits": leaves["confidence"]},
-    )
-    return rows, Heads(draft=head, target=target, correction=leaves.get("correction_head"), softcap=softcap), leaves
-
-
-def naive(rows: Rows, heads: Heads, mix: Mapping[str, float], weighting: str) -> tuple[Tensor, Tensor]:
-    """Total and weights from all logits at once, written down from the definitions."""
-
-    def cap(logits: Tensor) -> Tensor:
-        return logits if heads.softcap is None else heads.softcap * torch.tanh(logits / heads.softcap)
-
-    base = cap(rows.hidden.double() @ heads.draft.double().T)
-    draft = base
-    if rows.correction is not None:
-        assert heads.correction is not None
-        draft = base + rows.correction.double() @ heads.correction.double().T
-    assert rows.target_hidden is not None
-    target = cap(rows.target_hidden.double() @ heads.target.double().T)[rows.target_index].softmax(-1)
-    q = draft.softmax(-1)
-    tv = (q - target).abs().sum(-1)
-    acceptance = 1 - tv.detach() / 2
-    confidence = rows.extras["confidence_logits"].double().sigmoid()
-    assert rows.target_ids is not None
-    at = rows.target_ids[:, None]
-    ce = -q.gather(1, at)[:, 0].log()
-    kl = (target * (target.log() - q.log())).sum(-1)
-    values = {
-        "ce": ce,
-        "soft_ce": -(target * q.log()).sum(-1),
-        "kl": kl,
-        "tv": tv,
-        "lk": -torch.minimum(q, target).sum(-1).log(),
-        "confidence": -(acceptance * confidence.log() + (1 - acceptance) * (1 - confidence).log()),
-        "base": -base.softmax(-1).gather(1, at)[:, 0].log(),
-        "blend": confidence * kl + (1 - confidence) * tv * ce,
-    }
-    weight = rows.weight.double()
-    if weighting == "decay":
-        weight = weight * torch.exp(-rows.slot.double() / 4.0)
-    elif weighting == "d-pace":
-        survival = (0.5 + 0.5 * torch.exp(-ce.detach())).reshape(BLOCKS, K).cumprod(1)
-        weight = weight * survival.flip(1).cumsum(1).flip(1).flatten()
-    total = torch.stack([weight * coefficient * values[name] for name, coefficient in mix.items()]).sum()
-    return total, weight
-
-
-def assert_equal_to_the_definition(
-    engine: RowEngine, rows: Rows, heads: Heads, leaves: Mapping[str, Tensor], mix: str, weighting: str
-) -> None:
-    expected, weight = naive(rows, heads, MIXES[mix], weighting)
-    wanted = torch.autograd.grad(expected, list(leaves.values()), allow_unused=True)
-    result = engine(rows, heads)
-    # Not 1: what comes in must be multiplied with.
-    (result.total * 3.0).backward()
-    torch.testing.assert_close(result.total, expected.detach(), rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(result.denominator.double(), weight.sum(), rtol=1e-6, atol=1e-6)
-    for name, leaf, gradient in zip(leaves, leaves.values(), wanted, strict=True):
-        assert leaf.grad is not None, name
-        target = torch.zeros_like(leaf) if gradient is None else 3.0 * gradient
-        torch.testing.assert_close(
-            leaf.grad, target, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
-        )
+from deepspec_core.rows.weighting_options import DecayOptions
+from deepspec_core.rows.weightings import Decay, Uniform
 
 
 @pytest.mark.parametrize("kernels", ["plain", "eager"])
@@ -237,63 +85,6 @@ def test_coefficients_follow_the_step(kernels: str) -> None:
     for step, coefficient in ((0, 0.0), (1, 0.25), (4, 1.0), (9, 1.0)):
         expected, _ = naive(rows, heads, {"ce": coefficient, "tv": 0.5}, "uniform")
         torch.testing.assert_close(engine(rows, heads, step=step).total, expected.detach(), rtol=1e-6, atol=1e-6)
-
-
-class ReadsLogits(WithoutCorrection):
-    needs_logits = True
-
-    def __call__(self, stats: RowStats) -> Tensor:
-        return stats.draft_logits.logsumexp(-1)
-
-
-class ReadsLogitsUnannounced(ReadsLogits):
-    needs_logits = False
-
-
-def test_terms_that_read_logits_get_them_or_an_error() -> None:
-    rows, heads, leaves = make()
-    result = RowEngine({"own": (ReadsLogits(), 1.0)}, Uniform(), 4)(rows, heads)
-    expected = (rows.weight * (leaves["hidden"] @ heads.draft.T).logsumexp(-1)).sum()
-    torch.testing.assert_close(result.total, expected.detach(), rtol=1e-6, atol=1e-6)
-    with pytest.raises(ConfigError, match="term own reads logits"):
-        RowEngine({"own": (ReadsLogits(), 1.0)}, Uniform(), kernels="eager")(rows, heads)
-    with pytest.raises(ConfigError, match="needs_logits = True"):
-        RowEngine({"own": (ReadsLogitsUnannounced(), 1.0)}, Uniform(), kernels="eager")(rows, heads)
-
-
-class ReadsAHead:
-    needs_target = False
-    needs_extras = ("survival_head",)
-
-    def __call__(self, stats: RowStats) -> Tensor:
-        return stats.extras["survival_head"] ** 2
-
-
-def test_extras_may_have_any_name() -> None:
-    """One that ends as the vocabulary's heads do is a row's number all the same."""
-    rows, heads, leaves = make()
-    rows = evolve(rows, extras={"survival_head": leaves["confidence"]})
-    result = RowEngine({"own": (ReadsAHead(), 1.0)}, Uniform(), 4)(rows, heads)
-    (gradient,) = torch.autograd.grad(result.total, leaves["confidence"])
-    torch.testing.assert_close(gradient, 2.0 * rows.weight * leaves["confidence"].detach())
-
-
-class WithoutCorrectionUnannounced(WithoutCorrection):
-    needs_uncorrected = False
-
-
-@pytest.mark.parametrize("kernels", ["plain", "eager"])
-@pytest.mark.parametrize("softcap", [None, 5.0])
-def test_what_a_correction_is_added_to_is_there_for_those_who_say_so(kernels: str, softcap: float | None) -> None:
-    rows, heads, _ = make(correction=True, softcap=softcap)
-    with pytest.raises(ConfigError, match="needs_uncorrected = True"):
-        RowEngine({"own": (WithoutCorrectionUnannounced(), 1.0)}, Uniform(), kernels=kernels)(rows, heads)
-    rows, heads, _ = make(softcap=softcap)
-    own, ce = (
-        RowEngine({"own": (term, 1.0)}, Uniform(), kernels=kernels)(rows, heads).total
-        for term in (WithoutCorrectionUnannounced(), CrossEntropy())
-    )
-    torch.testing.assert_close(own, ce, rtol=1e-6, atol=0)  # the same sums, in memory of their own
 
 
 @pytest.mark.parametrize("chunk_rows", [3, 100])
@@ -384,29 +175,6 @@ def test_the_rows_own_denominator_stands() -> None:
     result = RowEngine(mixed("ce"), Uniform())(evolve(rows, denominator=torch.tensor(17.0)), heads)
     assert result.denominator.item() == 17.0
     assert result.metrics["loss"][1].item() == 17.0
-
-
-def test_a_term_that_reads_what_is_not_there() -> None:
-    rows, heads, _ = make()
-    fields = {"hidden", "target_ids", "weight", "slot", "block"}
-    bare = Rows(**{name: getattr(rows, name) for name in fields})
-    with pytest.raises(ConfigError, match="no target features"):
-        RowEngine(mixed("tv"), Uniform())(bare, heads)
-    with pytest.raises(ConfigError, match=r"(?s)terms\.confidence.*confidence_logits"):
-        RowEngine({"confidence": (Confidence(), 1.0)}, Uniform())(
-            Rows(**{name: getattr(rows, name) for name in (*fields, "target_hidden", "target_index")}), heads
-        )
-
-
-def test_an_extra_that_no_term_trains_is_said_once() -> None:
-    rows, heads, _ = make()
-    engine = RowEngine(mixed("two"), Uniform())
-    with pytest.warns(RuntimeWarning, match="no loss term trains the draft's confidence_logits"):
-        engine(rows, heads)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        engine(rows, heads)
-        RowEngine(mixed("mix"), Uniform())(rows, heads)
 
 
 def test_metrics_by_hand() -> None:
