@@ -44,7 +44,7 @@ def test_the_same_file_chooses_the_same_threads_after_a_stage_changed_them(run_f
 def test_the_run_file_decides_where_it_speaks(run_file: Path) -> None:
     chosen = threads.choose(_run(run_file, "run.threads=3"), STAGES)
     assert chosen == dict.fromkeys(STAGES, 3)
-    assert threads.in_words(chosen, given=True) == "threads: 3, as run.threads says"
+    assert threads.in_words(chosen, given=True) == "threads: 3 (as run.threads says)"
 
 
 def test_a_container_s_quota_bounds_the_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import click
 
 from deepspec_core import __version__
+from deepspec_core.cli.output import CLOSED, OutputLost, let_go_of_output, output_is_checked, say_error
 from deepspec_core.errors import DeepSpecError, PluginError, nearest
 from deepspec_core.pipeline.threads import let_waiting_threads_sleep
-from deepspec_core.pipeline.workers import rank
 from deepspec_core.stopping import exit_code, stopped_by_sigterm
 
 # In the order of a project's life. A command is there when its file is.
@@ -115,17 +116,26 @@ def execute(command: click.Command, name: str, arguments: Sequence[str] | None =
     stopped it."""
     let_waiting_threads_sleep()
     try:
-        with stopped_by_sigterm():
+        with stopped_by_sigterm(), output_is_checked():
             result = command.main(args=arguments, prog_name=name, standalone_mode=False)
     except click.ClickException as error:
-        error.show()
+        with suppress(OSError):
+            error.show()
+        return error.exit_code
+    except OutputLost as error:
+        let_go_of_output()
+        if error.closed:
+            return CLOSED
+        say_error(f"Error: {error.render()}")
         return error.exit_code
     except DeepSpecError as error:
-        click.echo(f"{click.style('Error:', fg='red')} {error.render()}", err=True)
+        say_error(f"{click.style('Error:', fg='red')} {error.render()}")
         return error.exit_code
     except (click.Abort, KeyboardInterrupt) as error:
+        from deepspec_core.pipeline.workers import rank
+
         if rank() == 0:
-            click.echo("Interrupted.", err=True)
+            say_error("Interrupted.")
         return exit_code(error)
     # click returns the code of an explicit exit, or whatever the command returned.
     return result if isinstance(result, int) else 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-import click
+from deepspec_core.cli.output import say_error
 
 # Libraries that tell at INFO what a user of ours did not ask.
 _NOISY = ("httpx", "urllib3", "filelock", "fsspec")
@@ -14,11 +14,17 @@ class _ToStandardError(logging.Handler):
     """Asks for the stream at every message: whoever replaced it may have closed the one of before."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        click.echo(self.format(record), err=True)
+        say_error(self.format(record))
 
 
 def show_messages() -> None:
-    """Show what is logged at INFO and above; calling it again changes nothing."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_ToStandardError()], force=True)
+    """Show what is logged at INFO and above, of a run's first process; of the others errors only.
+
+    Calling it again changes nothing.
+    """
+    from deepspec_core.pipeline.workers import rank
+
+    level = logging.INFO if rank() == 0 else logging.ERROR
+    logging.basicConfig(level=level, format="%(message)s", handlers=[_ToStandardError()], force=True)
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -51,9 +51,9 @@ def run(
     from deepspec_core.pipeline import stages as pipeline
     from deepspec_core.pipeline import workers as processes
     from deepspec_core.pipeline.checking import check_before
-    from deepspec_core.pipeline.local_workers import start, stop_with_starter
+    from deepspec_core.pipeline.local_workers import start, started_here, stop_with_starter
     from deepspec_core.pipeline.run import Run
-    from deepspec_core.pipeline.running import do
+    from deepspec_core.pipeline.running import begin, do
     from deepspec_core.pipeline.smoke import smoke as made_small
     from deepspec_core.plugins.discovery import load_plugins
 
@@ -68,15 +68,17 @@ def run(
 
         for line in preview(the_run, steps):
             click.echo(line)
-    # What would stop the run later stops a dry run too: the plan is shown first, then why it would not come true.
-    check_before(the_run, steps)
-    if dry_run:
+        # What would stop the run later stops a dry run too: the plan is shown first, then why it would not come true.
+        check_before(the_run, steps)
         return None
+    count = 1
     if not processes.launched() and any(step.stage.shared and step.action != "skip" for step in steps):
-        count = processes.visible_devices() if workers is None else workers
-        if count > 1:
-            arguments = click.get_current_context().meta[ARGUMENTS]
-            return start(count, ["run", *arguments])
+        count = (processes.visible_devices() if workers is None else workers) or 1
+    if not started_here():
+        # Workers that this command starts itself need not look again.
+        begin(the_run, steps, say=click.echo if processes.rank() == 0 else _nothing, processes=count)
+    if count > 1:
+        return start(count, ["run", *click.get_current_context().meta[ARGUMENTS]])
     if processes.rank() > 0:
         processes.meet()
         pipeline.follow(the_run, steps)
@@ -87,6 +89,10 @@ def run(
         click.echo(f"nothing to do: every stage is complete in {the_run.folder}")
     show_report(the_run.folder)
     return None
+
+
+def _nothing(_text: str) -> None:
+    """The first process speaks for all."""
 
 
 def show_report(folder: Path) -> None:

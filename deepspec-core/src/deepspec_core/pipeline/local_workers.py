@@ -46,6 +46,11 @@ def start(count: int, arguments: Sequence[str]) -> int:
             del store
 
 
+def started_here() -> bool:
+    """Whether this process is a worker that `start` started."""
+    return _STARTER in os.environ
+
+
 def stop_with_starter() -> None:
     """In a worker: have it stopped as by SIGTERM once the process that started it is gone."""
     starter = os.environ.get(_STARTER)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from deepspec_core.disk import full_disk_is_an_error
-from deepspec_core.pipeline import stages, workers
+from deepspec_core.pipeline import stages, threads, workers
 from deepspec_core.pipeline.checking import check_before
 from deepspec_core.pipeline.run import Run
 from deepspec_core.pipeline.stages import Step
@@ -24,8 +24,14 @@ def run_stages(
     is refused or a stage fails.
     """
     steps = stages.plan(run, only=only, force=force)
-    check_before(run, steps)
+    begin(run, steps, say=say)
     return do(run, steps, force=force, say=say)
+
+
+def begin(run: Run, steps: Sequence[Step], *, say: Callable[[str], None], processes: int = 1) -> None:
+    """Say what the run computes with, then raise what would stop it later. The first of a run's messages come here."""
+    threads.announce(run, [step.stage.name for step in steps if step.action != "skip"], say, processes=processes)
+    check_before(run, steps)
 
 
 def do(

@@ -149,8 +149,6 @@ def execute(run: Run, steps: Sequence[Step], *, say: Callable[[str], None]) -> d
     """Do what the plan says, in order; returns each stage's summary. An interrupted stage keeps its open record."""
     summaries: dict[str, dict[str, Any]] = {}
     counts = _threads(run, steps)
-    if counts:
-        say(threads.in_words(counts, given=run.file.run.threads is not None))
     for step in steps:
         name = step.stage.name
         if step.action == "skip":

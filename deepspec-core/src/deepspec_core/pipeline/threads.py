@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -88,11 +88,11 @@ def _multiplications(architecture: TargetArchitecture) -> float:
     return 12.0 * size * size * architecture.num_layers + size * architecture.vocab_size
 
 
-def choose(run: Run, stages: Sequence[str]) -> dict[str, int]:
-    """Stage -> threads. On an accelerator PyTorch's own number everywhere."""
+def choose(run: Run, stages: Sequence[str], *, processes: int = 1) -> dict[str, int]:
+    """Stage -> threads of each of the `processes` that share this machine. On an accelerator PyTorch's own number."""
     if not stages:
         return {}
-    most = available()
+    most = max(1, available() // processes)
     if run.file.run.threads is not None:
         return dict.fromkeys(stages, run.file.run.threads)
     if run.target.device.type != "cpu":
@@ -100,12 +100,23 @@ def choose(run: Run, stages: Sequence[str]) -> dict[str, int]:
     return {stage: threads_for(operations_of_step(run, stage), most) for stage in stages}
 
 
-def in_words(chosen: dict[str, int], *, given: bool) -> str:
-    """One line for the head of a run."""
-    if given or len(set(chosen.values())) == 1:
-        return f"threads: {next(iter(chosen.values()))}" + (", as run.threads says" if given else "")
+def in_words(chosen: dict[str, int], *, given: bool, device: str = "cpu") -> str:
+    """One line for the head of a run: how many, and why."""
+    alike = len(set(chosen.values())) == 1
     listed = ", ".join(f"{stage} {count}" for stage, count in chosen.items())
-    return f"threads: {listed} (by the size of a stage's steps; run.threads sets one number for all)"
+    number = str(next(iter(chosen.values()))) if alike else listed
+    if given:
+        return f"threads: {number} (as run.threads says)"
+    if device != "cpu":
+        return f"threads: {number} (PyTorch's own number, since the run computes on {device}; run.threads sets another)"
+    return f"threads: {number} (by the size of a stage's steps; run.threads sets one number for all)"
+
+
+def announce(run: Run, stages: Sequence[str], say: Callable[[str], None], *, processes: int = 1) -> None:
+    """Say what was chosen for the stages that are to run, and why."""
+    chosen = choose(run, stages, processes=processes)
+    if chosen:
+        say(in_words(chosen, given=run.file.run.threads is not None, device=run.target.device.type))
 
 
 @contextmanager
