@@ -14,8 +14,8 @@ from attrs.validators import and_, ge, gt, le
 
 __all__ = ["MANY", "above", "real", "whole"]
 
-# More of anything than a run can have: steps, samples, tokens of one text, sequences of a batch.
 MANY: Final = 2**31 - 1
+"""More of anything than a run can have: steps, samples, tokens of one text, sequences of a batch."""
 
 
 def whole(least: int, most: int = MANY) -> Any:
