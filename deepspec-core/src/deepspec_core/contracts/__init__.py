@@ -1,1 +1,1 @@
-"""The contracts between core, algorithms and families: data classes and protocols, no behaviour of their own."""
+"""The contracts between core, algorithms and families: data classes and protocols without behaviour."""

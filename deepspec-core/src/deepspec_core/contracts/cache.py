@@ -1,4 +1,4 @@
-"""What a feature cache format must do: write samples once, sealed; refuse to be read as something it is not."""
+"""What a feature cache format must do: write each sample once, and open no cache that was made from anything else."""
 
 from __future__ import annotations
 
@@ -27,13 +27,16 @@ def whole_number(least: int) -> Any:
 
 @frozen(kw_only=True)
 class CacheHeader:
-    """What a cache was made from. Two caches are interchangeable exactly when their headers are equal, but for
-    `plugins`.
+    """What a cache was made from. Two caches are interchangeable exactly when their headers are equal; `plugins` may
+    differ.
 
-    `target` is the name or path given, `revision` its content fingerprint (a Hub commit, or a digest of a local
-    directory's config and weight sizes); `template` a digest of the chat template and masking options; `source` a
-    digest of the conversations it was made from; `dtype` the storage type of the features. Values of other types are
-    a ValueError or TypeError.
+    target: The name or path that the run file gives.
+    revision: A fingerprint of the target: a Hub commit, or a digest of a local directory's config and weights.
+    template: A digest of the chat template and the masking options.
+    source: A digest of the conversations that the cache was made from.
+    dtype: The number format in which the features are stored.
+
+    Values of other types are a ValueError or TypeError.
     """
 
     target: str = field(validator=instance_of(str))
@@ -56,28 +59,28 @@ class CacheHeader:
 
 @runtime_checkable
 class CacheWriter(Protocol):
-    """Appends samples; a killed writer loses at most its open shard, a new writer on the same path continues."""
+    """Appends samples to shards. A killed process loses at most the shard it was writing; a new writer goes on."""
 
     def written(self) -> set[str]:
-        """Ids already in sealed shards."""
+        """The ids of the samples in sealed shards."""
         ...
 
     def write(self, sample: Sample) -> None:
-        """Append one sample with features."""
+        """Append one sample with its features."""
         ...
 
     def finish(self) -> None:
-        """Seal the open shard, mark the cache complete and let go of it."""
+        """Seal the open shard, mark the cache as complete and release it."""
         ...
 
     def close(self) -> None:
-        """Let go of the cache, finished or not; what is not sealed is lost. May be called twice."""
+        """Release the cache, whether finished or not. Samples outside sealed shards are lost. May be called twice."""
         ...
 
 
 @runtime_checkable
 class CacheReader(Protocol):
-    """A complete cache. Safe to pickle into loader workers."""
+    """A complete cache, opened for reading. It can be pickled and sent to loader workers."""
 
     header: CacheHeader
 
@@ -92,34 +95,37 @@ class CacheReader(Protocol):
 
 @runtime_checkable
 class CacheFormat(Protocol):
-    """One storage format."""
+    """A storage format of feature caches."""
 
     def create(self, path: Path, header: CacheHeader, *, shard_samples: int = 512) -> CacheWriter:
-        """Start or continue a cache, its shards of at most shard_samples samples each.
+        """Start or continue a cache. Each of its shards has at most `shard_samples` samples.
 
-        CacheError where `path` holds a cache with another header, StageError where another process writes it.
+        CacheError if `path` holds a cache with another header. StageError if another process is writing it.
         """
         ...
 
     def header(self, path: Path) -> CacheHeader | None:
-        """What the cache at `path`, finished or not, is made from; None where there is none.
+        """The header of the cache at `path`, finished or not; None where there is no cache.
 
-        CacheError where what is there is damaged, or a cache of another format.
+        CacheError if the cache is damaged, or has another format.
         """
         ...
 
     def open(self, path: Path, expect: CacheHeader | None) -> CacheReader:
-        """Open a finished cache. CacheError names the first field in which `expect` differs (`plugins` aside)."""
+        """Open a finished cache. CacheError names the first field of its header that differs from `expect`.
+
+        `plugins` is not compared.
+        """
         ...
 
     def verify(self, path: Path, *, part: int = 0, parts: int = 1, remembered: bool = True) -> Sequence[CacheError]:
-        """Read what is stored and return what is not as it was written, an error each.
+        """Read what is stored, and return an error for each file that is not as it was written.
 
-        The work is shared among `parts` callers, of which this one is number `part`. With `remembered`, a file that was
-        read before and has not changed since need not be read again.
+        `parts` callers share the work; this one is number `part`. With `remembered`, a file that was read before and
+        has not changed since need not be read again.
         """
         ...
 
     def bytes_per_token(self, header: CacheHeader) -> int:
-        """Storage of one token, for estimates made before writing."""
+        """Bytes that one token takes in the cache, for estimates before anything is written."""
         ...

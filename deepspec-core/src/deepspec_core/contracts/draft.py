@@ -1,8 +1,8 @@
-"""What an algorithm provides: preparation on the host, a pure network, and facts about itself.
+"""What an algorithm provides: preparation on the host, a network without side effects, and facts about itself.
 
-`Preparation` has no parameters and runs in loader workers: everything random or ragged happens there, keyed by (seed,
-epoch, sample id), so neither padding, nor batch size, nor the number of workers changes the draw. `DraftModel` is the
-network. This file knows no algorithm and no family.
+`Preparation` has no parameters and runs in loader workers. It does everything that is random or of varying length. Its
+random numbers follow from (seed, epoch, sample id), so padding, batch size and the number of workers do not change
+them. `DraftModel` is the network. This file knows no algorithm and no family.
 
 Legend: B sequences, T tokens, C = taps * H, H hidden size, V vocabulary.
 """
@@ -27,10 +27,11 @@ __all__ = ["DraftBatch", "DraftDescription", "DraftModel", "Preparation", "Prepa
 
 @frozen(kw_only=True, eq=False)
 class Sample:
-    """One tokenised conversation. input_ids [T] int64; loss_mask [T] bool, true on supervised tokens.
+    """One tokenised conversation.
 
-    `features` ([T, C] and [T, H], no batch dimension) is None where they are computed online.
-    `original_length` counts the tokens before sequences were cut after their last supervised token.
+    input_ids [T] int64. loss_mask [T] bool is true on supervised tokens. `features` are [T, C] and [T, H], without a
+    batch dimension; None if they are computed online. `original_length` counts the tokens of the conversation before it
+    was cut after its last supervised token.
     """
 
     id: str
@@ -44,7 +45,7 @@ class Sample:
 class PreparedSample:
     """A sample and what the algorithm drew for it.
 
-    `tensors` belong to the algorithm and are collated by it. `counts` are summed into the run's report.
+    The algorithm defines `tensors` and collates them itself. `counts` are summed up in the run's report.
     """
 
     sample: Sample
@@ -54,24 +55,24 @@ class PreparedSample:
 
 @runtime_checkable
 class Preparation(Protocol):
-    """Host half of an algorithm: picklable, without parameters."""
+    """The half of an algorithm that runs on the host. It can be pickled and has no parameters."""
 
     def prepare(self, sample: Sample, rng: np.random.Generator) -> PreparedSample:
-        """Draw what is random and lay out what is ragged."""
+        """Draw what is random, such as anchors, and lay out what has varying length."""
         ...
 
     def collate(self, prepared: Sequence[PreparedSample]) -> Mapping[str, Tensor]:
-        """The algorithm's own tensors for a batch, in the order of `prepared`; core pads ids, masks and features."""
+        """The algorithm's own tensors of a batch, in the order of `prepared`. Core pads ids, masks and features."""
         ...
 
 
 @frozen(kw_only=True, eq=False)
 class DraftBatch:
-    """Right-padded sequences of one micro-batch, on the device.
+    """The right-padded sequences of one micro-batch, on the device.
 
-    input_ids, loss_mask, attention_mask [B, T]; position_ids and document_ids [B, T] where rows are packed, else None;
-    features [B, T, C] and [B, T, H] in the dtype they were captured in; `prepared` as `Preparation.collate` returned
-    it.
+    input_ids, loss_mask and attention_mask are [B, T]. position_ids and document_ids are [B, T] if sequences are
+    packed, else None. features are [B, T, C] and [B, T, H], in the dtype they were captured in. `prepared` is what
+    `Preparation.collate` returned.
     """
 
     input_ids: Tensor
@@ -104,12 +105,13 @@ class DraftBatch:
 
 @frozen(kw_only=True)
 class DraftDescription:
-    """Neutral facts that checkpoints, exporters and reports translate.
+    """Facts about a draft, in terms that checkpoints, exporters and reports share.
 
-    `anchor_predicts`: slot 0 of a block is itself a prediction. `max_tokens`: proposals of one round at most.
-    `gives_confidence`: its proposals carry confidence; None where it does not say.
-    `weight_names`: own parameter-name prefixes (or whole names) -> published ones, longest match wins.
-    `config`: what the algorithm adds to config.json.
+    anchor_predicts: Whether slot 0 of a block is itself a prediction.
+    max_tokens: The largest number of tokens that the draft proposes in one round.
+    gives_confidence: Whether its proposals carry confidence; None if the algorithm does not say.
+    weight_names: Published names of parameters, by the draft's own names or their prefixes. The longest match counts.
+    config: The keys that the algorithm adds to config.json.
     """
 
     algorithm: str
@@ -125,10 +127,10 @@ class DraftDescription:
 
 
 class DraftModel(nn.Module, ABC):
-    """Base class of algorithms' networks. Parameters of `embed_tokens` and `lm_head` are the target's, frozen.
+    """Base class of algorithms' networks. Their `embed_tokens` and `lm_head` hold the target's weights, frozen.
 
     Subclasses set `embed_tokens` (an adapter's embedding) and `lm_head` (nn.Linear without bias), and implement the
-    methods below. `forward` is pure: no random numbers, no host work.
+    methods below. `forward` draws no random numbers and does no work on the host.
     """
 
     embed_tokens: nn.Module
@@ -137,15 +139,15 @@ class DraftModel(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, batch: DraftBatch) -> Rows:
-        """The network: a batch to its supervised rows."""
+        """The supervised rows of a batch."""
 
     @abstractmethod
     def heads(self) -> Heads:
-        """The projections the rows are to be sent through."""
+        """The projections that turn the rows into logits."""
 
     @abstractmethod
     def proposer(self) -> Proposer:
-        """The decoding side, sharing these weights."""
+        """The decoding side of the algorithm. It shares the weights of this network."""
 
     @abstractmethod
     def describe(self) -> DraftDescription:

@@ -1,6 +1,6 @@
 """Where target features come from: a cache on disk, or the target itself.
 
-A source yields samples and, per batch, fills in their features; training cannot tell the difference.
+A source has samples, and gives the features of a batch of them. Training works the same with either.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ __all__ = ["FeatureSource"]
 
 @runtime_checkable
 class FeatureSource(Protocol):
-    """A map-style set of samples, in a fixed order, and their features."""
+    """Samples in a fixed order, read by index, and their features."""
 
     def __len__(self) -> int: ...
 
     def lengths(self) -> Sequence[int]:
-        """Tokens of each sample, in order, without reading the samples."""
+        """The number of tokens of each sample, in order. The samples are not read for it."""
         ...
 
     def __getitem__(self, index: int) -> Sample:
-        """The sample; with features where they are stored. Called in loader workers."""
+        """The sample, with its features if they are stored. Called in loader workers."""
         ...
 
     def features(self, samples: Sequence[Sample], input_ids: Tensor, attention_mask: Tensor) -> TargetFeatures:

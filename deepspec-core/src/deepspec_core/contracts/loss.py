@@ -1,7 +1,7 @@
 """What loss terms and weightings are.
 
-A loss term is a function of one row's statistics. A weighting is a function of whole blocks of rows, whose statistics
-are detached.
+A loss term computes one value from the statistics of one row. A weighting computes the weights of whole blocks of rows;
+the statistics it reads carry no gradient.
 
 Legend: N rows (of a chunk), V vocabulary.
 """
@@ -18,9 +18,9 @@ __all__ = ["LossTerm", "RowStats", "Weighting"]
 
 @runtime_checkable
 class RowStats(Protocol):
-    """Statistics of a chunk of rows, computed once and shared, on first use. Each is [N] fp32 unless said otherwise.
+    """Statistics of a chunk of rows, each computed on first use and then shared. Most are [N] fp32.
 
-    Those that need target logits are only there where rows carry `target_hidden`.
+    Statistics that need the target's logits exist only if the rows carry `target_hidden`.
     """
 
     @property
@@ -30,8 +30,8 @@ class RowStats(Protocol):
 
     @property
     def ce_without_correction(self) -> Tensor:
-        """The same before the low-rank correction is added: only for terms and weightings with `needs_uncorrected`,
-        since elsewhere the correction may be added in place.
+        """The same, before the low-rank correction is added. Only terms and weightings with `needs_uncorrected` may
+        read it, because for others the correction may be added in place.
         """
         ...
 
@@ -42,14 +42,14 @@ class RowStats(Protocol):
 
     @property
     def overlap(self) -> Tensor:
-        """Sum over V of min(softmax(draft), softmax(target)), differentiable: the acceptance rate; exact where it is
-        near zero, which 1 - tv / 2 is not. Where the two are equal, each has half the gradient, as in tv.
+        """Sum over V of min(softmax(draft), softmax(target)), differentiable. This is the acceptance rate, exact also
+        near zero, where 1 - tv / 2 is not. Where the two are equal, each gets half of the gradient, as in tv.
         """
         ...
 
     @property
     def soft_ce(self) -> Tensor:
-        """Cross-entropy of the draft at the target's distribution: kl plus the target's entropy."""
+        """Cross-entropy of the draft under the target's distribution, which is kl plus the target's entropy."""
         ...
 
     @property
@@ -59,46 +59,51 @@ class RowStats(Protocol):
 
     @property
     def acceptance(self) -> Tensor:
-        """1 - tv / 2, detached, clamped to [0, 1]: the analytic acceptance rate."""
+        """The acceptance rate as 1 - tv / 2, without gradient, clamped to [0, 1]."""
         ...
 
     @property
     def draft_argmax(self) -> Tensor:
-        """int64."""
+        """The draft's most probable token, int64."""
         ...
 
     @property
     def target_argmax(self) -> Tensor:
-        """int64."""
+        """The target's most probable token, int64."""
         ...
 
     @property
     def draft_logits(self) -> Tensor:
-        """[N, V] fp32, capped and corrected: the plain path only, for terms with `needs_logits`."""
+        """[N, V] fp32, capped and corrected. Only terms with `needs_logits` may read it; they run on the plain path."""
         ...
 
     @property
     def target_logits(self) -> Tensor:
-        """[N, V] fp32, capped: the plain path only, for terms with `needs_logits`."""
+        """[N, V] fp32, capped. Only terms with `needs_logits` may read it; they run on the plain path."""
         ...
 
     @property
     def target_ids(self) -> Tensor:
-        """int64 labels; the target's argmax where rows carry none."""
+        """The labels, int64: those of the rows, else the target's argmax."""
         ...
 
     @property
     def extras(self) -> Mapping[str, Tensor]:
-        """The rows' extras, chunked alike."""
+        """The extras of the chunk's rows."""
         ...
 
 
 @runtime_checkable
 class LossTerm(Protocol):
-    """One value per row. `needs_target`: it reads statistics of the target. `needs_extras`: names it reads of the
-    extras. Two more are taken as False where a term does not say, and a weighting may say them too. `needs_logits`: it
-    reads `draft_logits` or `target_logits`, which keeps a run on the plain path. `needs_uncorrected`: it reads
-    `ce_without_correction`, which takes one more tensor of logits.
+    """Computes one value per row.
+
+    needs_target: Whether it reads statistics of the target.
+    needs_extras: The names of the extras that it reads.
+
+    Two more attributes are optional, for weightings too, and count as False if they are missing.
+
+    needs_logits: Whether it reads `draft_logits` or `target_logits`. A run with such a term stays on the plain path.
+    needs_uncorrected: Whether it reads `ce_without_correction`, which takes one more tensor of logits.
     """
 
     needs_target: bool
@@ -111,8 +116,11 @@ class LossTerm(Protocol):
 
 @runtime_checkable
 class Weighting(Protocol):
-    """How the rows of a block weigh, multiplied with the rows' own weight. Sees whole blocks; never differentiated."""
+    """Computes how much each row of a block counts. Its result is multiplied with the rows' own weight.
+
+    It is called with whole blocks, and no gradient goes through it.
+    """
 
     def __call__(self, slot: Tensor, block: Tensor, stats: RowStats) -> Tensor:
-        """slot and block [N] int64, statistics of the same rows (read under no_grad) -> weight [N] fp32."""
+        """The weights [N] fp32 of rows with these slots and blocks, [N] int64. `stats` are read under no_grad."""
         ...

@@ -1,7 +1,8 @@
-"""The decoding side of an algorithm: proposes tokens for slots, learns what was accepted.
+"""The decoding side of an algorithm: it proposes tokens for slots and is told which of them were accepted.
 
-The engine (decoding/engine.py) owns the target, its cache, verification, stop tokens and refill; a proposer owns the
-draft's caches only. Chains only; a tree would add a `parents` field to Proposal.
+A slot is a place in the batch and holds one sequence. The engine (decoding/engine.py) owns the target and its cache,
+verifies, watches for stop tokens and refills slots. A proposer owns only the draft's caches. A proposal is a chain of
+tokens; a tree would add a field `parents` to Proposal.
 
 Legend: B slots in this call, T tokens, K proposed tokens at most, C = taps * H, V vocabulary.
 """
@@ -19,7 +20,7 @@ __all__ = ["Proposal", "Proposer", "Sampling"]
 
 @frozen(kw_only=True)
 class Sampling:
-    """How tokens are drawn. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off."""
+    """How tokens are drawn. Temperature 0 is greedy. top_k 0, top_p 1 and min_p 0 mean that the filter is off."""
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -29,10 +30,12 @@ class Sampling:
 
 @frozen(kw_only=True, eq=False)
 class Proposal:
-    """tokens [B, K] int64, right-padded; lengths [B] int64, how many of them are proposed (0 is allowed).
+    """The tokens that a draft proposes in one round.
 
-    probabilities [B, K, V]: the distributions the tokens were drawn from, None = one-hot at the tokens.
-    confidence [B, K]: logits of surviving verification given that all before survived, None without such a head.
+    tokens: [B, K] int64, right-padded.
+    lengths: [B] int64, the number of tokens proposed in each slot; 0 is allowed.
+    probabilities: [B, K, V], the distributions the tokens were drawn from; None if each is one-hot at its token.
+    confidence: [B, K], the logit that a token is accepted given that all before it are; None without such a head.
     """
 
     tokens: Tensor
@@ -43,34 +46,43 @@ class Proposal:
 
 @runtime_checkable
 class Proposer(Protocol):
-    """Batched over slots; a finished sequence's slot is freed and takes the next prompt."""
+    """Proposes tokens for a batch of slots. The slot of a finished sequence is freed and takes the next prompt."""
 
     max_tokens: int
     taps: tuple[int, ...]
 
     def open_slots(self, num_slots: int, max_length: int) -> None:
-        """Make room for num_slots sequences of at most max_length tokens; forgets what was held before."""
+        """Make room for num_slots sequences of at most max_length tokens. All earlier sequences are forgotten."""
         ...
 
     def start(self, slots: Tensor, prompt_ids: Tensor, lengths: Tensor, first_token: Tensor, features: Tensor) -> None:
-        """New sequences in slots [B]: prompts [B, T] right-padded with lengths [B], their features [B, T, C] (positions
-        0..length-1), and the first token [B] the target drew after them (at position `length`)."""
+        """Begin new sequences in slots [B].
+
+        Prompts [B, T] are right-padded and have lengths [B]. Their features [B, T, C] are of positions 0..length-1.
+        first_token [B] is the token that the target drew after each prompt, at position `length`.
+        """
         ...
 
     def propose(
         self, slots: Tensor, limits: Tensor, sampling: Sampling, uniforms: Tensor, stop_ids: Sequence[int]
     ) -> Proposal:
-        """At most limits[b] tokens after each slot's last committed one. uniforms [B, max_tokens] in [0, 1) are the
-        only randomness, column k for the k-th token, so that a sample's output does not depend on its neighbours."""
+        """Propose at most limits[b] tokens after the last committed token of slots[b].
+
+        uniforms [B, max_tokens], in [0, 1), are the only source of randomness; column k is for the k-th token. So the
+        output of a sequence does not depend on the other sequences.
+        """
         ...
 
     def accept(self, slots: Tensor, committed_ids: Tensor, committed: Tensor, features: Tensor) -> None:
-        """After verification: slots[b] committed committed[b] tokens (accepted drafts, then the target's own token),
-        given in committed_ids [B, K+1] right-padded. features [B, K+1, C] are the target's at the verified positions:
-        the previous last committed token first, then each draft token; the first committed[b] of them are of tokens
-        that stand. Slots that finished are freed instead."""
+        """Take up the result of verification.
+
+        In slots[b], committed[b] tokens were committed: the accepted proposed tokens, then the target's own token.
+        committed_ids [B, K+1] holds them, right-padded. features [B, K+1, C] are the target's at the verified
+        positions: first that of the token that was committed last before this round, then that of each proposed token.
+        The first committed[b] of them are of committed tokens. Slots whose sequence is finished are freed instead.
+        """
         ...
 
     def free(self, slots: Tensor) -> None:
-        """These slots hold nothing any more."""
+        """Forget the sequences of these slots."""
         ...

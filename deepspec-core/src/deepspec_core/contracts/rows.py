@@ -1,6 +1,6 @@
-"""Rows: what drafts hand to losses. The supervised positions of a batch, compacted, before the vocabulary projection.
+"""Rows: what drafts hand to losses. They are the supervised positions of a batch, before the vocabulary projection.
 
-Knows tensors only; not who made them nor what will be computed from them.
+This file knows tensors. It does not know which algorithm made them or which loss reads them.
 
 Legend: N rows, P distinct target positions, H hidden size, V vocabulary, r rank of the correction.
 """
@@ -17,9 +17,9 @@ __all__ = ["Heads", "Rows"]
 
 @frozen(kw_only=True, eq=False)
 class Rows:
-    """One row is one supervised prediction. Rows of one block are contiguous and in slot order.
+    """The supervised predictions of a batch, one a row. The rows of a block are contiguous and in the order of slots.
 
-    A batch with nothing to supervise has N = 0; all tensors are then empty but keep their other dimensions.
+    A batch without supervised positions has N = 0. Its tensors are then empty and keep their other dimensions.
     """
 
     hidden: Tensor  # [N, H] input of the draft's lm_head
@@ -27,21 +27,21 @@ class Rows:
         None  # [N, r] low-rank logit correction, projected by Heads.correction, added after the cap
     )
     target_hidden: Tensor | None = None  # [P, H] input of the target's lm_head, each position once
-    target_index: Tensor | None = None  # [N] int64, which of the P positions a row is compared with
-    target_ids: Tensor | None = None  # [N] int64, labels; None = the target's own argmax, of rows with `target_hidden`
-    weight: Tensor  # [N] fp32, times the run's weighting; 0 = a padding row
+    target_index: Tensor | None = None  # [N] int64, the one of the P positions that a row is compared with
+    target_ids: Tensor | None = None  # [N] int64, labels; None: the target's argmax, for rows with `target_hidden`
+    weight: Tensor  # [N] fp32, multiplied with the run's weighting; 0 for padding
     slot: Tensor  # [N] int64, position in block, or test-time-training step
     block: Tensor  # [N] int64, which proposal the row belongs to, non-decreasing; chunks never split a block
     extras: Mapping[str, Tensor] = field(factory=dict)  # e.g. {"confidence_logits": [N]}
-    denominator: Tensor | None = None  # [] what the batch's sums are divided by; None = its summed weights
+    denominator: Tensor | None = None  # [] what the sums of the batch are divided by; None: the sum of the weights
 
 
 @frozen(kw_only=True, eq=False)
 class Heads:
-    """The vocabulary projections rows are sent through.
+    """The vocabulary projections that turn rows into logits.
 
-    draft [V, H] and target [V, H] may be one tensor (frozen, shared). correction [V, r] where rows carry one.
-    `softcap` c: logits become c * tanh(logits / c), draft and target alike, before the correction is added.
+    draft [V, H] and target [V, H] may be the same frozen tensor. correction [V, r] is given if rows carry a correction.
+    With a `softcap` c, logits of draft and target become c * tanh(logits / c), before the correction is added.
     """
 
     draft: Tensor

@@ -1,6 +1,6 @@
 """What a target family provides, and what a loaded target can do.
 
-Knows shapes and slots; does not know any family, any algorithm, or how a target is stored. Families live in plugins.
+Knows shapes and slots. Does not know any family, any algorithm, or how a target is stored. Families are plugins.
 
 Legend: B sequences or slots, T tokens, H hidden size, C = taps * H, V vocabulary.
 """
@@ -31,10 +31,11 @@ __all__ = [
 
 @frozen(kw_only=True)
 class TargetArchitecture:
-    """What a draft, a cache or a report needs to know of a target. `mask_token_id` is None where there is none.
+    """What a draft, a cache or a report needs to know of a target.
 
-    `name`: the Hub id or directory its config was read from, "" for one made in memory. `known_taps`: the layers that
-    published drafts of this very target tap, () where there are none or nothing is known of them.
+    mask_token_id: None if the target has no mask token.
+    name: The Hub id or directory that its config was read from; "" if it was made in memory.
+    known_taps: The taps of published drafts for this very target; () if none are known.
     """
 
     model_type: str
@@ -54,7 +55,7 @@ class TargetArchitecture:
 
 @frozen(kw_only=True)
 class SpecialTokens:
-    """Ids read from a target's files: where answers stop, what pads, what masks (None = nothing does)."""
+    """Token ids read from a target's files: those that end answers, for padding, and the mask token if there is one."""
 
     stop: tuple[int, ...]
     pad: int
@@ -63,10 +64,12 @@ class SpecialTokens:
 
 @frozen(kw_only=True)
 class TargetFeatures:
-    """What drafts see of a target.
+    """The outputs of a target that drafts read.
 
-    hidden [B, T, C]: outputs of the tapped decoder layers, concatenated in increasing layer order;
-    last_hidden [B, T, H]: output of the final norm, the input of lm_head. Rows past a sequence's length are undefined.
+    hidden: [B, T, C], the outputs of the tapped decoder layers, concatenated in increasing layer order.
+    last_hidden: [B, T, H], the output of the final norm, which is the input of lm_head.
+
+    Values at padding, after a sequence's end, are undefined.
     """
 
     hidden: Tensor
@@ -75,7 +78,7 @@ class TargetFeatures:
 
 @frozen(kw_only=True)
 class TargetStep:
-    """One incremental step: logits [B, T, V] (soft-capped) and tapped features [B, T, C] of the new tokens."""
+    """What one decoding step gives for its new tokens: logits [B, T, V], soft-capped, and features [B, T, C]."""
 
     logits: Tensor
     hidden: Tensor
@@ -83,12 +86,12 @@ class TargetStep:
 
 @frozen(kw_only=True, eq=False)
 class AttentionProjections:
-    """The family's attention, without its pattern: the algorithm decides who attends to whom.
+    """The modules of a family's attention. Which position attends to which is the algorithm's choice.
 
     query [in -> num_heads * head_dim], key and value [in -> num_kv_heads * head_dim], out [num_heads * head_dim -> H].
-    `value` is None where the (unnormed, unrotated) key projection serves as values. query_norm, key_norm and value_norm
-    act on [..., head_dim] and are Identity where absent. `scale` multiplies q.k. `names` maps the slots to the names
-    published checkpoints use, e.g. {"query": "q_proj"}.
+    If `value` is None, the output of the key projection, before its norm and rotation, serves as values. query_norm,
+    key_norm and value_norm act on [..., head_dim]; a norm that the family lacks is Identity. `scale` multiplies q.k.
+    `names` gives the name of each module in published checkpoints, e.g. {"query": "q_proj"}.
     """
 
     query: nn.Module
@@ -107,10 +110,10 @@ class AttentionProjections:
 
 @frozen(kw_only=True, eq=False)
 class LayerNorms:
-    """The norms around one layer, named by position because families reuse each other's names for different places.
+    """The norms of one layer, named by their position, because families use one name for different positions.
 
-    Each acts on [..., H]. `names` maps slots to published parameter names under `layers.i.`, e.g.
-    {"before_mlp": "post_attention_layernorm.weight"}; a slot that is Identity has no entry.
+    Each acts on [..., H]. `names` gives the name of each norm's parameter in published checkpoints, under `layers.i.`,
+    e.g. {"before_mlp": "post_attention_layernorm.weight"}. A norm that is Identity has no entry.
     """
 
     before_attention: nn.Module = field(factory=nn.Identity)
@@ -123,7 +126,7 @@ class LayerNorms:
 
 @frozen(kw_only=True)
 class SamplingDefaults:
-    """How the family's makers recommend to sample; used for regeneration where the run file is silent."""
+    """The sampling that the family's makers recommend. Regeneration uses it for keys that the run file leaves out."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -133,9 +136,9 @@ class SamplingDefaults:
 
 @frozen(kw_only=True)
 class ConversationFormat:
-    """Where the assistant speaks in rendered text, and the family's sampling defaults.
+    """How to find the assistant's answers in rendered text, and the family's sampling defaults.
 
-    An answer starts right after `assistant_start` and ends with one of `assistant_ends` (inclusive).
+    An answer starts right after `assistant_start`. It ends with one of `assistant_ends`, which is part of it.
     """
 
     assistant_start: str
@@ -145,7 +148,7 @@ class ConversationFormat:
 
 @runtime_checkable
 class TargetModel(Protocol):
-    """A loaded, frozen target with a cache of `slots`, one sequence each.
+    """A loaded, frozen target, with a key-value cache of slots. Each slot holds one sequence.
 
     Every method runs under no_grad. Positions are absolute and start at 0.
     """
@@ -162,46 +165,47 @@ class TargetModel(Protocol):
         document_ids: Tensor | None,
         taps: Sequence[int],
     ) -> TargetFeatures:
-        """One forward over right-padded sequences [B, T]; untapped layers are not kept, logits not formed.
+        """One forward pass over right-padded sequences [B, T]. Only the outputs of taps are kept; no logits are formed.
 
-        attention_mask [B, T] is true on real tokens. Where document_ids [B, T] is given (packed rows), tokens attend
-        within their document only.
+        attention_mask [B, T] is true on real tokens. If document_ids [B, T] is given (packed sequences), tokens attend
+        only to tokens of their own document.
         """
         ...
 
     def open_slots(self, num_slots: int, max_length: int) -> None:
-        """Make room for num_slots sequences of at most max_length tokens; forgets what was held before."""
+        """Make room for num_slots sequences of at most max_length tokens. All earlier sequences are forgotten."""
         ...
 
     def decode(
         self, slots: Tensor, input_ids: Tensor, positions: Tensor, taps: Sequence[int], *, last_only: bool = False
     ) -> TargetStep:
-        """Feed new tokens [B, T] to slots [B] (ascending), on top of what each slot has committed.
+        """Feed new tokens [B, T] to slots [B] (ascending), after the tokens that each slot has committed.
 
-        positions [B, T] continue each slot from its committed length; -1 marks padding on the right. With `last_only`
-        the logits are those of each row's last real token, [B, 1, V] (prefill needs no others); features cover all T.
-        Nothing is committed: a second call without `commit` overwrites.
+        positions [B, T] continue from each slot's committed length; -1 marks padding on the right. With `last_only`,
+        logits are [B, 1, V], of each sequence's last real token, which is all that prefill needs; features are of all T
+        tokens. The new tokens are not committed: without `commit`, the next call overwrites them.
         """
         ...
 
     def commit(self, slots: Tensor, lengths: Tensor) -> None:
-        """Keep the first lengths[b] tokens of slots[b]; 0 frees the slot."""
+        """Commit tokens, so that slots[b] holds its first lengths[b]; 0 frees the slot."""
         ...
 
     def embedding_weight(self) -> Tensor:
-        """[V, H], dequantised, frozen; shared with drafts."""
+        """[V, H], dequantised and frozen. Drafts share it."""
         ...
 
     def head_weight(self) -> Tensor:
-        """[V, H], dequantised, frozen; shared with drafts and used to recompute target logits."""
+        """[V, H], dequantised and frozen. Drafts share it, and the target's logits are computed again with it."""
         ...
 
 
 @runtime_checkable
 class TargetAdapter(Protocol):
-    """A family. Made from a transformers config (and the draft's own shape); loads targets and hands out blocks.
+    """A target family. It loads targets, and makes the modules that drafts are built from.
 
-    The block methods return new modules with new weights, in the draft's own shape.
+    It is made from a transformers config, and from the draft's own shape. The methods that return modules return new
+    ones with new weights, in the draft's shape.
     """
 
     architecture: TargetArchitecture
@@ -210,12 +214,14 @@ class TargetAdapter(Protocol):
     def load(
         self, where: str | Path, *, dtype: torch.dtype, device: torch.device | str, trust_remote_code: bool = False
     ) -> TargetModel:
-        """The target of a local directory. TargetError where its weights do not fit its config."""
+        """The target of a local directory. TargetError if its weights do not fit its config."""
         ...
 
     def skeleton(self, *, dtype: torch.dtype) -> TargetModel:
-        """The target's modules without its weights, plain where it is quantised: for counting, made under a mode in
-        which tensors take no memory."""
+        """The target's modules without its weights, and without its quantisation.
+
+        It is made under a mode in which tensors take no memory, to count what a forward pass would take.
+        """
         ...
 
     def conversation_format(self) -> ConversationFormat: ...
@@ -229,15 +235,15 @@ class TargetAdapter(Protocol):
     def mlp(self) -> nn.Module: ...
 
     def rotary(self) -> nn.Module:
-        """A module: (x, position_ids [B, T]) -> (cos, sin), each [B, T, head_dim], in the rotate-half convention."""
+        """A module that maps (x, position_ids [B, T]) to (cos, sin), each [B, T, head_dim], for rotate-half."""
         ...
 
     def embedding(self) -> nn.Module:
-        """Token ids -> [..., H], the family's embedding scale inside; its parameter is `weight` [V, H]."""
+        """A module that maps token ids to [..., H], scaled as the family does. Its parameter is `weight` [V, H]."""
         ...
 
     def draft_config(self, layers: int, extra: Mapping[str, Any]) -> Any:
-        """What config.json of a draft says: a transformers PretrainedConfig, `extra` at top level."""
+        """The config.json of a draft, as a transformers PretrainedConfig. The keys of `extra` are at its top level."""
         ...
 
     def unsupported(self) -> str | None:
