@@ -1,1 +1,1 @@
-"""The row engine: supervised rows to a loss and its gradients, without holding all their logits at once."""
+"""The row engine: it turns supervised rows into a loss and its gradients, and never holds the logits of all rows."""

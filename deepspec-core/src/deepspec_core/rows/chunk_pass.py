@@ -1,8 +1,8 @@
-"""One pass over a batch's rows, chunk by chunk: products, statistics, terms, and in the same pass all gradients.
+"""One pass over a batch's rows, chunk by chunk. It forms products, statistics, terms, and at once all gradients.
 
-Each product with the vocabulary is formed once forward and once backward, in buffers that all chunks share. No tensor
-of a chunk's size is left when the pass is over. Knows rows, heads, terms, a weighting and kernels; not the autograd
-graph that the pass is a node of.
+Each product with a vocabulary head is computed once forward and once backward, in buffers that all chunks share. When
+the pass is over, no tensor of a chunk's size is left. Knows rows, heads, terms, a weighting and kernels. Does not know
+the autograd graph, of which the pass is one node.
 
 Legend: N rows of the batch, n of a chunk, P distinct target positions, H hidden size, V vocabulary, r rank of the
 correction.
@@ -33,9 +33,12 @@ _HEADS = ("draft_head", "correction_head")
 
 @frozen(kw_only=True, eq=False)
 class PassSettings:
-    """What a pass computes. `terms`: name -> (term, its coefficient now). `kernels` None: autograd through logits.
+    """What a pass computes.
 
-    `chunk_rows`: at most so many rows a chunk, where blocks allow; `most_kept`: of the target window, see plan_rows.
+    terms: By name, the term and its coefficient at this step.
+    kernels: None means autograd through the logits.
+    chunk_rows: The largest number of rows in a chunk; a single longer block is still one chunk.
+    most_kept: The largest number of rows that the target window keeps; see plan_rows.
     """
 
     terms: Mapping[str, tuple[LossTerm, float]]
@@ -50,15 +53,17 @@ class PassSettings:
 
 
 def keeps_apart(rows: Rows, heads: Heads, *, uncorrected: bool) -> bool:
-    """Whether the correction's product is kept by itself: it comes after the cap, and some terms read both."""
+    """Whether the correction needs a tensor of its own: because of a cap, or because something reads uncorrected
+    logits.
+    """
     return rows.correction is not None and (heads.softcap is not None or uncorrected)
 
 
 class RowPass:
-    """`run` once. After it: sums and figures per row, and `gradients` by input name, of total with respect to each."""
+    """One pass. After `run`, which is called once, it holds sums, figures per row, and the total's `gradients`."""
 
     def __init__(self, settings: PassSettings, rows: Rows, heads: Heads) -> None:
-        """`heads` in the dtype of products, detached."""
+        """`heads` are detached and in the dtype of the products."""
         self.settings, self.rows, self.heads = settings, rows, heads
         self.stat_dtype = torch.promote_types(rows.hidden.dtype, torch.float32)
         zero = torch.zeros((), dtype=self.stat_dtype, device=rows.hidden.device)
@@ -75,7 +80,10 @@ class RowPass:
         )
 
     def run(self, inputs: Mapping[str, Tensor], wanted: tuple[str, ...]) -> Tensor:
-        """The total, []. `inputs`: hidden, draft_head, correction, correction_head, extras.*; gradients of `wanted`."""
+        """The total, []. Gradients are formed for the inputs in `wanted`.
+
+        Names of `inputs` are hidden, draft_head, correction, correction_head and extras.*.
+        """
         rows, settings = self.rows, self.settings
         plan = plan_rows(
             rows.block,
@@ -83,11 +91,11 @@ class RowPass:
             chunk_rows=settings.chunk_rows,
             most_kept=settings.most_kept,
         )
-        # Rows are written once, by their own chunk; heads gather a share from every chunk.
+        # A row's gradient comes from its own chunk; a head's is a sum over all chunks.
         gathered = settings.product_dtype if len(plan.chunks) == 1 else self.stat_dtype
         self._heads = {name: HeadGradient(inputs[name], gathered) for name in wanted if name in _HEADS}
         self._rows = {name: torch.zeros_like(inputs[name]) for name in wanted if name not in _HEADS}
-        # Where one head serves draft and target, their products are one, in the window's buffer.
+        # Where one head serves draft and target, one product forms the logits of both, in the window's buffer.
         one_head = settings.compares and self.heads.target is self.heads.draft
         self.product_NV = None if one_head else self._empty(plan.most_rows)
         apart = keeps_apart(rows, self.heads, uncorrected=settings.uncorrected)
@@ -100,6 +108,7 @@ class RowPass:
 
     @property
     def gradients(self) -> dict[str, Tensor]:
+        """Of the total, by the name of the input."""
         return self._rows | {name: head.sum for name, head in self._heads.items()}
 
     def _empty(self, rows: int) -> Tensor:
@@ -162,10 +171,10 @@ class RowPass:
 
 
 class _Products:
-    """The draft's products of one chunk, and their gradients: the only places where rows meet the vocabulary."""
+    """The draft's products of one chunk with its heads, and their gradients."""
 
     def __init__(self, over: RowPass, chunk: Chunk, target: TargetWindow | None, inputs: Mapping[str, Tensor]) -> None:
-        """Takes `target` to the chunk, too."""
+        """Also advances `target` to the chunk."""
         self.span, self.heads = chunk.span, over.heads
         dtype, size = over.settings.product_dtype, chunk.span.stop - chunk.span.start
         self.hidden_nH = inputs["hidden"][self.span].detach().to(dtype)
@@ -193,9 +202,10 @@ class _Products:
         rows: Mapping[str, Tensor],
         heads: Mapping[str, HeadGradient],
     ) -> None:
-        """From the gradients of the products to those of their factors, into `rows` and `heads`, where wanted.
+        """Compute the gradients of the products' factors, and put those that are wanted into `rows` and `heads`.
 
-        correction_nV None: its product is part of the other, and has the same gradient.
+        The arguments are the gradients of the products. If correction_nV is None, the correction was added in place,
+        and product_nV is the gradient of its product too.
         """
         self._backward("hidden", product_nV, self.hidden_nH, self.heads.draft, rows, heads.get("draft_head"))
         if self.correction_nr is not None:

@@ -1,6 +1,6 @@
 """A loss term's coefficient that changes over training, as run files write it.
 
-Knows optimizer steps; not terms, nor how many steps a run has. Imports attrs only.
+Knows optimizer steps. Does not know terms, or how many steps a run has. Imports attrs only.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class CoefficientSchedule:
     shape: str = field(default="linear", validator=in_(SHAPES))
 
     def at(self, step: int) -> float:
-        """The coefficient of optimizer step `step`, counted from 0: (1 - s) * start + s * end.
+        """The coefficient at optimizer step `step`, counted from 0, which is (1 - s) * start + s * end.
 
-        s = clamp((step - after) / steps, 0, 1), for shape "cosine" (1 - cos(pi * s)) / 2.
+        For "linear", s = clamp((step - after) / steps, 0, 1). For "cosine", s is (1 - cos(pi * that)) / 2.
         """
         share = min(max((step - self.after) / self.steps, 0.0), 1.0)
         if self.shape == "cosine":

@@ -1,8 +1,8 @@
-"""The row engine: from rows to the weighted sum of loss terms and its gradients, without logits of all rows.
+"""The row engine: it turns rows into the weighted sum of loss terms and its gradients, without the logits of all rows.
 
-The forward pass goes over the rows once, in chunks (chunk_pass.py), and forms the gradients of everything that needs
-one. Only those gradients are kept, and backward scales them. Knows which terms, weighting and kernels a run asks for;
-not who made the rows, nor how sums are divided (training/reduction.py does that).
+The forward pass goes over the rows once, in chunks (chunk_pass.py), and forms every gradient that is needed. Only these
+gradients are kept, and backward scales them. Knows which terms, weighting and kernels a run asks for. Does not know
+which algorithm made the rows, or how sums are divided (training/reduction.py does that).
 
 Legend: N rows, V vocabulary.
 """
@@ -31,11 +31,11 @@ from deepspec_core.rows.metrics import Ratio, slot_metrics, survival_metrics
 
 
 class RowResult(NamedTuple):
-    """What a batch of rows came to. A tuple, so that data parallelism finds the tensors in it.
+    """The loss of a batch of rows. It is a tuple, so that data parallelism finds the tensors in it.
 
-    total []: sum over rows of weight * sum_i coefficient_i * term_i, differentiable, not divided by anything.
-    denominator []: what sums of this batch are divided by, with those of the whole optimizer step; detached.
-    metrics: name -> (numerator, denominator), detached; ratios of sums, so they add over batches and ranks.
+    total: [], the sum over rows of weight * sum_i coefficient_i * term_i. Differentiable, and not divided by anything.
+    denominator: [], this batch's part of what the sums of the optimizer step are divided by. Without gradient.
+    metrics: By name, (numerator, denominator), without gradient. Each is added up over batches and ranks.
     """
 
     total: Tensor
@@ -44,12 +44,14 @@ class RowResult(NamedTuple):
 
 
 class RowEngine:
-    """`engine(rows, heads)`: terms mixed with coefficients, rows weighted, gradients formed in chunks.
+    """`engine(rows, heads)` computes the loss of the rows and its gradients, in chunks.
 
-    `terms` maps the run file's names to (term, coefficient); a coefficient may be a schedule of the optimizer step.
-    `chunk_rows` is a target: a chunk holds whole blocks, and at least one; None sizes chunks by the vocabulary.
-    `kernels` is one of config.schema.KERNELS. Products run in the rows' dtype, or autocast's where that is on;
-    statistics in fp32 (fp64 for fp64 rows).
+    terms: By the run file's names, (term, coefficient). A coefficient may be a schedule over optimizer steps.
+    chunk_rows: About how many rows a chunk has. It holds whole blocks, and at least one. None: the vocabulary decides.
+    kernels: One of config.schema.KERNELS.
+
+    Products are computed in the rows' dtype, or in autocast's if that is on. Statistics are in fp32 (fp64 for fp64
+    rows).
     """
 
     def __init__(
@@ -65,7 +67,7 @@ class RowEngine:
         self.chunk_rows = chunk_rows
         self.kernels = kernels
         self.needs_target = any(term.needs_target for term, _ in self.terms.values())
-        # Who does not say needs none.
+        # A term that does not say needs none.
         readers = {**{f"term {name}": term for name, (term, _) in terms.items()}, "the weighting": weighting}
         self.needs_logits = [name for name, reader in readers.items() if getattr(reader, "needs_logits", False)]
         self.needs_uncorrected = any(getattr(reader, "needs_uncorrected", False) for reader in readers.values())
@@ -74,10 +76,10 @@ class RowEngine:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator,unused-ignore]
     def __call__(self, rows: Rows, heads: Heads, *, step: int = 0, with_metrics: bool = False) -> RowResult:
-        """`step`: of the optimizer, from 0, which coefficients may depend on.
+        """The loss of these rows at optimizer step `step`, counted from 0; coefficients may depend on it.
 
-        `with_metrics` adds accuracy and, where rows have a target, acceptance per slot to the loss figures. ConfigError
-        where a term reads what these rows do not carry, or the kernels asked for cannot run.
+        `with_metrics` adds accuracy per slot and, if the rows have a target, the acceptance rate per slot to the
+        metrics. ConfigError if a term reads what these rows do not carry, or if the chosen kernels cannot run.
         """
         self.check(rows)
         self._warn_of_idle(rows)
@@ -88,7 +90,7 @@ class RowEngine:
         inputs |= {EXTRA + name: extra for name, extra in rows.extras.items() if extra.is_floating_point()}
         settings = self._settings(rows, heads, step, with_metrics)
         over = RowPass(settings, rows, self._cast_heads(heads, settings.product_dtype))
-        # Autocast would reach into the statistics; the dtype of products is chosen here, once.
+        # Autocast would change the dtype of statistics too. The dtype of products is chosen here, once.
         with torch.autocast(rows.hidden.device.type, enabled=False):
             total: Tensor = _RowSum.apply(  # type: ignore[no-untyped-call]
                 over, tuple(inputs), torch.is_grad_enabled(), *inputs.values()
@@ -110,7 +112,10 @@ class RowEngine:
         return RowResult(total, denominator, metrics)
 
     def footprint(self, rows: Rows, heads: Heads, *, dtype: torch.dtype, device_type: str) -> Footprint:
-        """What a pass with gradients over such rows would take with products in `dtype`; see footprint.py."""
+        """The memory and operations of a pass with gradients over such rows, with products in `dtype`.
+
+        See footprint.py.
+        """
         return footprint(
             self.choice(device_type, heads.draft.shape[0]),
             rows,
@@ -122,13 +127,13 @@ class RowEngine:
         )
 
     def choice(self, device_type: str, vocab_size: int) -> Choice:
-        """The kernels this engine runs there; finds out what can."""
+        """The kernels that this engine runs on such a device. Tries out which can run."""
         return choose_kernels(
             self.kernels, device_type=device_type, vocab_size=vocab_size, needs_logits=self.needs_logits
         )
 
     def _compares(self, rows: Rows) -> bool:
-        """Whether the target's logits are needed, for terms or as labels."""
+        """Whether the target's logits are needed, for terms or for labels."""
         return rows.target_hidden is not None and (self.needs_target or rows.target_ids is None)
 
     def _settings(self, rows: Rows, heads: Heads, step: int, with_metrics: bool) -> PassSettings:
@@ -149,7 +154,7 @@ class RowEngine:
         )
 
     def check(self, rows: Rows) -> None:
-        """ConfigError where a term reads what these rows do not carry."""
+        """ConfigError if a term reads what these rows do not carry."""
         for name, (term, _) in self.terms.items():
             if term.needs_target and rows.target_hidden is None:
                 raise ConfigError(
@@ -168,7 +173,7 @@ class RowEngine:
                 )
 
     def _warn_of_idle(self, rows: Rows) -> None:
-        """Once, where the draft gives a trained extra that no term reads."""
+        """Warn once if no term reads an extra that the draft could train."""
         read = {extra for term, _ in self.terms.values() for extra in term.needs_extras}
         idle = [name for name, extra in rows.extras.items() if extra.requires_grad and name not in read]
         if idle and not self._warned:
@@ -190,7 +195,7 @@ class RowEngine:
         )
 
     def _cast(self, name: str, head: Tensor, dtype: torch.dtype) -> Tensor:
-        """`head`, detached, in the dtype of products; a frozen head's copy is kept, since it is the same each step."""
+        """`head` without gradient, in the dtype of products. The copy of a frozen head is kept for the next step."""
         if head.dtype == dtype or head.requires_grad:
             return head.detach().to(dtype)
         kept = self._casts.get(name)
@@ -200,7 +205,7 @@ class RowEngine:
 
 
 def build_engine(loss: LossOptions, registry: Registry) -> RowEngine:
-    """The engine a run file's [loss] section asks for; `registry` finds terms and weightings by name."""
+    """The engine that a run file's [loss] section asks for. `registry` finds terms and weightings by name."""
     weighting = registry.load("weighting", loss.weighting.type)
     options = loss.weighting.options
     return RowEngine(
@@ -216,7 +221,7 @@ def _at(coefficient: float | CoefficientSchedule, step: int) -> float:
 
 
 class _RowSum(torch.autograd.Function):
-    """The pass as one node of the graph: gradients are formed in forward, backward is linear in what comes in."""
+    """The pass as one node of the autograd graph. Forward forms the gradients; backward scales them."""
 
     @staticmethod
     def forward(ctx: Any, over: RowPass, names: tuple[str, ...], grad_enabled: bool, *inputs: Tensor) -> Tensor:

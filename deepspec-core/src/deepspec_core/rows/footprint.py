@@ -1,6 +1,6 @@
-"""What a pass over rows takes: memory while it runs, memory that stays for backward, and operations.
+"""What a pass over rows takes: memory while it runs, memory kept until backward, and operations.
 
-The figures are computed from shapes, step by step as chunk_pass.py works; nothing runs. Knows shapes only.
+The figures are computed from shapes, following the steps of chunk_pass.py. Nothing runs. Knows shapes only.
 """
 
 from __future__ import annotations
@@ -13,15 +13,17 @@ from deepspec_core.rows.chunk_pass import keeps_apart
 from deepspec_core.rows.kernels.choice import Choice
 from deepspec_core.rows.kernels.formulas import SLAB
 
-# Tensors of a chunk's or a slab's size, in fp32, that are alive at once where operations are not fused.
+# How many fp32 tensors of a chunk's or a slab's size exist at once where operations are not fused.
 _ALIVE = 8
 
 
 @frozen(kw_only=True)
 class Footprint:
-    """`workspace_bytes`: of the buffers chunks share, gone after the pass. `gradient_bytes`: kept until backward.
+    """What a pass takes.
 
-    `flops`: of the vocabulary products, 2 a multiplication, each once forward and once backward.
+    workspace_bytes: The buffers that chunks share. They are freed after the pass.
+    gradient_bytes: The gradients that are kept until backward.
+    flops: Operations of the products with the vocabulary, forward and backward; a multiplication counts as 2.
     """
 
     workspace_bytes: int
@@ -39,13 +41,16 @@ def footprint(
     uncorrected: bool,
     dtype: torch.dtype,
 ) -> Footprint:
-    """Of a pass over such rows, whose tensors need have no numbers; `dtype`: of products. See RowPass."""
+    """The footprint of a pass over such rows (see RowPass).
+
+    Their tensors may be fake. `dtype` is that of the products.
+    """
     num_rows, (vocab_size, hidden_size) = len(rows.hidden), heads.draft.shape
     positions = 0 if rows.target_hidden is None else len(rows.target_hidden)
     rank = 0 if rows.correction is None else rows.correction.shape[1]
     chunks = max(1, -(-num_rows // (chunk_rows or choice.chunk_rows)))
     chunk = -(-num_rows // chunks)
-    # Logged steps look at the target's logits whatever the terms need.
+    # Steps that are logged read the target's logits even if no term does.
     window = min(positions, chunk)
     buffers = chunk * (2 if keeps_apart(rows, heads, uncorrected=uncorrected) else 1) + window
     statistics = torch.promote_types(dtype, torch.float32).itemsize

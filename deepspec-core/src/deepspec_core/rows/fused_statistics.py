@@ -1,8 +1,8 @@
-"""Statistics of one chunk of rows without differentiable logits: a handful of passes, and gradients by formula.
+"""Statistics of one chunk of rows, without autograd through logits: a few passes, and gradients by formula.
 
-contracts.loss.RowStats whose differentiable statistics are leaves of [N] values. Terms build on them with autograd;
-what arrives at the leaves is turned into the gradient of the logits by one more pass (kernels/). Knows logits,
-labels and kernels; not which terms read what, nor how they are reduced.
+It is a contracts.loss.RowStats whose differentiable statistics are leaves of [N] values. Terms compute with these, and
+autograd gives the gradients of the leaves. One more pass (kernels/) turns them into the gradient of the logits. Knows
+logits, labels and kernels. Does not know which terms read what, or how they are reduced.
 
 Legend: N rows of the chunk, U rows of the target window, V vocabulary.
 """
@@ -21,7 +21,7 @@ from deepspec_core.rows.target_window import TargetWindow
 
 
 class FusedStats:
-    """`gradient` may be called once, and overwrites the logits it was made from."""
+    """RowStats by passes over the logits. `gradient` may be called once, and overwrites the logits."""
 
     def __init__(
         self,
@@ -34,9 +34,9 @@ class FusedStats:
         differentiable: bool,
         uncorrected: bool,
     ) -> None:
-        """`draft` [N, V]; target_ids_N None takes the target's argmax as labels.
+        """`draft` is [N, V]. If target_ids_N is None, the target's argmax is the label.
 
-        `uncorrected`: the draft's product is from before the correction, and someone has announced to read that.
+        `uncorrected`: a term has said that it reads the logits before the correction, so the product is without it.
         """
         self._kernels = kernels
         self._draft = draft
@@ -106,9 +106,10 @@ class FusedStats:
     def gradient(
         self, total: Tensor, extras: Mapping[str, Tensor]
     ) -> tuple[Tensor | None, Tensor | None, Sequence[Tensor | None]]:
-        """d total / d product [N, V], / d correction [N, V] (None where there is none) and / d each of `extras`.
+        """The gradients of `total` by product [N, V], by correction [N, V] (None without one), and by each of `extras`.
 
-        `total` [] is built on this object's statistics and extras. The first two None: it does not depend on logits.
+        `total` [] is computed from this object's statistics and extras. If it does not depend on the logits, the first
+        two are None.
         """
         leaves = {name: leaf for name, leaf in self._leaves.items() if leaf.requires_grad}
         found = torch.autograd.grad(total, [*leaves.values(), *extras.values()], allow_unused=True)
@@ -176,7 +177,7 @@ class FusedStats:
 
 
 def _sum(one_N: Tensor | None, other_N: Tensor | None) -> Tensor | None:
-    """None is nothing."""
+    """The sum, in which None counts as zero; None if both are."""
     if one_N is None or other_N is None:
         return other_N if one_N is None else one_N
     return one_N + other_N

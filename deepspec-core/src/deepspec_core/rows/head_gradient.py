@@ -1,9 +1,9 @@
-"""The gradient of a vocabulary head, gathered from chunks of rows.
+"""The gradient of a vocabulary head, summed over chunks of rows.
 
-A trained head's gradient is as large as the head, so it costs memory and time beside the logits. Three things keep that
-low. It is never filled with zeros first. It is gone over in slabs that fit the processor's caches. Where one chunk has
-all rows, nothing is added up outside the product, and the gradient keeps the product's dtype. Knows gradients of
-products and rows; not which head they belong to.
+The gradient of a trained head is as large as the head, so its memory and time matter. Three things keep them low. The
+gradient is never filled with zeros first. It is computed in slabs that fit the processor's caches. If one chunk has all
+rows, the product alone gives the sum, and the gradient keeps the product's dtype. Knows gradients of products and rows.
+Does not know which head they belong to.
 
 Legend: V vocabulary, X width of the head, N rows of a chunk, S rows of a slab of the head.
 """
@@ -15,20 +15,20 @@ from torch import Tensor
 
 from deepspec_core.rows.large_buffer import large_buffer
 
-# Entries of a slab: what a core's cache holds on CPU; elsewhere, what keeps a device busy and is still small.
+# Entries of a slab. On a CPU a slab fits a core's cache. On other devices it is large enough to keep them busy.
 _CPU_SLAB, _SLAB = 1 << 20, 1 << 24
 
 
 class HeadGradient:
-    """`add` each chunk's share; `sum` is [V, X]."""
+    """The gradient of one head. `add` takes each chunk's share; `sum` is [V, X]."""
 
     def __init__(self, head_VX: Tensor, dtype: torch.dtype) -> None:
-        """`dtype` is that of products where one share comes, and wider where several are to be summed."""
+        """`dtype` is that of the products if there is one chunk, and wider if the shares of several are summed."""
         self._sum_VX = large_buffer(*head_VX.shape, dtype=dtype, device=head_VX.device)
         self._empty = True
 
     def add(self, of_product_NV: Tensor, row_NX: Tensor) -> None:
-        """The share of rows whose products with the head have these gradients."""
+        """Add the share of rows whose products with the head have these gradients."""
         if self._sum_VX.dtype == row_NX.dtype and self._empty:
             torch.mm(of_product_NV.mT, row_NX, out=self._sum_VX)
         else:
@@ -51,7 +51,7 @@ class HeadGradient:
 
 
 def scaled(gradient: Tensor, by: Tensor, dtype: torch.dtype) -> Tensor:
-    """gradient [V, X] or [N, X] or [N], times `by` [], in `dtype`; it need not be there three times for that."""
+    """`gradient` [V, X], [N, X] or [N] times `by` [], in `dtype`, without two more tensors of its size."""
     result = large_buffer(*gradient.shape, dtype=dtype, device=gradient.device)
     size = _slab_rows(gradient)
     for part, into in zip(torch.split(gradient, size), torch.split(result, size), strict=True):

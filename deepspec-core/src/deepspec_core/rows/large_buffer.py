@@ -1,4 +1,4 @@
-"""Memory for large tensors that are written once and soon given back. Knows sizes only."""
+"""Memory for large tensors that are written once and freed soon after. Knows sizes only."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _LARGE = 1 << 22
 
 
 def large_buffer(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """torch.empty; what is large and on CPU in memory that numpy asks for, since it asks for huge pages.
+    """Like torch.empty. A large tensor on a CPU gets its memory from numpy, because numpy asks for huge pages.
 
-    Pages are cleared when they are first touched; in pages of 4 KiB a product into new memory takes half as long again,
-    and every pass after it has more addresses to look up.
+    The system clears a page when it is first touched. With pages of 4 KiB a product into new memory takes half as long
+    again, and every later pass has more addresses to look up.
     """
     size = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or size < _LARGE:

@@ -1,6 +1,6 @@
-"""Training metrics from per-row figures: ratios of sums, kept as (numerator, denominator) so they add over batches.
+"""Training metrics from figures of rows. Each is a ratio of sums, kept as (numerator, denominator) to be added up.
 
-Knows rows, slots and blocks; not logits, losses nor ranks.
+Knows rows, slots and blocks. Does not know logits, losses or ranks.
 
 Legend: N rows, M blocks, S slots.
 """
@@ -16,12 +16,17 @@ Ratio = tuple[Tensor, Tensor]
 
 
 def slot_metrics(rows: Rows, *, correct_N: Tensor, acceptance_N: Tensor | None) -> dict[str, Ratio]:
-    """`accuracy@k` and `tau_greedy`, with acceptances also `accept_rate@k` and `tau_probabilistic`, over counted rows
-    (weight > 0).
+    """`accuracy@k` and `tau_greedy`; with acceptance rates also `accept_rate@k` and `tau_probabilistic`.
 
-    accept_rate@k = sum of acceptance over counted rows of slot k / their number; tau_probabilistic = mean over blocks
-    whose slot 0 is counted of 1 + sum_k prod_{j<=k} acceptance_j, acceptance 0 where a slot is not counted; tau_greedy
-    the same of whether a row's label is the draft's argmax. Waits for the device.
+    Rows with a weight above 0 are counted.
+
+    accept_rate@k: The mean acceptance rate of the counted rows of slot k.
+    accuracy@k: The same, of whether a row's label is the draft's argmax.
+    tau_probabilistic: The mean over blocks whose slot 0 is counted of 1 + sum_k prod_{j<=k} acceptance_j. The
+        acceptance rate of a slot that is not counted is 0 here.
+    tau_greedy: The same, of whether a row's label is the draft's argmax.
+
+    Waits for the device.
     """
     if rows.slot.numel() == 0:
         return {}
@@ -53,10 +58,11 @@ def slot_metrics(rows: Rows, *, correct_N: Tensor, acceptance_N: Tensor | None) 
 def survival_metrics(
     name: str, rows: Rows, *, survival_logits_N: Tensor, acceptance_N: Tensor, weight_N: Tensor
 ) -> dict[str, Ratio]:
-    """How well logits of a row's survival, given that all rows of its block before it survived, meet its acceptance.
+    """How well the logits of confidence predict acceptance rates.
 
-    With p = sigmoid(logit) and c the acceptance, weighted means of |p - c| (`NAME_abs_error`), of p - c (`NAME_bias`)
-    and of prod_{j<=k} p_j - prod_{j<=k} c_j (`NAME_cumprod_bias`).
+    A logit is that of a row's acceptance, given that all rows of its block before it are accepted. With p =
+    sigmoid(logit) and c the acceptance rate, the metrics are weighted means of |p - c| (`NAME_abs_error`), of p - c
+    (`NAME_bias`) and of prod_{j<=k} p_j - prod_{j<=k} c_j (`NAME_cumprod_bias`).
     """
     if rows.slot.numel() == 0:
         return {}

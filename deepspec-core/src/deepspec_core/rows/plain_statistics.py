@@ -1,6 +1,7 @@
-"""Statistics of one chunk of rows by autograd through its logits: the reference, for terms that read logits themselves.
+"""Statistics of one chunk of rows by autograd through its logits. They are the reference, and serve terms that read
+logits themselves.
 
-Knows logits and labels; not which terms read what, nor how they are reduced.
+Knows logits and labels. Does not know which terms read what, or how they are reduced.
 
 Legend: N rows of the chunk, U rows of the target window, V vocabulary.
 """
@@ -18,7 +19,7 @@ from deepspec_core.rows.target_window import TargetWindow
 
 
 class PlainStats(ChunkStats):
-    """ChunkStats on leaves of the chunk's products, and the gradients that arrive there."""
+    """ChunkStats whose leaves are the chunk's products, and the gradients of these leaves."""
 
     def __init__(
         self,
@@ -30,7 +31,10 @@ class PlainStats(ChunkStats):
         differentiable: bool,
         uncorrected: bool,
     ) -> None:
-        """`draft` [N, V]; target_ids_N None takes the target's argmax as labels; `uncorrected`: see FusedStats."""
+        """`draft` is [N, V].
+
+        If target_ids_N is None, the target's argmax is the label. `uncorrected`: see FusedStats.
+        """
         self._product_NV = draft.product.detach().requires_grad_(differentiable)
         self._correction_NV = None
         with torch.set_grad_enabled(differentiable):
@@ -51,9 +55,10 @@ class PlainStats(ChunkStats):
     def gradient(
         self, total: Tensor, extras: Mapping[str, Tensor]
     ) -> tuple[Tensor | None, Tensor | None, Sequence[Tensor | None]]:
-        """d total / d product [N, V], / d correction [N, V] (None where there is none) and / d each of `extras`.
+        """The gradients of `total` by product [N, V], by correction [N, V] (None without one), and by each of `extras`.
 
-        `total` [] is built on this object's statistics and extras. The first two None: it does not depend on logits.
+        `total` [] is computed from this object's statistics and extras. If it does not depend on the logits, the first
+        two are None.
         """
         leaves = [self._product_NV] if self._correction_NV is None else [self._product_NV, self._correction_NV]
         found = torch.autograd.grad(total, [*leaves, *extras.values()], allow_unused=True)

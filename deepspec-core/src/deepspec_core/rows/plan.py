@@ -1,7 +1,8 @@
-"""How rows are cut into chunks, and which target positions each chunk must form: decided once, on the host.
+"""How rows are cut into chunks, and for which target positions each chunk must form logits. Decided once, on the host.
 
-Chunks hold whole blocks. Neighbouring blocks look at the same target positions, so logits of positions that a later
-chunk needs again are kept in a window and every position is formed once. Knows indices only; not what is computed.
+Chunks hold whole blocks. Neighbouring blocks are compared with the same target positions. So a window keeps the logits
+of positions that a later chunk needs again, and the logits of each position are formed once. Knows indices only, and
+not what is computed.
 
 Legend: N rows, M blocks, U rows of the window.
 """
@@ -21,10 +22,12 @@ _Indices = NDArray[np.int64]
 
 @frozen(kw_only=True, eq=False)
 class Chunk:
-    """Rows `span`. Its window: rows `kept_U` of the one before come first, then `fresh_U`, target positions to form;
-    some of both may be for later chunks.
+    """One chunk, and the target window that it is compared with. Without a target, all but `span` are None.
 
-    `window_row_N`: where in the window a row's target position stands. The three are None without a target.
+    span: The rows of the chunk.
+    kept_U: The rows of the previous window that stay. They come first in this window. Some may be for later chunks.
+    fresh_U: The target positions whose logits are formed anew. They come next, and some may be for later chunks.
+    window_row_N: The row of the window that holds the target position of each row of the chunk.
     """
 
     span: slice
@@ -35,7 +38,7 @@ class Chunk:
 
 @frozen(kw_only=True, eq=False)
 class RowPlan:
-    """Chunks in order. `most_rows`: of any chunk; `window_rows`: of any window."""
+    """The chunks in order. `most_rows` is the length of the longest chunk, `window_rows` that of the longest window."""
 
     chunks: tuple[Chunk, ...]
     most_rows: int
@@ -43,12 +46,15 @@ class RowPlan:
 
 
 def plan_rows(block_N: Tensor, target_index_N: Tensor | None, *, chunk_rows: int, most_kept: int = 0) -> RowPlan:
-    """Chunks of at most `chunk_rows` rows, or one block where it is longer. Waits for the device once.
+    """Cut the rows into chunks of at most `chunk_rows` rows; a longer block is a chunk of its own.
 
-    A window holds what its chunk needs, and of what later chunks need, the next needed first: positions that are there
-    are kept as far as fits `most_kept` rows in all (at least `chunk_rows`), and where positions have to be formed, more
-    are formed with them up to a chunk's rows, since a product of few rows takes nearly as long as one of many. Where
-    blocks come in the order of their target positions each is formed once; what did not fit is formed again.
+    A window holds the positions that its chunk needs, and some that later chunks need. Positions of the previous window
+    are kept while they fit into `most_kept` rows (at least `chunk_rows`); those that are needed soonest come first.
+    Where positions have to be formed, others that are needed soon are formed with them, up to the rows of a chunk,
+    because a product of few rows takes nearly as long as one of many. If blocks come in the order of their target
+    positions, each position is formed once. Positions that did not fit are formed again.
+
+    Waits for the device once.
     """
     if target_index_N is None:
         spans, most_rows = _spans(block_N, chunk_rows)
@@ -60,8 +66,8 @@ def plan_rows(block_N: Tensor, target_index_N: Tensor | None, *, chunk_rows: int
     needed = [np.unique(index[span]) for span in spans]
     next_use, following = _uses(needed)
     held: _Indices = np.zeros(0, dtype=np.int64)
-    place = np.full(len(next_use), -1)  # where in the window a position stands
-    parts: list[_Indices] = []  # kept, fresh and window rows of every chunk, to go to the device in one piece
+    place = np.full(len(next_use), -1)  # the row of the window that holds a position
+    parts: list[_Indices] = []  # kept, fresh and window rows of every chunk, copied to the device as one tensor
     window_rows = 0
     for span, positions, then in zip(spans, needed, following, strict=True):
         next_use[positions] = then
@@ -90,7 +96,7 @@ def plan_rows(block_N: Tensor, target_index_N: Tensor | None, *, chunk_rows: int
 
 
 def _uses(needed: list[_Indices]) -> tuple[_Indices, list[_Indices]]:
-    """(the first chunk that needs each position, and for each chunk's positions the next one); len(needed) is never."""
+    """The first chunk that needs each position, and for each chunk's positions the next; len(needed) is never."""
     sizes = [len(positions) for positions in needed]
     position, chunk = np.concatenate([np.zeros(0, dtype=np.int64), *needed]), np.repeat(np.arange(len(needed)), sizes)
     order = np.argsort(position, kind="stable")
@@ -104,14 +110,14 @@ def _uses(needed: list[_Indices]) -> tuple[_Indices, list[_Indices]]:
 
 
 def _soonest(places: _Indices, next_use: _Indices, most: int) -> _Indices:
-    """Those of `places` that are needed next, at most `most`."""
+    """Those of `places` that are needed soonest, at most `most`."""
     return places[np.argsort(next_use[places], kind="stable")[:most]]
 
 
 def chunk_spans(block_N: Tensor, chunk_rows: int) -> Iterator[tuple[int, int]]:
-    """Cut rows into (start, end), of whole blocks: at most `chunk_rows` rows each, or one block where it is longer.
+    """The (start, end) of chunks of whole blocks: at most `chunk_rows` rows each, or one longer block.
 
-    All are of about one size: a last chunk of a few rows costs nearly as much as a whole one.
+    All chunks have about the same size, because a last chunk of a few rows would take nearly as long as a full one.
     """
     num_rows = block_N.numel()
     if num_rows <= chunk_rows:
@@ -124,7 +130,7 @@ def chunk_spans(block_N: Tensor, chunk_rows: int) -> Iterator[tuple[int, int]]:
 
 
 def _filled(counts: list[int], most: int) -> Iterator[tuple[int, int]]:
-    """(start, end) of runs of blocks of `counts` rows, each filled up to `most`."""
+    """The (start, end) of chunks of blocks that have `counts` rows, each chunk filled up to `most`."""
     start = end = 0
     for count in counts:
         if end > start and end + count - start > most:
@@ -135,6 +141,6 @@ def _filled(counts: list[int], most: int) -> Iterator[tuple[int, int]]:
 
 
 def _spans(block_N: Tensor, chunk_rows: int) -> tuple[list[slice], int]:
-    """(chunks, rows of the longest)."""
+    """The number of chunks, and the rows of the longest."""
     ends = list(chunk_spans(block_N, chunk_rows))
     return [slice(*pair) for pair in ends], max((end - start for start, end in ends), default=0)

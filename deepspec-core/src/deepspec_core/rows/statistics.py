@@ -1,6 +1,6 @@
-"""Statistics of one chunk of rows, from its logits: each computed on first use, once, and shared by terms and metrics.
+"""Statistics of one chunk of rows, from its logits. Each is computed on first use, and shared by terms and metrics.
 
-Knows logits and labels; not how they were formed, which terms read them, nor how they are reduced.
+Knows logits and labels. Does not know how they were formed, which terms read them, or how they are reduced.
 
 Legend: N rows of the chunk, U distinct target positions among them, V vocabulary.
 """
@@ -18,7 +18,7 @@ from deepspec_core.errors import ConfigError
 
 
 def undeclared(read: str, attribute: str) -> ConfigError:
-    """For a term or weighting that reads what is only formed for those that say so."""
+    """The error for a term or weighting that reads something and has not declared that it does."""
     return ConfigError(
         f"a loss term or weighting reads {read} without saying so beforehand",
         where="[loss]",
@@ -27,10 +27,10 @@ def undeclared(read: str, attribute: str) -> ConfigError:
 
 
 class ChunkStats:
-    """contracts.loss.RowStats on plain logits.
+    """contracts.loss.RowStats, computed from logits.
 
-    Whether statistics are differentiable is fixed by `differentiable`, not by the mode they happen to be read in first:
-    a weighting that reads `ce` under no_grad must not leave the loss a `ce` without a graph.
+    `differentiable` decides whether statistics carry a gradient. The mode in which a statistic is first read does not:
+    a weighting may read `ce` under no_grad before a term reads it, and the term still needs its gradient.
     """
 
     def __init__(
@@ -44,11 +44,11 @@ class ChunkStats:
         extras: Mapping[str, Tensor],
         differentiable: bool,
     ) -> None:
-        """base: capped, before the correction; draft: with it (the same tensor where there is none). base None: it is
-        not there to be read.
+        """`base` holds the capped logits before the correction; None if they may not be read. `draft` holds them with
+        the correction, and is the same tensor where there is none.
 
-        target_row_N says which of the U rows of `target_logits_UV` a row is compared with; both None without a target.
-        target_ids_N None takes the target's argmax as labels.
+        target_row_N is the row of `target_logits_UV` that each row is compared with. Both are None without a target. If
+        target_ids_N is None, the target's argmax is the label.
         """
         self._base_logits_NV = base_logits_NV
         self._draft_logits_NV = draft_logits_NV
@@ -111,7 +111,7 @@ class ChunkStats:
 
     @cached_property
     def acceptance(self) -> Tensor:
-        # Where no term trains tv, its graph would be kept for nothing.
+        # If no term trains tv, its graph would be kept for nothing.
         tv_N = self.__dict__["tv"].detach() if "tv" in self.__dict__ else self._total_variation(False)
         return (1.0 - tv_N / 2.0).clamp(0.0, 1.0)
 

@@ -1,6 +1,7 @@
-"""The target's logits that a chunk of rows is compared with: formed once a position, kept while chunks need them.
+"""The target's logits that a chunk of rows is compared with. They are formed once for each position, and kept while
+chunks need them.
 
-Knows the plan's windows and the target's head; not the rows, nor what they are compared for.
+Knows the plan's windows and the target's head. Does not know the rows, or which terms compare them.
 
 Legend: P distinct target positions, U rows of the window, N rows of the chunk, X rows of a product, V vocabulary, H
 hidden size.
@@ -17,9 +18,9 @@ from deepspec_core.rows.plan import Chunk
 
 
 class TargetWindow:
-    """`advance` to each chunk in turn. After it: `rows`, what the chunk's rows are compared with.
+    """The window. `advance` moves it to each chunk in turn; then `rows` are what the chunk's rows are compared with.
 
-    `kernels` None: their lse_U is not kept.
+    Without `kernels`, the normalisers lse_U are not kept.
     """
 
     def __init__(
@@ -32,7 +33,7 @@ class TargetWindow:
         softcap: float | None,
         kernels: RowKernels | None,
     ) -> None:
-        """`rows`: of any window; `beside`: of what `advance` takes along."""
+        """`rows` is the length of the longest window, `beside` that of the longest `beside_NH`."""
         self._hidden_PH, self._head_VH, self._softcap, self._kernels = hidden_PH, head_VH, softcap, kernels
         self._buffer = large_buffer(rows + beside, len(head_VH), dtype=hidden_PH.dtype, device=hidden_PH.device)
         none = torch.zeros(0, dtype=torch.int64, device=hidden_PH.device)
@@ -40,10 +41,11 @@ class TargetWindow:
         self.rows = TargetRows(self._logits(0), lse_U, none)
 
     def advance(self, chunk: Chunk, beside_NH: Tensor) -> Tensor:
-        """Keep what the chunk or a later one needs, form what is new, and in the same product beside_NH @ head.T.
+        """Keep the logits that this chunk or a later one needs, form the missing ones, and return beside_NH @ head.T.
 
-        That, [N, V], stays until the next advance and may be written to; beside_NH may have no rows. One product,
-        because a product of a few dozen rows takes half as long as one of a few hundred.
+        The result [N, V] comes from the same product. It stays until the next advance and may be written to. beside_NH
+        may have no rows. One product serves both, because a product of a few dozen rows takes half as long as one of a
+        few hundred.
         """
         assert chunk.kept_U is not None
         assert chunk.fresh_U is not None
@@ -64,7 +66,7 @@ class TargetWindow:
         return self._buffer[size:end]
 
     def argmax(self) -> Tensor:
-        """[U] int64."""
+        """The most probable token of each row of the window, [U] int64."""
         assert self._kernels is not None
         return self._kernels.argmax(self.rows.logits)
 

@@ -1,4 +1,4 @@
-"""Core's loss terms. A term knows one row's statistics; not weights, blocks, coefficients nor reduction.
+"""Core's loss terms. A term knows the statistics of a row. It does not know weights, blocks, coefficients or reduction.
 
 Legend: N rows of a chunk, V vocabulary.
 """
@@ -23,7 +23,7 @@ class CrossEntropy:
 
 
 class SoftCrossEntropy:
-    """-sum over V of softmax(target) * log softmax(draft), [N]: cross-entropy at the target's whole distribution."""
+    """-sum over V of softmax(target) * log softmax(draft), [N]: cross-entropy under the target's distribution."""
 
     needs_target = True
     needs_extras: tuple[str, ...] = ()
@@ -33,7 +33,7 @@ class SoftCrossEntropy:
 
 
 class KL:
-    """KL(target || draft), [N]: the soft cross-entropy less the target's entropy, so the gradient is the same."""
+    """KL(target || draft), [N]: the soft cross-entropy minus the target's entropy. Both have the same gradient."""
 
     needs_target = True
     needs_extras: tuple[str, ...] = ()
@@ -55,8 +55,8 @@ class TotalVariation:
 class NegativeLogAcceptance:
     """-log sum over V of min(softmax(draft), softmax(target)), [N]: the negative log of the acceptance rate.
 
-    Its gradient is that of -acceptance divided by the acceptance, so rows that are hardly ever accepted still count. A
-    rate below the smallest normal number of its dtype counts as that number and has no gradient.
+    Its gradient is that of the negative acceptance rate, divided by the rate. So rows that are hardly ever accepted
+    still count. A rate below the smallest normal number of its dtype counts as that number and has no gradient.
     """
 
     needs_target = True
@@ -65,15 +65,15 @@ class NegativeLogAcceptance:
     def __call__(self, stats: RowStats) -> Tensor:
         rate_N = stats.overlap.clamp(min=torch.finfo(stats.overlap.dtype).tiny)
         if rate_N.requires_grad:
-            # 1 / tiny times a row's weight and coefficient overflows from 4 on.
+            # 1 / tiny overflows when a row's weight times the coefficient is 4 or more.
             rate_N.register_hook(_finite)  # type: ignore[no-untyped-call,unused-ignore]
         return -rate_N.log()
 
 
 class Confidence:
-    """Binary cross-entropy of the survival logit the rows carry (`confidence_logits`) with the row's acceptance, [N].
+    """Binary cross-entropy between the rows' logits of confidence (`confidence_logits`) and the acceptance rate, [N].
 
-    The acceptance 1 - tv / 2 is a label here, detached: draft and target are trained on by other terms.
+    The acceptance rate 1 - tv / 2 is a label here and gets no gradient. Other terms train the draft's distribution.
     """
 
     needs_target = True
@@ -85,7 +85,7 @@ class Confidence:
 
 
 def _finite(gradient: Tensor | None) -> Tensor | None:
-    """What is infinite becomes the largest number; None is autograd's undefined gradient."""
+    """The gradient with infinities replaced by the largest number. None is autograd's undefined gradient."""
     if gradient is None:
         return None
     limits = torch.finfo(gradient.dtype)

@@ -9,7 +9,7 @@ from deepspec_core.config.bounds import above
 
 @frozen(kw_only=True)
 class DecayOptions:
-    """[loss] weighting = {type = "decay", gamma = 4.0}: rows weigh less the later they stand in their block.
+    """[loss] weighting = {type = "decay", gamma = 4.0}: later slots of a block weigh less.
 
     gamma: A row in slot k weighs exp(-k / gamma).
     """
@@ -21,8 +21,8 @@ class DecayOptions:
 class DPaceOptions:
     """[loss] weighting = {type = "d-pace", alpha = 0.5}: rows weigh by the draft's own confidence in the labels.
 
-    A confidence q counts as (1 - alpha) * q + alpha. The smaller alpha, the less rows weigh behind one that the draft
-    is unsure of.
+    A confidence q counts as (1 - alpha) * q + alpha. With a small alpha, rows that come after one of which the draft is
+    unsure weigh little.
 
     alpha: The share of confidence that is taken for granted. With 1 a row weighs the number of rows from it to the
         end of its block.

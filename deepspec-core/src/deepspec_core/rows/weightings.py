@@ -1,5 +1,5 @@
-"""Core's weightings: how the rows of a block weigh against each other. Knows slots and one row's statistics; not losses
-nor reduction.
+"""Core's weightings: how much each row of a block counts. Knows slots and statistics of rows. Does not know losses or
+reduction.
 
 Legend: N rows of a chunk.
 """
@@ -23,7 +23,7 @@ class Uniform:
 
 
 class Decay:
-    """exp(-slot / gamma): early slots weigh more, because a late one only counts when all before it were accepted."""
+    """exp(-slot / gamma). Early slots weigh more, because a late one matters only if all before it are accepted."""
 
     def __init__(self, options: DecayOptions) -> None:
         self.gamma = options.gamma
@@ -33,16 +33,16 @@ class Decay:
 
 
 class DPace:
-    """D-PACE (arXiv 2605.18810): rows weigh what they can add to the accepted length that the draft itself expects.
+    """D-PACE (arXiv 2605.18810). A row weighs what it can add to the accepted length that the draft itself expects.
 
     w_j = sum_{m >= j} prod_{i <= m} s_i over the rows of a block, with s_i = (1 - alpha) * q_i + alpha and q_i the
     draft's probability of row i's label, in the dtype of statistics. w_j is the derivative of that length, w_0, in
     log s_j.
 
-    How large the weights are is part of the published objective: its author asks for a division by the number of
-    blocks, not by the sum of the weights (github.com/sgl-project/SpecForge/issues/828). The engine divides by that sum,
-    unless rows bring their own denominator: rows then weigh against each other as published, but a step counts the
-    same whatever length the draft expects.
+    The size of the weights is part of the published objective: its author asks for a division by the number of blocks,
+    not by the sum of the weights (github.com/sgl-project/SpecForge/issues/828). The engine divides by that sum, unless
+    rows state their own denominator. So the ratios between rows are as published, but a step counts the same whatever
+    length the draft expects.
     """
 
     def __init__(self, options: DPaceOptions) -> None:
@@ -55,9 +55,9 @@ class DPace:
 
 
 def _scan(combine: Callable[[Tensor, Tensor], Tensor], values_N: Tensor, block_N: Tensor) -> Tensor:
-    """Running products or sums inside each block, by doubling.
+    """Cumulative products or sums within each block, by doubling.
 
-    It does not wait for the device, and what a row gets depends on its own block only, to the last bit.
+    It does not wait for the device. A row's result depends on its own block only, bit for bit.
     """
     distance = 1
     while distance < len(values_N):

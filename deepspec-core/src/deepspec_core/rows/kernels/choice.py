@@ -1,9 +1,9 @@
-"""Which implementation goes over a chunk's logits, and how many rows a chunk has for it.
+"""Which implementation of the passes runs over a chunk's logits, and how many rows its chunks have.
 
 "plain" differentiates the logits by autograd. It is the reference, and the only one for terms that read logits
 themselves. The others compute gradients by formula: "compiled" through torch.compile, "triton" on accelerators, "eager"
 one operation at a time. "eager" is the slowest, and takes the least memory where nothing can be compiled. Knows devices
-and vocabulary sizes; not rows or terms.
+and vocabulary sizes. Does not know rows or terms.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from deepspec_core.config.schema import KERNELS
 from deepspec_core.errors import ConfigError
 from deepspec_core.rows.kernels.formulas import RowKernels, TorchKernels, why_not_compiled
 
-# A smaller vocabulary's loss takes less time than compiling for it does.
+# With a smaller vocabulary the loss takes less time than its compilation.
 _WORTH_COMPILING = 1 << 14
 
 
 @frozen(kw_only=True)
 class Choice:
-    """`kernels` None: autograd. `chunk_rows`: where nothing else is asked for."""
+    """The kernels, where None means autograd, and the rows of a chunk if the run file does not say."""
 
     name: str
     kernels: RowKernels | None
@@ -32,9 +32,9 @@ class Choice:
 
 
 def choose_kernels(asked: str, *, device_type: str, vocab_size: int, needs_logits: Sequence[str] = ()) -> Choice:
-    """What `[loss] kernels = asked` comes to; `needs_logits` names terms and weightings that read logits themselves.
+    """The kernels that `[loss] kernels = asked` stands for. `needs_logits` names terms and weightings that read logits.
 
-    ConfigError where what is asked for cannot run. Where a CPU has no C++ compiler, "compiled" comes to "plain" with a
+    ConfigError if these kernels cannot run. On a CPU without a C++ compiler, "compiled" becomes "plain", with a
     warning.
     """
     assert asked in KERNELS
@@ -78,15 +78,15 @@ def _kernels(name: str, device_type: str) -> RowKernels | None:
 
 
 def _elements(name: str, device_type: str, vocab_size: int) -> int:
-    """Logits of a chunk."""
+    """How many logits a chunk has."""
     if device_type != "cpu":
-        # 128 MiB a tensor in bf16, of which there are at most three; autograd's are in fp32 and a handful.
+        # 128 MiB a tensor in bf16, and at most three of them. Autograd's are in fp32, and there are more.
         return 1 << 24 if name in ("plain", "eager") else 1 << 26
     if name == "plain":
-        # Each operation goes over all of a chunk: what caches hold. But a product with a large vocabulary reads all of
-        # it whatever the rows, and wants some fifty of them.
+        # Each operation goes over the whole chunk, so it should fit the caches. But a product with a large vocabulary
+        # reads all of it whatever the rows, and wants some fifty of them.
         return max(1 << 20, min(1 << 23, 56 * vocab_size))
-    # Few large products, in 160 MiB a tensor in bf16.
+    # A few large products; a tensor takes 160 MiB in bf16.
     return 5 << 24
 
 

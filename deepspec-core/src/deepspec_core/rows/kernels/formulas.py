@@ -1,9 +1,9 @@
-"""The passes over a chunk's logits that the row engine's statistics and gradients need, as few functions of tensors.
+"""The passes over a chunk's logits from which the row engine gets statistics and gradients, as functions of tensors.
 
-Products come in as the matrix multiplication left them (uncapped, in its dtype); every pass caps, corrects and converts
-on the fly, so that no other tensor of a chunk's size is needed. `TorchKernels` runs the formulas below, compiled into
-one loop each or as they stand; triton_kernels.py has the same in Triton. Knows tensors only; not terms, rows or
-heads.
+A pass takes products as the matrix multiplication left them: uncapped, in its dtype. It caps, corrects and converts
+while it reads, so no other tensor of a chunk's size is needed. `TorchKernels` runs the formulas below, either compiled
+into one loop each or one operation at a time. triton_kernels.py has the same passes in Triton. Knows tensors only, and
+no terms, rows or heads.
 
 With z = cap(product) + correction, q = softmax(z), t = cap(target product), p = softmax(t), label y, for one row:
 
@@ -27,14 +27,14 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-# Rows are taken in slabs of this many logits where each operation is a pass of its own: what caches hold.
+# Where operations are not fused, rows are taken in slabs of this many logits, which fit the caches.
 SLAB = 1 << 20
-# Of the vocabulary, for a number near a row's greatest logit.
+# How much of the vocabulary is searched for a number near a row's greatest logit.
 _SEARCHED = 1 << 12
 
 
 class Logits(NamedTuple):
-    """Logits as products: cap(product) + correction."""
+    """Logits that are cap(product) + correction."""
 
     product: Tensor  # [M, V]
     correction: Tensor | None = None  # [M, V]
@@ -58,7 +58,7 @@ class TargetRows(NamedTuple):
     row_N: Tensor
 
     def rows(self, span: slice) -> TargetRows:
-        """What some of the draft's rows are compared with."""
+        """The target rows that some of the draft's rows are compared with."""
         return self._replace(row_N=self.row_N[span])
 
 
@@ -78,7 +78,7 @@ class Divergence(NamedTuple):
 
 
 class Incoming(NamedTuple):
-    """What arrives at a row's statistics from the loss, [N] each: d loss / d statistic; None is nothing."""
+    """The gradients of the loss by the statistics of each row, [N]. None counts as zero."""
 
     ce: Tensor | None = None
     soft: Tensor | None = None  # of soft_ce and kl together
@@ -86,19 +86,19 @@ class Incoming(NamedTuple):
     ce_without_correction: Tensor | None = None
 
     def rows(self, span: slice) -> Incoming:
-        """At some of the rows."""
+        """The gradients of some of the rows."""
         return Incoming(*(None if one is None else one[span] for one in self))
 
 
 class RowKernels(Protocol):
-    """The passes. Statistics are fp32, or fp64 for fp64 products."""
+    """An implementation of the passes. Statistics are fp32, or fp64 for fp64 products."""
 
     def normaliser(self, logits: Logits) -> Tensor:
-        """log sum exp over V, [M]."""
+        """The log of the sum of exp over V, [M]."""
         ...
 
     def argmax(self, logits: Logits) -> Tensor:
-        """[M] int64, the first of equals."""
+        """The index of the greatest logit, [M] int64; the first of equals."""
         ...
 
     def distance(self, draft: Logits, lse_N: Tensor, target: TargetRows) -> Distance: ...
@@ -118,14 +118,14 @@ class RowKernels(Protocol):
     ) -> None:
         """Overwrite draft.product with d loss / d product, draft.correction with d loss / d correction.
 
-        What arrives decides what is needed: label_N with either cross-entropy, base_lse_N with that without correction,
-        target with soft and tv, below_N with tv.
+        `incoming` decides which arguments are needed: label_N for either cross-entropy, base_lse_N for the one without
+        correction, target for soft and tv, below_N for tv.
         """
         ...
 
 
 class TorchKernels:
-    """The passes in PyTorch. `compiled`: one loop each by torch.compile, for which CPU needs a C++ compiler."""
+    """The passes in PyTorch. If `compiled`, torch.compile makes one loop of each; a CPU needs a C++ compiler for it."""
 
     def __init__(self, *, compiled: bool) -> None:
         self.compiled = compiled
@@ -136,7 +136,7 @@ class TorchKernels:
         return torch.cat([_normaliser(logits.rows(span)) for span in _slabs(logits.product)])
 
     def argmax(self, logits: Logits) -> Tensor:
-        # Compiled it is slower than the library's own, and only asked for now and then.
+        # Compiled, it is slower than the library's own; and it is rarely needed.
         return torch.cat([_argmax(logits.rows(span)) for span in _slabs(logits.product)])
 
     def distance(self, draft: Logits, lse_N: Tensor, target: TargetRows) -> Distance:
@@ -189,9 +189,9 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 def _vector_width() -> dict[str, Any]:
     """Options for torch.compile that name this processor's vector width.
 
-    torch.compile keeps what it generates on disk, and its key leaves the processor out. Loops are generated for one
-    width, though: code made for AVX2 and found by a process with AVX-512 gives wrong sums, or aborts. Machines that
-    share a cache directory meet this. Options are part of the key.
+    torch.compile keeps generated code on disk under a key that leaves the processor out. But loops are generated for
+    one vector width. If a process with AVX-512 finds code made for AVX2, sums are wrong, or the process aborts. This
+    happens to machines that share a cache directory. Options are part of the key, so they tell the machines apart.
     """
     from torch._inductor.cpu_vec_isa import pick_vec_isa
 
@@ -200,7 +200,7 @@ def _vector_width() -> dict[str, Any]:
 
 @functools.cache
 def why_not_compiled() -> str | None:
-    """Why torch.compile cannot build for the CPU here, None where it can. Tried once, on one addition."""
+    """Why torch.compile cannot build for the CPU here, or None if it can. Tried once, with one addition."""
     from torch._inductor import config
 
     candidates = config.cpp.cxx if isinstance(config.cpp.cxx, tuple | list) else (config.cpp.cxx,)
@@ -208,7 +208,7 @@ def why_not_compiled() -> str | None:
         return "there is no C++ compiler"
     try:
         torch.compile(torch.neg, options=_vector_width())(torch.zeros(8))
-    # What fails is the compiler, its headers or its flags, and each says so in an exception of its own.
+    # The compiler, its headers or its flags may fail, each with another exception.
     except Exception as error:
         return f"the C++ compiler does not work for torch.compile ({str(error).strip().splitlines()[0]})"
     return None
@@ -225,7 +225,7 @@ def _capped(product_MV: Tensor, softcap: float | None) -> Tensor:
 
 
 def logit_values(logits: Logits) -> Tensor:
-    """Capped and corrected, [M, V] in the statistics' dtype."""
+    """The capped and corrected logits, [M, V], in the dtype of statistics."""
     capped_MV = _capped(logits.product, logits.softcap)
     return capped_MV if logits.correction is None else capped_MV + logits.correction
 
@@ -237,8 +237,8 @@ def _normaliser(logits: Logits) -> Tensor:
 def _compiled_normaliser(logits: Logits) -> Tensor:
     lse_M: Tensor
     if logits.product.device.type == "cpu":
-        # Any number near a row's greatest does to keep the sum in range, so not all of the vocabulary is searched for
-        # it. Where it was not near, the sum says so.
+        # Any number near a row's greatest logit keeps the sum in range, so only part of the vocabulary is searched for
+        # one. If the number found is not near enough, the sum shows it.
         near_M = logit_values(logits.columns(slice(_SEARCHED))).amax(dim=-1)
         lse_M = near_M + _compiled(_sum_exp)(logits, near_M).log()
         if bool(lse_M.isfinite().all()):
@@ -256,7 +256,7 @@ def _argmax(logits: Logits) -> Tensor:
 
 
 def _target_values(target: TargetRows) -> Tensor:
-    """log p, [N, V]."""
+    """log p for each row of the draft, [N, V]."""
     return logit_values(target.logits.rows(target.row_N)) - target.lse_U[target.row_N][:, None]
 
 
@@ -313,6 +313,6 @@ def _gradient(
 
 def _less_one_at(label_N: Tensor | None, q_NV: Tensor) -> Tensor:
     assert label_N is not None
-    # In 32 bits: compared in 64, a vector holds half as many, and the pass takes half as long again.
+    # In 32 bits. In 64, a vector holds half as many numbers, and the pass takes half as long again.
     column_V = torch.arange(q_NV.shape[1], dtype=torch.int32, device=q_NV.device)
     return torch.where(column_V == label_N.to(torch.int32)[:, None], q_NV - 1.0, q_NV)

@@ -1,13 +1,13 @@
-"""The passes of formulas.py as Triton kernels, for GPUs; the formulas stand at the top of that file.
+"""The passes of formulas.py as Triton kernels, for GPUs. The formulas stand at the top of that file.
 
 Every pass is a grid of programs (row, block of the vocabulary). A program reads its block once, in parallel, keeps it
-in registers and leaves: what a multiprocessor has in flight is the blocks of its resident programs, so there are no
-loops to pipeline, and a few hundred rows fill a machine. Where a pass reduces over the vocabulary, programs write what
-their block came to, and those few numbers a row are reduced afterwards, in a fixed order and without atomics: the same
-input gives the same bits. Rows run fastest, so that programs of one target position find it in the L2 cache.
+in registers, and ends. So there are no loops to pipeline, and a few hundred rows keep a whole GPU busy. Where a pass
+reduces over the vocabulary, each program writes the result of its block. These few numbers per row are then reduced in
+a fixed order, without atomics, so the same input gives the same bits. Neighbouring programs work on neighbouring rows,
+so those with the same target position find its logits in the L2 cache.
 
-Row counts are the grid's alone, so a kernel is compiled once for a run's vocabulary, dtypes, cap and options. Knows
-tensors and their layout; not terms, rows or heads.
+Only the grid depends on the number of rows, so a kernel is compiled once for a run's vocabulary, dtypes, cap and
+options. Knows tensors and their layout. Does not know terms, rows or heads.
 
 Legend: N rows of a chunk, M rows of any logits, U distinct target positions, V vocabulary, S blocks of it.
 """
@@ -23,9 +23,9 @@ from torch import Tensor
 from deepspec_core.rows.kernels import triton_passes
 from deepspec_core.rows.kernels.formulas import Distance, Divergence, Incoming, Logits, TargetRows
 
-# Chosen by what kernels compile to for compute capability 9.0, not by timing at start-up, which would let runs differ.
-# A thread takes 32 elements of one tensor or 16 of each of several: 48 to 80 registers, so three to five programs of
-# eight warps share a multiprocessor, with 64 KiB and more on their way, and some load while others compute.
+# Chosen by what kernels compile to for compute capability 9.0. Timing at start-up would let runs differ. A thread takes
+# 32 elements of one tensor, or 16 of each of several, and 48 to 80 registers. So three to five programs of eight warps
+# share a multiprocessor and have 64 KiB or more in flight. Some of them load while others compute.
 _WARPS = 8
 _BLOCK_ONE = 8192
 _BLOCK_MANY = 4096
@@ -45,7 +45,7 @@ def can_run(device_type: str) -> str | None:
 
 
 class TritonKernels:
-    """RowKernels for GPUs. A logit of NaN counts as the greatest to argmax, and makes its row's other figures NaN."""
+    """RowKernels for GPUs. For argmax a NaN is the greatest logit; all other figures of its row are NaN."""
 
     def normaliser(self, logits: Logits) -> Tensor:
         partial_MS = _partials(logits.product, _BLOCK_ONE)
@@ -82,7 +82,7 @@ class TritonKernels:
         below_N: Tensor | None = None,
         base_lse_N: Tensor | None = None,
     ) -> None:
-        # What autograd hands over is often one number expanded over the rows.
+        # Autograd often gives one number expanded over the rows.
         per_row = (label_N, *incoming, below_N, base_lse_N)
         self._launch(
             triton_passes.gradient,
@@ -97,7 +97,7 @@ class TritonKernels:
     @staticmethod
     def _launch(kernel: Any, logits: Logits, block: int, *arguments: Any) -> None:
         num_rows, vocab_size = logits.product.shape
-        # Triton launches on the current device, which need not be the tensors'.
+        # Triton launches on the current device, which may be another than the tensors'.
         with torch.cuda.device_of(logits.product):  # type: ignore[no-untyped-call]
             kernel[num_rows, triton.cdiv(vocab_size, block)](*arguments, vocab_size, BLOCK=block, num_warps=_WARPS)
 
@@ -121,7 +121,7 @@ def _target_pointers(target: TargetRows | None) -> tuple[Any, ...]:
 
 
 def _partials(product_MV: Tensor, block: int, *planes: int) -> Tensor:
-    """Room for what every block of every row comes to, [*planes, M, S]."""
+    """An empty tensor for the results of every block of every row, [*planes, M, S]."""
     num_rows, vocab_size = product_MV.shape
     dtype = torch.promote_types(product_MV.dtype, torch.float32)
     return product_MV.new_empty((*planes, num_rows, triton.cdiv(vocab_size, block)), dtype=dtype)

@@ -1,7 +1,7 @@
-"""The Triton kernels themselves; triton_kernels.py says how they are cut and launches them.
+"""The Triton kernels themselves. triton_kernels.py chooses their grids and launches them.
 
-Formulas stand at the top of formulas.py. A program has one row and one block of the vocabulary. What is None when a
-kernel is launched is left out when it is compiled. Knows pointers and strides; not torch.
+The formulas stand at the top of formulas.py. A program computes one row and one block of the vocabulary. An argument
+that is None at launch is left out of the compiled kernel. Knows pointers and strides. Does not know torch.
 
 Legend: N rows of a chunk, M rows of any logits, U distinct target positions, V vocabulary, S blocks of it.
 """
@@ -9,7 +9,7 @@ Legend: N rows of a chunk, M rows of any logits, U distinct target positions, V 
 import triton
 import triton.language as tl
 
-# One number a row, often a slice: compiling again for how a slice happens to be aligned would gain nothing.
+# One number a row, and often a slice. Compiling again for another alignment of the slice would gain nothing.
 _PER_ROW = (
     "lse_N", "label_N", "ce_N", "soft_N", "tv_N", "ce_without_correction_N", "below_N", "base_lse_N", "target_lse_U",
     "target_row_N",
@@ -18,7 +18,7 @@ _PER_ROW = (
 
 @triton.jit
 def _exp(x):
-    # tl.exp scales its argument and result by the case to keep denormals, which is more work than all else.
+    # tl.exp scales its argument and result to keep denormals, which takes more work than all the rest.
     return tl.exp2(x * 1.4426950408889634)
 
 
