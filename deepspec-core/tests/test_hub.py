@@ -3,6 +3,8 @@
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from huggingface_hub import constants
@@ -54,7 +56,7 @@ def test_every_way_to_the_hub_answers_quickly_with_the_reason(unreachable: list[
 
 def test_a_hub_that_never_answers_is_given_up_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     class Session:
-        def head(self, *_: object, **__: object) -> None:
+        def get(self, *_: object, **__: object) -> None:
             time.sleep(2)
 
     monkeypatch.setattr("huggingface_hub.get_session", Session)
@@ -63,15 +65,38 @@ def test_a_hub_that_never_answers_is_given_up_in_time(monkeypatch: pytest.Monkey
     assert constants.HF_HUB_OFFLINE
 
 
-def test_any_answer_will_do_and_it_is_asked_again_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+def _answers(monkeypatch: pytest.MonkeyPatch, *, status: int, kind: str = "application/json", **more: str) -> None:
     class Session:
-        def head(self, *_: object, **__: object) -> str:
-            return "503"
+        def get(self, url: str, **_: object) -> SimpleNamespace:
+            headers = {"content-type": kind} | ({"location": more["location"]} if "location" in more else {})
+            return SimpleNamespace(status_code=status, headers=headers, url=more.get("url", url))
 
-    hub._switch(offline=True)
     monkeypatch.setattr("huggingface_hub.get_session", Session)
+
+
+@pytest.mark.parametrize("status", [200, 401, 403, 404])
+def test_a_hub_s_answer_is_asked_for_again_after_a_while(monkeypatch: pytest.MonkeyPatch, status: int) -> None:
+    hub._switch(offline=True)
+    _answers(monkeypatch, status=status)
     assert hub.why_unreachable() is None
     assert not constants.HF_HUB_OFFLINE
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        ({"status": 503, "kind": "text/html"}, "answers 503"),
+        ({"status": 429}, "answers 429"),
+        ({"status": 407}, "answers 407"),
+        ({"status": 200, "kind": "text/html"}, "want a login"),
+        ({"status": 302, "location": "http://login.example/"}, "sends to login.example"),
+        ({"status": 200, "url": "http://login.example/"}, "sends to login.example"),
+    ],
+)
+def test_an_answer_that_is_no_working_hub_s(monkeypatch: pytest.MonkeyPatch, answer: Any, says: str) -> None:
+    _answers(monkeypatch, **answer)
+    assert says in (hub.why_unreachable() or "")
+    assert constants.HF_HUB_OFFLINE
 
 
 def test_offline_mode_of_the_user_s_own_is_kept(monkeypatch: pytest.MonkeyPatch, unreachable: list[int]) -> None:

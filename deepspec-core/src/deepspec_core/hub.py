@@ -10,6 +10,8 @@ import logging
 import sys
 import threading
 import time
+from collections.abc import Mapping
+from urllib.parse import urlsplit
 
 from attrs import define, field
 
@@ -17,6 +19,10 @@ log = logging.getLogger("deepspec")
 
 ANSWER_WITHIN_SECONDS = 2.5
 ASK_AGAIN_AFTER_SECONDS = 60.0
+# Of its programming interface, and of its files: a file that is not there, which no Hub counts as a download.
+_QUESTIONS = ("/api/models?limit=1", "/deepspec/none/resolve/main/none")
+# A proxy that wants a password, and a Hub that wants to be asked less.
+_NOT_NOW = (407, 429)
 
 
 @define
@@ -60,15 +66,19 @@ def say_local_copy(of: str) -> None:
 
 
 def _ask() -> str | None:
-    """One request for the Hub's front page; any answer will do."""
+    """Two small requests as a Hub answers them; what is wrong with an answer, None where nothing is."""
     from huggingface_hub import constants, get_session
 
     answers: list[str | None] = []
 
     def ask() -> None:
         try:
-            get_session().head(constants.ENDPOINT, timeout=ANSWER_WITHIN_SECONDS)
-            answers.append(None)
+            for question in _QUESTIONS:
+                answer = get_session().get(f"{constants.ENDPOINT}{question}", timeout=ANSWER_WITHIN_SECONDS)
+                problem = _problem_with(answer.status_code, answer.headers, str(answer.url), constants.ENDPOINT)
+                if problem is not None:
+                    break
+            answers.append(problem)
         except Exception as error:  # which depends on the HTTP library that huggingface_hub uses
             answers.append((str(error).splitlines() or [type(error).__name__])[0])
 
@@ -77,6 +87,22 @@ def _ask() -> str | None:
     asking.start()
     asking.join(ANSWER_WITHIN_SECONDS)
     return answers[0] if answers else f"no answer within {ANSWER_WITHIN_SECONDS:g} seconds"
+
+
+def _problem_with(status: int, headers: Mapping[str, str], url: str, endpoint: str) -> str | None:
+    """What says that this answer is not a working Hub's.
+
+    Mirrors need not list models, and private ones want a token: an answer such as 401 or 404 is a Hub's.
+    """
+    location = headers.get("location", url) if 300 <= status < 400 else url
+    host, asked = urlsplit(location).hostname, urlsplit(endpoint).hostname
+    if host not in (None, asked):
+        return f"{asked} sends to {host}, as networks do that want a login"
+    if status >= 500 or status in _NOT_NOW:
+        return f"{asked} answers {status}"
+    if status == 200 and "json" not in headers.get("content-type", ""):
+        return f"{asked} answers with a page, as networks do that want a login"
+    return None
 
 
 def _switch(*, offline: bool) -> None:
