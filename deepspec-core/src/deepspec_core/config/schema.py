@@ -55,7 +55,7 @@ class RunOptions:
 
     name: What the run is called in reports and in the names of its files.
     output: The folder for results, relative to the run file.
-    stages: The stages, in this order: regenerate, cache, train, evaluate.
+    stages: The stages, in this order: regenerate, cache, train, evaluate, export.
     seed: Seeds the draft's first weights, the held-out split, sampling in regeneration, and the order of training.
     threads: CPU threads of every stage. Left out: chosen for each stage by the size of its steps, and said in the
         run's first line.

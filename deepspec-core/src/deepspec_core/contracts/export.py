@@ -15,9 +15,9 @@ class Exporter(Protocol):
     """One (format, algorithm) pair."""
 
     def unservable(self, description: DraftDescription) -> str | None:
-        """Why the engine cannot serve such a draft, or None. Nothing asks yet: there is no export stage."""
+        """Why the engine cannot serve such a draft, or None. Asked before a run's first stage and before `write`."""
         ...
 
     def write(self, draft: DraftModel, out: Path) -> None:
-        """Write the export; ExportError where `unservable` says why."""
+        """Write the export's files into `out`, an empty folder. The folder gets its name when all of it is written."""
         ...

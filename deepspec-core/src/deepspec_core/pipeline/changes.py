@@ -70,6 +70,10 @@ def _look_up(run: Run, name: str, resuming: bool) -> Callable[[], str | None]:
         return lambda: RULE
     if name == contents.CACHE:
         return run.cache.digest
+    if name == contents.OWN_DRAFT:
+        from deepspec_core.targets.opening import fingerprint as digest_of_weights
+
+        return lambda: digest_of_weights(run.folder / "draft")
     if name == contents.DRAFT:
         from deepspec_core.pipeline.evaluating import draft_digest
 

@@ -17,6 +17,7 @@ from deepspec_core.pipeline.run import Run
 from deepspec_core.pipeline.stages import Step
 
 if TYPE_CHECKING:
+    from deepspec_core.contracts.draft import DraftDescription
     from deepspec_core.contracts.target import TargetAdapter
 
 log = logging.getLogger("deepspec")
@@ -26,7 +27,8 @@ def check_before(run: Run, steps: Sequence[Step]) -> None:
     """Raise today what would stop a stage hours from now. Nothing happens where no stage is to run.
 
     Looked at are folders, the target's config and tokenizer, taps, sources, the draft's options and forward pass, loss
-    terms and kernels, room for a checkpoint, tasks and their prompts, and the draft that is to be evaluated.
+    terms and kernels, room for a checkpoint, tasks and their prompts, the draft that is to be evaluated, and export
+    formats.
     """
     todo = {step.stage.name for step in steps if step.action != "skip"}
     if not todo:
@@ -41,14 +43,15 @@ def check_before(run: Run, steps: Sequence[Step]) -> None:
 
         check_sources(run.file.data.sources, base=run.base, registry=run.plugins.registry)
     _ = run.target.adapter  # opened for its errors
-    if todo - {"train"} or run.file.features.mode != "cached":
+    if todo - {"train", "export"} or run.file.features.mode != "cached":
         _ = run.target.tokenizer
     confidence: bool | None = None
+    description: DraftDescription | None = None
     if "train" in run.file.run.stages:
         from deepspec_core.pipeline.trying import try_draft, try_training
 
         draft, tried = try_draft(run)
-        confidence = tried.gives_confidence
+        confidence, description = tried.gives_confidence, draft.describe()
         if "train" in todo:
             try_training(run, draft)
             _room_for_checkpoint(run, tried.checkpoint_bytes)
@@ -59,6 +62,10 @@ def check_before(run: Run, steps: Sequence[Step]) -> None:
         run.cache.require()
     if "evaluate" in todo:
         _evaluation(run, confidence)
+    if "export" in todo:
+        from deepspec_core.pipeline.exporting import check_servable, own_description
+
+        check_servable(run, description or own_description(run))
 
 
 def _folders(run: Run, todo: Collection[str]) -> None:

@@ -46,6 +46,7 @@ STAGES = {
             name="train", uses=("regenerate", "cache"), body="deepspec_core.pipeline.training:run_stage", shared=True
         ),
         Stage(name="evaluate", uses=("train",), body="deepspec_core.pipeline.evaluating:run_stage"),
+        Stage(name="export", uses=("train",), body="deepspec_core.pipeline.exporting:run_stage"),
     )
 }
 

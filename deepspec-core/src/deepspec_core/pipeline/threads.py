@@ -67,6 +67,8 @@ def operations_of_step(run: Run, stage: str) -> float:
     if stage == "evaluate":
         # A round verifies a handful of tokens in each sequence.
         return of_token * file.evaluate.batch_size
+    if stage == "export":
+        return 0.0  # it copies weights
     if stage == "cache":
         return of_token * file.cache.batch_size * run.data.max_length
     assert stage == "train", stage

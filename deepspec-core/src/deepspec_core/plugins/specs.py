@@ -87,7 +87,7 @@ class TaskSpec(ComponentSpec):
 
 @frozen(kw_only=True)
 class ExportSpec(ComponentSpec):
-    """One (format, algorithm) pair. `build(draft, description, out)` writes a directory; `algorithm`: a draft type."""
+    """One (format, algorithm) pair. `build()` returns a contracts.export.Exporter; `algorithm`: a draft type."""
 
     algorithm: str = field(validator=_NAME)
 
