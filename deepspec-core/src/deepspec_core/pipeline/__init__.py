@@ -1,1 +1,1 @@
-"""Runs: which stages a run file has, what stands already, what is to be done, and doing it."""
+"""Runs: which stages a run file has, which results exist, what is left to do, and doing it."""

@@ -1,4 +1,4 @@
-"""The cache stage: target features of every training sample, written once, after asking whether the disk has room."""
+"""The cache stage. It checks that the disk has room, and writes the target features of every training sample once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from deepspec_core.stopping import StopRequest
 
 
 def run_stage(run: Run) -> dict[str, Any]:
-    """Write the cache; sealed shards of an interrupted run are kept. CacheError where the disk is too small."""
+    """Write the cache. Sealed shards of an interrupted run are kept. CacheError if the disk has no room for it."""
     options = run.file.cache
     samples = run.data.training_samples()
     header = run.cache.header()
@@ -40,7 +40,7 @@ def _write(run: Run, writer: CacheWriter, samples: Sequence[Sample]) -> None:
     missing = [len(sample.input_ids) for sample in samples if sample.id not in done]
     shards = -(-len(missing) // options.shard_samples)
     require_space(folder, cache_bytes(cache_format, run.cache.bare_header(), sum(missing), shards=shards))
-    # Eight bits carry a scale of their own, made by the format from full precision.
+    # Eight-bit features need scales, which the format computes from full precision.
     dtype = None if options.dtype == "float8_e4m3" else torch_dtype(options.dtype)
     with StopRequest() as request, Progress(len(samples), "cache", "samples", done=len(done)) as progress:
         for sample in capture(

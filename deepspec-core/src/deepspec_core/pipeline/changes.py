@@ -1,6 +1,6 @@
-"""Whether what a stage's results were made from is still the same: keys of the run file, and content beside it.
+"""Whether the inputs of a stage's results are still the same: keys of the run file, and other content that it read.
 
-Knows records and where each content of a run lies; what a stage is and does is not known here.
+Knows records and where each content of a run lies. Does not know what a stage is or does.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from deepspec_core.pipeline import contents
 from deepspec_core.pipeline.fingerprint import StageRecord, differences, fingerprint, flatten
 from deepspec_core.pipeline.run import Run
 
-# Of a digest, in messages.
+# How many characters of a digest messages show.
 _DIGITS: Final = 16
 
 
 def refuse_changes(run: Run, record: StageRecord) -> None:
-    """StageError where a key has another value than the results were made with, or content has changed."""
+    """StageError if a key or some content is not what the results were made with."""
     stage, folder = record.stage, run.stage_folder(record.stage)
     back = f"choose another run.output, or discard the results with --force {stage}."
     changes = differences(record.keys, fingerprint(flatten(run.file), record.names_read))
@@ -48,10 +48,11 @@ def refuse_changes(run: Run, record: StageRecord) -> None:
 
 
 def digest_now(run: Run, name: str, *, resuming: bool) -> str | None:
-    """The digest of what has this name, as it is now; None where that is unknown.
+    """The digest that the content of this name has now; None if it is not known.
 
-    What is gone does not make results wrong that were made from it: a stage that needs it says so itself. Only a stage
-    that is to be resumed asks the Hub, and minds what this machine computes with: its results would be mixed.
+    Content that is gone does not invalidate results that were made from it. A stage that still needs it will say so.
+    The Hub is asked, and the target's dtype compared, only for a stage that is to be resumed: its results would
+    otherwise be mixed.
     """
     try:
         return _look_up(run, name, resuming)()

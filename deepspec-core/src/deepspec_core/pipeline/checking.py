@@ -1,6 +1,6 @@
-"""What is known to be wrong before the first stage is said before the first stage.
+"""Checks before the first stage, so that a mistake is reported at once and not after hours.
 
-Knows which stages are to run and what each will need; tries training out through trying.py. Writes nothing.
+Knows which stages are to run and what each will need. Tries training out through trying.py. Writes nothing.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ log = logging.getLogger("deepspec")
 
 
 def check_before(run: Run, steps: Sequence[Step]) -> None:
-    """Raise today what would stop a stage hours from now. Nothing happens where no stage is to run.
+    """Raise the errors that would stop a later stage. Does nothing if no stage is to run.
 
-    Looked at are folders, the target's config and tokenizer, taps, sources, the draft's options and forward pass, loss
+    It checks folders, the target's config and tokenizer, taps, sources, the draft's options and forward pass, loss
     terms and kernels, room for a checkpoint, tasks and their prompts, the draft that is to be evaluated, and export
     formats.
     """
@@ -42,7 +42,7 @@ def check_before(run: Run, steps: Sequence[Step]) -> None:
         from deepspec_core.data.sources import check_sources
 
         check_sources(run.file.data.sources, base=run.base, registry=run.plugins.registry)
-    _ = run.target.adapter  # opened for its errors
+    _ = run.target.adapter  # opening it raises its errors
     if todo - {"train", "export"} or run.file.features.mode != "cached":
         _ = run.target.tokenizer
     confidence: bool | None = None
@@ -90,7 +90,7 @@ def _folders(run: Run, todo: Collection[str]) -> None:
 
 
 def _reads_sources(run: Run, todo: Collection[str]) -> bool:
-    """Whether a stage reads [data] sources: regeneration, or else what trains on them as they are; held-out prompts."""
+    """Whether a stage reads [data] sources: regeneration, training without it, or held-out prompts."""
     if "evaluate" in todo and HELD_OUT in run.file.evaluate.tasks:
         return True
     first = "regenerate" if "regenerate" in run.file.run.stages else "cache" if _caches(run) else "train"
@@ -102,7 +102,7 @@ def _caches(run: Run) -> bool:
 
 
 def _room_for_checkpoint(run: Run, needed: int) -> None:
-    """A new checkpoint is complete before an old one is removed, so there is one at least."""
+    """Check for room for one new checkpoint, which is complete before an old one is removed."""
     free = free_bytes(run.folder)
     if needed > free:
         raise CheckpointError(
@@ -115,10 +115,10 @@ def _room_for_checkpoint(run: Run, needed: int) -> None:
 
 
 def _cache(run: Run, *, fresh: bool) -> None:
-    """What is there is this run's own, or goes; and there is room, as far as that is known.
+    """Check that a cache in the cache's folder is this run's own or will be discarded, and that the disk has room.
 
-    How long samples will be, and how many, is not known yet. A disk without room for one is an error, one without room
-    for the largest size that the run file allows is a warning.
+    The number and the lengths of samples are not known yet. No room for a single sample is an error. No room for the
+    largest cache that the run file allows is a warning.
     """
     from deepspec_core.cache.estimate import cache_bytes, require_space
 
@@ -138,7 +138,7 @@ def _cache(run: Run, *, fresh: bool) -> None:
 
 
 def _confidence_of(run: Run, folder: Path, adapter: TargetAdapter) -> bool | None:
-    """What the draft in `folder` says, built without memory for its weights."""
+    """Whether the draft in `folder` gives confidence, as it says itself. It is built without memory for its weights."""
     from deepspec_core.checkpoints.published import build_draft
     from deepspec_core.estimating.memory import fake_tensors
 
@@ -171,7 +171,7 @@ def _evaluation(run: Run, confidence: bool | None) -> None:
 
 
 def _some_held_out(run: Run) -> None:
-    """At least one prompt is held out, where that can be found out without the Hub."""
+    """Check that at least one prompt is held out, if that can be found out without the Hub."""
     from deepspec_core.data.sources import on_hub
 
     if any(on_hub(source, run.base) for source in run.file.data.sources):

@@ -1,4 +1,4 @@
-"""Names of what a run reads beside its run file: sources, target, regenerated answers, cache, draft, tasks.
+"""Names of the content that a run reads besides its run file: sources, target, answers, cache, draft, tasks.
 
 A stage notes a digest under such a name when it reads something (reads.py), and the same name is looked up again before
 its results are used (changes.py). Knows names only.

@@ -1,8 +1,8 @@
-"""What a run's training will take, before anything is started: memory, the size of the feature cache, arithmetic.
+"""Estimates of what a run's training will take: memory, the size of the feature cache, and operations.
 
-Reads the target's config, no weights and no data. Sizes are those of the longest samples the run allows, supervised
-from their second token on, so they are upper bounds for its own data. Knows runs; not how bytes and operations are
-counted.
+Reads the target's config, but no weights and no data. Samples are assumed to be as long as the run allows and
+supervised from their second token on, so the estimates are upper bounds for the run's own data. Knows runs. Does not
+know how bytes and operations are counted.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ CACHED = "cached"
 
 
 def estimate(run: Run, *, processes: int = 1) -> Estimate:
-    """The run's training by `processes` processes, each on a device like this one's.
+    """The estimate for training in `processes` processes, each on a device like the one of this process.
 
-    The draft and, with online features, the target run as they do on the CPU, on tensors without memory: kernels of
-    accelerators may take less for attention. TargetError or ConfigError where the target, its taps or the draft's
+    The draft and, with online features, the target run on fake tensors, with the code for a CPU. Kernels of
+    accelerators may take less memory for attention. TargetError or ConfigError if the target, its taps or the draft's
     options would stop training too.
     """
     options, on_cpu = run.file.train, run.target.device.type == "cpu"
@@ -39,7 +39,7 @@ def estimate(run: Run, *, processes: int = 1) -> Estimate:
     micro_batches = -(-share // sequences)
     with fake_tensors():
         with LiveBytes() as made:
-            # Training holds the target whatever its features come from.
+            # Training holds the target in memory, even if features come from a cache.
             target = run.target.adapter.skeleton(dtype=run.target.dtype)
             target_bytes = made.now
         draft = new_draft(run)
@@ -64,7 +64,8 @@ def estimate(run: Run, *, processes: int = 1) -> Estimate:
         "gradient_buckets": step.held["trained_weights"] if processes > 1 else 0,
         "batches": _batch_bytes(batch, micro_batches),
     }
-    # A checkpoint is copied on the host before it is written, both moments at once; there are no gradients then.
+    # A checkpoint is copied to the host before it is written, with both moments of the optimizer. There are no
+    # gradients then.
     checkpoint = max(0, held["optimizer_moments"] - held["gradients"]) if on_cpu else 0
     return Estimate(
         device=run.target.device.type,
@@ -87,12 +88,12 @@ def estimate(run: Run, *, processes: int = 1) -> Estimate:
 
 
 def _process_bytes(run: Run, engine: RowEngine) -> int:
-    """What this process has, once it has loaded what training loads before it has any tensor."""
+    """The memory of this process after it has loaded every library that training loads, and before it has a tensor."""
     architecture = run.target.architecture
     run.plugins.registry.load("features", run.file.features.mode)
     run.plugins.registry.load("cache", run.file.cache.format)
     run.plugins.registry.load("draft", run.file.draft.type)
-    # Kernels are compiled, or found not to, when they are first asked for.
+    # The first request compiles the kernels, or finds out that they cannot be compiled.
     engine.choice("cpu", architecture.vocab_size)
     return resident_bytes() + KERNEL_BYTES
 
@@ -101,7 +102,7 @@ def _batch_bytes(batch: HostBatch, micro_batches: int) -> int:
     tensors = [batch.input_ids, batch.loss_mask, batch.attention_mask, *batch.prepared.values()]
     if batch.features is not None:
         tensors += [batch.features.hidden, batch.features.last_hidden]
-    # One is still there when the next comes.
+    # One batch still exists when the next one arrives.
     return bytes_of(tensors) * min(micro_batches, 2)
 
 

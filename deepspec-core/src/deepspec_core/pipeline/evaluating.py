@@ -33,7 +33,7 @@ from deepspec_core.targets.opening import fingerprint
 
 
 def run_stage(run: Run) -> dict[str, Any]:
-    """Evaluate; finished groups of prompts of an interrupted evaluation are kept."""
+    """Evaluate. Finished groups of prompts of an interrupted evaluation are kept."""
     options = run.file.evaluate
     draft_folder, adapter = draft_of(run)
     draft = load_draft(
@@ -73,9 +73,9 @@ def run_stage(run: Run) -> dict[str, Any]:
 
 
 def draft_of(run: Run) -> tuple[Path, TargetAdapter]:
-    """The draft that is evaluated, the one [evaluate] names or else the run's own: its directory and its adapter.
+    """The directory and the adapter of the draft to evaluate: the one that [evaluate] names, else the run's own.
 
-    CheckpointError where it is not there, or was made for another target.
+    CheckpointError if it does not exist, or was made for another target.
     """
     folder = _draft_folder(run)
     adapter = draft_adapter(folder, registry=run.plugins.registry)
@@ -85,7 +85,7 @@ def draft_of(run: Run) -> tuple[Path, TargetAdapter]:
 
 
 def draft_digest(run: Run) -> str:
-    """Tells the draft that is evaluated from another one."""
+    """The digest of the draft that is evaluated."""
     return fingerprint(_draft_folder(run))
 
 
@@ -95,7 +95,7 @@ def _draft_folder(run: Run) -> Path:
 
 
 def journals(tasks: Sequence[str]) -> dict[str, str]:
-    """Task -> the name its files have. DataError where two tasks would share one."""
+    """The name of each task's files. DataError if two tasks would have the same."""
     names = {task: re.sub(r"[^\w.-]", "_", Path(task).stem if task.endswith(".jsonl") else task) for task in tasks}
     shared = [task for task, name in names.items() if list(names.values()).count(name) > 1]
     if shared or len(names) < len(tasks):
@@ -109,9 +109,9 @@ def journals(tasks: Sequence[str]) -> dict[str, str]:
 
 
 def requests_of(run: Run, task: str) -> tuple[list[Request], int]:
-    """What is decoded of a task: its prompts that leave the target room to answer, and how many do not.
+    """The requests of a task, and how many of its prompts are too long for the target to answer.
 
-    DataError where the task cannot be read, or none of its prompts leaves room.
+    DataError if the task cannot be read, or if all of its prompts are too long.
     """
     options = run.file.evaluate
     if (digest := task_digest(task, base=run.base)) is not None:
@@ -135,7 +135,7 @@ def requests_of(run: Run, task: str) -> tuple[list[Request], int]:
 
 
 def _digest(requests: Sequence[Request]) -> str:
-    """Tells two evaluations on the same prompts from two on others, whatever the task is called."""
+    """The digest of the prompts. It is the same for equal prompts, whatever the task is called."""
     return hashlib.sha256(json.dumps([request.prompt_ids for request in requests]).encode()).hexdigest()
 
 

@@ -1,8 +1,8 @@
-"""What a stage was made from, so that a rerun can tell done from changed.
+"""What a stage's results were made from, so that a rerun can tell whether it has changed.
 
-A fingerprint is the values of just those keys of the run file that the stage read, and the digests of what else it read
-(reads.py). It is kept as text beside the stage's results (stage.json), so that a difference can be named. Knows keys
-and values; not what stages do.
+A fingerprint holds the values of the keys of the run file that the stage read, and the digests of the other content
+that it read (reads.py). It is kept as text beside the stage's results (stage.json), so that a message can name a
+difference. Knows keys and values. Does not know what stages do.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ RECORD = "stage.json"
 
 
 def flatten(run_file: RunFile) -> dict[str, Any]:
-    """Every key of a run file as written there, dotted, with its effective value in JSON types."""
+    """Every key of a run file, dotted as in errors, with its effective value in JSON types."""
     flat: dict[str, Any] = {}
 
     def visit(path: str, value: Any) -> None:
@@ -41,7 +41,7 @@ def flatten(run_file: RunFile) -> dict[str, Any]:
             flat[path] = json.loads(json.dumps(value, default=_plain))
 
     visit("", run_file)
-    # Each stage by itself, for what depends on whether the run has it (Run.has).
+    # Each stage is a key by itself, because a stage may depend on whether the run has another one (Run.has).
     flat |= {f"run.stages.{stage}": stage in run_file.run.stages for stage in KNOWN_STAGES}
     return flat
 
@@ -53,7 +53,7 @@ def _plain(value: Any) -> Any:
 
 
 def fingerprint(flat: Mapping[str, Any], reads: Sequence[str]) -> dict[str, Any]:
-    """The part of a flattened run file a stage reads; `reads` are keys or sections."""
+    """The part of a flattened run file that a stage reads. `reads` names keys or sections."""
     return {
         key: value for key, value in flat.items() if any(key == name or key.startswith(f"{name}.") for name in reads)
     }
@@ -61,10 +61,11 @@ def fingerprint(flat: Mapping[str, Any], reads: Sequence[str]) -> dict[str, Any]
 
 @frozen(kw_only=True)
 class StageRecord:
-    """What stands beside a stage's results.
+    """The record beside a stage's results.
 
-    `reads` are names of keys and sections, `keys` all keys under these names with their values, `content` what was read
-    beside the run file.
+    reads: The names of the keys and sections that the stage read.
+    keys: All keys under these names, with their values.
+    content: The digests of the other content that the stage read.
     """
 
     stage: str = field(validator=instance_of(str))
@@ -78,7 +79,7 @@ class StageRecord:
 
     @property
     def names_read(self) -> list[str]:
-        """`reads`; a record from before these were kept names single keys only."""
+        """`reads`. An older record without them names single keys only."""
         return self.reads or list(self.keys)
 
     def write(self, folder: Path) -> None:
@@ -90,7 +91,7 @@ class StageRecord:
 
 
 def read_record(folder: Path) -> StageRecord | None:
-    """The record of a stage's folder, None where the stage never started. StageError where the file is damaged."""
+    """The record of a stage's folder; None if the stage never started. StageError if the file is damaged."""
     path = folder / RECORD
     if not path.exists():
         return None
@@ -106,5 +107,5 @@ def read_record(folder: Path) -> StageRecord | None:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(key, old value, new value) of every key that differs; a key only one side has counts with None."""
+    """(key, old value, new value) of every key that differs. The value of a key that one side lacks is None."""
     return [(key, old.get(key), new.get(key)) for key in sorted({*old, *new}) if old.get(key) != new.get(key)]

@@ -1,6 +1,6 @@
-"""Made-up samples of a run, for trying out and estimating its training before there is any data.
+"""Made-up samples of a run, to try out and to estimate its training before there is any data.
 
-Knows sizes; the numbers mean nothing. Features may be tensors without memory (estimating/memory.py).
+Their sizes are right, and their numbers mean nothing. Features may be fake tensors (estimating/memory.py).
 
 Legend: T tokens, C = taps * H, H hidden size.
 """
@@ -20,7 +20,7 @@ from deepspec_core.training.sampler import sample_rng
 
 
 def made_up_features(run: Run, length: int) -> TargetFeatures:
-    """Features of one sample of `length` tokens, in the type a cache of this run gives them in."""
+    """Features of one sample of `length` tokens, in the dtype in which a cache of this run returns them."""
     dtype, size = torch_dtype(run.file.cache.dtype), run.target.architecture.hidden_size
     dtype = torch.bfloat16 if dtype.itemsize == 1 else dtype
     return TargetFeatures(
@@ -44,7 +44,7 @@ def made_up_samples(count: int, length: int, features: TargetFeatures | None) ->
 
 
 def made_up_batch(draft: DraftModel, samples: Sequence[Sample], seed: int) -> HostBatch:
-    """The samples as a micro-batch of this draft."""
+    """These samples as a micro-batch of this draft."""
     preparation = draft.preparation
     prepared = [preparation.prepare(sample, sample_rng(seed, 0, sample.id)) for sample in samples]
     return host_batch(prepared, preparation)

@@ -1,6 +1,6 @@
-"""What a run would do, before it does anything: stages, what stands already, and upper bounds of sizes.
+"""What a run would do: its stages, the results that exist, and upper bounds of sizes.
 
-Reads the target's config and counts conversations where the run file limits them; loads no weights, writes nothing.
+Reads the target's config, and counts conversations if the run file limits them. Loads no weights and writes nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _WORDS = {"run": "would run", "resume": "would resume", "skip": "complete, would
 
 
 def preview(run: Run, steps: Sequence[Step]) -> Iterator[str]:
-    """One line a stage, and one for the target."""
+    """One line for each stage, and one for the target."""
     architecture = run.target.architecture
     yield (
         f"target: {run.file.target.model} ({architecture.model_type}, {architecture.num_layers} layers, hidden size "

@@ -1,8 +1,9 @@
-"""What a stage reads while it works: keys of the run file, and content beside it such as source files and weights.
+"""What a stage reads while it works: keys of the run file, and other content such as source files and weights.
 
-A stage's results depend on what the stage read, so that is recorded as it happens and nobody keeps a list. Sections of
-a run file note the names of their keys when these are read (`recording`). What is made once and used by several stages
-(`remembered`) notes again, on every use, what was read to make it. Knows names and digests; not stages, not folders.
+A stage's results depend on what it read. So every reading is recorded when it happens, and no list has to be kept by
+hand. The sections of a run file note the name of each key that is read (`recording`). A value that is computed once and
+used by several stages (`remembered`) notes on every use what was read to compute it. Knows names and digests. Does not
+know stages or folders.
 """
 
 from __future__ import annotations
@@ -31,31 +32,31 @@ class Trace:
     content: dict[str, str] = field(factory=dict)
 
     def covers(self, other: Trace) -> bool:
-        """Whether everything in `other` is here."""
+        """Whether this trace has everything that `other` has."""
         return other.keys <= self.keys and other.content.items() <= self.content.items()
 
     def add(self, other: Trace) -> None:
-        """All of `other` as well."""
+        """Add everything that `other` has."""
         self.keys |= other.keys
         self.content |= other.content
 
 
 class Reads:
-    """Receives notes and hands them to every trace that is open."""
+    """Takes notes of readings and adds them to every open trace."""
 
     def __init__(self) -> None:
         self._open: list[tuple[Trace, Callable[[Trace], None] | None]] = []
 
     def key(self, name: str) -> None:
-        """A key was read, or a section with all its keys."""
+        """Note that a key was read, or a section with all its keys."""
         self._note(Trace({name}))
 
     def content(self, name: str, digest: str) -> None:
-        """Content was read that is not in the run file."""
+        """Note that content outside the run file was read."""
         self._note(Trace(set(), {name: digest}))
 
     def again(self, trace: Trace) -> None:
-        """Something made earlier is used: what was read to make it counts as read now."""
+        """Note that a value computed earlier is used. What was read to compute it counts as read now."""
         self._note(trace)
 
     def _note(self, noted: Trace) -> None:
@@ -67,7 +68,7 @@ class Reads:
 
     @contextmanager
     def traced(self, on_growth: Callable[[Trace], None] | None = None) -> Iterator[Trace]:
-        """A trace of everything that is read inside the block; `on_growth` is called whenever it has grown."""
+        """A trace of everything that is read inside the block. `on_growth` is called whenever it has grown."""
         trace = Trace()
         self._open.append((trace, on_growth))
         try:
@@ -98,10 +99,10 @@ class remembered(Generic[T]):
 
 
 def recording(file: RunFile, reads: Reads) -> RunFile:
-    """The same run file, whose sections tell `reads` which of their keys are read.
+    """The same run file, but its sections tell `reads` which of their keys are read.
 
-    Keys that change no result (config/schema.py marks them) are left out. What a plugin's options hold is theirs:
-    reading the options counts as reading the whole section.
+    Keys that change no result (config/schema.py marks them) are left out. Readings inside a plugin's options are not
+    seen, so reading the options counts as reading the whole section.
     """
     sections = {
         attribute.name: _recording(value, attribute.name, reads)
@@ -121,7 +122,7 @@ def _recording(section: Any, name: str, reads: Reads) -> Any:
 
 @cache
 def _recording_class(section: type) -> type:
-    """A subclass that notes reads. Its copies and pickles are of the plain class: they leave this process's traces."""
+    """A subclass that notes readings. Its copies and pickles are of the plain class and note nothing."""
     noted = {
         # A plugin's options stand in the section itself: [draft] block_size, not [draft.options] block_size.
         attribute.name: "" if attribute.metadata == FILLED_IN else attribute.name
@@ -130,7 +131,7 @@ def _recording_class(section: type) -> type:
     }
 
     def read(self: Any, name: str) -> Any:
-        # attrs.evolve makes a section without a note, after reading all of the old one.
+        # attrs.evolve reads all keys of the old section; the new section notes nothing.
         if name in noted and (note := getattr(self, _NOTE, None)) is not None:
             note(noted[name])
         return object.__getattribute__(self, name)

@@ -10,7 +10,7 @@ from deepspec_core.pipeline.run import Run
 
 
 def run_stage(run: Run) -> dict[str, Any]:
-    """Answer every training conversation; an interrupted stage goes on with those that are missing."""
+    """Answer every training conversation. An interrupted stage goes on with those that are missing."""
     assert run.data.regenerated is not None, "this stage is in the run"
     fmt = run.target.adapter.conversation_format()
     counts: Counter[str] = Counter()

@@ -1,7 +1,7 @@
 """One run: its file, its folder, and the target, data and cache that its stages share.
 
-Knows where everything of a run lies and how its parts belong together; each part knows its own section of the run file
-(run_target.py, run_data.py, run_cache.py). Nothing heavy is imported before a part is asked for something.
+Knows where the files of a run lie and how its parts belong together. Each part knows its own section of the run file
+(run_target.py, run_data.py, run_cache.py). Nothing heavy is imported before a part is used.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 @define(slots=False)
 class Run:
-    """A run file in effect. Relative paths of the file start at the folder of `path`.
+    """A run file, its folder and the installed plugins. Relative paths in the file start at the folder of `path`.
 
-    `reads` is told which keys of `file` are read, and what else the run's parts read.
+    `reads` records which keys of `file` are read, and what else the run's parts read.
     """
 
     file: RunFile
@@ -40,22 +40,22 @@ class Run:
 
     @property
     def base(self) -> Path:
-        """What relative paths of the run file are relative to."""
+        """The folder that relative paths of the run file start at."""
         return self.path.resolve().parent
 
     @property
     def folder(self) -> Path:
-        """Where results go."""
+        """The folder of the run's results."""
         return (self.base / self.file.run.output).resolve()
 
     def stage_folder(self, stage: str) -> Path:
-        """A stage's own folder; the cache's may be elsewhere."""
+        """A stage's own folder. That of the cache may lie outside the run's folder."""
         if stage == "cache" and self.file.cache.path is not None:
             return self.base / self.file.cache.path
         return self.folder / stage
 
     def has(self, stage: str) -> bool:
-        """Whether the run has this stage. Unlike the whole list of stages, each stage of it counts as a key."""
+        """Whether the run has this stage. The answer counts as a key that was read; the list of all stages does not."""
         self.reads.key(f"run.stages.{stage}")
         return stage in self.file.run.stages
 

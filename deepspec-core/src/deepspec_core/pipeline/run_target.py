@@ -1,6 +1,6 @@
 """A run's target: where it is, its adapter, tokenizer and weights, each opened when first asked for.
 
-Knows the run file's [target], [draft.layer] and whether the target thinks; not data, caches or stages.
+Knows the run file's [target], [draft.layer] and whether the target thinks. Does not know data, caches or stages.
 """
 
 from __future__ import annotations
@@ -26,9 +26,12 @@ if TYPE_CHECKING:
 
 @define(kw_only=True, slots=False)
 class RunTarget:
-    """[target] in effect. `base` is what relative paths start at, `named_in` the file that names the taps.
+    """What [target] names, opened on first use.
 
-    `draft_layer` is read to open the adapter, but only a draft has that shape: `draft_adapter` notes the reading.
+    base: The folder that relative paths start at.
+    named_in: The file that names the taps, for errors.
+    draft_layer: The shape of the draft's layers. The adapter is opened with it, but only a draft depends on it, so only
+        `draft_adapter` notes that it was read.
     """
 
     options: TargetOptions
@@ -48,12 +51,12 @@ class RunTarget:
 
     @cached_property
     def device(self) -> torch.device:
-        """The accelerator of this process, else the CPU."""
+        """The accelerator of this process, or the CPU if there is none."""
         return workers.device()
 
     @remembered
     def dtype(self) -> torch.dtype:
-        """As the run file says; else fp32 on CPU, where results are exact, and bf16 on an accelerator."""
+        """The dtype of the run file; else fp32 on a CPU, where results are exact, and bf16 on an accelerator."""
         from deepspec_core.dtypes import torch_dtype
 
         if self.options.dtype is not None:
@@ -64,7 +67,7 @@ class RunTarget:
 
     @remembered
     def family(self) -> TargetAdapter:
-        """The adapter. The taps are not looked at."""
+        """The adapter. The taps are not checked."""
         from deepspec_core.targets.opening import open_adapter
 
         return open_adapter(
@@ -77,7 +80,7 @@ class RunTarget:
 
     @remembered
     def adapter(self) -> TargetAdapter:
-        """The adapter, after the taps are checked against it. TargetError where they do not fit."""
+        """The adapter, after a check that the target has the taps. TargetError if it does not."""
         from deepspec_core.targets.taps import check_taps
 
         layers = self.family.architecture.num_layers
@@ -86,7 +89,7 @@ class RunTarget:
 
     @property
     def draft_adapter(self) -> TargetAdapter:
-        """The adapter, for what has the draft's own shape."""
+        """The adapter, for building modules in the draft's own shape."""
         self.reads.key("draft.layer")
         return self.adapter
 
@@ -121,13 +124,13 @@ class RunTarget:
         return ChatTokenizer(tokenizer, thinking=self.thinking)
 
     def fingerprint(self) -> str:
-        """What tells this target from another; see targets/opening.py."""
+        """A fingerprint that differs for every other target; see targets/opening.py."""
         from deepspec_core.targets.opening import fingerprint
 
         return fingerprint(self.where, revision=self.options.revision)
 
     def content_digest(self) -> str:
-        """What tells it from the same target with another tokenizer or other stop tokens too."""
+        """A digest that also differs for the same target with another tokenizer or other stop tokens."""
         from deepspec_core.targets.opening import content_digest
 
         return content_digest(self.where, revision=self.options.revision)

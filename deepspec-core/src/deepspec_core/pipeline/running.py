@@ -1,6 +1,6 @@
-"""Doing a run in this process: plan, try out, lock, discard what is to be discarded, and do the stages in order.
+"""Doing a run in this process: plan it, try it out, lock its folder, discard forced results, do the stages in order.
 
-The command line and the Python interface both go through here. Knows no stage; starts no other process.
+The command line and the Python interface both use this file. It knows no stage and starts no other process.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from deepspec_core.pipeline.stages import Step
 def run_stages(
     run: Run, *, only: Sequence[str] = (), force: Sequence[str] = (), say: Callable[[str], None]
 ) -> dict[str, dict[str, Any]]:
-    """Do the run's stages (or `only` some of them) as far as they are not done; each stage's summary.
+    """Do the stages of the run (or `only` some of them) that are not done yet. Returns each stage's summary.
 
-    Results of the stages in `force`, and of those that build on them, are discarded first. DeepSpecError where the plan
-    is refused or a stage fails.
+    Results of the stages in `force`, and of those that build on them, are discarded first. DeepSpecError if the plan is
+    refused or a stage fails.
     """
     steps = stages.plan(run, only=only, force=force)
     begin(run, steps, say=say)
@@ -37,7 +37,7 @@ def begin(run: Run, steps: Sequence[Step], *, say: Callable[[str], None], proces
 def do(
     run: Run, steps: Sequence[Step], *, force: Sequence[str] = (), say: Callable[[str], None]
 ) -> dict[str, dict[str, Any]]:
-    """What the plan says, as the first (or only) process of the run, with the run's folder locked."""
+    """Do what the plan says, as the first (or only) process of the run, with the run's folder locked."""
     with run.locked(), full_disk_is_an_error(run.folder):
         for folder in stages.discard(run, force):
             say(f"discarded {folder}")

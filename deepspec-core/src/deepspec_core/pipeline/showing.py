@@ -1,7 +1,7 @@
-"""What `deepspec data show` looks at: samples as training reads them, prompts as they are sent, and what was dropped.
+"""What `deepspec data show` shows: samples as training reads them, prompts as they are sent, and what was dropped.
 
-Needs the tokenizer and the target's config, never its weights. Knows where a run's conversations are; not how what is
-found is printed.
+Needs the tokenizer and the target's config, never its weights. Knows where a run's conversations are. Does not know how
+they are printed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from deepspec_core.pipeline.run import Run
 
 @frozen(kw_only=True)
 class Shown:
-    """A sample or a prompt: its text in runs of tokens that are supervised or not, and how many there are of each."""
+    """A sample or a prompt: its text, cut where supervision begins or ends, and the number of tokens of each part."""
 
     id: str
     pieces: tuple[tuple[str, bool], ...]
@@ -37,7 +37,7 @@ class Shown:
 
 @frozen(kw_only=True)
 class View:
-    """What is shown of a run. `origin` says in words where it comes from; `counts` fill up while `shown` is read."""
+    """What is shown of a run. `origin` says in words where it comes from. `counts` grow while `shown` is read."""
 
     origin: str
     shown: Iterator[Shown]
@@ -46,8 +46,11 @@ class View:
 
 
 def view(run: Run, split: Split, count: int, *, on_drop: Callable[[Dropped], None]) -> View:
-    """The first `count` samples of a split: of "train" what training reads, or, where the target has not answered yet,
-    the prompts it will be asked; of "held_out" the prompts evaluation asks."""
+    """The first `count` samples of a split.
+
+    For "train" these are the samples that training reads, or the prompts of regeneration if the target has not answered
+    yet. For "held_out" they are the prompts of evaluation.
+    """
     counts: Counter[str] = Counter()
     if split == "held_out":
         return View(origin="held-out prompts, as evaluation asks them", shown=_held_out(run, count), counts=counts)
@@ -81,7 +84,7 @@ def _held_out(run: Run, count: int) -> Iterator[Shown]:
 
 
 def _first_prompt(run: Run, row: Conversation) -> Shown | None:
-    """What the target is asked first; None where nobody asks anything."""
+    """The first prompt that the target is asked; None if there is none."""
     asked = next((index for index, message in enumerate(row.messages) if message["role"] == "user"), None)
     if asked is None:
         return None
@@ -111,7 +114,7 @@ def _sample(tokenizer: ChatTokenizer, sample: Sample, longest: int) -> Shown:
 
 
 def _failures(regenerated: Path) -> tuple[str, ...]:
-    """What regeneration gave up on, one line each: id and reason."""
+    """The conversations that regeneration gave up on, one line each, with id and reason."""
     path = regenerated.with_name(regenerated.name + ".failures.jsonl")
     if not path.exists():
         return ()

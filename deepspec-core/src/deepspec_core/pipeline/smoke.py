@@ -1,4 +1,4 @@
-"""`--smoke`: a run made small, so that every stage is seen to work before the real one starts."""
+"""`--smoke`: a small version of a run, to see that every stage works before the real run starts."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """The stages of a run: what each reads, what it builds on, and whether it is to run, resume, be skipped or be refused.
 
-A stage whose keys are unchanged and whose results are complete is skipped; an interrupted one resumes; changed keys on
-a stage that has results are an error naming the key, never a silent overwrite. Imports nothing heavy: bodies are text.
+A stage whose keys are unchanged and whose results are complete is skipped. An interrupted stage resumes. If a key has
+changed since the results were made, an error names the key, and nothing is overwritten. Imports nothing heavy: the
+functions that do the stages are named as text.
 """
 
 from __future__ import annotations
@@ -28,8 +29,12 @@ from deepspec_core.plugins.references import resolve
 
 @frozen(kw_only=True)
 class Stage:
-    """`uses`: stages whose results it builds on, where the run has them. `body` is called with the run and returns a
-    summary in JSON types. `shared`: all workers of a run take part; the others are the first worker's alone."""
+    """A stage that a run may have.
+
+    uses: The stages whose results it builds on, if the run has them.
+    body: Names the function that does the stage. It is called with the run and returns a summary in JSON types.
+    shared: Whether all workers of a run take part. If not, the first worker does the stage alone.
+    """
 
     name: str
     uses: tuple[str, ...]
@@ -55,7 +60,7 @@ Action = Literal["run", "resume", "skip"]
 
 @frozen(kw_only=True)
 class Step:
-    """What is to be done about one stage of a run, and why. `forced`: what is there is discarded first."""
+    """What will be done about one stage of a run, and why. If `forced`, its results are discarded first."""
 
     stage: Stage
     action: Action
@@ -64,7 +69,7 @@ class Step:
 
 
 def ancestors(stage: Stage, present: Sequence[str]) -> list[Stage]:
-    """The stages it builds on, directly or not, among those the run has."""
+    """The stages of the run that this one builds on, directly or through others."""
     found: list[Stage] = []
     for name in stage.uses:
         if name in present:
@@ -73,7 +78,7 @@ def ancestors(stage: Stage, present: Sequence[str]) -> list[Stage]:
 
 
 def plan(run: Run, *, only: Sequence[str] = (), force: Sequence[str] = ()) -> list[Step]:
-    """Decide about every stage of the run (or `only` some of them). StageError where settings changed under results."""
+    """Decide about every stage of the run, or `only` some. StageError if keys have changed since results were made."""
     present = run.file.run.stages
     for name in [*only, *force]:
         if name not in present:
@@ -108,7 +113,7 @@ def _forced(stage: Stage, force: Sequence[str], present: Sequence[str]) -> bool:
 
 
 def _record_of_results(folder: Path) -> StageRecord | None:
-    """The stage's record, None where there is none or the stage failed before it had any result."""
+    """The stage's record; None if there is none, or if the stage failed before it had a result."""
     record = read_record(folder)
     if record is None or record.complete:
         return record
@@ -128,7 +133,7 @@ def _known(name: str, run: Run) -> Stage:
 
 
 def discard(run: Run, force: Sequence[str]) -> list[Path]:
-    """Remove the results of forced stages and of all that build on them; returns the folders emptied."""
+    """Remove the results of forced stages and of the stages that build on them. Returns the folders emptied."""
     emptied = []
     for name in run.file.run.stages:
         stage = _known(name, run)
@@ -147,7 +152,7 @@ def discard(run: Run, force: Sequence[str]) -> list[Path]:
 
 
 def execute(run: Run, steps: Sequence[Step], *, say: Callable[[str], None]) -> dict[str, dict[str, Any]]:
-    """Do what the plan says, in order; returns each stage's summary. An interrupted stage keeps its open record."""
+    """Do what the plan says, in order. Returns each stage's summary. The record of an interrupted stage stays open."""
     summaries: dict[str, dict[str, Any]] = {}
     counts = _threads(run, steps)
     for step in steps:
@@ -166,13 +171,13 @@ def execute(run: Run, steps: Sequence[Step], *, say: Callable[[str], None]) -> d
 
 
 def _do(run: Run, step: Step, say: Callable[[str], None]) -> StageRecord:
-    """Do one stage, its record on disk at every moment naming whatever was read so far."""
+    """Do one stage. At every moment its record on disk names everything that was read so far."""
     name, folder, before, start = step.stage.name, run.stage_folder(step.stage.name), step.record, time.monotonic()
     flat, versions = flatten(run.file), run.plugins.versions()
 
     def record_of(read: Trace, *, complete: bool = False, summary: dict[str, Any] | None = None) -> StageRecord:
         if before is not None:
-            # What an earlier process made from these keys is among the results.
+            # Some of the results may come from an earlier process, which read these keys.
             read = Trace({*before.names_read, *read.keys}, {**before.content, **read.content})
         return StageRecord(
             stage=name,
@@ -212,12 +217,12 @@ def _do(run: Run, step: Step, say: Callable[[str], None]) -> StageRecord:
 
 
 def _alone(run: Run, name: str) -> AbstractContextManager[object]:
-    """The run's own folder is locked already; a cache elsewhere may be another run's too."""
+    """Lock a cache outside the run's folder, because other runs may use it. The run's own folder is locked already."""
     return run.cache.locked() if name == "cache" else nullcontext()
 
 
 def follow(run: Run, steps: Sequence[Step]) -> None:
-    """What a worker other than the first does: take part in shared stages, wait for the rest."""
+    """Do what workers other than the first do: take part in shared stages, and wait for the others."""
     counts = _threads(run, steps)
     for step in steps:
         if step.action == "skip":
@@ -247,5 +252,5 @@ def _require_ancestors(run: Run, stage: Stage) -> None:
 
 
 def _in_words(summary: dict[str, Any]) -> str:
-    """What a stage did, and what it dropped; counts of nothing and nested figures are left to the file."""
+    """What a stage did and dropped, in one line. Zeros and nested figures are in the file only."""
     return "".join(f", {key} {value}" for key, value in summary.items() if value and not isinstance(value, dict))

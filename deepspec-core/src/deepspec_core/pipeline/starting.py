@@ -1,7 +1,7 @@
 """Choosing what a new run file says: taps, the mask token, sampling, sizes, and estimates of what they cost.
 
-Reads the target's config, its tokenizer and the sizes of its files, never its weights; builds the draft on the meta
-device to count it. How a file is worded is config/starter.py's.
+Reads the target's config, its tokenizer and the sizes of its files, never its weights. Builds the draft on the meta
+device to count its parameters. The wording of the file is in config/starter.py.
 """
 
 from __future__ import annotations
@@ -28,28 +28,29 @@ from deepspec_core.targets.taps import spread_taps
 
 DEFAULT_DATA: Final = "mlabonne/open-perfectblend"
 MASK: Final = "mask_token_id"
-# fp32 weights, their gradients and the two moments of the optimizer; a frozen weight in bfloat16.
+# Bytes of a trained weight: fp32, its gradient and the optimizer's two moments. Bytes of a frozen weight: bfloat16.
 _BYTES_TRAINED: Final = 16
 _BYTES_FROZEN: Final = 2
 
 
 @frozen(kw_only=True)
 class _NoOptions:
-    """There is nothing to choose."""
+    """For an algorithm without options."""
 
 
 @frozen(kw_only=True)
 class _Found:
-    """A value and why it is that."""
+    """A value, and the reason for it."""
 
     value: Any
     reason: str
 
 
 def start_of(model: str, draft_type: str, data: str | None, folder: Path, registry: Registry) -> Start:
-    """Everything a new run file in `folder` says. `model` and `data` are as given, paths relative to where one stands.
+    """Everything that a new run file in `folder` says.
 
-    PluginError for a draft type that is not installed, TargetError or DataError where target or data are not there.
+    `model` and `data` are as the user gave them; relative paths start at the current folder. PluginError if the draft
+    type is not installed. TargetError or DataError if the target or the data do not exist.
     """
     spec = registry.get("draft", draft_type)
     here = Path.cwd()
@@ -182,7 +183,7 @@ def _source(data: str, folder: Path, registry: Registry) -> str:
 
 
 def _relative(path: str, folder: Path) -> str:
-    """As the run file in `folder` has to say it."""
+    """The path as the run file in `folder` has to write it."""
     return path if path.startswith(("/", "~")) else Path(os.path.relpath(path, folder)).as_posix()
 
 

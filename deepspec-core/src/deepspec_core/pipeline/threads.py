@@ -1,8 +1,8 @@
 """How many threads each stage computes with on the CPU, and how waiting threads behave.
 
-A stage's threads follow from the size of one of its steps, because several threads on a small product spend their time
-waiting for each other. The rule reads the run file and the target's sizes only, so a resumed run chooses the same
-again. `run.threads` overrides it. Imports nothing heavy at the top: the environment has to be set before PyTorch is
+The number of threads follows from the size of one step of the stage, because several threads on a small product mostly
+wait for each other. The rule reads only the run file and the target's sizes, so a resumed run chooses the same number.
+`run.threads` overrides it. Imports nothing heavy at the top, because the environment has to be set before PyTorch is
 loaded.
 """
 
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 # A step smaller than WORTH_SHARING gets one thread; a larger one gets a thread for each OPERATIONS_A_THREAD.
 WORTH_SHARING = 3.5e8
 OPERATIONS_A_THREAD = 1e8
-# Turns of libgomp's waiting loop before a thread sleeps, about a tenth of a millisecond. Its default, 300,000, holds a
-# core that the thread waited for may need: two trainings on two cores then ran 34 times slower than one alone.
+# Turns of libgomp's waiting loop before a thread sleeps: about a tenth of a millisecond. With its default of 300,000, a
+# waiting thread keeps a core that others need: two trainings on two cores then ran 34 times slower than one alone.
 SPIN_COUNT = "3000"
 _WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 _CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
@@ -36,14 +36,14 @@ _CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 def let_waiting_threads_sleep(environment: MutableMapping[str, str] = os.environ) -> None:
     """Tell OpenMP, before PyTorch loads it, that threads sleep soon after they begin to wait for others.
 
-    What the user set in the environment stays.
+    Variables that the user has set in the environment stay as they are.
     """
     if not any(name in environment for name in _WAITING):
         environment["GOMP_SPINCOUNT"] = SPIN_COUNT
 
 
 def available(quota: Path = _CPU_QUOTA) -> int:
-    """Threads that PyTorch would use by itself, or the container's CPU quota where that is less."""
+    """The number of threads that PyTorch would use by itself, or the container's CPU quota if that is less."""
     import torch
 
     try:
@@ -55,12 +55,12 @@ def available(quota: Path = _CPU_QUOTA) -> int:
 
 
 def threads_for(operations: float, most: int) -> int:
-    """Threads for steps of that many floating-point operations, between 1 and `most`."""
+    """The number of threads for steps of that many floating-point operations, between 1 and `most`."""
     return 1 if operations < WORTH_SHARING else min(most, int(operations / OPERATIONS_A_THREAD))
 
 
 def operations_of_step(run: Run, stage: str) -> float:
-    """About how many operations one step of a stage takes on the CPU: a forward pass, or an optimizer micro-batch."""
+    """About how many operations one step of a stage takes: one forward pass, or one micro-batch of training."""
     file, of_token = run.file, 2 * _multiplications(run.target.architecture)
     if stage == "regenerate":
         return of_token * file.regenerate.batch_size
@@ -72,26 +72,26 @@ def operations_of_step(run: Run, stage: str) -> float:
     if stage == "cache":
         return of_token * file.cache.batch_size * run.data.max_length
     assert stage == "train", stage
-    # Forward and backward of a draft as large as one of the target's layers, over the sequences of a micro-batch.
+    # The forward and backward pass of a draft of one target layer, over the sequences of a micro-batch.
     share = 1 / run.target.architecture.num_layers
     return 3 * share * of_token * file.train.micro_batch_size * run.data.max_length
 
 
 def for_decoding(architecture: TargetArchitecture, device: torch.device, *, batch_size: int) -> int:
-    """Threads for decoding so many sequences at once."""
+    """The number of threads for decoding so many sequences at once."""
     if device.type != "cpu":
         return available()
     return threads_for(2 * _multiplications(architecture) * batch_size, available())
 
 
 def _multiplications(architecture: TargetArchitecture) -> float:
-    """Of one token, by the usual proportions of a decoder layer: 12 products of H x H, and the vocabulary's."""
+    """Multiplications for one token: 12 H x H in each decoder layer, as is usual, and the vocabulary head's."""
     size = architecture.hidden_size
     return 12.0 * size * size * architecture.num_layers + size * architecture.vocab_size
 
 
 def choose(run: Run, stages: Sequence[str], *, processes: int = 1) -> dict[str, int]:
-    """Stage -> threads of each of the `processes` that share this machine. On an accelerator PyTorch's own number."""
+    """The threads of each stage, for one of `processes` on this machine. On an accelerator, PyTorch's own number."""
     if not stages:
         return {}
     most = max(1, available() // processes)
@@ -103,7 +103,7 @@ def choose(run: Run, stages: Sequence[str], *, processes: int = 1) -> dict[str, 
 
 
 def in_words(chosen: dict[str, int], *, given: bool, device: str = "cpu") -> str:
-    """One line for the head of a run: how many, and why."""
+    """The choice and its reason as one line, for the beginning of a run's output."""
     alike = len(set(chosen.values())) == 1
     listed = ", ".join(f"{stage} {count}" for stage, count in chosen.items())
     number = str(next(iter(chosen.values()))) if alike else listed
@@ -115,7 +115,7 @@ def in_words(chosen: dict[str, int], *, given: bool, device: str = "cpu") -> str
 
 
 def announce(run: Run, stages: Sequence[str], say: Callable[[str], None], *, processes: int = 1) -> None:
-    """Say what was chosen for the stages that are to run, and why."""
+    """Say how many threads the stages that will run have, and why."""
     chosen = choose(run, stages, processes=processes)
     if chosen:
         say(in_words(chosen, given=run.file.run.threads is not None, device=run.target.device.type))

@@ -18,7 +18,10 @@ from deepspec_core.training.trainer import train
 
 
 def run_stage(run: Run) -> dict[str, Any]:
-    """Train to the end, or on from the last checkpoint. The finished draft lies in the run's folder as `draft`."""
+    """Train to the end, from the last checkpoint if there is one.
+
+    The finished draft lies in the run's folder as `draft`.
+    """
     registry = run.plugins.registry
     source: FeatureSource = registry.load("features", run.file.features.mode)(run)
     draft = new_draft(run)
@@ -49,7 +52,7 @@ def run_stage(run: Run) -> dict[str, Any]:
 
 
 def new_draft(run: Run) -> DraftModel:
-    """A draft of the run's type in the target's family, its weights drawn from the run's seed."""
+    """A draft of the run's type in the target's family. Its weights are drawn from the run's seed."""
     build = run.plugins.registry.load("draft", run.file.draft.type)
     torch.manual_seed(run.file.run.seed)
     draft: DraftModel = build(run.file.draft.options, run.target.draft_adapter, run.file.target.layers)
@@ -57,7 +60,7 @@ def new_draft(run: Run) -> DraftModel:
 
 
 def publish(checkpoint: Path, out: Path) -> None:
-    """Give a checkpoint a second name in the run's folder, without a second copy where the file system allows."""
+    """Give a checkpoint a second name in the run's folder. It is not copied if the file system has hard links."""
     partial = out.with_name(f".{out.name}.partial")
     for stale in (partial, out):
         if stale.exists():

@@ -1,7 +1,7 @@
-"""A run's training tried out before its first stage: the draft's forward pass, the loss on its rows, the kernels.
+"""A trial of a run's training before its first stage: the draft's forward pass, the loss on its rows, the kernels.
 
-The draft runs on tensors without memory, so it costs nothing at any size. Loss terms then run for real on a handful of
-rows that look like the draft's. Knows runs and contracts; no stage, no disk.
+The draft runs on fake tensors, so the trial takes no memory at any size. Loss terms then run for real on a few rows
+that look like the draft's. Knows runs and contracts. Does not know stages or the disk.
 
 Legend: N rows, P target positions, H hidden size, V vocabulary, r rank of the correction.
 """
@@ -36,32 +36,32 @@ log = logging.getLogger("deepspec")
 _LENGTH = 128
 _ROWS = 4
 _VOCABULARY = 16
-# What torch says, without a class of its own, where a tensor without memory is to become an array.
+# torch's message when a fake tensor is to become an array; the exception has no class of its own.
 _NO_NUMBERS = ".numpy() is not supported"
 _CANNOT_WITHOUT_NUMBERS = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
 
 
 @frozen(kw_only=True)
 class Tried:
-    """What was found out: the bytes of one checkpoint, and whether the draft says that it judges its own tokens."""
+    """What the trial found out: the bytes of one checkpoint, and whether the draft says that it gives confidence."""
 
     checkpoint_bytes: int
     gives_confidence: bool | None
 
 
 def try_draft(run: Run) -> tuple[DraftModel, Tried]:
-    """The run's draft, built on tensors without memory. What stops it stops it now."""
-    _ = run.target.adapter  # opened before: what a plugin makes on first use needs real memory
+    """Build the run's draft on fake tensors, so that an error in building it is raised now."""
+    _ = run.target.adapter  # opened first, because what a plugin makes on first use needs real memory
     with fake_tensors():
         draft = new_draft(run)
     return draft, Tried(checkpoint_bytes=bytes_of_one(draft), gives_confidence=draft.describe().gives_confidence)
 
 
 def try_training(run: Run, draft: DraftModel) -> None:
-    """One forward pass of the draft, and the run's loss on rows like its own.
+    """Run one forward pass of the draft, and the run's loss on rows like the draft's.
 
-    ConfigError where a term reads what the draft does not provide or the kernels asked for cannot run. PluginError,
-    naming the package, where the draft or a term fails.
+    ConfigError if a term reads what the draft does not provide, or if the chosen kernels cannot run. PluginError, which
+    names the package, if the draft or a term fails.
     """
     engine = build_engine(run.file.loss, run.plugins.registry)
     engine.choice(run.target.device.type, run.target.architecture.vocab_size)
@@ -72,7 +72,7 @@ def try_training(run: Run, draft: DraftModel) -> None:
 
 
 def _rows(run: Run, draft: DraftModel) -> Rows | None:
-    """Rows of one made-up sample, None where the draft cannot run without numbers."""
+    """Rows of one made-up sample; None if the draft cannot run on fake tensors."""
     length = min(_LENGTH, run.data.max_length)
     try:
         with fake_tensors():
@@ -114,7 +114,7 @@ def _try_loss(run: Run, engine: RowEngine, rows: Rows, heads: Heads) -> None:
         alone = RowEngine({name: term}, engine.weighting, kernels="plain")
         try:
             with warnings.catch_warnings():
-                # One term leaves to others what the draft gives them.
+                # One term alone leaves extras unread that other terms read.
                 warnings.simplefilter("ignore", RuntimeWarning)
                 alone(few_rows, few_heads).total.backward()
         except DeepSpecError:
@@ -128,7 +128,7 @@ def _try_loss(run: Run, engine: RowEngine, rows: Rows, heads: Heads) -> None:
 
 
 def _few(rows: Rows, heads: Heads) -> tuple[Rows, Heads]:
-    """A handful of real rows in two blocks with everything that the draft's rows have, over a small vocabulary."""
+    """A few real rows in two blocks, over a small vocabulary, with everything that the draft's rows have."""
     draw = torch.Generator().manual_seed(0)
 
     def drawn(*shape: int) -> Tensor:
