@@ -1,6 +1,6 @@
-"""What a plugin is written with: the hook marker and the specs that say what it offers.
+"""What a plugin is written with: the hook marker, and the specs that say what it offers.
 
-A plugin's `plugin.py` imports these names and nothing heavier. The hooks, one contract each, are in hooks.py.
+A plugin's `plugin.py` imports these names and nothing heavier. The hooks and their contracts are in hooks.py.
 """
 
 from deepspec_core.plugins.hooks import hookimpl

@@ -1,7 +1,7 @@
-"""Find, check and register plugins, one by one; say why one was left out.
+"""Finds, checks and registers plugins one by one, and says why a plugin was left out.
 
-Knows the entry-point group `deepspec`, distributions and pluggy. Does not know what plugins offer beyond the table of
-kinds (registry.py), and imports none of the heavy code that specs name.
+Knows the entry-point group `deepspec`, distributions and pluggy. Of what plugins offer it knows only the table of kinds
+(registry.py). It imports none of the heavy code that specs name.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ CORE = "deepspec-core"
 
 @frozen(kw_only=True, eq=False)
 class Plugins:
-    """What `load_plugins` found: pluggy's manager for hook calls, a record of each plugin, the components by name."""
+    """What `load_plugins` found: pluggy's manager to call hooks, a record of each plugin, the components by name."""
 
     manager: pluggy.PluginManager
     records: tuple[PluginRecord, ...]
     registry: Registry
 
     def versions(self) -> dict[str, str]:
-        """Distribution -> version of the loaded plugins, as checkpoints and caches record them."""
+        """The versions of the loaded plugins by distribution, as checkpoints and caches record them."""
         return {record.package: record.version for record in self.records if record.loaded}
 
 
 @frozen(kw_only=True, eq=False)
 class _Found:
-    """An entry point before it is loaded; `key` tells two plugins of one name apart."""
+    """An entry point before it is loaded. `key` is unique, also for two plugins of the same name."""
 
     entry: EntryPoint
     name: str
@@ -61,10 +61,10 @@ class _LeftOut(Exception):
 
 
 def load_plugins(*, blocked: Collection[str] = ()) -> Plugins:
-    """Load every installed plugin but the blocked ones, given by plugin or distribution name.
+    """Load every installed plugin except the blocked ones, which are given by plugin or distribution name.
 
-    A plugin that fails is recorded with its reason and never stops the others. PluginError where a blocked name is not
-    installed: a misspelled one would silently block nothing.
+    A plugin that fails is recorded with the reason and does not stop the others. PluginError if a blocked name is not
+    installed, because a misspelled name would otherwise block nothing without a word.
     """
     found = _find()
     _check_blocked(blocked, found)
@@ -92,7 +92,7 @@ def load_plugins(*, blocked: Collection[str] = ()) -> Plugins:
     by_key = {plugin.key: plugin for plugin in found}
     offers: dict[str, list[Offer]] = {}
     while True:
-        # A plugin found wanting is dropped and registration starts afresh: hooks that it added go with it.
+        # A plugin that does not pass is dropped and registration starts again, so that the hooks it added are gone too.
         try:
             manager = _register(modules)
             for key in modules:
@@ -123,7 +123,7 @@ def load_plugins(*, blocked: Collection[str] = ()) -> Plugins:
 def _find() -> list[_Found]:
     found = []
     for entry in entry_points(group=GROUP):
-        # A distribution whose metadata is damaged has neither; it is still listed.
+        # A distribution with damaged metadata has neither name nor version. It is still listed.
         package = (entry.dist.name if entry.dist else None) or "unknown"
         version = (entry.dist.version if entry.dist else None) or "unknown"
         found.append(_Found(entry=entry, name=entry.name, package=package, version=version))
@@ -145,7 +145,7 @@ def _check_blocked(blocked: Iterable[str], found: Sequence[_Found]) -> None:
 
 
 def _incompatible(entry: EntryPoint) -> str | None:
-    """Why the distribution's own requirement does not admit this core, or None."""
+    """Why this version of core does not meet the distribution's requirement, or None if it does."""
     from packaging.requirements import InvalidRequirement, Requirement
 
     for text in (entry.dist.requires if entry.dist else None) or ():
@@ -164,10 +164,11 @@ def _incompatible(entry: EntryPoint) -> str | None:
 
 
 def _register(modules: Mapping[str, Any]) -> pluggy.PluginManager:
-    """A manager with every plugin registered and checked. _LeftOut names the first plugin that does not pass."""
+    """A manager in which every plugin is registered and checked. _LeftOut names the first plugin that does not pass."""
     manager = pluggy.PluginManager(hooks.PROJECT)
     manager.add_hookspecs(hooks)
-    # Historic, and called before anyone is registered: each plugin is asked as it comes, in whatever order.
+    # This hook is historic and called before any plugin is registered. So each plugin gets the call when it is
+    # registered.
     manager.hook.deepspec_addhooks.call_historic(kwargs={"manager": manager})
     keys = {id(module): key for key, module in modules.items()}
     for key, module in modules.items():
@@ -192,7 +193,7 @@ def _register(modules: Mapping[str, Any]) -> pluggy.PluginManager:
 
 
 def _offers(manager: pluggy.PluginManager, plugin: _Found, module: Any) -> list[Offer]:
-    """What the plugin's own hooks offer. _LeftOut where one raises, or offers something else."""
+    """What the plugin's hooks offer. _LeftOut if a hook raises, or offers something of another type."""
     offers = []
     for kind_name, kind in KINDS.items():
         for implementation in getattr(manager.hook, kind.hook).get_hookimpls():

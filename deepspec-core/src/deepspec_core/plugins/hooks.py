@@ -1,8 +1,8 @@
-"""Every hook a plugin may implement, one contract each.
+"""Every hook that a plugin may implement. Each docstring states the contract.
 
-A plugin is a module (entry-point group `deepspec`) whose functions carry `@hookimpl` and these names. It imports attrs
-and deepspec_core only; what it offers names its heavy code as text (specs.py). Hooks that offer components return
-iterables of specs and are called once, when plugins are loaded. Notices are called at the edges of a run, never per
+A plugin is a module (entry-point group `deepspec`). Its functions carry `@hookimpl` and the names of hooks. It imports
+only attrs and deepspec_core; its specs name heavy code as text (specs.py). Hooks that offer components return iterables
+of specs and are called once, when plugins are loaded. Notices are called at certain points of a run, never in every
 step.
 """
 
@@ -78,7 +78,7 @@ def deepspec_builtins() -> Iterable[BuiltinSpec]:  # type: ignore[empty-body]
 
 @hookspec
 def deepspec_exporters() -> Iterable[ExportSpec]:  # type: ignore[empty-body]
-    """Offer exports: `[export] to = [NAME]`, one spec a (format, algorithm) pair."""
+    """Offer exports: `[export] to = [NAME]`. Each pair of format and algorithm has its own spec."""
 
 
 @hookspec
@@ -93,7 +93,7 @@ def deepspec_commands(cli: Any) -> None:
 
 @hookspec(historic=True)
 def deepspec_addhooks(manager: Any) -> None:
-    """Add hooks of the plugin's own: call `manager.add_hookspecs(module)`."""
+    """Add the plugin's own hooks, by calling `manager.add_hookspecs(module)`."""
 
 
 @hookspec

@@ -53,14 +53,14 @@ PUBLIC_MODULES = {
 
 @frozen(kw_only=True)
 class PublicName:
-    """A name of a public module, and the first sentence of what it says of itself."""
+    """A name of a public module, and the first sentence of its docstring."""
 
     name: str
     about: str
 
 
 def public_names(module: str) -> list[PublicName]:
-    """The names of a public module, imported now."""
+    """The names of a public module. The module is imported for it."""
     loaded = importlib.import_module(module)
     return [PublicName(name=name, about=_first_sentence(_docstring(module, name))) for name in loaded.__all__]
 
@@ -94,7 +94,7 @@ def _private_folders() -> list[str]:
 
 
 def _docstring(module: str, name: str) -> str:
-    """What a name says of itself. A constant says it in a text below its assignment, where it is made."""
+    """The docstring of a name. That of a constant is the text below its assignment, in the module that assigns it."""
     loaded = importlib.import_module(module)
     value = getattr(loaded, name)
     if inspect.isclass(value) or inspect.isroutine(value):

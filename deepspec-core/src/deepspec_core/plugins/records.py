@@ -1,4 +1,4 @@
-"""What is known of one installed plugin: its package, whether it was loaded, what it offers. Knows no discovery."""
+"""What is known of an installed plugin: its package, whether it was loaded, what it offers. Does not find plugins."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ Status = Literal["ok", "broken", "incompatible", "blocked", "duplicate"]
 class PluginRecord:
     """One entry point, loaded or not.
 
-    `status`: ok; broken (it raised, or a hook or spec is not as it must be); incompatible (it asks for another
-    deepspec-core); blocked (by the user); duplicate (loaded, but another plugin claims one of its names, which neither
-    can serve then). `reason` is None exactly where status is ok. `offers` maps a kind to the names offered.
+    status: "ok"; "broken" (it raised an error, or one of its hooks or specs is wrong); "incompatible" (it requires
+        another version of deepspec-core); "blocked" (by the user); "duplicate" (it is loaded, but another plugin offers
+        one of its names, so that neither can be used under this name).
+    reason: None exactly if the status is "ok".
+    offers: The names offered, by kind.
     """
 
     name: str
@@ -29,10 +31,10 @@ class PluginRecord:
 
     @property
     def loaded(self) -> bool:
-        """Whether what it offers can be used (but for names claimed twice)."""
+        """Whether its components can be used, apart from names that two plugins offer."""
         return self.status in ("ok", "duplicate")
 
 
 def canonical(name: str) -> str:
-    """A distribution's name in the one spelling that tells it from others: lower case, dashes."""
+    """A distribution's name in its normalised spelling: lower case, with dashes."""
     return re.sub(r"[-_.]+", "-", name).lower()

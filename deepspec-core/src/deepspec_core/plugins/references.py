@@ -1,6 +1,6 @@
-"""Importing what a plugin names as text, and saying in one line why that failed.
+"""Imports what a plugin names as text, and says in one line why an import failed.
 
-Knows Python's import system and tracebacks; knows nothing about hooks, kinds or records.
+Knows Python's import system and tracebacks. Does not know hooks, kinds or records.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import attrs
 from deepspec_core.errors import PluginError, nearest
 
 _HERE = os.path.dirname(__file__)
-# Frames between an author's mistake and us: naming them as the place of the mistake would mislead.
+# Frames of these files stand between an author's mistake and core. They are never the place of the mistake.
 _MACHINERY = (
     "<",  # frozen import system, generated constructors
     *(os.path.join(os.path.dirname(str(package.__file__)), "") for package in (importlib, attr, attrs)),
@@ -26,7 +26,7 @@ _MACHINERY = (
 
 
 def resolve(reference: str) -> Any:
-    """The object that "module:attribute" names, imported now. PluginError where either half is not there."""
+    """The object that "module:attribute" names, imported now. PluginError if the module or the attribute is missing."""
     module_name, _, attribute = reference.partition(":")
     try:
         value: Any = importlib.import_module(module_name)
@@ -43,13 +43,13 @@ def resolve(reference: str) -> Any:
 
 
 def message_of(error: BaseException) -> str:
-    """The error's text on one line; of attrs' errors, which pack attribute and value into it, the message alone."""
+    """The error's text on one line. attrs' errors also hold the attribute and the value; only their message is used."""
     packed = any(isinstance(part, attrs.Attribute) for part in error.args)
     return " ".join(str(error.args[0] if packed else error).split())
 
 
 def blame(error: BaseException) -> str:
-    """Exception type, message, and the file:line of the author's code that raised it, where there is one."""
+    """The exception's type, its message, and the file and line of the author's code that raised it, if there is any."""
     if isinstance(error, SyntaxError):
         return f"{type(error).__name__}: {error.msg} ({error.filename}:{error.lineno})"
     text = f"{type(error).__name__}: {message_of(error)}".removesuffix(": ")

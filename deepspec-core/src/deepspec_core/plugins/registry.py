@@ -1,7 +1,7 @@
-"""Named components: what plugins offer, looked up by kind and name, imported when first used.
+"""The components that plugins offer. They are looked up by kind and name, and imported when they are first used.
 
-Knows the table of kinds and how to explain a name that is not there (the nearest one, what is installed, which plugin
-was left out and why). Does not know how plugins are found (discovery.py), nor any component's contract.
+Knows the table of kinds, and how to explain a name that does not exist: the nearest name, what is installed, which
+plugin was left out and why. Does not know how plugins are found (discovery.py), or any component's contract.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from deepspec_core.plugins.specs import (
 
 @frozen(kw_only=True)
 class Kind:
-    """One kind of component: the hook that offers it, the spec it comes as, what users call it.
+    """One kind of component: the hook that offers it, the class of its spec, and its name in messages.
 
-    `reserved`: keys of its section that belong to core, so that its options cannot use them.
+    reserved: The keys of its section that belong to core. Its options cannot use them.
     """
 
     hook: str
@@ -60,7 +60,7 @@ KINDS: Mapping[str, Kind] = {
 
 @frozen(kw_only=True)
 class Offer:
-    """One spec and where it comes from: plugin name, distribution, version."""
+    """One spec, and the plugin, distribution and version that it comes from."""
 
     kind: str
     spec: ComponentSpec
@@ -70,12 +70,12 @@ class Offer:
 
     @property
     def algorithm(self) -> str | None:
-        """The second half of the key of exporters and importers."""
+        """The algorithm of an exporter or importer, which are found by name and algorithm."""
         return self.spec.algorithm if isinstance(self.spec, ExportSpec | ImportSpec) else None
 
     @property
     def label(self) -> str:
-        """The name as lists show it: exporters and importers with their algorithm."""
+        """The name as lists show it; for exporters and importers, with the algorithm."""
         return f"{self.spec.name} ({self.algorithm})" if self.algorithm else self.spec.name
 
     @property
@@ -86,14 +86,14 @@ class Offer:
 
 @frozen(kw_only=True)
 class Conflict:
-    """One name claimed more than once. `title` is what it names: a draft type, a target model type."""
+    """One name that is offered more than once. `title` says what it names, such as a draft type."""
 
     title: str
     name: str
     offers: tuple[Offer, ...]
 
     def error(self) -> PluginError:
-        """What a run that needs the name is told."""
+        """The error of a run that needs this name."""
         sources = sorted({offer.source for offer in self.offers})
         return PluginError(
             f"{self.title} {self.name!r} is offered more than once",
@@ -106,7 +106,8 @@ class Conflict:
 class Registry:
     """Everything that loaded plugins offer. `left_out` are the plugins that were not loaded, for explanations only.
 
-    Names are unique within a kind; exporters and importers within (name, algorithm), the algorithm being a draft type.
+    A name is unique within its kind. For exporters and importers, the pair of name and algorithm (a draft type) is
+    unique.
     """
 
     def __init__(self, offers: Iterable[Offer] = (), left_out: Sequence[PluginRecord] = ()) -> None:
@@ -128,16 +129,16 @@ class Registry:
     @overload
     def get(self, kind: str, name: str, *, algorithm: str | None = None) -> ComponentSpec: ...
     def get(self, kind: str, name: str, *, algorithm: str | None = None) -> ComponentSpec:
-        """The spec of that name. PluginError where there is none, or more than one."""
+        """The spec of that name. PluginError if there is none, or more than one."""
         return self._offer(kind, name, algorithm).spec
 
     def names(self, kind: str) -> list[str]:
-        """Every name of a kind, sorted; names that two plugins claim included."""
+        """Every name of a kind, sorted, with names that two plugins offer."""
         assert kind in KINDS, kind
         return sorted({name for of_kind, name, _ in self._offers if of_kind == kind})
 
     def algorithms(self, kind: Literal["exporter", "importer"], name: str) -> list[str]:
-        """The draft types that a format or importer of that name exists for, sorted."""
+        """The draft types for which an exporter or importer of that name exists, sorted."""
         return sorted(
             algorithm for of_kind, of, algorithm in self._offers if (of_kind, of) == (kind, name) and algorithm
         )
@@ -147,7 +148,7 @@ class Registry:
         return self._offer(kind, name, algorithm).package
 
     def load(self, kind: str, name: str, *, algorithm: str | None = None) -> Any:
-        """Import what the spec's `build` names. PluginError, naming the plugin, where that fails."""
+        """Import what the spec's `build` names. PluginError, with the plugin's name, if that fails."""
         offer = self._offer(kind, name, algorithm)
         try:
             return resolve(offer.spec.build)
@@ -166,7 +167,7 @@ class Registry:
     def adapter_for(self, model_type: str) -> TargetAdapterSpec:
         """The adapter that covers a target's config.model_type.
 
-        TargetError where none does; PluginError where two do, or where two adapters share the name.
+        TargetError if there is none. PluginError if there are two, or if two adapters have the same name.
         """
         offers = self._model_types.get(model_type, [])
         if len(offers) > 1:
@@ -176,7 +177,7 @@ class Registry:
         raise self._unknown(TargetError, "target model type", model_type, self.model_types())
 
     def recognise(self, config: Mapping[str, Any]) -> DraftModelSpec:
-        """The algorithm whose checkpoint this config.json is. PluginError where none, or more than one, says so."""
+        """The algorithm that recognises this config.json as its own. PluginError if none does, or more than one."""
         matches = sorted({offer.spec.name for offer in self._drafts() if _recognises(offer, config)})
         if len(matches) == 1:
             return self.get("draft", matches[0])
@@ -191,7 +192,7 @@ class Registry:
         )
 
     def conflicts(self) -> list[Conflict]:
-        """Every name, and every target model type, that is claimed more than once."""
+        """Every name and every target model type that is offered more than once."""
         return [
             Conflict(title=KINDS[kind].title, name=offers[0].label, offers=tuple(offers))
             for (kind, _, _), offers in self._offers.items()
@@ -222,7 +223,9 @@ class Registry:
         raise self._unknown(PluginError, title, name, self.names(kind))
 
     def _unknown(self, error: type[DeepSpecError], title: str, name: str, known: list[str]) -> DeepSpecError:
-        """A name nobody offers: the nearest one, plugins that were left out, a package to look for."""
+        """The error for a name that no plugin offers, with the nearest name, plugins left out, and a package to look
+        for.
+        """
         close = nearest(name, known)
         fixes = [f"write {close!r}"] if close else []
         fixes += self._explain_left_out(name, only_likely=close is not None)
@@ -235,7 +238,7 @@ class Registry:
         return error(f"unknown {title} {name!r}", found=name, expected=_one_of(known), fix="; ".join(fixes) or None)
 
     def _explain_left_out(self, name: str, *, only_likely: bool = False) -> list[str]:
-        """Plugins that were not loaded: those that look like the provider of `name`, or else all of them."""
+        """The plugins that were not loaded: those that may be the provider of `name`, else all of them."""
 
         def likely(record: PluginRecord) -> bool:
             own = (record.name, record.package.removeprefix("deepspec-"))

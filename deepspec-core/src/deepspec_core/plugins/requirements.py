@@ -1,4 +1,4 @@
-"""What a run file asks of the installed plugins: `required_plugins`, and which of it is unmet."""
+"""Checks the `required_plugins` of a run file against what is installed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from deepspec_core.plugins.references import message_of
 
 
 def check_required(requirements: Sequence[str], plugins: Plugins) -> list[DeepSpecError]:
-    """What is unmet of `required_plugins`, such as "deepspec-core>=0.1": one error for each."""
+    """One error for each of `required_plugins` that is not met, such as "deepspec-core>=0.1"."""
     from packaging.requirements import InvalidRequirement, Requirement
 
     errors: list[DeepSpecError] = []
