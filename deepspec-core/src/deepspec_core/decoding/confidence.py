@@ -1,4 +1,4 @@
-"""Ending a proposal where the draft doubts itself. Knows a proposal's confidence; not who proposed, nor verification.
+"""Ending a proposal at its first token of low confidence. Knows a proposal. Does not know proposers or verification.
 
 Legend: B slots, K draft tokens at most.
 """
@@ -13,11 +13,11 @@ from deepspec_core.errors import ConfigError
 
 
 def cut(proposal: Proposal, threshold: float) -> Proposal:
-    """The proposal up to its first token whose confidence, sigmoid(logit), is below `threshold`; it may become empty.
+    """The tokens of the proposal before the first whose confidence, sigmoid(logit), is below `threshold`; perhaps none.
 
-    Columns that no slot needs are dropped, so that the target does not score them. The output's distribution stays the
-    target's, because a token's confidence is formed from what stands before the token. ConfigError where the draft
-    gives no confidence.
+    Columns that no slot needs are dropped, so that the target does not score them. The output keeps the target's
+    distribution, because a token's confidence depends only on the tokens before it. ConfigError if the draft gives no
+    confidence.
     """
     if proposal.confidence is None:
         raise ConfigError(

@@ -1,8 +1,8 @@
-"""Decoding in rounds: a proposer drafts, the target verifies, finished sequences hand their slot to the next prompt.
+"""Decoding in rounds. A proposer proposes tokens, the target verifies them, and the next prompt takes a free slot.
 
-The engine owns the target's cache, verification, stop tokens and refill; it knows no algorithm. Without a proposer it
-is plain decoding, one token a round, through the same code, so that times compare. A sequence's random numbers depend
-on its own seed only, never on its neighbours.
+The engine owns the target's cache, verifies, watches for stop tokens and refills slots. It knows no algorithm. Without
+a proposer it decodes plainly, one token a round, with the same code, so that the times of both can be compared. A
+sequence's random numbers depend only on its own seed, never on the other sequences.
 
 Legend: B sequences in a round, T tokens, K draft tokens at most, C = taps * H, V vocabulary.
 """
@@ -27,7 +27,7 @@ from deepspec_core.decoding.verify import Verdict, verify
 
 @frozen(kw_only=True)
 class Request:
-    """A prompt to continue. `seed` is the sequence's own."""
+    """A prompt to continue. All randomness of the sequence follows from `seed`."""
 
     id: str
     prompt_ids: tuple[int, ...]
@@ -36,7 +36,10 @@ class Request:
 
 @frozen
 class Round:
-    """One proposal and its verification, untrimmed. `confidence`: survival logits of the proposed tokens, if any."""
+    """One proposal and its verification, before trimming.
+
+    `confidence` holds the tokens' logits of acceptance, if any.
+    """
 
     proposal_length: int
     accepted_draft_length: int
@@ -46,7 +49,7 @@ class Round:
 
 @frozen(kw_only=True)
 class Completion:
-    """A finished sequence: output_ids without the prompt, trimmed to the limit; a stop token is included."""
+    """A finished sequence. output_ids have no prompt, are trimmed to the limit, and include the stop token."""
 
     id: str
     prompt_ids: tuple[int, ...]
@@ -57,7 +60,7 @@ class Completion:
 
 @frozen
 class Committed:
-    """What a round added to a sequence's output: new ids, the first `accepted` of them proposed by the draft."""
+    """The ids that a round added to a sequence's output. The draft proposed the first `accepted` of them."""
 
     id: str
     ids: tuple[int, ...]
@@ -66,7 +69,7 @@ class Committed:
 
 @define
 class Clock:
-    """Seconds spent, by part. `host` is the rest of the wall time inside the engine."""
+    """Seconds spent in each part of decoding. `host` is the rest of the engine's wall time."""
 
     prefill: float = 0.0
     draft: float = 0.0
@@ -75,12 +78,12 @@ class Clock:
 
     @property
     def host(self) -> float:
-        """Seconds in none of the parts."""
+        """Seconds spent in none of the parts."""
         return self.wall - self.prefill - self.draft - self.verify
 
     @contextmanager
     def measure(self, part: str, device: torch.device) -> Iterator[None]:
-        """Add the time of the block to `part`; waits for the device on both ends."""
+        """Add the time of the block to `part`. Waits for the device before and after the block."""
         _synchronize(device)
         start = time.perf_counter()
         yield
@@ -90,7 +93,7 @@ class Clock:
 
 @define
 class _Sequence:
-    """A sequence in a slot. `position` is that of its last committed token, which the target has not seen yet."""
+    """A sequence in a slot. `position` is that of its last committed token, which the target has not read yet."""
 
     request: Request
     limit: int
@@ -117,13 +120,13 @@ def decode(
     clock: Clock | None = None,
     on_round: Callable[[Committed], None] | None = None,
 ) -> Iterator[Completion]:
-    """Continue every request; completions come as they finish.
+    """Continue every request. Completions are yielded as they finish.
 
-    At most `batch_size` sequences at once, each of at most `max_length` tokens, prompt included: a prompt that leaves
-    less than max_new_tokens gets what is left, and one that leaves nothing is a ValueError. Another round starts while
-    fewer than limit + 1 tokens stand (the published loop); only then is the output trimmed. A `confidence_threshold`
-    above 0 ends each proposal before its first token the draft is less confident of. `on_round` is told of every token
-    of the output once, in the order of a sequence's tokens.
+    At most `batch_size` sequences are decoded at once, each of at most `max_length` tokens with its prompt. A prompt
+    that leaves room for fewer than max_new_tokens gets as many as fit; a prompt that leaves no room is a ValueError.
+    Another round starts while fewer than limit + 1 tokens are committed, as in the published loop; then the output is
+    trimmed. With a `confidence_threshold` above 0, each proposal ends before its first token of lower confidence.
+    `on_round` gets every token of the output once, in the order of the sequence.
     """
     engine = _Engine(
         target,
@@ -164,7 +167,7 @@ class _Engine:
         return self.proposer.taps if self.proposer else ()
 
     def run(self, requests: Iterator[Request]) -> Iterator[Completion]:
-        # The last round may start with max_length tokens standing, and verifies K more.
+        # The last round may start with max_length committed tokens, and verifies K more.
         capacity = self.max_length + self.num_draft + 1
         self.target.open_slots(self.batch_size, capacity)
         if self.proposer:
@@ -191,7 +194,7 @@ class _Engine:
                 return
 
     def _admit(self, fresh: dict[int, Request]) -> list[Completion]:
-        """Prefill new prompts together and draw each one's first token."""
+        """Prefill new prompts together, and draw the first token of each."""
         device = self.target.device
         lengths = [len(request.prompt_ids) for request in fresh.values()]
         for request in fresh.values():
@@ -254,7 +257,7 @@ class _Engine:
             offsets_K = torch.arange(ids_BK.shape[1], device=device)
             positions_BK = (position_B[:, None] + offsets_K).where(offsets_K <= proposal.lengths[:, None], -1)
             step = self.target.decode(slots_B, ids_BK, positions_BK, self.taps)
-            # Columns: K for drafting, K for acceptance, one for the target's own token; fewer tokens may be proposed.
+            # Columns: K for proposing, K for acceptance, one for the target's own token. Fewer tokens may be proposed.
             accept_BU = uniforms_BU[:, self.num_draft : self.num_draft + proposal.tokens.shape[1]]
             verdict = verify(
                 step.logits,
@@ -275,7 +278,10 @@ class _Engine:
         return cut(proposal, self.confidence_threshold) if self.confidence_threshold > 0 else proposal
 
     def _uniforms(self, sequences: list[_Sequence]) -> Tensor:
-        """[B, 2K + 1]; the same count every round, so draws do not depend on what was accepted elsewhere."""
+        """Uniform numbers [B, 2K + 1].
+
+        Their count is the same in every round, so draws do not depend on other sequences.
+        """
         width = 2 * self.num_draft + 1
         if self.sampling.temperature == 0:
             return torch.zeros(len(sequences), width)
@@ -284,7 +290,7 @@ class _Engine:
     def _settle(
         self, slots_B: Tensor, sequences: list[_Sequence], proposal: Proposal, verdict: Verdict, hidden_BKC: Tensor
     ) -> list[Completion]:
-        """Append what was committed, finish what is over, and tell the proposer about the rest."""
+        """Append committed tokens, finish sequences that are over, and tell the proposer about the others."""
         counts = torch.stack([verdict.proposal_lengths, verdict.accepted, verdict.committed], dim=1).tolist()
         tokens = verdict.tokens.tolist()
         confidence = None if proposal.confidence is None else proposal.confidence.tolist()
@@ -315,7 +321,7 @@ class _Engine:
         return done
 
     def _tell(self, sequence: _Sequence, before: int, accepted: int) -> None:
-        """The output from index `before` on, as far as the limit keeps it."""
+        """Report the output from index `before` on, up to the limit."""
         fresh = tuple(sequence.output[before : sequence.limit])
         if self.on_round is not None and fresh:
             self.on_round(Committed(sequence.request.id, fresh, min(accepted, len(fresh))))

@@ -1,7 +1,7 @@
-"""From logits to a distribution, and from a distribution and a uniform number to a token.
+"""Turns logits into a distribution, and a distribution and a uniform number into a token.
 
-Every row is treated alone, so a sample's tokens do not depend on its neighbours. Owns no random numbers: callers give
-uniforms. Targets and drafts go through the same functions, as lossless verification needs.
+Every row is computed by itself, so a sequence's tokens do not depend on other sequences. Callers give the uniform
+numbers. Targets and drafts use the same functions, which lossless verification requires.
 
 Legend: ... any leading dimensions, V vocabulary.
 """
@@ -17,11 +17,12 @@ __all__ = ["distribution", "draw"]
 
 
 def distribution(logits_V: Tensor, sampling: Sampling) -> Tensor:
-    """The distribution tokens are drawn from: logits [..., V] -> probabilities [..., V] fp32, each row summing to 1.
+    """The distribution that tokens are drawn from: logits [..., V] to probabilities [..., V] in fp32, each row of sum
+    1.
 
-    Temperature, then top-k (ties with the k-th logit stay), then top-p (the shortest descending prefix whose mass
-    reaches p, equal tokens in order of id), then min-p (relative to the most likely token). Temperature 0 is one-hot at
-    the argmax, the first of equals.
+    Temperature is applied first. Then top-k keeps the k greatest logits, and those equal to the k-th. Then top-p keeps
+    the fewest most probable tokens whose sum reaches p, equal ones in the order of ids. Then min-p keeps tokens by
+    their ratio to the most probable one. Temperature 0 gives a one-hot at the argmax, the first of equals.
     """
     if sampling.temperature == 0:
         one_hot_V = torch.zeros_like(logits_V, dtype=torch.float32)
@@ -44,14 +45,14 @@ def distribution(logits_V: Tensor, sampling: Sampling) -> Tensor:
 
 
 def draw(probs_V: Tensor, uniforms: Tensor) -> Tensor:
-    """Tokens by inverse CDF: the first token whose cumulative mass exceeds u times the total.
+    """Draw tokens by inverse CDF: each is the first whose cumulative probability exceeds u times the total.
 
-    probs [..., V], each row with some mass (it need not sum to 1); uniforms [...] in [0, 1) -> ids [...] int64. A token
-    of probability zero is never returned, however close u is to 1.
+    Takes probs [..., V] and uniforms [...] in [0, 1), and gives ids [...] int64. A row's sum must be above 0 and need
+    not be 1. A token of probability 0 is never drawn, however close u is to 1.
     """
     mass_V = probs_V.cumsum(dim=-1, dtype=torch.float64)
     possible_V = probs_V > 0
-    # A parallel sum need not be monotone to the last bit, so tokens are compared rather than searched for.
+    # A parallel cumulative sum may not be monotone to the last bit, so every token is compared, without binary search.
     reached_V = possible_V & (mass_V > uniforms.double().unsqueeze(-1) * mass_V[..., -1:])
     first = reached_V.int().argmax(dim=-1)
     last_possible = probs_V.shape[-1] - 1 - possible_V.flip(-1).int().argmax(dim=-1)

@@ -1,6 +1,6 @@
-"""Text of token ids as they come, without halves of characters.
+"""The text of token ids as they arrive, in whole characters.
 
-Knows a function from ids to text; not where ids come from nor where the text goes.
+Knows a function from ids to text. Does not know where ids come from, or what happens to the text.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
 class TextStream:
-    """`push` ids one by one; each call returns the text that is complete now, "" while a character is incomplete.
+    """Takes ids one by one. `push` returns the text that has become complete; "" while a character is incomplete.
 
-    The pieces and the `rest` together are the text of all ids. Only the ids since the last piece but one are decoded
-    again, because a tokenizer may write an id differently after another one (a leading space). Where the ids end inside
-    a character, a tokenizer with byte tokens may spoil the characters before it too, when it decodes them all at once.
+    The pieces and the `rest` together are the text of all ids. Each piece is decoded with the ids of the piece before
+    it, because a tokenizer may write an id differently after another one (a leading space). If the ids end inside a
+    character, a tokenizer with byte tokens may also spoil the characters before it when it decodes them all at once.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
@@ -29,11 +29,11 @@ class TextStream:
         text, before = self._decode(self._ids), self._decode(self._ids[: self._shown])
         if len(text) <= len(before) or text.endswith(_INCOMPLETE):
             return ""
-        # What was shown is kept as context of what comes next; what stood before it is not needed any more.
+        # The ids just returned are kept as context for the next. Earlier ids are not needed any more.
         self._ids = self._ids[self._shown :]
         self._shown = len(self._ids)
         return text[len(before) :]
 
     def rest(self) -> str:
-        """What is left when no more ids come: a character that stayed incomplete."""
+        """The rest of the text when no more ids come: a character that is incomplete."""
         return self._decode(self._ids)[len(self._decode(self._ids[: self._shown])) :]

@@ -1,9 +1,9 @@
 """Lossless verification of a chain of draft tokens, batched over sequences.
 
-Draft token d_k is accepted with probability min(1, p_k(d_k) / q_k(d_k)), left to right; the first rejection draws from
-normalise(max(p - q, 0)); if all are accepted the next token is drawn from the target's distribution after the last
-(Leviathan et al. 2023, Chen et al. 2023). At temperature 0 both distributions are one-hot at the argmax. Knows
-distributions only; not where they come from, nor what a round does with the outcome.
+Left to right, draft token d_k is accepted with probability min(1, p_k(d_k) / q_k(d_k)). At the first rejection the
+target's own token is drawn from normalise(max(p - q, 0)). If all are accepted, it is drawn from the target's
+distribution after the last (Leviathan et al. 2023, Chen et al. 2023). At temperature 0 both distributions are one-hot
+at the argmax. Knows distributions. Does not know where they come from, or what a round does with the outcome.
 
 Legend: B sequences, K draft tokens at most, V vocabulary.
 """
@@ -24,9 +24,11 @@ from deepspec_core.decoding.sampling import distribution, draw
 class Verdict:
     """What one round commits.
 
-    accepted [B]: draft tokens that stand. committed [B]: tokens the round adds, accepted plus the target's own, which
-    is missing where an accepted draft token is a stop token. tokens [B, K+1]: the committed tokens, right-padded.
-    proposal_lengths [B]: draft tokens that count as proposed: cut at an accepted stop token.
+    accepted: [B], the number of accepted draft tokens.
+    committed: [B], the number of tokens that the round adds: the accepted ones and the target's own. The target's own
+        is missing if an accepted draft token is a stop token.
+    tokens: [B, K+1], the committed tokens, right-padded.
+    proposal_lengths: [B], the number of draft tokens that count as proposed: those up to an accepted stop token.
     """
 
     accepted: Tensor
@@ -38,13 +40,16 @@ class Verdict:
 def verify(
     logits_BKV: Tensor, proposal: Proposal, *, sampling: Sampling, uniforms: Tensor, stop_ids: Sequence[int]
 ) -> Verdict:
-    """Decide a round. logits [B, K+1, V] score [last committed, d_1..d_K]; uniforms [B, K+1] in [0, 1) decide
-    acceptance of d_k (column k-1) and draw the target's own token (last column)."""
+    """Decide a round.
+
+    logits [B, K+1, V] are the target's after [last committed, d_1..d_K]. Of the uniforms [B, K+1] in [0, 1), column k-1
+    decides about d_k, and the last column draws the target's own token.
+    """
     tokens_BK, lengths_B = proposal.tokens, proposal.lengths
     num_draft = tokens_BK.shape[1]
     proposed_BK = torch.arange(num_draft, device=tokens_BK.device) < lengths_B[:, None]
     if sampling.temperature == 0:
-        # Both distributions are one-hot: compare argmaxes, whatever the draft's probabilities say.
+        # Both distributions are one-hot, so argmaxes are compared and the draft's probabilities are not read.
         best_BK = logits_BKV.argmax(-1)
         accepted_B = _leading(proposed_BK & (tokens_BK == best_BK[:, :num_draft]))
         own_B = best_BK.gather(1, accepted_B[:, None])[:, 0]
@@ -56,7 +61,7 @@ def verify(
             if proposal.probabilities is None
             else proposal.probabilities.gather(2, tokens_BK[..., None])[..., 0]
         )
-        # u < p / q without dividing: q is never 0 at a token that was drawn from it.
+        # u < p / q without a division. q is never 0 at a token that was drawn from it.
         accepted_B = _leading(proposed_BK & (uniforms[:, :num_draft].to(p_BK.dtype) * q_BK < p_BK))
         own_B = draw(_residual(target_BKV, proposal, accepted_B), uniforms[:, num_draft])
 
@@ -80,12 +85,12 @@ def verify(
 
 
 def _leading(flags_BK: Tensor) -> Tensor:
-    """[B] how many leading entries are true."""
+    """The number of leading entries that are true, [B]."""
     return flags_BK.long().cumprod(1).sum(1)
 
 
 def _residual(target_BKV: Tensor, proposal: Proposal, accepted_B: Tensor) -> Tensor:
-    """[B, V] what the target's own token is drawn from: max(p - q, 0) normalised after a rejection, else p."""
+    """The distribution of the target's own token, [B, V]: max(p - q, 0), normalised, after a rejection, else p."""
     index_B11 = accepted_B[:, None, None]
     p_BV = target_BKV.gather(1, index_B11.expand(-1, 1, target_BKV.shape[2]))[:, 0]
     num_draft = proposal.tokens.shape[1]
@@ -99,6 +104,6 @@ def _residual(target_BKV: Tensor, proposal: Proposal, accepted_B: Tensor) -> Ten
         q_BV = proposal.probabilities.gather(1, at_B[:, None, None].expand(-1, 1, p_BV.shape[1]))[:, 0].to(p_BV.dtype)
     rest_BV = (p_BV - q_BV).clamp(min=0)
     mass_B1 = rest_BV.sum(1, keepdim=True)
-    # p == q up to rounding leaves no mass; a rejection is then itself rounding, and p is the right distribution.
+    # If p equals q up to rounding, nothing is left. The rejection is then due to rounding too, and p is right.
     use_B1 = rejected_B[:, None] & (mass_B1 > 0)
     return torch.where(use_B1, rest_BV / mass_B1.clamp(min=torch.finfo(p_BV.dtype).tiny), p_BV)

@@ -1,8 +1,9 @@
 """Training states on disk: `checkpoints/step-000100/` with `draft/` (as published) and `state/` (what resuming needs).
 
-A checkpoint is complete or absent: it is written under another name, synced and renamed. `state/` holds fp32 master
-weights and optimizer tensors (safetensors) and scalars (JSON), by parameter name, whole, so any number of ranks can
-read it; `manifest.json` holds sizes and checksums. Knows files and tensors; not training.
+A checkpoint is complete or absent, because it is written under another name, synced and then renamed. `state/` holds
+fp32 master weights and optimizer tensors (safetensors) and scalars (JSON), by parameter name. Tensors are not split
+between ranks, so any number of ranks can read them. `manifest.json` holds sizes and checksums. Knows files and tensors.
+Does not know training.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def latest(folder: Path) -> Path | None:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The optimizer steps done when it was written."""
+    """The number of optimizer steps that were done when the checkpoint was written."""
     match = _NAME.fullmatch(checkpoint.name)
     assert match is not None, checkpoint
     return int(match.group(1))
@@ -60,9 +61,9 @@ def save(
     scalars: Mapping[str, Any],
     keep: int,
 ) -> Path:
-    """Write the checkpoint of `step` and remove all but the newest `keep`. One that is already there is left alone.
+    """Write the checkpoint of `step` and remove all but the newest `keep`. A checkpoint that exists is left as it is.
 
-    `parameters` are the trained ones by name; `save_draft(path)` writes the draft directory; `scalars` are JSON types.
+    `parameters` are the trained ones, by name. `save_draft(path)` writes the draft directory. `scalars` are JSON types.
     """
     final = folder / CHECKPOINTS / f"step-{step:06d}"
     if final.exists():
@@ -87,20 +88,20 @@ def save(
     unfinished.rename(final)
     _sync(final.parent)
     for old in _complete(folder)[:-keep]:
-        # Under another name first: a removal that is interrupted must not leave half a checkpoint under a good name.
+        # Renamed first, so that an interrupted removal does not leave half a checkpoint under a valid name.
         shutil.rmtree(old.rename(old.with_name(f".{old.name}.removed")))
     return final
 
 
 def bytes_of_one(draft: nn.Module) -> int:
-    """Bytes of a checkpoint: fp32 weights and two moments of what is trained, and the draft in its own dtype."""
+    """Bytes of a checkpoint: trained weights in fp32 with two moments each, and the draft in its own dtype."""
     trained = sum(part.numel() for part in draft.parameters() if part.requires_grad)
     own: int = sum(value.nbytes for value in draft.state_dict().values())
     return 12 * trained + own
 
 
 def require_space(folder: Path, needed_bytes: int) -> None:
-    """CheckpointError where the disk has no room for a checkpoint of that size."""
+    """CheckpointError if the disk has no room for a checkpoint of that size."""
     free = free_bytes(folder)
     if free < needed_bytes:
         raise CheckpointError(
@@ -113,7 +114,7 @@ def require_space(folder: Path, needed_bytes: int) -> None:
 
 
 def remove_unfinished(folder: Path) -> int:
-    """Delete what a killed writer or removal left behind; returns how many there were."""
+    """Delete unfinished checkpoints that a killed process left. Returns how many there were."""
     rests = [path for path in (folder / CHECKPOINTS).glob(".step-*") if path.is_dir()]
     for path in rests:
         shutil.rmtree(path)
@@ -121,7 +122,7 @@ def remove_unfinished(folder: Path) -> int:
 
 
 def restore(checkpoint: Path, *, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Put weights and optimizer state back and return the scalars. CheckpointError names a damaged or foreign file."""
+    """Restore weights and optimizer state, and return the scalars. CheckpointError names a file that does not fit."""
     _verify(checkpoint)
     weights = _load(checkpoint / STATE / _WEIGHTS)
     _same_names(checkpoint / STATE / _WEIGHTS, set(weights), parameters, weights)
@@ -133,7 +134,7 @@ def restore(checkpoint: Path, *, parameters: Mapping[str, Tensor], optimizer: to
         key, _, name = entry.partition(":")
         states.setdefault(name, {})[key] = value
     _same_names(checkpoint / STATE / _OPTIMIZER, set(states), parameters, {})
-    # The optimizer numbers its parameters in the order they were given to it, which is the mapping's.
+    # The optimizer numbers its parameters in the order in which it got them, which is that of the mapping.
     held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     numbers = {id(parameter): number for number, parameter in enumerate(held)}
     optimizer.load_state_dict(
@@ -203,7 +204,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _verify(checkpoint: Path) -> None:
-    """What the manifest lists of `state/` is there, whole and unchanged; the draft's files are there in full size."""
+    """Check that the files of `state/` are unchanged, and that those of the draft have their full size."""
     manifest = _read_json(checkpoint / _MANIFEST)
     for name in (_WEIGHTS, _OPTIMIZER, _SCALARS):
         if f"{STATE}/{name}" not in manifest:

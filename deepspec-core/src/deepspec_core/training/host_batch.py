@@ -1,6 +1,6 @@
-"""A micro-batch on the host, padded, and how it becomes what a draft reads on the device.
+"""A padded micro-batch on the host, and how it becomes a draft's batch on the device.
 
-Knows padding and feature sources; not what the algorithm's own tensors mean.
+Knows padding and feature sources. Does not know what the algorithm's own tensors mean.
 
 Legend: B samples, T tokens of the longest, C = taps * H, H hidden size.
 """
@@ -22,10 +22,12 @@ from deepspec_core.data.collate import pad, pad_features, pad_ids
 
 @frozen(kw_only=True, eq=False)
 class HostBatch:
-    """input_ids, loss_mask, attention_mask [B, T]; padding is 0 and false.
+    """A right-padded micro-batch. input_ids, loss_mask and attention_mask are [B, T]; padding is 0 and false.
 
-    `features` [B, T, C] and [B, T, H], None where the samples came without; `samples` are the batch's, features
-    taken off them; `prepared` is the algorithm's; `counts` are the preparation's, summed.
+    features: [B, T, C] and [B, T, H]; None if the samples came without features.
+    samples: The samples of the batch, without their features.
+    prepared: The algorithm's own tensors.
+    counts: The sums of what the preparation counted.
     """
 
     samples: tuple[Sample, ...]
@@ -37,7 +39,7 @@ class HostBatch:
     counts: Mapping[str, int]
 
     def to_draft_batch(self, source: FeatureSource, device: torch.device) -> DraftBatch:
-        """The batch on the device; features that are missing are asked of `source`."""
+        """The batch on the device. `source` gives features that are missing."""
         input_ids = self.input_ids.to(device, non_blocking=True)
         attention_mask = self.attention_mask.to(device, non_blocking=True)
         features = self.features
@@ -54,7 +56,7 @@ class HostBatch:
 
 
 def host_batch(prepared: Sequence[PreparedSample], preparation: Preparation) -> HostBatch:
-    """Pad prepared samples on the right into one batch; all of them carry features or none does."""
+    """Pad prepared samples on the right into one batch. Either all of them carry features or none does."""
     samples = [one.sample for one in prepared]
     counts: Counter[str] = Counter()
     for one in prepared:

@@ -1,6 +1,6 @@
-"""Micro-batches on the host, in order: samples are read, prepared and collated, in this process or in workers.
+"""Micro-batches on the host, in order. Samples are read, prepared and collated in this process or in workers.
 
-Knows plans, sources and preparations; not devices, features of an online target, nor optimizers.
+Knows plans, sources and preparations. Does not know devices, features of an online target, or optimizers.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from deepspec_core.contracts.features import FeatureSource
 from deepspec_core.training.host_batch import HostBatch, host_batch
 from deepspec_core.training.sampler import GlobalBatches, sample_rng
 
-_READ_AHEAD = 4  # micro-batches a worker
+_READ_AHEAD = 4  # micro-batches of each worker
 
 
 @frozen(kw_only=True)
 class Plan:
-    """One micro-batch's samples. `live` false: its rank has no share of the step; it takes part and counts nothing."""
+    """The samples of one micro-batch. If `live` is false, its rank has no share of the step, and the batch counts 0."""
 
     epoch: int
     indices: tuple[int, ...]
@@ -30,7 +30,7 @@ class Plan:
 
 
 class MicroBatches(Dataset[HostBatch]):
-    """Plans to micro-batches: what a loader worker does."""
+    """Makes micro-batches from plans. This is the work of a loader worker."""
 
     def __init__(self, source: FeatureSource, preparation: Preparation, seed: int) -> None:
         self.source, self.preparation, self.seed = source, preparation, seed
@@ -43,7 +43,7 @@ class MicroBatches(Dataset[HostBatch]):
 
 
 class StepPlans(Sampler[Plan]):
-    """One rank's micro-batches from a step onwards, in order."""
+    """The plans of one rank's micro-batches from a step onwards, in order."""
 
     def __init__(
         self, batches: GlobalBatches, steps: range, *, rank: int, world_size: int, micro_batch_size: int
@@ -52,7 +52,7 @@ class StepPlans(Sampler[Plan]):
         self.rank, self.world_size, self.micro_batch_size = rank, world_size, micro_batch_size
 
     def of_step(self, step: int) -> list[Plan]:
-        """At least one plan: every rank takes part in every step's reduction."""
+        """The plans of a step. There is at least one, because every rank takes part in the reduction of every step."""
         epoch = self.batches.epoch(step)
         share = self.batches.share(
             step, rank=self.rank, world_size=self.world_size, micro_batch_size=self.micro_batch_size
@@ -68,7 +68,7 @@ class StepPlans(Sampler[Plan]):
 def iterate(
     source: FeatureSource, preparation: Preparation, plans: StepPlans, *, seed: int, workers: int
 ) -> Iterator[HostBatch]:
-    """The plans' micro-batches, in order; `workers` processes read ahead, or none."""
+    """The micro-batches of the plans, in order. `workers` processes read ahead; with 0, this process reads."""
     dataset = MicroBatches(source, preparation, seed)
     if workers == 0:
         return map(dataset.__getitem__, plans)
@@ -86,6 +86,6 @@ def _as_is(batch: Any) -> Any:
 
 def _leave_stopping_to_the_trainer(_worker: int) -> None:
     # Ctrl-C reaches every process of the terminal, and a launcher's SIGTERM every process of the group. The training
-    # process finishes its step first and then ends its loaders; a second SIGTERM is its own, for one that hangs.
+    # process finishes its step first and then ends its loaders. If a loader hangs, it sends a second SIGTERM.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, _frame: signal.signal(number, signal.SIG_DFL))

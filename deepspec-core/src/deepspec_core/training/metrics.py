@@ -1,6 +1,6 @@
-"""Training figures: ratios of sums, added over steps and divided when a line is written.
+"""Training figures. Each is a ratio of sums, which are added up over steps and divided when a line is written.
 
-Knows names, numerators and denominators, and the file they go to; not what they mean, nor ranks.
+Knows names, numerators, denominators, and the file they are written to. Does not know what they mean, or ranks.
 """
 
 from __future__ import annotations
@@ -15,30 +15,33 @@ from typing import Any
 
 
 class Figures:
-    """Ratios since the last line, on the host; part of a checkpoint, so that a resumed run writes the same lines."""
+    """The sums since the last line, on the host.
+
+    They are part of a checkpoint, so a resumed run writes the same lines.
+    """
 
     def __init__(self, sums: Mapping[str, Sequence[float]] | None = None) -> None:
         self.sums: dict[str, list[float]] = {name: list(pair) for name, pair in (sums or {}).items()}
 
     def add(self, names: Sequence[str], values: Sequence[float]) -> None:
-        """`values` holds numerator and denominator of each name, in turn."""
+        """Add up. `values` holds the numerator and the denominator of each name, in turn."""
         for name, numerator, denominator in zip(names, values[::2], values[1::2], strict=True):
             pair = self.sums.setdefault(name, [0.0, 0.0])
             pair[0] += numerator
             pair[1] += denominator
 
     def take(self) -> dict[str, float]:
-        """The ratios, and start over; a ratio over nothing is left out."""
+        """The ratios; then all sums are 0 again. A ratio whose denominator is 0 is left out."""
         ratios = {name: above / below for name, (above, below) in self.sums.items() if below}
         self.sums = {}
         return ratios
 
 
 class MetricsLog:
-    """metrics.jsonl: one JSON object a line, with rising `step`."""
+    """metrics.jsonl: one JSON object in each line, with rising `step`."""
 
     def __init__(self, path: Path, *, resume_at: int) -> None:
-        """Lines past `resume_at` steps, and a half-written last line, are removed: they will be written again."""
+        """Lines after step `resume_at` and a half-written last line are removed. They will be written again."""
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
@@ -48,7 +51,7 @@ class MetricsLog:
             os.replace(shortened, path)
 
     def last(self) -> dict[str, Any]:
-        """The newest line; empty where there is none."""
+        """The newest line; empty if there is none."""
         written = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
         newest: dict[str, Any] = json.loads(written[-1]) if written else {}
         return newest
@@ -67,7 +70,7 @@ def _step(line: str) -> float:
 
 
 class Clock:
-    """Sequences and tokens (of whole sequences, supervised or not) a second since the last line."""
+    """Counts sequences and all their tokens, supervised or not, per second since the last line."""
 
     def __init__(self) -> None:
         self._start, self._sequences, self._tokens = time.monotonic(), 0, 0
@@ -77,7 +80,7 @@ class Clock:
         self._tokens += tokens
 
     def rates(self) -> dict[str, float]:
-        """What metrics.jsonl says of speed; starts over."""
+        """The speeds for metrics.jsonl. Then counting starts again."""
         now = time.monotonic()
         seconds = max(now - self._start, 1e-9)
         rates = {"tokens_per_second": self._tokens / seconds, "sequences_per_second": self._sequences / seconds}

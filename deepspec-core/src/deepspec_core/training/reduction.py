@@ -1,7 +1,8 @@
-"""How an optimizer step's sums become its gradient: one division, by the step's own denominator over all ranks.
+"""How an optimizer step's sums become its gradient: by one division by the step's denominator over all ranks.
 
-Backward adds up unnormalised sums, so neither micro-batches nor ranks nor their sizes matter; data parallelism averages
-over ranks, hence the factor world_size. Knows sums and gradients; not drafts, losses or files.
+Backward adds up gradients of sums, so the number of micro-batches, ranks and their sizes do not matter. Data
+parallelism averages over ranks, so the gradient is also multiplied by world_size. Knows sums and gradients. Does not
+know drafts, losses or files.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ class StepSums:
         self.ratios: dict[str, Tensor] = {}  # name -> [2]
 
     def add(self, denominator: Tensor, metrics: Mapping[str, Ratio]) -> None:
-        """Add a micro-batch's. Nothing is read back from the device."""
+        """Add the sums of a micro-batch. Nothing is read back from the device."""
         self.denominator = self.denominator + denominator.to(torch.float32)
         for name, pair in metrics.items():
             ratio = torch.stack([part.to(torch.float32) for part in pair])
             self.ratios[name] = self.ratios[name] + ratio if name in self.ratios else ratio
 
     def reduce(self, names: Sequence[str], flag: bool) -> Tensor:
-        """[2 + 2 * len(names)], the same on all ranks: the denominator, how many ranks raise `flag`, named ratios."""
+        """[2 + 2 * len(names)], equal on all ranks: the denominator, how many ranks raise `flag`, the ratios."""
         zero = torch.zeros(2, device=self.device)
         first = torch.stack((self.denominator, torch.full_like(self.denominator, float(flag))))
         vector = torch.cat((first, *(self.ratios.get(name, zero) for name in names)))
@@ -43,7 +44,7 @@ class StepSums:
 def normalise(parameters: Sequence[Tensor], denominator: Tensor, *, world_size: int, clip_norm: float) -> Tensor:
     """Divide the gradients by the step's denominator, clip them, and return their norm [] before clipping.
 
-    A step without anything to supervise (denominator 0) has zero gradients and keeps them.
+    A step without supervised rows has denominator 0. Its gradients are zero and stay zero.
     """
     scale = torch.where(denominator > 0, world_size / denominator, 0.0)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -52,7 +53,7 @@ def normalise(parameters: Sequence[Tensor], denominator: Tensor, *, world_size: 
 
 
 def gathered(value: Any) -> list[Any]:
-    """`value` of every rank, by rank."""
+    """The `value` of every rank, in the order of ranks."""
     if not _distributed():
         return [value]
     values: list[Any] = [None] * torch.distributed.get_world_size()

@@ -1,7 +1,7 @@
-"""Which samples make up which optimizer step, and each sample's random numbers.
+"""Which samples belong to which optimizer step, and each sample's random numbers.
 
-Everything follows from (seed, epoch, step): not from ranks, micro-batches or workers, so any of them may change between
-a checkpoint and its resumption. Knows indices and lengths; not samples.
+Both follow from the seed, the epoch and the step (or the sample's id). Ranks, micro-batches and workers do not matter,
+so their numbers may change when a run resumes. Knows indices and lengths. Does not know samples.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import torch
 
 
 class GlobalBatches:
-    """The epochs' permutations, cut into optimizer steps of `global_batch_size` sequences.
+    """The samples of every optimizer step. Each epoch is a permutation, cut into steps of `global_batch_size`
+    sequences.
 
-    Every epoch visits every sample once: its last step is smaller where the size does not divide their number. Weights
-    are divided by the step's own denominator, so a smaller step is an unbiased, if noisier, one. Epoch e is
-    torch.randperm seeded with seed + e.
+    Every epoch visits every sample once. Its last step is smaller if the number of samples is not a multiple of the
+    batch size. A step is divided by its own denominator, so the gradient of a smaller step is noisier but not biased.
+    The permutation of epoch e is torch.randperm seeded with seed + e.
     """
 
     def __init__(self, lengths: Sequence[int], *, global_batch_size: int, epochs: int, seed: int) -> None:
@@ -45,12 +46,12 @@ class GlobalBatches:
         return sorted(chosen, key=lambda index: (-self.lengths[index], index))
 
     def share(self, step: int, *, rank: int, world_size: int, micro_batch_size: int) -> list[list[int]]:
-        """A rank's micro-batches of a step; no list where the step has fewer samples than there are ranks."""
+        """A rank's micro-batches of a step. It is empty for some ranks if the step has fewer samples than ranks."""
         own = self.indices(step)[rank::world_size]
         return [own[start : start + micro_batch_size] for start in range(0, len(own), micro_batch_size)]
 
 
 def sample_rng(seed: int, epoch: int, sample_id: str) -> np.random.Generator:
-    """The generator a sample is prepared with in an epoch: the same in any batch, worker and rank."""
+    """The random generator for preparing a sample in an epoch. It does not depend on batch, worker or rank."""
     digest = hashlib.sha256(f"{seed}\0{epoch}\0{sample_id}".encode()).digest()
     return np.random.default_rng(int.from_bytes(digest[:16], "little"))

@@ -8,8 +8,8 @@ import math
 def learning_rate(step: int, *, peak: float, total_steps: int, warmup: float) -> float:
     """The rate of a zero-based step of `total_steps`.
 
-    With W = ceil(warmup * total_steps): peak * (step + 1) / W for step < W, so that no step is spent at zero; then
-    peak * (1 + cos(pi * (step - W) / (total_steps - W))) / 2.
+    W = ceil(warmup * total_steps) steps are warm-up. For step < W the rate is peak * (step + 1) / W, so the first
+    step's is not zero. Then it is peak * (1 + cos(pi * (step - W) / (total_steps - W))) / 2.
     """
     warmup_steps = math.ceil(warmup * total_steps)
     if step < warmup_steps:

@@ -1,6 +1,6 @@
-"""One micro-batch's forward pass: the draft, then the row engine. The one module that data parallelism wraps.
+"""The forward pass of one micro-batch: the draft, then the row engine. Data parallelism wraps this module.
 
-Knows a draft and an engine; not optimizers, ranks or how sums are divided.
+Knows a draft and an engine. Does not know optimizers, ranks, or how sums are divided.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from deepspec_core.rows.engine import RowEngine, RowResult
 
 
 class TrainingStep(nn.Module):
-    """`step(batch)` -> RowResult. `compute_dtype` other than fp32 runs it under autocast; weights keep their own dtype.
+    """`step(batch)` gives a RowResult. With a `compute_dtype` of bfloat16 it runs under autocast; weights keep their
+    dtype.
 
-    Autocast is entered here and not by the launcher's settings, so that what a run computes follows from its run file.
+    Autocast is entered here, not by the launcher's settings, so that a run's results follow from its run file.
     """
 
     def __init__(self, draft: DraftModel, engine: RowEngine, *, compute_dtype: torch.dtype = torch.float32) -> None:
@@ -26,7 +27,7 @@ class TrainingStep(nn.Module):
         self.compute_dtype = compute_dtype
 
     def forward(self, batch: DraftBatch, *, step: int = 0, with_metrics: bool = False) -> RowResult:
-        """The batch's unnormalised loss at the optimizer's step `step`, its denominator and its metrics."""
+        """The batch's loss at optimizer step `step` as a sum, its denominator and its metrics."""
         device = batch.input_ids.device.type
         with torch.autocast(device, dtype=torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16):
             rows: Rows = self.draft(batch)

@@ -1,7 +1,7 @@
 """The training loop: optimizer steps over a source of samples, with checkpoints, resumption and figures.
 
-Knows sources, drafts, engines and optimizers through their contracts; not stages, run folders beyond its own,
-algorithms or families. Devices and data parallelism are accelerate's, precision is step.py's, division reduction.py's.
+Knows sources, drafts, engines and optimizers through their contracts. Does not know stages, folders other than its own,
+algorithms or families. accelerate handles devices and data parallelism, step.py precision, reduction.py the division.
 """
 
 from __future__ import annotations
@@ -47,10 +47,13 @@ _KEPT = {**dict.fromkeys(_FIXED_SCALARS, int), "figures": dict, "counts": dict}
 
 @frozen(kw_only=True)
 class TrainResult:
-    """`checkpoint`: the newest, a directory with `draft/`. `resumed_from`: the step a checkpoint was found at, or 0.
+    """What training came to.
 
-    `figures`: the last line of metrics.jsonl (on other ranks than the first, of this call). `counts`: what preparation
-    counted, over all epochs and ranks. `unfinished`: half-written checkpoints removed at the start.
+    checkpoint: The newest checkpoint, a directory with `draft/`.
+    resumed_from: The step of the checkpoint that training went on from, or 0.
+    figures: The last line of metrics.jsonl. On ranks other than the first, the last line of this call.
+    counts: What preparation counted, over all epochs and ranks.
+    unfinished: The number of half-written checkpoints that were removed at the start.
     """
 
     checkpoint: Path
@@ -75,13 +78,15 @@ def train(
     on_checkpoint: Callable[[Path], None] | None = None,
     device: str | torch.device | None = None,
 ) -> TrainResult:
-    """Train `draft` in place until `options` say it is done, continuing from the newest checkpoint of `folder`.
+    """Train `draft` in place for the steps that `options` ask for, from the newest checkpoint of `folder` on.
 
-    Writes `folder`/checkpoints and `folder`/metrics.jsonl. `save_draft(path)` writes the draft as published;
-    `on_checkpoint(path)` is told of each complete checkpoint; both on the first rank only. The schedule spans
-    min(max_steps, epochs' steps). Ctrl-C or SIGTERM finishes the step, saves a checkpoint and raises Stopped; a second
-    one does not wait. DataError without samples; CheckpointError on a damaged or foreign training state, or no room
-    for one; TrainingError where a loss or gradient is not finite, before weights are touched, and where no row of an
+    It writes `folder`/checkpoints and `folder`/metrics.jsonl. `save_draft(path)` writes the draft as published, and
+    `on_checkpoint(path)` is called with each complete checkpoint; both on the first rank only. The schedule spans
+    min(max_steps, steps of all epochs). Ctrl-C or SIGTERM finishes the step, saves a checkpoint and raises Stopped. A
+    second one stops at once.
+
+    DataError if there are no samples. CheckpointError if a training state is damaged or of another run, or if there is
+    no room for one. TrainingError if a loss or gradient is not finite, before weights are changed, or if no row of an
     epoch is supervised.
     """
     if len(source) == 0:
@@ -126,7 +131,7 @@ class _Trainer:
         self.accelerator = Accelerator(
             cpu=device is not None and torch.device(device).type == "cpu",
             mixed_precision="no",
-            # A draft's buffers are constants; sending them at every forward would be for nothing.
+            # A draft's buffers are constants, so they need not be broadcast in every forward pass.
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
         self.device: torch.device = self.accelerator.device
@@ -157,7 +162,7 @@ class _Trainer:
     def _wrap(self, draft: DraftModel, loss: LossOptions, registry: Registry) -> torch.nn.Module:
         compute_dtype = torch_dtype(self.options.precision)
         for parameter in draft.parameters():
-            # Master weights are fp32 whatever the checkpoint they came from; frozen ones need no more than they have.
+            # Trained weights are fp32, whatever the dtype of their checkpoint. Frozen weights keep their dtype.
             if parameter.requires_grad or compute_dtype == torch.float32:
                 parameter.data = parameter.data.to(torch.float32)
         step = TrainingStep(draft.train(), build_engine(loss, registry), compute_dtype=compute_dtype)
@@ -188,13 +193,13 @@ class _Trainer:
                 )
         self.figures = Figures(scalars["figures"])
         self.counts_before = Counter(scalars["counts"])
-        # Checkpoints from before this was kept are taken to have had something to learn from.
+        # Older checkpoints do not say it; they are assumed to have seen supervised rows.
         self.epoch_weight = scalars.get("epoch_weight", 1.0)
         self.checkpoint = newest
         return checkpoints.step_of(newest)
 
     def run(self) -> dict[str, Any]:
-        """Every step that is left; the last line of figures."""
+        """Do every step that is left. Returns the last line of figures."""
         log = MetricsLog(self.folder / METRICS, resume_at=self.first_step) if self.is_main else None
         line = log.last() if log is not None else {}
         if self.first_step >= self.total_steps:
@@ -240,7 +245,10 @@ class _Trainer:
     def _step(
         self, step: int, plans: StepPlans, micro_batches: Iterator[HostBatch], with_metrics: bool, interrupted: bool
     ) -> tuple[float, float, bool]:
-        """One optimizer step: its learning rate, its gradient norm before clipping, whether any rank is to stop."""
+        """Do one optimizer step.
+
+        Returns its learning rate, its gradient norm before clipping, and whether a rank stops.
+        """
         sums = StepSums(self.device)
         done: list[tuple[list[str], Tensor]] = []
         share = plans.of_step(step)
@@ -263,7 +271,7 @@ class _Trainer:
             world_size=self.accelerator.num_processes,
             clip_norm=self.options.clip_norm,
         )
-        # The one wait for the device of a step.
+        # Here, and only here, a step waits for the device.
         grad_norm, denominator, stop, *values = torch.cat((norm.to(vector.dtype).reshape(1), vector)).tolist()
         if not (math.isfinite(grad_norm) and math.isfinite(denominator) and all(map(math.isfinite, values))):
             raise self._not_finite(step, grad_norm, done)
@@ -277,7 +285,7 @@ class _Trainer:
         return rate, grad_norm, stop > 0
 
     def _require_supervision(self) -> None:
-        """At an epoch's end: TrainingError where not one row of it was supervised."""
+        """At the end of an epoch, TrainingError if none of its rows was supervised."""
         if self.epoch_weight <= 0:
             counts = self.all_counts()
             raise TrainingError(
@@ -305,14 +313,15 @@ class _Trainer:
         return {
             "epoch": self.batches.epoch(step),
             "position": step % self.batches.steps_per_epoch * self.options.global_batch_size,
-            # All random numbers follow from the seed, the epoch and the sample's id: there is no other state to keep.
+            # All random numbers follow from the seed, the epoch and the sample's id, so no generator's state has to be
+            # kept.
             "seed": self.seed,
             "samples": len(self.batches.lengths),
             "global_batch_size": self.options.global_batch_size,
         }
 
     def all_counts(self) -> dict[str, int]:
-        """What preparation counted since the very start, over all ranks; every rank calls it together."""
+        """What preparation counted since the start of training, over all ranks. All ranks must call it together."""
         return dict(sum(map(Counter, gathered(dict(self.counts))), self.counts_before))
 
     def _save(self, step: int) -> None:
@@ -340,5 +349,5 @@ class _Trainer:
 
 
 def _union(parts: list[list[str]]) -> list[str]:
-    """Every name of any rank, in one order: a rank may have seen fewer slots than another."""
+    """The names that any rank has, in one order, because a rank may have seen fewer slots than another."""
     return list(dict.fromkeys(name for part in parts for name in part))
