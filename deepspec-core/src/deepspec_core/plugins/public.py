@@ -103,7 +103,8 @@ def _docstring(module: str, name: str) -> str:
     for statement, below in pairwise(statements):
         if isinstance(statement, ast.ImportFrom) and any(alias.name == name for alias in statement.names):
             return _docstring(statement.module or "", name)
-        if isinstance(statement, ast.Assign) and any(ast.unparse(target) == name for target in statement.targets):
+        targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
+        if any(isinstance(target, ast.Name) and target.id == name for target in targets):
             text = below.value if isinstance(below, ast.Expr) else None
             return str(text.value) if isinstance(text, ast.Constant) else ""
     return ""

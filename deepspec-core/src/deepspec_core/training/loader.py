@@ -86,6 +86,6 @@ def _as_is(batch: Any) -> Any:
 
 def _leave_stopping_to_the_trainer(_worker: int) -> None:
     # Ctrl-C reaches every process of the terminal, and a launcher's SIGTERM every process of the group. The training
-    # process finishes its step first and then ends its loaders. If a loader hangs, it sends a second SIGTERM.
+    # process finishes its step first and then ends its loaders. It sends a second SIGTERM to one that hangs.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, _frame: signal.signal(number, signal.SIG_DFL))
