@@ -1,7 +1,7 @@
-"""Several evaluations in one table, and everything that makes their figures incomparable.
+"""Several evaluations in one table, and every difference that makes their figures incomparable.
 
-Knows what metrics.json of a run says; not how it came about. Nothing is left out or averaged: a run on another target,
-on other prompts or with other settings keeps its rows, marked, with the difference written below.
+Knows what a run's metrics.json says, and not how it was made. Nothing is left out or averaged. A run on another target,
+on other prompts or with other settings keeps its rows. They are marked, and the difference is written below the table.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from deepspec_core.evaluation import report as single
 
 HEADINGS = ("draft", "task", "T", "prompts", "accepted length", "speed-up", "conditional acceptance by position, %")
 MARK = " *"
-# What must be equal for figures to be compared. Taps and the draft's own size are what is being compared.
+# Settings that must be equal for figures to be compared. Taps and the draft's size may differ: they are compared.
 _TARGET = ("model", "revision", "dtype")
 _DIGEST = 12
 _MACHINE = ("device", "threads", "torch", "transformers")
@@ -25,7 +25,7 @@ _MACHINE = ("device", "threads", "torch", "transformers")
 
 @frozen(kw_only=True)
 class Run:
-    """One evaluated run: what to call it, and its metrics.json."""
+    """One evaluated run: its name in the table, and its metrics.json."""
 
     label: str
     report: Mapping[str, Any]
@@ -33,14 +33,14 @@ class Run:
 
 @frozen(kw_only=True)
 class Row:
-    """One draft on one task at one temperature. `marked`: it cannot be compared with the first run's row as it is."""
+    """One draft on one task at one temperature. A `marked` row cannot be compared with the first run's."""
 
     run: Run
     result: Mapping[str, Any]
     marked: bool
 
     def cells(self) -> list[str]:
-        """As HEADINGS say."""
+        """The cells of the row, under HEADINGS."""
         return [
             f"{self.run.label} ({self.run.report['draft']['algorithm']})" + (MARK if self.marked else ""),
             self.result["task"],
@@ -65,9 +65,10 @@ class Row:
 
 @frozen(kw_only=True)
 class Comparison:
-    """`rows` task by task and temperature by temperature; `differences` in words, empty where all is comparable.
+    """The rows of all runs, ordered by task and temperature, and how the runs differ.
 
-    `remarks` are differences that concern speed alone.
+    `differences` say in words what makes figures incomparable; empty if nothing does. `remarks` are differences that
+    affect speed alone.
     """
 
     rows: tuple[Row, ...]
@@ -83,17 +84,17 @@ class Comparison:
         }
 
     def terminal_table(self) -> Table:
-        """The table for the terminal; `notes` go below it."""
+        """The table for the terminal. `notes` belong below it."""
         cells = [row.cells() for row in self.rows]
         return single.table("", HEADINGS, cells, left=("draft", "task", "accepted length"))
 
     def notes(self) -> list[str]:
-        """What stands below the table, one sentence a line."""
+        """The notes below the table, one sentence in each line."""
         marked = [f"{MARK.strip()} not comparable with the first run as it is; see below"] if self.differences else []
         return [*marked, *self.differences, *self.remarks]
 
     def markdown(self) -> str:
-        """The same as a Markdown page."""
+        """The table and its notes as a Markdown page."""
         notes = [f"- {line}" for line in (*self.differences, *self.remarks)]
         warning = ["", f"**Not all rows are comparable** (those marked{MARK}):"] if self.differences else [""]
         cells = [[cell.replace("*", r"\*") for cell in row.cells()] for row in self.rows]
@@ -103,7 +104,7 @@ class Comparison:
 
 
 def compare(runs: Sequence[Run]) -> Comparison:
-    """Put runs side by side; the first is what the others are held against."""
+    """Put runs into one table. The others are compared with the first."""
     differences: list[str] = []
     unlike: set[int] = set()
     settings = dict.fromkeys(name for run in runs for name in run.report["settings"])
@@ -144,10 +145,10 @@ def _is_digest(value: object) -> TypeGuard[str]:
 
 
 def _difference(what: str, runs: Sequence[Run], values: Sequence[object]) -> list[str]:
-    """One sentence that says who has which value, or none."""
+    """A sentence that says which run has which value; none if all are equal."""
     if all(value == values[0] for value in values):
         return []
-    # Digests and commits are told apart by their first characters.
+    # The first characters of digests and commits are enough to see that they differ.
     short = [f"{value[:_DIGEST]}..." if _is_digest(value) else value for value in values]
     said = ", ".join(f"{value} in {run.label}" for run, value in zip(runs, short, strict=True))
     return [f"{what} differs: {said}"]

@@ -1,8 +1,8 @@
-"""Runs a drafter over prompts: real speculative decoding, with plain decoding of the same target beside it.
+"""Decodes prompts speculatively with a draft, and plainly with the same target alone.
 
-Prompts go in groups; each group is decoded plainly and speculatively, one right after the other, so that the two are
-compared under the same load of the machine. A group's result is one line of a journal: an interrupted evaluation goes
-on after the last finished group. At temperature 0 every speculative output is compared with the plain one.
+Prompts are split into groups. Each group is decoded plainly and speculatively, one right after the other, so that both
+run under the same load of the machine. The result of a group is one line of a journal, and an interrupted evaluation
+goes on after the last finished group. At temperature 0 every speculative output is compared with the plain one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MIN_GROUPS = 5
 
 @frozen(kw_only=True)
 class Decoding:
-    """What both decodings of an evaluation share. `max_length` bounds a sequence, prompt included."""
+    """What both decodings of an evaluation share. `max_length` is the greatest length of a sequence with its prompt."""
 
     target: TargetModel
     proposer: Proposer
@@ -42,7 +42,7 @@ class Decoding:
 
 @frozen(kw_only=True)
 class Timing:
-    """Seconds of one decoding, by part, and the tokens it committed to the output."""
+    """The seconds of one decoding, by part, and the number of tokens in its output."""
 
     tokens: int
     wall: float
@@ -54,7 +54,7 @@ class Timing:
 
 @frozen(kw_only=True)
 class Group:
-    """One group of prompts, decoded both ways (`plain` is None where plain decoding is off)."""
+    """The results of one group of prompts. `plain` is None if plain decoding is off."""
 
     completions: tuple[Completion, ...]
     speculative: Timing
@@ -65,9 +65,9 @@ class Group:
 def evaluate(
     requests: Sequence[Request], decoding: Decoding, *, journal: Path, prompts_digest: str, what: str
 ) -> list[Group]:
-    """Decode every request; groups already in the journal are taken from there.
+    """Decode every request. Groups that are in the journal are taken from there.
 
-    StageError where the journal was begun with other prompts than those of `prompts_digest`.
+    StageError if the journal was begun with other prompts than those of `prompts_digest`.
     """
     log = Journal(journal)
     head, entries = (log.entries[0], log.entries[1:]) if log.entries else ({"prompts": prompts_digest}, [])
@@ -97,7 +97,7 @@ def evaluate(
 
 
 def summarise(groups: Sequence[Group], *, seed: int) -> dict[str, Any]:
-    """The figures of one task at one temperature: pooled metrics, times, speed-up and the losslessness check."""
+    """The figures of one task at one temperature: pooled metrics, times, speed-up, and prompts whose outputs differ."""
     completions = [completion for group in groups for completion in group.completions]
     summary: dict[str, Any] = pool(completions, seed=seed).as_json()
     summary["speculative"] = _total([group.speculative for group in groups])
@@ -160,7 +160,7 @@ def _run(
 
 
 def _warm_up(requests: Sequence[Request], decoding: Decoding) -> None:
-    """Both ways once, uncounted: first calls pay for allocation and kernel selection."""
+    """Decode both ways once without measuring, because first calls also allocate memory and select kernels."""
     if decoding.plain:
         _run(requests, decoding, None)
     _run(requests, decoding, decoding.proposer)

@@ -1,7 +1,7 @@
-"""Figures of speculative decoding from recorded rounds, defined once, pooled over rounds and never averaged per sample.
+"""Figures of speculative decoding from recorded rounds. They are pooled over all rounds, not averaged over samples.
 
-A round is one proposal and its verification. Untrimmed rounds count: the last round of a sample may commit more than
-the limit admits. Knows counts only; not who proposed, nor how long anything took.
+A round is one proposal and its verification. Rounds count before trimming: the last round of a sample may commit more
+tokens than its limit admits. Knows counts. Does not know proposers or times.
 """
 
 from __future__ import annotations
@@ -19,13 +19,16 @@ LOOP_TAIL = 48
 
 @frozen(kw_only=True)
 class PooledMetrics:
-    """One task at one temperature.
+    """The figures of one task at one temperature.
 
-    acceptance_length: tokens committed per round (tau), with a 95% bootstrap interval over samples.
-    verify_rate: tokens committed per token the target scored. marginal[k]: of the rounds that proposed token k, the
-    share in which it stood; conditional[k]: the same among rounds in which all tokens before k stood. A position no
-    round reached is None. limit_share and loop_share: samples that hit the token limit, and those whose tail repeats
-    itself; both inflate accepted length.
+    acceptance_length: Tokens committed per round (tau), with a 95% bootstrap interval over samples.
+    verify_rate: Tokens committed per token that the target scored.
+    marginal: For each position k, the share of the rounds that proposed token k in which it was accepted.
+    conditional: The same, among the rounds in which all tokens before k were accepted.
+    limit_share: The share of samples that reached the token limit.
+    loop_share: The share of samples whose end repeats itself.
+
+    A position that no round reached is None. Samples that loop or reach the limit inflate the accepted length.
     """
 
     samples: int
@@ -46,7 +49,7 @@ class PooledMetrics:
 
 
 def pool(completions: Sequence[Completion], *, seed: int = 0) -> PooledMetrics:
-    """Pooled figures of finished sequences; a sample whose first token was a stop token has no rounds but counts."""
+    """Pooled figures of finished sequences. A sample whose first token is a stop token has no rounds, but it counts."""
     rounds = np.array(
         [
             (sample, r.proposal_length, r.accepted_draft_length, r.acceptance_length)
@@ -73,7 +76,7 @@ def pool(completions: Sequence[Completion], *, seed: int = 0) -> PooledMetrics:
 
 
 def loops(output_ids: Sequence[int]) -> bool:
-    """Whether the last LOOP_TAIL tokens repeat with a period of at most a quarter of them."""
+    """Whether the last LOOP_TAIL tokens repeat, with a period of at most a quarter of LOOP_TAIL."""
     tail = list(output_ids[-LOOP_TAIL:])
     if len(tail) < LOOP_TAIL:
         return False
@@ -85,7 +88,7 @@ def _ratio(numerator: float, denominator: float) -> float | None:
 
 
 def _interval(sample: np.ndarray, committed: np.ndarray, num_samples: int, seed: int) -> tuple[float, float]:
-    """Percentile bootstrap of the pooled ratio; samples are the units, for rounds of one sample are not independent."""
+    """Percentile bootstrap of the pooled ratio, over samples, because the rounds of one sample are not independent."""
     if len(sample) == 0:
         return (0.0, 0.0)
     tokens = np.bincount(sample, weights=committed, minlength=num_samples)

@@ -1,6 +1,6 @@
-"""Turns the figures of an evaluation into files a person reads: a Markdown report and a table for the terminal.
+"""Turns the figures of an evaluation into a Markdown report and a table for the terminal.
 
-metrics.json is the result; what this file makes can be made again from it.
+The result of an evaluation is metrics.json. Everything here can be made again from it.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ NOTE = (
 
 
 def positions(values: Sequence[float | None]) -> str:
-    """Acceptance by position, in percent."""
+    """The acceptance rate of each position, in percent."""
     return " ".join("-" if value is None else f"{100 * value:.0f}" for value in values)
 
 
 def accepted(result: Mapping[str, Any]) -> str:
-    """Accepted length with its interval."""
+    """The accepted length with its interval."""
     low, high = result["acceptance_length_interval"]
     return f"{result['acceptance_length']:.2f} ({low:.2f}-{high:.2f})"
 
 
 def speedup(result: Mapping[str, Any]) -> str:
-    """How much faster than plain decoding, where that was measured."""
+    """The speed-up over plain decoding, if it was measured."""
     return f"{result['speedup']:.2f}x" if result.get("plain") else "-"
 
 
 def table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], *, left: Sequence[str]) -> Table:
-    """A table for the terminal; the columns in `left` are words, the others numbers."""
+    """A table for the terminal. The columns in `left` hold words, the others numbers."""
     made = Table(title=title)
     for heading in headings:
         made.add_column(heading, justify="left" if heading in left else "right")

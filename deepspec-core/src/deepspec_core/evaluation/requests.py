@@ -1,6 +1,6 @@
-"""From the prompts of a task to what is decoded: rendered, seeded, and without those that leave no room to answer.
+"""Turns the prompts of a task into requests: rendered, with seeds, and without prompts that leave no room to answer.
 
-Knows prompts and the chat template; not tasks' sources, models or decoding.
+Knows prompts and the chat template. Does not know the sources of tasks, models or decoding.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from deepspec_core.evaluation.tasks import Prompt
 def requests_of_prompts(
     prompts: Sequence[Prompt], tokenizer: ChatTokenizer, *, system_prompt: str | None, seed: int, room: int, task: str
 ) -> tuple[list[Request], int]:
-    """The requests that leave the target room to answer, and how many prompts do not. DataError where none does.
+    """The requests that leave the target room to answer, and the number of prompts that do not. DataError if none does.
 
-    `room` is the target's number of positions. Prompt i is decoded with `seed` + i, whatever stands before it.
+    `room` is the target's number of positions. Prompt i is decoded with `seed` + i, whichever prompts come before it.
     """
     rendered = [
         Request(

@@ -1,7 +1,7 @@
 """Evaluation prompts: registered tasks, JSON-lines files, and the run's own held-out prompts.
 
-Knows where prompts come from and how a quota cuts them; not how they are rendered or decoded. Of several user turns the
-first is asked, as the published protocol does.
+Knows where prompts come from and how a limit cuts them. Does not know how they are rendered or decoded. Of several user
+turns only the first is asked, as in the published protocol.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ HELD_OUT_QUOTA = 500
 
 @frozen(kw_only=True)
 class Prompt:
-    """One question: messages to render with the generation prompt. `index` in its task keys the sample's seed."""
+    """One question: messages to render with the generation prompt. Its `index` in the task decides its seed."""
 
     id: str
     index: int
@@ -46,8 +46,8 @@ def load_task(
     """The prompts of a task, at most `limit`.
 
     `task` is "held-out", a registered task, or a .jsonl file (relative to `base`) whose rows have `turns` or
-    `messages`. Where a task has more rows than its limit, random.Random(seed) shuffles them before the cut. DataError
-    where the file is missing or a row is malformed.
+    `messages`. If a task has more rows than its limit, random.Random(seed) shuffles them before they are cut. DataError
+    if the file is missing or a row is malformed.
     """
     if task.endswith(".jsonl"):
         prompts = _read_file(base / task)
@@ -71,7 +71,7 @@ def load_task(
 
 
 def task_digest(task: str, *, base: Path) -> str | None:
-    """The digest of a task's file; None for tasks that are no files. OSError where it cannot be read."""
+    """The digest of a task's file; None if the task is no file. OSError if it cannot be read."""
     return file_digest(base / task) if task.endswith(".jsonl") and (base / task).is_file() else None
 
 
@@ -88,7 +88,7 @@ def _read_file(path: Path) -> list[Prompt]:
 
 
 def _prompt(row: Any, index: int, name: str, where: str) -> Prompt:
-    """What is asked: the messages up to the first user turn. DataError where there is none, or the row is malformed."""
+    """The messages up to the first user turn. DataError if there is none, or if the row is malformed."""
     if not isinstance(row, Mapping) or not (row.get("turns") or row.get("messages")):
         raise DataError(
             "A task's row has no question",
