@@ -25,7 +25,7 @@ __all__ = [
 
 
 class DeepSpecError(Exception):
-    """One problem, told in up to five parts; empty parts are left out.
+    """One problem, told in up to five parts. Empty parts are left out.
 
     `where` is a file, a key of the run file or a component; `fix` is an imperative sentence.
     """
@@ -71,7 +71,7 @@ class ConfigError(DeepSpecError):
 
 
 class PluginError(DeepSpecError):
-    """A plugin is missing, broken, blocked, or two offer one name."""
+    """A plugin is missing, broken or blocked, or two plugins offer one name."""
 
 
 class TargetError(DeepSpecError):
@@ -91,7 +91,7 @@ class CheckpointError(DeepSpecError):
 
 
 class TrainingError(DeepSpecError):
-    """Training cannot go on: a loss or a gradient is not finite."""
+    """Training cannot go on: a loss or a gradient is not finite, or no row is supervised."""
 
 
 class StageError(DeepSpecError):

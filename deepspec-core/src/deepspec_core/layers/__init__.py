@@ -1,1 +1,1 @@
-"""What the layers of a draft are built from, whatever its algorithm and family."""
+"""The parts of a draft's layers, for every algorithm and family."""

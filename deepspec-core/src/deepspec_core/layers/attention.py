@@ -1,7 +1,8 @@
 """A draft layer's attention without its pattern: projections, norms and rotary embedding, in separate steps.
 
 Knows how one family turns hidden states into queries, keys and values, and attended values back into hidden states.
-Does not know who attends to whom, what is cached, nor which algorithm asks: those run between the steps.
+Does not know which positions attend to which, what is cached, or which algorithm asks. The algorithm does that between
+the steps.
 
 Legend: ... any leading dimensions, T tokens, I width of the attention input, H hidden size, h query heads, G kv heads,
 D head size.
@@ -21,9 +22,9 @@ Rotary = tuple[Tensor, Tensor]
 
 
 def rotate(x_hTD: Tensor, rotary: Rotary) -> Tensor:
-    """Rotary embedding in the rotate-half convention: x * cos + rotate_half(x) * sin.
+    """Apply the rotary embedding in the rotate-half convention: x * cos + rotate_half(x) * sin.
 
-    x [..., h, T, D]; rotary = (cos, sin), each [..., T, D], broadcast over heads.
+    x is [..., h, T, D], and rotary = (cos, sin), each [..., T, D], broadcast over heads.
     """
     cos_TD, sin_TD = (part.unsqueeze(-3).to(x_hTD.dtype) for part in rotary)
     first, second = x_hTD.chunk(2, dim=-1)
@@ -31,7 +32,7 @@ def rotate(x_hTD: Tensor, rotary: Rotary) -> Tensor:
 
 
 class DraftAttention(nn.Module):
-    """Owns one layer's projections. Parameters are named by slot: `query`, `key`, `value`, `out` and their norms."""
+    """The projections of one layer's attention: `query`, `key`, `value`, `out` and their norms."""
 
     def __init__(self, projections: AttentionProjections) -> None:
         super().__init__()
@@ -51,14 +52,14 @@ class DraftAttention(nn.Module):
         self.names = dict(projections.names)
 
     def queries(self, hidden_TI: Tensor, rotary: Rotary) -> Tensor:
-        """[..., T, I] at the positions of `rotary` -> [..., h, T, D], normed and rotated, not scaled."""
+        """Queries [..., h, T, D] of [..., T, I] at the positions of `rotary`, normed and rotated, but not scaled."""
         heads_ThD: Tensor = self.query(hidden_TI).unflatten(-1, (self.num_heads, self.head_dim))
         return rotate(self.query_norm(heads_ThD).transpose(-3, -2), rotary)
 
     def keys_values(self, hidden_TI: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
-        """[..., T, I] at the positions of `rotary` -> keys (normed, rotated) and values, each [..., G, T, D].
+        """Keys (normed, rotated) and values, each [..., G, T, D], of [..., T, I] at the positions of `rotary`.
 
-        Without a value projection the key projection serves as values, before its norm and rotation.
+        Without a value projection, the output of the key projection, before its norm and rotation, serves as values.
         """
         raw_TGD: Tensor = self.key(hidden_TI).unflatten(-1, (self.num_kv_heads, self.head_dim))
         values_TGD = raw_TGD if self.value is None else self.value(hidden_TI).unflatten(-1, raw_TGD.shape[-2:])
@@ -66,6 +67,6 @@ class DraftAttention(nn.Module):
         return keys_GTD, self.value_norm(values_TGD).transpose(-3, -2)
 
     def combine(self, attended_hTD: Tensor) -> Tensor:
-        """[..., h, T, D] -> [..., T, H]."""
+        """Project attended values [..., h, T, D] to [..., T, H]."""
         output_TH: Tensor = self.out(attended_hTD.transpose(-3, -2).flatten(-2))
         return output_TH

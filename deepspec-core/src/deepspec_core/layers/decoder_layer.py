@@ -1,6 +1,6 @@
 """One decoder layer of a draft, in its family's residual layout, around an attention that the algorithm performs.
 
-Knows where the norms stand and how weights start; knows neither a family nor what is attended to.
+Knows where the norms stand and how weights are initialised. Does not know any family, or what is attended to.
 
 Legend: ... any leading dimensions, T tokens, H hidden size.
 """
@@ -18,9 +18,10 @@ __all__ = ["DraftLayer", "initialise"]
 
 
 class DraftLayer(nn.Module):
-    """r = h + after_attention(attend(before_attention(h))); out = output_scale(r + after_mlp(mlp(before_mlp(r)))).
+    """A decoder layer with the norms and the MLP of its family.
 
-    `attention_input` is the width of what the attention projects, the hidden size unless given.
+    With h its input: r = h + after_attention(attend(before_attention(h))), and the output is output_scale(r +
+    after_mlp(mlp(before_mlp(r)))). `attention_input` is the width of the attention's input, by default the hidden size.
     """
 
     def __init__(self, adapter: TargetAdapter, attention_input: int | None = None) -> None:
@@ -36,18 +37,18 @@ class DraftLayer(nn.Module):
         self.norm_names = dict(norms.names)
 
     def forward(self, hidden_TH: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
-        """One layer, [..., T, H] -> [..., T, H]; `attend` maps the normed input to the attention's output."""
+        """The output [..., T, H] for input [..., T, H]. `attend` maps the normed input to the attention's output."""
         return self.finish(hidden_TH, attend(self.before_attention(hidden_TH)))
 
     def finish(self, residual_TH: Tensor, attended_TH: Tensor) -> Tensor:
-        """Everything after the attention; for layers whose attention sees more than the residual stream."""
+        """Everything after the attention, for layers whose attention reads more than the residual stream."""
         hidden_TH: Tensor = residual_TH + self.after_attention(attended_TH)
         output_TH: Tensor = self.output_scale(hidden_TH + self.after_mlp(self.mlp(self.before_mlp(hidden_TH))))
         return output_TH
 
 
 def initialise(module: nn.Module, std: float) -> None:
-    """New weights: linear and embedding weights normal(0, std), biases zero; norms keep their ones."""
+    """Draw new weights: normal(0, std) for linear layers and embeddings, zero for biases. Norms stay one."""
     for part in module.modules():
         if isinstance(part, (nn.Linear, nn.Embedding)):
             nn.init.normal_(part.weight, std=std)

@@ -1,4 +1,4 @@
-"""[draft.layer]: the draft's own shape, where it is not the target's. Imports attrs and core's bounds only."""
+"""[draft.layer]: the draft's own shape, if it differs from the target's. Imports attrs and core's bounds only."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ __all__ = ["core_registry"]
 
 
 def core_registry() -> Registry:
-    """Terms and weightings as core's plugin offers them."""
+    """A registry of the loss terms and weightings that core's plugin offers."""
     offers = [("loss", spec) for spec in plugin.deepspec_losses()]
     offers += [("weighting", spec) for spec in plugin.deepspec_weightings()]
     return Registry(

@@ -30,38 +30,38 @@ _PER_ROW = ("hidden", "correction", "target_index", "target_ids", "weight", "slo
 
 
 def check_near(found: Tensor | None, expected: Tensor, relative: float, name: str = "tensors") -> None:
-    """No entry is further off than `relative` times the largest entry of `expected`."""
+    """Check that no entry differs by more than `relative` times the largest entry of `expected`."""
     assert found is not None, f"{name}: None"
     limit = relative * expected.abs().max().item()
     torch.testing.assert_close(found, expected, rtol=0, atol=limit, msg=lambda text: f"{name}: {text}")
 
 
 def check_all_near(found: Mapping[str, Tensor | None], expected: Mapping[str, Tensor], relative: float) -> None:
-    """The same names, and near each."""
+    """Check that both have the same names, and that the tensors of each name are near."""
     assert found.keys() == expected.keys(), f"by name: {found.keys() ^ expected.keys()}"
     for name, tensor in expected.items():
         check_near(found[name], tensor, relative, name)
 
 
 def trained(draft: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters training changes, by name."""
+    """The parameters that training changes, by name."""
     return {name: part for name, part in draft.named_parameters() if part.requires_grad}
 
 
 def gradients_of(total: Tensor, draft: nn.Module) -> dict[str, Tensor]:
-    """The gradient of every parameter that `total` reaches."""
+    """The gradient of every parameter that `total` depends on."""
     draft.zero_grad()
     total.backward()  # type: ignore[no-untyped-call]
     return {name: part.grad.clone() for name, part in draft.named_parameters() if part.grad is not None}
 
 
 def rows_where(rows: Rows, keep: Tensor) -> Rows:
-    """Some of the rows, [N] bool."""
+    """The rows that `keep` [N] selects."""
     return evolve(rows, **{name: getattr(rows, name)[keep] for name in _PER_ROW if getattr(rows, name) is not None})
 
 
 def check_same_rows(found: Rows, expected: Rows, relative: float) -> None:
-    """Hidden states are near, all else is equal; blocks are counted from each one's first."""
+    """Check that hidden states are near and all else is equal. Blocks are numbered from the first of each."""
     check_near(found.hidden, expected.hidden, relative, "hidden")
     assert found.target_hidden is not None
     assert expected.target_hidden is not None
@@ -74,7 +74,7 @@ def check_same_rows(found: Rows, expected: Rows, relative: float) -> None:
 
 
 def check_frozen_heads(draft: DraftModel) -> None:
-    """Embedding and head are the target's: what `adopt` gave, in both heads, and not trained."""
+    """Check that embedding and heads hold the target's weights, as `adopt` copied them, and are not trained."""
     assert isinstance(draft, DraftModel)
     assert not any(part.requires_grad for part in (*draft.embed_tokens.parameters(), *draft.lm_head.parameters()))
     weight = draft.lm_head.weight
@@ -85,7 +85,7 @@ def check_frozen_heads(draft: DraftModel) -> None:
 
 
 def check_autocast(draft: Any, batch: DraftBatch, *, mean: float) -> None:
-    """bfloat16 rounds hidden states, by `mean` of their entries at most, and gradients stay finite."""
+    """Check that bfloat16 changes hidden states, by `mean` on average at most, and that gradients are finite."""
     exact = draft(batch).hidden
     with torch.autocast("cpu", dtype=torch.bfloat16):
         rows = draft(batch)

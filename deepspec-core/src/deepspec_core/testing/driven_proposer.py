@@ -29,7 +29,10 @@ GREEDY, SAMPLED = Sampling(), Sampling(temperature=1.0)
 
 
 class DrivenProposer:
-    """The proposer with its slots open; `uniforms` [S, K] are the random numbers of every round."""
+    """A proposer that a test drives by hand.
+
+    Its slots are open. `uniforms` [S, K] are the random numbers of every round.
+    """
 
     def __init__(self, draft: DraftModel, *, num_slots: int = 4, max_length: int = 32) -> None:
         self.proposer = draft.proposer()
@@ -51,7 +54,7 @@ class DrivenProposer:
         self._at |= prompts
 
     def accept(self, committed: Mapping[int, int]) -> None:
-        """slot -> how many of its sample's tokens are committed."""
+        """Commit tokens of samples: by slot, how many."""
         width = max(committed.values()) + 1
         ids, features = [], []
         for slot, count in committed.items():
@@ -70,19 +73,19 @@ class DrivenProposer:
         limits: Sequence[int] | None = None,
         stop_ids: Sequence[int] = (),
     ) -> Proposal:
-        """A round of these slots; by default limited to more than the draft can propose."""
+        """Propose for these slots. Without `limits`, the draft proposes as many tokens as it can."""
         at_most = [self.proposer.max_tokens + 1] * len(slots) if limits is None else list(limits)
         chosen = torch.tensor(slots)
         return self.proposer.propose(chosen, torch.tensor(at_most), sampling, self.uniforms[chosen], stop_ids)
 
 
 def prompts() -> dict[int, tuple[Sample, int]]:
-    """What `start` takes: four samples of 24 tokens, of which 5, 9, 2 and 7 are the prompt."""
+    """Arguments for `start`: four samples of 24 tokens, of which 5, 9, 2 and 7 are the prompt."""
     return {slot: (random_sample(str(slot), 24, seed=slot), length) for slot, length in enumerate((5, 9, 2, 7))}
 
 
 def started(draft: DraftModel) -> DrivenProposer:
-    """With `prompts` in its four slots."""
+    """A driven proposer that has started `prompts` in its four slots."""
     driven = DrivenProposer(draft)
     driven.start(prompts())
     return driven
@@ -96,7 +99,7 @@ def sampled_proposal(draft: DraftModel) -> Proposal:
 
 
 def check_same_proposals(found: DraftModel, expected: DraftModel) -> None:
-    """Two drafts propose the same tokens; probabilities and confidence differ by rounding at most.
+    """Check that two drafts propose the same tokens, with probabilities and confidence equal up to rounding.
 
     Weights that lie elsewhere in memory are summed in another order (testing/shifted.py).
     """
@@ -106,7 +109,7 @@ def check_same_proposals(found: DraftModel, expected: DraftModel) -> None:
 def check_batched_as_alone(
     draft: DraftModel, sampling: Sampling, *, limits: Sequence[int] | None = None, atol: float = 1e-6
 ) -> Proposal:
-    """Four slots propose what each does alone, and three of them again after commits of several lengths.
+    """Check that four slots propose what each proposes alone, and three again after commits of several lengths.
 
     Returns the four's first proposal, limited by `limits`.
     """
@@ -128,7 +131,7 @@ def check_batched_as_alone(
 
 
 def check_reused_slot(draft: DraftModel, *, freed: bool = True) -> None:
-    """A slot that held another sequence, freed or not, proposes as a fresh one does."""
+    """Check that a slot that held another sequence, freed or not, proposes what a fresh slot does."""
     (sample, _), (other, _), (last, _), _ = prompts().values()
     fresh, used = DrivenProposer(draft), DrivenProposer(draft)
     used.start({0: (sample, 20), 1: (other, 21)})
@@ -140,7 +143,7 @@ def check_reused_slot(draft: DraftModel, *, freed: bool = True) -> None:
 
 
 def _check_near(found: Proposal, row: int, expected: Proposal, expected_row: int, atol: float) -> None:
-    """Equal as far as something is proposed: what stands past a proposal's length is undefined."""
+    """Check that both are equal up to the proposal's length. What comes after it is undefined."""
     length = int(found.lengths[row])
     assert length == expected.lengths[expected_row]
     assert torch.equal(found.tokens[row, :length], expected.tokens[expected_row, :length])

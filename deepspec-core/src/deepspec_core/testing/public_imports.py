@@ -1,4 +1,4 @@
-"""Whether a plugin imports of core what is public, and nothing else.
+"""Checks that a plugin imports only public names of core.
 
 Reads source and runs none of it. What is public is in plugins/public.py.
 """
@@ -15,7 +15,7 @@ __all__ = ["check_public_imports"]
 
 
 def check_public_imports(package: Path) -> None:
-    """The Python files under `package` import public names of core only, inside functions and for type checkers too.
+    """Check that the Python files under `package` import only public names of core, inside functions too.
 
     `package` is the folder of a plugin's source. It must import something of core.
     """
@@ -31,7 +31,7 @@ def check_public_imports(package: Path) -> None:
 
 
 def _imports(package: Path) -> Iterator[tuple[Path, str, str]]:
-    """(file, module, name) of everything that is imported from core; of `import deepspec_core.x` the name is empty."""
+    """The (file, module, name) of every import from core. For `import deepspec_core.x` the name is empty."""
     for path in sorted(package.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "deepspec_core":

@@ -37,7 +37,7 @@ _Draft = TypeVar("_Draft", bound=nn.Module)
 
 
 def with_large_weights(draft: _Draft) -> _Draft:
-    """The draft with new matrices, large enough that outputs differ visibly."""
+    """The draft with new random matrices, large enough that different inputs give clearly different outputs."""
     with torch.no_grad():
         for parameter in draft.parameters():
             if parameter.dim() == 2:
@@ -48,7 +48,7 @@ def with_large_weights(draft: _Draft) -> _Draft:
 def random_sample(
     name: str, length: int, mask: Sequence[int] | None = None, *, seed: int = 0, num_taps: int = len(TAPS)
 ) -> Sample:
-    """A sample with features; `mask` gives its loss mask, all but the first token by default."""
+    """A random sample with features. Its loss mask is `mask`, or all tokens but the first."""
     generator = torch.Generator().manual_seed(seed)
     supervised = torch.ones(length, dtype=torch.bool) if mask is None else torch.tensor(mask, dtype=torch.bool)
     supervised[0] = False
@@ -75,7 +75,7 @@ def ragged_samples() -> list[Sample]:
 
 
 def prepare(draft: DraftModel, samples: Sequence[Sample]) -> list[PreparedSample]:
-    """As the draft prepares them, the i-th with a generator seeded i."""
+    """The samples as the draft prepares them, the i-th with a generator of seed i."""
     return [draft.preparation.prepare(sample, np.random.default_rng(index)) for index, sample in enumerate(samples)]
 
 
@@ -87,7 +87,7 @@ def padded_batch(
     filler: float = 0.0,
     rows: Sequence[Sequence[int]] | None = None,
 ) -> DraftBatch:
-    """Prepared samples, right-padded by `extra` more positions than needed; features hold `filler` there.
+    """A batch of prepared samples, padded by `extra` positions more than needed. Features are `filler` there.
 
     `rows` packs them: each entry lists the samples of one row, which follow each other without a gap.
     """

@@ -1,4 +1,4 @@
-"""Recorded vectors of the published implementation: cases loaded, replayed and compared, whichever draft they are of.
+"""Recorded vectors of the published implementation. Cases are loaded, replayed and compared, for any draft.
 
 Knows the layout: one folder a case, named FAMILY-CASE, with the draft as it was published, what went in and what came
 out; and the family's target in FAMILY-target. Which families and drafts were recorded is the folder's.
@@ -49,7 +49,7 @@ class Recordings:
         return self.folder / case / "draft"
 
     def adapter(self, family: str) -> TargetAdapter:
-        """Of the family's target: H 32, V 64, 8 layers."""
+        """The adapter of the family's target, which has H 32, V 64 and 8 layers."""
         return open_adapter(self.folder / f"{family}-target", registry=self.registry)
 
     def draft(self, case: str, *, dtype: torch.dtype = torch.float32) -> DraftModel:
@@ -85,7 +85,10 @@ class Recordings:
 
 @frozen(kw_only=True, eq=False)
 class TrainingCase:
-    """A batch that went through a draft, and what came out. `record` holds the loss's settings and the metrics."""
+    """A recorded batch, and what the draft and the loss gave for it.
+
+    `record` holds the loss's settings and the metrics.
+    """
 
     draft: DraftModel
     inputs: Mapping[str, Tensor]
@@ -95,11 +98,11 @@ class TrainingCase:
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each sequence."""
+        """The number of tokens of each sequence."""
         return [int(length) for length in self.inputs["attention_mask"].sum(1)]
 
     def prepared(self) -> list[PreparedSample]:
-        """Every sequence, with the anchors that were drawn there if the draft draws any."""
+        """Every sequence as a prepared sample, with the recorded anchors if the draft draws any."""
         preparation: Any = self.draft.preparation
         prepared = []
         for index, length in enumerate(self.lengths):
@@ -117,7 +120,7 @@ class TrainingCase:
         return prepared
 
     def batch(self) -> DraftBatch:
-        """All of it, as it went in."""
+        """The whole batch, as it was recorded."""
         inputs = self.inputs
         return DraftBatch(
             input_ids=inputs["input_ids"],
@@ -130,7 +133,7 @@ class TrainingCase:
         )
 
     def check_loss(self, loss: Tensor) -> None:
-        """The recorded loss, and its gradient in every trained parameter, by largest entry and by norm."""
+        """Check the loss, and its gradient by every trained parameter, by largest entry and by norm."""
         check_near(loss.detach().reshape(1), self.expected["loss"], FORWARD, "loss")
         loss.backward()  # type: ignore[no-untyped-call]
         names = self.draft.describe().weight_names
@@ -146,7 +149,7 @@ class TrainingCase:
         also: Mapping[str, float] | None = None,
         leave_out: tuple[str, ...] = (),
     ) -> None:
-        """Every recorded metric but those whose names start with one of `leave_out` is in `metrics` or `also`."""
+        """Check every recorded metric, apart from names that start with one of `leave_out`, in `metrics` or `also`."""
         found = {_PUBLISHED_METRICS.get(name, name): (above / below).item() for name, (above, below) in metrics.items()}
         found |= also or {}
         for name, value in self.record["metrics"].items():
@@ -156,7 +159,7 @@ class TrainingCase:
 
 @frozen(kw_only=True, eq=False)
 class DecodingCase:
-    """Prompts that were continued greedily at some confidence thresholds, and every round of it."""
+    """Recorded prompts, their greedy continuations at some confidence thresholds, and every round."""
 
     draft: DraftModel
     target: TargetModel
@@ -170,7 +173,7 @@ class DecodingCase:
         threshold: float = 0.0,
         max_new_tokens: int | None = None,
     ) -> list[Completion]:
-        """The recorded prompts continued by this implementation, in order; by default with the case's own draft."""
+        """Continue the recorded prompts, in order, with `proposer` or the case's own draft."""
         samples = self.record["by_confidence_threshold"]["0.0"]["samples"]
         completions = decode(
             self.target,
@@ -187,7 +190,7 @@ class DecodingCase:
         return [found[str(i)] for i in range(len(samples))]
 
     def check(self, *, batch_size: int, threshold: float = 0.0) -> None:
-        """Output and every round as recorded, and the output is the target's own greedy continuation."""
+        """Check that output and rounds are as recorded, and that the output is the target's own greedy continuation."""
         samples = self.record["by_confidence_threshold"][str(threshold)]["samples"]
         completions = self.replay(batch_size=batch_size, threshold=threshold)
         assert [sample["output_ids"] for sample in samples] == self.record["target_greedy"], (
@@ -205,14 +208,14 @@ class DecodingCase:
 
 
 def check_same_weights(found: Path, expected: Path) -> None:
-    """Two checkpoints hold the same tensors under the same names."""
+    """Check that two checkpoints hold the same tensors under the same names."""
     one, other = load_file(found / WEIGHTS), load_file(expected / WEIGHTS)
     assert one.keys() == other.keys(), one.keys() ^ other.keys()
     assert all(torch.equal(one[name], tensor) for name, tensor in other.items())
 
 
 def edit_config(checkpoint: Path, **changes: Any) -> None:
-    """Change keys of its config.json; None takes a key out."""
+    """Change keys of a checkpoint's config.json. A key set to None is removed."""
     config = read_draft_config(checkpoint) | changes
     kept = {key: value for key, value in config.items() if changes.get(key, key) is not None}
     (checkpoint / CONFIG).write_text(json.dumps(kept))

@@ -1,4 +1,4 @@
-"""Weights at other addresses: what a reloaded model on another day may have, made to happen on every machine.
+"""Weights at other addresses. A model that is loaded again may have them; tests make it happen on every machine.
 
 Vector instructions go over memory in steps of up to 64 bytes, and a matrix that begins elsewhere is summed in another
 order. Two models with equal weights may thus differ in the last bit. A test that compares a model with its reloaded
@@ -21,7 +21,7 @@ _Module = TypeVar("_Module", bound=nn.Module)
 
 
 def shifted(module: _Module) -> _Module:
-    """The same module, every floating parameter and buffer moved to memory that no vector instruction is aligned to."""
+    """The same module, with floating-point parameters and buffers moved to addresses that are not aligned."""
     moved: dict[int, Tensor] = {}
     for tensor in (*module.parameters(), *module.buffers()):
         if tensor.is_floating_point() and id(tensor) not in moved:

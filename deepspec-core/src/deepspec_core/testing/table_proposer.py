@@ -17,7 +17,7 @@ __all__ = ["TableProposer"]
 
 
 class TableProposer:
-    """The next token's distribution depends on the token before it only. Counts what the engine tells it.
+    """A proposer whose distribution of a token depends only on the token before. It records what the engine tells it.
 
     `stop_short`: propose only (slot + round) % (K + 1) tokens, to exercise ragged and empty proposals.
     """
@@ -33,7 +33,7 @@ class TableProposer:
         self.round = 0
 
     def open_slots(self, num_slots: int, max_length: int) -> None:
-        """Forget everything."""
+        """Forget all sequences."""
         self.last, self.seen = {}, {}
 
     def start(self, slots: Tensor, prompt_ids: Tensor, lengths: Tensor, first_token: Tensor, features: Tensor) -> None:
@@ -44,7 +44,7 @@ class TableProposer:
     def propose(
         self, slots: Tensor, limits: Tensor, sampling: Sampling, uniforms: Tensor, stop_ids: Sequence[int]
     ) -> Proposal:
-        """A chain from the table."""
+        """Propose a chain of tokens from the table."""
         token_B = torch.tensor([self.last[slot] for slot in slots.tolist()])
         tokens, probabilities = [], []
         for k in range(self.max_tokens):

@@ -24,13 +24,13 @@ __all__ = ["TinyDraft", "TinyPreparation", "TinySource"]
 
 
 class TinyPreparation:
-    """Draws `num_anchors` positions whose next `block_size` tokens exist; counts samples with fewer."""
+    """Draws `num_anchors` anchors that have `block_size` tokens after them, and counts samples with fewer."""
 
     def __init__(self, *, num_anchors: int, block_size: int) -> None:
         self.num_anchors, self.block_size = num_anchors, block_size
 
     def prepare(self, sample: Sample, rng: np.random.Generator) -> PreparedSample:
-        """`anchors` [A], -1 where there is none."""
+        """The sample with `anchors` [A]; -1 stands for a missing one."""
         candidates = np.arange(max(0, sample.input_ids.numel() - self.block_size))
         drawn = np.sort(rng.permutation(candidates)[: self.num_anchors])
         anchors = np.full(self.num_anchors, -1, dtype=np.int64)
@@ -42,12 +42,12 @@ class TinyPreparation:
         )
 
     def collate(self, prepared: Sequence[PreparedSample]) -> Mapping[str, Tensor]:
-        """`anchors` [B, A]."""
+        """The `anchors` [B, A] of the batch."""
         return {"anchors": torch.stack([one.tensors["anchors"] for one in prepared])}
 
 
 class TinyDraft(DraftModel):
-    """tanh(project(feature) + embed(anchor token) + slot), through a frozen head; `rank` adds a low-rank correction."""
+    """A draft whose hidden state is tanh(project(feature) + embed(anchor token) + slot). `rank` adds a correction."""
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class TinyDraft(DraftModel):
         self.adopt(self.embed_tokens.weight.detach().clone(), self.lm_head.weight.detach().clone())
 
     def forward(self, batch: DraftBatch) -> Rows:
-        """Blocks of all anchors, in order of sequence and anchor."""
+        """The rows of the blocks of all anchors, in the order of sequences and anchors."""
         sequence_M, which_M = torch.nonzero(batch.prepared["anchors"] >= 0, as_tuple=True)
         anchor_M = batch.prepared["anchors"][sequence_M, which_M]
         feature_MC = batch.features.hidden[sequence_M, anchor_M].to(self.slots.dtype)
@@ -101,16 +101,16 @@ class TinyDraft(DraftModel):
         )
 
     def heads(self) -> Heads:
-        """The target's head for both sides."""
+        """The target's head, for draft and target."""
         head = self.lm_head.weight
         return Heads(draft=head, target=head, correction=None if self.after is None else self.after.weight)
 
     def proposer(self) -> Proposer:
-        """There is none: this draft is for tests of training."""
+        """This draft has no proposer, because it is for tests of training."""
         raise AssertionError("TinyDraft does not decode")
 
     def describe(self) -> DraftDescription:
-        """Facts of a draft nobody publishes."""
+        """Facts about this draft, which is never published."""
         return DraftDescription(
             algorithm="tiny",
             class_name="TinyDraft",
@@ -125,7 +125,7 @@ class TinyDraft(DraftModel):
 
 
 class TinySource:
-    """contracts.features.FeatureSource of random sequences; with `stored`, samples carry their features.
+    """A contracts.features.FeatureSource of random sequences. With `stored`, samples carry their features.
 
     `spoil` is a sample whose features are not finite. Features depend on the sample alone, not on its batch.
     """
@@ -167,14 +167,14 @@ class TinySource:
         return len(self._samples)
 
     def lengths(self) -> Sequence[int]:
-        """Tokens of each sample."""
+        """The number of tokens of each sample."""
         return self._lengths
 
     def __getitem__(self, index: int) -> Sample:
         return self._samples[index]
 
     def features(self, samples: Sequence[Sample], input_ids: Tensor, attention_mask: Tensor) -> TargetFeatures:
-        """What a target would compute: looked up by id, padded with garbage that must not matter."""
+        """The features that a target would compute, found by id. Padding is garbage that must not matter."""
         found = [self._features[sample.id] for sample in samples]
         length = input_ids.shape[1]
         return TargetFeatures(

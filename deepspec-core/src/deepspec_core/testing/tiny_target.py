@@ -20,7 +20,10 @@ __all__ = ["TinyTarget"]
 
 
 class TinyTarget:
-    """Random weights; `sharpness` scales the logits (higher: less entropy, so greedy and sampled text differ less)."""
+    """A target with random weights.
+
+    `sharpness` scales the logits: greedy and sampled text differ less if it is high.
+    """
 
     def __init__(
         self,

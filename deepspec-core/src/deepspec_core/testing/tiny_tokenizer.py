@@ -38,7 +38,7 @@ _TEXT = (
 
 
 def tiny_format() -> ConversationFormat:
-    """Where the assistant speaks in the template."""
+    """The conversation format of the template: where answers begin and end."""
     return ConversationFormat(assistant_start=ASSISTANT_START, assistant_ends=(ASSISTANT_END,))
 
 
