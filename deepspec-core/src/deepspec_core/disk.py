@@ -22,6 +22,14 @@ from deepspec_core.errors import StageError
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+def is_folder(path: Path) -> bool:
+    """Whether there is such a folder. A name that no file system takes (too long, with a NUL in it) is none."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
 def nearest_folder(path: Path) -> Path:
     """The path itself, or the nearest of its parents that exists."""
     path = path.absolute()

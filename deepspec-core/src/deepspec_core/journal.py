@@ -24,15 +24,7 @@ class Journal:
         whole = content[: content.rfind(b"\n") + 1]
         self.entries: list[dict[str, Any]] = []
         for number, line in enumerate(whole.split(b"\n")[:-1], start=1):
-            try:
-                self.entries.append(json.loads(line))
-            except ValueError as error:
-                raise DataError(
-                    "A line of a journal is not JSON",
-                    where=f"{path}:{number}",
-                    found=str(error),
-                    fix="Remove that line; what it recorded is done again.",
-                ) from error
+            self.entries.append(_entry(line, f"{path}:{number}"))
         self._file = path.open("ab")
         self._file.truncate(len(whole))
 
@@ -44,3 +36,14 @@ class Journal:
     def close(self) -> None:
         """Close the file; the journal can be opened again."""
         self._file.close()
+
+
+def _entry(line: bytes, where: str) -> dict[str, Any]:
+    fix = "Remove that line and those after it; what they recorded is done again."
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError("A line of a journal is not JSON", where=where, found=error, fix=fix) from error
+    if not isinstance(entry, dict):
+        raise DataError("A line of a journal is no object", where=where, found=type(entry).__name__, fix=fix)
+    return entry

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from deepspec_core.checkpoints.published import CONFIG, read_draft_config
 from deepspec_core.contracts.target import TargetAdapter, TargetArchitecture
+from deepspec_core.disk import is_folder
 from deepspec_core.errors import CheckpointError, DeepSpecError
 from deepspec_core.hub import why_unreachable
 from deepspec_core.json_files import value_of
@@ -30,7 +31,7 @@ def resolve_draft(name: str | Path, *, base: Path) -> Path:
     CheckpointError where a path does not exist, or the Hub does not give it.
     """
     text = str(name)
-    if (local := base / Path(text).expanduser()).is_dir():
+    if is_folder(local := base / Path(text).expanduser()):
         return local.resolve()
     if text.startswith((".", "/", "~")) or not HUB_ID.fullmatch(text):
         raise CheckpointError(

@@ -11,11 +11,11 @@ import click
 
 from deepspec_core.cli.options import no_plugin
 from deepspec_core.errors import StageError
+from deepspec_core.evaluation.metrics_file import NAME as METRICS
+from deepspec_core.evaluation.metrics_file import read_metrics
 
 if TYPE_CHECKING:
     from deepspec_core.evaluation.comparison import Comparison, Run
-
-METRICS = "metrics.json"
 
 
 @click.command()
@@ -65,20 +65,15 @@ def _runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def _read(folder: Path) -> Any:
-    path = folder / METRICS
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
+        return read_metrics(folder / METRICS)
+    except FileNotFoundError:
         raise StageError(
             "No evaluation there",
             where=folder,
             expected=f"a run's folder with {METRICS}, or its run file",
             fix="Run its evaluate stage first.",
         ) from None
-    except ValueError as error:
-        raise StageError(
-            f"{METRICS} is damaged", where=path, found=error, fix="Evaluate again with --force evaluate."
-        ) from error
 
 
 def _put(text: str, output: str | None) -> None:

@@ -97,16 +97,15 @@ def _nothing(_text: str) -> None:
 
 def show_report(folder: Path) -> None:
     """The table of a finished evaluation, and where the rest of it lies."""
-    import json
-
     metrics = folder / "metrics.json"
     if not metrics.exists():
         return
     from rich.console import Console
 
+    from deepspec_core.evaluation.metrics_file import read_metrics
     from deepspec_core.evaluation.report import terminal_table
 
     # Wide enough for the table also where the output is a file.
     console = Console(width=None if Console().is_terminal else 160)
-    console.print(terminal_table(json.loads(metrics.read_text(encoding="utf-8"))))
+    console.print(terminal_table(read_metrics(metrics)))
     click.echo(f"report: {folder / 'report.md'}")

@@ -82,7 +82,17 @@ def run_file_of(tables: Mapping[str, Any], *, folder: str | os.PathLike[str], pl
     """
     if not isinstance(tables, Mapping):
         raise ConfigError("a run file is made of nested mappings", found=type(tables).__name__, expected="a dictionary")
+    if (key := _other_key(tables)) is not None:
+        raise ConfigError("a key of a run file is no text", found=repr(key)[:80], expected="names of sections and keys")
     return _checked(as_toml(tables), (), "the run file", Path(folder), plugins)
+
+
+def _other_key(value: Any) -> Any:
+    """The first key of nested mappings that is no text, None where all are."""
+    if not isinstance(value, Mapping):
+        return None
+    found = (key if not isinstance(key, str) else _other_key(entry) for key, entry in value.items())
+    return next((key for key in found if key is not None), None)
 
 
 def as_toml(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What an exporter does: write a trained draft as a serving engine loads it, or refuse and say why."""
+"""What an exporter does: it writes a trained draft in the form that a serving engine loads, or says why it cannot."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["Exporter"]
 
 @runtime_checkable
 class Exporter(Protocol):
-    """One (format, algorithm) pair."""
+    """Writes the drafts of one algorithm in one export format."""
 
     def unservable(self, description: DraftDescription) -> str | None:
         """Why the engine cannot serve such a draft, or None. Asked before a run's first stage and before `write`."""

@@ -17,7 +17,7 @@ from attrs import asdict, field, frozen
 from deepspec_core.contracts.proposer import Proposer, Sampling
 from deepspec_core.contracts.target import TargetModel
 from deepspec_core.decoding.engine import Clock, Completion, Request, Round, decode
-from deepspec_core.errors import StageError
+from deepspec_core.errors import DataError, StageError
 from deepspec_core.evaluation.metrics import pool
 from deepspec_core.journal import Journal
 from deepspec_core.progress import Progress
@@ -67,7 +67,8 @@ def evaluate(
 ) -> list[Group]:
     """Decode every request. Groups that are in the journal are taken from there.
 
-    StageError if the journal was begun with other prompts than those of `prompts_digest`.
+    StageError if the journal was begun with other prompts than those of `prompts_digest`, DataError if a line of it is
+    damaged.
     """
     log = Journal(journal)
     head, entries = (log.entries[0], log.entries[1:]) if log.entries else ({"prompts": prompts_digest}, [])
@@ -84,7 +85,9 @@ def evaluate(
         )
     size = max(decoding.batch_size, -(-len(requests) // MIN_GROUPS))
     groups = [requests[start : start + size] for start in range(0, len(requests), size)]
-    done = [_from_json(entry) for entry in entries]
+    done = [
+        _group_of(entry, groups[index : index + 1], f"{journal}:{index + 2}") for index, entry in enumerate(entries)
+    ]
     finished = sum(len(group.completions) for group in done)
     with Progress(len(requests), what, "prompts", done=finished) as progress:
         if not done and groups:
@@ -173,6 +176,31 @@ def _total(timings: Sequence[Timing]) -> dict[str, float]:
 
 def _speed(timing: Timing) -> float:
     return timing.tokens / timing.wall
+
+
+def _group_of(entry: dict[str, Any], expected: Sequence[Sequence[Request]], where: str) -> Group:
+    """The group that a line of the journal records. `expected`: its requests, none where there is no such group."""
+    try:
+        group = _from_json(entry)
+        counts = [
+            n for done in group.completions for r in done.rounds for n in (r.proposal_length, r.acceptance_length)
+        ]
+        ids = [token for done in group.completions for token in done.output_ids]
+        problem = None if all(type(number) is int for number in (*counts, *ids)) else "numbers that are none"
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        problem = f"{type(error).__name__}: {error}"
+    else:
+        asked = [[(request.id, request.prompt_ids) for request in requests] for requests in expected]
+        if problem is None and asked != [[(done.id, done.prompt_ids) for done in group.completions]]:
+            problem = "other prompts than those of its place"
+    if problem is not None:
+        raise DataError(
+            "A line of a journal is damaged",
+            where=where,
+            found=problem,
+            fix="Remove that line and those after it; what they recorded is done again.",
+        )
+    return group
 
 
 def _from_json(entry: dict[str, Any]) -> Group:

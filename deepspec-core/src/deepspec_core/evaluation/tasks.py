@@ -58,7 +58,9 @@ def load_task(
         random.Random(seed).shuffle(prompts)
         prompts = prompts[:limit]
     if not prompts:
-        raise DataError("A task has no prompts", where=task, fix="Give a task with at least one prompt.")
+        raise DataError(
+            "A task has no prompts", where=task, fix="Give it at least one prompt, or leave it out of evaluate.tasks."
+        )
     repeated = [name for name, count in Counter(prompt.id for prompt in prompts).items() if count > 1]
     if repeated:
         raise DataError(

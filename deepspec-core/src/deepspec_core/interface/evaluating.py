@@ -23,6 +23,7 @@ from deepspec_core.evaluation.evaluator import Decoding, summarise
 from deepspec_core.evaluation.evaluator import evaluate as decode_groups
 from deepspec_core.evaluation.requests import requests_of_prompts
 from deepspec_core.evaluation.tasks import load_task
+from deepspec_core.interface.arguments import names_of
 from deepspec_core.interface.generating import check_confidence
 from deepspec_core.interface.models import Draft, Target, check_models
 from deepspec_core.interface.options import GenerateOptions, checked
@@ -83,8 +84,11 @@ def evaluate(
             where="the argument `draft`",
             fix="For the target's own answers, use generate(target, None, prompts).",
         )
-    own = {name: listed(prompts) for name, prompts in tasks.items()} if isinstance(tasks, Mapping) else None
-    names = [] if own is not None else [tasks] if isinstance(tasks, str) else list(tasks)
+    own = None
+    if isinstance(tasks, Mapping):
+        names_of(list(tasks), "tasks")
+        own = {name: listed(prompts) for name, prompts in tasks.items()}
+    names = [] if own is not None else [tasks] if isinstance(tasks, str) else list(names_of(tasks, "tasks"))
     options = checked(
         EvaluateOptions,
         {

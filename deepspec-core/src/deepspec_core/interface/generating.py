@@ -116,6 +116,20 @@ def generate(
     options = checked(GenerateOptions, given, call="generate", registry=target.plugins.registry)
     if draft is not None:
         check_confidence(draft, options.confidence_threshold)
+    elif options.confidence_threshold > 0:
+        raise ConfigError(
+            "without a draft there is no confidence to compare with",
+            where="confidence_threshold",
+            found=f"{options.confidence_threshold:g}",
+            expected="a draft with a confidence head, or 0",
+        )
+    if on_round is not None and not callable(on_round):
+        raise ConfigError(
+            "on_round cannot be called",
+            where="the argument `on_round`",
+            found=repr(on_round),
+            expected="a function of one argument",
+        )
     reader = PromptReader(target, options.thinking, options.system_prompt)
     requests = [
         Request(id=str(index), prompt_ids=reader.ids(prompt, f"prompt {index}"), seed=options.seed + index)

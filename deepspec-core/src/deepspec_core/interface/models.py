@@ -18,6 +18,7 @@ from deepspec_core.contracts.draft import DraftDescription, DraftModel
 from deepspec_core.contracts.target import TargetAdapter, TargetArchitecture, TargetModel
 from deepspec_core.dtypes import dtype_name, torch_dtype
 from deepspec_core.errors import CheckpointError, ConfigError, nearest
+from deepspec_core.interface.arguments import name_of
 from deepspec_core.plugins.discovery import Plugins, load_plugins
 from deepspec_core.targets.opening import load_target as load_weights
 from deepspec_core.targets.opening import open_target_alone, resolve_model, tokenizer_for
@@ -73,7 +74,7 @@ def load_target(
     a branch, tag or commit on the Hub. Raises DeepSpecError where there is no such target, or no plugin covers it.
     """
     plugins = load_plugins()
-    name = str(name)
+    name = name_of(name, "name", expected="a directory, a Hub id or builtin:NAME")
     place = _device(device)
     numbers = _dtype(dtype, place)
     where = resolve_model(name, base=Path.cwd(), registry=plugins.registry, revision=revision)
@@ -96,7 +97,7 @@ def load_draft(name: str | Path, target: Target) -> Draft:
     """
     check_models(target, None)
     registry = target.plugins.registry
-    folder = resolve_draft(name, base=Path.cwd())
+    folder = resolve_draft(name_of(name, "name", expected="a directory or a Hub id"), base=Path.cwd())
     adapter = draft_adapter(folder, registry=registry)
     check_same_target(folder, adapter.architecture, target.architecture)
     model = published.load_draft(

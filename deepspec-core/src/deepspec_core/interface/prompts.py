@@ -6,6 +6,7 @@ known to the target's chat template.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from numbers import Integral
@@ -27,7 +28,7 @@ def listed(prompts: Any) -> list[Prompt]:
     """One prompt alone as a list of one, several as a list. DataError for what is neither."""
     if isinstance(prompts, (str, bytes, bytearray)):
         return [prompts]
-    if isinstance(prompts, Mapping) or not (isinstance(prompts, Iterable) or hasattr(prompts, "tolist")):
+    if isinstance(prompts, Mapping) or not _is_list(prompts):
         raise DataError(
             "this is neither a prompt nor a list of prompts",
             where="prompts",
@@ -56,7 +57,7 @@ class PromptReader:
     def _read(self, prompt: Any, where: str) -> tuple[int, ...]:
         if isinstance(prompt, str):
             return self._rendered([{"role": "user", "content": prompt}], where)
-        no_list = not (isinstance(prompt, Iterable) or hasattr(prompt, "tolist"))
+        no_list = not _is_list(prompt)
         # Bytes would pass for a list of ids below 256.
         if isinstance(prompt, (Mapping, bytes, bytearray)) or no_list:
             raise DataError("this is no prompt", where=where, found=type(prompt).__name__, expected=_SHAPES)
@@ -83,8 +84,7 @@ class PromptReader:
         if not read[-1]["content"].strip():
             raise _empty(where)
         try:
-            for message in read:
-                message["content"].encode("utf-8")
+            json.dumps([*read, self.system_prompt], ensure_ascii=False).encode("utf-8")
             return self._tokenizer.render_prompt(read, self.system_prompt)
         except UnicodeEncodeError as error:
             raise DataError(
@@ -113,6 +113,13 @@ class PromptReader:
                 expected=f"fewer than {architecture.max_positions:,}",
             )
         return ids
+
+
+def _is_list(value: Any) -> bool:
+    """Whether there are items in it: an array of no dimensions has a value and none."""
+    if hasattr(value, "tolist"):
+        return bool(getattr(value, "ndim", 1))
+    return isinstance(value, Iterable)
 
 
 def _as_list(values: Any) -> list[Any]:

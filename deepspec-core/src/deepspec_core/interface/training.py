@@ -5,7 +5,6 @@ Knows where a run's results lie; what stages do is pipeline/'s.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,8 @@ from typing import Any
 from attrs import field, frozen
 
 from deepspec_core.config.load import RunFile, load_run_file, run_file_of
+from deepspec_core.evaluation.metrics_file import read_metrics
+from deepspec_core.interface.arguments import names_of, path_of
 from deepspec_core.pipeline.run import Run
 from deepspec_core.pipeline.running import run_stages
 from deepspec_core.pipeline.smoke import smoke as made_small
@@ -58,13 +59,15 @@ def train(
     Runs in this process on one device; messages go to the logger "deepspec". Raises DeepSpecError as the command line
     would report it.
     """
-    plugins = load_plugins()
+    plugins, base = load_plugins(), path_of(base, "base", expected="a folder")
+    stages, force = names_of(stages, "stages"), names_of(force, "force")
     if isinstance(run_file, RunFile):
-        file, path = run_file, Path(base) / "run file"
+        file, path = run_file, base / "run file"
     elif isinstance(run_file, Mapping):
-        file, path = run_file_of(run_file, folder=base, plugins=plugins), Path(base) / "run file"
+        file, path = run_file_of(run_file, folder=base, plugins=plugins), base / "run file"
     else:
-        file, path = load_run_file(run_file, plugins=plugins), Path(run_file)
+        path = path_of(run_file, "run_file", expected="the path of a run file, a RunFile, or a dictionary")
+        file = load_run_file(path, plugins=plugins)
     run = Run(file=made_small(file) if smoke else file, path=path, plugins=plugins)
     summaries = run_stages(run, only=stages, force=force, say=log.info)
     trained, metrics, draft = summaries.get("train", {}), run.folder / "metrics.json", run.folder / "draft"
@@ -73,6 +76,6 @@ def train(
         draft=draft if draft.is_dir() else None,
         steps=trained.get("steps", 0),
         figures=trained.get("figures", {}),
-        metrics=json.loads(metrics.read_text(encoding="utf-8")) if "evaluate" in summaries else None,
+        metrics=read_metrics(metrics) if "evaluate" in summaries else None,
         stages=summaries,
     )

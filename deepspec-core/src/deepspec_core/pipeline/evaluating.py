@@ -49,7 +49,7 @@ def run_stage(run: Run) -> dict[str, Any]:
             groups = evaluate(
                 requests,
                 decoding,
-                journal=run.stage_folder("evaluate") / f"{journal_names[task]}-t{temperature:g}.jsonl",
+                journal=run.stage_folder("evaluate") / f"{journal_names[task]}-t{_exact(temperature)}.jsonl",
                 prompts_digest=digest,
                 what=f"evaluate {task} at temperature {temperature:g}",
             )
@@ -70,6 +70,11 @@ def run_stage(run: Run) -> dict[str, Any]:
         f"accepted length on {result['task']} at T={result['temperature']:g}": round(result["acceptance_length"], 3)
         for result in results
     }
+
+
+def _exact(temperature: float) -> str:
+    """A temperature as part of a file's name, so that no two share one."""
+    return repr(float(temperature)).removesuffix(".0")
 
 
 def draft_of(run: Run) -> tuple[Path, TargetAdapter]:

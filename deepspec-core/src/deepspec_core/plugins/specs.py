@@ -1,8 +1,8 @@
-"""What a plugin offers: small frozen records, with the heavy part named as text.
+"""What a plugin offers: small frozen records, in which heavy code is named as text.
 
-`build` is "module:attribute" and is imported when the component is first used, so listing plugins and checking a run
-file never import torch. `options` is a frozen keyword-only attrs class whose module imports attrs only; it is the typed
-section a run file gives the component. This file imports attrs and nothing else.
+`build` is "module:attribute". It is imported when the component is first used, so listing plugins and checking a run
+file never import torch. `options` is a frozen keyword-only attrs class, and its module imports attrs only. It gives the
+component's section of a run file its keys and types. This file imports attrs and nothing else.
 """
 
 from __future__ import annotations
@@ -28,10 +28,12 @@ def _nothing(_config: Mapping[str, Any]) -> bool:
 
 @frozen(kw_only=True)
 class ComponentSpec:
-    """Any named component: a loss term, a weighting, a cache format, a feature source.
+    """A named component: a loss term, a weighting, a cache format, a feature source.
 
-    `name` is what run files say; `summary` is one line for `deepspec plugins`; `build` is called as the contract of its
-    kind says (contracts/), with the options object first where `options` is given.
+    name: The name in run files.
+    summary: One line for `deepspec plugins`.
+    build: Names what is called to make the component, as the hook of its kind says (hooks.py). If `options` is given,
+        the options object is the first argument.
     """
 
     name: str = field(validator=_NAME)
@@ -42,13 +44,13 @@ class ComponentSpec:
 
 @frozen(kw_only=True)
 class DraftModelSpec(ComponentSpec):
-    """An algorithm. `build(options, adapter, taps)` returns a contracts.draft.DraftModel with new weights.
+    """An algorithm of drafts. `build(options, adapter, taps)` returns a contracts.draft.DraftModel with new weights.
 
-    `class_suffix`: published class names are the adapter's prefix plus this.
-    `recognise(config)`: whether a checkpoint's config.json (as a mapping) is one of this algorithm's.
-    `options_of(config)`: "module:attribute" of a function that reads the options and taps back from such a config.json;
-    it returns (options, taps).
-    `default_loss`: keys of [loss], as a run file would write them, where it does not; e.g. {"terms": {"ce": 1.0}}.
+    class_suffix: The end of published class names; the adapter's prefix is their beginning.
+    recognise: Called with the config.json of a checkpoint, as a mapping. Says whether it is one of this algorithm.
+    options_of: Names a function that reads such a config.json back and returns (options, taps).
+    default_loss: Keys of [loss], as a run file writes them, for those that the run file leaves out. An example is
+        {"terms": {"ce": 1.0}}.
     """
 
     class_suffix: str = field(validator=instance_of(str))
@@ -59,11 +61,13 @@ class DraftModelSpec(ComponentSpec):
 
 @frozen(kw_only=True)
 class TargetAdapterSpec(ComponentSpec):
-    """A family. `build(config, draft_layer, tokens)` returns a contracts.target.TargetAdapter of a transformers config.
+    """A target family. `build(config, draft_layer, tokens)` returns a contracts.target.TargetAdapter.
 
-    `model_types`: the values of config.model_type it covers. `draft_layer` holds the run file's overrides of the
-    draft's own shape ([draft.layer]), or None; `tokens` (contracts.target.SpecialTokens) the ids read from the target's
-    directory, or None to take the config's. Both are optional arguments.
+    model_types: The values of config.model_type that the family covers.
+
+    `config` is a transformers config. Two arguments are optional. `draft_layer` holds the draft's own shape as the run
+    file gives it ([draft.layer]), or is None. `tokens` (contracts.target.SpecialTokens) holds the ids read from the
+    target's directory; if it is None, those of the config are used.
     """
 
     model_types: tuple[str, ...] = field(validator=deep_iterable(instance_of(str), instance_of(tuple)))
@@ -71,10 +75,11 @@ class TargetAdapterSpec(ComponentSpec):
 
 @frozen(kw_only=True)
 class BuiltinSpec(ComponentSpec):
-    """Something a plugin ships under `builtin:NAME`.
+    """A model or prompts that a plugin ships as `builtin:NAME`.
 
-    kind "model": `build()` returns the path of a Hugging Face directory. kind "prompts": `build(split, seed)` yields
-    mappings with `id` and `messages`, for split "train" or "held_out", which share no prompt.
+    For the kind "model", `build()` returns the path of a Hugging Face directory. For the kind "prompts",
+    `build(split, seed)` yields mappings with `id` and `messages`. The splits are "train" and "held_out", and no prompt
+    is in both.
     """
 
     kind: Literal["model", "prompts"]
@@ -87,16 +92,17 @@ class TaskSpec(ComponentSpec):
 
 @frozen(kw_only=True)
 class ExportSpec(ComponentSpec):
-    """One (format, algorithm) pair. `build()` returns a contracts.export.Exporter; `algorithm`: a draft type."""
+    """An export format for one algorithm (a draft type). `build()` returns a contracts.export.Exporter."""
 
     algorithm: str = field(validator=_NAME)
 
 
 @frozen(kw_only=True)
 class ImportSpec(ComponentSpec):
-    """Reads a foreign checkpoint as a draft of type `algorithm`; names are unique within (name, algorithm).
+    """A reader of foreign checkpoints, which become drafts of type `algorithm`.
 
-    `recognise(config)` as for drafts; `build(path)` returns (options, taps, weights).
+    The pair of name and algorithm is unique. `recognise` is as for drafts. `build(path)` returns (options, taps,
+    weights).
     """
 
     algorithm: str = field(validator=_NAME)

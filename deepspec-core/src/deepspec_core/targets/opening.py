@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from deepspec_core.config.schema import BUILTIN
 from deepspec_core.contracts.target import SpecialTokens, TargetAdapter, TargetModel
 from deepspec_core.digests import digests_of
+from deepspec_core.disk import is_folder
 from deepspec_core.errors import DeepSpecError, TargetError
 from deepspec_core.hub import say_local_copy, why_unreachable
 from deepspec_core.json_files import read_object, value_of
@@ -48,7 +49,7 @@ def resolve_model(name: str, *, base: Path, registry: Registry, revision: str | 
         if spec.kind != "model":
             raise TargetError("not a model", where=name, found=f"builtin {spec.kind}", expected="a builtin model")
         where = Path(registry.load("builtin", spec.name)())
-    elif (local := base / Path(name).expanduser()).is_dir():
+    elif is_folder(local := base / Path(name).expanduser()):
         where = local.resolve()
     elif name.startswith((".", "/", "~")) or not HUB_ID.fullmatch(name):
         raise TargetError(

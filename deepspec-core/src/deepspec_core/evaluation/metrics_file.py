@@ -1,0 +1,44 @@
+"""metrics.json of a run: read as a file that somebody may have edited, or half written.
+
+Knows what every reader of it needs to be there; not what is made of it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Final
+
+from deepspec_core.errors import StageError
+from deepspec_core.json_files import read_object
+
+NAME: Final = "metrics.json"
+_FIX: Final = "Evaluate again with --force evaluate."
+_PARTS: Final = {"run": str, "draft": dict, "target": dict, "settings": dict, "machine": dict, "results": list}
+_OF_A_RESULT: Final = (
+    "task",
+    "temperature",
+    "samples",
+    "acceptance_length",
+    "acceptance_length_interval",
+    "marginal",
+    "conditional",
+)
+
+
+def read_metrics(path: Path) -> dict[str, Any]:
+    """The report in the file. StageError where it is damaged; FileNotFoundError where it is not there."""
+    report = read_object(path, kind=StageError, strict=False, fix=_FIX)
+    for part, kind in _PARTS.items():
+        if not isinstance(report.get(part), kind):
+            raise _damaged(path, f"{part} = {report.get(part)!r}"[:80])
+    for index, result in enumerate(report["results"]):
+        missing = [name for name in _OF_A_RESULT if not isinstance(result, dict) or name not in result]
+        if missing:
+            raise _damaged(path, f"results[{index}] without {missing[0]}")
+    return report
+
+
+def _damaged(path: Path, found: str) -> StageError:
+    return StageError(
+        f"{path.name} is damaged", where=path, found=found, expected="the report as it was written", fix=_FIX
+    )

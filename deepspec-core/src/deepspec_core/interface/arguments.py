@@ -1,0 +1,48 @@
+"""Arguments of the Python interface that are no options: paths, names of models, lists of stages and tasks.
+
+Knows what a caller may have meant; not what the names stand for.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from deepspec_core.errors import ConfigError
+
+
+def path_of(value: Any, argument: str, *, expected: str) -> Path:
+    """The path that an argument says.
+
+    ConfigError where it is none, and where it is empty: an empty path would be the folder that Python runs in.
+    """
+    if not isinstance(value, str | os.PathLike) or not os.fspath(value):
+        raise _wrong(argument, "path", value, expected)
+    return Path(value)
+
+
+def name_of(value: Any, argument: str, *, expected: str) -> str:
+    """The name that an argument says, as text or as a path. ConfigError where it is neither, or empty."""
+    if not isinstance(value, str | os.PathLike) or not os.fspath(value):
+        raise _wrong(argument, "name", value, expected)
+    return str(value)
+
+
+def names_of(value: Any, argument: str) -> Sequence[str]:
+    """The list of names that an argument says. ConfigError for a text alone, which would be read letter by letter."""
+    if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(name, str) for name in value):
+        fix = f"Write [{value!r}]." if isinstance(value, str) and value else None
+        raise _wrong(argument, "list of names", value, "a list of texts", fix)
+    return value
+
+
+def _wrong(argument: str, what: str, value: Any, expected: str, fix: str | None = None) -> ConfigError:
+    return ConfigError(
+        f"the argument `{argument}` is no {what}",
+        where=f"the argument `{argument}`",
+        found=repr(value)[:80],
+        expected=expected,
+        fix=fix,
+    )
