@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import attrs
 import pytest
@@ -97,6 +98,30 @@ def test_edited_sources_are_refused(run_file: Path, capsys: pytest.CaptureFixtur
     )
     _rows(rows)
     assert main(command) == 0
+
+
+def test_a_dataset_of_the_hub_that_moved_on_is_refused(
+    run_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its commit counts. What the Hub gives is made up here: a builder that knows its commit, and rows."""
+    import datasets
+
+    rows = datasets.Dataset.from_list(
+        [{"id": str(n), "messages": [{"role": "user", "content": f"Say {n}"}]} for n in range(40)]
+    )
+    commit = ["1111111"]
+    monkeypatch.setattr("deepspec_core.data.sources.why_unreachable", lambda: None)
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: SimpleNamespace(hash=commit[0]))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
+    command = ["run", str(run_file), "--smoke", *ONE_THREAD, "--set", 'run.stages=["regenerate"]']
+    command += ["--set", 'data.sources=[{path="organisation/prompts"}]', "--set", "regenerate.max_tokens=4"]
+    assert main(command) == 0
+    record = _folder(run_file) / "regenerate" / "stage.json"
+    assert json.loads(record.read_text())["content"]["the content of data.sources[0]"] == "1111111"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "complete": False}))
+    commit[0] = "2222222"
+    assert main(command) == 2
+    assert "The content of data.sources[0] changed under" in capsys.readouterr().err
 
 
 def test_edited_answers_are_refused(finished_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
