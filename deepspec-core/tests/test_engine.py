@@ -43,6 +43,19 @@ def test_greedy_speculation_equals_plain_greedy(stop_short: bool) -> None:
     assert {completion.finish_reason for completion in plain.values()} == {"stop", "length"}
 
 
+def test_gradients_are_the_caller_s_between_completions() -> None:
+    target = TinyTarget(vocab_size=VOCAB, hidden_size=8, num_layers=2, seed=3)
+    sampling = Sampling(temperature=0.0)
+    found = decode(
+        target, None, _requests(3), sampling=sampling, stop_ids=(1,), max_new_tokens=4, batch_size=1, max_length=64
+    )
+    next(found)
+    # Whoever stops here, for an error say, goes on with gradients on.
+    assert torch.is_grad_enabled()
+    next(found)
+    assert torch.is_grad_enabled()
+
+
 @pytest.mark.parametrize("with_proposer", [False, True])
 def test_a_sample_does_not_depend_on_its_neighbours(with_proposer: bool) -> None:
     requests = _requests(9)

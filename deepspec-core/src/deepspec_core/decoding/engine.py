@@ -106,6 +106,7 @@ class _Sequence:
         return len(self.request.prompt_ids) + len(self.output) - 1
 
 
+@torch.no_grad()  # of a generator: while it runs, not while its caller does
 def decode(
     target: TargetModel,
     proposer: Proposer | None,
@@ -140,8 +141,7 @@ def decode(
         clock or Clock(),
         on_round,
     )
-    with torch.no_grad():
-        yield from engine.run(iter(requests))
+    yield from engine.run(iter(requests))
 
 
 @define
