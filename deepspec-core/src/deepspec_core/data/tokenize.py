@@ -29,10 +29,17 @@ from deepspec_core.data.answers import (
     rows,
     supervised,
 )
+from deepspec_core.data.control_tokens import control_tokens, found_in
 from deepspec_core.data.conversations import Conversation
+from deepspec_core.data.left_out import left_out
 from deepspec_core.errors import DataError
 
 PLAIN = Supervision()
+_ANSWER = {"role": "assistant", "content": "!"}
+
+
+class ControlTokens(TemplateRefusal):
+    """A message contains what the chat template writes between messages."""
 
 
 @frozen(kw_only=True)
@@ -50,6 +57,7 @@ class ChatTokenizer:
         self.tokenizer = tokenizer
         self.thinking = thinking
         self._openings: dict[str, Openings] = {}
+        self._control_tokens: tuple[str, ...] | None = None
         name = tokenizer.name_or_path or "tokenizer"
         if not tokenizer.is_fast:
             raise DataError("The tokenizer has no offsets", where=name, expected="a fast tokenizer (tokenizer.json)")
@@ -98,14 +106,20 @@ class ChatTokenizer:
     def render_prompt(
         self, messages: Messages, system_prompt: str | None = None, tools: Sequence[Mapping[str, Any]] = ()
     ) -> tuple[int, ...]:
-        """Token ids of a prompt that ends where the assistant is to begin. The last message is not the assistant's."""
+        """Token ids of a prompt that ends where the assistant is to begin. The last message is not the assistant's.
+
+        TemplateRefusal where the template leaves out a message or a tool, or a message contains its control tokens.
+        """
+        self.refuse_control_tokens(messages)
         text = self.render(messages, system_prompt, prompt=True, tools=tools)
+        _refuse_left_out(text, messages, tools)
         # verbose: the library would warn of a long prompt, which callers refuse or count in their own words.
         return tuple(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids of rendered text, and the characters each stands for."""
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        # verbose: samples are cut at the target's positions, so the library's warning of long ones means nothing here.
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         return encoded["input_ids"], encoded["offset_mapping"]
 
     def decode(self, token_ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
@@ -125,6 +139,24 @@ class ChatTokenizer:
             return self.render(messages, system_prompt, prompt=prompt, tools=tools)
 
         return replies(rendered, messages, fmt, self.openings(fmt), thinking=self.thinking)
+
+    def control_tokens(self) -> tuple[str, ...]:
+        """The special tokens that the chat template itself writes, as text."""
+        if self._control_tokens is None:
+            asked = [{"role": "user", "content": "?"}]
+            texts = [self.render(asked, None, prompt=True), self.render([*asked, _ANSWER], None, prompt=False)]
+            self._control_tokens = control_tokens(self.tokenizer, "".join(texts))
+        return self._control_tokens
+
+    def refuse_control_tokens(self, messages: Messages) -> None:
+        """ControlTokens where a message contains one of them: the tokenizer would read it as the real one."""
+        found = found_in(messages, self.control_tokens())
+        if found is not None:
+            raise ControlTokens(
+                "A message contains a control token of the chat template",
+                found=found,
+                expected="text that does not encode to the template's own markers",
+            )
 
     def openings(self, fmt: ConversationFormat) -> Openings:
         """What prompts say after the assistant's header."""
@@ -147,17 +179,22 @@ class ChatTokenizer:
 
         One as a rule, none without an answer; where the template rewrites earlier answers one an answer, with ids ID#1,
         ID#2, and so on. Tokens that came with the conversation are taken as they are. `original_length` counts tokens
-        before that cut. TemplateRefusal where the template does not take the conversation, or leaves out the thinking
-        of an answer.
+        before that cut.
+
+        TemplateRefusal where the template does not take the conversation, or leaves out the thinking of an answer, a
+        tool call, another's message or a tool on offer. ControlTokens where a message contains one of the template's.
         """
         if conversation.input_ids is not None and conversation.loss_mask is not None:
             given = [(list(ids), [bool(flag) for flag in mask]) for ids, mask in conversation.given()]
         else:
+            self.refuse_control_tokens(conversation.messages)
             answers = self.replies(conversation.messages, fmt, system_prompt, conversation.tools)
             if not all(answer.complete for answer in answers):
                 raise TemplateRefusal(
                     "The chat template refuses a conversation", found="it leaves out the thinking of an answer"
                 )
+            for last in answers[-1:]:
+                _refuse_left_out(last.rendering, _up_to_last_answer(conversation.messages), conversation.tools)
             given = []
             for text, spans in rows(answers, supervision):
                 ids, offsets = self.encode(text)
@@ -202,7 +239,8 @@ def tokenize_all(
     conversations that came with their tokens; `split`: conversations of several samples, since their template rewrites
     earlier answers. Dropped, and told to `on_drop`: `too_short`, samples with fewer than min_supervised_tokens
     supervised tokens within max_length; `no_answer`, conversations where nobody answers; `refused`, those the template
-    does not take. DataError where the template does not fit `fmt` at all.
+    does not take, or not all of; `control_tokens`, those whose text contains the template's own markers. DataError
+    where the template does not fit `fmt` at all.
     """
     counts = Counter() if counts is None else counts
     seen: set[str] = set()
@@ -214,6 +252,9 @@ def tokenize_all(
     for conversation in conversations:
         try:
             samples = tokenizer.samples(conversation, fmt, system_prompt, max_length, supervision)
+        except ControlTokens as error:
+            drop("control_tokens", conversation.id, f"it contains a control token of the template: {error.found}")
+            continue
         except TemplateRefusal as error:
             drop("refused", conversation.id, f"the chat template does not take it: {error.found}")
             continue
@@ -240,6 +281,18 @@ def tokenize_all(
             counts["supervised_tokens"] += num_supervised
             counts["truncated"] += sample.original_length == max_length
             yield sample
+
+
+def _refuse_left_out(text: str, messages: Messages, tools: Sequence[Mapping[str, Any]]) -> None:
+    missing = left_out(text, messages, tools)
+    if missing is not None:
+        raise TemplateRefusal("The chat template refuses a conversation", found=f"it leaves out {missing}")
+
+
+def _up_to_last_answer(messages: Messages) -> Messages:
+    """What the rendering of the last answer holds: messages after it are not read."""
+    last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
+    return messages[: last + 1]
 
 
 def _sample(identity: str, ids: list[int], mask: list[bool], max_length: int) -> Sample:

@@ -29,7 +29,17 @@ if TYPE_CHECKING:
     from deepspec_core.data.tokenize import Dropped
 
 # Counts of conversations that do not become one whole sample each, or ask what another one asks.
-LOSSES = ("refused", "no_answer", "too_short", "truncated", "split", "duplicates", "renamed", "same_question")
+LOSSES = (
+    "refused",
+    "control_tokens",
+    "no_answer",
+    "too_short",
+    "truncated",
+    "split",
+    "duplicates",
+    "renamed",
+    "same_question",
+)
 
 
 @define(kw_only=True, slots=False)

@@ -1,0 +1,65 @@
+"""What a chat template leaves out of a conversation without a word: messages, tool calls, the tools on offer.
+
+A template that knows no tools renders a call as an empty answer, and training would teach to answer nothing. Texts are
+compared by their letters and digits, because templates trim, indent and quote. Knows messages and rendered text; not
+how a template is run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+
+def left_out(text: str, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> str | None:
+    """What of these messages and tools is not in their rendering `text`, in words; None where all of it is.
+
+    What the assistant said before may be shortened by a template, which is told elsewhere (answers.Reply.complete); its
+    calls may not.
+    """
+    written = _letters(text)
+    for tool in tools:
+        name = _name_of(tool)
+        if name is not None and _letters(name) not in written:
+            return f"the tool {name!r} that is on offer"
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant" and not _is_in(message["content"], written):
+            return f"the content of message {index} ({message['role']})"
+        for call in message.get("tool_calls", ()):
+            function = call["function"]
+            if _letters(function["name"]) not in written:
+                return f"the call of {function['name']!r} in message {index}"
+            for part in _leaves(function["arguments"]):
+                if not _is_in(part, written):
+                    return f"the argument {part!r} of the call of {function['name']!r} in message {index}"
+    return None
+
+
+def _name_of(tool: Mapping[str, Any]) -> str | None:
+    described = tool.get("function", tool)
+    name = described.get("name") if isinstance(described, Mapping) else None
+    return name if isinstance(name, str) else None
+
+
+def _leaves(value: Any) -> Iterator[str]:
+    """Keys and values of a call's arguments, as text. Numbers with a fraction have no one spelling."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield str(key)
+            yield from _leaves(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _leaves(inner)
+    elif not isinstance(value, float) and value is not None:
+        yield str(value)
+
+
+def _is_in(part: str, written: str) -> bool:
+    """As it is, or as JSON writes it, where line breaks become letters and letters may become numbers."""
+    spellings = (part, json.dumps(part, ensure_ascii=False), json.dumps(part))
+    return any(_letters(spelling) in written for spelling in spellings)
+
+
+def _letters(text: str) -> str:
+    return "".join(filter(str.isalnum, text)).casefold()
