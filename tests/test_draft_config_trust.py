@@ -55,7 +55,7 @@ VALUES = st.one_of(
 )
 
 
-@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), value=VALUES)
 def test_any_value_of_any_key_is_harmless(
     draft_folder: Path, registry: Registry, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, value: Any

@@ -34,7 +34,7 @@ def _results(folder: Path) -> tuple[bytes, list[int]]:
     ("stage", "limit"),
     [
         ("regenerate", 9000),
-        ("train", 200_000),
+        pytest.param("train", 200_000, marks=pytest.mark.slow),
         pytest.param("evaluate", 9000, marks=pytest.mark.slow),
     ],
 )

@@ -139,8 +139,8 @@ def _proposers(kind: str, target: Any, tiny_draft: Any, draw: random.Random) -> 
 
 
 def test_no_token_changes(tiny_target: Any, tiny_draft: Any) -> None:
-    compared, ties = _all(tiny_target, tiny_draft, seed=1, prompts=12, turns=1)
-    assert compared >= 400
+    compared, ties = _all(tiny_target, tiny_draft, seed=1, prompts=8, turns=1)
+    assert compared >= 280
     assert ties <= 1 + MOST_TIES * compared
 
 

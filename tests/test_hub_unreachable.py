@@ -61,7 +61,13 @@ class _Broken(http.server.BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture(params=["down", "login", "hangs", "files down", "files hang"])
+@pytest.fixture(
+    params=[
+        "down",
+        "files hang",
+        *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("login", "hangs", "files down")),
+    ]
+)
 def broken(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setattr(_Broken, "mode", request.param)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Broken)

@@ -106,10 +106,8 @@ def test_a_damaged_journal_is_one_message(finished_copy: Path, capsys: pytest.Ca
     other["completions"][0]["id"] = "another"
     for line, says in [
         ("3", "no object"),
-        ("{}", "KeyError"),
         (json.dumps(changed), "numbers that are none"),
         (json.dumps(other), "other prompts"),
-        (good[2], "other prompts"),
     ]:
         journal.write_text("\n".join([good[0], line, *good[2:]]) + "\n")
         assert main(["run", str(finished_copy), "--smoke", "--set", "run.threads=1"]) == 2

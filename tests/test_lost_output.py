@@ -31,7 +31,7 @@ def _commands(run_file: Path) -> dict[str, list[str]]:
     }
 
 
-@pytest.mark.parametrize("name", ["keys", "report", "run", "generate"])
+@pytest.mark.parametrize("name", ["keys", "report"])
 def test_a_full_output_is_one_message(finished: Path, name: str) -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run([*COMMAND, *_commands(finished)[name]], stdout=full, stderr=subprocess.PIPE, text=True)

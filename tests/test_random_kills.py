@@ -20,7 +20,9 @@ from deepspec_core.cache.hdf5 import HDF5Format
 
 COMMAND = [sys.executable, "-m", "deepspec_core", "run"]
 # One thread, as the undisturbed run: texts are sampled, so they are compared exactly only where sums are the same.
-OPTIONS = ["--smoke", "--set", "run.threads=1", "--set", "train.checkpoint_every=2", "--set", "cache.shard_samples=3"]
+OPTIONS = ["--smoke", "--set", "run.threads=1"]
+# More moments at which something is half written.
+SMALL_PIECES = ["--set", "train.checkpoint_every=2", "--set", "cache.shard_samples=3"]
 # What differs between any two runs: how long things took, how fast they were, and the path and weights of the draft,
 # which are compared by themselves.
 _OWN = re.compile(r"seconds|.*_per_second|speedup.*|resumed_from|draft|content|run")
@@ -113,10 +115,10 @@ def _stage(folder: Path) -> str:
     return "before"
 
 
-def _kill_and_rerun(run_file: Path, *, kills: int, seed: int) -> list[str]:
+def _kill_and_rerun(run_file: Path, *more: str, kills: int, seed: int) -> list[str]:
     """Run, kill, run again, until so many kills have hit a run at work; where each hit. Then run to the end."""
     draw, hit = random.Random(seed), list[str]()
-    command = [*COMMAND, str(run_file), *OPTIONS]
+    command = [*COMMAND, str(run_file), *OPTIONS, *more]
     for moment in _moments(draw, 6.0):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         began = time.monotonic()
@@ -144,13 +146,13 @@ def _kill_and_rerun(run_file: Path, *, kills: int, seed: int) -> list[str]:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, new_run_file: Callable[[Path], Path]) -> Path:
     """The run file of a run with these options that ran through."""
     path = new_run_file(tmp_path_factory.mktemp("undisturbed"))
-    subprocess.run([*COMMAND, str(path), *OPTIONS], check=True, capture_output=True)
+    subprocess.run([*COMMAND, str(path), *OPTIONS, *SMALL_PIECES], check=True, capture_output=True)
     return path
 
 
-def test_two_kills(undisturbed: Path, run_file: Path) -> None:
+def test_two_kills(finished: Path, run_file: Path) -> None:
     _kill_and_rerun(run_file, kills=2, seed=1)
-    assert _compare(_folder(run_file), _folder(undisturbed)) > 15
+    assert _compare(_folder(run_file), _folder(finished)) > 15
 
 
 @pytest.mark.slow
@@ -165,7 +167,7 @@ def test_twenty_kills(
         folder = tmp_path / str(turn)
         folder.mkdir()
         run_file = new_run_file(folder)
-        hit += _kill_and_rerun(run_file, kills=min(4, 20 - len(hit)), seed=100 + turn)
+        hit += _kill_and_rerun(run_file, *SMALL_PIECES, kills=min(4, 20 - len(hit)), seed=100 + turn)
         assert _compare(_folder(run_file), _folder(undisturbed)) > 15
         if len(hit) >= 20:
             break

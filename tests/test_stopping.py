@@ -115,6 +115,7 @@ def test_a_rerun_goes_on_where_sigterm_stopped_it(finished: Path, tmp_path: Path
     assert _checkpoints(folder)[-1] == len(lines) > stopped_at
 
 
+@pytest.mark.slow
 def test_workers_stop_when_their_starter_is_killed(finished: Path, tmp_path: Path) -> None:
     run_file = _long_training(finished, tmp_path)
     folder = tmp_path / "runs" / "quickstart-dflash"
@@ -162,10 +163,8 @@ def test_a_worker_that_dies_ends_the_others(finished: Path, tmp_path: Path) -> N
     assert _processes_of(run_file) == []
 
 
-@pytest.mark.parametrize(
-    "stage",
-    ["cache", pytest.param("regenerate", marks=pytest.mark.slow), pytest.param("evaluate", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["regenerate", "cache", "evaluate"])
 def test_sigterm_in_another_stage_keeps_what_is_finished(
     run_file: Path, finished: Path, stage: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
