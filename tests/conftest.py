@@ -2,7 +2,7 @@
 targets and drafts of every kind."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from deepspec_core.contracts.draft import DraftModel
 from deepspec_core.contracts.target import TargetAdapter, TargetModel
 from deepspec_core.interface.models import Target
 from deepspec_core.layers.options import LayerOptions
+from deepspec_core.pipeline.threads import using
 from deepspec_core.plugins.registry import Registry
 from deepspec_core.targets.opening import load_target, open_adapter
 
@@ -30,6 +31,13 @@ def write_run_file(folder: Path) -> Path:
     path = folder / "train.toml"
     path.write_text(QUICKSTART.read_text().replace("../../runs/", "runs/"))
     return path
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """PyTorch computes with one thread, as the command line chooses for models this small."""
+    with using(1):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ from deepspec_core.decoding.engine import Request, decode
 from deepspec_core.decoding.sampling import draw
 from deepspec_core.testing.table_proposer import TableProposer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 VOCAB, TOKENS, DRAWS = 7, 3, 3000
 PROMPT = (3, 4, 5)
 LEAST_EXPECTED = 5  # of each cell of the test; rarer sequences are taken together

@@ -23,6 +23,7 @@ from deepspec_core.testing.table_proposer import TableProposer
 _INSTALLED = load_plugins().registry
 FAMILIES = _INSTALLED.names("target")
 DRAFTS = [*_INSTALLED.names("draft"), "table", "oracle"]
+pytestmark = pytest.mark.usefixtures("one_thread")
 VOCAB = 40
 LONGEST = 96
 TIE = 1e-4
