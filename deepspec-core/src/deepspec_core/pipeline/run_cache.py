@@ -89,10 +89,12 @@ class RunCache:
 
     def open(self) -> CacheReader:
         """The finished cache; CacheError where it is missing, unfinished, or made for something else."""
-        cache_format, expected = self.format, self.header()
-        if not self.made_here:
+        cache_format = self.format
+        if self.made_here:
+            expected = self.header()
+        else:
             # Another run made it, perhaps from conversations that this one does not have: those are its affair.
-            expected = evolve(expected, source=cache_format.open(self.folder, None).header.source)
+            expected = self._header(cache_format.open(self.folder, None).header.source)
         self._held = self.locked(shared=True)
         reader = cache_format.open(self.folder, expected)
         if not self._written_now:
