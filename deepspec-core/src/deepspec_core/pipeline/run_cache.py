@@ -90,11 +90,9 @@ class RunCache:
     def open(self) -> CacheReader:
         """The finished cache; CacheError where it is missing, unfinished, or made for something else."""
         cache_format = self.format
-        if self.made_here:
-            expected = self.header()
-        else:
-            # Another run made it, perhaps from conversations that this one does not have: those are its affair.
-            expected = self._header(cache_format.open(self.folder, None).header.source)
+        # Another run's cache may be made of conversations that this run does not have: those are not compared.
+        source = None if self.made_here else cache_format.open(self.folder, None).header.source
+        expected = self.header() if source is None else self._header(source)
         self._held = self.locked(shared=True)
         reader = cache_format.open(self.folder, expected)
         if not self._written_now:
