@@ -191,3 +191,13 @@ def test_what_can_run_is_not_refused(quickstart: str, run_file: Path) -> None:
     for precision in ("float32", "bfloat16"):
         check_before(*_planned(run_file, f'train.precision="{precision}"'))
     assert not (run_file.parent / "runs").exists()
+
+
+def test_samples_longer_than_the_targets_positions(refused: Refused) -> None:
+    says = ("longer than the target has positions", "4,096", "1,024", "data.max_length = 1024")
+    refused("data.max_length=4096", says=says)
+
+
+@pytest.mark.parametrize(("token", "says"), [(2, "a stop token"), (1, "a control token of the chat template")])
+def test_a_mask_token_that_means_something(refused: Refused, token: int, says: str) -> None:
+    refused(f"draft.mask_token_id={token}", says=("mask token means something", says, "mask_token_id"))

@@ -198,6 +198,17 @@ def test_short_samples_are_dropped_and_counted(tokenizer: ChatTokenizer) -> None
     assert counts["supervised_tokens"] == int(kept[0].loss_mask.sum())
 
 
+def test_samples_with_the_mask_token_are_kept_and_counted(tokenizer: ChatTokenizer) -> None:
+    counts: Counter[str] = Counter()
+    (mask,) = tokenizer.encode("z")[0]
+    kept = tokenize_all(
+        [_conversation("a", "zoo"), _conversation("What?", "One.")], tokenizer, FMT, system_prompt=None, max_length=64,
+        min_supervised_tokens=1, counts=counts, mask_token=mask,
+    )  # fmt: skip
+    assert len(list(kept)) == 2
+    assert counts["mask_token"] == 1
+
+
 def test_prompts_end_where_the_assistant_begins(tokenizer: ChatTokenizer) -> None:
     messages = [{"role": "user", "content": "What?"}]
     prompt = "<|start|>user\nWhat?<|end|>\n<|start|>assistant\n"

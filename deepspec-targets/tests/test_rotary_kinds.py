@@ -15,7 +15,7 @@ from deepspec_core.checkpoints.opening import draft_adapter
 from deepspec_core.errors import CheckpointError, TargetError
 from deepspec_core.plugins.registry import Registry
 from deepspec_core.targets.opening import open_adapter
-from deepspec_targets.rotary_kinds import FIXED, varying_rotary
+from deepspec_targets.rotary_kinds import FIXED, positions, varying_rotary
 
 DYNAMIC = {"rope_theta": 1e4, "factor": 4.0}
 LONG = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_position_embeddings": 16, "rope_theta": 1e4}
@@ -67,3 +67,16 @@ def test_an_unknown_kind_is_refused() -> None:
     assert "'spiral'" in str(varying_rotary(SimpleNamespace(rope_parameters=entries)))
     entries["full_attention"]["rope_type"] = "yarn"
     assert varying_rotary(SimpleNamespace(rope_parameters=entries)) is None
+
+
+@pytest.mark.parametrize(
+    ("rope", "expected"),
+    [
+        ({"rope_type": "default"}, 100),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 100}, 400),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 20}, 100),
+        ({"full_attention": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 100}}, 200),
+    ],
+)
+def test_positions_are_those_after_stretching(rope: dict[str, Any], expected: int) -> None:
+    assert positions(SimpleNamespace(max_position_embeddings=100, rope_parameters=rope)) == expected

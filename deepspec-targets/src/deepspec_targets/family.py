@@ -29,7 +29,7 @@ from deepspec_core.contracts.target import (
 from deepspec_core.errors import TargetError
 from deepspec_core.layers.options import LayerOptions
 from deepspec_targets.masks import MaskBuilder
-from deepspec_targets.rotary_kinds import varying_rotary
+from deepspec_targets.rotary_kinds import positions, varying_rotary
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -99,7 +99,7 @@ class FamilyAdapter(ABC):
             mask_token_id=self.spare_tokens.get(self.text.vocab_size) if tokens.mask is None else tokens.mask,
             logit_softcap=getattr(self.text, "final_logit_softcapping", None),
             initializer_range=self.text.initializer_range,
-            max_positions=self.text.max_position_embeddings,
+            max_positions=positions(self.text),
             name=getattr(self.config, "_name_or_path", ""),
             dense=self.not_dense() is None,
             known_taps=self.known_taps.get((self.text.num_hidden_layers, self.text.hidden_size), ()),

@@ -13,6 +13,8 @@ from typing import Any, Final
 
 # The angle of a position is the same whatever comes after it.
 FIXED: Final = frozenset({"default", "linear", "yarn", "llama3", "proportional"})
+# Their factor multiplies the positions the target was first trained for.
+_STRETCHING: Final = frozenset({"yarn", "llama3", "linear"})
 
 
 def varying_rotary(text: Any) -> str | None:
@@ -24,6 +26,21 @@ def varying_rotary(text: Any) -> str | None:
         f"the target's rotary embedding is of kind {', '.join(refused)}: its angles may follow from the sequence's "
         f"length, so that decoding is not lossless (known not to: {', '.join(sorted(FIXED))})"
     )
+
+
+def positions(text: Any) -> int:
+    """Positions that the target was made for: those its config names, or more where its embedding is stretched."""
+    stretched = [int(factor * original) for factor, original in _stretches(getattr(text, "rope_parameters", None))]
+    return max(int(text.max_position_embeddings), *stretched) if stretched else int(text.max_position_embeddings)
+
+
+def _stretches(entry: object) -> Iterator[tuple[float, int]]:
+    if isinstance(entry, Mapping):
+        factor, original = entry.get("factor"), entry.get("original_max_position_embeddings")
+        if entry.get("rope_type") in _STRETCHING and factor and original:
+            yield factor, original
+        for inner in entry.values():
+            yield from _stretches(inner)
 
 
 def _kinds(text: Any) -> Iterator[object]:

@@ -24,6 +24,7 @@ _WORDS = {
     "too_short": "with too few supervised tokens",
     "duplicates": "duplicates",
     "renamed": "renamed, since another has their id",
+    "mask_token": "with the draft's mask token among their tokens",
     "same_question": "with a first question that another asked before",
     "truncated": "cut at the length limit",
     "split": "split into a sample an answer, since the template rewrites earlier answers",

@@ -110,7 +110,7 @@ class DataOptions:
     Supervised is each answer up to and including its end marker.
 
     sources: Where conversations come from; each entry is a table.
-    max_length: Tokens of the longest sample; longer conversations are cut.
+    max_length: Tokens of the longest sample; longer conversations are cut. At most the target's positions.
     held_out: The share of conversations that is kept from training for evaluation.
     min_supervised_tokens: Samples with fewer supervised tokens are dropped, and counted.
     system_prompt: Stands before conversations without a system message of their own, in regeneration, training and

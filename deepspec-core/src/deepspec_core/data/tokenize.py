@@ -148,6 +148,10 @@ class ChatTokenizer:
             self._control_tokens = control_tokens(self.tokenizer, "".join(texts))
         return self._control_tokens
 
+    def control_token_ids(self) -> tuple[int, ...]:
+        """Their ids."""
+        return tuple(self.tokenizer.convert_tokens_to_ids(token) for token in self.control_tokens())
+
     def refuse_control_tokens(self, messages: Messages) -> None:
         """ControlTokens where a message contains one of them: the tokenizer would read it as the real one."""
         found = found_in(messages, self.control_tokens())
@@ -232,6 +236,7 @@ def tokenize_all(
     supervision: Supervision = PLAIN,
     counts: Counter[str] | None = None,
     on_drop: Callable[[Dropped], None] = lambda _: None,
+    mask_token: int | None = None,
 ) -> Iterator[Sample]:
     """The samples worth training on, under unique ids.
 
@@ -239,8 +244,9 @@ def tokenize_all(
     conversations that came with their tokens; `split`: conversations of several samples, since their template rewrites
     earlier answers. Dropped, and told to `on_drop`: `too_short`, samples with fewer than min_supervised_tokens
     supervised tokens within max_length; `no_answer`, conversations where nobody answers; `refused`, those the template
-    does not take, or not all of; `control_tokens`, those whose text contains the template's own markers. DataError
-    where the template does not fit `fmt` at all.
+    does not take, or not all of; `control_tokens`, those whose text contains the template's own markers. Kept, and
+    counted as `mask_token`: samples that contain the draft's mask token. DataError where the template does not fit
+    `fmt` at all.
     """
     counts = Counter() if counts is None else counts
     seen: set[str] = set()
@@ -280,6 +286,7 @@ def tokenize_all(
             counts["tokens"] += len(sample.input_ids)
             counts["supervised_tokens"] += num_supervised
             counts["truncated"] += sample.original_length == max_length
+            counts["mask_token"] += mask_token is not None and bool((sample.input_ids == mask_token).any())
             yield sample
 
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("deepspec")
 
+MASK = "mask_token_id"
+
 
 def check_before(run: Run, steps: Sequence[Step]) -> None:
     """Raise the errors that would stop a later stage. Does nothing if no stage is to run.
@@ -45,6 +47,8 @@ def check_before(run: Run, steps: Sequence[Step]) -> None:
     _ = run.target.adapter  # opening it raises its errors
     if todo - {"train", "export"} or run.file.features.mode != "cached":
         _ = run.target.tokenizer
+    if todo & {"regenerate", "cache", "train"}:
+        _lengths(run)
     confidence: bool | None = None
     description: DraftDescription | None = None
     if "train" in run.file.run.stages:
@@ -52,6 +56,8 @@ def check_before(run: Run, steps: Sequence[Step]) -> None:
 
         draft, tried = try_draft(run)
         confidence, description = tried.gives_confidence, draft.describe()
+        if todo - {"export"}:
+            _mask_token(run, description)
         if "train" in todo:
             try_training(run, draft)
             _room_for_checkpoint(run, tried.checkpoint_bytes)
@@ -66,6 +72,38 @@ def check_before(run: Run, steps: Sequence[Step]) -> None:
         from deepspec_core.pipeline.exporting import check_servable, own_description
 
         check_servable(run, description or own_description(run))
+
+
+def _lengths(run: Run) -> None:
+    """ConfigError for samples longer than the target has positions: it was never trained for what comes after them."""
+    asked, most = run.file.data.max_length, run.target.architecture.max_positions
+    if asked > most:
+        raise ConfigError(
+            "samples would be longer than the target has positions",
+            where=f"{run.path}: data.max_length",
+            found=f"{asked:,}",
+            expected=f"at most {most:,}, the positions of {run.file.target.model}",
+            fix=f"Set data.max_length = {most}.",
+        )
+
+
+def _mask_token(run: Run, description: DraftDescription) -> None:
+    """ConfigError for a mask token that means something to the target: the draft would read it as that."""
+    mask = description.config.get(MASK)
+    if mask is None:
+        return
+    architecture, tokenizer = run.target.architecture, run.target.tokenizer
+    used = dict.fromkeys(tokenizer.control_token_ids(), "a control token of the chat template")
+    used |= dict.fromkeys(architecture.stop_token_ids, "a stop token")
+    used.setdefault(architecture.pad_token_id, "the padding token")
+    if mask in used:
+        raise ConfigError(
+            "the mask token means something to the target",
+            where=f"{run.path}: [draft] {MASK}",
+            found=f"{mask} ({tokenizer.decode([mask])!r}), {used[mask]}",
+            expected="an id that no text of the target uses",
+            fix="Choose an unused or reserved id of the target's vocabulary.",
+        )
 
 
 def _folders(run: Run, todo: Collection[str]) -> None:

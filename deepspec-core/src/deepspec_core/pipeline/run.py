@@ -36,6 +36,8 @@ class Run:
 
     def __attrs_post_init__(self) -> None:
         self._draft_layer = self.file.draft.layer
+        # Samples are counted by it; no result depends on it, so reading it is not noted.
+        self._mask_token = getattr(self.file.draft.options, "mask_token_id", None)
         self.file = recording(self.file, self.reads)
 
     @property
@@ -84,6 +86,7 @@ class Run:
             target=self.target,
             registry=self.plugins.registry,
             reads=self.reads,
+            mask_token=self._mask_token if self._mask_token is not None else self.target.architecture.mask_token_id,
         )
 
     @remembered

@@ -39,6 +39,7 @@ LOSSES = (
     "duplicates",
     "renamed",
     "same_question",
+    "mask_token",
 )
 
 
@@ -46,7 +47,8 @@ LOSSES = (
 class RunData:
     """[data] in effect. `regenerated` is the file of the regenerate stage, None where the run has no such stage.
 
-    `counts` says what was read and what was dropped while `training_samples` was formed.
+    `mask_token` is the draft's, which no text should contain. `counts` says what was read and what was dropped while
+    `training_samples` was formed.
     """
 
     options: DataOptions
@@ -57,6 +59,7 @@ class RunData:
     target: RunTarget
     registry: Registry
     reads: Reads
+    mask_token: int | None = None
     counts: Counter[str] = field(factory=Counter)
 
     @property
@@ -147,6 +150,7 @@ class RunData:
             supervision=self.supervision,
             counts=counts,
             on_drop=on_drop,
+            mask_token=self.mask_token,
         )
 
     def training_samples(self) -> Sequence[Sample]:
