@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from attrs import fields, frozen
+from exporter_plugin import offering
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import deepspec_core
@@ -59,6 +60,12 @@ def finished_copy(finished: Path, tmp_path: Path) -> Path:
     """The same in a folder a test may change."""
     shutil.copytree(finished.parent, tmp_path / "copy")
     return tmp_path / "copy" / finished.name
+
+
+@pytest.fixture
+def offer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """offer(unservable=..., write=...): a plugin with the export format "plain"; see exporter_plugin.py."""
+    return offering(tmp_path, monkeypatch)
 
 
 @pytest.fixture

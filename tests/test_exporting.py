@@ -8,58 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from exporter_plugin import COPY
 
 from deepspec_core.checkpoints.opening import draft_adapter
 from deepspec_core.checkpoints.published import load_draft
 from deepspec_core.cli.main import main
 from deepspec_core.plugins.discovery import load_plugins
 
-SPEC = """
-from deepspec_core.plugins import ExportSpec, hookimpl
-
-@hookimpl
-def deepspec_exporters():
-    return [ExportSpec(name="plain", summary="a plain copy", build="{module}_writer:Writer", algorithm="dflash")]
-"""
-WRITER = """
-import json
-from safetensors.torch import save_file
-
+FAILS_TO_BUILD = """
 class Writer:
-    def unservable(self, description):
-        return {unservable}
-
-    def write(self, draft, out):
-        {write}
+    def __init__(self):
+        raise OSError("no engine")
 """
-COPY = (
-    'save_file({name: value.contiguous().clone() for name, value in draft.state_dict().items()}, out / "w.safetensors")'
-    '; (out / "config.json").write_text(json.dumps(dict(draft.describe().config)))'
-)
-
-
-@pytest.fixture
-def offer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """offer(unservable=..., write=...): a plugin with the format "plain" for DFlash, its two answers as code."""
-    site = tmp_path / "site"
-    site.mkdir()
-    monkeypatch.syspath_prepend(str(site))
-    made: list[str] = []
-
-    def make(*, unservable: str = "None", write: str = COPY, writer: str = WRITER) -> None:
-        module = f"exports_{tmp_path.name}_{len(made)}".replace("-", "_")
-        for old in site.iterdir():
-            old.rename(tmp_path / f"old-{len(made)}-{old.name}")
-        made.append(module)
-        (site / f"{module}.py").write_text(SPEC.format(module=module))
-        if writer:
-            (site / f"{module}_writer.py").write_text(writer.format(unservable=unservable, write=write))
-        info = site / f"deepspec_{module}-1.0.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: deepspec-{module}\nVersion: 1.0\n")
-        (info / "entry_points.txt").write_text(f"[deepspec]\n{module} = {module}\n")
-
-    return make
 
 
 def _arguments(run_file: Path) -> list[str]:
@@ -114,8 +74,10 @@ def test_an_interrupted_export_is_written_again(finished_copy: Path, offer: Any)
     ("answers", "says"),
     [
         ({"unservable": '"it has no " + description.algorithm'}, ("cannot be exported to plain", "it has no dflash")),
+        ({"unservable": "description.heads"}, ("cannot say whether it holds the draft", "_writer.py:7")),
         ({"writer": ""}, ("'plain (dflash)'", "cannot be loaded")),
         ({"writer": "class Writer:\n    pass\n"}, ("is no exporter", "unservable")),
+        ({"writer": FAILS_TO_BUILD}, ("cannot be built", "no engine")),
     ],
 )
 def test_what_cannot_be_exported_is_refused_before_the_first_stage(
@@ -132,7 +94,14 @@ def test_what_cannot_be_exported_is_refused_before_the_first_stage(
 
 @pytest.mark.parametrize(
     ("write", "says"),
-    [("pass", "wrote nothing"), ("raise KeyError('q_proj')", "the export to plain failed")],
+    [
+        ("pass", "wrote nothing"),
+        ("raise KeyError('q_proj')", "the export to plain failed"),
+        ("open('/no/such/template')", "the export to plain failed"),
+        (f"{COPY}; (out.parent / 'extra').touch()", "extra beside it"),
+        (f"{COPY}; (out / 'vocabulary').symlink_to(out.parent)", "vocabulary, a link"),
+        ("out.rmdir()", "the folder is gone"),
+    ],
 )
 def test_a_plugin_that_fails_leaves_no_folder(
     finished_copy: Path, offer: Any, write: str, says: str, capsys: pytest.CaptureFixture[str]
@@ -142,7 +111,31 @@ def test_a_plugin_that_fails_leaves_no_folder(
     seen = capsys.readouterr().err
     assert says in seen
     assert "Traceback" not in seen
-    assert not (_folder(finished_copy) / "export" / "plain").exists()
+    assert [path.name for path in (_folder(finished_copy) / "export").iterdir() if path.name != "stage.json"] == []
+
+
+def test_what_is_in_the_place_of_an_export_stays(
+    finished_copy: Path, offer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    offer()
+    mine = _folder(finished_copy) / "export" / "plain"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    assert main(_arguments(finished_copy)) == 2
+    assert "the export's place is taken" in capsys.readouterr().err
+    assert mine.read_text() == "mine"
+
+
+def test_a_format_that_cannot_be_loaded_is_refused_by_config_check(
+    run_file: Path, offer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    offer(writer="")
+    check = ["config", "check", str(run_file), "--set", 'export.to=["plain"]']
+    assert main([*check, "--set", 'run.stages=["train", "evaluate", "export"]']) == 2
+    seen = capsys.readouterr().err
+    assert "cannot be loaded" in seen
+    assert "export.to[0]" in seen
+    assert main(check) == 0, "the run does not come to it"
 
 
 def test_an_unknown_format_is_refused_by_config_check(

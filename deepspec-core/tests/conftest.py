@@ -106,7 +106,7 @@ def plugins(toy: Distributions) -> Plugins:
         @hookimpl
         def deepspec_exporters():
             return [
-                ExportSpec(name="served", summary="", build="a:b", algorithm="toy"),
+                ExportSpec(name="served", summary="", build="types:SimpleNamespace", algorithm="toy"),
                 ExportSpec(name="foreign", summary="", build="a:b", algorithm="other"),
             ]
 

@@ -39,9 +39,11 @@ def check_sections(sections: Mapping[str, Any], folder: Path, registry: Registry
     if sections.get("loss") and not sections["loss"].terms:
         yield ConfigError("nothing to train on", where="loss.terms", found="{}", expected="at least one loss term")
     if sections.get("draft") and sections.get("export"):
+        # Imported only where the run comes to it.
+        find = registry.load if run and "export" in run.stages else registry.get
         for index, name in enumerate(sections["export"].to):
             try:
-                registry.get("exporter", name, algorithm=sections["draft"].type)
+                find("exporter", name, algorithm=sections["draft"].type)
             except PluginError as error:
                 yield PluginError(
                     error.problem,

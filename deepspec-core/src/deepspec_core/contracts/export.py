@@ -19,5 +19,8 @@ class Exporter(Protocol):
         ...
 
     def write(self, draft: DraftModel, out: Path) -> None:
-        """Write the export's files into `out`, an empty folder. The folder gets its name when all of it is written."""
+        """Write the export's files into `out`, an empty folder, and nothing beside it.
+
+        The folder gets its name when all of it is written. Links are refused, because an export is to be moved.
+        """
         ...

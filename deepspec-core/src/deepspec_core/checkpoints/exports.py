@@ -1,0 +1,117 @@
+"""Writing a draft in an export format: a plugin's exporter is asked, watched, and gives a whole folder or none.
+
+Knows exporters and the folder that one writes. Does not know runs or stages.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from attrs import frozen
+
+from deepspec_core.contracts.draft import DraftDescription, DraftModel
+from deepspec_core.contracts.export import Exporter
+from deepspec_core.disk import no_room
+from deepspec_core.errors import DeepSpecError, ExportError, PluginError
+from deepspec_core.plugins.references import blame
+from deepspec_core.plugins.registry import Registry
+
+
+@frozen(kw_only=True)
+class Format:
+    """An export format of one algorithm, and the package that offers it."""
+
+    name: str
+    package: str
+    exporter: Exporter
+
+    @classmethod
+    def of(cls, name: str, algorithm: str, registry: Registry) -> Format:
+        """PluginError where no plugin offers the format for the algorithm, or what it offers is no exporter."""
+        build = registry.load("exporter", name, algorithm=algorithm)
+        package = registry.provider("exporter", name, algorithm=algorithm)
+        try:
+            made = build()
+        except Exception as error:
+            raise PluginError(f"the export format {name} cannot be built", where=package, found=blame(error)) from error
+        if not isinstance(made, Exporter):
+            raise PluginError(
+                f"the export format {name} is no exporter",
+                where=package,
+                found=type(made).__name__,
+                expected="what `build()` returns has `unservable` and `write` (contracts.export.Exporter)",
+            )
+        return cls(name=name, package=package, exporter=made)
+
+    def check(self, description: DraftDescription, *, where: str) -> None:
+        """ExportError where the engine cannot serve such a draft. `where` is the key or the option that asks for it."""
+        try:
+            reason = self.exporter.unservable(description)
+        except Exception as error:
+            raise PluginError(
+                f"the export format {self.name} cannot say whether it holds the draft",
+                where=self.package,
+                found=blame(error),
+            ) from error
+        if reason is not None:
+            raise ExportError(
+                f"the draft cannot be exported to {self.name}",
+                where=where,
+                found=reason,
+                fix="Change the draft's options, or leave this format out.",
+            )
+
+    def write(self, draft: DraftModel, out: Path) -> int:
+        """Write the folder `out`, which is not there yet, and return its bytes.
+
+        What is written gets this name when all of it is there. PluginError where the exporter fails or writes anywhere
+        else, ExportError where it writes nothing. Nothing is left then.
+        """
+        unfinished = out.with_name(f".{out.name}.partial")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        inner = unfinished / out.name
+        inner.mkdir(parents=True)
+        try:
+            self._write(draft, inner)
+            size = self._check_written(inner)
+            inner.rename(out)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        return size
+
+    def _write(self, draft: DraftModel, folder: Path) -> None:
+        try:
+            self.exporter.write(draft, folder)
+        except DeepSpecError:
+            raise
+        except Exception as error:
+            if no_room(error) is not None:
+                raise
+            raise PluginError(f"the export to {self.name} failed", where=self.package, found=blame(error)) from error
+
+    def _check_written(self, folder: Path) -> int:
+        beside = sorted(path.name for path in folder.parent.iterdir() if path != folder)
+        links = sorted(path.name for path in folder.rglob("*") if path.is_symlink())
+        if beside or links or not folder.is_dir():
+            raise PluginError(
+                f"the export to {self.name} is not whole in its folder",
+                where=self.package,
+                found=", ".join([*(f"{name} beside it" for name in beside), *(f"{name}, a link" for name in links)])
+                or "the folder is gone",
+                expected="files in the folder that `write` is given, and nowhere else",
+            )
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        if not files:
+            raise ExportError(
+                f"the export to {self.name} wrote nothing", where=self.package, expected="files of a draft"
+            )
+        return sum(path.stat().st_size for path in files)
+
+
+def require_free(out: Path, *, fix: str) -> None:
+    """ExportError where something is in the place of an export."""
+    if os.path.lexists(out):
+        kind = "a link" if out.is_symlink() else "a folder" if out.is_dir() else "a file"
+        raise ExportError("the export's place is taken", where=out, found=kind, expected="nothing", fix=fix)

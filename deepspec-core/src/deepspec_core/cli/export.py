@@ -1,0 +1,50 @@
+"""`deepspec export DRAFT --to FORMAT`: a draft checkpoint as a serving engine loads it, without a run file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from deepspec_core.cli.options import no_plugin
+
+
+@click.command()
+@click.argument("draft", metavar="DIR_OR_HUB_ID")
+@click.option("--to", "name", required=True, metavar="FORMAT", help="An export format; see `deepspec plugins`.")
+@click.option("-o", "--out", metavar="DIR", help="The folder to write. Default: the draft's name and the format's.")
+@no_plugin
+def export(draft: str, name: str, out: str | None, blocked: tuple[str, ...]) -> None:
+    """Write a draft in the form that a serving engine loads.
+
+    No target is loaded. The folder appears when all of it is written; one that is there is never overwritten.
+    """
+    from deepspec_core.checkpoints.exports import Format, require_free
+    from deepspec_core.checkpoints.opening import draft_adapter, resolve_draft
+    from deepspec_core.checkpoints.published import build_empty, load_draft, read_options
+    from deepspec_core.disk import full_disk_is_an_error, in_words, why_not_writable
+    from deepspec_core.errors import ExportError
+    from deepspec_core.plugins.discovery import load_plugins
+
+    registry = load_plugins(blocked=blocked).registry
+    directory = resolve_draft(draft, base=Path())
+    algorithm, _, _ = read_options(directory, registry)
+    chosen = Format.of(name, algorithm, registry)
+    place = Path(f"{_own_name(draft, directory)}-{name}" if out is None else out).expanduser()
+    require_free(place, fix="Choose another with --out.")
+    if (problem := why_not_writable(place.parent)) is not None:
+        raise ExportError("the export cannot be written there", where=place, found=problem)
+    adapter = draft_adapter(directory, registry=registry)
+    chosen.check(build_empty(directory, registry=registry, adapter=adapter).describe(), where=f"--to {name}")
+    with full_disk_is_an_error(place.parent):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        size = chosen.write(load_draft(directory, registry=registry, adapter=adapter), place)
+    click.echo(f"wrote {place}: {in_words(size)}")
+
+
+def _own_name(given: str, directory: Path) -> str:
+    """A run's draft lies in `draft/` of the run's folder, which has the name that people know."""
+    local = Path(given).expanduser().is_dir()
+    if local and directory.name == "draft":
+        return directory.parent.name
+    return directory.name if local else given.rpartition("/")[2]

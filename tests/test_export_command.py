@@ -1,0 +1,74 @@
+"""`deepspec export`: a draft without a run file, in a place of its own."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from deepspec_core.cli.main import main
+
+
+@pytest.fixture
+def draft(finished_copy: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The draft of a finished run, whose folder is where one stands."""
+    monkeypatch.chdir(finished_copy.parent)
+    return Path("runs/quickstart-dflash-smoke/draft")
+
+
+def test_a_draft_is_written_beside(draft: Path, offer: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    offer()
+    assert main(["export", str(draft), "--to", "plain"]) == 0
+    assert "wrote quickstart-dflash-smoke-plain: " in capsys.readouterr().out
+    out = Path("quickstart-dflash-smoke-plain")
+    assert sorted(path.name for path in out.iterdir()) == ["config.json", "w.safetensors"]
+    weights, own = load_file(out / "w.safetensors"), load_file(draft / "model.safetensors")
+    [norm] = [name for name in weights if name.endswith("hidden_norm.weight")]
+    assert torch.equal(weights[norm], own["hidden_norm.weight"].to(weights[norm].dtype))
+    assert list(Path().glob(".*")) == []
+
+
+def test_a_place_of_its_own_is_made_and_never_overwritten(
+    draft: Path, offer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    offer()
+    command = ["export", str(draft), "--to", "plain", "--out", "served/mine"]
+    assert main(command) == 0
+    before = (Path("served/mine") / "config.json").stat().st_mtime_ns
+    assert main(command) == 2
+    assert "the export's place is taken" in capsys.readouterr().err
+    assert (Path("served/mine") / "config.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("answers", "arguments", "says"),
+    [
+        ({"unservable": '"no tree attention"'}, (), ("cannot be exported to plain", "no tree attention", "--to plain")),
+        ({"write": "raise KeyError('q_proj')"}, (), ("the export to plain failed", "KeyError")),
+        ({"writer": ""}, (), ("cannot be loaded",)),
+        ({}, ("--to", "plane"), ("unknown export format 'plane'", "write 'plain'")),
+        ({}, ("--out", "/proc/mine"), ("cannot be written there",)),
+    ],
+)
+def test_what_cannot_be_exported_leaves_nothing(
+    draft: Path,
+    offer: Any,
+    answers: dict[str, str],
+    arguments: tuple[str, ...],
+    says: tuple[str, ...],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    offer(**answers)
+    before = sorted(Path().iterdir())
+    assert main(["export", str(draft), "--to", "plain", *arguments]) == 2
+    seen = capsys.readouterr().err
+    assert [part for part in says if part not in seen] == []
+    assert "Traceback" not in seen
+    assert sorted(Path().iterdir()) == before
+
+
+def test_a_draft_that_is_not_there(offer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    offer()
+    assert main(["export", str(tmp_path / "none"), "--to", "plain"]) == 2
+    assert "no draft checkpoint there" in capsys.readouterr().err
