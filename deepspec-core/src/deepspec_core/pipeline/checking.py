@@ -191,7 +191,7 @@ def _evaluation(run: Run, confidence: bool | None) -> None:
     options = run.file.evaluate
     journals(options.tasks)
     if options.draft is not None or "train" not in run.file.run.stages:
-        folder, adapter = draft_of(run)
+        folder, adapter, _ = draft_of(run)
         if options.confidence_threshold > 0:
             confidence = _confidence_of(run, folder, adapter)
     if options.confidence_threshold > 0 and confidence is False:

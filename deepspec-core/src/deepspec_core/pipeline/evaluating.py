@@ -22,7 +22,7 @@ from deepspec_core.contracts.draft import DraftModel
 from deepspec_core.contracts.proposer import Sampling
 from deepspec_core.contracts.target import TargetAdapter
 from deepspec_core.decoding.engine import Request
-from deepspec_core.errors import DataError
+from deepspec_core.errors import DataError, StageError
 from deepspec_core.evaluation.evaluator import Decoding, evaluate, summarise
 from deepspec_core.evaluation.report import markdown
 from deepspec_core.evaluation.requests import requests_of_prompts
@@ -35,10 +35,16 @@ from deepspec_core.targets.opening import fingerprint
 def run_stage(run: Run) -> dict[str, Any]:
     """Evaluate. Finished groups of prompts of an interrupted evaluation are kept."""
     options = run.file.evaluate
-    draft_folder, adapter = draft_of(run)
+    draft_folder, adapter, revision = draft_of(run)
     draft = load_draft(
         draft_folder, registry=run.plugins.registry, adapter=adapter, dtype=run.target.dtype, device=run.target.device
     )
+    if fingerprint(draft_folder) != revision:
+        raise StageError(
+            "The draft changed while it was read",
+            where=draft_folder,
+            fix="Another process writes it: wait for that, and run again.",
+        )
     journal_names = journals(options.tasks)
     results = []
     for task in options.tasks:
@@ -62,7 +68,7 @@ def run_stage(run: Run) -> dict[str, Any]:
                     "prompts_digest": digest,
                 }
             )
-    report = _report(run, draft, draft_folder, results)
+    report = _report(run, draft, draft_folder, revision, results)
     _write(run.folder / "metrics.json", json.dumps(report, indent=1) + "\n")
     _write(run.folder / "report.md", markdown(report))
     run.plugins.manager.hook.deepspec_evaluation_finished(run=run, report=report)
@@ -77,16 +83,18 @@ def _exact(temperature: float) -> str:
     return repr(float(temperature)).removesuffix(".0")
 
 
-def draft_of(run: Run) -> tuple[Path, TargetAdapter]:
-    """The directory and the adapter of the draft to evaluate: the one that [evaluate] names, else the run's own.
+def draft_of(run: Run) -> tuple[Path, TargetAdapter, str]:
+    """The directory, the adapter and the digest of the draft that is evaluated.
 
-    CheckpointError if it does not exist, or was made for another target.
+    It is the draft that [evaluate] names, else the run's own. CheckpointError if it does not exist, or was made for
+    another target.
     """
     folder = _draft_folder(run)
     adapter = draft_adapter(folder, registry=run.plugins.registry)
     check_same_target(folder, adapter.architecture, run.target.family.architecture)
-    run.reads.content(contents.DRAFT, fingerprint(folder))
-    return folder, adapter
+    digest = fingerprint(folder)
+    run.reads.content(contents.DRAFT, digest)
+    return folder, adapter, digest
 
 
 def draft_digest(run: Run) -> str:
@@ -160,7 +168,9 @@ def _decoding(run: Run, draft: DraftModel, requests: Sequence[Request], temperat
     )
 
 
-def _report(run: Run, draft: DraftModel, draft_folder: Path, results: list[dict[str, Any]]) -> dict[str, Any]:
+def _report(
+    run: Run, draft: DraftModel, draft_folder: Path, revision: str, results: list[dict[str, Any]]
+) -> dict[str, Any]:
     description, architecture = draft.describe(), run.target.architecture
     sizes = Parameters.of(draft)
     return {
@@ -168,7 +178,7 @@ def _report(run: Run, draft: DraftModel, draft_folder: Path, results: list[dict[
         "draft": {
             "algorithm": description.algorithm,
             "checkpoint": run.file.evaluate.draft or os.path.relpath(draft_folder, run.folder),
-            "revision": fingerprint(draft_folder),
+            "revision": revision,
             "parameters": sizes.trained + sizes.frozen,
             "trainable_parameters": sizes.trained,
             "num_layers": description.num_layers,

@@ -60,9 +60,12 @@ def new_draft(run: Run) -> DraftModel:
 
 
 def publish(checkpoint: Path, out: Path) -> None:
-    """Give a checkpoint a second name in the run's folder. It is not copied if the file system has hard links."""
-    partial = out.with_name(f".{out.name}.partial")
-    for stale in (partial, out):
+    """Give a checkpoint a second name in the run's folder, without a second copy where the file system allows.
+
+    Another process that evaluates the draft finds it whole, or for a moment not at all.
+    """
+    partial, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
+    for stale in (partial, old):
         if stale.exists():
             shutil.rmtree(stale)
     try:
@@ -70,4 +73,7 @@ def publish(checkpoint: Path, out: Path) -> None:
     except (OSError, shutil.Error):
         shutil.rmtree(partial, ignore_errors=True)
         shutil.copytree(checkpoint, partial)
+    if out.exists():
+        os.replace(out, old)
     os.replace(partial, out)
+    shutil.rmtree(old, ignore_errors=True)
