@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from attrs import evolve
 from transformers import Qwen3Config
 
 from deepspec_core.cli.main import main
@@ -235,7 +236,8 @@ def test_the_cache_takes_as_many_bytes_as_said(dtype: str, make_run: MakeRun, ti
     assert said is not None
     assert (said.most_tokens, said.most_bytes) == (30 * LENGTH, 30 * LENGTH * said.bytes_per_token)
     cache = run.plugins.registry.load("cache", "hdf5")()
-    writer, length = cache.create(tmp_path / "cache", run.cache.bare_header()), 20_000
+    length = 20_000
+    writer = cache.create(tmp_path / "cache", evolve(run.cache.bare_header(), max_length=length))
     features = TargetFeatures(hidden=torch.zeros(length, TAPS * HIDDEN), last_hidden=torch.zeros(length, HIDDEN))
     ids = torch.zeros(length, dtype=torch.long)
     writer.write(Sample(id="a", input_ids=ids, loss_mask=ids > 0, original_length=length, features=features))

@@ -293,7 +293,7 @@ def test_a_disk_that_fills_up_is_a_cache_error(tmp_path: Path, monkeypatch: pyte
 
 
 def test_the_estimate_is_close(tmp_path: Path) -> None:
-    header = evolve(HEADER, hidden_size=256, taps=(0, 1, 2))
+    header = evolve(HEADER, max_length=400, hidden_size=256, taps=(0, 1, 2))
     writer = HDF5Format().create(tmp_path, header)
     for index in range(8):
         features = TargetFeatures(hidden=torch.randn(400, 768), last_hidden=torch.randn(400, 256))

@@ -74,6 +74,7 @@ def test_any_value_anywhere_is_read_as_it_stands_or_refused(folder: Path, data: 
         (lambda content: content["shards"][0].update(lengths=[3]), "2 samples and 1 lengths"),
         (lambda content: content["shards"][0].update(lengths=[3, -4]), "-4"),
         (lambda content: content["shards"][0].update(lengths=[3, True]), "lengths"),
+        (lambda content: content["shards"][0].update(lengths=[3, 65]), "a sample of 65 tokens"),
         (lambda content: content["shards"][1].update(ids=["0-a", "x"]), "sample '0-a' is there twice"),
         (lambda content: content["shards"][1].update(file="shard-0.h5"), "file 'shard-0.h5' is there twice"),
         (lambda content: content["shards"][0].update(file="../x.h5"), "file"),

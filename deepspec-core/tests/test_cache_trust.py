@@ -1,5 +1,6 @@
 """A cache that others wrote, or are writing, or that the disk has no room for."""
 
+import json
 import os
 import resource
 import subprocess
@@ -18,12 +19,13 @@ from deepspec_core.cache.shard_file import ShardOutput
 from deepspec_core.contracts.cache import CacheHeader
 from deepspec_core.contracts.draft import Sample
 from deepspec_core.contracts.target import TargetFeatures
+from deepspec_core.digests import digest_of
 from deepspec_core.errors import CacheError
 from deepspec_core.features.cached import CachedFeatures
 
 HEADER = CacheHeader(
     target="t", revision="r", adapter="a", taps=(0, 2), hidden_size=4, vocab_size=50, dtype="float32", tokenizer="k",
-    template="m", max_length=64, source="s", plugins={},
+    template="m", max_length=5000, source="s", plugins={},
 )  # fmt: skip
 
 
@@ -104,8 +106,15 @@ def _offsets(file: Any, folder: Path) -> None:
     file["offsets"][1] = 7
 
 
+def _compressed(file: Any, folder: Path) -> None:
+    values = file["hidden"][:]
+    del file["hidden"]
+    file.create_dataset("hidden", data=values, chunks=values.shape, compression="gzip")
+
+
 @pytest.mark.parametrize(
-    "change", [_external, _external_link, _soft_link, _virtual, _shorter, _group, _missing, _other_type, _offsets]
+    "change",
+    [_compressed, _external, _external_link, _soft_link, _virtual, _shorter, _group, _missing, _other_type, _offsets],
 )
 def test_a_shard_that_is_not_what_the_manifest_says_is_refused(cache: Path, change: Callable[..., None]) -> None:
     shard = cache / "shard-00000.h5"
@@ -118,6 +127,11 @@ def test_a_shard_that_is_not_what_the_manifest_says_is_refused(cache: Path, chan
     reader = HDF5Format().open(cache, HEADER)
     with pytest.raises(CacheError, match="not what its manifest says"):
         reader[0]
+    # With a checksum that fits, it is still found before anything is read.
+    checksum = json.loads(manifest.read_text())["shards"][0]["xxh3"]
+    manifest.write_text(manifest.read_text().replace(checksum, digest_of(shard)))
+    (problem,) = HDF5Format().verify(cache)
+    assert "not what its manifest says" in problem.problem
 
 
 def test_flipped_bytes_are_found_when_the_cache_is_verified(cache: Path) -> None:

@@ -95,8 +95,13 @@ class HDF5Format:
         return HDF5Reader(path, manifest)
 
     def verify(self, path: Path, *, part: int = 0, parts: int = 1, remembered: bool = True) -> list[CacheError]:
-        """Shards whose checksum is not the manifest's: of every shard in turn, those of one part."""
-        return damaged_shards(path, _finished(path, None).shards[part::parts], remembered=remembered)
+        """Shards that are not what the manifest says, by checksum or by what is in them. One part: every parts-th."""
+        manifest = _finished(path, None)
+        shards = manifest.shards[part::parts]
+        problems = damaged_shards(path, shards, remembered=remembered)
+        # A checksum tells accidents. What HDF5 finds in the file is looked at too, whoever made both.
+        reader = HDF5Reader(path, manifest)
+        return problems or [problem for shard in shards if (problem := reader.problem_with(shard)) is not None]
 
     def bytes_per_token(self, header: CacheHeader) -> int:
         """Features, token id and loss mask."""
@@ -296,6 +301,16 @@ class HDF5Reader:
             original_length=original_length,
             features=TargetFeatures(hidden=hidden, last_hidden=last_hidden),
         )
+
+    def problem_with(self, shard: Shard) -> CacheError | None:
+        """What is wrong with a shard's datasets, None where they are as they must be. No feature is read."""
+        try:
+            open_shard(self._path / shard.file, self._shapes(shard), shard.lengths).close()
+        except CacheError as error:
+            return error
+        except (OSError, KeyError, RuntimeError) as error:
+            return CacheError("A shard of the cache cannot be read", where=self._path / shard.file, found=error)
+        return None
 
     def _shapes(self, shard: Shard) -> dict[str, tuple[tuple[int, ...], Any]]:
         """Name -> shape and type of everything that a shard of these samples holds."""

@@ -51,6 +51,9 @@ class Manifest:
     complete: bool = field(default=False, validator=instance_of(bool))
 
     def __attrs_post_init__(self) -> None:
+        longest = max((length for shard in self.shards for length in shard.lengths), default=0)
+        if longest > self.header.max_length:
+            raise ValueError(f"a sample of {longest} tokens, where {self.header.max_length} is the most")
         for what, names in (
             ("file", [shard.file for shard in self.shards]),
             ("sample", [name for shard in self.shards for name in shard.ids]),

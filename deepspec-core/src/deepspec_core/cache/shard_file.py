@@ -122,6 +122,8 @@ def _problem(file: Any, name: str, shape: tuple[int, ...], dtype: np.dtype[Any])
     dataset = file[name]
     if not isinstance(dataset, h5py.Dataset):
         return "a group", "a dataset"
+    if dataset.id.get_create_plist().get_nfilters():
+        return "data behind a filter, such as a compression", "data as it is"
     if dataset.external is not None or dataset.is_virtual:
         return "data that lies in other files", "data in this file"
     if (dataset.shape, dataset.dtype) != (shape, dtype):
