@@ -99,6 +99,16 @@ def test_a_stage_without_its_inputs_says_what_to_run(run_file: Path, capsys: pyt
     assert "--stages regenerate,train" in capsys.readouterr().err
 
 
+def test_a_new_draft_is_not_shown_with_the_old_one_s_figures(
+    finished_copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["run", str(finished_copy), "--smoke", *ONE_THREAD, "--force", "train", "--stages", "train"]
+    assert main([*command, "--set", "train.lr=1e-2"]) == 0
+    assert "accepted length" not in capsys.readouterr().out
+    assert not (_folder(finished_copy) / "metrics.json").exists()
+    assert not (_folder(finished_copy) / "report.md").exists()
+
+
 def test_an_unknown_stage_is_refused_with_the_nearest(finished_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", str(finished_copy), "--smoke", "--stages", "trian"]) == 2
     assert "Did you mean `train`?" in capsys.readouterr().err

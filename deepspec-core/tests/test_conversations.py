@@ -96,3 +96,15 @@ def test_malformed_rows_say_where(row: object, expected: str) -> None:
         from_row(row, "data.jsonl:12")
     assert expected in str(caught.value)
     assert "data.jsonl:12" in str(caught.value)
+
+
+def test_tools_nested_deeper_than_any_schema_are_refused() -> None:
+    deep: dict[str, object] = {}
+    for _ in range(700):
+        deep = {"properties": deep}
+    asked = {"messages": [{"role": "user", "content": "x"}], "tools": [{"name": "f", "parameters": deep}]}
+    call = {"function": {"name": "f", "arguments": deep}}
+    called = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [call]}]}
+    for row in (asked, called):
+        with pytest.raises(DataError, match="nested too deep"):
+            from_row(row, "rows.jsonl:1")

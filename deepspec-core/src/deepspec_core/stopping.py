@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
@@ -15,6 +16,7 @@ from typing import Final
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 # What shells add to the number of the signal that ended a process.
 _BY_SIGNAL: Final = 128
+_SAME_REQUEST_SECONDS: Final = 2.0
 
 
 class Stopped(KeyboardInterrupt):
@@ -26,10 +28,13 @@ class Stopped(KeyboardInterrupt):
 
 
 class StopRequest:
-    """Inside the block a signal asks to stop, and whoever works there stops at a good moment. A second one stops at
-    once, by Stopped."""
+    """Inside the block a signal asks to stop, and whoever works there stops at a good moment.
+
+    A second one stops at once, by Stopped. A SIGTERM that follows within two seconds is the same request.
+    """
 
     number: int | None = None
+    _since: float = 0.0
 
     @property
     def asked(self) -> bool:
@@ -56,8 +61,11 @@ class StopRequest:
 
     def _ask(self, number: int, _frame: FrameType | None) -> None:
         if self.asked:
+            # A scheduler signals every process, and the process that started a worker passes its own signal on.
+            if number == signal.SIGTERM and time.monotonic() - self._since < _SAME_REQUEST_SECONDS:
+                return
             raise Stopped(number)
-        self.number = number
+        self.number, self._since = number, time.monotonic()
 
 
 @contextmanager

@@ -24,6 +24,8 @@ _ALIASES: Final = {
     "function": "tool",
     "observation": "tool",
 }
+_DEEPEST: Final = 64
+_NESTED: Final = (Mapping, list, tuple)
 _FIELDS: Final = ("messages", "conversations", "turns", "prompt_ids", "input_ids")
 
 
@@ -185,6 +187,7 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
         raise DataError(
             "A tool call's arguments are not an object", where=where, found=repr(arguments)[:80], expected="{...}"
         )
+    _require_shallow(arguments, where)
     identity = {"id": str(call["id"])} if call.get("id") else {}
     return {**identity, "type": "function", "function": {"name": name, "arguments": dict(arguments)}}
 
@@ -193,7 +196,19 @@ def _tools(row: Mapping[str, Any], where: str) -> tuple[dict[str, Any], ...]:
     tools = _parsed(row.get("tools") or [], f"{where} tools")
     if not isinstance(tools, Sequence) or not all(isinstance(tool, Mapping) for tool in tools):
         raise DataError("tools is not a list of objects", where=where, found=repr(tools)[:80], expected="[{...}, ...]")
+    _require_shallow(tools, f"{where} tools")
     return tuple(dict(tool) for tool in tools)
+
+
+def _require_shallow(value: Any, where: str) -> None:
+    """DataError for JSON nested deeper than any schema or argument: rendering and digests go through it recursively."""
+    level = [value]
+    for _ in range(_DEEPEST):
+        parts = [part.values() if isinstance(part, Mapping) else part for part in level if isinstance(part, _NESTED)]
+        level = [inner for part in parts for inner in part]
+        if not level:
+            return
+    raise DataError("JSON is nested too deep", where=where, expected=f"at most {_DEEPEST} levels")
 
 
 def _parsed(value: Any, where: str) -> Any:

@@ -147,6 +147,9 @@ def discard(run: Run, force: Sequence[str]) -> list[Path]:
                             shutil.rmtree(entry)
                         elif entry.name != LOCK:  # others may be waiting for it
                             entry.unlink()
+                if name == "evaluate":
+                    for report in (run.folder / "metrics.json", run.folder / "report.md"):
+                        report.unlink(missing_ok=True)
                 emptied.append(folder)
     return emptied
 
