@@ -100,3 +100,14 @@ def test_the_command_s_mistakes(arguments: list[str], says: str, capsys: pytest.
     message = capsys.readouterr().err
     assert says in message
     assert "Traceback" not in message
+
+
+def test_a_confidence_threshold_concerns_the_draft_alone(
+    drafts: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The plain comparison has no draft, and a threshold is refused without one."""
+    arguments = ["generate", "--target", TINY, "--max-new-tokens", "6", "--confidence-threshold", "0.9", "Hello"]
+    assert main([*arguments, "--draft", str(drafts["dspark"])]) == 0
+    assert "plain decoding" in "".join(capsys.readouterr())
+    assert main(arguments) == 2
+    assert "without a draft there is no confidence" in capsys.readouterr().err

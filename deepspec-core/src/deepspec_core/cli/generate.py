@@ -71,15 +71,19 @@ def generate(
         "seed": seed,
         "confidence_threshold": confidence_threshold,
     }
+    # Without a draft there is no proposal that a threshold could end.
+    without_draft = {**options, "confidence_threshold": 0.0}
     compared = drafted is not None and plain
     # First calls pay for memory and the choice of kernels; a comparison is one of second calls.
     for warmed in (drafted, None) if compared else (drafted,):
-        decode(model, warmed, text, **{**options, "max_new_tokens": 2})
+        decode(
+            model, warmed, text, **{**(without_draft if compared and warmed is None else options), "max_new_tokens": 2}
+        )
     stream = None if as_json else _Stream(coloured=_coloured())
     [found] = decode(model, drafted, text, **options, on_round=stream)
     if stream is not None:
         click.echo()
-    reference = decode(model, None, text, **options)[0] if compared else None
+    reference = decode(model, None, text, **without_draft)[0] if compared else None
     if as_json:
         report = _as_json(found, drafted is not None, reference, greedy=temperature == 0)
         click.echo(json.dumps(report, ensure_ascii=False, indent=1))
