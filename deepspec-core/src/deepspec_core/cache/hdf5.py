@@ -30,7 +30,6 @@ from deepspec_core.cache.manifest import (
     Shard,
     check_header,
     check_sizes,
-    checksum,
     damaged_shards,
     load,
     sync_folder,
@@ -39,6 +38,7 @@ from deepspec_core.cache.shard_file import ShardOutput, open_shard
 from deepspec_core.contracts.cache import CacheHeader
 from deepspec_core.contracts.draft import Sample
 from deepspec_core.contracts.target import TargetFeatures
+from deepspec_core.digests import digest_of
 from deepspec_core.errors import CacheError
 from deepspec_core.locks import Lock, lock
 
@@ -243,7 +243,7 @@ class HDF5Writer:
         shard = Shard(
             file=name,
             bytes=sealed.stat().st_size,
-            xxh3=checksum(sealed),
+            xxh3=digest_of(sealed),
             ids=tuple(self._ids),
             lengths=tuple(self._lengths),
         )

@@ -15,12 +15,14 @@ from typing import Any, Final
 from attrs import asdict, evolve, field, fields, frozen
 from attrs.validators import deep_iterable, instance_of, matches_re
 
-from deepspec_core.contracts.cache import CacheHeader, whole_number
-from deepspec_core.digests import digest_of, digests_of
+from deepspec_core.config.bounds import whole
+from deepspec_core.contracts.cache import CacheHeader
+from deepspec_core.digests import digests_of
 from deepspec_core.errors import CacheError
 
 NAME: Final = "manifest.json"
 VERSION: Final = 2
+_LARGEST: Final = 2**63 - 1
 _MAKE_AGAIN: Final = "Make the cache again (--force cache), or get it again from where it came."
 
 
@@ -29,10 +31,10 @@ class Shard:
     """A sealed shard: its file, size and checksum, and the samples in it, in order, with their numbers of tokens."""
 
     file: str = field(validator=[instance_of(str), matches_re(r"[\w.-]+")])
-    bytes: int = field(validator=whole_number(0))
+    bytes: int = field(validator=whole(0, _LARGEST))
     xxh3: str = field(validator=[instance_of(str), matches_re("[0-9a-f]{32}")])
     ids: tuple[str, ...] = field(validator=deep_iterable(instance_of(str), instance_of(tuple)))
-    lengths: tuple[int, ...] = field(validator=deep_iterable(whole_number(1), instance_of(tuple)))
+    lengths: tuple[int, ...] = field(validator=deep_iterable(whole(1), instance_of(tuple)))
 
     def __attrs_post_init__(self) -> None:
         if self.file in (".", ".."):
@@ -49,18 +51,6 @@ class Manifest:
     header: CacheHeader
     shards: tuple[Shard, ...] = ()
     complete: bool = field(default=False, validator=instance_of(bool))
-
-    def __attrs_post_init__(self) -> None:
-        longest = max((length for shard in self.shards for length in shard.lengths), default=0)
-        if longest > self.header.max_length:
-            raise ValueError(f"a sample of {longest} tokens, where {self.header.max_length} is the most")
-        for what, names in (
-            ("file", [shard.file for shard in self.shards]),
-            ("sample", [name for shard in self.shards for name in shard.ids]),
-        ):
-            if len(set(names)) < len(names):
-                twice = next(name for name, count in Counter(names).items() if count > 1)
-                raise ValueError(f"{what} {twice!r} is there twice")
 
     @property
     def num_samples(self) -> int:
@@ -103,12 +93,14 @@ def load(folder: Path, *, format: str) -> Manifest | None:
                 found=f"{content['format']} version {content['version']}",
                 expected=f"{format} version {VERSION}",
             )
-        return Manifest(
+        manifest = Manifest(
             format=content["format"],
             header=_header(content["header"]),
             shards=tuple(_shard(shard) for shard in _items(content["shards"])),
             complete=content["complete"],
         )
+        _check(manifest)
+        return manifest
     except OSError as error:
         raise CacheError("The cache's manifest cannot be read", where=path, found=error.strerror) from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -162,11 +154,6 @@ def damaged_shards(folder: Path, shards: Sequence[Shard], *, remembered: bool) -
     return [problem for problem in problems.values() if problem is not None]
 
 
-def checksum(path: Path) -> str:
-    """XXH3 of a file, 128 bits: it finds accidents at the speed of the disk, where SHA-256 is 14 times slower."""
-    return digest_of(path)
-
-
 def _of_another_size(folder: Path, shard: Shard) -> CacheError | None:
     path = folder / shard.file
     size = path.stat().st_size if path.is_file() and not path.is_symlink() else None
@@ -188,6 +175,19 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _check(manifest: Manifest) -> None:
+    """ValueError for what no writer writes: a sample or a file that is there twice, a sample that is too long."""
+    longest = max((length for shard in manifest.shards for length in shard.lengths), default=0)
+    if longest > manifest.header.max_length:
+        raise ValueError(f"a sample of {longest} tokens, where {manifest.header.max_length} is the most")
+    files = [shard.file for shard in manifest.shards]
+    samples = [name for shard in manifest.shards for name in shard.ids]
+    for what, names in (("file", files), ("sample", samples)):
+        if len(set(names)) < len(names):
+            twice = next(name for name, count in Counter(names).items() if count > 1)
+            raise ValueError(f"{what} {twice!r} is there twice")
 
 
 def _header(content: Mapping[str, Any]) -> CacheHeader:

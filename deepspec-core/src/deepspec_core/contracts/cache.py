@@ -6,23 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from attrs import Attribute, asdict, field, frozen
+from attrs import asdict, field, frozen
 from attrs.validators import deep_iterable, deep_mapping, instance_of
 
+from deepspec_core.config.bounds import whole
 from deepspec_core.contracts.draft import Sample
 from deepspec_core.errors import CacheError
 
 __all__ = ["CacheFormat", "CacheHeader", "CacheReader", "CacheWriter"]
-
-
-def whole_number(least: int) -> Any:
-    """An attrs validator: a whole number, and no bool, from `least` on."""
-
-    def check(_header: object, attribute: Attribute[int], value: object) -> None:
-        if type(value) is not int or value < least:
-            raise ValueError(f"{attribute.name}: {value!r}, where a whole number from {least} on belongs")
-
-    return check
 
 
 @frozen(kw_only=True)
@@ -42,13 +33,13 @@ class CacheHeader:
     target: str = field(validator=instance_of(str))
     revision: str = field(validator=instance_of(str))
     adapter: str = field(validator=instance_of(str))
-    taps: tuple[int, ...] = field(validator=deep_iterable(whole_number(0), instance_of(tuple)))
-    hidden_size: int = field(validator=whole_number(1))
-    vocab_size: int = field(validator=whole_number(1))
+    taps: tuple[int, ...] = field(validator=deep_iterable(whole(0), instance_of(tuple)))
+    hidden_size: int = field(validator=whole(1))
+    vocab_size: int = field(validator=whole(1))
     dtype: str = field(validator=instance_of(str))
     tokenizer: str = field(validator=instance_of(str))
     template: str = field(validator=instance_of(str))
-    max_length: int = field(validator=whole_number(1))
+    max_length: int = field(validator=whole(1))
     source: str = field(validator=instance_of(str))
     plugins: dict[str, str] = field(validator=deep_mapping(instance_of(str), instance_of(str), instance_of(dict)))
 
