@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from deepspec_core.cli.main import main
+from deepspec_core.pipeline.local_workers import started_here
 from deepspec_core.stopping import Stopped, StopRequest, exit_code, stopped_by_sigterm
 
 COMMAND = [sys.executable, "-m", "deepspec_core", "run"]
@@ -196,6 +197,16 @@ def test_the_first_signal_asks_and_the_second_stops_at_once() -> None:
             signal.raise_signal(signal.SIGINT)
         assert exit_code(at_once.value) == 130
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_only_a_child_of_the_starter_is_its_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not started_here()
+    monkeypatch.setenv("DEEPSPEC_STARTED_BY", str(os.getppid()))
+    assert started_here()
+    # A command that a worker starts, a plugin's for instance, has the worker as its parent.
+    code = "from deepspec_core.pipeline.local_workers import started_here; print(started_here())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 def test_a_handler_of_the_embedding_program_stays() -> None:

@@ -47,15 +47,17 @@ def start(count: int, arguments: Sequence[str]) -> int:
 
 
 def started_here() -> bool:
-    """Whether this process is a worker that `start` started."""
-    return _STARTER in os.environ
+    """Whether this process is a worker that `start` started.
+
+    A process that a worker starts inherits the environment, but has another parent.
+    """
+    return os.environ.get(_STARTER) == str(os.getppid())
 
 
 def stop_with_starter() -> None:
     """In a worker: have it stopped as by SIGTERM once the process that started it is gone."""
-    starter = os.environ.get(_STARTER)
-    if starter is not None:
-        threading.Thread(target=_stop_without, args=(int(starter),), daemon=True).start()
+    if started_here():
+        threading.Thread(target=_stop_without, args=(os.getppid(),), daemon=True).start()
 
 
 def _meeting_point(count: int) -> tuple[object, int]:
