@@ -47,6 +47,18 @@ def test_the_run_file_decides_where_it_speaks(run_file: Path) -> None:
     assert threads.in_words(chosen, given=True) == "threads: 3 (as run.threads says)"
 
 
+def test_a_number_from_the_environment_is_named_and_not_shared_among_workers(
+    run_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threads, "available", lambda: 4)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert threads.choose(_run(run_file), ["train"], processes=2) == {"train": 2}
+    assert "OMP_NUM_THREADS" not in threads.in_words({"train": 2}, given=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    assert threads.choose(_run(run_file), ["train"], processes=2) == {"train": 4}
+    assert "at most the 4 of OMP_NUM_THREADS" in threads.in_words({"train": 4}, given=False)
+
+
 def test_a_container_s_quota_bounds_the_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
     quota = tmp_path / "cpu.max"

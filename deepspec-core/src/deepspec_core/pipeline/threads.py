@@ -29,6 +29,7 @@ OPERATIONS_A_THREAD = 1e8
 # Turns of libgomp's waiting loop before a thread sleeps: about a tenth of a millisecond. With its default of 300,000, a
 # waiting thread keeps a core that others need: two trainings on two cores then ran 34 times slower than one alone.
 SPIN_COUNT = "3000"
+_LIMIT = "OMP_NUM_THREADS"
 _WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 _CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
@@ -94,7 +95,8 @@ def choose(run: Run, stages: Sequence[str], *, processes: int = 1) -> dict[str, 
     """The threads of each stage, for one of `processes` on this machine. On an accelerator, PyTorch's own number."""
     if not stages:
         return {}
-    most = max(1, available() // processes)
+    # A number that the user set holds for every process; otherwise they share the cores.
+    most = available() if _LIMIT in os.environ else max(1, available() // processes)
     if run.file.run.threads is not None:
         return dict.fromkeys(stages, run.file.run.threads)
     if run.target.device.type != "cpu":
@@ -107,11 +109,13 @@ def in_words(chosen: dict[str, int], *, given: bool, device: str = "cpu") -> str
     alike = len(set(chosen.values())) == 1
     listed = ", ".join(f"{stage} {count}" for stage, count in chosen.items())
     number = str(next(iter(chosen.values()))) if alike else listed
+    limit = os.environ.get(_LIMIT)
+    bound = "" if limit is None else f", at most the {limit} of {_LIMIT}"
     if given:
         return f"threads: {number} (as run.threads says)"
     if device != "cpu":
         return f"threads: {number} (PyTorch's own number, since the run computes on {device}; run.threads sets another)"
-    return f"threads: {number} (by the size of a stage's steps; run.threads sets one number for all)"
+    return f"threads: {number} (by the size of a stage's steps{bound}; run.threads sets one number for all)"
 
 
 def announce(run: Run, stages: Sequence[str], say: Callable[[str], None], *, processes: int = 1) -> None:
