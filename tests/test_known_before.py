@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,21 @@ def test_a_confidence_threshold_for_a_draft_without_confidence(refused: Refused)
 
 def test_a_draft_to_evaluate_that_is_not_there(refused: Refused) -> None:
     refused('evaluate.draft="elsewhere/draft"', says=("elsewhere/draft",))
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "of another draft"])
+def test_a_draft_to_evaluate_that_is_damaged(refused: Refused, finished: Path, tmp_path: Path, damage: str) -> None:
+    draft = Path(shutil.copytree(finished.parent / "runs" / "quickstart-dflash-smoke" / "draft", tmp_path / "d"))
+    weights = draft / "model.safetensors"
+    if damage == "cut":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif damage == "gone":
+        weights.unlink()
+    else:
+        config = json.loads((draft / "config.json").read_text())
+        (draft / "config.json").write_text(json.dumps({**config, "intermediate_size": 8}))
+    says = {"cut": "weights cannot be read", "gone": "has no weights", "of another draft": "the weights are not those"}
+    refused(f"evaluate.draft={json.dumps(str(draft))}", says=(says[damage], str(weights)))
 
 
 def test_folders_that_cannot_be_written(refused: Refused, run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

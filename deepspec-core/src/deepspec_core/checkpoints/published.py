@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from deepspec_core.checkpoints.weight_file import read_header, read_tensors
-from deepspec_core.contracts.draft import DraftModel
+from deepspec_core.contracts.draft import DraftDescription, DraftModel
 from deepspec_core.contracts.target import TargetAdapter
 from deepspec_core.disk import in_words
 from deepspec_core.errors import CheckpointError, DeepSpecError, PluginError
@@ -125,8 +125,7 @@ def load_draft(
     describes is compared with the header of the weights before memory is taken for it.
     """
     directory = Path(directory)
-    empty = build_empty(directory, registry=registry, adapter=adapter)
-    _check_weights(empty, directory)
+    check_draft(directory, registry=registry, adapter=adapter)
     # The new weights are overwritten at once; whoever loads a draft keeps their random state.
     with torch.random.fork_rng(devices=[]):
         draft = build_draft(directory, registry=registry, adapter=adapter)
@@ -138,6 +137,30 @@ def load_draft(
     }
     draft.load_state_dict(own_weights, assign=True)
     return draft.to(device).eval()
+
+
+def check_draft(directory: Path, *, registry: Registry, adapter: TargetAdapter) -> DraftDescription:
+    """What the draft of a checkpoint says of itself. No memory is taken for its weights.
+
+    CheckpointError as load_draft raises it, but for damage that the weights' header does not show.
+    """
+    draft = build_empty(directory, registry=registry, adapter=adapter)
+    description = draft.describe()
+    differences = WeightDifferences.between(
+        {
+            published_name(name, description.weight_names): tuple(tensor.shape)
+            for name, tensor in draft.state_dict().items()
+        },
+        read_header(directory / WEIGHTS).shapes,
+    )
+    if differences:
+        raise CheckpointError(
+            f"the weights are not those of the {description.algorithm!r} draft that {CONFIG} describes",
+            where=directory / WEIGHTS,
+            found=differences.in_words(shown=_SHOWN),
+            fix="check that the checkpoint belongs to this target and was written whole",
+        )
+    return description
 
 
 def build_empty(directory: Path, *, registry: Registry, adapter: TargetAdapter) -> DraftModel:
@@ -194,24 +217,6 @@ def read_options(directory: Path, registry: Registry) -> tuple[str, Any, tuple[i
             f"{CONFIG} names no layers of the target", where=where, found=taps, expected="a list of whole numbers"
         )
     return spec.name, options, tuple(taps)
-
-
-def _check_weights(draft: DraftModel, directory: Path) -> None:
-    description = draft.describe()
-    differences = WeightDifferences.between(
-        {
-            published_name(name, description.weight_names): tuple(tensor.shape)
-            for name, tensor in draft.state_dict().items()
-        },
-        read_header(directory / WEIGHTS).shapes,
-    )
-    if differences:
-        raise CheckpointError(
-            f"the weights are not those of the {description.algorithm!r} draft that {CONFIG} describes",
-            where=directory / WEIGHTS,
-            found=differences.in_words(shown=_SHOWN),
-            fix="check that the checkpoint belongs to this target and was written whole",
-        )
 
 
 @frozen(kw_only=True)

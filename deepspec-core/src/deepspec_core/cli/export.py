@@ -21,7 +21,7 @@ def export(draft: str, name: str, out: str | None, blocked: tuple[str, ...]) -> 
     """
     from deepspec_core.checkpoints.exports import Format, require_free
     from deepspec_core.checkpoints.opening import draft_adapter, resolve_draft
-    from deepspec_core.checkpoints.published import build_empty, load_draft, read_options
+    from deepspec_core.checkpoints.published import check_draft, load_draft, read_options
     from deepspec_core.disk import full_disk_is_an_error, in_words, why_not_writable
     from deepspec_core.errors import ExportError
     from deepspec_core.plugins.discovery import load_plugins
@@ -35,7 +35,7 @@ def export(draft: str, name: str, out: str | None, blocked: tuple[str, ...]) -> 
     if (problem := why_not_writable(place.parent)) is not None:
         raise ExportError("the export cannot be written there", where=place, found=problem)
     adapter = draft_adapter(directory, registry=registry)
-    chosen.check(build_empty(directory, registry=registry, adapter=adapter).describe(), where=f"--to {name}")
+    chosen.check(check_draft(directory, registry=registry, adapter=adapter), where=f"--to {name}")
     with full_disk_is_an_error(place.parent):
         place.parent.mkdir(parents=True, exist_ok=True)
         size = chosen.write(load_draft(directory, registry=registry, adapter=adapter), place)

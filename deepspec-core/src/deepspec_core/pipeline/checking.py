@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deepspec_core.config.schema import HELD_OUT
@@ -18,7 +17,6 @@ from deepspec_core.pipeline.stages import Step
 
 if TYPE_CHECKING:
     from deepspec_core.contracts.draft import DraftDescription
-    from deepspec_core.contracts.target import TargetAdapter
 
 log = logging.getLogger("deepspec")
 
@@ -175,25 +173,15 @@ def _cache(run: Run, *, fresh: bool) -> None:
         )
 
 
-def _confidence_of(run: Run, folder: Path, adapter: TargetAdapter) -> bool | None:
-    """Whether the draft in `folder` gives confidence, as it says itself. It is built without memory for its weights."""
-    from deepspec_core.checkpoints.published import build_draft
-    from deepspec_core.estimating.memory import fake_tensors
-
-    with fake_tensors():
-        draft = build_draft(folder, registry=run.plugins.registry, adapter=adapter)
-    return draft.describe().gives_confidence
-
-
 def _evaluation(run: Run, confidence: bool | None) -> None:
+    from deepspec_core.checkpoints.published import check_draft
     from deepspec_core.pipeline.evaluating import draft_of, journals, requests_of
 
     options = run.file.evaluate
     journals(options.tasks)
     if options.draft is not None or "train" not in run.file.run.stages:
         folder, adapter, _ = draft_of(run)
-        if options.confidence_threshold > 0:
-            confidence = _confidence_of(run, folder, adapter)
+        confidence = check_draft(folder, registry=run.plugins.registry, adapter=adapter).gives_confidence
     if options.confidence_threshold > 0 and confidence is False:
         raise ConfigError(
             "this draft gives no confidence to compare with",

@@ -11,7 +11,7 @@ from typing import Any
 
 from deepspec_core.checkpoints.exports import Format, require_free
 from deepspec_core.checkpoints.opening import draft_adapter
-from deepspec_core.checkpoints.published import build_empty, load_draft
+from deepspec_core.checkpoints.published import check_draft, load_draft
 from deepspec_core.contracts.draft import DraftDescription
 from deepspec_core.pipeline import contents
 from deepspec_core.pipeline.run import Run
@@ -50,7 +50,7 @@ def own_description(run: Run) -> DraftDescription:
     """What the run's finished draft says of itself. CheckpointError where there is none."""
     folder = run.folder / "draft"
     registry = run.plugins.registry
-    return build_empty(folder, registry=registry, adapter=draft_adapter(folder, registry=registry)).describe()
+    return check_draft(folder, registry=registry, adapter=draft_adapter(folder, registry=registry))
 
 
 def _folder_of(run: Run, name: str) -> Path:
