@@ -11,6 +11,7 @@ import pytest
 
 from deepspec_core.cli.main import main
 from deepspec_core.config.load import load_run_file
+from deepspec_core.errors import ConfigError
 from deepspec_core.pipeline.checking import check_before
 from deepspec_core.pipeline.run import Run
 from deepspec_core.pipeline.stages import Step, plan
@@ -111,6 +112,46 @@ def test_a_second_source_that_is_missing(refused: Refused) -> None:
         'data.sources=[{path = "builtin:tiny-dialogues", limit = 5}, {path = "gone.jsonl", weight = 0.001}]',
         says=("A source of conversations is missing", "gone.jsonl"),
     )
+
+
+def test_a_malformed_row_deep_in_a_source(refused: Refused, run_file: Path) -> None:
+    row = json.dumps({"turns": ["one"]}) + "\n"
+    (run_file.parent / "chats.jsonl").write_text(row * 300 + "{broken\n" + row)
+    refused('data.sources=[{path = "chats.jsonl"}]', says=("A line is not JSON", "chats.jsonl:301"))
+    (run_file.parent / "chats.jsonl").write_text("")
+    refused('data.sources=[{path = "chats.jsonl"}]', says=("There is no conversation to train on", "chats.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("data.min_supervised_tokens", "2000"), ("data.system_prompt", f'"{"word " * 3000}"')]
+)
+def test_no_sample_could_hold_what_must_be_supervised(run_file: Path, key: str, value: str) -> None:
+    run, steps = _planned(run_file, f"{key}={value}")
+    with pytest.raises(ConfigError, match="every sample would be dropped") as problem:
+        check_before(run, steps)
+    assert str(problem.value.where).endswith(key)
+
+
+def test_results_that_have_no_place(refused: Refused, run_file: Path) -> None:
+    out = run_file.parent / "runs" / "quickstart-dflash-smoke"
+    (out / "metrics.json").mkdir(parents=True)
+    refused(says=("The results of the evaluation cannot be put there", "metrics.json"))
+    (out / "metrics.json").rmdir()
+    (out / "train").mkdir()
+    (out / "train" / "checkpoints").write_text("a file")
+    refused(says=("Results cannot be written there", "checkpoints is no folder"))
+
+
+def test_little_room_for_checkpoints_is_said(
+    run_file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, steps = _planned(run_file)
+    monkeypatch.setattr("deepspec_core.pipeline.checking.free_bytes", lambda _: 10**9)
+    check_before(run, steps)
+    assert "train.keep_checkpoints" not in caplog.text
+    run, steps = _planned(run_file, "train.keep_checkpoints=100000")
+    check_before(run, steps)
+    assert "100001 checkpoints may take" in caplog.text
 
 
 def test_a_confidence_threshold_for_a_draft_without_confidence(refused: Refused) -> None:

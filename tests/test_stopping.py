@@ -219,3 +219,18 @@ def test_a_handler_of_the_embedding_program_stays() -> None:
     finally:
         signal.signal(signal.SIGTERM, before)
     assert exit_code(KeyboardInterrupt()) == 130
+
+
+def test_an_error_that_follows_from_a_signal_is_the_signal() -> None:
+    """An import that a signal cuts short may end in any error."""
+
+    def cut_short() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+        except Stopped:
+            raise RecursionError from None
+
+    with pytest.raises(Stopped) as stopped, stopped_by_sigterm():
+        cut_short()
+    assert exit_code(stopped.value) == 143

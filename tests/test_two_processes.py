@@ -1,6 +1,8 @@
 """Two processes on what can be shared: one of them works, the other is refused in words, and nothing is mixed."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from deepspec_core.cli.main import main
+from deepspec_core.locks import lock
 
 COMMAND = [sys.executable, "-m", "deepspec_core"]
 ONE_THREAD = ["--set", "run.threads=1"]
@@ -78,3 +81,15 @@ def test_one_folder_of_an_evaluation(finished: Path, tmp_path: Path) -> None:
     _one_of(_together(command, command), "Another process is working on this run")
     report = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert [result["samples"] for result in report["results"]] == [6]
+
+
+@pytest.mark.parametrize("reason", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_warned_about(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, reason: int
+) -> None:
+    def without(_handle: int, _operation: int) -> None:
+        raise OSError(reason, os.strerror(reason))
+
+    monkeypatch.setattr("fcntl.flock", without)
+    with lock(tmp_path, problem="taken", fix=""):
+        assert f"the file system of {tmp_path} has no locks" in caplog.text

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -121,3 +122,18 @@ def test_mistakes_say_where(tmp_path: Path) -> None:
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"turns": ["a"]}\n' * 1000)[:40])
     with pytest.raises(DataError, match="cannot be read"):
         _ids(tmp_path, SourceOptions(path="cut.jsonl.gz"))
+
+
+def test_a_dataset_folder_that_was_edited_is_read_anew(tmp_path: Path) -> None:
+    """`datasets` keeps a copy of what it read, and knows it by the files' times."""
+    pytest.importorskip("datasets")
+    folder = tmp_path / "data"
+    folder.mkdir()
+    file = folder / "train.jsonl"
+    for text in ("one", "two"):
+        _write(file, [_row(text)])
+        os.utime(file, ns=(10**18, 10**18))
+        assert _ids(tmp_path, SourceOptions(path="data")) == [text]
+    file.write_text("{broken\n")
+    with pytest.raises(DataError, match="A dataset cannot be read"):
+        _ids(tmp_path, SourceOptions(path="data"))

@@ -6,7 +6,9 @@ none behind. Knows folders and lock files; not what is in the folders.
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import logging
 import os
 from pathlib import Path
 from types import TracebackType
@@ -14,7 +16,11 @@ from typing import Final
 
 from deepspec_core.errors import StageError
 
+log = logging.getLogger("deepspec")
+
 LOCK: Final = ".lock"
+# What flock answers on file systems of clusters that are mounted without locks.
+_WITHOUT_LOCKS: Final = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class Lock:
@@ -45,7 +51,8 @@ def lock(folder: Path, *, problem: str, fix: str, shared: bool = False, name: st
     """Take the lock `name` of a folder, which is made where it is missing; StageError where others hold it.
 
     Any number of processes may hold a `shared` lock, as long as none holds an exclusive one. A folder that this process
-    can only read, without a lock file in it, gives a shared lock that holds nobody off.
+    can only read, without a lock file in it, gives a shared lock that holds nobody off. So does a file system without
+    locks, after a warning.
     """
     path = folder / name
     try:
@@ -64,4 +71,14 @@ def lock(folder: Path, *, problem: str, fix: str, shared: bool = False, name: st
     except BlockingIOError as error:
         os.close(handle)
         raise StageError(problem, where=folder, fix=fix) from error
+    except OSError as error:
+        os.close(handle)
+        if error.errno not in _WITHOUT_LOCKS:
+            raise
+        log.warning(
+            "the file system of %s has no locks (%s): see to it that no other process writes there",
+            folder,
+            error.strerror,
+        )
+        return Lock(None)
     return Lock(handle)

@@ -70,12 +70,25 @@ class StopRequest:
 
 @contextmanager
 def stopped_by_sigterm() -> Iterator[None]:
-    """Inside the block SIGTERM raises Stopped, as Ctrl-C raises KeyboardInterrupt. A handler that is there stays."""
+    """Inside the block SIGTERM raises Stopped, as Ctrl-C raises KeyboardInterrupt. A handler that is there stays.
+
+    Whatever else the block raises after a SIGTERM follows from it: an import that was cut short may end in any error.
+    """
     own = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    came: list[int] = []
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        came.append(number)
+        raise Stopped(number)
+
     if own:
-        signal.signal(signal.SIGTERM, _stop)
+        signal.signal(signal.SIGTERM, stop)
     try:
         yield
+    except Exception as error:
+        if came:
+            raise Stopped(came[0]) from error
+        raise
     finally:
         if own:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -87,7 +100,3 @@ def exit_code(error: BaseException) -> int:
         if isinstance(reason, Stopped):
             return _BY_SIGNAL + reason.number
     return _BY_SIGNAL + signal.SIGINT
-
-
-def _stop(number: int, _frame: FrameType | None) -> None:
-    raise Stopped(number)

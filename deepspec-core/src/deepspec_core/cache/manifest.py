@@ -23,6 +23,7 @@ from deepspec_core.errors import CacheError
 NAME: Final = "manifest.json"
 VERSION: Final = 2
 _LARGEST: Final = 2**63 - 1
+_FOR_THE_RECORD: Final = ("plugins", "computed_in", "split")
 _MAKE_AGAIN: Final = "Make the cache again (--force cache), or get it again from where it came."
 
 
@@ -113,11 +114,11 @@ def load(folder: Path, *, format: str) -> Manifest | None:
 
 
 def check_header(path: Path, found: CacheHeader, expected: CacheHeader) -> None:
-    """CacheError naming the first field that differs; which plugins made a cache does not matter."""
+    """CacheError naming the first field that differs. The fields of `_FOR_THE_RECORD` do not matter here."""
     for attribute in fields(CacheHeader):
         name = attribute.name
         here, wanted = getattr(found, name), getattr(expected, name)
-        if name != "plugins" and here != wanted:
+        if name not in _FOR_THE_RECORD and here != wanted:
             raise CacheError(
                 f"The cache was made for another {name}",
                 where=path,

@@ -13,7 +13,14 @@ from pathlib import Path
 import click
 
 from deepspec_core import __version__
-from deepspec_core.cli.output import CLOSED, OutputLost, let_go_of_output, output_is_checked, say_error
+from deepspec_core.cli.output import (
+    CLOSED,
+    OutputLost,
+    let_go_of_output,
+    open_missing_streams,
+    output_is_checked,
+    say_error,
+)
 from deepspec_core.errors import DeepSpecError, PluginError, nearest
 from deepspec_core.pipeline.threads import let_waiting_threads_sleep
 from deepspec_core.stopping import exit_code, stopped_by_sigterm
@@ -114,6 +121,7 @@ def cli() -> None:
 def execute(command: click.Command, name: str, arguments: Sequence[str] | None = None) -> int:
     """Run a command and return the exit code: 0; 2 for a mistake of the user's; 130 or 143 where Ctrl-C or SIGTERM
     stopped it."""
+    open_missing_streams()
     let_waiting_threads_sleep()
     try:
         with stopped_by_sigterm(), output_is_checked():

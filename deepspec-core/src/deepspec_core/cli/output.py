@@ -17,6 +17,7 @@ from deepspec_core.errors import DeepSpecError
 
 # What a shell expects of a process that a closed pipe ended: 128 and the number of SIGPIPE.
 CLOSED = 141
+_LAST_STANDARD = 2
 
 
 class OutputLost(DeepSpecError):
@@ -25,6 +26,16 @@ class OutputLost(DeepSpecError):
     def __init__(self, error: OSError) -> None:
         super().__init__("The output cannot be written", where="standard output", found=error.strerror or str(error))
         self.closed = isinstance(error, BrokenPipeError)
+
+
+def open_missing_streams() -> None:
+    """Lead standard streams that the caller closed (`>&-`) nowhere, so that no file opened later takes their place."""
+    while (handle := os.open(os.devnull, os.O_RDWR)) <= _LAST_STANDARD:
+        pass
+    os.close(handle)
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r+", encoding="utf-8"))  # noqa: SIM115 - open as long as the process
 
 
 @contextmanager

@@ -18,14 +18,16 @@ __all__ = ["CacheFormat", "CacheHeader", "CacheReader", "CacheWriter"]
 
 @frozen(kw_only=True)
 class CacheHeader:
-    """What a cache was made from. Two caches are interchangeable exactly when their headers are equal; `plugins` may
-    differ.
+    """What a cache was made from. Two caches are interchangeable if their headers are equal. `plugins`, `computed_in`
+    and `split` may differ, and are not compared when a cache is opened.
 
     target: The name or path that the run file gives.
     revision: A fingerprint of the target: a Hub commit, or a digest of a local directory's config and weights.
     template: A digest of the chat template and the masking options.
     source: A digest of the conversations that the cache was made from.
     dtype: The number format in which the features are stored.
+    computed_in: The number format in which the target computed them; empty where that is not known.
+    split: The rule, the share and the seed by which held-out conversations were left out; empty where not known.
 
     Values of other types are a ValueError or TypeError.
     """
@@ -42,6 +44,8 @@ class CacheHeader:
     max_length: int = field(validator=whole(1))
     source: str = field(validator=instance_of(str))
     plugins: dict[str, str] = field(validator=deep_mapping(instance_of(str), instance_of(str), instance_of(dict)))
+    computed_in: str = field(default="", validator=instance_of(str))
+    split: str = field(default="", validator=instance_of(str))
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -105,7 +109,7 @@ class CacheFormat(Protocol):
     def open(self, path: Path, expect: CacheHeader | None) -> CacheReader:
         """Open a finished cache. CacheError names the first field of its header that differs from `expect`.
 
-        `plugins` is not compared.
+        `plugins`, `computed_in` and `split` are not compared.
         """
         ...
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from contextlib import contextmanager
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -19,8 +20,10 @@ from deepspec_core.data.split import Split, is_held_out, prompt_digest
 from deepspec_core.errors import DataError, nearest
 from deepspec_core.hub import say_local_copy, why_unreachable
 from deepspec_core.json_lines import read_json_lines
+from deepspec_core.progress import Progress
 
 _FILES: Final = (".jsonl", ".jsonl.gz")
+_SHOWN_BYTES: Final = 1 << 26
 
 
 class Registry(Protocol):
@@ -90,6 +93,36 @@ def check_sources(sources: Sequence[SourceOptions], *, base: Path, registry: Reg
             _open_dataset(source, base, look_only=True)
 
 
+def check_rows(sources: Sequence[SourceOptions], *, held_out: float, seed: int, base: Path, registry: Registry) -> None:
+    """DataError for the first malformed row that training would read, or if there is nothing to train on.
+
+    Files and dataset folders are read as far as training reads them. Of the Hub nothing is read, and what a plugin
+    ships is believed.
+    """
+    local = [source for source in sources if not source.path.startswith(BUILTIN) and not on_hub(source, base)]
+    found = 0
+    with Progress(None, "check the rows of data.sources", "rows", enabled=_large(local, base)) as progress:
+        for source in local:
+            for _ in islice(_of_split(source, "train", held_out, seed, base, registry), source.limit):
+                found += 1
+                progress.advance()
+    if not found and len(local) == len(sources):
+        raise DataError(
+            "There is no conversation to train on",
+            where="data.sources: " + ", ".join(source.path for source in sources),
+            found=f"no row that is not held out, at a share of {held_out:g}",
+            expected="at least one",
+            fix="Give more data, or lower data.held_out.",
+        )
+
+
+def _large(sources: Sequence[SourceOptions], base: Path) -> bool:
+    """Whether reading all of it takes long enough for a progress bar."""
+    places = [base / source.path for source in sources]
+    files = [file for place in places for file in (place.rglob("*") if place.is_dir() else [place]) if file.is_file()]
+    return sum(file.stat().st_size for file in files) >= _SHOWN_BYTES
+
+
 def on_hub(source: SourceOptions, base: Path) -> bool:
     """Whether reading the source means asking the Hub."""
     ships = source.path.startswith(BUILTIN) or source.path.endswith(_FILES)
@@ -153,13 +186,22 @@ def _missing(path: Path) -> DataError:
 
 
 def _dataset(source: SourceOptions, base: Path) -> Iterator[Conversation]:
-    """A dataset folder, or a dataset on the Hub, streamed where only a part of it is wanted."""
-    for number, row in enumerate(_open_dataset(source, base), start=1):
+    """A dataset folder, or a dataset on the Hub."""
+    rows = iter(_open_dataset(source, base))
+    for number in count(1):
+        with _dataset_errors(source):
+            row = next(rows, None)
+        if row is None:
+            return
         yield from_row(row, f"{source.path}:{number}")
 
 
 def _open_dataset(source: SourceOptions, base: Path, *, look_only: bool = False) -> Any:
-    """Its rows, lazily. `look_only`: of what is not saved yet only its builder, no rows. DataError either way."""
+    """Its rows, lazily. `look_only`: of what is not saved yet only its builder, no rows. DataError either way.
+
+    A folder is streamed: a copy that `datasets` keeps is told by the files' times only, and may be of older content. A
+    dataset of the Hub is streamed where only a part of it is wanted.
+    """
     local = base / source.path
     if local.is_file():
         raise DataError(
@@ -171,7 +213,7 @@ def _open_dataset(source: SourceOptions, base: Path, *, look_only: bool = False)
 
     split = source.split or "train"
     problem = None if local.is_dir() else why_unreachable()
-    try:
+    with _dataset_errors(source, problem):
         if (local / "dataset_dict.json").is_file():
             rows = datasets.load_from_disk(str(local))[split]
         elif (local / "dataset_info.json").is_file():
@@ -180,18 +222,27 @@ def _open_dataset(source: SourceOptions, base: Path, *, look_only: bool = False)
             name = str(local) if local.is_dir() else source.path
             if look_only:
                 return datasets.load_dataset_builder(name)
-            rows = datasets.load_dataset(name, split=split, streaming=source.limit is not None)
+            rows = datasets.load_dataset(name, split=split, streaming=local.is_dir() or source.limit is not None)
+    if not local.is_dir():
+        say_local_copy(source.path)
+    return rows
+
+
+@contextmanager
+def _dataset_errors(source: SourceOptions, problem: str | None = None) -> Iterator[None]:
+    """DataError for what `datasets` raises. `problem` is a better reason, where one is known."""
+    import datasets
+
+    try:
+        yield
     except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
             "A dataset cannot be read",
             where=f"data.sources: {source.path}",
             found=problem or f"{type(error).__name__}: {error}",
-            expected=f"split {split!r} of a dataset folder or of a dataset on the Hub",
+            expected=f"split {source.split or 'train'!r} of a dataset folder or of a dataset on the Hub",
             fix="Check the name, the split and the connection; offline, download it first and give its folder.",
         ) from error
-    if not local.is_dir():
-        say_local_copy(source.path)
-    return rows
 
 
 def _interleave(streams: Sequence[Iterator[Conversation]], weights: Sequence[float]) -> Iterator[Conversation]:

@@ -35,16 +35,17 @@ def refuse_changes(run: Run, record: StageRecord) -> None:
             expected=f"{key} = {old}, which the results were made with",
             fix=f"Set it back, {back}",
         )
-    for name, old in record.content.items():
-        new = digest_now(run, name, resuming=not record.complete)
-        if new is not None and new != old:
-            raise StageError(
-                f"{name[0].upper()}{name[1:]} changed under the results of the stage `{stage}`",
-                where=folder,
-                found=new[:_DIGITS],
-                expected=f"{old[:_DIGITS]}, which the results were made with",
-                fix=f"Put back what was there, {back}",
-            )
+    for contents_of_stage, whose in ((record.content, "which the results were made with"), (record.made, "as made")):
+        for name, old in contents_of_stage.items():
+            new = digest_now(run, name, resuming=not record.complete)
+            if new is not None and new != old:
+                raise StageError(
+                    f"{name[0].upper()}{name[1:]} changed under the results of the stage `{stage}`",
+                    where=folder,
+                    found=new[:_DIGITS],
+                    expected=f"{old[:_DIGITS]}, {whose}",
+                    fix=f"Put back what was there, {back}",
+                )
 
 
 def digest_now(run: Run, name: str, *, resuming: bool) -> str | None:

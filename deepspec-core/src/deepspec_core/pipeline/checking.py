@@ -38,15 +38,14 @@ def check_before(run: Run, steps: Sequence[Step]) -> None:
         from deepspec_core.data.regenerate import require_in_process
 
         require_in_process(run.file.regenerate)
-    if _reads_sources(run, todo):
-        from deepspec_core.data.sources import check_sources
-
-        check_sources(run.file.data.sources, base=run.base, registry=run.plugins.registry)
+    _sources(run, todo)
     _ = run.target.adapter  # opening it raises its errors
     if todo - {"train", "export"} or run.file.features.mode != "cached":
         _ = run.target.tokenizer
     if todo & {"regenerate", "cache", "train"}:
         _lengths(run)
+    if _first_reader(run) in todo:
+        _room_for_answers(run)
     confidence: bool | None = None
     description: DraftDescription | None = None
     if "train" in run.file.run.stages:
@@ -62,8 +61,11 @@ def check_before(run: Run, steps: Sequence[Step]) -> None:
     if "cache" in todo:
         forced = any(step.forced for step in steps if step.stage.name == "cache")
         _cache(run, fresh=forced)
-    elif "train" in todo and _caches(run) and "cache" not in run.file.run.stages:
-        run.cache.require()
+    elif _caches(run) and "cache" not in run.file.run.stages and "train" in run.file.run.stages:
+        if "train" in todo:
+            run.cache.require()
+        if "evaluate" in run.file.run.stages and HELD_OUT in run.file.evaluate.tasks:
+            run.cache.require_same_split()
     if "evaluate" in todo:
         _evaluation(run, confidence)
     if "export" in todo:
@@ -82,6 +84,21 @@ def _lengths(run: Run) -> None:
             found=f"{asked:,}",
             expected=f"at most {most:,}, the positions of {run.file.target.model}",
             fix=f"Set data.max_length = {most}.",
+        )
+
+
+def _room_for_answers(run: Run) -> None:
+    """ConfigError where the shortest prompt and the fewest supervised tokens are longer than any sample may be."""
+    data, most = run.file.data, run.data.max_length
+    prompt = len(run.target.tokenizer.render_prompt([{"role": "user", "content": "?"}], data.system_prompt))
+    if prompt + data.min_supervised_tokens > most:
+        long_prompt = data.min_supervised_tokens < most
+        raise ConfigError(
+            "every sample would be dropped as too short: what it may hold is full before enough is supervised",
+            where=f"{run.path}: data.{'system_prompt' if long_prompt else 'min_supervised_tokens'}",
+            found=f"{prompt} tokens before an answer, and {data.min_supervised_tokens} supervised at least",
+            expected=f"at most {most:,} together, the tokens of the longest sample",
+            fix="Raise data.max_length, shorten data.system_prompt, or lower data.min_supervised_tokens.",
         )
 
 
@@ -105,7 +122,12 @@ def _mask_token(run: Run, description: DraftDescription) -> None:
 
 
 def _folders(run: Run, todo: Collection[str]) -> None:
-    for folder in (run.folder, *(run.stage_folder(stage) for stage in sorted(todo))):
+    folders = [run.folder, *(run.stage_folder(stage) for stage in sorted(todo))]
+    if "train" in todo:
+        from deepspec_core.training.checkpoint import CHECKPOINTS
+
+        folders.append(run.stage_folder("train") / CHECKPOINTS)
+    for folder in folders:
         problem = why_not_writable(folder)
         if problem is not None:
             raise StageError(
@@ -113,6 +135,15 @@ def _folders(run: Run, todo: Collection[str]) -> None:
                 where=folder,
                 found=problem,
                 fix="Choose another run.output (or cache.path), or make the folder writable.",
+            )
+    for name in ("metrics.json", "report.md"):
+        if "evaluate" in todo and (run.folder / name).is_dir():
+            raise StageError(
+                "The results of the evaluation cannot be put there",
+                where=run.folder / name,
+                found="a folder",
+                expected="a file of this run, or nothing",
+                fix="Move it away, or choose another run.output.",
             )
     draft = run.folder / "draft"
     if "train" in todo and (draft.is_symlink() or (draft.exists() and not draft.is_dir())):
@@ -125,12 +156,21 @@ def _folders(run: Run, todo: Collection[str]) -> None:
         )
 
 
-def _reads_sources(run: Run, todo: Collection[str]) -> bool:
-    """Whether a stage reads [data] sources: regeneration, training without it, or held-out prompts."""
-    if "evaluate" in todo and HELD_OUT in run.file.evaluate.tasks:
-        return True
-    first = "regenerate" if "regenerate" in run.file.run.stages else "cache" if _caches(run) else "train"
-    return first in todo
+def _sources(run: Run, todo: Collection[str]) -> None:
+    """Check [data] sources where a stage reads them: regeneration, training without it, or held-out prompts."""
+    from deepspec_core.data.sources import check_rows, check_sources
+
+    data, registry = run.file.data, run.plugins.registry
+    trains = _first_reader(run) in todo
+    if trains or ("evaluate" in todo and HELD_OUT in run.file.evaluate.tasks):
+        check_sources(data.sources, base=run.base, registry=registry)
+    if trains:
+        check_rows(data.sources, held_out=data.held_out, seed=run.file.run.seed, base=run.base, registry=registry)
+
+
+def _first_reader(run: Run) -> str:
+    """The stage that reads the training conversations of [data] sources."""
+    return "regenerate" if "regenerate" in run.file.run.stages else "cache" if _caches(run) else "train"
 
 
 def _caches(run: Run) -> bool:
@@ -138,7 +178,10 @@ def _caches(run: Run) -> bool:
 
 
 def _room_for_checkpoint(run: Run, needed: int) -> None:
-    """Check for room for one new checkpoint, which is complete before an old one is removed."""
+    """Check for room for the checkpoints that are kept, and for one more: it is complete before an old one goes.
+
+    No room for one is an error. No room for all is a warning, because a short training makes fewer.
+    """
     free = free_bytes(run.folder)
     if needed > free:
         raise CheckpointError(
@@ -147,6 +190,18 @@ def _room_for_checkpoint(run: Run, needed: int) -> None:
             found=f"{in_words(free)} free",
             expected=in_words(needed),
             fix="free some space, or choose another run.output",
+        )
+    from deepspec_core.training.checkpoint import CHECKPOINTS
+
+    there = len(list((run.stage_folder("train") / CHECKPOINTS).glob("step-*")))
+    most = run.file.train.keep_checkpoints + 1 - there
+    if needed * most > free:
+        log.warning(
+            "%d checkpoints may take %s, and %s are free in %s; train.keep_checkpoints says how many stay",
+            most,
+            in_words(needed * most),
+            in_words(free),
+            run.folder,
         )
 
 

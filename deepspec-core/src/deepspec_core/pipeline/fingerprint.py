@@ -66,6 +66,8 @@ class StageRecord:
     reads: The names of the keys and sections that the stage read.
     keys: All keys under these names, with their values.
     content: The digests of the other content that the stage read.
+    made: The digests of what a finished stage left for later ones.
+    plugins: The installed versions. Where a stage was resumed with another one, both stand there.
     """
 
     stage: str = field(validator=instance_of(str))
@@ -76,6 +78,7 @@ class StageRecord:
     summary: dict[str, Any] = field(validator=instance_of(dict))
     reads: list[str] = field(factory=list, validator=instance_of(list))
     content: dict[str, str] = field(factory=dict, validator=instance_of(dict))
+    made: dict[str, str] = field(factory=dict, validator=instance_of(dict))
 
     @property
     def names_read(self) -> list[str]:

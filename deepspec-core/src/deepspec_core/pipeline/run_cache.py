@@ -17,6 +17,7 @@ from deepspec_core.cache.manifest import check_header
 from deepspec_core.config.schema import CacheOptions
 from deepspec_core.contracts.cache import CacheFormat, CacheHeader, CacheReader
 from deepspec_core.data.split import RULE
+from deepspec_core.errors import CacheError
 from deepspec_core.locks import Lock, lock
 from deepspec_core.pipeline import contents, workers
 from deepspec_core.pipeline.reads import Reads
@@ -67,7 +68,12 @@ class RunCache:
                 self.target.adapter.conversation_format(), self.data.options.system_prompt, self.data.supervision
             ),
             source=source,
+            computed_in=str(self.target.dtype).removeprefix("torch."),
+            split=self._split(),
         )
+
+    def _split(self) -> str:
+        return f"{RULE}, held_out {self.data.options.held_out:g}, seed {self.data.seed}"
 
     def bare_header(self) -> CacheHeader:
         """The header without its digests: enough to know sizes before data and tokenizer are read."""
@@ -126,6 +132,18 @@ class RunCache:
         """CacheError where the cache that another run made is not there, not finished, or not for this run."""
         reader = self.format.open(self.folder, None)
         check_header(self.folder, reader.header, self._header(reader.header.source))
+
+    def require_same_split(self) -> None:
+        """CacheError where held-out prompts of this run may stand in the cache that another run made."""
+        found = self.format.header(self.folder)
+        if found is not None and found.split != self._split():
+            raise CacheError(
+                "The cache was made with another split, so held-out prompts of this run may stand in it",
+                where=self.folder,
+                found=found.split or "a cache that does not say how it was split",
+                expected=self._split(),
+                fix="Set data.held_out and run.seed as there, or name other evaluate.tasks than held_out.",
+            )
 
     def locked(self, *, shared: bool = False) -> Lock:
         """Hold the cache's folder, which other runs may name too; StageError where another process is in the way."""

@@ -75,15 +75,30 @@ class RunData:
         return Supervision(newline=self.options.supervise_newline, think_block=self.options.supervise_think_block)
 
     def conversations(self, split: Split, counts: Counter[str] | None = None) -> Iterator[Conversation]:
-        """The conversations of the sources, as they stand there."""
+        """The conversations of the sources, as they stand there. DataError where a source changes meanwhile."""
         from deepspec_core.data.split import RULE
 
         self.reads.content(contents.SPLIT, RULE)
-        for index in range(len(self.options.sources)):
-            digest = self.source_digest(index, ask_hub=True)
+        digests = [self.source_digest(index, ask_hub=True) for index in range(len(self.options.sources))]
+        for index, digest in enumerate(digests):
             if digest is not None:
                 self.reads.content(contents.source(index), digest)
-        return self._read(self.options.sources, split, self.options.held_out, counts)
+        return self._read_unchanged(digests, self._read(self.options.sources, split, self.options.held_out, counts))
+
+    def _read_unchanged(
+        self, digests: Sequence[str | None], conversations: Iterable[Conversation]
+    ) -> Iterator[Conversation]:
+        """The conversations. After the last one the files are compared with their digests from before the first."""
+        yield from conversations
+        for index, digest in enumerate(digests):
+            now = self.source_digest(index, ask_hub=False)
+            if now is not None and now != digest:
+                raise DataError(
+                    "A source changed while it was read",
+                    where=f"{self.named_in}: data.sources[{index}]: {self.options.sources[index].path}",
+                    expected="a file that nobody writes while a run reads it",
+                    fix="Put back what was there and run again, or start anew with --force.",
+                )
 
     def source_digest(self, index: int, *, ask_hub: bool) -> str | None:
         """Tells a source from an edited one; see data/source_digest.py."""

@@ -7,20 +7,21 @@ functions that do the stages are named as text.
 
 from __future__ import annotations
 
+import logging
 import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from attrs import frozen
 
 from deepspec_core.disk import full_disk_is_an_error
 from deepspec_core.errors import StageError, nearest
 from deepspec_core.locks import LOCK
-from deepspec_core.pipeline import threads, workers
-from deepspec_core.pipeline.changes import refuse_changes
+from deepspec_core.pipeline import contents, threads, workers
+from deepspec_core.pipeline.changes import digest_now, refuse_changes
 from deepspec_core.pipeline.fingerprint import RECORD, StageRecord, fingerprint, flatten, read_record
 from deepspec_core.pipeline.reads import Trace
 from deepspec_core.pipeline.run import Run
@@ -32,6 +33,8 @@ class Stage:
     """A stage that a run may have.
 
     uses: The stages whose results it builds on, if the run has them.
+    makes: The names of what it leaves for later stages (contents.py). Their digests are kept when the stage has ended,
+        and compared before another stage builds on them. A cache has checksums of its own.
     body: Names the function that does the stage. It is called with the run and returns a summary in JSON types.
     shared: Whether all workers of a run take part. If not, the first worker does the stage alone.
     """
@@ -39,21 +42,36 @@ class Stage:
     name: str
     uses: tuple[str, ...]
     body: str
+    makes: tuple[str, ...] = ()
     shared: bool = False
 
 
 STAGES = {
     stage.name: stage
     for stage in (
-        Stage(name="regenerate", uses=(), body="deepspec_core.pipeline.regenerating:run_stage"),
+        Stage(
+            name="regenerate",
+            uses=(),
+            body="deepspec_core.pipeline.regenerating:run_stage",
+            makes=(contents.REGENERATED,),
+        ),
         Stage(name="cache", uses=("regenerate",), body="deepspec_core.pipeline.caching:run_stage"),
         Stage(
-            name="train", uses=("regenerate", "cache"), body="deepspec_core.pipeline.training:run_stage", shared=True
+            name="train",
+            uses=("regenerate", "cache"),
+            body="deepspec_core.pipeline.training:run_stage",
+            makes=(contents.OWN_DRAFT,),
+            shared=True,
         ),
         Stage(name="evaluate", uses=("train",), body="deepspec_core.pipeline.evaluating:run_stage"),
         Stage(name="export", uses=("train",), body="deepspec_core.pipeline.exporting:run_stage"),
     )
 }
+
+log = logging.getLogger("deepspec")
+
+# Stands between the versions of a plugin with which a stage was begun and resumed.
+_THEN: Final = ", then "
 
 Action = Literal["run", "resume", "skip"]
 
@@ -176,7 +194,7 @@ def execute(run: Run, steps: Sequence[Step], *, say: Callable[[str], None]) -> d
 def _do(run: Run, step: Step, say: Callable[[str], None]) -> StageRecord:
     """Do one stage. At every moment its record on disk names everything that was read so far."""
     name, folder, before, start = step.stage.name, run.stage_folder(step.stage.name), step.record, time.monotonic()
-    flat, versions = flatten(run.file), run.plugins.versions()
+    flat, versions = flatten(run.file), _versions(run, name, before)
 
     def record_of(read: Trace, *, complete: bool = False, summary: dict[str, Any] | None = None) -> StageRecord:
         if before is not None:
@@ -191,6 +209,7 @@ def _do(run: Run, step: Step, say: Callable[[str], None]) -> StageRecord:
             summary=summary or {},
             reads=sorted(read.keys),
             content=read.content,
+            made=_made(run, step.stage) if complete else {},
         )
 
     def keep(read: Trace) -> None:
@@ -217,6 +236,22 @@ def _do(run: Run, step: Step, say: Callable[[str], None]) -> StageRecord:
     record = record_of(read, complete=True, summary=summary)
     record.write(folder)
     return record
+
+
+def _versions(run: Run, name: str, before: StageRecord | None) -> dict[str, str]:
+    """The installed plugins' versions. A stage that is resumed with others is warned about, and keeps both."""
+    now = run.plugins.versions()
+    if before is None:
+        return now
+    changed = {plugin: old for plugin, old in before.plugins.items() if old.rpartition(_THEN)[2] != now.get(plugin)}
+    for plugin, old in changed.items():
+        log.warning("%s: resumed with %s %s, and begun with %s", name, plugin, now.get(plugin, "not installed"), old)
+    return now | {plugin: f"{old}{_THEN}{now.get(plugin, 'not installed')}" for plugin, old in changed.items()}
+
+
+def _made(run: Run, stage: Stage) -> dict[str, str]:
+    digests = {name: digest_now(run, name, resuming=False) for name in stage.makes}
+    return {name: digest for name, digest in digests.items() if digest is not None}
 
 
 def _alone(run: Run, name: str) -> AbstractContextManager[object]:

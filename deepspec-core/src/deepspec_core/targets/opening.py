@@ -34,6 +34,8 @@ _INDEX = "model.safetensors.index.json"
 _MOST_LAYERS = 10_000
 # Never pickled weights; code only where the user allows it.
 _HUB_FILES = ("*.json", "*.jinja", "*.txt", "*.model", _WEIGHT_FILES)
+# Files of a directory that say how the target speaks: tokenizer, templates, stop tokens, code of its own.
+_SPOKEN = ("*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.txt", "*.model", "*.py")
 _ABOUT_WEIGHTS = ("*.safetensors.index.json", "adapter_config.json")
 
 
@@ -291,14 +293,12 @@ def fingerprint(where: str | Path, *, revision: str | None = None) -> str:
 
 
 def content_digest(where: str | Path, *, revision: str | None = None) -> str:
-    """The fingerprint, and of a directory also the files that say how it speaks: tokenizer, template, stop tokens."""
+    """The fingerprint, and of a directory also the files that say how it speaks (`_SPOKEN`)."""
     digest = hashlib.sha256(fingerprint(where, revision=revision).encode())
     if _is_local(where):
-        spoken = sorted(
-            path for pattern in _HUB_FILES if pattern != _WEIGHT_FILES for path in Path(where).glob(pattern)
-        )
+        spoken = sorted(path for pattern in _SPOKEN for path in Path(where).glob(pattern))
         for path, content in zip(spoken, digests_of(spoken), strict=True):
-            digest.update(f"{path.name} {content}\n".encode())
+            digest.update(f"{path.relative_to(where).as_posix()} {content}\n".encode())
     return digest.hexdigest()
 
 

@@ -1,0 +1,111 @@
+"""What a finished stage left is what the next one reads, and an interrupted stage says what it went on with."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from deepspec_core.cli.main import main
+from deepspec_core.config.load import load_run_file
+from deepspec_core.errors import CacheError, DataError
+from deepspec_core.pipeline.run import Run
+from deepspec_core.plugins.discovery import Plugins, load_plugins
+
+ONE_THREAD = ("--set", "run.threads=1")
+
+
+def _folder(path: Path) -> Path:
+    return path.parent / "runs" / "quickstart-dflash-smoke"
+
+
+def test_a_draft_that_changed_after_training_is_not_evaluated(
+    finished_copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = _folder(finished_copy) / "draft" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-20] ^= 1
+    weights.unlink()  # it may share its bytes with the checkpoint
+    weights.write_bytes(content)
+    assert main(["run", str(finished_copy), "--smoke", "--force", "evaluate"]) == 2
+    seen = capsys.readouterr()
+    assert "The run's finished draft changed under the results of the stage `train`" in seen.err
+    assert "discarded" not in seen.out
+
+
+def test_answers_cut_before_the_next_stage_are_refused(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["run", str(run_file), "--smoke", *ONE_THREAD, "--stages"]
+    assert main([*command, "regenerate"]) == 0
+    path = _folder(run_file) / "regenerate" / "conversations.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
+    assert main([*command, "cache"]) == 2
+    assert "The file of regenerated conversations changed under the results" in capsys.readouterr().err
+
+
+def test_a_stage_resumed_with_another_version_keeps_both(
+    finished_copy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = _folder(finished_copy) / "evaluate" / "stage.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "complete": False}))
+    versions = Plugins.versions
+    monkeypatch.setattr(Plugins, "versions", lambda self: {**versions(self), "deepspec-dflash": "99"})
+    assert main(["run", str(finished_copy), "--smoke", *ONE_THREAD]) == 0
+    (old,) = {version for name, version in versions(load_plugins()).items() if name == "deepspec-dflash"}
+    assert f"evaluate: resumed with deepspec-dflash 99, and begun with {old}" in capsys.readouterr().err
+    assert json.loads(record.read_text())["plugins"]["deepspec-dflash"] == f"{old}, then 99"
+
+
+def test_a_source_written_while_it_is_read_is_refused(run_file: Path) -> None:
+    rows = run_file.parent / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"turns": [f"Say {number}"]}) + "\n" for number in range(20)))
+    plugins = load_plugins()
+    overrides = ('data.sources=[{path="rows.jsonl"}]', "data.held_out=0.0", 'run.stages=["regenerate"]')
+    run = Run(file=load_run_file(run_file, overrides=overrides, plugins=plugins), path=run_file, plugins=plugins)
+    assert len(list(run.data.conversations("train"))) == 20
+    reading = run.data.conversations("train")
+    next(reading)
+    with rows.open("a") as file:
+        file.write('{"turns": ["One more"]}\n')
+    with pytest.raises(DataError, match="changed while it was read"):
+        list(reading)
+
+
+def test_a_cache_of_another_split_is_not_evaluated_on_held_out_prompts(
+    finished: Path, run_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Prompts that are held out here may be trained on there."""
+    rows = run_file.parent / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"turns": [f"Say {number}"]}) + "\n" for number in range(40)))
+    cache = _folder(finished) / "cache"
+    command = ["run", str(run_file), "--smoke", *ONE_THREAD, "--dry-run"]
+    command += ["--set", f"cache.path={json.dumps(str(cache))}", "--set", 'run.stages=["train", "evaluate"]']
+    command += ["--set", 'data.sources=[{path="rows.jsonl"}]']
+    assert main(command) == 0
+    for change in ("data.held_out=0.5", "run.seed=7"):
+        assert main([*command, "--set", change]) == 2
+        assert "The cache was made with another split" in capsys.readouterr().err
+        elsewhere = ["--set", f"evaluate.tasks={json.dumps([str(rows)])}"]
+        assert main([*command, "--set", change, *elsewhere]) == 0
+
+
+def test_a_cache_knows_what_the_target_computed_in(run_file: Path) -> None:
+    plugins = load_plugins()
+    digests = set()
+    for dtype in ("float32", "bfloat16"):
+        overrides = (f'target.dtype="{dtype}"', 'run.stages=["cache", "train"]')
+        run = Run(file=load_run_file(run_file, overrides=overrides, plugins=plugins), path=run_file, plugins=plugins)
+        assert run.cache.header().computed_in == dtype
+        digests.add(json.dumps(run.cache.header().as_json()))
+    assert len(digests) == 2
+
+
+def test_a_cache_that_does_not_say_its_split_is_no_proof(finished: Path, run_file: Path, tmp_path: Path) -> None:
+    manifest = json.loads((_folder(finished) / "cache" / "manifest.json").read_text())
+    del manifest["header"]["split"]
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "manifest.json").write_text(json.dumps(manifest))
+    plugins = load_plugins()
+    overrides = (f"cache.path={json.dumps(str(tmp_path / 'cache'))}",)
+    run = Run(file=load_run_file(run_file, overrides=overrides, plugins=plugins), path=run_file, plugins=plugins)
+    with pytest.raises(CacheError, match="made with another split") as problem:
+        run.cache.require_same_split()
+    assert "does not say" in str(problem.value.found)
