@@ -29,8 +29,8 @@ class DFlashOptions:
     num_layers: Layers of the draft.
     num_anchors: Blocks drawn in each training sequence.
     mask_token_id: The token that fills the slots after the anchor. Left out: the target's own mask token.
-    anchor_predicts: The anchor's slot predicts the token after it, and every slot its successor's. Off, it predicts
-        nothing and every other slot its own token, as in the original DFlash.
+    anchor_predicts: On: every slot, the anchor's too, predicts the token after its own position. Off: the anchor's slot
+        predicts nothing, and every other slot predicts the token at its own position, as in the original DFlash.
     """
 
     block_size: int = field(default=7, validator=whole(1, 1024))

@@ -24,8 +24,9 @@ class Eagle3Options:
     ttt_length: Steps of test-time training, and tokens proposed a round.
     step_decay: The loss of step s weighs step_decay ** s.
     num_layers: Layers of the draft.
-    normaliser: What losses are divided by. "sequence": the tokens of each sequence, then the number of sequences.
-        "padded_batch": all positions of the padded batch, which depends on padding.
+    normaliser: What the loss is divided by. "sequence": each sequence's sum by its number of tokens, then the total by
+        the number of sequences. "padded_batch": the total by all positions of the padded batch, so it depends on
+        padding.
     qk_norm: Keep the family's query and key norms. Off gives the layout that serving engines know.
     target_name: What config.json names as the target. Left out: where the target was loaded from.
     """

@@ -23,9 +23,12 @@ from deepspec_core.plugins.registry import Registry
 
 _PAGE = """# The run file
 
-A run is one TOML file. `deepspec config check FILE` reports everything that is wrong with it at once, `deepspec config
-show FILE` prints it with every default filled in, and `--set train.lr=3e-4` overrides one key of any command. Paths are
-relative to the file. Unknown keys are refused, and so is `"8"` for `8`.
+A run is one TOML file. `deepspec config check FILE` reports everything that is wrong with it at once. `deepspec config
+show FILE` prints it with every default filled in. Paths are relative to the file. Unknown keys are refused, and so is
+`"8"` for `8`.
+
+`--set train.lr=3e-4` overrides one key and leaves the file as it is. The commands `run`, `estimate`, `config check`,
+`config show` and `data show` take it.
 
 `deepspec config keys --markdown` wrote this page. `deepspec config keys train` prints a section on the terminal, with
 the keys of the plugins that are installed there."""

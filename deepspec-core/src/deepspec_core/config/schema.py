@@ -57,8 +57,8 @@ class RunOptions:
     output: The folder for results, relative to the run file.
     stages: The stages, in this order: regenerate, cache, train, evaluate, export.
     seed: Seeds the draft's first weights, the held-out split, sampling in regeneration, and the order of training.
-    threads: CPU threads of every stage. Left out: chosen for each stage by the size of its steps, and said in the
-        run's first line.
+    threads: CPU threads of every stage. Left out: each stage's number follows from the size of its steps, and the
+        run's first line says it.
     """
 
     name: str = field(validator=matches_re(r"[\w.-]+"), metadata=CHANGES_NOTHING)
@@ -92,7 +92,8 @@ class SourceOptions:
     """An entry of [data] sources.
 
     path: A JSON-lines file (.jsonl, .jsonl.gz), a dataset folder, a Hub dataset such as org/name, or builtin:NAME.
-    weight: How often this source comes up among the others while it lasts. Every conversation is used once.
+    weight: How often the next conversation is taken from this source, relative to the other sources' weights. A source
+        is left when it is used up. Every conversation is used once.
     split: The split of a dataset. Left out: train.
     limit: At most so many training conversations of this source.
     """
@@ -107,18 +108,17 @@ class SourceOptions:
 class DataOptions:
     """[data]: the conversations, how long they may be, how many are held out from training.
 
-    Supervised is each answer up to and including its end marker.
+    Each answer is supervised, up to and including its end marker.
 
     sources: Where conversations come from; each entry is a table.
     max_length: Tokens of the longest sample; longer conversations are cut. At most the target's positions.
-    held_out: The share of conversations that is kept from training for evaluation.
+    held_out: The share of questions that are kept from training, for evaluation.
     min_supervised_tokens: Samples with fewer supervised tokens are dropped, and counted.
-    system_prompt: Stands before conversations without a system message of their own, in regeneration, training and
-        evaluation alike.
-    supervise_newline: Of conversations that are not regenerated: supervise the newline after an answer's end marker
-        too.
-    supervise_think_block: Of conversations that are not regenerated: supervise what the chat template itself puts
-        before an answer, such as an empty think block.
+    system_prompt: Put before conversations that have no system message. Regeneration, training and evaluation all do
+        so.
+    supervise_newline: Supervise the newline after an answer's end marker too. Not for runs that regenerate.
+    supervise_think_block: Supervise what the chat template itself puts before an answer too, such as an empty think
+        block. Not for runs that regenerate.
     """
 
     sources: tuple[SourceOptions, ...]
@@ -138,12 +138,13 @@ class RegenerateOptions:
     thinking: Ask in the target's thinking mode, in regeneration and in evaluation.
     max_tokens: New tokens of one answer at most.
     temperature: 0 is greedy. Left out: what the target's makers recommend.
-    top_p: Sample from the smallest set of tokens with this probability together; 1 is off. Left out: as recommended.
+    top_p: Sample from the smallest set of most probable tokens whose probabilities add up to this; 1 is off. Left out:
+        as recommended.
     top_k: Sample from so many most probable tokens; 0 is off. Left out: as recommended.
-    min_p: Sample from tokens with at least this share of the most probable one's probability; 0 is off. Left out: as
-        recommended.
-    batch_size: Conversations answered at once. Changes no result but the order of the file.
-    max_failures: The stage stops where a larger share of conversations fails.
+    min_p: Sample only tokens whose probability is at least this share of the most probable token's; 0 is off. Left out:
+        as recommended.
+    batch_size: Conversations answered at once. It changes the order of the file and no answer.
+    max_failures: The stage stops if a larger share of the conversations fails.
     api_key_env: The environment variable that holds the servers' key.
     """
 
@@ -175,7 +176,7 @@ class CacheOptions:
     """[cache]: how the cache stage stores features.
 
     format: How features are stored; see `deepspec plugins`.
-    dtype: The numbers features are stored in; "float8_e4m3" takes about half of bfloat16.
+    dtype: The number format of stored features. "float8_e4m3" takes about half the room of bfloat16.
     path: The cache's folder. Left out: cache/ in the run's output. Another run's cache may be named.
     shard_samples: Samples in one file of the cache.
     batch_size: Samples the target reads at once.
@@ -205,7 +206,7 @@ class DraftOptions:
 class WeightingOptions:
     """[loss] weighting: a table whose `type` names the weighting. Its own keys stand in the same table.
 
-    type: How rows of a block weigh; the weighting's own keys stand beside this one.
+    type: How much each row of a block counts; the weighting's own keys stand beside this one.
     """
 
     type: str = "uniform"
@@ -220,12 +221,13 @@ def _numbers_first(terms: Mapping[str, float | CoefficientSchedule]) -> dict[str
 class LossOptions:
     """[loss]: what the draft is trained on.
 
-    Terms are summed with numbers before tables, as in a file that is written back: rounding depends on the order.
+    The order of terms in the file does not matter: terms whose coefficient is a number are summed first, then those
+    whose coefficient is a table.
 
     terms: Loss terms and their coefficients: numbers, or tables for coefficients that change. Left out: what the
         algorithm asks for.
-    weighting: How the rows of a block weigh. Left out: what the algorithm asks for.
-    chunk_rows: Rows whose logits exist at once. Left out: chosen by the vocabulary.
+    weighting: How much each row of a block counts. Left out: what the algorithm asks for.
+    chunk_rows: The number of rows whose logits exist at once. Left out: it follows from the vocabulary.
     kernels: How the passes over logits run. "auto" takes the fastest that can run here.
     """
 
@@ -243,12 +245,12 @@ class TrainOptions:
     global_batch_size: Sequences of one optimizer step, over all processes.
     micro_batch_size: Sequences a process computes at once. Changes results by rounding only.
     epochs: Passes over the training samples.
-    max_steps: Ends training after so many optimizer steps, and the learning-rate schedule with it.
+    max_steps: Training ends after so many optimizer steps at most. The learning-rate schedule ends with it.
     warmup: The share of all steps over which the learning rate rises; after it, it falls to 0 along a cosine.
     weight_decay: AdamW's weight decay.
     betas: AdamW's two averaging factors.
-    clip_norm: The gradient is scaled down to this norm where it is larger.
-    precision: "bfloat16" is autocast over fp32 weights; "float32" where results are to be exact.
+    clip_norm: A gradient with a larger norm is scaled down to this norm.
+    precision: "bfloat16" is autocast over fp32 weights; "float32" is for exact results.
     checkpoint_every: Optimizer steps between checkpoints.
     keep_checkpoints: How many of the newest checkpoints stay.
     log_every: Optimizer steps between lines of metrics.jsonl.
@@ -283,8 +285,8 @@ class EvaluateOptions:
     limit: Prompts of each task at most. Left out: all, and 500 of held-out prompts.
     seed: Seeds sampling, and the choice of prompts where a task has more than `limit`.
     plain: Decode without the draft too: for the speed-up and the comparison of greedy outputs.
-    confidence_threshold: A proposal ends before its first token whose confidence is lower; 0: never. For drafts with
-        a confidence head.
+    confidence_threshold: A proposal ends before its first token whose confidence is lower; 0 cuts nothing. For drafts
+        with a confidence head.
     draft: A draft checkpoint to evaluate (directory or Hub id) in place of the run's own.
     """
 

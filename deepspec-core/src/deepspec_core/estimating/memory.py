@@ -1,9 +1,9 @@
 """How many bytes of tensors are alive, and the most that ever were, while code runs on tensors without memory.
 
-`fake_tensors` gives tensors that know shape, dtype and device and hold no numbers; `LiveBytes` follows every storage
-that operations make, from the operation that makes it until the last tensor on it is gone, those that autograd keeps
-for backward included. What a kernel takes and gives back inside one operation is not seen. Knows tensors; not what they
-mean.
+Under `fake_tensors`, tensors have a shape, a dtype and a device, and no numbers. `LiveBytes` counts the bytes of every
+storage that an operation makes. It counts them until the last tensor on that storage is gone. A tensor that autograd
+keeps for backward counts too. Memory that a kernel takes and gives back inside one operation is not counted. Knows
+tensors. Does not know what they mean.
 """
 
 from __future__ import annotations

@@ -21,11 +21,11 @@ class DecayOptions:
 class DPaceOptions:
     """[loss] weighting = {type = "d-pace", alpha = 0.5}: rows weigh by the draft's own confidence in the labels.
 
-    A confidence q counts as (1 - alpha) * q + alpha. With a small alpha, rows that come after one of which the draft is
-    unsure weigh little.
+    The probability q that the draft gives a label counts as (1 - alpha) * q + alpha. With a small alpha, rows weigh
+    little if they come after a row whose label the draft finds improbable.
 
-    alpha: The share of confidence that is taken for granted. With 1 a row weighs the number of rows from it to the
-        end of its block.
+    alpha: How far each probability is raised towards 1. With 1, probabilities do not matter: a row's weight is the
+        number of rows from it to the end of its block.
     """
 
     alpha: float = field(default=0.5, validator=above(0.0, 1.0))
