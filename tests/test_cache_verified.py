@@ -107,3 +107,15 @@ def test_no_room_for_a_cache_is_said_before_the_first_stage(
     seen = capsys.readouterr()
     assert "The disk has no room for the cache" in seen.err
     assert "starting" not in seen.out
+
+
+def test_features_of_the_embedding_can_be_cached(run_file: Path) -> None:
+    row = {"messages": [{"role": "user", "content": "Say it"}, {"role": "assistant", "content": "it is said " * 9}]}
+    (run_file.parent / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    command = ["run", str(run_file), "--smoke", "--set", 'run.stages=["cache", "train"]', "--set", "run.threads=1"]
+    command += ["--set", 'data.sources=[{path="rows.jsonl"}]', "--set", "data.held_out=0.0"]
+    assert main([*command, "--set", "target.layers=[-1, 4]"]) == 0
+    manifest = json.loads(
+        (run_file.parent / "runs" / "quickstart-dflash-smoke" / "cache" / "manifest.json").read_text()
+    )
+    assert manifest["header"]["taps"] == [-1, 4]

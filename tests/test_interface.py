@@ -278,12 +278,12 @@ def test_evaluating_a_loaded_draft(target: Any, drafts: dict[str, Path], tmp_pat
     assert found[0].figures["mismatches"] == []
     assert found[0].speedup is not None
     assert [one.mismatches for one in found] == [(), None]
-    own = deepspec_core.evaluate(target, draft, {"mine": QUESTIONS}, max_new_tokens=12, plain=False)
+    own = deepspec_core.evaluate(target, draft, {"mine": QUESTIONS}, temperature=0, max_new_tokens=12, plain=False)
     assert [(one.task, one.prompts, one.speedup) for one in own] == [("mine", 3, None)]
     assert own[0].accepted_length == found[0].accepted_length
     task.write_text(task.read_text() + json.dumps({"turns": ["word " * 5000]}) + "\n")
-    [short] = deepspec_core.evaluate(target, draft, str(task), max_new_tokens=1, plain=False)
-    assert (short.prompts, short.prompts_too_long) == (3, 1)
+    [short] = deepspec_core.evaluate(target, draft, [task], max_new_tokens=1, plain=False)
+    assert (short.prompts, short.prompts_too_long, short.temperature) == (3, 1, 1.0)
     with pytest.raises(deepspec_core.DeepSpecError, match="no temperature to evaluate at"):
         deepspec_core.evaluate(target, draft, {"own": ["x"]}, temperature=[])
     with pytest.raises(deepspec_core.DeepSpecError, match="nothing to evaluate on"):

@@ -13,6 +13,8 @@ from deepspec_core.cli.main import main
 from deepspec_core.evaluation.metrics_file import read_metrics
 
 SURROGATE = "\udc80"
+_HOLDS_ITSELF: dict[str, Any] = {}
+_HOLDS_ITSELF["run"] = _HOLDS_ITSELF
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +67,8 @@ def test_names_of_models(target: Any, name: Any) -> None:
         lambda: ds.train({"run": {}}, base=3),  # type: ignore[arg-type]
         lambda: ds.RunFile.from_dict({1: 2}),  # type: ignore[dict-item]
         lambda: ds.RunFile.from_dict({"run": {3: 4}}),
+        lambda: ds.RunFile.from_dict(_HOLDS_ITSELF),
+        lambda: ds.load_target("builtin:tiny-qwen3", device="meta"),
     ],
 )
 def test_runs(call: Callable[[], Any]) -> None:

@@ -82,9 +82,13 @@ def run_file_of(tables: Mapping[str, Any], *, folder: str | os.PathLike[str], pl
     """
     if not isinstance(tables, Mapping):
         raise ConfigError("a run file is made of nested mappings", found=type(tables).__name__, expected="a dictionary")
-    if (key := _other_key(tables)) is not None:
+    try:
+        key, plain = _other_key(tables), as_toml(tables)
+    except RecursionError:
+        raise ConfigError("a run file is nested too deep", expected="a dictionary that does not hold itself") from None
+    if key is not None:
         raise ConfigError("a key of a run file is no text", found=repr(key)[:80], expected="names of sections and keys")
-    return _checked(as_toml(tables), (), "the run file", Path(folder), plugins)
+    return _checked(plain, (), "the run file", Path(folder), plugins)
 
 
 def _other_key(value: Any) -> Any:

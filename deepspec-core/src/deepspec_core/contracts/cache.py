@@ -35,7 +35,7 @@ class CacheHeader:
     target: str = field(validator=instance_of(str))
     revision: str = field(validator=instance_of(str))
     adapter: str = field(validator=instance_of(str))
-    taps: tuple[int, ...] = field(validator=deep_iterable(whole(0), instance_of(tuple)))
+    taps: tuple[int, ...] = field(validator=deep_iterable(whole(-1), instance_of(tuple)))
     hidden_size: int = field(validator=whole(1))
     vocab_size: int = field(validator=whole(1))
     dtype: str = field(validator=instance_of(str))

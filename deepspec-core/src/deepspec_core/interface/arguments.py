@@ -31,11 +31,15 @@ def name_of(value: Any, argument: str, *, expected: str) -> str:
 
 
 def names_of(value: Any, argument: str) -> Sequence[str]:
-    """The list of names that an argument says. ConfigError for a text alone, which would be read letter by letter."""
-    if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(name, str) for name in value):
+    """The list of names that an argument says, paths as text.
+
+    ConfigError for a text alone, which would be read letter by letter.
+    """
+    is_list = isinstance(value, Sequence) and not isinstance(value, str)
+    if not is_list or not all(isinstance(name, str | os.PathLike) for name in value):
         fix = f"Write [{value!r}]." if isinstance(value, str) and value else None
         raise _wrong(argument, "list of names", value, "a list of texts", fix)
-    return value
+    return [str(name) for name in value]
 
 
 def _wrong(argument: str, what: str, value: Any, expected: str, fix: str | None = None) -> ConfigError:

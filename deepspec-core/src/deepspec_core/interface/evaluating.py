@@ -7,6 +7,7 @@ evaluate in their own stage (pipeline/evaluating.py).
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -30,7 +31,7 @@ from deepspec_core.interface.options import GenerateOptions, checked
 from deepspec_core.interface.prompts import Prompt, PromptReader, listed
 from deepspec_core.pipeline import threads
 
-Tasks = str | Sequence[str] | Mapping[str, Iterable[Prompt]]
+Tasks = str | PathLike[str] | Sequence[str | PathLike[str]] | Mapping[str, Iterable[Prompt]]
 
 DEFAULTS = EvaluateOptions()
 
@@ -61,7 +62,7 @@ def evaluate(
     draft: Draft,
     tasks: Tasks,
     *,
-    temperature: float | Sequence[float] = 0.0,
+    temperature: float | Sequence[float] = DEFAULTS.temperature,
     limit: int | None = None,
     max_new_tokens: int = 512,
     batch_size: int = 1,
@@ -88,7 +89,7 @@ def evaluate(
     if isinstance(tasks, Mapping):
         names_of(list(tasks), "tasks")
         own = {name: listed(prompts) for name, prompts in tasks.items()}
-    names = [] if own is not None else [tasks] if isinstance(tasks, str) else list(names_of(tasks, "tasks"))
+    names = [] if own is not None else list(names_of([tasks] if isinstance(tasks, str | PathLike) else tasks, "tasks"))
     options = checked(
         EvaluateOptions,
         {

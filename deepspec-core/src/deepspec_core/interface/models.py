@@ -170,6 +170,8 @@ def _device(given: str | torch.device | None) -> torch.device:
         return torch.device("cpu") if found is None else found
     try:
         device = torch.device(given)
+        if device.type == "meta":
+            raise NotImplementedError("it holds no numbers")
         torch.empty(0, device=device)
     # A device that is unknown, not built in, or not there: PyTorch raises another type for each.
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
