@@ -21,6 +21,8 @@ from deepspec_core.plugins.records import PluginRecord, Status, canonical
 from deepspec_core.plugins.references import blame, message_of
 from deepspec_core.plugins.registry import KINDS, Offer, Registry
 
+__all__ = ["Plugins", "load_plugins"]
+
 GROUP = "deepspec"
 CORE = "deepspec-core"
 

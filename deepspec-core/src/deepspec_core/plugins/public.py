@@ -20,6 +20,8 @@ _CORE = Path(__file__).parents[1]
 PUBLIC_MODULES = {
     "deepspec_core": "The Python interface for notebooks and scripts.",
     "deepspec_core.plugins": "What a plugin's plugin.py is written with: the hook marker and specs.",
+    "deepspec_core.plugins.discovery": "Loading the installed plugins, for scripts and tests.",
+    "deepspec_core.plugins.registry": "The installed components, by kind and name.",
     "deepspec_core.errors": "Errors that users see.",
     "deepspec_core.config.bounds": "Validators of numbers in options.",
     "deepspec_core.contracts.draft": "What an algorithm provides.",

@@ -25,6 +25,8 @@ from deepspec_core.plugins.specs import (
     TaskSpec,
 )
 
+__all__ = ["Registry"]
+
 
 @frozen(kw_only=True)
 class Kind:

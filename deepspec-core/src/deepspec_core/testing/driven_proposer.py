@@ -16,6 +16,8 @@ from deepspec_core.contracts.proposer import Proposal, Proposer, Sampling
 from deepspec_core.testing.random_batches import features_of, random_sample
 
 __all__ = [
+    "GREEDY",
+    "SAMPLED",
     "DrivenProposer",
     "check_batched_as_alone",
     "check_reused_slot",
@@ -25,7 +27,10 @@ __all__ = [
     "started",
 ]
 
-GREEDY, SAMPLED = Sampling(), Sampling(temperature=1.0)
+GREEDY = Sampling()
+"""Temperature 0."""
+SAMPLED = Sampling(temperature=1.0)
+"""Temperature 1, from the whole vocabulary."""
 
 
 class DrivenProposer:

@@ -30,10 +30,12 @@ from deepspec_core.plugins.registry import Registry
 from deepspec_core.targets.opening import load_target, open_adapter
 from deepspec_core.testing.draft_checks import check_all_near, check_near, trained
 
-__all__ = ["DecodingCase", "Recordings", "TrainingCase", "check_same_weights", "edit_config"]
+__all__ = ["FORWARD", "GRADIENT", "DecodingCase", "Recordings", "TrainingCase", "check_same_weights", "edit_config"]
 
-# What a port may differ by, relative to the largest entry; metrics relative to themselves.
-FORWARD, GRADIENT = 1e-4, 1e-3
+FORWARD = 1e-4
+"""What a port's outputs may differ by, relative to the largest entry; metrics relative to themselves."""
+GRADIENT = 1e-3
+"""What a port's gradients may differ by, relative to the largest entry."""
 _PUBLISHED_METRICS = {"loss/ce": "ce_loss", "loss/tv": "l1_loss", "loss/confidence": "confidence_loss"}
 
 
