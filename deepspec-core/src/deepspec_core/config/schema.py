@@ -27,6 +27,8 @@ KERNELS = ("auto", "plain", "eager", "compiled", "triton")
 DTYPES = ("float32", "bfloat16", "float16")
 # The task that asks the prompts a run never trained on.
 HELD_OUT = "held-out"
+# The option of a draft type that names the token which stands for what is to be proposed.
+MASK = "mask_token_id"
 # Divided by less than this, logits leave the range of 32-bit floats.
 COLDEST = 1e-6
 # What ships inside a plugin stands after it: builtin:NAME.

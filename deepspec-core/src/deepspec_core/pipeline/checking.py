@@ -9,7 +9,7 @@ import logging
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
-from deepspec_core.config.schema import HELD_OUT
+from deepspec_core.config.schema import HELD_OUT, MASK
 from deepspec_core.disk import free_bytes, in_words, why_not_writable
 from deepspec_core.errors import CheckpointError, ConfigError, DataError, StageError
 from deepspec_core.pipeline.run import Run
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from deepspec_core.contracts.draft import DraftDescription
 
 log = logging.getLogger("deepspec")
-
-MASK = "mask_token_id"
 
 
 def check_before(run: Run, steps: Sequence[Step]) -> None:

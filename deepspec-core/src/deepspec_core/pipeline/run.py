@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from attrs import define, field
 
 from deepspec_core.config.load import RunFile
+from deepspec_core.config.schema import MASK
 from deepspec_core.locks import Lock, lock
 from deepspec_core.pipeline.reads import Reads, recording, remembered
 from deepspec_core.pipeline.run_data import RunData
@@ -37,7 +38,7 @@ class Run:
     def __attrs_post_init__(self) -> None:
         self._draft_layer = self.file.draft.layer
         # Samples are counted by it; no result depends on it, so reading it is not noted.
-        self._mask_token = getattr(self.file.draft.options, "mask_token_id", None)
+        self._mask_token = getattr(self.file.draft.options, MASK, None)
         self.file = recording(self.file, self.reads)
 
     @property

@@ -14,7 +14,7 @@ from typing import Any, Final
 import torch
 from attrs import asdict, fields, frozen
 
-from deepspec_core.config.schema import BUILTIN, CacheOptions, DataOptions
+from deepspec_core.config.schema import BUILTIN, MASK, CacheOptions, DataOptions
 from deepspec_core.config.starter import Start
 from deepspec_core.contracts.cache import CacheFormat, CacheHeader
 from deepspec_core.contracts.draft import DraftModel
@@ -27,7 +27,6 @@ from deepspec_core.targets.opening import open_target_alone, resolve_model, toke
 from deepspec_core.targets.taps import spread_taps
 
 DEFAULT_DATA: Final = "mlabonne/open-perfectblend"
-MASK: Final = "mask_token_id"
 # Bytes of a trained weight: fp32, its gradient and the optimizer's two moments. Bytes of a frozen weight: bfloat16.
 _BYTES_TRAINED: Final = 16
 _BYTES_FROZEN: Final = 2
