@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from attrs import Attribute, field, frozen
-from attrs.validators import deep_iterable, in_, matches_re, optional
+from attrs.validators import deep_iterable, deep_mapping, in_, instance_of, matches_re, optional
 
-from deepspec_core.config.bounds import above, real, whole
+from deepspec_core.config.bounds import above, below, real, whole
 from deepspec_core.layers.options import LayerOptions
-from deepspec_core.rows.coefficient_schedule import CoefficientSchedule
+from deepspec_core.rows.coefficient_schedule import CoefficientSchedule, coefficient
 
 KNOWN_STAGES = ("regenerate", "cache", "train", "evaluate", "export")
 # Marks an attribute that is no key of the run file: loading puts a plugin's options object there.
@@ -212,6 +212,11 @@ class WeightingOptions:
     options: Any = field(default=None, metadata=FILLED_IN)
 
 
+def _number_or_schedule(options: object, attribute: Attribute[Any], value: object) -> None:
+    if not isinstance(value, CoefficientSchedule):
+        coefficient(options, attribute, value)
+
+
 def _numbers_first(terms: Mapping[str, float | CoefficientSchedule]) -> dict[str, float | CoefficientSchedule]:
     return dict(sorted(terms.items(), key=lambda entry: isinstance(entry[1], CoefficientSchedule)))
 
@@ -229,7 +234,11 @@ class LossOptions:
     kernels: How the passes over logits run. "auto" takes the fastest that can run here.
     """
 
-    terms: dict[str, float | CoefficientSchedule] = field(factory=lambda: {"ce": 1.0}, converter=_numbers_first)
+    terms: dict[str, float | CoefficientSchedule] = field(
+        factory=lambda: {"ce": 1.0},
+        converter=_numbers_first,
+        validator=deep_mapping(key_validator=instance_of(str), value_validator=_number_or_schedule),
+    )
     weighting: WeightingOptions = field(factory=WeightingOptions)
     chunk_rows: int | None = field(default=None, validator=optional(whole(1)), metadata=CHANGES_NOTHING)
     kernels: str = field(default="auto", validator=in_(KERNELS), metadata=CHANGES_NOTHING)
@@ -246,7 +255,7 @@ class TrainOptions:
     max_steps: Ends training after so many optimizer steps, and the learning-rate schedule with it.
     warmup: The share of all steps over which the learning rate rises; after it, it falls to 0 along a cosine.
     weight_decay: AdamW's weight decay.
-    betas: AdamW's two averaging factors.
+    betas: AdamW's two averaging factors, each below 1.
     clip_norm: The gradient is scaled down to this norm where it is larger.
     precision: "bfloat16" is autocast over fp32 weights; "float32" where results are to be exact.
     checkpoint_every: Optimizer steps between checkpoints.
@@ -262,7 +271,7 @@ class TrainOptions:
     max_steps: int | None = field(default=None, validator=optional(whole(1)))
     warmup: float = field(default=0.04, validator=real(0.0, 1.0))
     weight_decay: float = field(default=0.0, validator=real(0.0, 1e3))
-    betas: tuple[float, float] = field(default=(0.9, 0.999), validator=deep_iterable(real(0.0, 1.0)))
+    betas: tuple[float, float] = field(default=(0.9, 0.999), validator=deep_iterable(below(0.0, 1.0)))
     clip_norm: float = field(default=1.0, validator=above(0.0, 1e9))
     precision: str = field(default="bfloat16", validator=in_(("float32", "bfloat16")))
     checkpoint_every: int = field(default=3000, validator=whole(1), metadata=CHANGES_NOTHING)
