@@ -73,7 +73,7 @@ def test_any_value_of_any_key_is_harmless(
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "3", "{", '{"a": NaN}', '{"a": 1e400}', '{"a": [-1e999]}', '{"a": 1, "a": 2}', "[" * 10**5, '{"a":' * 10**5],
+    ["", "[]", "3", "{", '{"a": NaN}', '{"a": [-1e400]}', '{"a": 1, "a": 2}', "[" * 10**5, '{"a":' * 10**5],
 )
 def test_what_is_no_json_object_is_refused(draft_folder: Path, registry: Registry, tmp_path: Path, text: str) -> None:
     for use in (_open, lambda folder, registry: inspect_draft(folder, registry=registry)):
@@ -106,7 +106,7 @@ def test_a_key_that_makes_no_sense_is_named(
     draft_folder: Path, registry: Registry, tmp_path: Path, key: str, value: Any
 ) -> None:
     config = json.loads((draft_folder / "config.json").read_text()) | {key: value}
-    with pytest.raises(CheckpointError, match="config.json cannot be used") as caught:
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be used") as caught:
         _open(_with(draft_folder, tmp_path / "draft", json.dumps(config)), registry)
     said = key if key == "head_dim" else "rope_theta"
     assert said in str(caught.value.where)

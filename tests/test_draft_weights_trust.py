@@ -74,9 +74,7 @@ def test_a_folder_in_the_place_of_weights(folder: Path, registry: Registry) -> N
         _open(folder, registry)
 
 
-def test_weights_that_this_user_may_not_read(
-    folder: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_that_this_user_may_not_read(folder: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     by_itself = Path.open
 
     def refuse(path: Path, *arguments: Any, **options: Any) -> Any:

@@ -93,7 +93,7 @@ class SourceOptions:
 
     path: A JSON-lines file (.jsonl, .jsonl.gz), a dataset folder, a Hub dataset such as org/name, or builtin:NAME.
     weight: How often this source comes up among the others while it lasts. Every conversation is used once.
-    split: The split of a dataset. Left out: train.
+    split: The split of a dataset. Left out: train. A builtin has none.
     limit: At most so many training conversations of this source.
     """
 
