@@ -73,7 +73,7 @@ def test_any_value_of_any_key_is_harmless(
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "3", "{", '{"a": NaN}', '{"a": 1, "a": 2}', "[" * 10**5, '{"a":' * 10**5],
+    ["", "[]", "3", "{", '{"a": NaN}', '{"a": [-1e400]}', '{"a": 1, "a": 2}', "[" * 10**5, '{"a":' * 10**5],
 )
 def test_what_is_no_json_object_is_refused(draft_folder: Path, registry: Registry, tmp_path: Path, text: str) -> None:
     for use in (_open, lambda folder, registry: inspect_draft(folder, registry=registry)):
@@ -87,6 +87,59 @@ def test_a_huge_file_is_not_read(draft_folder: Path, registry: Registry, tmp_pat
         file.truncate(2**33)
     with pytest.raises(CheckpointError, match="too large"):
         _open(folder, registry)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("rope_parameters", {"rope_theta": theta}) for theta in (True, 0, -1, "1e4", None, 10**30)),
+        ("rope_parameters", {}),
+        ("rope_parameters", {"rope_type": "default"}),
+        ("rope_parameters", {"rope_theta": True, "full_attention": {"rope_theta": 1e4}}),
+        ("rope_theta", True),
+        ("rope_theta", 0),
+        ("head_dim", 0),
+        ("head_dim", -8),
+    ],
+)
+def test_a_key_that_makes_no_sense_is_named(
+    draft_folder: Path, registry: Registry, tmp_path: Path, key: str, value: Any
+) -> None:
+    config = json.loads((draft_folder / "config.json").read_text()) | {key: value}
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be used") as caught:
+        _open(_with(draft_folder, tmp_path / "draft", json.dumps(config)), registry)
+    said = key if key == "head_dim" else "rope_theta"
+    assert said in str(caught.value.where)
+
+
+def test_rotary_frequencies_that_are_no_numbers_are_refused(
+    draft_folder: Path, registry: Registry, tmp_path: Path
+) -> None:
+    config = json.loads((draft_folder / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "linear", "rope_theta": 1e4, "factor": 0}
+    with pytest.raises(CheckpointError, match="no numbers|no draft can be built|not"):
+        _open(_with(draft_folder, tmp_path / "draft", json.dumps(config)), registry)
+
+
+@pytest.mark.parametrize("changes", [{"rope_theta": 1e4, "rope_parameters": {}}, {"rope_theta": 10000}])
+def test_the_older_spelling_of_rotary_keys_is_read(
+    draft_folder: Path, registry: Registry, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    config = json.loads((draft_folder / "config.json").read_text())
+    del config["rope_parameters"]
+    found = _open(_with(draft_folder, tmp_path / "draft", json.dumps(config | changes)), registry)
+    own = _open(draft_folder, registry)
+    assert all(torch.equal(one, other) for one, other in zip(found.buffers(), own.buffers(), strict=True))
+
+
+@pytest.mark.parametrize("value", [0, 2, 100, True, None])
+def test_another_number_of_layers_is_refused(
+    draft_folder: Path, registry: Registry, tmp_path: Path, value: Any
+) -> None:
+    """Where a format says the number twice, too."""
+    config = json.loads((draft_folder / "config.json").read_text()) | {"num_hidden_layers": value}
+    with pytest.raises(CheckpointError):
+        _open(_with(draft_folder, tmp_path / "draft", json.dumps(config)), registry)
 
 
 SENSELESS = {
@@ -125,9 +178,6 @@ for folder in others:
 
 def test_sizes_are_compared_before_memory_is_taken(draft_folder: Path, tmp_path: Path) -> None:
     config = json.loads((draft_folder / "config.json").read_text())
-    if "draft_num_hidden_layers" in config:
-        # Eagle3 keeps its own number of layers elsewhere, and reads this one for nothing.
-        config.pop("num_hidden_layers")
     cases = {
         f"{key}-{number}": config | {key: value}
         for key, values in SENSELESS.items()

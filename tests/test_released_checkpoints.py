@@ -105,7 +105,7 @@ def test_show_says_what_a_checkpoint_is(
     assert (
         sizes["trained"] + sizes["frozen"] == sum(p.numel() for p in draft.parameters()) == sum(facts["parts"].values())
     )
-    assert facts["weights"] == {"missing": [], "unexpected": [], "of_another_shape": []}
+    assert facts["weights"] == {"missing": [], "unexpected": [], "of_another_shape": [], "not_floating_point": []}
 
 
 @pytest.fixture

@@ -202,6 +202,8 @@ def test_missing_sections_and_keys_are_told(load: Loader) -> None:
         (["target.layers=[-2, 1]"], "target.layers"),
         (["target.layers=[1, 1]"], "target.layers"),
         (["data.sources=[]"], "data.sources"),
+        (["data.sources=[{path='a.jsonl'}, {path='builtin:small-talk', split='test'}]"], "data.sources[1].split"),
+        (["data.sources=[{path='a.jsonl', split='test'}]"], "data.sources[0].split"),
         (["loss.terms={}"], "loss.terms"),
     ],
 )

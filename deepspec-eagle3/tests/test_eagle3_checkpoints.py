@@ -102,7 +102,12 @@ def test_only_its_own_are_recognised(recordings: Recordings) -> None:
         ({"step_loss_decay": -1}, "does not describe an Eagle3 draft"),
         ({"target_layer_ids": 3}, "does not describe an Eagle3 draft"),
         ({"target_layer_ids": [1, 2]}, r"of another shape: fc.weight \[32, 160\], expected \[32, 64\]"),
-        ({"draft_num_hidden_layers": 2}, "missing: layers.1.input_layernorm.weight"),
+        ({"draft_num_hidden_layers": 2}, "num_hidden_layers is 1, draft_num_hidden_layers 2"),
+        ({"num_hidden_layers": True}, "num_hidden_layers is True, draft_num_hidden_layers 1"),
+        (
+            {"num_hidden_layers": 2, "draft_num_hidden_layers": 2},
+            "missing: layers.1.input_layernorm.weight",
+        ),
         ({"qk_norm": False}, "unexpected: layers.0.self_attn.k_norm.weight"),
     ],
 )

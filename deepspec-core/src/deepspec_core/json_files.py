@@ -6,6 +6,7 @@ Knows files and JSON; not what an object means.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,8 +22,8 @@ def read_object(
 ) -> dict[str, Any]:
     """The object of a file. `kind` of error where the file cannot be read, is too large, or holds anything else.
 
-    `strict` refuses what JSON readers disagree on as well: a key that comes twice, NaN and Infinity. FileNotFoundError
-    is left to the caller, who knows what a missing file means.
+    `strict` refuses what JSON readers disagree on as well: a key that comes twice, NaN, Infinity, and numbers that are
+    read as infinite. FileNotFoundError is left to the caller, who knows what a missing file means.
     """
     try:
         size = path.stat().st_size
@@ -30,7 +31,8 @@ def read_object(
             raise kind(
                 f"{path.name} is too large", where=path, found=f"{size:,} bytes", expected="a JSON object", fix=fix
             )
-        hooks: dict[str, Any] = {"object_pairs_hook": _once, "parse_constant": _refuse} if strict else {}
+        refusing = {"object_pairs_hook": _once, "parse_constant": _refuse, "parse_float": _finite}
+        hooks: dict[str, Any] = refusing if strict else {}
         content = json.loads(path.read_bytes().decode("utf-8"), **hooks)
     except FileNotFoundError:
         raise
@@ -70,3 +72,10 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse(name: str) -> Any:
     raise ValueError(f"{name} is no JSON")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:40]} is too large for a number")
+    return number

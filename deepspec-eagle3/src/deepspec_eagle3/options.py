@@ -47,7 +47,7 @@ def is_eagle3(config: Mapping[str, Any]) -> bool:
 def options_of(config: Mapping[str, Any]) -> tuple[Eagle3Options, tuple[int, ...]]:
     """The options and taps a config.json describes; CheckpointError where a key is missing or makes no sense.
 
-    The normaliser is no part of a checkpoint: the default comes back.
+    The number of layers stands there twice. The normaliser is no part of a checkpoint: the default comes back.
     """
     try:
         options = Eagle3Options(
@@ -57,6 +57,9 @@ def options_of(config: Mapping[str, Any]) -> tuple[Eagle3Options, tuple[int, ...
             qk_norm=config.get("qk_norm", True),
             target_name=config.get("target_model_name_or_path"),
         )
+        layers = config["num_hidden_layers"]
+        if type(layers) is not int or layers != options.num_layers:
+            raise ValueError(f"num_hidden_layers is {layers!r}, draft_num_hidden_layers {options.num_layers}")
         return options, tuple(config["target_layer_ids"])
     except KeyError as error:
         raise CheckpointError(

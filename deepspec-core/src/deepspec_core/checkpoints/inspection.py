@@ -109,6 +109,6 @@ def inspect_draft(directory: Path, *, registry: Registry) -> DraftFacts:
         options=attrs.asdict(options),
         parameters=Parameters.of(draft),
         parts=dict(parts),
-        dtypes=header.dtypes,
-        differences=WeightDifferences.between(expected, header.shapes),
+        dtypes=tuple(sorted(set(header.dtypes.values()))),
+        differences=WeightDifferences.between(expected, header),
     )

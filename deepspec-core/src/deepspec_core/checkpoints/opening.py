@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from deepspec_core.checkpoints.config_numbers import check_numbers
 from deepspec_core.checkpoints.published import CONFIG, read_draft_config
 from deepspec_core.contracts.target import TargetAdapter, TargetArchitecture
 from deepspec_core.disk import is_folder
@@ -58,7 +59,7 @@ def draft_adapter(directory: Path, *, registry: Registry) -> TargetAdapter:
     """The adapter of a checkpoint's family in the draft's own shape, from its config.json alone.
 
     Its architecture has the target's number of layers, as `num_target_layers` says. CheckpointError where config.json
-    is missing, is no configuration of the family, or no installed adapter covers it.
+    is missing, is no configuration of the family, says numbers that make no sense, or no installed adapter covers it.
     """
     from transformers import AutoConfig
 
@@ -72,6 +73,7 @@ def draft_adapter(directory: Path, *, registry: Registry) -> TargetAdapter:
             found=layers,
             expected=f"the target's number of layers, at most {_MOST_LAYERS:,}",
         )
+    check_numbers(fields, where)
     model_type = fields.pop("model_type", None)
     if not isinstance(model_type, str):
         raise CheckpointError(

@@ -18,7 +18,7 @@ from attrs import asdict, frozen
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from deepspec_core.checkpoints.weight_file import read_header, read_tensors
+from deepspec_core.checkpoints.weight_file import FLOATING, Header, check_finite, read_header, read_tensors
 from deepspec_core.contracts.draft import DraftDescription, DraftModel
 from deepspec_core.contracts.target import TargetAdapter
 from deepspec_core.disk import in_words
@@ -121,21 +121,28 @@ def load_draft(
     """A draft from a checkpoint, its embedding and lm_head frozen, in evaluation mode.
 
     `adapter` must have the draft's shape. CheckpointError where files are missing or damaged, no algorithm knows the
-    checkpoint, or weights are missing, unexpected or of another shape; all such weights are named. What config.json
-    describes is compared with the header of the weights before memory is taken for it.
+    checkpoint, or weights are missing, unexpected, of another shape or not finite numbers; all such weights are named.
+    What config.json describes is compared with the header of the weights before memory is taken for it.
     """
     directory = Path(directory)
     check_draft(directory, registry=registry, adapter=adapter)
     # The new weights are overwritten at once; whoever loads a draft keeps their random state.
     with torch.random.fork_rng(devices=[]):
         draft = build_draft(directory, registry=registry, adapter=adapter)
+    for name, buffer in draft.named_buffers():
+        if not buffer.isfinite().all():
+            raise CheckpointError(
+                f"{CONFIG} gives constants that are no numbers, such as rotary frequencies",
+                where=directory / CONFIG,
+                found=name,
+                fix="check the entries of rope_parameters",
+            )
     names = {published_name(name, draft.describe().weight_names): name for name in draft.state_dict()}
     # Assigned rather than cast with .to(dtype), which would round buffers that are no weights (rotary frequencies) too.
     # Copied, because the tensors of the file are the file, mapped into memory: it may change, and lies unaligned.
-    own_weights = {
-        names[name]: tensor.to(dtype, copy=True) for name, tensor in read_tensors(directory / WEIGHTS).items()
-    }
-    draft.load_state_dict(own_weights, assign=True)
+    weights = {name: tensor.to(dtype, copy=True) for name, tensor in read_tensors(directory / WEIGHTS).items()}
+    check_finite(directory / WEIGHTS, weights)
+    draft.load_state_dict({names[name]: tensor for name, tensor in weights.items()}, assign=True)
     return draft.to(device).eval()
 
 
@@ -151,7 +158,7 @@ def check_draft(directory: Path, *, registry: Registry, adapter: TargetAdapter) 
             published_name(name, description.weight_names): tuple(tensor.shape)
             for name, tensor in draft.state_dict().items()
         },
-        read_header(directory / WEIGHTS).shapes,
+        read_header(directory / WEIGHTS),
     )
     if differences:
         raise CheckpointError(
@@ -226,10 +233,12 @@ class WeightDifferences:
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
     of_another_shape: tuple[str, ...]
+    not_floating_point: tuple[str, ...]
 
     @classmethod
-    def between(cls, expected: Mapping[str, Sequence[int]], found: Mapping[str, Sequence[int]]) -> WeightDifferences:
-        """Compare names and shapes."""
+    def between(cls, expected: Mapping[str, Sequence[int]], header: Header) -> WeightDifferences:
+        """Compare names, shapes and kinds of numbers."""
+        found = header.shapes
         return cls(
             missing=tuple(sorted(expected.keys() - found.keys())),
             unexpected=tuple(sorted(found.keys() - expected.keys())),
@@ -237,6 +246,9 @@ class WeightDifferences:
                 f"{name} {list(found[name])}, expected {list(expected[name])}"
                 for name in sorted(expected.keys() & found.keys())
                 if list(found[name]) != list(expected[name])
+            ),
+            not_floating_point=tuple(
+                f"{name} {dtype}" for name, dtype in sorted(header.dtypes.items()) if not dtype.startswith(FLOATING)
             ),
         )
 

@@ -29,7 +29,8 @@ def checkpoint() -> None:
 def show(name: str, as_json: bool, blocked: tuple[str, ...]) -> int:
     """Print what a checkpoint is: algorithm, family, taps, options, parameters, weights that do not fit.
 
-    No target is loaded. The exit code is 2 where weights are missing, unexpected or of another shape.
+    No target is loaded. The exit code is 2 where weights are missing, unexpected, of another shape or not
+    floating-point numbers.
     """
     from deepspec_core.checkpoints.inspection import inspect_draft
     from deepspec_core.checkpoints.opening import resolve_draft

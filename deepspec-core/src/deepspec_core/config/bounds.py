@@ -10,9 +10,9 @@ import math
 from typing import Any, Final
 
 from attrs import Attribute
-from attrs.validators import and_, ge, gt, le
+from attrs.validators import and_, ge, gt, le, lt
 
-__all__ = ["MANY", "above", "real", "whole"]
+__all__ = ["MANY", "above", "below", "real", "whole"]
 
 MANY: Final = 2**31 - 1
 """More of anything than a run can have: steps, samples, tokens of one text, sequences of a batch."""
@@ -31,6 +31,11 @@ def real(least: float, most: float) -> Any:
 def above(bound: float, most: float) -> Any:
     """An attrs validator: a finite number greater than `bound`, up to `most`."""
     return and_(_is_number, gt(bound), le(most))
+
+
+def below(least: float, bound: float) -> Any:
+    """An attrs validator: a finite number from `least`, less than `bound`."""
+    return and_(_is_number, ge(least), lt(bound))
 
 
 def _is_whole(_options: object, attribute: Attribute[Any], value: object) -> None:

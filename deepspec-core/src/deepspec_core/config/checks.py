@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from deepspec_core.config.schema import BUILTIN, HELD_OUT, KNOWN_STAGES, DataOptions, RunOptions
+from deepspec_core.config.schema import BUILTIN, HELD_OUT, JSON_LINES, KNOWN_STAGES, DataOptions, RunOptions
 from deepspec_core.errors import ConfigError, DeepSpecError, PluginError
 from deepspec_core.plugins.registry import Registry
 
@@ -34,6 +34,8 @@ def check_sections(sections: Mapping[str, Any], folder: Path, registry: Registry
         yield from _layers(sections["target"].layers)
     if sections.get("data") and not sections["data"].sources and _reads_data(sections):
         yield ConfigError("no data", where="data.sources", found="[]", expected="at least one source")
+    if sections.get("data"):
+        yield from _splits(sections["data"])
     if sections.get("data") and run and "regenerate" in run.stages:
         yield from _supervision(sections["data"])
     if sections.get("loss") and not sections["loss"].terms:
@@ -140,6 +142,18 @@ def _supervision(data: DataOptions) -> Iterator[ConfigError]:
                 found="true, with a regenerate stage",
                 expected="false",
                 fix='remove it, or "regenerate" from run.stages where the sources hold the target\'s answers as text',
+            )
+
+
+def _splits(data: DataOptions) -> Iterator[ConfigError]:
+    for index, source in enumerate(data.sources):
+        if source.split is not None and (source.path.startswith(BUILTIN) or source.path.endswith(JSON_LINES)):
+            yield ConfigError(
+                "this source has no splits to choose from",
+                where=f"data.sources[{index}].split",
+                found=f'"{source.split}", with path = "{source.path}"',
+                expected="no split",
+                fix="remove split, or name a dataset",
             )
 
 

@@ -204,7 +204,7 @@ def _limits(validator: Any) -> Iterator[str]:
     for name in ("validator", "member_validator"):
         if (inner := getattr(validator, name, None)) is not None:
             yield from _limits(inner)
-    if hasattr(validator, "bound") and hasattr(validator, "compare_op") and validator.bound < _OF_NO_INTEREST:
+    if hasattr(validator, "bound") and hasattr(validator, "compare_op") and abs(validator.bound) < _OF_NO_INTEREST:
         yield f"{validator.compare_op} {validator.bound:g}"
     if isinstance(options := getattr(validator, "options", None), tuple | list | frozenset):
         yield "one of " + ", ".join(map(str, options))

@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from attrs import Attribute, field, frozen
-from attrs.validators import deep_iterable, in_, matches_re, optional
+from attrs.validators import deep_iterable, deep_mapping, in_, instance_of, matches_re, optional
 
-from deepspec_core.config.bounds import above, real, whole
+from deepspec_core.config.bounds import above, below, real, whole
 from deepspec_core.layers.options import LayerOptions
-from deepspec_core.rows.coefficient_schedule import CoefficientSchedule
+from deepspec_core.rows.coefficient_schedule import CoefficientSchedule, coefficient
 
 KNOWN_STAGES = ("regenerate", "cache", "train", "evaluate", "export")
 # Marks an attribute that is no key of the run file: loading puts a plugin's options object there.
@@ -33,6 +33,8 @@ MASK = "mask_token_id"
 COLDEST = 1e-6
 # What ships inside a plugin stands after it: builtin:NAME.
 BUILTIN = "builtin:"
+# How the names of JSON-lines files end.
+JSON_LINES = (".jsonl", ".jsonl.gz")
 # More than any context, batch or generator of random numbers takes.
 _TOKENS = 2**27
 _SEQUENCES = 2**20
@@ -96,7 +98,7 @@ class SourceOptions:
     path: A JSON-lines file (.jsonl, .jsonl.gz), a dataset folder, a Hub dataset such as org/name, or builtin:NAME.
     weight: How often the next conversation is taken from this source, relative to the other sources' weights. A source
         is left when it is used up. Every conversation is used once.
-    split: The split of a dataset. Left out: train.
+    split: The split of a dataset. Left out: train. Files and builtins have none.
     limit: At most so many training conversations of this source.
     """
 
@@ -215,6 +217,11 @@ class WeightingOptions:
     options: Any = field(default=None, metadata=FILLED_IN)
 
 
+def _number_or_schedule(options: object, attribute: Attribute[Any], value: object) -> None:
+    if not isinstance(value, CoefficientSchedule):
+        coefficient(options, attribute, value)
+
+
 def _numbers_first(terms: Mapping[str, float | CoefficientSchedule]) -> dict[str, float | CoefficientSchedule]:
     return dict(sorted(terms.items(), key=lambda entry: isinstance(entry[1], CoefficientSchedule)))
 
@@ -233,7 +240,11 @@ class LossOptions:
     kernels: How the passes over logits run. "auto" takes the fastest that can run here.
     """
 
-    terms: dict[str, float | CoefficientSchedule] = field(factory=lambda: {"ce": 1.0}, converter=_numbers_first)
+    terms: dict[str, float | CoefficientSchedule] = field(
+        factory=lambda: {"ce": 1.0},
+        converter=_numbers_first,
+        validator=deep_mapping(key_validator=instance_of(str), value_validator=_number_or_schedule),
+    )
     weighting: WeightingOptions = field(factory=WeightingOptions)
     chunk_rows: int | None = field(default=None, validator=optional(whole(1)), metadata=CHANGES_NOTHING)
     kernels: str = field(default="auto", validator=in_(KERNELS), metadata=CHANGES_NOTHING)
@@ -250,7 +261,7 @@ class TrainOptions:
     max_steps: Training ends after so many optimizer steps at most. The learning-rate schedule ends with it.
     warmup: The share of all steps over which the learning rate rises; after it, it falls to 0 along a cosine.
     weight_decay: AdamW's weight decay.
-    betas: AdamW's two averaging factors.
+    betas: AdamW's two averaging factors, each below 1.
     clip_norm: A gradient with a larger norm is scaled down to this norm.
     precision: "bfloat16" is autocast over fp32 weights; "float32" is for exact results.
     checkpoint_every: Optimizer steps between checkpoints.
@@ -266,7 +277,7 @@ class TrainOptions:
     max_steps: int | None = field(default=None, validator=optional(whole(1)))
     warmup: float = field(default=0.04, validator=real(0.0, 1.0))
     weight_decay: float = field(default=0.0, validator=real(0.0, 1e3))
-    betas: tuple[float, float] = field(default=(0.9, 0.999), validator=deep_iterable(real(0.0, 1.0)))
+    betas: tuple[float, float] = field(default=(0.9, 0.999), validator=deep_iterable(below(0.0, 1.0)))
     clip_norm: float = field(default=1.0, validator=above(0.0, 1e9))
     precision: str = field(default="bfloat16", validator=in_(("float32", "bfloat16")))
     checkpoint_every: int = field(default=3000, validator=whole(1), metadata=CHANGES_NOTHING)

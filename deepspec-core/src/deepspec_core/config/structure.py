@@ -193,6 +193,7 @@ def _value_hook(section: type[Any], attribute: Attribute[Any], converter: Conver
     key, type_ = (section, attribute.name), attribute.type
     validator = attribute.validator if attribute.converter is None else None
     members = getattr(validator, "member_validator", None)
+    values = getattr(attribute.validator, "value_validator", None)
 
     def check_item(_index: int | str, item: Any) -> None:
         if members is not None:
@@ -201,6 +202,8 @@ def _value_hook(section: type[Any], attribute: Attribute[Any], converter: Conver
 
     def check_key(name: int | str, item: Any) -> None:
         _check_name(registry, key, name)
+        if values is not None:
+            _validate(values, attribute, type(item), item)
 
     hook: Hook
     if _is_list(type_):

@@ -14,7 +14,7 @@ from typing import Any, Final, Protocol
 
 from attrs import evolve
 
-from deepspec_core.config.schema import BUILTIN, SourceOptions
+from deepspec_core.config.schema import BUILTIN, JSON_LINES, SourceOptions
 from deepspec_core.data.conversations import Conversation, from_row
 from deepspec_core.data.split import Split, is_held_out, prompt_digest
 from deepspec_core.errors import DataError, nearest
@@ -22,7 +22,6 @@ from deepspec_core.hub import say_local_copy, why_unreachable
 from deepspec_core.json_lines import read_json_lines
 from deepspec_core.progress import Progress
 
-_FILES: Final = (".jsonl", ".jsonl.gz")
 _SHOWN_BYTES: Final = 1 << 26
 
 
@@ -86,7 +85,7 @@ def check_sources(sources: Sequence[SourceOptions], *, base: Path, registry: Reg
     for source in sources:
         if source.path.startswith(BUILTIN):
             _offered_prompts(source.path, registry)
-        elif source.path.endswith(_FILES):
+        elif source.path.endswith(JSON_LINES):
             if not (base / source.path).is_file():
                 raise _missing(base / source.path)
         else:
@@ -125,7 +124,7 @@ def _large(sources: Sequence[SourceOptions], base: Path) -> bool:
 
 def on_hub(source: SourceOptions, base: Path) -> bool:
     """Whether reading the source means asking the Hub."""
-    ships = source.path.startswith(BUILTIN) or source.path.endswith(_FILES)
+    ships = source.path.startswith(BUILTIN) or source.path.endswith(JSON_LINES)
     return not ships and not (base / source.path).is_dir()
 
 
@@ -141,7 +140,7 @@ def _of_split(
     if source.path.startswith(BUILTIN):
         yield from _builtin(source.path, split, seed, registry)
         return
-    rows = _file(base / source.path) if source.path.endswith(_FILES) else _dataset(source, base)
+    rows = _file(base / source.path) if source.path.endswith(JSON_LINES) else _dataset(source, base)
     for conversation in rows:
         if is_held_out(prompt_digest(conversation), held_out=held_out, seed=seed) == (split == "held_out"):
             yield conversation
@@ -205,7 +204,9 @@ def _open_dataset(source: SourceOptions, base: Path, *, look_only: bool = False)
     local = base / source.path
     if local.is_file():
         raise DataError(
-            "A source is neither JSON lines nor a dataset folder", where=local, expected=f"a name ending in {_FILES[0]}"
+            "A source is neither JSON lines nor a dataset folder",
+            where=local,
+            expected=f"a name ending in {JSON_LINES[0]}",
         )
     if not local.is_dir() and (source.path.count("/") != 1 or source.path.startswith((".", "/", "~"))):
         raise _missing(local)

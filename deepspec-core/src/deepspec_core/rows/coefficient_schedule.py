@@ -10,9 +10,12 @@ import math
 from attrs import field, frozen
 from attrs.validators import in_
 
-from deepspec_core.config.bounds import whole
+from deepspec_core.config.bounds import real, whole
 
 SHAPES = ("linear", "cosine")
+
+coefficient = real(-1e6, 1e6)
+"""An attrs validator: what a loss can be multiplied by and stay a number."""
 
 
 @frozen(kw_only=True)
@@ -26,8 +29,8 @@ class CoefficientSchedule:
     shape: How the coefficient moves.
     """
 
-    start: float
-    end: float
+    start: float = field(validator=coefficient)
+    end: float = field(validator=coefficient)
     steps: int = field(validator=whole(1))
     after: int = field(default=0, validator=whole(0))
     shape: str = field(default="linear", validator=in_(SHAPES))

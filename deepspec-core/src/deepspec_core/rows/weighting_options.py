@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from attrs import field, frozen
 
-from deepspec_core.config.bounds import above
+from deepspec_core.config.bounds import above, real
 
 
 @frozen(kw_only=True)
 class DecayOptions:
     """[loss] weighting = {type = "decay", gamma = 4.0}: later slots of a block weigh less.
 
-    gamma: A row in slot k weighs exp(-k / gamma).
+    gamma: A row in slot k weighs exp(-k / gamma). With less than 0.01, only slot 0 would weigh anything.
     """
 
-    gamma: float = field(default=4.0, validator=above(0.0, 1e300))
+    gamma: float = field(default=4.0, validator=real(0.01, 1e30))
 
 
 @frozen(kw_only=True)

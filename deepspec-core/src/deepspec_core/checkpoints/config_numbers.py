@@ -1,0 +1,51 @@
+"""Numbers of a draft's config.json that the library of model families computes with unchecked.
+
+Knows keys that families share, not families, nor what the algorithms read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from deepspec_core.errors import CheckpointError
+
+_LARGEST_HEAD = 2**20
+_LARGEST_BASE = 1e15
+
+
+def check_numbers(fields: Mapping[str, Any], path: Path) -> None:
+    """CheckpointError, naming the key, where a head's size or a rotary base is no such number. `path`: config.json."""
+    for key, size in fields.items():
+        if key.endswith("head_dim") and type(size) is int and not 0 < size <= _LARGEST_HEAD:
+            raise _unusable(path, key, size, f"the size of a head, from 1 to {_LARGEST_HEAD:,}")
+    for key, base in _bases(fields):
+        if type(base) not in (int, float) or not 1 < base <= _LARGEST_BASE:
+            raise _unusable(path, key, base, f"a number above 1, at most {_LARGEST_BASE:g}")
+
+
+def _bases(fields: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The rotary bases by their keys, for all layers or by kind of layer; None where an entry lacks its base.
+
+    Without `rope_parameters` and `rope_theta`, the family's own base is meant.
+    """
+    common = fields.get("rope_theta")
+    if common is not None:
+        yield "rope_theta", common
+    for key in ("rope_parameters", "rope_scaling"):
+        whole = fields.get(key)
+        if not isinstance(whole, Mapping):
+            continue
+        parts = {f"{key}.{kind}": part for kind, part in whole.items() if isinstance(part, Mapping)}
+        needed = () if common is not None or key == "rope_scaling" else tuple(parts or [key])
+        for name, entry in {key: whole, **parts}.items():
+            base = entry.get("rope_theta")
+            if base is not None or name in needed:
+                yield f"{name}.rope_theta", base
+
+
+def _unusable(path: Path, key: str, found: object, expected: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path.name} cannot be used", where=f"{path}: {key}", found=repr(found)[:80], expected=expected
+    )
