@@ -17,6 +17,7 @@ from attrs import evolve, frozen
 from deepspec_core.config.schema import HELD_OUT as HELD_OUT
 from deepspec_core.data.conversations import from_row
 from deepspec_core.data.source_digest import file_digest
+from deepspec_core.data.unicode_text import not_unicode
 from deepspec_core.errors import DataError
 from deepspec_core.json_lines import read_json_lines
 from deepspec_core.plugins.registry import Registry
@@ -112,9 +113,15 @@ def _prompt(row: Any, index: int, name: str, where: str) -> Prompt:
     if not conversation.messages[asked]["content"].strip():
         raise DataError("A task's question is empty", where=where, expected="a user message with text")
     identity = row.get("id")
-    return Prompt(
+    prompt = Prompt(
         id=f"{name}-{index}" if identity in (None, "") else str(identity),
         index=index,
         messages=conversation.messages[: asked + 1],
         tools=conversation.tools,
     )
+    found = not_unicode(prompt.id, prompt.messages, prompt.tools)
+    if found is not None:
+        raise DataError(
+            "A task's row is not valid Unicode", where=where, found=found, fix="Correct or remove that row."
+        )
+    return prompt
