@@ -53,7 +53,7 @@ def load_task(
     if task.endswith(".jsonl"):
         prompts = _read_file(base / task)
     else:
-        rows = held_out() if task == HELD_OUT else registry.load("task", task)(limit, seed)
+        rows = held_out() if task == HELD_OUT else _registered(task, limit, seed, registry)
         prompts = [_prompt(row, index, task, f"{task}:{index + 1}") for index, row in enumerate(rows)]
     if limit is not None and len(prompts) > limit:
         random.Random(seed).shuffle(prompts)
@@ -76,6 +76,13 @@ def load_task(
 def task_digest(task: str, *, base: Path) -> str | None:
     """The digest of a task's file; None if the task is no file. OSError if it cannot be read."""
     return file_digest(base / task) if task.endswith(".jsonl") and (base / task).is_file() else None
+
+
+def _registered(task: str, limit: int | None, seed: int, registry: Registry) -> Iterable[Any]:
+    """The rows of a registered task. All of them are made here, where a failure is told as the plugin's."""
+    make = registry.load("task", task)
+    with registry.blaming("task", task):
+        return list(make(limit, seed))
 
 
 def _read_file(path: Path) -> list[Prompt]:

@@ -209,11 +209,10 @@ class RowEngine:
 
 def build_engine(loss: LossOptions, registry: Registry) -> RowEngine:
     """The engine that a run file's [loss] section asks for. `registry` finds terms and weightings by name."""
-    weighting = registry.load("weighting", loss.weighting.type)
-    options = loss.weighting.options
+    options = () if loss.weighting.options is None else (loss.weighting.options,)
     return RowEngine(
-        {name: (registry.load("loss", name)(), coefficient) for name, coefficient in loss.terms.items()},
-        weighting() if options is None else weighting(options),
+        {name: (registry.build_guarded("loss", name), coefficient) for name, coefficient in loss.terms.items()},
+        registry.build_guarded("weighting", loss.weighting.type, *options),
         loss.chunk_rows,
         kernels=loss.kernels,
     )
