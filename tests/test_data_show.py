@@ -58,6 +58,14 @@ def _show(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return capsys.readouterr().out
 
 
+def test_held_out_prompts_that_are_no_unicode_are_left_out(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"id": f"{text}-{i}", "turns": [f"{i} {text}"]} for i in range(12) for text in ("whole", "half \ud800")]
+    (run_file.parent / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = _show(capsys, str(run_file), "--split", "held_out", "-n", "24", "--set", "data.held_out=0.5")
+    assert "whole" in text
+    assert "half" not in text
+
+
 def test_samples_with_their_supervised_text_and_what_was_dropped(
     run_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

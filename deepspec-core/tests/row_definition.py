@@ -149,7 +149,9 @@ def naive(rows: Rows, heads: Heads, mix: Mapping[str, float], weighting: str) ->
     if weighting == "decay":
         weight = weight * torch.exp(-rows.slot.double() / 4.0)
     elif weighting == "d-pace":
-        survival = (0.5 + 0.5 * torch.exp(-ce.detach())).reshape(BLOCKS, K).cumprod(1)
+        there = (weight != 0).reshape(BLOCKS, K)
+        passes = (0.5 + 0.5 * torch.exp(-ce.detach())).reshape(BLOCKS, K)
+        survival = torch.where(there, passes, 1.0).cumprod(1) * there
         weight = weight * survival.flip(1).cumsum(1).flip(1).flatten()
     total = torch.stack([weight * coefficient * values[name] for name, coefficient in mix.items()]).sum()
     return total, weight

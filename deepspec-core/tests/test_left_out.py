@@ -4,7 +4,10 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from deepspec_core.data import left_out as module
 from deepspec_core.data.left_out import left_out
 
 TOOL = {"type": "function", "function": {"name": "get_weather", "parameters": {}}}
@@ -58,3 +61,30 @@ def test_a_tool_on_offer_or_called() -> None:
     text = _rendered("city: São Paulo, days: 3, wet: true")
     assert left_out(text, MESSAGES, [{"name": "search"}]) == "the tool 'search' that is on offer"
     assert "the call of" in str(left_out(text.replace("get_weather", ""), MESSAGES, []))
+
+
+def test_letters_are_looked_at_only_where_a_part_does_not_stand_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(text: str) -> str:
+        raise AssertionError("letters were looked at")
+
+    monkeypatch.setattr(module, "_letters", refuse)
+    assert left_out("Be brief.|Rain?\nIn two lines.|get_weather", MESSAGES[:2], [TOOL]) is None
+
+
+def _letters(text: str) -> str:
+    return "".join(filter(str.isalnum, text)).casefold()
+
+
+_TEXT = st.text(alphabet='aAß\u017fİ\u0131Σςé1²\n "\\.ﬁ\u0345', max_size=6)
+
+
+@given(_TEXT, _TEXT, _TEXT, st.sampled_from([str, str.strip, str.upper, str.lower, json.dumps, repr]), st.booleans())
+def test_a_part_is_found_exactly_if_its_letters_are(
+    before: str, part: str, after: str, spell: Any, there: bool
+) -> None:
+    text = before + (spell(part) if there else "") + after
+    written = _letters(text)
+    spellings = (part, json.dumps(part, ensure_ascii=False), json.dumps(part))
+    content = any(_letters(spelling) in written for spelling in spellings)
+    assert (left_out(text, [{"role": "user", "content": part}], []) is None) == content
+    assert (left_out(text, [], [{"name": part}]) is None) == (_letters(part) in written)

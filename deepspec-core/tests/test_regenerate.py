@@ -236,6 +236,22 @@ def test_failures_go_to_a_side_file(tmp_path: Path, tokenizer: ChatTokenizer) ->
     assert _run(out, [], tokenizer).failures == 3
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"turns": ["\ud800"]},
+        {"turns": ["x", "\ud800"]},
+        {"turns": ["x"], "tools": [{"name": "\ud800"}]},
+        {"id": "\ud800", "turns": ["x"]},
+    ],
+)
+def test_what_is_no_unicode_is_a_failure(tmp_path: Path, tokenizer: ChatTokenizer, row: dict[str, Any]) -> None:
+    report = _run(tmp_path / "out.jsonl", [*_conversations(2), from_row(row, "test")], tokenizer)
+    assert (report.conversations, report.failures) == (2, 1)
+    (failure,) = report.failures_path.read_bytes().decode("utf-8", "surrogatepass").splitlines()
+    assert "half of a surrogate pair, '\\ud800'" in json.loads(failure)["reason"]
+
+
 def test_mistakes_are_told(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
     out = tmp_path / "out.jsonl"
     with pytest.raises(DataError, match=r"(?s)in process.*Remove the key `servers`"):

@@ -168,13 +168,16 @@ def test_the_row_engine_comes_to_the_same_as_by_autograd(variant: tuple[str, str
         for name, shape in {"hidden": (9, 8), "correction": (9, 4), "after": (300, 4), "confidence": (9,)}.items()
     }
     head = torch.randn(300, 8, generator=generator).to(device)
+    weight = torch.rand(9, generator=generator)
+    weight[4] = 0.0  # not there, so neither is what it holds
+    leaves["hidden"].detach()[4] = float("nan")
     rows = Rows(
         hidden=leaves["hidden"],
         correction=leaves["correction"],
         target_hidden=torch.randn(5, 8, generator=generator).to(device),
         target_index=torch.tensor([0, 1, 2, 1, 2, 3, 2, 3, 4], device=device),
         target_ids=torch.randint(0, 300, (9,), generator=generator).to(device),
-        weight=torch.rand(9, generator=generator).to(device),
+        weight=weight.to(device),
         slot=torch.arange(9, device=device) % 3,
         block=torch.arange(9, device=device) // 3,
         extras={"confidence_logits": leaves["confidence"]},
@@ -192,6 +195,7 @@ def test_the_row_engine_comes_to_the_same_as_by_autograd(variant: tuple[str, str
             RowEngine(terms, Decay(DecayOptions()), chunk_rows, kernels=kernels)(rows, heads, with_metrics=True)
             for kernels in ("triton", "plain")
         )
+        assert found.total.isfinite()
         torch.testing.assert_close(found.total, expected.total)
         torch.testing.assert_close(dict(found.metrics), dict(expected.metrics))
         gradients = [torch.autograd.grad(one.total, list(leaves.values())) for one in (found, expected)]

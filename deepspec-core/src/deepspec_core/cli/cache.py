@@ -32,7 +32,7 @@ def verify(folder: Path, name: str, blocked: tuple[str, ...]) -> int:
     from deepspec_core.plugins.discovery import load_plugins
 
     show_messages()
-    cache_format: CacheFormat = load_plugins(blocked=blocked).registry.load("cache", name)()
+    cache_format: CacheFormat = load_plugins(blocked=blocked).registry.build("cache", name)
     # Asked first, so that a folder without a cache is told apart before a lock file is put into it.
     cache_format.open(folder, None) if cache_format.header(folder) is None else None
     with lock(folder, shared=True, problem="Another process is writing this cache", fix="Wait for it, or stop it."):

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _LISTED = 10
 # counts of conversations that do not become one whole sample each, in words
 _WORDS = {
-    "refused": "not taken by the chat template, or not all of it",
+    "refused": "not taken by the chat template, or not all of it, or not valid Unicode",
     "control_tokens": "with a control token of the chat template in their text",
     "no_answer": "without an answer",
     "too_short": "with too few supervised tokens",

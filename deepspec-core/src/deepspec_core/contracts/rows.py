@@ -29,7 +29,7 @@ class Rows:
     target_hidden: Tensor | None = None  # [P, H] input of the target's lm_head, each position once
     target_index: Tensor | None = None  # [N] int64, the one of the P positions that a row is compared with
     target_ids: Tensor | None = None  # [N] int64, labels; None: the target's argmax, for rows with `target_hidden`
-    weight: Tensor  # [N] fp32, multiplied with the run's weighting; 0 for padding
+    weight: Tensor  # [N] fp32, multiplied with the run's weighting; 0: the row is not there
     slot: Tensor  # [N] int64, position in block, or test-time-training step
     block: Tensor  # [N] int64, which proposal the row belongs to, non-decreasing; chunks never split a block
     extras: Mapping[str, Tensor] = field(factory=dict)  # e.g. {"confidence_logits": [N]}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 
@@ -18,20 +19,20 @@ def left_out(text: str, messages: Sequence[Mapping[str, Any]], tools: Sequence[M
     What the assistant said before may be shortened by a template, which is told elsewhere (answers.Reply.complete); its
     calls may not.
     """
-    written = _letters(text)
+    written = _Written(text)
     for tool in tools:
         name = _name_of(tool)
-        if name is not None and _letters(name) not in written:
+        if name is not None and not written.has(name):
             return f"the tool {name!r} that is on offer"
     for index, message in enumerate(messages):
-        if message["role"] != "assistant" and not _is_in(message["content"], written):
+        if message["role"] != "assistant" and not written.has_spelled(message["content"]):
             return f"the content of message {index} ({message['role']})"
         for call in message.get("tool_calls", ()):
             function = call["function"]
-            if _letters(function["name"]) not in written:
+            if not written.has(function["name"]):
                 return f"the call of {function['name']!r} in message {index}"
             for part in _leaves(function["arguments"]):
-                if not _is_in(part, written):
+                if not written.has_spelled(part):
                     return f"the argument {part!r} of the call of {function['name']!r} in message {index}"
     return None
 
@@ -55,10 +56,23 @@ def _leaves(value: Any) -> Iterator[str]:
         yield str(value)
 
 
-def _is_in(part: str, written: str) -> bool:
-    """As it is, or as JSON writes it, where line breaks become letters and letters may become numbers."""
-    spellings = (part, json.dumps(part, ensure_ascii=False), json.dumps(part))
-    return any(_letters(spelling) in written for spelling in spellings)
+class _Written:
+    """A rendered text, asked for parts. Most stand in it as they are; letters are looked at only where one does not."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def has(self, part: str) -> bool:
+        """By its letters and digits."""
+        return part.strip() in self._text or _letters(part) in self._letters
+
+    def has_spelled(self, part: str) -> bool:
+        """As it is, or as JSON writes it, where line breaks become letters and letters may become numbers."""
+        return self.has(part) or self.has(json.dumps(part, ensure_ascii=False)) or self.has(json.dumps(part))
+
+    @cached_property
+    def _letters(self) -> str:
+        return _letters(self._text)
 
 
 def _letters(text: str) -> str:

@@ -22,6 +22,7 @@ from deepspec_core.contracts.target import ConversationFormat, SamplingDefaults,
 from deepspec_core.data.conversations import Conversation
 from deepspec_core.data.regenerated_file import beside, count_lines, finish, resume, tally_of, write_line
 from deepspec_core.data.tokenize import ChatTokenizer
+from deepspec_core.data.unicode_text import not_unicode
 from deepspec_core.decoding.engine import Completion, Request, decode
 from deepspec_core.errors import DataError
 from deepspec_core.progress import Progress
@@ -267,6 +268,9 @@ class _Work:
         return None
 
     def _unanswerable(self, conversation: Conversation) -> str | None:
+        found = not_unicode(conversation.id, conversation.messages, conversation.tools)
+        if found is not None:
+            return f"it is not valid Unicode: {found}"
         roles = {message["role"] for message in conversation.messages}
         if "user" not in roles:
             return "no user message"

@@ -32,6 +32,7 @@ from deepspec_core.data.answers import (
 from deepspec_core.data.control_tokens import control_tokens, found_in
 from deepspec_core.data.conversations import Conversation
 from deepspec_core.data.left_out import left_out
+from deepspec_core.data.unicode_text import not_unicode, printable
 from deepspec_core.errors import DataError
 
 PLAIN = Supervision()
@@ -108,8 +109,10 @@ class ChatTokenizer:
     ) -> tuple[int, ...]:
         """Token ids of a prompt that ends where the assistant is to begin. The last message is not the assistant's.
 
-        TemplateRefusal where the template leaves out a message or a tool, or a message contains its control tokens.
+        TemplateRefusal where the template leaves out a message or a tool, or a message contains its control tokens or
+        is not valid Unicode.
         """
+        _refuse_not_unicode(messages, tools, system_prompt)
         self.refuse_control_tokens(messages)
         text = self.render(messages, system_prompt, prompt=True, tools=tools)
         _refuse_left_out(text, messages, tools)
@@ -185,12 +188,15 @@ class ChatTokenizer:
         ID#2, and so on. Tokens that came with the conversation are taken as they are. `original_length` counts tokens
         before that cut.
 
-        TemplateRefusal where the template does not take the conversation, or leaves out the thinking of an answer, a
-        tool call, another's message or a tool on offer. ControlTokens where a message contains one of the template's.
+        TemplateRefusal where a text or the id is not valid Unicode, or the template does not take the conversation, or
+        leaves out the thinking of an answer, a tool call, another's message or a tool on offer. ControlTokens where a
+        message contains one of the template's.
         """
         if conversation.input_ids is not None and conversation.loss_mask is not None:
+            _refuse_not_unicode(conversation.id)
             given = [(list(ids), [bool(flag) for flag in mask]) for ids, mask in conversation.given()]
         else:
+            _refuse_not_unicode(conversation.id, conversation.messages, conversation.tools)
             self.refuse_control_tokens(conversation.messages)
             answers = self.replies(conversation.messages, fmt, system_prompt, conversation.tools)
             if not all(answer.complete for answer in answers):
@@ -253,7 +259,7 @@ def tokenize_all(
 
     def drop(kind: str, identity: str, reason: str) -> None:
         counts[kind] += 1
-        on_drop(Dropped(id=identity, reason=reason))
+        on_drop(Dropped(id=printable(identity), reason=reason))
 
     for conversation in conversations:
         try:
@@ -288,6 +294,12 @@ def tokenize_all(
             counts["truncated"] += sample.original_length == max_length
             counts["mask_token"] += mask_token is not None and bool((sample.input_ids == mask_token).any())
             yield sample
+
+
+def _refuse_not_unicode(*values: Any) -> None:
+    found = not_unicode(*values)
+    if found is not None:
+        raise TemplateRefusal("A conversation is not valid Unicode", found=f"it holds {found}")
 
 
 def _refuse_left_out(text: str, messages: Messages, tools: Sequence[Mapping[str, Any]]) -> None:

@@ -17,6 +17,7 @@ from attrs import evolve, frozen
 from deepspec_core.config.schema import HELD_OUT as HELD_OUT
 from deepspec_core.data.conversations import from_row
 from deepspec_core.data.source_digest import file_digest
+from deepspec_core.data.unicode_text import not_unicode
 from deepspec_core.errors import DataError
 from deepspec_core.json_lines import read_json_lines
 from deepspec_core.plugins.registry import Registry
@@ -52,7 +53,7 @@ def load_task(
     if task.endswith(".jsonl"):
         prompts = _read_file(base / task)
     else:
-        rows = held_out() if task == HELD_OUT else registry.load("task", task)(limit, seed)
+        rows = held_out() if task == HELD_OUT else _registered(task, limit, seed, registry)
         prompts = [_prompt(row, index, task, f"{task}:{index + 1}") for index, row in enumerate(rows)]
     if limit is not None and len(prompts) > limit:
         random.Random(seed).shuffle(prompts)
@@ -75,6 +76,13 @@ def load_task(
 def task_digest(task: str, *, base: Path) -> str | None:
     """The digest of a task's file; None if the task is no file. OSError if it cannot be read."""
     return file_digest(base / task) if task.endswith(".jsonl") and (base / task).is_file() else None
+
+
+def _registered(task: str, limit: int | None, seed: int, registry: Registry) -> Iterable[Any]:
+    """The rows of a registered task. All of them are made here, where a failure is told as the plugin's."""
+    make = registry.load("task", task)
+    with registry.blaming("task", task):
+        return list(make(limit, seed))
 
 
 def _read_file(path: Path) -> list[Prompt]:
@@ -112,9 +120,15 @@ def _prompt(row: Any, index: int, name: str, where: str) -> Prompt:
     if not conversation.messages[asked]["content"].strip():
         raise DataError("A task's question is empty", where=where, expected="a user message with text")
     identity = row.get("id")
-    return Prompt(
+    prompt = Prompt(
         id=f"{name}-{index}" if identity in (None, "") else str(identity),
         index=index,
         messages=conversation.messages[: asked + 1],
         tools=conversation.tools,
     )
+    found = not_unicode(prompt.id, prompt.messages, prompt.tools)
+    if found is not None:
+        raise DataError(
+            "A task's row is not valid Unicode", where=where, found=found, fix="Correct or remove that row."
+        )
+    return prompt

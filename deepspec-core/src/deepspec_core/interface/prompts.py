@@ -6,7 +6,6 @@ known to the target's chat template.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from numbers import Integral
@@ -16,6 +15,7 @@ from attrs import define
 
 from deepspec_core.data.conversations import from_row
 from deepspec_core.data.tokenize import ChatTokenizer
+from deepspec_core.data.unicode_text import not_unicode
 from deepspec_core.errors import DataError
 from deepspec_core.interface.models import Target
 
@@ -83,13 +83,11 @@ class PromptReader:
             )
         if not read[-1]["content"].strip():
             raise _empty(where)
+        found = not_unicode(read, self.system_prompt)
+        if found is not None:
+            raise DataError("a prompt is not valid Unicode", where=where, found=found)
         try:
-            json.dumps([*read, self.system_prompt], ensure_ascii=False).encode("utf-8")
             return self._tokenizer.render_prompt(read, self.system_prompt)
-        except UnicodeEncodeError as error:
-            raise DataError(
-                "a prompt is not valid Unicode", where=where, found=f"{error.reason}, character {error.start}"
-            ) from None
         except DataError as error:
             raise DataError(
                 error.problem, where=error.where or where, found=error.found, expected=error.expected, fix=error.fix

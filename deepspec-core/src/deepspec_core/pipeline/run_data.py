@@ -114,9 +114,14 @@ class RunData:
         return file_digest(self.regenerated)
 
     def held_out(self, limit: int) -> Iterator[dict[str, Any]]:
-        """At most `limit` of the conversations that training never sees, as rows of an evaluation task."""
-        for row in islice(self.conversations("held_out"), limit):
-            yield {"id": row.id, "messages": row.messages, "tools": row.tools}
+        """At most `limit` of the conversations that training never sees, as rows of an evaluation task.
+
+        Those that are not valid Unicode are left out, as training refuses them.
+        """
+        from deepspec_core.data.unicode_text import not_unicode
+
+        rows = ({"id": row.id, "messages": row.messages, "tools": row.tools} for row in self.conversations("held_out"))
+        return islice((row for row in rows if not_unicode(row) is None), limit)
 
     def expected_conversations(self) -> int | None:
         """How many training conversations there are at most, None where a source has no limit."""

@@ -23,7 +23,7 @@ def run_stage(run: Run) -> dict[str, Any]:
     The finished draft lies in the run's folder as `draft`.
     """
     registry = run.plugins.registry
-    source: FeatureSource = registry.load("features", run.file.features.mode)(run)
+    source: FeatureSource = registry.build("features", run.file.features.mode, run)
     draft = new_draft(run)
     draft.adopt(run.target.model.embedding_weight(), run.target.model.head_weight())
     folder = run.stage_folder("train")

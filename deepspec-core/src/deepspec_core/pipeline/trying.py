@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from typing import Any, cast
 
 import torch
 from attrs import evolve, frozen
@@ -21,6 +22,7 @@ from torch._subclasses.fake_tensor import (
 )
 
 from deepspec_core.contracts.draft import DraftBatch, DraftModel
+from deepspec_core.contracts.loss import LossTerm, RowStats
 from deepspec_core.contracts.rows import Heads, Rows
 from deepspec_core.errors import DeepSpecError, PluginError
 from deepspec_core.estimating.memory import fake_tensors, without_torch_messages
@@ -110,8 +112,9 @@ def _rows(run: Run, draft: DraftModel) -> Rows | None:
 
 def _try_loss(run: Run, engine: RowEngine, rows: Rows, heads: Heads) -> None:
     few_rows, few_heads = _few(rows, heads)
-    for name, term in engine.terms.items():
-        alone = RowEngine({name: term}, engine.weighting, kernels="plain")
+    for name, (term, coefficient) in engine.terms.items():
+        package = run.plugins.registry.provider("loss", name)
+        alone = RowEngine({name: (_OneValueARow(term, name, package), coefficient)}, engine.weighting, kernels="plain")
         try:
             with warnings.catch_warnings():
                 # One term alone leaves extras unread that other terms read.
@@ -122,9 +125,32 @@ def _try_loss(run: Run, engine: RowEngine, rows: Rows, heads: Heads) -> None:
         except Exception as error:
             raise PluginError(
                 f"loss term {name!r} fails on made-up rows",
-                where=run.plugins.registry.provider("loss", name),
+                where=package,
                 found=blame(error),
             ) from error
+
+
+class _OneValueARow:
+    """A loss term that is refused if it returns anything else: torch would spread a single number over the rows."""
+
+    def __init__(self, term: LossTerm, name: str, package: str) -> None:
+        self._term, self._name, self._package = term, name, package
+
+    def __call__(self, stats: RowStats) -> Tensor:
+        value: Any = self._term(stats)
+        is_tensor = isinstance(value, Tensor)
+        if is_tensor and value.shape == (_ROWS,) and value.is_floating_point():
+            return cast(Tensor, value)
+        raise PluginError(
+            f"loss term {self._name!r} does not return one number a row",
+            where=self._package,
+            found=f"{list(value.shape)}, {value.dtype}" if is_tensor else type(value).__name__,
+            expected=f"a tensor of shape [{_ROWS}] for {_ROWS} rows, of a floating-point type",
+            fix="return what was computed from each row, not its mean or sum",
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._term, name)
 
 
 def _few(rows: Rows, heads: Heads) -> tuple[Rows, Heads]:

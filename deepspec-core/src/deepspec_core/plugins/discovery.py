@@ -17,14 +17,13 @@ from attrs import evolve, fields, frozen
 from deepspec_core import __version__
 from deepspec_core.errors import PluginError, nearest
 from deepspec_core.plugins import hooks
-from deepspec_core.plugins.records import PluginRecord, Status, canonical
+from deepspec_core.plugins.records import CORE, PluginRecord, Status, canonical
 from deepspec_core.plugins.references import blame, message_of
 from deepspec_core.plugins.registry import KINDS, Offer, Registry
 
 __all__ = ["Plugins", "load_plugins"]
 
 GROUP = "deepspec"
-CORE = "deepspec-core"
 
 
 @frozen(kw_only=True, eq=False)

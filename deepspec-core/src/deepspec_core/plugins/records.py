@@ -8,6 +8,8 @@ from typing import Literal
 
 from attrs import field, frozen
 
+CORE = "deepspec-core"
+
 Status = Literal["ok", "broken", "incompatible", "blocked", "duplicate"]
 
 

@@ -7,13 +7,15 @@ plugin was left out and why. Does not know how plugins are found (discovery.py),
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, overload
 
 from attrs import frozen
 
 from deepspec_core.errors import DeepSpecError, PluginError, TargetError, nearest
-from deepspec_core.plugins.records import PluginRecord
+from deepspec_core.plugins.guarded import Guarded
+from deepspec_core.plugins.records import CORE, PluginRecord, canonical
 from deepspec_core.plugins.references import blame, resolve
 from deepspec_core.plugins.specs import (
     BuiltinSpec,
@@ -162,6 +164,40 @@ class Registry:
                 fix=error.fix,
             ) from error
 
+    @contextmanager
+    def blaming(self, kind: str, name: str) -> Iterator[None]:
+        """Within it runs code of the component. PluginError, with the plugin's name, if that fails.
+
+        DeepSpecErrors and a full disk stay as they are. So do failures of core's own components: they are core's
+        mistakes.
+        """
+        offer = self._offer(kind, name, None)
+        try:
+            yield
+        except DeepSpecError:
+            raise
+        except Exception as error:
+            from deepspec_core.disk import no_room
+
+            if _is_core(offer.package) or no_room(error) is not None:
+                raise
+            raise PluginError(
+                f"{KINDS[kind].title} {offer.label!r} of {offer.source} failed",
+                where=offer.spec.build,
+                found=blame(error),
+            ) from error
+
+    def build(self, kind: str, name: str, *arguments: Any) -> Any:
+        """Import what the spec's `build` names and call it. PluginError, with the plugin's name, if either fails."""
+        build = self.load(kind, name)
+        with self.blaming(kind, name):
+            return build(*arguments)
+
+    def build_guarded(self, kind: str, name: str, *arguments: Any) -> Any:
+        """The same for a component that is itself called. PluginError, with the plugin's name, if a call fails too."""
+        built = self.build(kind, name, *arguments)
+        return built if _is_core(self.provider(kind, name)) else Guarded(built, lambda: self.blaming(kind, name))
+
     def model_types(self) -> list[str]:
         """Every config.model_type that an installed adapter covers, sorted."""
         return sorted(self._model_types)
@@ -266,6 +302,10 @@ def _recognises(offer: Offer, config: Mapping[str, Any]) -> bool:
             found=blame(error),
             fix=f"where the checkpoint is not of that type: --no-plugin {offer.package}",
         ) from error
+
+
+def _is_core(package: str) -> bool:
+    return canonical(package) == CORE
 
 
 def _one_of(names: Sequence[str]) -> str:

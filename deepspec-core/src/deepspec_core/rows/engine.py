@@ -28,6 +28,7 @@ from deepspec_core.rows.footprint import Footprint, footprint
 from deepspec_core.rows.head_gradient import scaled
 from deepspec_core.rows.kernels.choice import Choice, choose_kernels
 from deepspec_core.rows.metrics import Ratio, slot_metrics, survival_metrics
+from deepspec_core.rows.weighted import weighted
 
 
 class RowResult(NamedTuple):
@@ -78,11 +79,13 @@ class RowEngine:
     def __call__(self, rows: Rows, heads: Heads, *, step: int = 0, with_metrics: bool = False) -> RowResult:
         """The loss of these rows at optimizer step `step`, counted from 0; coefficients may depend on it.
 
-        `with_metrics` adds accuracy per slot and, if the rows have a target, the acceptance rate per slot to the
-        metrics. ConfigError if a term reads what these rows do not carry, or if the chosen kernels cannot run.
+        Rows of weight 0 are not there: nothing that they hold counts. `with_metrics` adds accuracy per slot and, if the
+        rows have a target, the acceptance rate per slot to the metrics. ConfigError if a term
+        reads what these rows do not carry, or if the chosen kernels cannot run.
         """
         self.check(rows)
         self._warn_of_idle(rows)
+        rows = weighted(rows)
         inputs = {"hidden": rows.hidden, "draft_head": heads.draft}
         if rows.correction is not None:
             assert heads.correction is not None, "rows carry a correction, heads have none"
@@ -206,11 +209,10 @@ class RowEngine:
 
 def build_engine(loss: LossOptions, registry: Registry) -> RowEngine:
     """The engine that a run file's [loss] section asks for. `registry` finds terms and weightings by name."""
-    weighting = registry.load("weighting", loss.weighting.type)
-    options = loss.weighting.options
+    options = () if loss.weighting.options is None else (loss.weighting.options,)
     return RowEngine(
-        {name: (registry.load("loss", name)(), coefficient) for name, coefficient in loss.terms.items()},
-        weighting() if options is None else weighting(options),
+        {name: (registry.build_guarded("loss", name), coefficient) for name, coefficient in loss.terms.items()},
+        registry.build_guarded("weighting", loss.weighting.type, *options),
         loss.chunk_rows,
         kernels=loss.kernels,
     )

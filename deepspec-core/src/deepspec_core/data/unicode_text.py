@@ -1,0 +1,23 @@
+"""Text with half of a surrogate pair in it, as JSON can write it ("\\ud800"): no character, and nothing encodes it.
+
+Knows values that JSON can hold. Does not know rows, templates or tokenizers.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+
+def not_unicode(*values: Any) -> str | None:
+    """What in the texts of these values is no character, in words; None where they can be written as UTF-8."""
+    try:
+        json.dumps(values, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        return f"half of a surrogate pair, {error.object[error.start]!r}"
+    return None
+
+
+def printable(text: str) -> str:
+    """The text with what is no character written as an escape."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -1,0 +1,179 @@
+"""Code of a plugin that fails is told as the plugin's, with its package and what it raised; no traceback."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from textwrap import dedent
+from typing import Any
+
+import pytest
+
+from deepspec_core.cli.main import main
+from deepspec_core.plugins.discovery import load_plugins
+
+OFFERS = """
+    from deepspec_core.plugins import ComponentSpec, TaskSpec, hookimpl
+
+    @hookimpl
+    def deepspec_losses():
+        return [
+            ComponentSpec(name=name, summary="", build=f"odd_parts:{name}")
+            for name in ("unbuilt", "raising", "scalar", "column", "number", "whole", "right", "late", "backwards")
+        ]
+
+    @hookimpl
+    def deepspec_weightings():
+        return [ComponentSpec(name="heavy", summary="", build="odd_parts:raising")]
+
+    @hookimpl
+    def deepspec_feature_sources():
+        return [ComponentSpec(name="nowhere", summary="", build="odd_parts:refuses")]
+
+    @hookimpl
+    def deepspec_cache_formats():
+        return [ComponentSpec(name="stone", summary="", build="odd_parts:refuses")]
+
+    @hookimpl
+    def deepspec_tasks():
+        return [
+            TaskSpec(name="riddles", summary="", build="odd_parts:refuses"),
+            TaskSpec(name="puzzles", summary="", build="odd_parts:one_and_no_more"),
+        ]
+"""
+PARTS = """
+    import torch
+
+    class Term:
+        needs_target = False
+        needs_extras = ()
+
+        def __init__(self, value=None):
+            self.value = value
+
+        def __call__(self, stats):
+            return self.value(stats)
+
+    class raising(Term):
+        def __call__(self, *_):
+            raise KeyError("of the odd one")
+
+    def unbuilt():
+        return {}["of the odd one"]
+
+    def refuses(*_):
+        raise KeyError("of the odd one")
+
+    def one_and_no_more(limit, seed):
+        yield {"turns": ["one"]}
+        raise KeyError("of the odd one")
+
+    def fail(_):
+        raise KeyError("of the odd one")
+
+    def hooked(stats):
+        value = stats.ce * 1.0
+        value.register_hook(fail)
+        return value
+
+    scalar = lambda: Term(lambda stats: stats.ce.mean())
+    column = lambda: Term(lambda stats: stats.ce[:, None])
+    number = lambda: Term(lambda stats: 1.0)
+    whole = lambda: Term(lambda stats: stats.draft_argmax)
+    right = lambda: Term(lambda stats: stats.ce)
+    late = lambda: Term(lambda stats: stats.ce if len(stats.ce) == 4 else fail(stats))
+    backwards = lambda: Term(hooked)
+"""
+
+
+@pytest.fixture(autouse=True)
+def _odd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package `fake-odd` 1.0 as if installed."""
+    folder = tmp_path / "installed"
+    info = folder / "fake_odd-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: fake-odd\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[deepspec]\nodd = odd_offers\n")
+    (folder / "odd_offers.py").write_text(dedent(OFFERS))
+    (folder / "odd_parts.py").write_text(dedent(PARTS))
+    monkeypatch.syspath_prepend(str(folder))
+    for module in ("odd_offers", "odd_parts"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+
+
+Says = Callable[..., None]
+
+
+@pytest.fixture
+def says(run_file: Path, capsys: pytest.CaptureFixture[str]) -> Says:
+    """says(*overrides, parts=(...)): the run ends with exit code 2 and says these parts and the package.
+
+    `started`: whether a stage has begun by then.
+    """
+
+    def check(*overrides: str, parts: tuple[str, ...], started: bool = False) -> None:
+        arguments = [word for text in overrides for word in ("--set", text)]
+        assert main(["run", str(run_file), "--smoke", *arguments]) == 2
+        seen = capsys.readouterr()
+        assert "Traceback" not in seen.err
+        assert ("starting" in seen.out) == started
+        for part in (*parts, "fake-odd"):
+            assert part in seen.err, f"{part!r} is not in:\n{seen.err}"
+
+    return check
+
+
+RAISED = "KeyError: 'of the odd one'"
+
+
+@pytest.mark.parametrize("name", ["unbuilt", "raising", "backwards"])
+def test_a_loss_term(says: Says, name: str) -> None:
+    says(f"loss.terms={{ce=1.0,{name}=1.0}}", parts=(f"loss term {name!r}", "fail", RAISED, "odd_parts.py"))
+
+
+def test_a_weighting(says: Says) -> None:
+    says('loss.weighting={type="heavy"}', parts=("weighting 'heavy' of fake-odd 1.0 failed", RAISED, "odd_parts.py"))
+
+
+def test_a_loss_term_that_fails_while_training(says: Says) -> None:
+    says("loss.terms={late=1.0}", parts=("loss term 'late' of fake-odd 1.0 failed", RAISED), started=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [("scalar", "[], torch.float32"), ("column", "[4, 1], torch.float32"), ("number", "float"), ("whole", "int64")],
+)
+def test_a_loss_term_that_returns_no_number_a_row(says: Says, name: str, found: str) -> None:
+    says(f"loss.terms={{{name}=1.0}}", parts=(f"loss term {name!r} does not return one number a row", found, "[4]"))
+
+
+@pytest.mark.parametrize(
+    ("override", "what", "started"),
+    [
+        ("features.mode=nowhere", "feature source 'nowhere'", True),
+        ('evaluate.tasks=["riddles"]', "evaluation task 'riddles'", False),
+        ('evaluate.tasks=["puzzles"]', "evaluation task 'puzzles'", False),
+    ],
+)
+def test_a_component_that_cannot_be_built(says: Says, override: str, what: str, started: bool) -> None:
+    says(override, parts=(f"{what} of fake-odd 1.0 failed", RAISED, "odd_parts.py"), started=started)
+
+
+def test_a_cache_format_that_cannot_be_built(says: Says) -> None:
+    says("features.mode=cached", "cache.format=stone", parts=("cache format 'stone' of fake-odd 1.0 failed", RAISED))
+
+
+def test_the_original_error_is_the_cause() -> None:
+    from deepspec_core.errors import PluginError
+
+    registry: Any = load_plugins().registry
+    with pytest.raises(PluginError) as caught:
+        registry.build("cache", "stone")
+    assert isinstance(caught.value.__cause__, KeyError)
+    term = registry.build_guarded("loss", "raising")
+    assert term.needs_extras == ()
+    with pytest.raises(PluginError) as caught:
+        term(None)
+    assert isinstance(caught.value.__cause__, KeyError)
+    assert caught.value.where == "odd_parts:raising"
