@@ -271,3 +271,11 @@ def test_sampling_is_the_run_files_then_the_familys() -> None:
     family = SamplingDefaults(temperature=0.7, top_p=0.8, top_k=20)
     assert sampling_of(RegenerateOptions(temperature=0.0), family) == Sampling(temperature=0.0, top_p=0.8, top_k=20)
     assert sample_seed(1, "a") != sample_seed(1, "a", 1) != sample_seed(2, "a", 1)
+
+
+def test_a_later_turn_that_cannot_be_asked_is_dropped(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
+    """What was answered before it is kept."""
+    rows = [from_row({"id": f"c{i}", "turns": ["One?", "Two, <|end|>?", "Three?"]}, "test") for i in range(6)]
+    report = _run(tmp_path / "out.jsonl", rows, tokenizer, options={"max_tokens": 60})
+    assert (report.conversations, report.failures, report.dropped_turns) == (6, 0, 12)
+    assert all([message["role"] for message in row["messages"]] == ["user", "assistant"] for row in _rows(report.path))

@@ -8,6 +8,7 @@ drawn is the engine's, where conversations come from is the caller's.
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,6 +28,8 @@ from deepspec_core.decoding.engine import Completion, Request, decode
 from deepspec_core.errors import DataError
 from deepspec_core.progress import Progress
 
+log = logging.getLogger("deepspec")
+
 # Below this many conversations a share says little: the budget is then checked at the end only.
 _BUDGET_AFTER = 200
 
@@ -36,7 +39,8 @@ class RegenerateReport:
     """Of the whole file, earlier runs included; `written` and `skipped` tell this run's share from theirs.
 
     `unfinished` conversations end in an answer that met the token limit, kept without an end marker; `empty` ones in an
-    answer without text. `dropped_turns` would have followed such an unfinished answer, or did not fit max_length.
+    answer without text. `dropped_turns` would have followed such an unfinished answer, did not fit max_length, or are
+    refused by the template or for a control token in their text.
     `rerendered_answers` are earlier answers whose tokens changed when the next prompt was rendered (thinking dropped,
     other merges): each is kept as a row of its own, with the prompt it answered.
     """
@@ -211,10 +215,14 @@ class _Work:
         goes_on = any(message["role"] == "user" for message in dialogue.ahead)
         dropped = 0
         if goes_on and completion.finish_reason == "stop":
-            request = self._turn(dialogue)
-            if len(request.prompt_ids) < self.max_length:
-                self.next_turns.append(request)
-                return None
+            try:
+                request = self._turn(dialogue)
+            except DataError as error:
+                log.info("%s: no further turn is asked: %s (%s)", completion.id, error.problem, error.found)
+            else:
+                if len(request.prompt_ids) < self.max_length:
+                    self.next_turns.append(request)
+                    return None
             dropped = 1
             while dialogue.history[-1]["role"] != "assistant":
                 dialogue.history.pop()

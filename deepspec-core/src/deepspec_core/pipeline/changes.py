@@ -6,7 +6,8 @@ Knows records and where each content of a run lies. Does not know what a stage i
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Final
 
 from deepspec_core.data.split import RULE
@@ -35,17 +36,25 @@ def refuse_changes(run: Run, record: StageRecord) -> None:
             expected=f"{key} = {old}, which the results were made with",
             fix=f"Set it back, {back}",
         )
-    for contents_of_stage, whose in ((record.content, "which the results were made with"), (record.made, "as made")):
-        for name, old in contents_of_stage.items():
-            new = digest_now(run, name, resuming=not record.complete)
-            if new is not None and new != old:
-                raise StageError(
-                    f"{name[0].upper()}{name[1:]} changed under the results of the stage `{stage}`",
-                    where=folder,
-                    found=new[:_DIGITS],
-                    expected=f"{old[:_DIGITS]}, {whose}",
-                    fix=f"Put back what was there, {back}",
-                )
+    _refuse_others(run, record, record.content, folder, "which the results were made with", back)
+    places = {contents.REGENERATED: run.data.regenerated, contents.OWN_DRAFT: run.folder / "draft"}
+    for name, digest in record.made.items():
+        _refuse_others(run, record, {name: digest}, places.get(name) or folder, "as the stage left it", back)
+
+
+def _refuse_others(
+    run: Run, record: StageRecord, digests: Mapping[str, str], where: Path, whose: str, back: str
+) -> None:
+    for name, old in digests.items():
+        new = digest_now(run, name, resuming=not record.complete)
+        if new is not None and new != old:
+            raise StageError(
+                f"{name[0].upper()}{name[1:]} changed under the results of the stage `{record.stage}`",
+                where=where,
+                found=new[:_DIGITS],
+                expected=f"{old[:_DIGITS]}, {whose}",
+                fix=f"Put back what was there, {back}",
+            )
 
 
 def digest_now(run: Run, name: str, *, resuming: bool) -> str | None:
