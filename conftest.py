@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from deepspec_core.pipeline.threads import let_waiting_threads_sleep
 
 # Before anything imports PyTorch: a test run is rarely alone on its machine.
 let_waiting_threads_sleep()
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # As many processes as cores share the tests: each computes with one thread.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from deepspec_core.checkpoints.published import load_draft, save_draft
 from deepspec_core.contracts.draft import DraftModel

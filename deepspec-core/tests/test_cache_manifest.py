@@ -80,7 +80,7 @@ def test_any_value_anywhere_is_read_as_it_stands_or_refused(folder: Path, data: 
         (lambda content: content["shards"][0].update(file="../x.h5"), "file"),
         (lambda content: content["shards"][0].update(file=".."), "lies outside the cache"),
         (lambda content: content["header"].update(hidden_size=True), "hidden_size"),
-        (lambda content: content["header"].update(taps=[0, -1]), "taps"),
+        (lambda content: content["header"].update(taps=[0, -2]), "taps"),
         (lambda content: content.pop("header"), "header"),
         (lambda content: content["header"].update(more=1), "more"),
     ],
