@@ -66,7 +66,7 @@ def test_kernels_that_cannot_run(refused: Refused, monkeypatch: pytest.MonkeyPat
 def test_a_task_file_that_is_missing_or_damaged(refused: Refused, run_file: Path) -> None:
     refused('evaluate.tasks=["questions.jsonl"]', says=("A task's file is missing", "questions.jsonl"))
     (run_file.parent / "questions.jsonl").write_text('{"turns": ["one"]}\n{"question": 1}\n')
-    refused('evaluate.tasks=["questions.jsonl"]', says=("has no question", "questions.jsonl:2"))
+    refused('evaluate.tasks=["questions.jsonl"]', says=("question is neither text", "questions.jsonl:2"))
 
 
 def test_a_dry_run_says_it_too(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:

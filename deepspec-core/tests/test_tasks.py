@@ -35,11 +35,6 @@ def test_the_first_turn_is_asked(tmp_path: Path) -> None:
     assert (first.id, second.id) == ("task-0", "task-1")
 
 
-def test_turns_are_asked_where_a_row_has_messages_too(tmp_path: Path) -> None:
-    (prompt,) = _load(tmp_path, [{"turns": ["One?"], "messages": [{"role": "user", "content": "Another?"}]}])
-    assert prompt.messages == ({"role": "user", "content": "One?"},)
-
-
 def test_a_quota_shuffles_with_its_seed_and_renumbers(tmp_path: Path) -> None:
     rows = [{"turns": [str(number)]} for number in range(20)]
     expected = list(range(20))
@@ -55,7 +50,7 @@ def test_a_quota_shuffles_with_its_seed_and_renumbers(tmp_path: Path) -> None:
     ("rows", "said"),
     [
         ([{"id": "a", "turns": ["x"]}, {"id": "a", "turns": ["y"]}], "share an id"),
-        ([{"question": "x"}], "task.jsonl:1"),
+        ([{"text": "x"}], "task.jsonl:1"),
         ([], "no prompts"),
         ([{"messages": [{"content": "x"}]}], "no known role"),
         ([{"messages": "hello"}], "messages is not a list"),

@@ -103,7 +103,10 @@ class ExportError(DeepSpecError):
     """A draft that an engine cannot serve as asked."""
 
 
-def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that looks most like `name`, if one is close enough to be worth suggesting."""
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+def nearest(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | None:
+    """The known name that looks most like `name`, if one is close enough to be worth suggesting.
+
+    `cutoff` is the least likeness, from 0 to 1 (equal).
+    """
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return matches[0] if matches else None

@@ -34,7 +34,7 @@ COLDEST = 1e-6
 # What ships inside a plugin stands after it: builtin:NAME.
 BUILTIN = "builtin:"
 # How the names of JSON-lines files end.
-JSON_LINES = (".jsonl", ".jsonl.gz")
+JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 # More than any context, batch or generator of random numbers takes.
 _TOKENS = 2**27
 _SEQUENCES = 2**20
@@ -95,7 +95,8 @@ class TargetOptions:
 class SourceOptions:
     """An entry of [data] sources.
 
-    path: A JSON-lines file (.jsonl, .jsonl.gz), a dataset folder, a Hub dataset such as org/name, or builtin:NAME.
+    path: A JSON-lines file (.jsonl, .jsonl.gz, .jsonl.zst), a dataset folder, a Hub dataset such as org/name, or
+        builtin:NAME.
     weight: How often the next conversation is taken from this source, relative to the other sources' weights. A source
         is left when it is used up. Every conversation is used once.
     split: The split of a dataset. Left out: train. Files and builtins have none.

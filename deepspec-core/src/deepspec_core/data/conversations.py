@@ -1,6 +1,6 @@
-"""One conversation, and how the shapes found on disk and on the Hub become one.
+"""One conversation, and how the rows found on disk and on the Hub become one.
 
-Knows row formats and identities; does not know files, templates or tokens' meaning.
+Knows the shapes of rows and identities. Does not know messages (messages.py), files, templates or tokens' meaning.
 """
 
 from __future__ import annotations
@@ -12,21 +12,16 @@ from typing import Any, Final
 
 from attrs import frozen
 
+from deepspec_core.data.messages import listed, message_of, tools_of
 from deepspec_core.errors import DataError, nearest
 
-ROLES: Final = ("system", "user", "assistant", "tool")
-_ALIASES: Final = {
-    "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "function": "tool",
-    "observation": "tool",
-}
-_DEEPEST: Final = 64
-_NESTED: Final = (Mapping, list, tuple)
-_FIELDS: Final = ("messages", "conversations", "turns", "prompt_ids", "input_ids")
+# Fields that hold a conversation, in the order of preference: messages; texts of the user; one such text.
+_OF_MESSAGES: Final = ("messages", "conversations")
+_OF_TEXTS: Final = ("turns",)
+_OF_ONE_TEXT: Final = ("prompt", "question")
+SHAPES: Final = (*_OF_MESSAGES, *_OF_TEXTS, *_OF_ONE_TEXT)
+# A field's name this alike is likely one of those, misspelled.
+_MISSPELLED: Final = 0.75
 
 
 @frozen(kw_only=True)
@@ -74,13 +69,16 @@ def content_digest(
 
 
 def from_row(row: Any, where: str) -> Conversation:
-    """A row of any accepted shape; DataError saying `where` (file:line) it is malformed.
+    """A row of any accepted shape. DataError, saying `where` (file:line), if it is malformed; UnusableRow, a kind of
+    DataError, if it is well-formed and says what no conversation here can hold.
 
     Accepted: `messages` [{role, content}]; `conversations` [{from, value}] (or role and content); `turns` [text], the
-    user's only; each with `id` or without (a digest of the content then), and with `tools`, a list of function schemas
-    (or the same as JSON text), or without. Tokens: `input_ids` with `loss_mask`, or what regeneration writes:
-    `prompt_ids` and `output_ids`, with `prompt_answers` [[begin, end]], the token spans of the prompt that are earlier
-    answers as the target emitted them, and `rewritten` [[prompt ids, output ids]], those that the prompt rewrites.
+    user's only; `prompt` or `question`, one text of the user. Where a row has several, the first of these that is not
+    empty counts. A row has an `id` (text or a whole number) or none (a digest of the content then), and `tools`, a list
+    of function schemas (or the same as JSON text), or none. Tokens: `input_ids` with `loss_mask`, or what regeneration
+    writes: `prompt_ids` and `output_ids`, with `prompt_answers` [[begin, end]], the token spans of the prompt that are
+    earlier answers as the target emitted them, and `rewritten` [[prompt ids, output ids]], those that the prompt
+    rewrites.
     """
     if not isinstance(row, Mapping):
         raise DataError("A row is not an object", where=where, found=type(row).__name__, expected="{...}")
@@ -88,19 +86,17 @@ def from_row(row: Any, where: str) -> Conversation:
     input_ids, loss_mask = _tokens(row, where)
     if not messages and input_ids is None:
         keys = ", ".join(sorted(map(str, row)))
-        close = next((near for key in row if (near := nearest(str(key), _FIELDS))), None)
+        close = next((near for key in row if (near := nearest(str(key), SHAPES, cutoff=_MISSPELLED))), None)
         raise DataError(
             "A row holds no conversation",
             where=where,
             found=f"fields {keys}" if keys else "no fields",
-            expected="messages, conversations or turns, not empty",
-            fix=f"Is {close!r} meant?" if close else None,
+            expected=f"one of {', '.join(SHAPES)}, not empty",
+            fix=f"Is {close!r} meant?" if close and close not in row else None,
         )
-    tools = _tools(row, where)
-    identity = row.get("id")
-    name = content_digest(messages, input_ids, loss_mask, tools) if identity in (None, "") else str(identity)
+    tools = tools_of(row.get("tools"), f"{where} tools")
     return Conversation(
-        id=name,
+        id=identity_of(row, where) or content_digest(messages, input_ids, loss_mask, tools),
         messages=messages,
         tools=tools,
         input_ids=input_ids,
@@ -109,118 +105,36 @@ def from_row(row: Any, where: str) -> Conversation:
     )
 
 
+def identity_of(row: Mapping[str, Any], where: str) -> str | None:
+    """The row's `id` as text; None where it has none. DataError for what identifies nothing."""
+    identity = row.get("id")
+    if identity is None or identity == "":
+        return None
+    if isinstance(identity, bool) or not isinstance(identity, str | int):
+        raise DataError(
+            "A row's id is neither text nor a whole number",
+            where=where,
+            found=repr(identity)[:80],
+            expected='such as "q-17" or 17; without an id, the content gives one',
+        )
+    return str(identity)
+
+
 def _messages(row: Mapping[str, Any], where: str) -> tuple[dict[str, Any], ...]:
-    if row.get("messages") is not None:
-        return tuple(_message(item, f"{where} messages[{i}]") for i, item in enumerate(_list(row, "messages", where)))
-    if row.get("conversations") is not None:
-        items = _list(row, "conversations", where)
-        return tuple(_message(item, f"{where} conversations[{i}]") for i, item in enumerate(items))
-    if row.get("turns") is not None:
-        items = _list(row, "turns", where)
-        return tuple(_message({"role": "user", "content": item}, f"{where} turns[{i}]") for i, item in enumerate(items))
-    return ()
-
-
-def _list(row: Mapping[str, Any], name: str, where: str) -> Sequence[Any]:
+    name = next((name for name in SHAPES if row.get(name) not in (None, "", [], ())), None)
+    if name is None:
+        return ()
     value = row[name]
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        raise DataError(f"{name} is not a list", where=where, found=type(value).__name__, expected="a list")
-    return value
-
-
-def _message(item: Any, where: str) -> dict[str, Any]:
-    if not isinstance(item, Mapping):
-        raise DataError("A message is not an object", where=where, found=repr(item)[:80], expected="{role, content}")
-    role = item.get("role", item.get("from"))
-    content = item.get("content", item.get("value"))
-    role = _ALIASES.get(role, role) if isinstance(role, str) else role
-    if role not in ROLES:
+    if name in _OF_ONE_TEXT and isinstance(value, str):
+        return (message_of({"role": "user", "content": value}, f"{where} {name}"),)
+    if name in _OF_ONE_TEXT and not isinstance(value, list | tuple):
         raise DataError(
-            "A message has no known role",
-            where=where,
-            found=repr(role),
-            expected=", ".join((*ROLES, *_ALIASES)),
-            fix=f"Is {near!r} meant?" if isinstance(role, str) and (near := nearest(role, ROLES)) else None,
+            f"{name} is neither text nor a list of messages", where=where, found=repr(value)[:80], expected="text"
         )
-    extras = _extras(item, role, where)
-    if content is None and "tool_calls" in extras:
-        content = ""
-    if not isinstance(content, str):
-        raise DataError("A message's content is not text", where=where, found=repr(content)[:80], expected="a string")
-    return {"role": role, "content": content, **extras}
-
-
-def _extras(item: Mapping[str, Any], role: str, where: str) -> dict[str, Any]:
-    """What a message says beside its content; fields that are empty, as tables have them, are left out."""
-    extras: dict[str, Any] = {}
-    if role == "assistant":
-        reasoning = item.get("reasoning_content") or item.get("reasoning")
-        if reasoning:
-            extras["reasoning_content"] = _text(reasoning, f"{where} reasoning_content")
-        if item.get("tool_calls"):
-            calls = enumerate(_list(item, "tool_calls", where))
-            extras["tool_calls"] = [_tool_call(call, f"{where} tool_calls[{i}]") for i, call in calls]
-    if role == "tool":
-        extras |= {key: _text(item[key], f"{where} {key}") for key in ("name", "tool_call_id") if item.get(key)}
-    return extras
-
-
-def _text(value: Any, where: str) -> str:
-    if not isinstance(value, str):
-        raise DataError("A message's field is not text", where=where, found=repr(value)[:80], expected="a string")
-    return value
-
-
-def _tool_call(call: Any, where: str) -> dict[str, Any]:
-    """A call in the one shape templates agree on, whether or not `function` and JSON text were around its parts."""
-    function = call.get("function", call) if isinstance(call, Mapping) else None
-    name = function.get("name") if isinstance(function, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(name, str):
-        raise DataError(
-            "A tool call names no function",
-            where=where,
-            found=repr(call)[:80],
-            expected='{"function": {"name": ..., "arguments": {...}}}',
-        )
-    arguments = _parsed(function.get("arguments") or {}, where)
-    if not isinstance(arguments, Mapping):
-        raise DataError(
-            "A tool call's arguments are not an object", where=where, found=repr(arguments)[:80], expected="{...}"
-        )
-    _require_shallow(arguments, where)
-    identity = {"id": str(call["id"])} if call.get("id") else {}
-    return {**identity, "type": "function", "function": {"name": name, "arguments": dict(arguments)}}
-
-
-def _tools(row: Mapping[str, Any], where: str) -> tuple[dict[str, Any], ...]:
-    tools = _parsed(row.get("tools") or [], f"{where} tools")
-    if not isinstance(tools, Sequence) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise DataError("tools is not a list of objects", where=where, found=repr(tools)[:80], expected="[{...}, ...]")
-    _require_shallow(tools, f"{where} tools")
-    return tuple(dict(tool) for tool in tools)
-
-
-def _require_shallow(value: Any, where: str) -> None:
-    """DataError for JSON nested deeper than any schema or argument: rendering and digests go through it recursively."""
-    level = [value]
-    for _ in range(_DEEPEST):
-        parts = [part.values() if isinstance(part, Mapping) else part for part in level if isinstance(part, _NESTED)]
-        level = [inner for part in parts for inner in part]
-        if not level:
-            return
-    raise DataError("JSON is nested too deep", where=where, expected=f"at most {_DEEPEST} levels")
-
-
-def _parsed(value: Any, where: str) -> Any:
-    """JSON text as what it says; anything else as it is."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:
-        raise DataError(
-            "Not JSON", where=where, found=repr(value)[:80], expected="JSON text, or what it says"
-        ) from error
+    items = enumerate(listed(value, name, where))
+    if name in _OF_TEXTS:
+        return tuple(message_of({"role": "user", "content": item}, f"{where} {name}[{i}]") for i, item in items)
+    return tuple(message_of(item, f"{where} {name}[{i}]") for i, item in items)
 
 
 def _tokens(row: Mapping[str, Any], where: str) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:

@@ -5,8 +5,9 @@ Knows how to find and split conversations; does not know templates, tokens or wh
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count, islice
 from pathlib import Path
@@ -16,13 +17,19 @@ from attrs import evolve
 
 from deepspec_core.config.schema import BUILTIN, JSON_LINES, SourceOptions
 from deepspec_core.data.conversations import Conversation, from_row
+from deepspec_core.data.messages import UnusableRow
 from deepspec_core.data.split import Split, is_held_out, prompt_digest
 from deepspec_core.errors import DataError, nearest
 from deepspec_core.hub import say_local_copy, why_unreachable
 from deepspec_core.json_lines import read_json_lines
 from deepspec_core.progress import Progress
 
+log = logging.getLogger("deepspec")
+
+OnDrop = Callable[[str, str], None]
+
 _SHOWN_BYTES: Final = 1 << 26
+_DROPS_SHOWN: Final = 5
 
 
 class Registry(Protocol):
@@ -42,6 +49,7 @@ def read_sources(
     base: Path,
     registry: Registry,
     counts: Counter[str] | None = None,
+    on_drop: OnDrop = lambda _where, _reason: None,
 ) -> Iterator[Conversation]:
     """The conversations of one split, lazily, each once.
 
@@ -51,14 +59,22 @@ def read_sources(
 
     Sources are interleaved in proportion to their weights for as long as they last; every conversation comes once, so
     weights decide the order, and limits how much. `counts` receives `conversations`, `duplicates` (same id, same
-    content: dropped), `renamed` (same id, other content: kept under a longer id) and `same_question` (the first user
-    asks what an earlier conversation's asked: kept).
+    content: dropped), `renamed` (same id, other content: kept under a longer id), `same_question` (the first user
+    asks what an earlier conversation's asked: kept) and `unusable` (rows that say what no conversation here can hold:
+    dropped, and told to `on_drop` with their place and the reason).
 
     DataError where a source is missing, not readable, or holds a malformed row (told by file and line).
     """
     counts = Counter() if counts is None else counts
+
+    def drop(where: str, reason: str) -> None:
+        counts["unusable"] += 1
+        on_drop(where, reason)
+
     streams = [
-        islice(_of_split(source, split, held_out, seed, base, registry), source.limit if split == "train" else None)
+        islice(
+            _of_split(source, split, held_out, seed, base, registry, drop), source.limit if split == "train" else None
+        )
         for source in sources
     ]
     seen: dict[str, str] = {}
@@ -95,22 +111,31 @@ def check_sources(sources: Sequence[SourceOptions], *, base: Path, registry: Reg
 def check_rows(sources: Sequence[SourceOptions], *, held_out: float, seed: int, base: Path, registry: Registry) -> None:
     """DataError for the first malformed row that training would read, or if there is nothing to train on.
 
-    Files and dataset folders are read as far as training reads them. Of the Hub nothing is read, and what a plugin
-    ships is believed.
+    Files and dataset folders are read as far as training reads them, and rows that cannot be used are warned about. Of
+    the Hub nothing is read, and what a plugin ships is believed.
     """
     local = [source for source in sources if not source.path.startswith(BUILTIN) and not on_hub(source, base)]
-    found = 0
+    found, unusable = 0, 0
+
+    def drop(where: str, reason: str) -> None:
+        nonlocal unusable
+        unusable += 1
+        if unusable <= _DROPS_SHOWN:
+            log.warning("%s cannot be used and is left out: %s", where, reason)
+
     with Progress(None, "check the rows of data.sources", "rows", enabled=_large(local, base)) as progress:
         for source in local:
-            for _ in islice(_of_split(source, "train", held_out, seed, base, registry), source.limit):
+            for _ in islice(_of_split(source, "train", held_out, seed, base, registry, drop), source.limit):
                 found += 1
                 progress.advance()
+    if unusable > _DROPS_SHOWN:
+        log.warning("%s rows of data.sources cannot be used and are left out", f"{unusable:,}")
     if not found and len(local) == len(sources):
         raise DataError(
             "There is no conversation to train on",
             where="data.sources: " + ", ".join(source.path for source in sources),
-            found=f"no row that is not held out, at a share of {held_out:g}",
-            expected="at least one",
+            found=f"{unusable} rows that cannot be used, and no other that is not held out, at a share of {held_out:g}",
+            expected="at least one conversation",
             fix="Give more data, or lower data.held_out.",
         )
 
@@ -135,21 +160,30 @@ def hub_commit(source: SourceOptions, base: Path) -> str:
 
 
 def _of_split(
-    source: SourceOptions, split: Split, held_out: float, seed: int, base: Path, registry: Registry
+    source: SourceOptions, split: Split, held_out: float, seed: int, base: Path, registry: Registry, drop: OnDrop
 ) -> Iterator[Conversation]:
     if source.path.startswith(BUILTIN):
-        yield from _builtin(source.path, split, seed, registry)
+        yield from _usable(_builtin(source.path, split, seed, registry), drop)
         return
     rows = _file(base / source.path) if source.path.endswith(JSON_LINES) else _dataset(source, base)
-    for conversation in rows:
+    for conversation in _usable(rows, drop):
         if is_held_out(prompt_digest(conversation), held_out=held_out, seed=seed) == (split == "held_out"):
             yield conversation
 
 
-def _builtin(path: str, split: Split, seed: int, registry: Registry) -> Iterator[Conversation]:
+def _usable(rows: Iterable[tuple[str, Any]], drop: OnDrop) -> Iterator[Conversation]:
+    """The conversations of rows, each with its place. Rows that cannot be used are told to `drop`."""
+    for where, row in rows:
+        try:
+            yield from_row(row, where)
+        except UnusableRow as error:
+            drop(str(error.where), error.problem[0].lower() + error.problem[1:] + f" ({error.found})")
+
+
+def _builtin(path: str, split: Split, seed: int, registry: Registry) -> Iterator[tuple[str, Any]]:
     name = _offered_prompts(path, registry)
     for number, row in enumerate(registry.load("builtin", name)(split, seed=seed), start=1):
-        yield from_row(row, f"{path}:{number}")
+        yield f"{path}:{number}", row
 
 
 def _offered_prompts(path: str, registry: Registry) -> str:
@@ -167,11 +201,10 @@ def _offered_prompts(path: str, registry: Registry) -> str:
     return name
 
 
-def _file(path: Path) -> Iterator[Conversation]:
+def _file(path: Path) -> Iterator[tuple[str, Any]]:
     if not path.is_file():
         raise _missing(path)
-    for where, row in read_json_lines(path):
-        yield from_row(row, where)
+    yield from read_json_lines(path)
 
 
 def _missing(path: Path) -> DataError:
@@ -184,7 +217,7 @@ def _missing(path: Path) -> DataError:
     return DataError("A source of conversations is missing", where=path, expected="a file or a folder", fix=fix)
 
 
-def _dataset(source: SourceOptions, base: Path) -> Iterator[Conversation]:
+def _dataset(source: SourceOptions, base: Path) -> Iterator[tuple[str, Any]]:
     """A dataset folder, or a dataset on the Hub."""
     rows = iter(_open_dataset(source, base))
     for number in count(1):
@@ -192,7 +225,7 @@ def _dataset(source: SourceOptions, base: Path) -> Iterator[Conversation]:
             row = next(rows, None)
         if row is None:
             return
-        yield from_row(row, f"{source.path}:{number}")
+        yield f"{source.path}:{number}", row
 
 
 def _open_dataset(source: SourceOptions, base: Path, *, look_only: bool = False) -> Any:

@@ -15,7 +15,8 @@ from typing import Any
 from attrs import evolve, frozen
 
 from deepspec_core.config.schema import HELD_OUT as HELD_OUT
-from deepspec_core.data.conversations import from_row
+from deepspec_core.config.schema import JSON_LINES
+from deepspec_core.data.conversations import SHAPES, from_row, identity_of
 from deepspec_core.data.source_digest import file_digest
 from deepspec_core.data.unicode_text import not_unicode
 from deepspec_core.errors import DataError
@@ -46,11 +47,11 @@ def load_task(
 ) -> list[Prompt]:
     """The prompts of a task, at most `limit`.
 
-    `task` is "held-out", a registered task, or a .jsonl file (relative to `base`) whose rows have `turns` or
-    `messages`. If a task has more rows than its limit, random.Random(seed) shuffles them before they are cut. DataError
-    if the file is missing or a row is malformed.
+    `task` is "held-out", a registered task, or a JSON-lines file (relative to `base`) whose rows are those of sources
+    (data/conversations.py). If a task has more rows than its limit, random.Random(seed) shuffles them before they are
+    cut. DataError if the file is missing, a row is malformed, or a row says what no conversation here can hold.
     """
-    if task.endswith(".jsonl"):
+    if task.endswith(JSON_LINES):
         prompts = _read_file(base / task)
     else:
         rows = held_out() if task == HELD_OUT else _registered(task, limit, seed, registry)
@@ -73,9 +74,15 @@ def load_task(
     return [evolve(prompt, index=index) for index, prompt in enumerate(prompts)]
 
 
+def task_name(task: str) -> str:
+    """What a task is called: a file by its name without the ending."""
+    ending = next((end for end in JSON_LINES if task.endswith(end)), None)
+    return task if ending is None else Path(task.removesuffix(ending)).name
+
+
 def task_digest(task: str, *, base: Path) -> str | None:
     """The digest of a task's file; None if the task is no file. OSError if it cannot be read."""
-    return file_digest(base / task) if task.endswith(".jsonl") and (base / task).is_file() else None
+    return file_digest(base / task) if task.endswith(JSON_LINES) and (base / task).is_file() else None
 
 
 def _registered(task: str, limit: int | None, seed: int, registry: Registry) -> Iterable[Any]:
@@ -94,20 +101,15 @@ def _read_file(path: Path) -> list[Prompt]:
             expected="a JSON-lines file",
             fix="Paths are relative to the run file's folder.",
         )
-    return [_prompt(row, index, path.stem, where) for index, (where, row) in enumerate(read_json_lines(path))]
+    return [
+        _prompt(row, index, task_name(str(path)), where) for index, (where, row) in enumerate(read_json_lines(path))
+    ]
 
 
 def _prompt(row: Any, index: int, name: str, where: str) -> Prompt:
     """The messages up to the first user turn. DataError if there is none, or if the row is malformed."""
-    if not isinstance(row, Mapping) or not (row.get("turns") or row.get("messages")):
-        raise DataError(
-            "A task's row has no question",
-            where=where,
-            found=", ".join(map(str, row)) if isinstance(row, Mapping) else type(row).__name__,
-            expected="an object with `turns` (a list of user texts) or `messages`",
-        )
-    asks = "turns" if row.get("turns") else "messages"
-    conversation = from_row({key: row.get(key) for key in (asks, "tools")}, where)
+    fields = {key: row.get(key) for key in (*SHAPES, "tools")} if isinstance(row, Mapping) else row
+    conversation = from_row(fields, where)
     roles = [message["role"] for message in conversation.messages]
     asked = roles.index("user") if "user" in roles else len(roles)
     if "user" not in roles or "assistant" in roles[:asked]:
@@ -119,9 +121,8 @@ def _prompt(row: Any, index: int, name: str, where: str) -> Prompt:
         )
     if not conversation.messages[asked]["content"].strip():
         raise DataError("A task's question is empty", where=where, expected="a user message with text")
-    identity = row.get("id")
     prompt = Prompt(
-        id=f"{name}-{index}" if identity in (None, "") else str(identity),
+        id=identity_of(row, where) or f"{name}-{index}",
         index=index,
         messages=conversation.messages[: asked + 1],
         tools=conversation.tools,

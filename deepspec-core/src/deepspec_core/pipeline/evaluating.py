@@ -26,7 +26,7 @@ from deepspec_core.errors import DataError, StageError
 from deepspec_core.evaluation.evaluator import Decoding, evaluate, summarise
 from deepspec_core.evaluation.report import markdown
 from deepspec_core.evaluation.requests import requests_of_prompts
-from deepspec_core.evaluation.tasks import HELD_OUT_QUOTA, load_task, task_digest
+from deepspec_core.evaluation.tasks import HELD_OUT_QUOTA, load_task, task_digest, task_name
 from deepspec_core.pipeline import contents
 from deepspec_core.pipeline.run import Run
 from deepspec_core.targets.opening import fingerprint
@@ -109,7 +109,7 @@ def _draft_folder(run: Run) -> Path:
 
 def journals(tasks: Sequence[str]) -> dict[str, str]:
     """The name of each task's files. DataError if two tasks would have the same."""
-    names = {task: re.sub(r"[^\w.-]", "_", Path(task).stem if task.endswith(".jsonl") else task) for task in tasks}
+    names = {task: re.sub(r"[^\w.-]", "_", task_name(task)) for task in tasks}
     shared = [task for task, name in names.items() if list(names.values()).count(name) > 1]
     if shared or len(names) < len(tasks):
         raise DataError(

@@ -37,4 +37,5 @@ def run_stage(run: Run) -> dict[str, Any]:
         "dropped_turns": report.dropped_turns,
         "rerendered_answers": report.rerendered_answers,
         "duplicates": counts["duplicates"],
+        "unusable": counts["unusable"],
     }

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 # Counts of conversations that do not become one whole sample each, or ask what another one asks.
 LOSSES = (
+    "unusable",
     "refused",
     "control_tokens",
     "no_answer",
@@ -74,7 +75,12 @@ class RunData:
 
         return Supervision(newline=self.options.supervise_newline, think_block=self.options.supervise_think_block)
 
-    def conversations(self, split: Split, counts: Counter[str] | None = None) -> Iterator[Conversation]:
+    def conversations(
+        self,
+        split: Split,
+        counts: Counter[str] | None = None,
+        on_drop: Callable[[str, str], None] = lambda _where, _reason: None,
+    ) -> Iterator[Conversation]:
         """The conversations of the sources, as they stand there. DataError where a source changes meanwhile."""
         from deepspec_core.data.split import RULE
 
@@ -83,7 +89,8 @@ class RunData:
         for index, digest in enumerate(digests):
             if digest is not None:
                 self.reads.content(contents.source(index), digest)
-        return self._read_unchanged(digests, self._read(self.options.sources, split, self.options.held_out, counts))
+        read = self._read(self.options.sources, split, self.options.held_out, counts, on_drop)
+        return self._read_unchanged(digests, read)
 
     def _read_unchanged(
         self, digests: Sequence[str | None], conversations: Iterable[Conversation]
@@ -128,16 +135,25 @@ class RunData:
         limits = [source.limit for source in self.options.sources]
         return None if None in limits else sum(limit for limit in limits if limit is not None)
 
-    def training_conversations(self, counts: Counter[str] | None = None) -> Iterator[Conversation]:
+    def training_conversations(
+        self,
+        counts: Counter[str] | None = None,
+        on_drop: Callable[[str, str], None] = lambda _where, _reason: None,
+    ) -> Iterator[Conversation]:
         """What training learns from: the regenerated conversations where the run has that stage, else the sources'."""
         if self.regenerated is None:
-            return self.conversations("train", counts)
+            return self.conversations("train", counts, on_drop)
         self.reads.content(contents.REGENERATED, self.regenerated_digest())
         # Held-out conversations were never regenerated: nothing is left to hold out.
-        return self._read([SourceOptions(path=str(self.regenerated.resolve()))], "train", 0.0, counts)
+        return self._read([SourceOptions(path=str(self.regenerated.resolve()))], "train", 0.0, counts, on_drop)
 
     def _read(
-        self, sources: Sequence[SourceOptions], split: Split, held_out: float, counts: Counter[str] | None
+        self,
+        sources: Sequence[SourceOptions],
+        split: Split,
+        held_out: float,
+        counts: Counter[str] | None,
+        on_drop: Callable[[str, str], None],
     ) -> Iterator[Conversation]:
         from deepspec_core.data.sources import read_sources
 
@@ -149,6 +165,7 @@ class RunData:
             base=self.base,
             registry=self.registry,
             counts=counts,
+            on_drop=on_drop,
         )
 
     def tokenized(

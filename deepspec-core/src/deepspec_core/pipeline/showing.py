@@ -52,14 +52,20 @@ def view(run: Run, split: Split, count: int, *, on_drop: Callable[[Dropped], Non
     yet. For "held_out" they are the prompts of evaluation.
     """
     counts: Counter[str] = Counter()
+
+    def unusable(where: str, reason: str) -> None:
+        on_drop(Dropped(id=where, reason=reason))
+
     if split == "held_out":
         return View(origin="held-out prompts, as evaluation asks them", shown=_held_out(run, count), counts=counts)
     regenerated = run.data.regenerated
     if regenerated is not None and not regenerated.exists():
-        prompts = (shown for row in run.data.conversations("train", counts) if (shown := _first_prompt(run, row)))
+        prompts = (
+            shown for row in run.data.conversations("train", counts, unusable) if (shown := _first_prompt(run, row))
+        )
         origin = "prompts of data.sources, as regeneration asks them (nothing is regenerated yet)"
         return View(origin=origin, shown=islice(prompts, count), counts=counts)
-    samples = run.data.tokenized(run.data.training_conversations(counts), counts, on_drop)
+    samples = run.data.tokenized(run.data.training_conversations(counts, unusable), counts, on_drop)
     longest = run.data.max_length
     return View(
         origin=f"samples of {regenerated or 'data.sources'}",

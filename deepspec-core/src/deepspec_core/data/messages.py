@@ -1,0 +1,184 @@
+"""One message of a conversation, in the one shape that chat templates agree on.
+
+Knows roles, their other names, parts of content, tool calls and tools. Does not know rows, files or templates.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from deepspec_core.errors import DataError, nearest
+
+ROLES: Final = ("system", "user", "assistant", "tool")
+_ALIASES: Final = {
+    "developer": "system",
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "function": "tool",
+    "observation": "tool",
+}
+# The types of parts that are text, as the OpenAI interfaces name them.
+_TEXT_PARTS: Final = ("text", "input_text", "output_text")
+# Between the text parts of one message. Servers with OpenAI's interface join them so.
+_BETWEEN_PARTS: Final = "\n"
+_DEEPEST: Final = 64
+_NESTED: Final = (Mapping, list, tuple)
+
+
+class UnusableRow(DataError):
+    """A well-formed row that says what no conversation here can hold: images, unknown roles, an answer of nothing.
+
+    Sources drop and count such rows. Tasks and prompts refuse them.
+    """
+
+
+def listed(value: Any, name: str, where: str) -> Sequence[Any]:
+    """The value, if it is a list; else DataError."""
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise DataError(f"{name} is not a list", where=where, found=type(value).__name__, expected="a list")
+    return value
+
+
+def message_of(item: Any, where: str) -> dict[str, Any]:
+    """A message with `role`, `content` and what else it says.
+
+    DataError, saying `where`, if it is malformed; UnusableRow if it says what no conversation here can hold.
+    """
+    if not isinstance(item, Mapping):
+        raise DataError("A message is not an object", where=where, found=repr(item)[:80], expected="{role, content}")
+    role = item.get("role", item.get("from"))
+    content = item.get("content", item.get("value"))
+    if isinstance(role, str):
+        role = _ALIASES.get(role.lower(), role.lower())
+    if role not in ROLES:
+        raise UnusableRow(
+            "A message has no known role",
+            where=where,
+            found=repr(role),
+            expected=", ".join((*ROLES, *_ALIASES)),
+            fix=f"Is {near!r} meant?" if isinstance(role, str) and (near := nearest(role, ROLES)) else None,
+        )
+    extras = _extras(item, role, where)
+    if content is None and "tool_calls" in extras:
+        content = ""
+    return {"role": role, "content": _content(content, where), **extras}
+
+
+def _content(content: Any, where: str) -> str:
+    """The text of a message, its parts joined where it has parts."""
+    if content is None:
+        raise UnusableRow(
+            "A message has no content",
+            where=where,
+            found="null, without a tool call",
+            expected="text, a list of parts, or a tool call",
+        )
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, Sequence):
+        raise DataError(
+            "A message's content is not text",
+            where=where,
+            found=repr(content)[:80],
+            expected="a string, or a list of parts",
+        )
+    return _BETWEEN_PARTS.join(_part(part, f"{where} content[{i}]") for i, part in enumerate(content))
+
+
+def _part(part: Any, where: str) -> str:
+    if isinstance(part, str):
+        return part
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if not isinstance(part, Mapping) or not isinstance(kind, str):
+        raise DataError(
+            "A part of a message is malformed",
+            where=where,
+            found=repr(part)[:80],
+            expected='{"type": "text", "text": ...}',
+        )
+    if kind not in _TEXT_PARTS:
+        raise UnusableRow(
+            "A part of a message is not text", where=where, found=kind, expected=f"one of {', '.join(_TEXT_PARTS)}"
+        )
+    return _text(part.get("text"), f"{where} text")
+
+
+def _extras(item: Mapping[str, Any], role: str, where: str) -> dict[str, Any]:
+    """What a message says beside its content; fields that are empty, as tables have them, are left out."""
+    extras: dict[str, Any] = {}
+    if role == "assistant":
+        reasoning = item.get("reasoning_content") or item.get("reasoning")
+        if reasoning:
+            extras["reasoning_content"] = _text(reasoning, f"{where} reasoning_content")
+        # The older name holds a single call.
+        calls = item.get("tool_calls") or ([item["function_call"]] if item.get("function_call") else ())
+        if calls:
+            several = enumerate(listed(calls, "tool_calls", where))
+            extras["tool_calls"] = [_tool_call(call, f"{where} tool_calls[{i}]") for i, call in several]
+    if role == "tool":
+        extras |= {key: _text(item[key], f"{where} {key}") for key in ("name", "tool_call_id") if item.get(key)}
+    return extras
+
+
+def _text(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise DataError("A message's field is not text", where=where, found=repr(value)[:80], expected="a string")
+    return value
+
+
+def _tool_call(call: Any, where: str) -> dict[str, Any]:
+    """A call in the one shape templates agree on, whether or not `function` and JSON text were around its parts."""
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    name = function.get("name") if isinstance(function, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(name, str):
+        raise DataError(
+            "A tool call names no function",
+            where=where,
+            found=repr(call)[:80],
+            expected='{"function": {"name": ..., "arguments": {...}}}',
+        )
+    arguments = _parsed(function.get("arguments") or {}, where)
+    if not isinstance(arguments, Mapping):
+        raise DataError(
+            "A tool call's arguments are not an object", where=where, found=repr(arguments)[:80], expected="{...}"
+        )
+    _require_shallow(arguments, where)
+    identity = {"id": str(call["id"])} if call.get("id") else {}
+    return {**identity, "type": "function", "function": {"name": name, "arguments": dict(arguments)}}
+
+
+def tools_of(value: Any, where: str) -> tuple[dict[str, Any], ...]:
+    """A row's tools: function schemas, or the same as JSON text. DataError, saying `where`, for anything else."""
+    tools = _parsed(value or [], where)
+    if not isinstance(tools, Sequence) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise DataError("tools is not a list of objects", where=where, found=repr(tools)[:80], expected="[{...}, ...]")
+    _require_shallow(tools, where)
+    return tuple(dict(tool) for tool in tools)
+
+
+def _require_shallow(value: Any, where: str) -> None:
+    """DataError for JSON nested deeper than any schema or argument: rendering and digests go through it recursively."""
+    level = [value]
+    for _ in range(_DEEPEST):
+        parts = [part.values() if isinstance(part, Mapping) else part for part in level if isinstance(part, _NESTED)]
+        level = [inner for part in parts for inner in part]
+        if not level:
+            return
+    raise DataError("JSON is nested too deep", where=where, expected=f"at most {_DEEPEST} levels")
+
+
+def _parsed(value: Any, where: str) -> Any:
+    """JSON text as what it says; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            "Not JSON", where=where, found=repr(value)[:80], expected="JSON text, or what it says"
+        ) from error
