@@ -1,4 +1,4 @@
-"""Rows as users of other tools have them: read as what they mean, dropped and counted, or refused, and never misread."""
+"""Rows as users of other tools have them: read as what they mean, dropped and counted, or refused. Never misread."""
 
 import codecs
 import gzip
