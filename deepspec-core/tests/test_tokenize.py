@@ -326,3 +326,27 @@ def test_what_else_may_be_supervised(tokenizer: ChatTokenizer) -> None:
     plain = tokenizer.template_fingerprint(FMT, None)
     assert plain == tokenizer.template_fingerprint(FMT, None, Supervision())
     assert plain != tokenizer.template_fingerprint(FMT, None, Supervision(newline=True))
+
+
+def test_the_last_answer_alone(tokenizer: ChatTokenizer) -> None:
+    """Of rendered conversations, of those that came with tokens, and where the template rewrites earlier answers."""
+    last = Supervision(last_only=True)
+    (sample,) = tokenizer.samples(_conversation("a", "b", "c", "d", "e"), FMT, None, 99, last)
+    assert _spans(tokenizer, sample) == ["d<|end|>"]
+    given = Conversation(
+        id="g", messages=(), input_ids=(5, 6, 7, 8, 9), loss_mask=(0, 1, 0, 1, 1), rewritten=(((5,), (6,)),)
+    )
+    (sample,) = tokenizer.samples(given, FMT, None, 99, last)
+    assert sample.id == "g"
+    assert sample.loss_mask.tolist() == [False, False, False, True, True]
+    assert len(tokenizer.samples(given, FMT, None, 99)) == 2
+    thinking = [
+        {"role": "user", "content": "One?"},
+        {"role": "assistant", "content": "1", "reasoning_content": "Hm."},
+        {"role": "user", "content": "Two?"},
+        {"role": "assistant", "content": "2"},
+    ]
+    (sample,) = tokenizer.samples(Conversation(id="t", messages=tuple(thinking)), FMT, None, 200, last)
+    assert sample.id == "t"
+    assert [span.endswith("2<|end|>") for span in _spans(tokenizer, sample)] == [True]
+    assert tokenizer.template_fingerprint(FMT, None, last) != tokenizer.template_fingerprint(FMT, None)

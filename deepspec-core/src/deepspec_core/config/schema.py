@@ -113,7 +113,7 @@ class SourceOptions:
 class DataOptions:
     """[data]: the conversations, how long they may be, how many are held out from training.
 
-    Each answer is supervised, up to and including its end marker.
+    An answer is supervised up to and including its end marker.
 
     sources: Where conversations come from; each entry is a table.
     max_length: Tokens of the longest sample; longer conversations are cut. At most the target's positions.
@@ -121,6 +121,8 @@ class DataOptions:
     min_supervised_tokens: Samples with fewer supervised tokens are dropped, and counted.
     system_prompt: Put before conversations that have no system message. Regeneration, training and evaluation all do
         so.
+    supervise: "all" answers of a conversation, or the "last" alone. "last" is for histories that the target did not say
+        as they stand there, such as answers without their thinking.
     supervise_newline: Supervise the newline after an answer's end marker too. Not for runs that regenerate.
     supervise_think_block: Supervise what the chat template itself puts before an answer too, such as an empty think
         block. Not for runs that regenerate.
@@ -131,6 +133,7 @@ class DataOptions:
     held_out: float = field(default=0.05, validator=real(0.0, 0.5))
     min_supervised_tokens: int = field(default=14, validator=whole(1, _TOKENS))
     system_prompt: str | None = None
+    supervise: str = field(default="all", validator=in_(("all", "last")))
     supervise_newline: bool = False
     supervise_think_block: bool = False
 

@@ -126,6 +126,7 @@ def _data(start: Start) -> list[str]:
         *_defaults(
             DataOptions,
             {
+                "supervise": '"all" answers of a conversation, or the "last" alone',
                 "supervise_newline": "of conversations that are not regenerated: the newline after an answer",
                 "supervise_think_block": "and the think block the template itself puts before one",
             },

@@ -32,14 +32,15 @@ class Render(Protocol):
 
 @frozen(kw_only=True)
 class Supervision:
-    """What is supervised beside each answer's text and its end marker.
+    """What is supervised: which answers, and what beside an answer's text and its end marker.
 
     `newline`: one newline after the marker. `think_block`: what the template puts between the assistant's header and
-    the answer, where it does.
+    the answer, where it does. `last_only`: of several answers the last one alone.
     """
 
     newline: bool = False
     think_block: bool = False
+    last_only: bool = False
 
 
 @frozen(kw_only=True)
@@ -168,6 +169,13 @@ def supervised(offsets: Sequence[tuple[int, int]], answers: Sequence[Answer]) ->
             start, end = next(spans, (seen, seen))
         mask.append(start <= begin < stop <= end)
     return mask
+
+
+def last_run(mask: Sequence[int]) -> list[bool]:
+    """The mask of the last supervised tokens that stand together: the last answer's, since each has a header."""
+    end = max((index + 1 for index, flag in enumerate(mask) if flag), default=0)
+    start = max((index + 1 for index in range(end) if not mask[index]), default=0)
+    return [start <= index < end for index in range(len(mask))]
 
 
 def _reply(

@@ -24,6 +24,7 @@ from deepspec_core.data.answers import (
     Reply,
     Supervision,
     TemplateRefusal,
+    last_run,
     openings_of,
     replies,
     rows,
@@ -195,10 +196,14 @@ class ChatTokenizer:
         if conversation.input_ids is not None and conversation.loss_mask is not None:
             _refuse_not_unicode(conversation.id)
             given = [(list(ids), [bool(flag) for flag in mask]) for ids, mask in conversation.given()]
+            if supervision.last_only:
+                given = [(ids, last_run(mask)) for ids, mask in given[-1:]]
         else:
             _refuse_not_unicode(conversation.id, conversation.messages, conversation.tools)
             self.refuse_control_tokens(conversation.messages)
             answers = self.replies(conversation.messages, fmt, system_prompt, conversation.tools)
+            if supervision.last_only:
+                answers = answers[-1:]
             if not all(answer.complete for answer in answers):
                 raise TemplateRefusal(
                     "The chat template refuses a conversation", found="it leaves out the thinking of an answer"

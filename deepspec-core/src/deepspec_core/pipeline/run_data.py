@@ -70,10 +70,14 @@ class RunData:
 
     @property
     def supervision(self) -> Supervision:
-        """What is supervised beside the answers."""
+        """Which answers are supervised, and what beside them."""
         from deepspec_core.data.answers import Supervision
 
-        return Supervision(newline=self.options.supervise_newline, think_block=self.options.supervise_think_block)
+        return Supervision(
+            newline=self.options.supervise_newline,
+            think_block=self.options.supervise_think_block,
+            last_only=self.options.supervise == "last",
+        )
 
     def conversations(
         self,
