@@ -20,6 +20,11 @@ def deepspec_draft_models() -> Iterable[DraftModelSpec]:
             class_suffix="DSparkModel",
             recognise=is_dflash,
             options_of="deepspec_dflash.options:options_of",
+            elsewhere={
+                "DFlashDraftModel": "z-lab's layout; a block's first slot is the anchor and predicts nothing",
+                "DFlash2DraftModel": "z-lab's second layout; a block's first slot is the anchor and predicts nothing",
+                "DFlashSpeculator": "speculators' layout; a block's first slot is the anchor and predicts nothing",
+            },
             default_loss={"terms": {"ce": 1.0}, "weighting": {"type": "decay", "gamma": 4.0}},
         )
     ]

@@ -20,6 +20,11 @@ def deepspec_draft_models() -> Iterable[DraftModelSpec]:
             class_suffix="DSparkModel",
             recognise=is_dspark,
             options_of="deepspec_dspark.options:options_of",
+            elsewhere={
+                "DSparkSpeculator": "speculators' layout; without `sample_from_anchor` in its config the anchor's slot "
+                "predicts nothing",
+                "DSparkDraftModel": "a layout of llama.cpp's converter, with other names of weights and layers",
+            },
             default_loss={
                 "terms": {"ce": 0.1, "tv": 0.9, "confidence": 1.0},
                 "weighting": {"type": "decay", "gamma": 4.0},

@@ -20,6 +20,13 @@ def deepspec_draft_models() -> Iterable[DraftModelSpec]:
             class_suffix="Eagle3Model",
             recognise=is_eagle3,
             options_of="deepspec_eagle3.options:options_of",
+            elsewhere={
+                "Eagle3Speculator": "speculators' layout, with other names of weights and layers",
+                "LlamaForCausalLMEagle3": "SpecForge's and the engines' layout, with other names of weights and layers",
+                "Eagle3LlamaForCausalLM": "the engines' layout, with other names of weights and layers",
+                "Eagle3Qwen3ForCausalLM": "the engines' layout, with other names of weights and layers",
+                "Eagle3DraftModel": "an engine's layout, with other names of weights and layers",
+            },
             default_loss={"terms": {"soft_ce": 1.0}},
         )
     ]

@@ -219,6 +219,8 @@ class Registry:
         matches = sorted({offer.spec.name for offer in self._drafts() if _recognises(offer, config)})
         if len(matches) == 1:
             return self.get("draft", matches[0])
+        if not matches:
+            self._refuse_other_formats(config)
         raise PluginError(
             "no installed algorithm recognises this checkpoint"
             if not matches
@@ -228,6 +230,19 @@ class Registry:
             expected=f"a checkpoint of {_one_of(self.names('draft'))}",
             fix="; ".join(self._explain_left_out("")) or None,
         )
+
+    def _refuse_other_formats(self, config: Mapping[str, Any]) -> None:
+        for offer in self._drafts():
+            assert isinstance(offer.spec, DraftModelSpec)
+            for name in _class_names(config):
+                if name in offer.spec.elsewhere:
+                    raise PluginError(
+                        "this checkpoint is in another project's format",
+                        where="config.json",
+                        found=f"{name}: {offer.spec.elsewhere[name]}",
+                        expected=f"a checkpoint as the algorithm {offer.spec.name!r} publishes it",
+                        fix="Train a draft here, or convert this one: no importer for its format is installed.",
+                    )
 
     def conflicts(self) -> list[Conflict]:
         """Every name and every target model type that is offered more than once."""
@@ -290,6 +305,11 @@ class Registry:
             f"{record.reason}"
             for record in chosen
         ]
+
+
+def _class_names(config: Mapping[str, Any]) -> list[str]:
+    names = config.get("architectures")
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
 
 def _recognises(offer: Offer, config: Mapping[str, Any]) -> bool:

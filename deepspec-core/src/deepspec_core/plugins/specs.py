@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from attrs import Attribute, field, frozen, has
-from attrs.validators import deep_iterable, instance_of, is_callable, matches_re
+from attrs.validators import deep_iterable, deep_mapping, instance_of, is_callable, matches_re
 
 _REFERENCE = matches_re(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 _NAME = matches_re(r"[a-z0-9][a-z0-9_.-]*")
@@ -49,6 +49,8 @@ class DraftModelSpec(ComponentSpec):
     class_suffix: The end of published class names; the adapter's prefix is their beginning.
     recognise: Called with the config.json of a checkpoint, as a mapping. Says whether it is one of this algorithm.
     options_of: Names a function that reads such a config.json back and returns (options, taps).
+    elsewhere: Class names (`architectures`) of other projects' checkpoints of such drafts, each with a sentence for
+        users: whose format it is, and what differs. Such checkpoints are named in the error that refuses them.
     default_loss: Keys of [loss], as a run file writes them, for those that the run file leaves out. An example is
         {"terms": {"ce": 1.0}}.
     """
@@ -56,6 +58,9 @@ class DraftModelSpec(ComponentSpec):
     class_suffix: str = field(validator=instance_of(str))
     recognise: Callable[[Mapping[str, Any]], bool] = field(default=_nothing, validator=is_callable())
     options_of: str = field(validator=_REFERENCE)
+    elsewhere: Mapping[str, str] = field(
+        factory=dict, hash=False, validator=deep_mapping(instance_of(str), instance_of(str))
+    )
     default_loss: Mapping[str, Any] = field(factory=dict, hash=False)
 
 
