@@ -73,3 +73,25 @@ def test_limits_and_loops_are_counted() -> None:
     assert not loops(plain)
     found = pool([_completion([(1, 1, 2)], looping, "length"), _completion([(1, 1, 2)], plain)])
     assert (found.limit_share, found.loop_share) == (0.5, 0.5)
+
+
+def test_accepted_length_by_context() -> None:
+    """The context of a round is the prompt, the token that the prompt's own pass gave, and what rounds committed."""
+    long = Completion(
+        id="x",
+        prompt_ids=(2,) * 250,
+        output_ids=(5,),
+        finish_reason="stop",
+        rounds=(Round(4, 3, 4), Round(4, 0, 1), Round(4, 2, 3), *[Round(4, 0, 1)] * 600),
+    )
+    found = pool([long, _completion([(4, 4, 5)])]).by_context
+    # Rounds begin at 251, 255, 256, 259, 260, and so on to 858; the other completion's at 2.
+    assert [(bucket.start, bucket.end, bucket.rounds) for bucket in found] == [
+        (0, 256, 3),
+        (256, 512, 1 + 253),
+        (512, 1024, 347),
+    ]
+    assert found[0].acceptance_length == pytest.approx((5 + 4 + 1) / 3)
+    assert found[1].acceptance_length == pytest.approx((3 + 253) / 254)
+    assert sum(bucket.rounds for bucket in found) == 604
+    assert pool([_completion([])]).by_context == ()

@@ -7,6 +7,7 @@ tokens than its limit admits. Knows counts. Does not know proposers or times.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import numpy as np
 from attrs import asdict, frozen
@@ -14,7 +15,19 @@ from attrs import asdict, frozen
 from deepspec_core.decoding.engine import Completion
 
 BOOTSTRAP_DRAWS = 1000
+# Tokens of context in the first bucket. Each further one reaches twice as far.
+FIRST_BUCKET = 256
 LOOP_TAIL = 48
+
+
+@frozen(kw_only=True)
+class ContextBucket:
+    """The rounds that began with at least `start` and fewer than `end` tokens of context, the prompt included."""
+
+    start: int
+    end: int
+    rounds: int
+    acceptance_length: float
 
 
 @frozen(kw_only=True)
@@ -27,6 +40,7 @@ class PooledMetrics:
     conditional: The same, among the rounds in which all tokens before k were accepted.
     limit_share: The share of samples that reached the token limit.
     loop_share: The share of samples whose end repeats itself.
+    by_context: The accepted length by the length of the context. Buckets without rounds are left out.
 
     A position that no round reached is None. Samples that loop or reach the limit inflate the accepted length.
     """
@@ -42,6 +56,7 @@ class PooledMetrics:
     conditional: tuple[float | None, ...]
     limit_share: float
     loop_share: float
+    by_context: tuple[ContextBucket, ...]
 
     def as_json(self) -> dict[str, object]:
         """Plain JSON types."""
@@ -52,13 +67,13 @@ def pool(completions: Sequence[Completion], *, seed: int = 0) -> PooledMetrics:
     """Pooled figures of finished sequences. A sample whose first token is a stop token has no rounds, but it counts."""
     rounds = np.array(
         [
-            (sample, r.proposal_length, r.accepted_draft_length, r.acceptance_length)
+            (sample, r.proposal_length, r.accepted_draft_length, r.acceptance_length, context)
             for sample, completion in enumerate(completions)
-            for r in completion.rounds
+            for r, context in zip(completion.rounds, _contexts(completion), strict=True)
         ],
         dtype=np.int64,
-    ).reshape(-1, 4)
-    sample, proposed, accepted, committed = rounds.T
+    ).reshape(-1, 5)
+    sample, proposed, accepted, committed, context = rounds.T
     positions = range(int(proposed.max(initial=0)))
     return PooledMetrics(
         samples=len(completions),
@@ -72,7 +87,25 @@ def pool(completions: Sequence[Completion], *, seed: int = 0) -> PooledMetrics:
         conditional=tuple(_ratio((accepted > k).sum(), ((accepted >= k) & (proposed > k)).sum()) for k in positions),
         limit_share=_ratio(sum(c.finish_reason == "length" for c in completions), len(completions)) or 0.0,
         loop_share=_ratio(sum(loops(c.output_ids) for c in completions), len(completions)) or 0.0,
+        by_context=_by_context(context, committed),
     )
+
+
+def _contexts(completion: Completion) -> list[int]:
+    """The tokens there are when each round begins. The first answer token comes from the prompt's own pass."""
+    lengths = (r.acceptance_length for r in completion.rounds)
+    return list(accumulate(lengths, initial=len(completion.prompt_ids) + 1))[: len(completion.rounds)]
+
+
+def _by_context(context: np.ndarray, committed: np.ndarray) -> tuple[ContextBucket, ...]:
+    buckets, start, end = [], 0, FIRST_BUCKET
+    while len(context) and start <= context.max():
+        inside = (context >= start) & (context < end)
+        if inside.any():
+            mean = float(committed[inside].mean())
+            buckets.append(ContextBucket(start=start, end=end, rounds=int(inside.sum()), acceptance_length=mean))
+        start, end = end, 2 * end
+    return tuple(buckets)
 
 
 def loops(output_ids: Sequence[int]) -> bool:

@@ -72,6 +72,25 @@ def _rows(report: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
+def _by_context(report: Mapping[str, Any]) -> list[str]:
+    """A table of the accepted length by context length. Reports of older versions do not have the figures."""
+    results = [result for result in report["results"] if result.get("by_context")]
+    spans = sorted({(bucket["start"], bucket["end"]) for result in results for bucket in result["by_context"]})
+    if not spans:
+        return []
+    rows = []
+    for result in results:
+        cells = {(one["start"], one["end"]): one for one in result["by_context"]}
+        shown = [_cell(cells.get(span)) for span in spans]
+        rows.append([result["task"], f"{result['temperature']:g}", *shown])
+    headings = ["task", "T", *(f"{start:,} to {end - 1:,}" for start, end in spans)]
+    return ["", "## Accepted length by tokens of context (rounds)", "", *markdown_table(headings, rows)]
+
+
+def _cell(bucket: Mapping[str, Any] | None) -> str:
+    return "-" if bucket is None else f"{bucket['acceptance_length']:.2f} ({bucket['rounds']:,})"
+
+
 HEADINGS = (
     "task",
     "T",
@@ -114,6 +133,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         timing = result["speculative"]
         parts = [f"{100 * timing[part] / timing['wall']:.0f}" for part in ("prefill", "draft", "verify", "host")]
         lines.append(f"| {result['task']} | {result['temperature']:g} | " + " | ".join(parts) + " |")
+    lines += _by_context(report)
     lines += ["", "## Checks", ""]
     for result in report["results"]:
         name = f"{result['task']} at temperature {result['temperature']:g}"
