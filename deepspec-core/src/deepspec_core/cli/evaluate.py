@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from attrs import evolve
 
 from deepspec_core.cli.messages import show_messages
 from deepspec_core.cli.options import no_plugin
@@ -70,6 +71,7 @@ DEFAULTS = EvaluateOptions()
     help="End a proposal before its first token whose confidence is below this.",
 )
 @click.option("--thinking", is_flag=True, help="Ask in the target's thinking mode.")
+@click.option("--chat-template", metavar="FILE", help="A Jinja file in place of the target's own chat template.")
 @click.option("--dtype", type=click.Choice(DTYPES), help="Default: float32 on CPU, bfloat16 elsewhere.")
 @click.option("--out", metavar="DIR", help="Where results go. Default: evaluation-NAME, after the draft.")
 @click.option("--force", type=click.Choice(["evaluate"]), help="Discard the results in --out first.")
@@ -84,6 +86,7 @@ def evaluate(
     batch_size: int,
     confidence_threshold: float,
     thinking: bool,
+    chat_template: str | None,
     dtype: str | None,
     out: str | None,
     force: str | None,
@@ -108,7 +111,8 @@ def evaluate(
         confidence_threshold=confidence_threshold,
         draft=draft,
     )
-    file = _run_file(run_options, target, dtype, thinking, evaluated, plugins)
+    asked = TargetOptions(model=target, layers=(), dtype=dtype, chat_template=chat_template)
+    file = _run_file(run_options, asked, thinking, evaluated, plugins)
     _execute(file, plugins, [force] if force else [])
 
 
@@ -119,7 +123,7 @@ def _tasks(tasks: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _run_file(
-    run: RunOptions, target: str, dtype: str | None, thinking: bool, evaluated: EvaluateOptions, plugins: Plugins
+    run: RunOptions, target: TargetOptions, thinking: bool, evaluated: EvaluateOptions, plugins: Plugins
 ) -> RunFile:
     from deepspec_core.checkpoints.opening import resolve_draft
     from deepspec_core.checkpoints.published import CONFIG, read_draft_config, read_options
@@ -138,7 +142,7 @@ def _run_file(
         ) from None
     return RunFile(
         run=run,
-        target=TargetOptions(model=target, layers=taps, dtype=dtype),
+        target=evolve(target, layers=taps),
         data=DataOptions(sources=()),
         draft=DraftOptions(type=algorithm, options=options, layer=layer),
         regenerate=RegenerateOptions(thinking=thinking),

@@ -34,6 +34,7 @@ _COLOURS = ("green", "cyan")
     show_default=True,
     help="End a proposal before its first token whose confidence is below this.",
 )
+@click.option("--chat-template", metavar="FILE", help="A Jinja file in place of the target's own chat template.")
 @click.option("--dtype", type=click.Choice(DTYPES), help="Default: float32 on CPU, bfloat16 elsewhere.")
 @click.option("--plain/--no-plain", default=True, show_default=True, help="With a draft: time plain decoding too.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable: one object, when all is done.")
@@ -47,6 +48,7 @@ def generate(
     system: str | None,
     seed: int,
     confidence_threshold: float,
+    chat_template: str | None,
     dtype: str | None,
     plain: bool,
     as_json: bool,
@@ -61,7 +63,7 @@ def generate(
     from deepspec_core.interface.generating import generate as decode
     from deepspec_core.interface.models import load_draft, load_target
 
-    model = load_target(target, dtype=dtype)
+    model = load_target(target, dtype=dtype, chat_template=chat_template)
     drafted = None if draft is None else load_draft(draft, model)
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,

@@ -81,6 +81,7 @@ class TargetOptions:
         layer cannot be tapped.
     dtype: The numbers the target computes with. Left out: float32 on a CPU, bfloat16 on an accelerator.
     revision: A branch, tag or commit of a Hub id.
+    chat_template: A Jinja file to use in place of the target's own chat template, for instance for a base model.
     trust_remote_code: Run code that the target's repository brings. Off, such a target is refused.
     """
 
@@ -88,6 +89,7 @@ class TargetOptions:
     layers: tuple[int, ...]
     dtype: str | None = field(default=None, validator=optional(in_(DTYPES)))
     revision: str | None = None
+    chat_template: str | None = None
     trust_remote_code: bool = field(default=False, metadata=CHANGES_NOTHING)
 
 

@@ -68,7 +68,7 @@ class ChatTokenizer:
                 "The tokenizer has no chat template",
                 where=name,
                 expected="chat_template.jinja, or chat_template in tokenizer_config.json",
-                fix="Use the instruction-tuned model's tokenizer.",
+                fix="Use the instruction-tuned model's tokenizer, or name a template's file in target.chat_template.",
             )
 
     def render(
@@ -85,7 +85,7 @@ class ChatTokenizer:
         `system_prompt` stands before messages without a system message of their own; `tools` are offered to the
         assistant; `thinking` is the tokenizer's own mode where left out.
         """
-        from jinja2 import TemplateError
+        from jinja2 import TemplateError, TemplateSyntaxError
 
         whole = [dict(message) for message in messages]
         if system_prompt is not None and whole[0]["role"] != "system":
@@ -98,6 +98,12 @@ class ChatTokenizer:
                 add_generation_prompt=prompt,
                 enable_thinking=self.thinking if thinking is None else thinking,
             )
+        except TemplateSyntaxError as error:
+            raise DataError(
+                "The chat template is no Jinja template",
+                where=self.tokenizer.name_or_path or "tokenizer",
+                found=f"line {error.lineno}: {error.message}",
+            ) from error
         except TemplateError as error:
             roles = ", ".join(message["role"] for message in whole)
             raise TemplateRefusal(

@@ -18,8 +18,9 @@ from deepspec_core.contracts.draft import DraftDescription, DraftModel
 from deepspec_core.contracts.target import TargetAdapter, TargetArchitecture, TargetModel
 from deepspec_core.dtypes import dtype_name, torch_dtype
 from deepspec_core.errors import CheckpointError, ConfigError, nearest
-from deepspec_core.interface.arguments import name_of
+from deepspec_core.interface.arguments import name_of, path_of
 from deepspec_core.plugins.discovery import Plugins, load_plugins
+from deepspec_core.targets.chat_template import read_chat_template
 from deepspec_core.targets.opening import load_target as load_weights
 from deepspec_core.targets.opening import open_target_alone, resolve_model, tokenizer_for
 
@@ -65,13 +66,15 @@ def load_target(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
     revision: str | None = None,
+    chat_template: str | Path | None = None,
     trust_remote_code: bool = False,
 ) -> Target:
     """The target of a directory, a Hub id or `builtin:NAME`, with its weights and its tokenizer.
 
     `dtype` is "float32", "bfloat16" or "float16"; left out, it is float32 on a CPU, where results are exact, and
     bfloat16 elsewhere. `device` is PyTorch's name of a device; left out, the accelerator if there is one. `revision` is
-    a branch, tag or commit on the Hub. Raises DeepSpecError where there is no such target, or no plugin covers it.
+    a branch, tag or commit on the Hub. `chat_template` is a Jinja file in place of the target's own template. Raises
+    DeepSpecError where there is no such target, no plugin covers it, or the file cannot be read.
     """
     plugins = load_plugins()
     name = name_of(name, "name", expected="a directory, a Hub id or builtin:NAME")
@@ -83,6 +86,8 @@ def load_target(
     )
     # The tokenizer first: what is missing is said before gigabytes are read.
     tokenizer = tokenizer_for(where, trust_remote_code, revision=revision)
+    if chat_template is not None:
+        tokenizer.chat_template = read_chat_template(path_of(chat_template, "chat_template", expected="a Jinja file"))
     model = load_weights(
         adapter, where, dtype=numbers, device=place, trust_remote_code=trust_remote_code, revision=revision
     )

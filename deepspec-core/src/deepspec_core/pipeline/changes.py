@@ -73,6 +73,8 @@ def digest_now(run: Run, name: str, *, resuming: bool) -> str | None:
 def _look_up(run: Run, name: str, resuming: bool) -> Callable[[], str | None]:
     if name == contents.TARGET:
         return run.target.content_digest
+    if name == contents.TEMPLATE:
+        return run.target.template_digest
     if name == contents.DTYPE:
         return lambda: str(run.target.dtype).removeprefix("torch.") if resuming else None
     if name == contents.REGENERATED:

@@ -1,4 +1,4 @@
-"""Names of the content that a run reads besides its run file: sources, target, answers, cache, draft, tasks.
+"""Names of the content that a run reads besides its run file: sources, target, template, answers, cache, draft, tasks.
 
 A stage notes a digest under such a name when it reads something (reads.py), and the same name is looked up again before
 its results are used (changes.py). Knows names only.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Final
 
 TARGET: Final = "the target"
+TEMPLATE: Final = "the file of target.chat_template"
 DTYPE: Final = "what the target computes with, where target.dtype is left out,"
 REGENERATED: Final = "the file of regenerated conversations"
 CACHE: Final = "the cache"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from attrs import define
 
 from deepspec_core.config.schema import TargetOptions
+from deepspec_core.digests import digests_of
 from deepspec_core.layers.options import LayerOptions
 from deepspec_core.pipeline import contents, workers
 from deepspec_core.pipeline.reads import Reads, remembered
@@ -117,11 +118,21 @@ class RunTarget:
     def tokenizer(self) -> ChatTokenizer:
         """The tokenizer with its chat template."""
         from deepspec_core.data.tokenize import ChatTokenizer
+        from deepspec_core.targets.chat_template import read_chat_template
         from deepspec_core.targets.opening import tokenizer_for
 
         self.reads.content(contents.TARGET, self.content_digest())
         tokenizer = tokenizer_for(self.where, self.options.trust_remote_code, revision=self.options.revision)
+        if self.options.chat_template is not None:
+            tokenizer.chat_template = read_chat_template(self.base / self.options.chat_template)
+            self.reads.content(contents.TEMPLATE, self.template_digest() or "")
         return ChatTokenizer(tokenizer, thinking=self.thinking)
+
+    def template_digest(self) -> str | None:
+        """The digest of the file of target.chat_template; None if the run file names none. OSError where it is gone."""
+        if self.options.chat_template is None:
+            return None
+        return digests_of([self.base / self.options.chat_template])[0]
 
     def fingerprint(self) -> str:
         """A fingerprint that differs for every other target; see targets/opening.py."""
