@@ -126,10 +126,44 @@ def test_a_malformed_row_deep_in_a_source(refused: Refused, run_file: Path) -> N
     ("key", "value"), [("data.min_supervised_tokens", "2000"), ("data.system_prompt", f'"{"word " * 3000}"')]
 )
 def test_no_sample_could_hold_what_must_be_supervised(run_file: Path, key: str, value: str) -> None:
-    run, steps = _planned(run_file, f"{key}={value}")
+    run, steps = _planned(run_file, f"{key}={value}", "regenerate.max_tokens=4096")
     with pytest.raises(ConfigError, match="every sample would be dropped") as problem:
         check_before(run, steps)
     assert str(problem.value.where).endswith(key)
+
+
+def test_answers_too_short_to_be_kept(refused: Refused, run_file: Path) -> None:
+    run, steps = _planned(run_file, "regenerate.max_tokens=4")
+    with pytest.raises(ConfigError, match="dropped as too short") as problem:
+        check_before(run, steps)
+    assert str(problem.value.where).endswith("regenerate.max_tokens")
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        (".", "the run's output"),
+        ("runs/quickstart-dflash-smoke", "the run's output"),
+        ("runs", "the run's output"),
+        ("runs/quickstart-dflash-smoke/train", "in train/"),
+        ("runs/quickstart-dflash-smoke/regenerate/deep", "in regenerate/"),
+        ("thesis", "files that are no cache"),
+    ],
+)
+def test_a_cache_among_other_files(refused: Refused, run_file: Path, path: str, says: str) -> None:
+    (run_file.parent / "thesis").mkdir()
+    (run_file.parent / "thesis" / "thesis.txt").write_text("years of work")
+    refused(f'cache.path="{path}"', says=("the cache cannot be put there", says))
+    refused(f'cache.path="{run_file.parent / path}"', says=("the cache cannot be put there", says))
+    assert (run_file.parent / "thesis" / "thesis.txt").exists()
+
+
+def test_what_the_run_reads_is_not_discarded(finished_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answers = finished_copy.parent / "runs" / "quickstart-dflash-smoke" / "regenerate" / "conversations.jsonl"
+    given = ["--set", f"data.sources=[{{path={json.dumps(str(answers))}}}]"]
+    assert main(["run", str(finished_copy), "--smoke", "--force", "regenerate", *given]) == 2
+    assert "What the run reads would be discarded" in capsys.readouterr().err
+    assert answers.exists()
 
 
 def test_results_that_have_no_place(refused: Refused, run_file: Path) -> None:

@@ -1,15 +1,21 @@
 """What a finished stage left is what the next one reads, and an interrupted stage says what it went on with."""
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from deepspec_core.cli.main import main
 from deepspec_core.config.load import load_run_file
-from deepspec_core.errors import CacheError, DataError
+from deepspec_core.errors import CacheError, DataError, StageError
 from deepspec_core.pipeline.run import Run
+from deepspec_core.pipeline.running import do
+from deepspec_core.pipeline.smoke import smoke as made_small
+from deepspec_core.pipeline.stages import plan
 from deepspec_core.plugins.discovery import Plugins, load_plugins
+from deepspec_core.targets.opening import resolve_model
 
 ONE_THREAD = ("--set", "run.threads=1")
 
@@ -109,3 +115,68 @@ def test_a_cache_that_does_not_say_its_split_is_no_proof(finished: Path, run_fil
     with pytest.raises(CacheError, match="made with another split") as problem:
         run.cache.require_same_split()
     assert "does not say" in str(problem.value.found)
+
+
+def test_a_damaged_record_can_be_discarded(finished_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (_folder(finished_copy) / "evaluate" / "stage.json").write_text("")
+    assert main(["run", str(finished_copy), "--smoke"]) == 2
+    assert "--force evaluate" in capsys.readouterr().err
+    assert main(["run", str(finished_copy), "--smoke", "--force", "evaluate", *ONE_THREAD]) == 0
+
+
+def test_a_plan_that_another_process_overtook_is_not_done(finished_copy: Path) -> None:
+    plugins = load_plugins()
+    file = made_small(load_run_file(finished_copy, plugins=plugins))
+    run = Run(file=file, path=finished_copy, plugins=plugins)
+    record = _folder(finished_copy) / "evaluate" / "stage.json"
+    content = json.loads(record.read_text())
+    record.write_text(json.dumps({**content, "complete": False}))
+    steps = plan(run)
+    trained = _folder(finished_copy) / "train" / "stage.json"
+    other = json.loads(trained.read_text())
+    trained.write_text(json.dumps({**other, "seconds": other["seconds"] + 1}))
+    with pytest.raises(StageError, match="worked on this run meanwhile"):
+        do(run, steps, say=lambda _: None)
+
+
+def test_a_target_that_changes_while_it_is_read_is_refused(
+    run_file: Path, target: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is computed carries the digest of the weights that computed it."""
+    folder = run_file.parent / "target"
+    shutil.copytree(resolve_model("builtin:tiny-qwen3", base=run_file.parent, registry=target.plugins.registry), folder)
+    plugins = load_plugins()
+    file = load_run_file(run_file, overrides=('target.model="target"',), plugins=plugins)
+    run = Run(file=file, path=run_file, plugins=plugins)
+    before = run.target.content_digest()
+    config = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps({**config, "temperature": 0.123}))
+    assert run.target.content_digest() == before
+    with pytest.raises(StageError, match="changed while the run was reading it"):
+        _ = run.target.model
+    assert Run(file=file, path=run_file, plugins=plugins).target.content_digest() != before
+
+
+def test_an_evaluation_does_not_go_on_at_another_speed(finished_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = _folder(finished_copy) / "evaluate"
+    record = folder / "stage.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "complete": False}))
+    assert main(["run", str(finished_copy), "--smoke", "--set", "run.threads=2"]) == 2
+    assert "its timings would be mixed" in capsys.readouterr().err
+    assert main(["run", str(finished_copy), "--smoke", *ONE_THREAD]) == 0
+
+
+def test_a_damaged_draft_of_a_checkpoint_is_not_published(
+    finished_copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = _folder(finished_copy) / "train"
+    record = folder / "stage.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "complete": False, "made": {}}))
+    shutil.rmtree(_folder(finished_copy) / "draft")
+    (weights,) = max((folder / "checkpoints").iterdir()).glob("draft/model.safetensors")
+    content = bytearray(weights.read_bytes())
+    content[-20] ^= 1
+    weights.write_bytes(content)
+    assert main(["run", str(finished_copy), "--smoke", "--stages", "train"]) == 2
+    assert "damaged training state" in capsys.readouterr().err
+    assert not (_folder(finished_copy) / "draft").exists()

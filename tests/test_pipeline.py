@@ -96,7 +96,14 @@ def test_a_dry_run_writes_nothing(run_file: Path, capsys: pytest.CaptureFixture[
 
 def test_a_stage_without_its_inputs_says_what_to_run(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", str(run_file), "--smoke", "--stages", "train"]) == 2
-    assert "--stages regenerate,train" in capsys.readouterr().err
+    assert "--stages regenerate,cache,train" in capsys.readouterr().err
+    # A gap is seen before the first stage runs.
+    for flags in ([], ["--dry-run"]):
+        assert main(["run", str(run_file), "--smoke", "--stages", "regenerate,evaluate", *flags]) == 2
+        seen = capsys.readouterr()
+        assert "needs the results of `cache`, which never ran and of `train`, which never ran" in seen.err
+        assert "--stages regenerate,cache,train,evaluate" in seen.err
+        assert "starting" not in seen.out
 
 
 def test_a_new_draft_is_not_shown_with_the_old_one_s_figures(

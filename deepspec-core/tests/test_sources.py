@@ -124,6 +124,36 @@ def test_mistakes_say_where(tmp_path: Path) -> None:
         _ids(tmp_path, SourceOptions(path="cut.jsonl.gz"))
 
 
+def test_a_dataset_folder_names_no_data_elsewhere(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    (tmp_path / "data").mkdir()
+    _write(tmp_path / "rows.jsonl", [_row("a")])
+    (tmp_path / "data" / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: ../rows.jsonl\n---\n"
+    )
+    with pytest.raises(DataError, match="outside the folder"):
+        _ids(tmp_path, SourceOptions(path="data"))
+
+
+def test_a_builtin_beside_another_source_is_split_by_its_questions(tmp_path: Path) -> None:
+    """A file may repeat what a plugin holds out."""
+    builtin = SourceOptions(path="builtin:greetings", limit=300)
+    names = _ids(tmp_path, builtin, held_out=0.2, split="held_out")
+    _write(tmp_path / "a.jsonl", [_row(f"mine-{name}", f"Say {name}") for name in names])
+    both = (builtin, SourceOptions(path="a.jsonl"))
+    questions = [
+        {
+            " ".join(conversation.messages[0]["content"].split()).casefold()
+            for conversation in read_sources(
+                both, split=split, held_out=0.2, seed=1, base=tmp_path, registry=Registry()
+            )
+        }
+        for split in ("train", "held_out")
+    ]
+    assert all(questions)
+    assert not questions[0] & questions[1]
+
+
 def test_a_dataset_folder_that_was_edited_is_read_anew(tmp_path: Path) -> None:
     """`datasets` keeps a copy of what it read, and knows it by the files' times."""
     pytest.importorskip("datasets")

@@ -84,7 +84,7 @@ def run(
         pipeline.follow(the_run, steps)
         processes.part()
         return None
-    do(the_run, steps, force=force, say=click.echo)
+    do(the_run, steps, only=stages, force=force, say=click.echo)
     if all(step.action == "skip" for step in steps):
         click.echo(f"nothing to do: every stage is complete in {the_run.folder}")
     show_report(the_run.folder)

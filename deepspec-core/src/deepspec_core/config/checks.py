@@ -72,9 +72,9 @@ def _tasks(tasks: tuple[str, ...], data: DataOptions | None) -> Iterator[ConfigE
             expected=f'at least one task, such as "{HELD_OUT}"',
             fix='add a task, or remove "evaluate" from run.stages',
         )
-    # Prompts that a plugin ships have a held-out part of their own.
-    split = () if data is None else tuple(source for source in data.sources if not source.path.startswith(BUILTIN))
-    if HELD_OUT in tasks and data is not None and data.held_out == 0 and split and len(split) == len(data.sources):
+    # Prompts that a plugin ships have a held-out part of their own, which counts where there is no other source.
+    alone = data is not None and len(data.sources) == 1 and data.sources[0].path.startswith(BUILTIN)
+    if HELD_OUT in tasks and data is not None and data.held_out == 0 and data.sources and not alone:
         yield ConfigError(
             "no prompts are held out from training",
             where="data.held_out",

@@ -6,6 +6,7 @@ Knows files, dataset folders and commits of the Hub; not what stands in a source
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 from deepspec_core.config.schema import BUILTIN, SourceOptions
@@ -26,7 +27,9 @@ def source_digest(source: SourceOptions, *, base: Path, ask_hub: bool) -> str | 
     path = base / source.path
     if not path.is_dir():
         return file_digest(path)
-    digest, files = hashlib.sha256(), sorted(entry for entry in path.rglob("*") if entry.is_file())
+    # Through links too: whoever reads the folder follows them.
+    found = (Path(folder) / name for folder, _, names in os.walk(path, followlinks=True) for name in names)
+    digest, files = hashlib.sha256(), sorted(entry for entry in found if entry.is_file())
     for file, content in zip(files, digests_of(files), strict=True):
         digest.update(f"{file.relative_to(path)} {content}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()

@@ -6,8 +6,9 @@ Knows how to find and split conversations; does not know templates, tokens or wh
 from __future__ import annotations
 
 import logging
+import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count, islice
 from pathlib import Path
@@ -53,9 +54,9 @@ def read_sources(
 ) -> Iterator[Conversation]:
     """The conversations of one split, lazily, each once.
 
-    Prompts a plugin ships have a held-out split of their own. Everything else is split by what the first user asks
-    (split.py), so that no question stands in both splits, whatever is read, in whatever order, under whatever id.
-    `limit` caps the train conversations of a source.
+    Conversations are split by what the first user asks (split.py), so that no question stands in both splits, whatever
+    is read, in whatever order, under whatever id. Prompts a plugin ships have splits of their own; beside another
+    source they are split by their question as well. `limit` caps the train conversations of a source.
 
     Sources are interleaved in proportion to their weights for as long as they last; every conversation comes once, so
     weights decide the order, and limits how much. `counts` receives `conversations`, `duplicates` (same id, same
@@ -71,9 +72,11 @@ def read_sources(
         counts["unusable"] += 1
         on_drop(where, reason)
 
+    alone = len(sources) == 1
     streams = [
         islice(
-            _of_split(source, split, held_out, seed, base, registry, drop), source.limit if split == "train" else None
+            _of_split(source, split, held_out, seed, base, registry, drop, alone=alone),
+            source.limit if split == "train" else None,
         )
         for source in sources
     ]
@@ -125,7 +128,8 @@ def check_rows(sources: Sequence[SourceOptions], *, held_out: float, seed: int, 
 
     with Progress(None, "check the rows of data.sources", "rows", enabled=_large(local, base)) as progress:
         for source in local:
-            for _ in islice(_of_split(source, "train", held_out, seed, base, registry, drop), source.limit):
+            rows = _of_split(source, "train", held_out, seed, base, registry, drop, alone=True)
+            for _ in islice(rows, source.limit):
                 found += 1
                 progress.advance()
     if unusable > _DROPS_SHOWN:
@@ -160,12 +164,24 @@ def hub_commit(source: SourceOptions, base: Path) -> str:
 
 
 def _of_split(
-    source: SourceOptions, split: Split, held_out: float, seed: int, base: Path, registry: Registry, drop: OnDrop
+    source: SourceOptions,
+    split: Split,
+    held_out: float,
+    seed: int,
+    base: Path,
+    registry: Registry,
+    drop: OnDrop,
+    *,
+    alone: bool,
 ) -> Iterator[Conversation]:
+    """A source's conversations of one split. `alone`: there is no other source, which might repeat its prompts."""
     if source.path.startswith(BUILTIN):
-        yield from _usable(_builtin(source.path, split, seed, registry), drop)
-        return
-    rows = _file(base / source.path) if source.path.endswith(JSON_LINES) else _dataset(source, base)
+        rows = _builtin(source.path, split, seed, registry)
+        if alone:
+            yield from _usable(rows, drop)
+            return
+    else:
+        rows = _file(base / source.path) if source.path.endswith(JSON_LINES) else _dataset(source, base)
     for conversation in _usable(rows, drop):
         if is_held_out(prompt_digest(conversation), held_out=held_out, seed=seed) == (split == "held_out"):
             yield conversation
@@ -250,16 +266,36 @@ def _open_dataset(source: SourceOptions, base: Path, *, look_only: bool = False)
     with _dataset_errors(source, problem):
         if (local / "dataset_dict.json").is_file():
             rows = datasets.load_from_disk(str(local))[split]
+            _require_inside(local, {split: [file["filename"] for file in rows.cache_files]})
         elif (local / "dataset_info.json").is_file():
             rows = datasets.load_from_disk(str(local))
+            _require_inside(local, {split: [file["filename"] for file in rows.cache_files]})
         else:
             name = str(local) if local.is_dir() else source.path
-            if look_only:
-                return datasets.load_dataset_builder(name)
+            if look_only or local.is_dir():
+                builder = datasets.load_dataset_builder(name)
+                if local.is_dir():
+                    _require_inside(local, builder.config.data_files or {})
+                if look_only:
+                    return builder
             rows = datasets.load_dataset(name, split=split, streaming=local.is_dir() or source.limit is not None)
     if not local.is_dir():
         say_local_copy(source.path)
     return rows
+
+
+def _require_inside(folder: Path, files: Mapping[str, Iterable[str]]) -> None:
+    """DataError where a dataset folder names data that lies elsewhere: nobody would see it change."""
+    root = os.path.abspath(folder)
+    for path in (path for paths in files.values() for path in paths):
+        if not os.path.abspath(path).startswith(root + os.sep):
+            raise DataError(
+                "A dataset folder names data outside the folder",
+                where=folder,
+                found=path,
+                expected="files in that folder",
+                fix="Put the files there, or name them in data.sources themselves.",
+            )
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from deepspec_core.data.conversations import Conversation
 Split = Literal["train", "held_out"]
 
 # Part of the fingerprint of what is made from a split. Another rule, another number.
-RULE: Final = "first question, 1"
+RULE: Final = "first question, 2"
 
 
 def prompt_digest(conversation: Conversation) -> bytes:

@@ -8,7 +8,7 @@ goes on after the last finished group. At temperature 0 every speculative output
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,26 +63,28 @@ class Group:
 
 
 def evaluate(
-    requests: Sequence[Request], decoding: Decoding, *, journal: Path, prompts_digest: str, what: str
+    requests: Sequence[Request],
+    decoding: Decoding,
+    *,
+    journal: Path,
+    prompts_digest: str,
+    what: str,
+    machine: Mapping[str, Any] | None = None,
 ) -> list[Group]:
     """Decode every request. Groups that are in the journal are taken from there.
 
-    StageError if the journal was begun with other prompts than those of `prompts_digest`, DataError if a line of it is
-    damaged.
+    `machine` says what decides how fast this process decodes. StageError if the journal was begun with other prompts
+    than those of `prompts_digest`, or on another machine. DataError if a line of it is damaged.
     """
     log = Journal(journal)
-    head, entries = (log.entries[0], log.entries[1:]) if log.entries else ({"prompts": prompts_digest}, [])
+    own = {"prompts": prompts_digest, "machine": dict(machine or {})}
+    head, entries = (log.entries[0], log.entries[1:]) if log.entries else (own, [])
     if not log.entries:
         log.append(head)
-    if head.get("prompts") != prompts_digest:
+    problem = _of_other_results(head, own, journal)
+    if problem is not None:
         log.close()
-        raise StageError(
-            "The prompts are not those of the results that are there",
-            where=journal,
-            found=prompts_digest[:16],
-            expected=str(head.get("prompts", "prompts without a digest"))[:32],
-            fix="Put the prompts back as they were, or discard the results with --force evaluate.",
-        )
+        raise problem
     size = max(decoding.batch_size, -(-len(requests) // MIN_GROUPS))
     groups = [requests[start : start + size] for start in range(0, len(requests), size)]
     done = [
@@ -97,6 +99,27 @@ def evaluate(
             log.append(asdict(done[-1]))
     log.close()
     return done
+
+
+def _of_other_results(head: Mapping[str, Any], own: Mapping[str, Any], journal: Path) -> StageError | None:
+    """Why the groups of a journal with this head cannot stand beside this process's own."""
+    if head.get("prompts") != own["prompts"]:
+        return StageError(
+            "The prompts are not those of the results that are there",
+            where=journal,
+            found=own["prompts"][:16],
+            expected=str(head.get("prompts", "prompts without a digest"))[:32],
+            fix="Put the prompts back as they were, or discard the results with --force evaluate.",
+        )
+    if head.get("machine") != own["machine"]:
+        return StageError(
+            "An evaluation cannot go on with another speed: its timings would be mixed",
+            where=journal,
+            found=own["machine"],
+            expected=head.get("machine"),
+            fix="Go on as it was begun (run.threads, the machine), or discard the results with --force evaluate.",
+        )
+    return None
 
 
 def summarise(groups: Sequence[Group], *, seed: int) -> dict[str, Any]:

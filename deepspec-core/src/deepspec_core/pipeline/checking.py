@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from deepspec_core.config.schema import HELD_OUT, MASK
 from deepspec_core.disk import free_bytes, in_words, why_not_writable
 from deepspec_core.errors import CheckpointError, ConfigError, DataError, StageError
+from deepspec_core.pipeline.places import check_cache_place, check_inputs_survive
 from deepspec_core.pipeline.run import Run
 from deepspec_core.pipeline.stages import Step
 
@@ -32,6 +33,9 @@ def check_before(run: Run, steps: Sequence[Step]) -> None:
     if not todo:
         return
     _folders(run, todo)
+    check_inputs_survive(run, [step.stage.name for step in steps if step.forced])
+    if "cache" in todo:
+        check_cache_place(run)
     if "regenerate" in todo:
         from deepspec_core.data.regenerate import require_in_process
 
@@ -88,6 +92,8 @@ def _lengths(run: Run) -> None:
 def _room_for_answers(run: Run) -> None:
     """ConfigError where the shortest prompt and the fewest supervised tokens are longer than any sample may be."""
     data, most = run.file.data, run.data.max_length
+    if "regenerate" in run.file.run.stages:
+        _answers_reach(run)
     prompt = len(run.target.tokenizer.render_prompt([{"role": "user", "content": "?"}], data.system_prompt))
     if prompt + data.min_supervised_tokens > most:
         long_prompt = data.min_supervised_tokens < most
@@ -97,6 +103,22 @@ def _room_for_answers(run: Run) -> None:
             found=f"{prompt} tokens before an answer, and {data.min_supervised_tokens} supervised at least",
             expected=f"at most {most:,} together, the tokens of the longest sample",
             fix="Raise data.max_length, shorten data.system_prompt, or lower data.min_supervised_tokens.",
+        )
+
+
+def _answers_reach(run: Run) -> None:
+    """ConfigError where one answer a conversation, as long as it may be, has too few supervised tokens to be kept.
+
+    Conversations of several turns may still reach it, so this is refused only where all of one turn would be lost.
+    """
+    longest, least = run.file.regenerate.max_tokens, run.file.data.min_supervised_tokens
+    if longest < least:
+        raise ConfigError(
+            "the target's answers would be dropped as too short",
+            where=f"{run.path}: regenerate.max_tokens",
+            found=f"{longest}, with data.min_supervised_tokens = {least}",
+            expected=f"at least {least}",
+            fix="Raise regenerate.max_tokens, or lower data.min_supervised_tokens.",
         )
 
 

@@ -58,6 +58,7 @@ def run_stage(run: Run) -> dict[str, Any]:
                 journal=run.stage_folder("evaluate") / f"{journal_names[task]}-t{_exact(temperature)}.jsonl",
                 prompts_digest=digest,
                 what=f"evaluate {task} at temperature {temperature:g}",
+                machine=_machine(run),
             )
             results.append(
                 {
@@ -199,18 +200,22 @@ def _report(
             "system_prompt": run.file.data.system_prompt,
             "thinking": run.file.regenerate.thinking,
         },
-        "machine": {
-            "device": torch.cuda.get_device_name(run.target.device)
-            if run.target.device.type == "cuda"
-            else platform.machine(),
-            "threads": torch.get_num_threads(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "deepspec-core": __version__,
-        },
+        "machine": _machine(run),
         "plugins": run.plugins.versions(),
         "results": results,
+    }
+
+
+def _machine(run: Run) -> dict[str, Any]:
+    """What decides how fast this process decodes."""
+    cuda = run.target.device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(run.target.device) if cuda else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "deepspec-core": __version__,
     }
 
 

@@ -89,7 +89,10 @@ class StageRecord:
         """Write atomically."""
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / f"{RECORD}.partial"
-        temporary.write_text(json.dumps(attrs.asdict(self), indent=1) + "\n", encoding="utf-8")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(attrs.asdict(self), indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, folder / RECORD)
 
 

@@ -111,8 +111,11 @@ class RunCache:
         self._written_now = True
 
     def _verify(self) -> None:
-        """Read what is stored, each worker its share; CacheError for the first damage."""
-        problems = self.format.verify(self.folder, part=workers.rank(), parts=workers.count())
+        """Read what is stored, each worker its share; CacheError for the first damage.
+
+        Every time: a disk that loses bits changes no time of a file.
+        """
+        problems = self.format.verify(self.folder, part=workers.rank(), parts=workers.count(), remembered=False)
         if problems:
             log.error("%d damaged or missing files in the cache; `deepspec cache verify` names them all", len(problems))
             raise problems[0]

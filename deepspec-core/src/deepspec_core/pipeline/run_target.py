@@ -13,6 +13,7 @@ from attrs import define
 
 from deepspec_core.config.schema import TargetOptions
 from deepspec_core.digests import digests_of
+from deepspec_core.errors import StageError
 from deepspec_core.layers.options import LayerOptions
 from deepspec_core.pipeline import contents, workers
 from deepspec_core.pipeline.reads import Reads, remembered
@@ -105,7 +106,7 @@ class RunTarget:
         from deepspec_core.targets.opening import load_target
 
         self.reads.content(contents.TARGET, self.content_digest())
-        return load_target(
+        model = load_target(
             self.adapter,
             self.where,
             dtype=self.dtype,
@@ -113,6 +114,8 @@ class RunTarget:
             trust_remote_code=self.options.trust_remote_code,
             revision=self.options.revision,
         )
+        self._require_unchanged()
+        return model
 
     @remembered
     def tokenizer(self) -> ChatTokenizer:
@@ -126,6 +129,7 @@ class RunTarget:
         if self.options.chat_template is not None:
             tokenizer.chat_template = read_chat_template(self.base / self.options.chat_template)
             self.reads.content(contents.TEMPLATE, self.template_digest() or "")
+        self._require_unchanged()
         return ChatTokenizer(tokenizer, thinking=self.thinking)
 
     def template_digest(self) -> str | None:
@@ -135,13 +139,38 @@ class RunTarget:
         return digests_of([self.base / self.options.chat_template])[0]
 
     def fingerprint(self) -> str:
-        """A fingerprint that differs for every other target; see targets/opening.py."""
+        """A fingerprint that differs for every other target; see targets/opening.py.
+
+        Of a directory, it and `content_digest` are taken once, before anything of the target is loaded: what was
+        computed with weights in memory must not be labelled with those that lie in their place by now.
+        """
         from deepspec_core.targets.opening import fingerprint
 
+        if isinstance(self.where, Path):
+            return self._digests[0]
         return fingerprint(self.where, revision=self.options.revision)
 
     def content_digest(self) -> str:
         """A digest that also differs for the same target with another tokenizer or other stop tokens."""
         from deepspec_core.targets.opening import content_digest
 
+        if isinstance(self.where, Path):
+            return self._digests[1]
         return content_digest(self.where, revision=self.options.revision)
+
+    @remembered
+    def _digests(self) -> tuple[str, str]:
+        from deepspec_core.targets.opening import content_digest, fingerprint
+
+        return fingerprint(self.where), content_digest(self.where)
+
+    def _require_unchanged(self) -> None:
+        """StageError where the target is not what it was before it was loaded."""
+        from deepspec_core.targets.opening import content_digest
+
+        if isinstance(self.where, Path) and content_digest(self.where) != self.content_digest():
+            raise StageError(
+                "The target changed while the run was reading it",
+                where=self.where,
+                fix="Another process writes it: wait for that, and run again.",
+            )

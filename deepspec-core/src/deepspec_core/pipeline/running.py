@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from deepspec_core.disk import full_disk_is_an_error
+from deepspec_core.errors import StageError
 from deepspec_core.pipeline import stages, threads, workers
 from deepspec_core.pipeline.checking import check_before
 from deepspec_core.pipeline.run import Run
@@ -25,7 +26,7 @@ def run_stages(
     """
     steps = stages.plan(run, only=only, force=force)
     begin(run, steps, say=say)
-    return do(run, steps, force=force, say=say)
+    return do(run, steps, only=only, force=force, say=say)
 
 
 def begin(run: Run, steps: Sequence[Step], *, say: Callable[[str], None], processes: int = 1) -> None:
@@ -35,10 +36,25 @@ def begin(run: Run, steps: Sequence[Step], *, say: Callable[[str], None], proces
 
 
 def do(
-    run: Run, steps: Sequence[Step], *, force: Sequence[str] = (), say: Callable[[str], None]
+    run: Run,
+    steps: Sequence[Step],
+    *,
+    only: Sequence[str] = (),
+    force: Sequence[str] = (),
+    say: Callable[[str], None],
 ) -> dict[str, dict[str, Any]]:
-    """Do what the plan says, as the first (or only) process of the run, with the run's folder locked."""
+    """Do what the plan says, as the first (or only) process of the run, with the run's folder locked.
+
+    `only` and `force` are those of the plan. It is made again under the lock: StageError where it is another by now,
+    because another process worked on the run since.
+    """
     with run.locked(), full_disk_is_an_error(run.folder):
+        if stages.plan(run, only=only, force=force) != list(steps):
+            raise StageError(
+                "Another process worked on this run meanwhile",
+                where=run.folder,
+                fix="Run again: it is looked at anew.",
+            )
         for folder in stages.discard(run, force):
             say(f"discarded {folder}")
         run.save_config()

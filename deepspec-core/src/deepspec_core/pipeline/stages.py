@@ -120,6 +120,20 @@ def plan(run: Run, *, only: Sequence[str] = (), force: Sequence[str] = ()) -> li
                     refuse_changes(run, record)
                 checked[member.name] = record
         record = checked[name]
+        planned = {step.stage.name for step in steps}
+        missing = {
+            member.name: "never ran" if (made := checked[member.name]) is None else "did not finish"
+            for member in lineage[:-1]
+            if member.name not in planned and ((made := checked[member.name]) is None or not made.complete)
+        }
+        if missing:
+            wanted = [one for one in present if one in {*missing, *only}]
+            raise StageError(
+                f"The stage `{name}` needs the results of "
+                + " and of ".join(f"`{one}`, which {what}" for one, what in missing.items()),
+                where=run.folder,
+                fix=f"Run first what is missing: --stages {','.join(wanted)}",
+            )
         action: Action = "run" if record is None else "skip" if record.complete else "resume"
         steps.append(Step(stage=stage, action=action, record=record, forced=_forced(stage, force, present)))
     return steps
@@ -157,8 +171,8 @@ def discard(run: Run, force: Sequence[str]) -> list[Path]:
         stage = _known(name, run)
         if _forced(stage, force, run.file.run.stages):
             folder = run.stage_folder(name)
-            # Only what a stage made is removed: a cache path that points elsewhere by mistake holds no record.
-            if read_record(folder) is not None:
+            # Without a record, nothing there is a stage's: a cache path may point elsewhere by mistake.
+            if (folder / RECORD).exists():
                 with _alone(run, name):
                     for entry in folder.iterdir():
                         if entry.is_dir() and not entry.is_symlink():
