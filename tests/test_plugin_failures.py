@@ -34,11 +34,13 @@ OFFERS = """
 
     @hookimpl
     def deepspec_feature_sources():
-        return [ComponentSpec(name="nowhere", summary="", build="odd_parts:refuses")]
+        offers = {"nowhere": "refuses", "lost": "gone", "sizeless": "Sizeless", "made": "make_sizeless", "text": "TEXT"}
+        return [ComponentSpec(name=name, summary="", build=f"odd_parts:{part}") for name, part in offers.items()]
 
     @hookimpl
     def deepspec_cache_formats():
-        return [ComponentSpec(name="stone", summary="", build="odd_parts:refuses")]
+        offers = {"stone": "refuses", "headless": "Headless"}
+        return [ComponentSpec(name=name, summary="", build=f"odd_parts:{part}") for name, part in offers.items()]
 
     @hookimpl
     def deepspec_tasks():
@@ -81,6 +83,18 @@ PARTS = """
         value = stats.ce * 1.0
         value.register_hook(fail)
         return value
+
+    class Sizeless:
+        def __init__(self, run):
+            pass
+
+        lengths = __getitem__ = features = fail
+
+    make_sizeless = lambda run: Sizeless(run)
+    TEXT = "no source"
+
+    class Headless:
+        create = open = verify = bytes_per_token = fail
 
     scalar = lambda: Term(lambda stats: stats.ce.mean())
     column = lambda: Term(lambda stats: stats.ce[:, None])
@@ -195,6 +209,24 @@ def test_a_component_that_cannot_be_built(says: Says, override: str, what: str, 
 
 def test_a_cache_format_that_cannot_be_built(says: Says) -> None:
     says("features.mode=cached", "cache.format=stone", parts=("cache format 'stone' of fake-odd 1.0 failed", RAISED))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "found", "started"),
+    [
+        (("features.mode=lost",), "has no 'gone'", False),
+        (("features.mode=sizeless",), "Sizeless without __len__", False),
+        (("features.mode=text",), "str, which cannot be called", False),
+        (("features.mode=made",), "Sizeless without __len__", True),
+        (
+            ("features.mode=cached", "cache.format=headless", 'run.stages=["cache", "train"]'),
+            "Headless without header",
+            False,
+        ),
+    ],
+)
+def test_a_component_without_what_it_needs(says: Says, overrides: tuple[str, ...], found: str, started: bool) -> None:
+    says(*overrides, parts=(found,), started=started)
 
 
 def test_the_original_error_is_the_cause() -> None:

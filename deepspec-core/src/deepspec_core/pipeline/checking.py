@@ -24,9 +24,9 @@ log = logging.getLogger("deepspec")
 def check_before(run: Run, steps: Sequence[Step]) -> None:
     """Raise the errors that would stop a later stage. Does nothing if no stage is to run.
 
-    It checks folders, the target's config and tokenizer, taps, sources, the draft's options and forward pass, loss
-    terms and kernels, room for a checkpoint, tasks and their prompts, the draft that is to be evaluated, and export
-    formats.
+    It checks folders, the feature source, the cache format, the target's config and tokenizer, taps, sources, the
+    draft's options and forward pass, its config.json and proposer, loss terms and kernels, room for a checkpoint, tasks
+    and their prompts, the draft that is to be evaluated, and export formats.
     """
     todo = {step.stage.name for step in steps if step.action != "skip"}
     if not todo:
@@ -36,6 +36,7 @@ def check_before(run: Run, steps: Sequence[Step]) -> None:
         from deepspec_core.data.regenerate import require_in_process
 
         require_in_process(run.file.regenerate)
+    _offered(run, todo)
     _sources(run, todo)
     _ = run.target.adapter  # opening it raises its errors
     if todo - {"train", "export"} or run.file.features.mode != "cached":
@@ -152,6 +153,17 @@ def _folders(run: Run, todo: Collection[str]) -> None:
             expected="a folder of this run, or nothing",
             fix="Move it away, or choose another run.output.",
         )
+
+
+def _offered(run: Run, todo: Collection[str]) -> None:
+    """PluginError where the feature source or the cache format of a stage is none."""
+    from deepspec_core.pipeline.offered import check_format, check_source_kind
+
+    registry = run.plugins.registry
+    if "train" in todo:
+        check_source_kind(registry, run.file.features.mode)
+    if "cache" in todo or ("train" in todo and _caches(run)):
+        check_format(registry, run.file.cache.format)
 
 
 def _sources(run: Run, todo: Collection[str]) -> None:
