@@ -49,6 +49,7 @@ def check_before(run: Run, steps: Sequence[Step]) -> None:
     description: DraftDescription | None = None
     if "train" in run.file.run.stages:
         from deepspec_core.pipeline.trying import try_draft, try_training
+        from deepspec_core.pipeline.trying_finished import try_finished
 
         draft, tried = try_draft(run)
         confidence, description = tried.gives_confidence, draft.describe()
@@ -56,6 +57,7 @@ def check_before(run: Run, steps: Sequence[Step]) -> None:
             _mask_token(run, description)
         if "train" in todo:
             try_training(run, draft)
+            try_finished(run, draft)
             _room_for_checkpoint(run, tried.checkpoint_bytes)
     if "cache" in todo:
         forced = any(step.forced for step in steps if step.stage.name == "cache")

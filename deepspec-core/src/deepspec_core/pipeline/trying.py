@@ -95,11 +95,8 @@ def _rows(run: Run, draft: DraftModel) -> Rows | None:
             return rows
     except DeepSpecError:
         raise
-    except _CANNOT_WITHOUT_NUMBERS as error:
-        log.info("the draft's forward pass was not tried: it reads numbers (%s)", blame(error))
-        return None
     except Exception as error:
-        if _NO_NUMBERS in str(error):
+        if reads_numbers(error):
             log.info("the draft's forward pass was not tried: it reads numbers (%s)", blame(error))
             return None
         kind = run.file.draft.type
@@ -108,6 +105,11 @@ def _rows(run: Run, draft: DraftModel) -> Rows | None:
             where=run.plugins.registry.provider("draft", kind),
             found=blame(error),
         ) from error
+
+
+def reads_numbers(error: Exception) -> bool:
+    """Whether it was raised because fake tensors have none."""
+    return isinstance(error, _CANNOT_WITHOUT_NUMBERS) or _NO_NUMBERS in str(error)
 
 
 def _try_loss(run: Run, engine: RowEngine, rows: Rows, heads: Heads) -> None:
