@@ -10,6 +10,7 @@ import pytest
 
 import deepspec_core as ds
 from deepspec_core.cli.main import main
+from deepspec_core.errors import ConfigError
 from deepspec_core.evaluation.metrics_file import read_metrics
 
 SURROGATE = "\udc80"
@@ -45,6 +46,17 @@ def folder(finished: Path) -> Path:
 def test_generate(target: Any, prompts: Any, options: dict[str, Any], says: str) -> None:
     with pytest.raises(ds.DeepSpecError, match=says):
         ds.generate(target, None, prompts, **{"max_new_tokens": 2, **options})
+
+
+@pytest.mark.parametrize("value", ["no", 0])
+def test_answers_that_are_neither_true_nor_false(target: Any, folder: Path, value: Any) -> None:
+    with pytest.raises(ConfigError, match="`trust_remote_code`"):
+        ds.load_target("builtin:tiny-qwen3", trust_remote_code=value)
+    with pytest.raises(ConfigError, match="`smoke`"):
+        ds.train(folder.parents[1] / "train.toml", smoke=value)
+    for option in ("thinking", "plain"):
+        with pytest.raises(ConfigError, match=option):
+            ds.evaluate(target, ds.load_draft(folder / "draft", target), {"own": ["x"]}, **{option: value})
 
 
 @pytest.mark.parametrize("name", ["", None, 3, "a\0b", "a" * 5000, "./" + "a" * 5000])

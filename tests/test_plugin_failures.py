@@ -16,24 +16,31 @@ from deepspec_core.plugins.discovery import load_plugins
 OFFERS = """
     from deepspec_core.plugins import ComponentSpec, TaskSpec, hookimpl
 
+    WEIGHTS = ("text", "single", "counted", "endless", "below", "none")
+
     @hookimpl
     def deepspec_losses():
         return [
             ComponentSpec(name=name, summary="", build=f"odd_parts:{name}")
-            for name in ("unbuilt", "raising", "scalar", "column", "number", "whole", "right", "late", "backwards")
+            for name in "unbuilt raising scalar column number whole right late backwards nan".split()
         ]
 
     @hookimpl
     def deepspec_weightings():
-        return [ComponentSpec(name="heavy", summary="", build="odd_parts:raising")]
+        return [
+            ComponentSpec(name=name, summary="", build=f"odd_parts:{build}")
+            for name, build in [("heavy", "raising"), *((name, name) for name in WEIGHTS)]
+        ]
 
     @hookimpl
     def deepspec_feature_sources():
-        return [ComponentSpec(name="nowhere", summary="", build="odd_parts:refuses")]
+        offers = {"nowhere": "refuses", "lost": "gone", "sizeless": "Sizeless", "made": "make_sizeless", "text": "TEXT"}
+        return [ComponentSpec(name=name, summary="", build=f"odd_parts:{part}") for name, part in offers.items()]
 
     @hookimpl
     def deepspec_cache_formats():
-        return [ComponentSpec(name="stone", summary="", build="odd_parts:refuses")]
+        offers = {"stone": "refuses", "headless": "Headless"}
+        return [ComponentSpec(name=name, summary="", build=f"odd_parts:{part}") for name, part in offers.items()]
 
     @hookimpl
     def deepspec_tasks():
@@ -77,6 +84,18 @@ PARTS = """
         value.register_hook(fail)
         return value
 
+    class Sizeless:
+        def __init__(self, run):
+            pass
+
+        lengths = __getitem__ = features = fail
+
+    make_sizeless = lambda run: Sizeless(run)
+    TEXT = "no source"
+
+    class Headless:
+        create = open = verify = bytes_per_token = fail
+
     scalar = lambda: Term(lambda stats: stats.ce.mean())
     column = lambda: Term(lambda stats: stats.ce[:, None])
     number = lambda: Term(lambda stats: 1.0)
@@ -84,6 +103,13 @@ PARTS = """
     right = lambda: Term(lambda stats: stats.ce)
     late = lambda: Term(lambda stats: stats.ce if len(stats.ce) == 4 else fail(stats))
     backwards = lambda: Term(hooked)
+    nan = lambda: Term(lambda stats: stats.ce * float("nan"))
+    text = lambda: lambda slot, block, stats: "heavy"
+    single = lambda: lambda slot, block, stats: torch.ones(())
+    counted = lambda: lambda slot, block, stats: slot
+    endless = lambda: lambda slot, block, stats: 1 / slot
+    below = lambda: lambda slot, block, stats: -torch.ones(len(slot))
+    none = lambda: lambda slot, block, stats: torch.zeros(len(slot))
 """
 
 
@@ -136,13 +162,34 @@ def test_a_weighting(says: Says) -> None:
     says('loss.weighting={type="heavy"}', parts=("weighting 'heavy' of fake-odd 1.0 failed", RAISED, "odd_parts.py"))
 
 
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("text", "str"),
+        ("single", "[], torch.float32"),
+        ("counted", "int64"),
+        ("endless", "not finite: [inf, 1.0, inf, 1.0]"),
+        ("below", "a negative weight: -1"),
+        ("none", "0 for every row"),
+    ],
+)
+def test_a_weighting_that_returns_no_weight_a_row(says: Says, name: str, found: str) -> None:
+    says(f'loss.weighting={{type="{name}"}}', parts=(f"weighting {name!r} does not return one weight a row", found))
+
+
 def test_a_loss_term_that_fails_while_training(says: Says) -> None:
     says("loss.terms={late=1.0}", parts=("loss term 'late' of fake-odd 1.0 failed", RAISED), started=True)
 
 
 @pytest.mark.parametrize(
     ("name", "found"),
-    [("scalar", "[], torch.float32"), ("column", "[4, 1], torch.float32"), ("number", "float"), ("whole", "int64")],
+    [
+        ("scalar", "[], torch.float32"),
+        ("column", "[4, 1], torch.float32"),
+        ("number", "float"),
+        ("whole", "int64"),
+        ("nan", "not finite"),
+    ],
 )
 def test_a_loss_term_that_returns_no_number_a_row(says: Says, name: str, found: str) -> None:
     says(f"loss.terms={{{name}=1.0}}", parts=(f"loss term {name!r} does not return one number a row", found, "[4]"))
@@ -162,6 +209,24 @@ def test_a_component_that_cannot_be_built(says: Says, override: str, what: str, 
 
 def test_a_cache_format_that_cannot_be_built(says: Says) -> None:
     says("features.mode=cached", "cache.format=stone", parts=("cache format 'stone' of fake-odd 1.0 failed", RAISED))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "found", "started"),
+    [
+        (("features.mode=lost",), "has no 'gone'", False),
+        (("features.mode=sizeless",), "Sizeless without __len__", False),
+        (("features.mode=text",), "str, which cannot be called", False),
+        (("features.mode=made",), "Sizeless without __len__", True),
+        (
+            ("features.mode=cached", "cache.format=headless", 'run.stages=["cache", "train"]'),
+            "Headless without header",
+            False,
+        ),
+    ],
+)
+def test_a_component_without_what_it_needs(says: Says, overrides: tuple[str, ...], found: str, started: bool) -> None:
+    says(*overrides, parts=(found,), started=started)
 
 
 def test_the_original_error_is_the_cause() -> None:

@@ -205,6 +205,7 @@ def test_missing_sections_and_keys_are_told(load: Loader) -> None:
         (["data.sources=[{path='a.jsonl'}, {path='builtin:small-talk', split='test'}]"], "data.sources[1].split"),
         (["data.sources=[{path='a.jsonl', split='test'}]"], "data.sources[0].split"),
         (["loss.terms={}"], "loss.terms"),
+        (["loss.terms={ce = 0, tv = {start = 0, end = 0, steps = 5}}"], "loss.terms"),
     ],
 )
 def test_sections_must_fit_together(load: Loader, overrides: list[str], path: str) -> None:
@@ -216,6 +217,7 @@ def test_sections_that_do_fit_together(load: Loader, tmp_path: Path) -> None:
     load(GOOD, "features.mode=cached", "cache.path=features")
     load(GOOD, "features.mode=cached", "run.stages=['cache', 'train']")
     load(GOOD, "features.mode=cached", "run.stages=['evaluate']")
+    load(GOOD, "loss.terms={ce = 0, tv = {start = 0, end = 0.5, steps = 5}}")
     load(GOOD, "run.stages=['train', 'export']", "export.to=['served']")
     assert load(GOOD, "target.layers=[-1, 0, 7]").target.layers == (-1, 0, 7)
 

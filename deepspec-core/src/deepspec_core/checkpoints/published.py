@@ -83,21 +83,27 @@ def save_draft(
         for name, tensor in own.items()
     }
     assert len(tensors) == len(own), "two parameters share a published name"
-    dtype = str(draft.lm_head.weight.dtype).removeprefix("torch.")
-    config = adapter.draft_config(
-        description.num_layers, {**description.config, "architectures": [description.class_name], "dtype": dtype}
-    )
+    config = config_text(draft, description, adapter)
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
     try:
-        # Every key, not those that differ from defaults: defaults move between versions of the library.
-        (unfinished / CONFIG).write_text(config.to_json_string(use_diff=False), encoding="utf-8")
+        (unfinished / CONFIG).write_text(config, encoding="utf-8")
         save_file(tensors, unfinished / WEIGHTS, metadata={"format": "pt"})
         unfinished.chmod(0o755)
         os.replace(unfinished, out_dir)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
+
+
+def config_text(draft: DraftModel, description: DraftDescription, adapter: TargetAdapter) -> str:
+    """The config.json of a draft's checkpoint. The draft's weights are not read."""
+    dtype = str(draft.lm_head.weight.dtype).removeprefix("torch.")
+    config = adapter.draft_config(
+        description.num_layers, {**description.config, "architectures": [description.class_name], "dtype": dtype}
+    )
+    # Every key, not those that differ from defaults: defaults move between versions of the library.
+    return str(config.to_json_string(use_diff=False))
 
 
 def read_draft_config(directory: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 from deepspec_core.config.schema import BUILTIN, HELD_OUT, JSON_LINES, KNOWN_STAGES, DataOptions, RunOptions
 from deepspec_core.errors import ConfigError, DeepSpecError, PluginError
 from deepspec_core.plugins.registry import Registry
+from deepspec_core.rows.coefficient_schedule import CoefficientSchedule
 
 
 def check_sections(sections: Mapping[str, Any], folder: Path, registry: Registry) -> Iterator[DeepSpecError]:
@@ -40,6 +41,13 @@ def check_sections(sections: Mapping[str, Any], folder: Path, registry: Registry
         yield from _supervision(sections["data"])
     if sections.get("loss") and not sections["loss"].terms:
         yield ConfigError("nothing to train on", where="loss.terms", found="{}", expected="at least one loss term")
+    elif sections.get("loss") and not any(map(_counts, sections["loss"].terms.values())):
+        yield ConfigError(
+            "nothing to train on: every coefficient is 0, so that no weight would ever change",
+            where="loss.terms",
+            found=", ".join(sections["loss"].terms),
+            expected="at least one coefficient that is not 0",
+        )
     if sections.get("draft") and sections.get("export"):
         # Imported only where the run comes to it.
         find = registry.load if run and "export" in run.stages else registry.get
@@ -54,6 +62,13 @@ def check_sections(sections: Mapping[str, Any], folder: Path, registry: Registry
                     expected=error.expected,
                     fix=error.fix,
                 )
+
+
+def _counts(coefficient: float | CoefficientSchedule) -> bool:
+    """Whether it is ever anything but 0."""
+    if isinstance(coefficient, CoefficientSchedule):
+        return coefficient.start != 0 or coefficient.end != 0
+    return coefficient != 0
 
 
 def no_temperature(where: str) -> ConfigError:

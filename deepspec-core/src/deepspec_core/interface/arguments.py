@@ -1,4 +1,4 @@
-"""Arguments of the Python interface that are no options: paths, names of models, lists of stages and tasks.
+"""Arguments of the Python interface that are no options: paths, names of models, lists of stages and tasks, flags.
 
 Knows what a caller may have meant; not what the names stand for.
 """
@@ -40,6 +40,13 @@ def names_of(value: Any, argument: str) -> Sequence[str]:
         fix = f"Write [{value!r}]." if isinstance(value, str) and value else None
         raise _wrong(argument, "list of names", value, "a list of texts", fix)
     return [str(name) for name in value]
+
+
+def flag_of(value: Any, argument: str) -> bool:
+    """The answer that an argument says. ConfigError for all but True and False: the text "no" would count as True."""
+    if not isinstance(value, bool):
+        raise _wrong(argument, "answer", value, "True or False")
+    return value
 
 
 def _wrong(argument: str, what: str, value: Any, expected: str, fix: str | None = None) -> ConfigError:

@@ -18,7 +18,7 @@ from deepspec_core.contracts.draft import DraftDescription, DraftModel
 from deepspec_core.contracts.target import TargetAdapter, TargetArchitecture, TargetModel
 from deepspec_core.dtypes import dtype_name, torch_dtype
 from deepspec_core.errors import CheckpointError, ConfigError, nearest
-from deepspec_core.interface.arguments import name_of, path_of
+from deepspec_core.interface.arguments import flag_of, name_of, path_of
 from deepspec_core.plugins.discovery import Plugins, load_plugins
 from deepspec_core.targets.chat_template import read_chat_template
 from deepspec_core.targets.opening import load_target as load_weights
@@ -76,6 +76,7 @@ def load_target(
     a branch, tag or commit on the Hub. `chat_template` is a Jinja file in place of the target's own template. Raises
     DeepSpecError where there is no such target, no plugin covers it, or the file cannot be read.
     """
+    trust_remote_code = flag_of(trust_remote_code, "trust_remote_code")
     plugins = load_plugins()
     name = name_of(name, "name", expected="a directory, a Hub id or builtin:NAME")
     place = _device(device)

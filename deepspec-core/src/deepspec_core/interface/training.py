@@ -15,7 +15,7 @@ from attrs import field, frozen
 
 from deepspec_core.config.load import RunFile, load_run_file, run_file_of
 from deepspec_core.evaluation.metrics_file import read_metrics
-from deepspec_core.interface.arguments import names_of, path_of
+from deepspec_core.interface.arguments import flag_of, names_of, path_of
 from deepspec_core.pipeline.run import Run
 from deepspec_core.pipeline.running import run_stages
 from deepspec_core.pipeline.smoke import smoke as made_small
@@ -59,6 +59,7 @@ def train(
     Runs in this process on one device; messages go to the logger "deepspec". Raises DeepSpecError as the command line
     would report it.
     """
+    smoke = flag_of(smoke, "smoke")
     plugins, base = load_plugins(), path_of(base, "base", expected="a folder")
     stages, force = names_of(stages, "stages"), names_of(force, "force")
     if isinstance(run_file, RunFile):

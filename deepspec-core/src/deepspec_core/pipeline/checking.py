@@ -25,9 +25,9 @@ log = logging.getLogger("deepspec")
 def check_before(run: Run, steps: Sequence[Step]) -> None:
     """Raise the errors that would stop a later stage. Does nothing if no stage is to run.
 
-    It checks folders, the target's config and tokenizer, taps, sources, the draft's options and forward pass, loss
-    terms and kernels, room for a checkpoint, tasks and their prompts, the draft that is to be evaluated, and export
-    formats.
+    It checks folders, the feature source, the cache format, the target's config and tokenizer, taps, sources, the
+    draft's options and forward pass, its config.json and proposer, loss terms and kernels, room for a checkpoint, tasks
+    and their prompts, the draft that is to be evaluated, and export formats.
     """
     todo = {step.stage.name for step in steps if step.action != "skip"}
     if not todo:
@@ -40,6 +40,7 @@ def check_before(run: Run, steps: Sequence[Step]) -> None:
         from deepspec_core.data.regenerate import require_in_process
 
         require_in_process(run.file.regenerate)
+    _offered(run, todo)
     _sources(run, todo)
     _ = run.target.adapter  # opening it raises its errors
     if todo - {"train", "export"} or run.file.features.mode != "cached":
@@ -52,6 +53,7 @@ def check_before(run: Run, steps: Sequence[Step]) -> None:
     description: DraftDescription | None = None
     if "train" in run.file.run.stages:
         from deepspec_core.pipeline.trying import try_draft, try_training
+        from deepspec_core.pipeline.trying_finished import try_finished
 
         draft, tried = try_draft(run)
         confidence, description = tried.gives_confidence, draft.describe()
@@ -59,6 +61,7 @@ def check_before(run: Run, steps: Sequence[Step]) -> None:
             _mask_token(run, description)
         if "train" in todo:
             try_training(run, draft)
+            try_finished(run, draft)
             _room_for_checkpoint(run, tried.checkpoint_bytes)
     if "cache" in todo:
         forced = any(step.forced for step in steps if step.stage.name == "cache")
@@ -174,6 +177,17 @@ def _folders(run: Run, todo: Collection[str]) -> None:
             expected="a folder of this run, or nothing",
             fix="Move it away, or choose another run.output.",
         )
+
+
+def _offered(run: Run, todo: Collection[str]) -> None:
+    """PluginError where the feature source or the cache format of a stage is none."""
+    from deepspec_core.pipeline.offered import check_format, check_source_kind
+
+    registry = run.plugins.registry
+    if "train" in todo:
+        check_source_kind(registry, run.file.features.mode)
+    if "cache" in todo or ("train" in todo and _caches(run)):
+        check_format(registry, run.file.cache.format)
 
 
 def _sources(run: Run, todo: Collection[str]) -> None:

@@ -11,8 +11,8 @@ import torch
 
 from deepspec_core.checkpoints.published import save_draft
 from deepspec_core.contracts.draft import DraftModel
-from deepspec_core.contracts.features import FeatureSource
 from deepspec_core.pipeline import workers
+from deepspec_core.pipeline.offered import check_source
 from deepspec_core.pipeline.run import Run
 from deepspec_core.training.trainer import train
 
@@ -23,7 +23,8 @@ def run_stage(run: Run) -> dict[str, Any]:
     The finished draft lies in the run's folder as `draft`.
     """
     registry = run.plugins.registry
-    source: FeatureSource = registry.build("features", run.file.features.mode, run)
+    mode = run.file.features.mode
+    source = check_source(registry, mode, registry.build("features", mode, run))
     draft = new_draft(run)
     draft.adopt(run.target.model.embedding_weight(), run.target.model.head_weight())
     folder = run.stage_folder("train")

@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import (
 )
 
 from deepspec_core.contracts.draft import DraftBatch, DraftModel
-from deepspec_core.contracts.loss import LossTerm, RowStats
+from deepspec_core.contracts.loss import LossTerm, RowStats, Weighting
 from deepspec_core.contracts.rows import Heads, Rows
 from deepspec_core.errors import DeepSpecError, PluginError
 from deepspec_core.estimating.memory import fake_tensors, without_torch_messages
@@ -95,11 +95,8 @@ def _rows(run: Run, draft: DraftModel) -> Rows | None:
             return rows
     except DeepSpecError:
         raise
-    except _CANNOT_WITHOUT_NUMBERS as error:
-        log.info("the draft's forward pass was not tried: it reads numbers (%s)", blame(error))
-        return None
     except Exception as error:
-        if _NO_NUMBERS in str(error):
+        if reads_numbers(error):
             log.info("the draft's forward pass was not tried: it reads numbers (%s)", blame(error))
             return None
         kind = run.file.draft.type
@@ -110,11 +107,18 @@ def _rows(run: Run, draft: DraftModel) -> Rows | None:
         ) from error
 
 
+def reads_numbers(error: Exception) -> bool:
+    """Whether it was raised because fake tensors have none."""
+    return isinstance(error, _CANNOT_WITHOUT_NUMBERS) or _NO_NUMBERS in str(error)
+
+
 def _try_loss(run: Run, engine: RowEngine, rows: Rows, heads: Heads) -> None:
     few_rows, few_heads = _few(rows, heads)
+    kind = run.file.loss.weighting.type
+    weighting = _OneWeightARow(engine.weighting, kind, run.plugins.registry.provider("weighting", kind))
     for name, (term, coefficient) in engine.terms.items():
         package = run.plugins.registry.provider("loss", name)
-        alone = RowEngine({name: (_OneValueARow(term, name, package), coefficient)}, engine.weighting, kernels="plain")
+        alone = RowEngine({name: (_OneValueARow(term, name, package), coefficient)}, weighting, kernels="plain")
         try:
             with warnings.catch_warnings():
                 # One term alone leaves extras unread that other terms read.
@@ -138,19 +142,55 @@ class _OneValueARow:
 
     def __call__(self, stats: RowStats) -> Tensor:
         value: Any = self._term(stats)
-        is_tensor = isinstance(value, Tensor)
-        if is_tensor and value.shape == (_ROWS,) and value.is_floating_point():
+        problem = _not_one_a_row(value)
+        if problem is None:
             return cast(Tensor, value)
         raise PluginError(
             f"loss term {self._name!r} does not return one number a row",
             where=self._package,
-            found=f"{list(value.shape)}, {value.dtype}" if is_tensor else type(value).__name__,
-            expected=f"a tensor of shape [{_ROWS}] for {_ROWS} rows, of a floating-point type",
+            found=problem,
+            expected=f"a tensor of shape [{_ROWS}] for {_ROWS} rows, of a floating-point type, all finite",
             fix="return what was computed from each row, not its mean or sum",
         )
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._term, name)
+
+
+class _OneWeightARow:
+    """A weighting that is refused if it returns anything but weights. Its failures are not a loss term's."""
+
+    def __init__(self, weighting: Weighting, name: str, package: str) -> None:
+        self._weighting, self._name, self._package = weighting, name, package
+
+    def __call__(self, slot: Tensor, block: Tensor, stats: RowStats) -> Tensor:
+        value: Any = self._weighting(slot, block, stats)
+        problem = _not_one_a_row(value)
+        if problem is None and bool((value < 0).any()):
+            problem = f"a negative weight: {value.detach().min().item():g}"
+        if problem is None and not bool(value.any()):
+            problem = "0 for every row"
+        if problem is None:
+            return cast(Tensor, value)
+        raise PluginError(
+            f"weighting {self._name!r} does not return one weight a row",
+            where=self._package,
+            found=problem,
+            expected=f"a tensor of shape [{_ROWS}] for {_ROWS} rows, of a floating-point type: finite, none negative, "
+            "and not all 0",
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._weighting, name)
+
+
+def _not_one_a_row(value: Any) -> str | None:
+    """What a term or a weighting returned, in words, unless it is one finite number for each made-up row."""
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    if value.shape != (_ROWS,) or not value.is_floating_point():
+        return f"{list(value.shape)}, {value.dtype}"
+    return None if bool(value.isfinite().all()) else f"a value that is not finite: {value.tolist()}"
 
 
 def _few(rows: Rows, heads: Heads) -> tuple[Rows, Heads]:
