@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from deepspec_core.config.schema import HELD_OUT, MASK
 from deepspec_core.disk import free_bytes, in_words, why_not_writable
 from deepspec_core.errors import CheckpointError, ConfigError, DataError, StageError
-from deepspec_core.pipeline.places import check_cache_place, check_inputs_survive
+from deepspec_core.pipeline.apart import check_cache_place, check_inputs_survive
 from deepspec_core.pipeline.run import Run
 from deepspec_core.pipeline.stages import Step
 
