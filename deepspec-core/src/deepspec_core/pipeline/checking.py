@@ -91,13 +91,19 @@ def _room_for_answers(run: Run) -> None:
     data, most = run.file.data, run.data.max_length
     prompt = len(run.target.tokenizer.render_prompt([{"role": "user", "content": "?"}], data.system_prompt))
     if prompt + data.min_supervised_tokens > most:
-        long_prompt = data.min_supervised_tokens < most
+        bare = len(run.target.tokenizer.render_prompt([{"role": "user", "content": "?"}], None))
+        if data.min_supervised_tokens >= most:
+            key, fix = "min_supervised_tokens", "Raise data.max_length, or lower data.min_supervised_tokens."
+        elif data.system_prompt is not None and bare + data.min_supervised_tokens <= most:
+            key, fix = "system_prompt", "Raise data.max_length, or shorten data.system_prompt."
+        else:
+            key, fix = "max_length", "Raise data.max_length."
         raise ConfigError(
             "every sample would be dropped as too short: what it may hold is full before enough is supervised",
-            where=f"{run.path}: data.{'system_prompt' if long_prompt else 'min_supervised_tokens'}",
+            where=f"{run.path}: data.{key}",
             found=f"{prompt} tokens before an answer, and {data.min_supervised_tokens} supervised at least",
             expected=f"at most {most:,} together, the tokens of the longest sample",
-            fix="Raise data.max_length, shorten data.system_prompt, or lower data.min_supervised_tokens.",
+            fix=fix,
         )
 
 
