@@ -1,13 +1,16 @@
 """Numbers that no machine or model can mean are refused when the run file is read, not when memory runs out."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tomli
 
 from deepspec_core.cli.main import main
 from deepspec_core.config.bounds import real, whole
-from deepspec_core.config.load import load_run_file
+from deepspec_core.config.load import RunFile, load_run_file
 from deepspec_core.errors import ConfigError
+from deepspec_core.interface.training import train
 from deepspec_core.plugins.discovery import load_plugins
 
 
@@ -53,6 +56,33 @@ def test_an_absurd_value_is_one_problem(run_file: Path, override: str) -> None:
     (problem,) = caught.value.problems
     assert str(problem.where).startswith(override.partition("=")[0])
     assert problem.expected is not None
+
+
+@pytest.mark.parametrize("path", ["a" * 300, "runs/" + "a" * 300, "a/" * 3000, "a\0b", "\ud800"])
+@pytest.mark.parametrize("key", ["run.output", "cache.path"])
+def test_a_path_that_no_file_system_takes(
+    new_run_file: Callable[[Path], Path], tmp_path: Path, path: str, key: str
+) -> None:
+    (tmp_path / "run").mkdir()
+    file = new_run_file(tmp_path / "run")
+    tables = tomli.loads(file.read_text())
+    section, name = key.split(".")
+    tables.setdefault(section, {})[name] = path
+    for call in (
+        lambda: train(tables, base=file.parent),
+        lambda: train(path),
+        lambda: train({}, base=path),
+        lambda: RunFile.from_dict(tables, base=str(file.parent)),
+    ):
+        with pytest.raises(ConfigError, match="no file or folder can have this path"):
+            call()
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_a_folder_for_an_evaluation_that_cannot_be(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--draft", "d", "--target", "t", "--task", "gsm8k", "--out", "a" * 300]
+    assert main(["evaluate", *arguments]) == 2
+    assert "no file or folder can have this path" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("recipe", ["dspark", "eagle3"])

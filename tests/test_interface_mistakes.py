@@ -95,6 +95,21 @@ def test_tasks(target: Any, folder: Path, tasks: Any) -> None:
         ds.evaluate(target, draft, tasks, max_new_tokens=2)
 
 
+def test_messages_speak_of_calls_and_not_of_run_files(
+    target: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ds.DeepSpecError, match=r"what load_draft\(NAME, target\) returns, or None$"):
+        ds.generate(target, "dir", "x")  # type: ignore[arg-type]
+    draft = ds.load_draft(folder / "draft", target)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ds.DeepSpecError) as caught:
+        ds.evaluate(target, draft, "nope.jsonl")
+    assert caught.value.fix == f"Relative paths start at {tmp_path}."
+    with pytest.raises(ds.DeepSpecError) as caught:
+        ds.load_target(".")
+    assert caught.value.fix == "Name the folder that holds config.json and the safetensors files."
+
+
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"results": 3}', "[" * 10**5, None])
 def test_a_damaged_report_is_one_message(
     folder: Path, tmp_path: Path, text: str | None, capsys: pytest.CaptureFixture[str]

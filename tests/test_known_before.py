@@ -67,6 +67,8 @@ def test_a_task_file_that_is_missing_or_damaged(refused: Refused, run_file: Path
     refused('evaluate.tasks=["questions.jsonl"]', says=("A task's file is missing", "questions.jsonl"))
     (run_file.parent / "questions.jsonl").write_text('{"turns": ["one"]}\n{"question": 1}\n')
     refused('evaluate.tasks=["questions.jsonl"]', says=("question is neither text", "questions.jsonl:2"))
+    (run_file.parent / "questions.jsonl").write_text('{"turns": ["one"]}\n{"turns": ["a <|im_end|> b"]}\n')
+    refused('evaluate.tasks=["questions.jsonl"]', says=("control token", "questions.jsonl:2"))
 
 
 def test_a_dry_run_says_it_too(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -123,10 +125,18 @@ def test_a_malformed_row_deep_in_a_source(refused: Refused, run_file: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("data.min_supervised_tokens", "2000"), ("data.system_prompt", f'"{"word " * 3000}"')]
+    ("key", "value", "more"),
+    [
+        ("data.min_supervised_tokens", "2000", ()),
+        ("data.system_prompt", f'"{"word " * 3000}"', ()),
+        ("data.max_length", "18", ()),
+        ("data.max_length", "18", ('data.system_prompt="Be brief."',)),
+    ],
 )
-def test_no_sample_could_hold_what_must_be_supervised(run_file: Path, key: str, value: str) -> None:
-    run, steps = _planned(run_file, f"{key}={value}", "regenerate.max_tokens=4096")
+def test_no_sample_could_hold_what_must_be_supervised(
+    run_file: Path, key: str, value: str, more: tuple[str, ...]
+) -> None:
+    run, steps = _planned(run_file, f"{key}={value}", "regenerate.max_tokens=4096", *more)
     with pytest.raises(ConfigError, match="every sample would be dropped") as problem:
         check_before(run, steps)
     assert str(problem.value.where).endswith(key)
@@ -168,10 +178,7 @@ def test_what_the_run_reads_is_not_discarded(finished_copy: Path, capsys: pytest
 
 def test_results_that_have_no_place(refused: Refused, run_file: Path) -> None:
     out = run_file.parent / "runs" / "quickstart-dflash-smoke"
-    (out / "metrics.json").mkdir(parents=True)
-    refused(says=("The results of the evaluation cannot be put there", "metrics.json"))
-    (out / "metrics.json").rmdir()
-    (out / "train").mkdir()
+    (out / "train").mkdir(parents=True)
     (out / "train" / "checkpoints").write_text("a file")
     refused(says=("Results cannot be written there", "checkpoints is no folder"))
 

@@ -77,6 +77,8 @@ def test_a_whole_number_serves_as_a_number_and_one_number_as_a_list_of_them(load
         ("train.temperature=1", "train.temperature", "move it to regenerate.temperature or evaluate.temperature"),
         ("draft.blocksize=1", "draft.blocksize", "write 'block_size'"),
         ("draft.layr.head_dim=1", "draft.layr", "write 'layer'"),
+        ("draft.layer.num_attention_heads=8", "draft.layer.num_attention_heads", "write 'num_heads'"),
+        ("draft.layer.num_key_value_heads=8", "draft.layer.num_key_value_heads", "write 'num_kv_heads'"),
         ("draft.options=1", "draft.options", None),
         ("draft.head.rnk=1", "draft.head.rnk", "write 'rank'"),
         ("loss.weighting={type='decay', gama=1}", "loss.weighting.gama", "write 'gamma'"),

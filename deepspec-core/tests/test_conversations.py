@@ -89,6 +89,11 @@ def test_earlier_answers_that_were_rewritten_are_rows_of_their_own() -> None:
         ({"input_ids": [1, 2], "loss_mask": [1]}, "differ in length"),
         ({"input_ids": [1, 2], "loss_mask": [1, 2]}, "0 and 1"),
         ({"input_ids": [1, -2], "loss_mask": [1, 1]}, "token ids"),
+        ({"input_ids": [1, 2], "loss_mask": None}, "0 and 1"),
+        ({"input_ids": [1, 2**31], "loss_mask": [1, 1]}, "token ids"),
+        ({"input_ids": [1, True], "loss_mask": [1, 1]}, "token ids"),
+        ({"prompt_ids": [1], "output_ids": [10**30]}, "whole numbers from 0 to 2147483647"),
+        ({"prompt_ids": [False], "output_ids": [1]}, "prompt_ids is not a list of token ids"),
         ({"prompt_ids": [1], "output_ids": [2], "prompt_answers": [[0, 2]]}, "leaves the prompt"),
     ],
 )

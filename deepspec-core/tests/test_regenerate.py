@@ -259,11 +259,26 @@ def test_mistakes_are_told(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
     with pytest.raises(DataError, match="No conversation"):
         _run(out, [], tokenizer)
     partial = tmp_path / "out.jsonl.partial"
-    partial.write_bytes(b'{"id": "gone"}\n')
+    line = {
+        "id": "gone",
+        "messages": [{"role": "assistant", "content": "x"}],
+        "output_ids": [1],
+        "finish_reason": "stop",
+        "dropped_turns": 0,
+        "rewritten": [],
+    }
+    partial.write_text(json.dumps(line) + "\n")
     with pytest.raises(DataError, match=r"(?s)not in the sources.*gone"):
         _run(out, _conversations(2), tokenizer)
-    partial.write_bytes(b'{"id": "c0"}\nnonsense\n')
-    with pytest.raises(DataError, match=r"partial:2"):
+    damaged = ["nonsense", "{}", "null", "[1]", '"x"', "[" * 10**5]
+    damaged += [json.dumps({**line, name: None}) for name in line]
+    damaged += [json.dumps({**line, "messages": messages}) for messages in ([], [3], [{}])]
+    for text in damaged:
+        partial.write_text(json.dumps({**line, "id": "c0"}) + "\n" + text + "\n")
+        with pytest.raises(DataError, match=r"(?s)A line is not.*partial:2.*is regenerated"):
+            _run(out, _conversations(2), tokenizer)
+    out.write_text("{}\n")
+    with pytest.raises(DataError, match=r"(?s)A line is not.*out.jsonl:1.*Remove the file"):
         _run(out, _conversations(2), tokenizer)
 
 

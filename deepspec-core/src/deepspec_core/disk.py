@@ -58,6 +58,18 @@ def why_not_writable(path: Path) -> str | None:
         return f"{there} cannot be written to ({error.strerror})"
 
 
+def refuse_folder(path: Path) -> None:
+    """StageError where a folder has the name of a file of the run."""
+    if path.is_dir():
+        raise StageError(
+            "A file of the run cannot be put there",
+            where=path,
+            found="a folder",
+            expected="a file of this run, or nothing",
+            fix="Move it away, or choose another run.output (or cache.path).",
+        )
+
+
 @contextmanager
 def full_disk_is_an_error(folder: Path) -> Iterator[None]:
     """StageError where something inside the block found no room to write. `folder` is where it was writing."""

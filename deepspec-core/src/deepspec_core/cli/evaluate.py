@@ -16,6 +16,7 @@ from attrs import evolve
 from deepspec_core.cli.messages import show_messages
 from deepspec_core.cli.options import no_plugin
 from deepspec_core.config.load import RunFile
+from deepspec_core.config.paths import no_path
 from deepspec_core.config.schema import (
     DTYPES,
     HELD_OUT,
@@ -99,6 +100,8 @@ def evaluate(
     """
     from deepspec_core.plugins.discovery import load_plugins
 
+    if out is not None and (problem := no_path("--out", out)) is not None:
+        raise problem
     plugins = load_plugins(blocked=blocked)
     name = re.sub(r"[^\w.-]", "_", Path(draft).resolve().name)
     run_options = RunOptions(name=name, output=out or f"evaluation-{name}", stages=("evaluate",))

@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from deepspec_core.config.paths import no_path
 from deepspec_core.config.schema import BUILTIN, HELD_OUT, JSON_LINES, KNOWN_STAGES, DataOptions, RunOptions
 from deepspec_core.errors import ConfigError, DeepSpecError, PluginError
 from deepspec_core.plugins.registry import Registry
@@ -19,7 +20,9 @@ from deepspec_core.rows.coefficient_schedule import CoefficientSchedule
 def check_sections(sections: Mapping[str, Any], folder: Path, registry: Registry) -> Iterator[DeepSpecError]:
     """Every misfit. `folder` is the run file's: relative paths start there."""
     run = sections.get("run")
-    if run:
+    misplaced = list(_paths(sections, folder))
+    yield from misplaced
+    if run and not misplaced:
         yield from _stages(run)
         if sections.get("features") and sections.get("cache"):
             yield from _cache_stage(run, sections["features"].mode, sections["cache"].path, folder)
@@ -69,6 +72,14 @@ def _counts(coefficient: float | CoefficientSchedule) -> bool:
     if isinstance(coefficient, CoefficientSchedule):
         return coefficient.start != 0 or coefficient.end != 0
     return coefficient != 0
+
+
+def _paths(sections: Mapping[str, Any], folder: Path) -> Iterator[ConfigError]:
+    for section, key in (("run", "output"), ("cache", "path")):
+        path = getattr(sections.get(section), key, None)
+        problem = None if path is None else no_path(f"{section}.{key}", path, base=folder)
+        if problem is not None:
+            yield problem
 
 
 def no_temperature(where: str) -> ConfigError:

@@ -21,6 +21,7 @@ from cattrs.errors import (
 )
 
 from deepspec_core.errors import ConfigError, DeepSpecError, nearest
+from deepspec_core.layers.options import CONFIG_NAMES
 from deepspec_core.plugins.references import message_of
 
 _LONGEST = 100
@@ -152,7 +153,7 @@ def explain(error: Exception, path: str, *, siblings: Mapping[str, Sequence[str]
 
 def unknown_key(path: str, key: str, known: Sequence[str], siblings: Mapping[str, Sequence[str]]) -> ConfigError:
     """A key that its section does not have."""
-    close = nearest(key, known)
+    close = nearest(CONFIG_NAMES.get(key, key), known)
     fix = f"write {close!r}" if close else None
     if fix is None and key in siblings:
         fix = f"move it to {' or '.join(siblings[key])}"

@@ -17,6 +17,7 @@ from attrs import NOTHING, field, fields, frozen, has, resolve_types
 from deepspec_core.config.checks import check_sections
 from deepspec_core.config.explain import explain, keys_of, unknown_key, words
 from deepspec_core.config.overrides import apply_override
+from deepspec_core.config.paths import no_path
 from deepspec_core.config.schema import (
     CacheOptions,
     DataOptions,
@@ -132,6 +133,8 @@ def _checked(tables: dict[str, Any], overrides: Sequence[str], name: str, folder
 
 
 def _read(path: Path) -> dict[str, Any]:
+    if (problem := no_path("the path of the run file", path)) is not None:
+        raise problem
     if path.is_dir():
         raise ConfigError("a run file is a file, this is a folder", where=path)
     try:

@@ -22,6 +22,8 @@ _OF_ONE_TEXT: Final = ("prompt", "question")
 SHAPES: Final = (*_OF_MESSAGES, *_OF_TEXTS, *_OF_ONE_TEXT)
 # A field's name this alike is likely one of those, misspelled.
 _MISSPELLED: Final = 0.75
+# Token ids are stored as 32-bit whole numbers.
+_MOST_ID: Final = 2**31 - 1
 
 
 @frozen(kw_only=True)
@@ -153,7 +155,7 @@ def _tokens(row: Mapping[str, Any], where: str) -> tuple[tuple[int, ...] | None,
         return prompt + output, tuple(mask)
     if row.get("input_ids") is None:
         return None, None
-    ids, given = _ids(row, "input_ids", where), _ids(row, "loss_mask", where)
+    ids, given = _ids(row, "input_ids", where), _mask(row, where)
     if len(ids) != len(given):
         raise DataError(
             "input_ids and loss_mask differ in length",
@@ -161,8 +163,6 @@ def _tokens(row: Mapping[str, Any], where: str) -> tuple[tuple[int, ...] | None,
             found=f"{len(ids)} and {len(given)}",
             expected="one each",
         )
-    if not set(given) <= {0, 1}:
-        raise DataError("loss_mask holds other numbers than 0 and 1", where=where, found=sorted(set(given))[:5])
     return ids, given
 
 
@@ -180,8 +180,20 @@ def _pairs(row: Mapping[str, Any], name: str, where: str) -> Sequence[Sequence[A
 
 def _ids(row: Mapping[str, Any], name: str, where: str) -> tuple[int, ...]:
     value = row.get(name)
-    if isinstance(value, Sequence) and all(isinstance(item, int) and item >= 0 for item in value):
-        return tuple(int(item) for item in value)
+    if isinstance(value, Sequence) and all(type(item) is int and 0 <= item <= _MOST_ID for item in value):
+        return tuple(value)
     raise DataError(
-        f"{name} is not a list of token ids", where=where, found=repr(value)[:80], expected="[12, 345, ...]"
+        f"{name} is not a list of token ids",
+        where=where,
+        found=repr(value)[:80],
+        expected=f"[12, 345, ...], whole numbers from 0 to {_MOST_ID}",
+    )
+
+
+def _mask(row: Mapping[str, Any], where: str) -> tuple[int, ...]:
+    value = row.get("loss_mask")
+    if isinstance(value, Sequence) and all(isinstance(item, int) and item in (0, 1) for item in value):
+        return tuple(map(int, value))
+    raise DataError(
+        "loss_mask is not a list of numbers 0 and 1", where=where, found=repr(value)[:80], expected="[0, 1, ...]"
     )

@@ -11,9 +11,19 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Final
 
 from deepspec_core.errors import DataError
+
+# What later steps read of a line, and its type.
+_FIELDS: Final = {
+    "id": str,
+    "messages": list,
+    "output_ids": list,
+    "finish_reason": str,
+    "dropped_turns": int,
+    "rewritten": list,
+}
 
 
 def beside(out: Path, suffix: str) -> Path:
@@ -27,22 +37,31 @@ def write_line(file: IO[bytes], entry: dict[str, Any]) -> None:
     file.flush()
 
 
-def _entries(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Offset and content of each line; DataError for one that is not JSON."""
+def _entries(path: Path, *, fix: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Offset and content of each line; DataError, saying `fix`, for one that regeneration did not write."""
     offset = 0
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
                 entry = json.loads(line.decode("utf-8", "surrogatepass"))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
+                raise DataError("A line is not JSON", where=f"{path}:{number}", found=error, fix=fix) from error
+            if not _is_answered(entry):
                 raise DataError(
-                    "A line is not JSON",
+                    "A line is not a regenerated conversation",
                     where=f"{path}:{number}",
-                    found=error,
-                    fix="Remove that line; its conversation is regenerated.",
-                ) from error
+                    found=repr(entry)[:80],
+                    expected=f"an object with {', '.join(_FIELDS)}",
+                    fix=fix,
+                )
             yield offset, entry
             offset += len(line)
+
+
+def _is_answered(entry: Any) -> bool:
+    fits = isinstance(entry, dict) and all(isinstance(entry.get(name), kind) for name, kind in _FIELDS.items())
+    last = entry["messages"][-1:] if fits else []
+    return bool(last) and isinstance(last[0], dict) and isinstance(last[0].get("content"), str)
 
 
 def resume(partial: Path) -> dict[str, int]:
@@ -55,7 +74,8 @@ def resume(partial: Path) -> dict[str, int]:
             if line.endswith(b"\n"):
                 content_end += len(line)
         lines.truncate(content_end)
-    return {entry["id"]: offset for offset, entry in _entries(partial)}
+    entries = _entries(partial, fix="Remove that line; its conversation is regenerated.")
+    return {entry["id"]: offset for offset, entry in entries}
 
 
 def finish(partial: Path, out: Path, order: Sequence[str]) -> Counter[str]:
@@ -90,7 +110,7 @@ def finish(partial: Path, out: Path, order: Sequence[str]) -> Counter[str]:
 def tally_of(path: Path) -> Counter[str]:
     """What a finished file holds, summed up for the report."""
     tally: Counter[str] = Counter()
-    for _, entry in _entries(path):
+    for _, entry in _entries(path, fix="Remove the file; its conversations are regenerated."):
         tally["conversations"] += 1
         tally["output_tokens"] += len(entry["output_ids"])
         tally["unfinished"] += entry["finish_reason"] == "length"

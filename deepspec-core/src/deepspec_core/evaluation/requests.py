@@ -21,11 +21,7 @@ def requests_of_prompts(
     `room` is the target's number of positions. Prompt i is decoded with `seed` + i, whichever prompts come before it.
     """
     rendered = [
-        Request(
-            id=prompt.id,
-            prompt_ids=tokenizer.render_prompt(prompt.messages, system_prompt, prompt.tools),
-            seed=seed + prompt.index,
-        )
+        Request(id=prompt.id, prompt_ids=_rendered(prompt, tokenizer, system_prompt), seed=seed + prompt.index)
         for prompt in prompts
     ]
     fitting = [request for request in rendered if len(request.prompt_ids) < room]
@@ -37,3 +33,14 @@ def requests_of_prompts(
             expected=f"fewer than {room}",
         )
     return fitting, len(rendered) - len(fitting)
+
+
+def _rendered(prompt: Prompt, tokenizer: ChatTokenizer, system_prompt: str | None) -> tuple[int, ...]:
+    """The prompt's token ids; DataError, saying the prompt's row, where the template does not take it."""
+    try:
+        return tokenizer.render_prompt(prompt.messages, system_prompt, prompt.tools)
+    except DataError as error:
+        where = error.where or prompt.where or prompt.id
+        raise DataError(
+            error.problem, where=where, found=error.found, expected=error.expected, fix=error.fix
+        ) from error

@@ -28,12 +28,16 @@ HELD_OUT_QUOTA = 500
 
 @frozen(kw_only=True)
 class Prompt:
-    """One question: messages to render with the generation prompt. Its `index` in the task decides its seed."""
+    """One question: messages to render with the generation prompt. Its `index` in the task decides its seed.
+
+    `where` is the row it came from (FILE:LINE), for messages.
+    """
 
     id: str
     index: int
     messages: tuple[Mapping[str, Any], ...]
     tools: tuple[Mapping[str, Any], ...] = ()
+    where: str = ""
 
 
 def load_task(
@@ -52,7 +56,7 @@ def load_task(
     cut. DataError if the file is missing, a row is malformed, or a row says what no conversation here can hold.
     """
     if task.endswith(JSON_LINES):
-        prompts = _read_file(base / task)
+        prompts = _read_file(base / task, base)
     else:
         rows = held_out() if task == HELD_OUT else _registered(task, limit, seed, registry)
         prompts = [_prompt(row, index, task, f"{task}:{index + 1}") for index, row in enumerate(rows)]
@@ -92,14 +96,14 @@ def _registered(task: str, limit: int | None, seed: int, registry: Registry) -> 
         return list(make(limit, seed))
 
 
-def _read_file(path: Path) -> list[Prompt]:
+def _read_file(path: Path, base: Path) -> list[Prompt]:
     if not path.is_file():
         raise DataError(
             "A task's file is missing",
             where=path,
             found="a folder" if path.is_dir() else None,
             expected="a JSON-lines file",
-            fix="Paths are relative to the run file's folder.",
+            fix=f"Relative paths start at {base.absolute()}.",
         )
     return [
         _prompt(row, index, task_name(str(path)), where) for index, (where, row) in enumerate(read_json_lines(path))
@@ -126,6 +130,7 @@ def _prompt(row: Any, index: int, name: str, where: str) -> Prompt:
         index=index,
         messages=conversation.messages[: asked + 1],
         tools=conversation.tools,
+        where=where,
     )
     found = not_unicode(prompt.id, prompt.messages, prompt.tools)
     if found is not None:

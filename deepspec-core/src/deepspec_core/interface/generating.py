@@ -101,7 +101,8 @@ def generate(
     beside it in the batch. A prompt that leaves the target less room than `max_new_tokens` gets what is left.
 
     `on_round` is told, as decoding goes on, what each round added. Raises DeepSpecError for options out of range, for a
-    draft of another target, and for prompts that cannot be rendered or leave no room to answer.
+    draft opened for other sizes, another dtype or device, and for prompts that cannot be rendered or leave no room to
+    answer.
     """
     check_models(target, draft)
     given = {

@@ -99,7 +99,8 @@ def load_draft(name: str | Path, target: Target) -> Draft:
     """The draft of a directory or a Hub id, in the target's dtype and on its device.
 
     Raises DeepSpecError where there is no such checkpoint, no installed algorithm knows it, its weights are damaged, or
-    it was made for a target of other sizes.
+    it was made for a target of other sizes. Whether it was trained for this very target is not known here: a draft of
+    another target of the same sizes is opened, and few of its tokens are accepted.
     """
     check_models(target, None)
     registry = target.plugins.registry
@@ -113,13 +114,13 @@ def load_draft(name: str | Path, target: Target) -> Draft:
 
 
 def check_models(target: Target, draft: Draft | None) -> None:
-    """ConfigError for what is no loaded model, CheckpointError for a draft that was opened for another target."""
+    """ConfigError for what is no loaded model, CheckpointError for a draft of other sizes, dtype or device."""
     if not isinstance(target, Target):
-        raise _no_model("target", target, "load_target(NAME)")
+        raise _no_model("target", target, "load_target(NAME) returns")
     if draft is None:
         return
     if not isinstance(draft, Draft):
-        raise _no_model("draft", draft, "load_draft(NAME, target), or None")
+        raise _no_model("draft", draft, "load_draft(NAME, target) returns, or None")
     head = draft.model.lm_head.weight
     opened = _facts(draft.target, head.dtype, head.device)
     wanted = _facts(target.architecture, target.model.dtype, target.model.device)
@@ -134,12 +135,12 @@ def check_models(target: Target, draft: Draft | None) -> None:
         )
 
 
-def _no_model(argument: str, given: object, maker: str) -> ConfigError:
+def _no_model(argument: str, given: object, source: str) -> ConfigError:
     return ConfigError(
         f"this is no {argument}",
         where=f"the argument `{argument}`",
         found=repr(given),
-        expected=f"what {maker} returns",
+        expected=f"what {source}",
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from attrs import field, frozen
 
 from deepspec_core.config.load import RunFile, load_run_file, run_file_of
+from deepspec_core.config.paths import no_path
 from deepspec_core.evaluation.metrics_file import read_metrics
 from deepspec_core.interface.arguments import flag_of, names_of, path_of
 from deepspec_core.pipeline.run import Run
@@ -61,6 +62,8 @@ def train(
     """
     smoke = flag_of(smoke, "smoke")
     plugins, base = load_plugins(), path_of(base, "base", expected="a folder")
+    if (problem := no_path("the argument `base`", base)) is not None:
+        raise problem
     stages, force = names_of(stages, "stages"), names_of(force, "force")
     if isinstance(run_file, RunFile):
         file, path = run_file, base / "run file"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from attrs import field, frozen
 from attrs.validators import optional
 
@@ -11,6 +13,9 @@ __all__ = ["LayerOptions"]
 
 _SIZES = 2**20
 _HEADS = 2**12
+
+# What a model's config.json calls these keys, and people write by habit.
+CONFIG_NAMES: Final = {"num_attention_heads": "num_heads", "num_key_value_heads": "num_kv_heads"}
 
 
 @frozen(kw_only=True)

@@ -10,9 +10,10 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from deepspec_core.config.schema import HELD_OUT, MASK
-from deepspec_core.disk import free_bytes, in_words, why_not_writable
-from deepspec_core.errors import CheckpointError, ConfigError, DataError, StageError
+from deepspec_core.disk import free_bytes, in_words
+from deepspec_core.errors import CheckpointError, ConfigError, DataError
 from deepspec_core.pipeline.apart import check_cache_place, check_inputs_survive
+from deepspec_core.pipeline.places import check_places
 from deepspec_core.pipeline.run import Run
 from deepspec_core.pipeline.stages import Step
 
@@ -32,7 +33,7 @@ def check_before(run: Run, steps: Sequence[Step]) -> None:
     todo = {step.stage.name for step in steps if step.action != "skip"}
     if not todo:
         return
-    _folders(run, todo)
+    check_places(run, todo)
     check_inputs_survive(run, [step.stage.name for step in steps if step.forced])
     if "cache" in todo:
         check_cache_place(run)
@@ -99,13 +100,19 @@ def _room_for_answers(run: Run) -> None:
         _answers_reach(run)
     prompt = len(run.target.tokenizer.render_prompt([{"role": "user", "content": "?"}], data.system_prompt))
     if prompt + data.min_supervised_tokens > most:
-        long_prompt = data.min_supervised_tokens < most
+        bare = len(run.target.tokenizer.render_prompt([{"role": "user", "content": "?"}], None))
+        if data.min_supervised_tokens >= most:
+            key, fix = "min_supervised_tokens", "Raise data.max_length, or lower data.min_supervised_tokens."
+        elif data.system_prompt is not None and bare + data.min_supervised_tokens <= most:
+            key, fix = "system_prompt", "Raise data.max_length, or shorten data.system_prompt."
+        else:
+            key, fix = "max_length", "Raise data.max_length."
         raise ConfigError(
             "every sample would be dropped as too short: what it may hold is full before enough is supervised",
-            where=f"{run.path}: data.{'system_prompt' if long_prompt else 'min_supervised_tokens'}",
+            where=f"{run.path}: data.{key}",
             found=f"{prompt} tokens before an answer, and {data.min_supervised_tokens} supervised at least",
             expected=f"at most {most:,} together, the tokens of the longest sample",
-            fix="Raise data.max_length, shorten data.system_prompt, or lower data.min_supervised_tokens.",
+            fix=fix,
         )
 
 
@@ -141,41 +148,6 @@ def _mask_token(run: Run, description: DraftDescription) -> None:
             found=f"{mask} ({tokenizer.decode([mask])!r}), {used[mask]}",
             expected="an id that no text of the target uses",
             fix="Choose an unused or reserved id of the target's vocabulary.",
-        )
-
-
-def _folders(run: Run, todo: Collection[str]) -> None:
-    folders = [run.folder, *(run.stage_folder(stage) for stage in sorted(todo))]
-    if "train" in todo:
-        from deepspec_core.training.checkpoint import CHECKPOINTS
-
-        folders.append(run.stage_folder("train") / CHECKPOINTS)
-    for folder in folders:
-        problem = why_not_writable(folder)
-        if problem is not None:
-            raise StageError(
-                "Results cannot be written there",
-                where=folder,
-                found=problem,
-                fix="Choose another run.output (or cache.path), or make the folder writable.",
-            )
-    for name in ("metrics.json", "report.md"):
-        if "evaluate" in todo and (run.folder / name).is_dir():
-            raise StageError(
-                "The results of the evaluation cannot be put there",
-                where=run.folder / name,
-                found="a folder",
-                expected="a file of this run, or nothing",
-                fix="Move it away, or choose another run.output.",
-            )
-    draft = run.folder / "draft"
-    if "train" in todo and (draft.is_symlink() or (draft.exists() and not draft.is_dir())):
-        raise StageError(
-            "The finished draft cannot be put there",
-            where=draft,
-            found="a symbolic link" if draft.is_symlink() else "a file",
-            expected="a folder of this run, or nothing",
-            fix="Move it away, or choose another run.output.",
         )
 
 

@@ -55,7 +55,7 @@ def run_stage(run: Run) -> dict[str, Any]:
             groups = evaluate(
                 requests,
                 decoding,
-                journal=run.stage_folder("evaluate") / f"{journal_names[task]}-t{_exact(temperature)}.jsonl",
+                journal=_journal(run, journal_names[task], temperature),
                 prompts_digest=digest,
                 what=f"evaluate {task} at temperature {temperature:g}",
                 machine=_machine(run),
@@ -77,6 +77,16 @@ def run_stage(run: Run) -> dict[str, Any]:
         f"accepted length on {result['task']} at T={result['temperature']:g}": round(result["acceptance_length"], 3)
         for result in results
     }
+
+
+def journal_files(run: Run) -> list[Path]:
+    """The journals of an evaluation, one for each task and temperature."""
+    options = run.file.evaluate
+    return [_journal(run, name, value) for name in journals(options.tasks).values() for value in options.temperature]
+
+
+def _journal(run: Run, name: str, temperature: float) -> Path:
+    return run.stage_folder("evaluate") / f"{name}-t{_exact(temperature)}.jsonl"
 
 
 def _exact(temperature: float) -> str:

@@ -19,6 +19,7 @@ from attrs.validators import instance_of
 
 from deepspec_core.config.load import RunFile
 from deepspec_core.config.schema import KNOWN_STAGES
+from deepspec_core.disk import refuse_folder
 from deepspec_core.errors import StageError
 
 RECORD = "stage.json"
@@ -97,8 +98,9 @@ class StageRecord:
 
 
 def read_record(folder: Path) -> StageRecord | None:
-    """The record of a stage's folder; None if the stage never started. StageError if the file is damaged."""
+    """The record of a stage's folder; None if the stage never started. StageError for a damaged file or a folder."""
     path = folder / RECORD
+    refuse_folder(path)
     if not path.exists():
         return None
     try:

@@ -67,8 +67,7 @@ def publish(checkpoint: Path, out: Path) -> None:
     """
     partial, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
     for stale in (partial, old):
-        if stale.exists():
-            shutil.rmtree(stale)
+        _remove(stale)
     try:
         shutil.copytree(checkpoint, partial, copy_function=os.link)
     except (OSError, shutil.Error):
@@ -78,3 +77,11 @@ def publish(checkpoint: Path, out: Path) -> None:
         os.replace(out, old)
     os.replace(partial, out)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder, or a file or link that has its name; what a link points at stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -90,7 +90,7 @@ def open_adapter(
             "the target has no config.json",
             where=where,
             expected="a Hugging Face model directory",
-            fix="Point [target] model at the folder that holds config.json and the safetensors files.",
+            fix="Name the folder that holds config.json and the safetensors files.",
         )
     model_type = raw.get("model_type")
     if not isinstance(model_type, str):

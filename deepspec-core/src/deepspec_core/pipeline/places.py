@@ -1,0 +1,72 @@
+"""The places where a run writes: that folders can be made and filled, and that nothing else has the name of a file.
+
+Knows the names of the files that stages write; not what is in them. Writes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Final
+
+from deepspec_core.disk import refuse_folder, why_not_writable
+from deepspec_core.errors import StageError
+from deepspec_core.locks import LOCK
+from deepspec_core.pipeline.fingerprint import RECORD
+from deepspec_core.pipeline.run import Run
+
+_OF_EVERY_STAGE: Final = (RECORD, f"{RECORD}.partial")
+# Files of stages in their own folders. Those of a cache beside its lock are its format's.
+_OF_STAGES: Final[Mapping[str, tuple[str, ...]]] = {
+    "regenerate": tuple(f"conversations.jsonl{end}" for end in ("", ".partial", ".ordered", ".failures.jsonl")),
+    "cache": (LOCK,),
+    "train": ("metrics.jsonl",),
+}
+# Files in the run's folder, by the stage that writes them; those of "" are written by every run.
+_OF_RUNS: Final[Mapping[str, tuple[str, ...]]] = {
+    "": (LOCK, "config.toml"),
+    "evaluate": ("metrics.json", "metrics.json.partial", "report.md", "report.md.partial"),
+}
+
+
+def check_places(run: Run, todo: Collection[str]) -> None:
+    """StageError where the stages `todo` could not write. Stages that are done may lie in folders that are closed."""
+    for folder in _folders(run, todo):
+        problem = why_not_writable(folder)
+        if problem is not None:
+            raise StageError(
+                "Results cannot be written there",
+                where=folder,
+                found=problem,
+                fix="Choose another run.output (or cache.path), or make the folder writable.",
+            )
+    for file in _files(run, todo):
+        refuse_folder(file)
+    draft = run.folder / "draft"
+    if "train" in todo and (draft.is_symlink() or (draft.exists() and not draft.is_dir())):
+        raise StageError(
+            "The finished draft cannot be put there",
+            where=draft,
+            found="a symbolic link" if draft.is_symlink() else "a file",
+            expected="a folder of this run, or nothing",
+            fix="Move it away, or choose another run.output.",
+        )
+
+
+def _folders(run: Run, todo: Collection[str]) -> Iterator[Path]:
+    yield run.folder
+    yield from (run.stage_folder(stage) for stage in sorted(todo))
+    if "train" in todo:
+        from deepspec_core.training.checkpoint import CHECKPOINTS
+
+        yield run.stage_folder("train") / CHECKPOINTS
+
+
+def _files(run: Run, todo: Collection[str]) -> Iterator[Path]:
+    yield from (run.folder / name for stage in ("", *sorted(todo)) for name in _OF_RUNS.get(stage, ()))
+    for stage in sorted(todo):
+        yield from (run.stage_folder(stage) / name for name in (*_OF_EVERY_STAGE, *_OF_STAGES.get(stage, ())))
+    if "evaluate" in todo:
+        from deepspec_core.pipeline.evaluating import journal_files
+
+        yield from journal_files(run)
