@@ -34,6 +34,8 @@ def check_sections(sections: Mapping[str, Any], folder: Path, registry: Registry
             yield from _tasks(sections["evaluate"].tasks, sections.get("data"))
             if not sections["evaluate"].temperature:
                 yield no_temperature("evaluate.temperature")
+        if "regenerate" not in run.stages and sections.get("regenerate"):
+            yield from _share(sections["regenerate"].thinking, run)
     if sections.get("target"):
         yield from _layers(sections["target"].layers)
     if sections.get("data") and not sections["data"].sources and _reads_data(sections):
@@ -107,6 +109,17 @@ def _tasks(tasks: tuple[str, ...], data: DataOptions | None) -> Iterator[ConfigE
             found=f'0, with "{HELD_OUT}" in evaluate.tasks',
             expected="a share above 0",
             fix="set data.held_out = 0.05, or name other tasks",
+        )
+
+
+def _share(thinking: bool | float, run: RunOptions) -> Iterator[ConfigError]:
+    if not isinstance(thinking, bool) and "train" in run.stages:
+        yield ConfigError(
+            "a share of thinking needs the target's own answers",
+            where="regenerate.thinking",
+            found=f"{thinking:g}, without a regenerate stage",
+            expected="true or false, which says how prompts end before the answers that the sources have",
+            fix='add "regenerate" to run.stages',
         )
 
 

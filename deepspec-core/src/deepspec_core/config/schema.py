@@ -140,12 +140,18 @@ class DataOptions:
     supervise_think_block: bool = False
 
 
+def _truth_or_share(_options: object, attribute: Attribute[Any], value: bool | float) -> None:
+    if not isinstance(value, bool) and not 0 < value < 1:
+        raise ValueError(f"'{attribute.name}' must be true, false or a share between 0 and 1: {value}")
+
+
 @frozen(kw_only=True)
 class RegenerateOptions:
     """[regenerate]: the target answers the prompts itself.
 
     servers: OpenAI-compatible servers that answer. Not there yet: the target answers in this process.
-    thinking: Ask in the target's thinking mode, in regeneration and in evaluation.
+    thinking: Ask in the target's thinking mode, in regeneration and in evaluation. A number between 0 and 1 is the
+        share of conversations that are asked so. Their ids decide which. Evaluation then reports both modes.
     max_tokens: New tokens of one answer at most.
     temperature: 0 is greedy. Left out: what the target's makers recommend.
     top_p: Sample from the smallest set of most probable tokens whose probabilities add up to this; 1 is off. Left out:
@@ -159,7 +165,7 @@ class RegenerateOptions:
     """
 
     servers: tuple[str, ...] = ()
-    thinking: bool = False
+    thinking: bool | float = field(default=False, validator=_truth_or_share)
     max_tokens: int = field(default=4096, validator=whole(1, _TOKENS))
     temperature: float | None = field(default=None, validator=optional(temperatures))
     top_p: float | None = field(default=None, validator=optional(above(0.0, 1.0)))

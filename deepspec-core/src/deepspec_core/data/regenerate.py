@@ -22,6 +22,7 @@ from deepspec_core.contracts.proposer import Sampling
 from deepspec_core.contracts.target import ConversationFormat, SamplingDefaults, TargetModel
 from deepspec_core.data.conversations import Conversation
 from deepspec_core.data.regenerated_file import beside, count_lines, finish, resume, tally_of, write_line
+from deepspec_core.data.thinking import thinks
 from deepspec_core.data.tokenize import ChatTokenizer
 from deepspec_core.data.unicode_text import not_unicode
 from deepspec_core.decoding.engine import Completion, Request, decode
@@ -93,11 +94,12 @@ def regenerate(
 ) -> RegenerateReport:
     """Answer every user turn of every conversation, in order, each on top of the target's own earlier answers.
 
-    Lines of `out`: id, messages, tools where it has any, prompt_ids and output_ids of the last answered turn,
-    finish_reason ("stop" or "length"), prompt_answers, the token spans of the prompt that are earlier answers exactly
-    as emitted, and rewritten, the prompt and output ids of those that are not. A finished
-    `out` is left as it is. Failures go to OUT.failures.jsonl with their reason, and DataError ends the run where they
-    are more than options.max_failures of all. `total`, where known, is for the progress shown. Ids are unique.
+    Lines of `out`: id, messages, tools where it has any, thinking where options.thinking is a share, prompt_ids and
+    output_ids of the last answered turn, finish_reason ("stop" or "length"), prompt_answers, the token spans of the
+    prompt that are earlier answers exactly as emitted, and rewritten, the prompt and output ids of those that are not.
+    A finished `out` is left as it is. Failures go to OUT.failures.jsonl with their reason, and DataError ends the run
+    where they are more than options.max_failures of all. `total`, where known, is for the progress shown. Ids are
+    unique.
     """
     require_in_process(options)
     partial, failures_path = beside(out, ".partial"), beside(out, ".failures.jsonl")
@@ -116,6 +118,7 @@ def regenerate(
             stop_ids=frozenset(stop_ids),
             seed=seed,
             max_length=max_length,
+            thinking=options.thinking,
             max_failures=options.max_failures,
             finished=finished,
             failures=failures,
@@ -173,6 +176,7 @@ class _Work:
     stop_ids: frozenset[int]
     seed: int
     max_length: int
+    thinking: bool | float
     max_failures: float
     finished: set[str]
     failures: IO[bytes]
@@ -235,6 +239,7 @@ class _Work:
             "id": completion.id,
             "messages": dialogue.history,
             **({"tools": tools} if tools else {}),
+            **({} if isinstance(self.thinking, bool) else {"thinking": thinks(self.thinking, completion.id)}),
             "prompt_ids": completion.prompt_ids,
             "prompt_answers": spans,
             "output_ids": output,
@@ -275,6 +280,9 @@ class _Work:
         self.check_budget()
         return None
 
+    def _tokenizer(self, identity: str) -> ChatTokenizer:
+        return self.tokenizer.in_mode(thinks(self.thinking, identity))
+
     def _unanswerable(self, conversation: Conversation) -> str | None:
         found = not_unicode(conversation.id, conversation.messages, conversation.tools)
         if found is not None:
@@ -294,7 +302,9 @@ class _Work:
         identity = dialogue.conversation.id
         return Request(
             id=identity,
-            prompt_ids=self.tokenizer.render_prompt(dialogue.history, self.system_prompt, dialogue.conversation.tools),
+            prompt_ids=self._tokenizer(identity).render_prompt(
+                dialogue.history, self.system_prompt, dialogue.conversation.tools
+            ),
             seed=sample_seed(self.seed, identity, len(dialogue.turns)),
         )
 
@@ -306,10 +316,11 @@ class _Work:
         if not earlier:
             return [], []
         tools = dialogue.conversation.tools
-        text = self.tokenizer.render(messages, self.system_prompt, prompt=True, tools=tools)
-        _, offsets = self.tokenizer.encode(text)
+        tokenizer = self._tokenizer(dialogue.conversation.id)
+        text = tokenizer.render(messages, self.system_prompt, prompt=True, tools=tools)
+        _, offsets = tokenizer.encode(text)
         spans, rewritten = [], []
-        answers = self.tokenizer.replies(messages, self.fmt, self.system_prompt, tools)
+        answers = tokenizer.replies(messages, self.fmt, self.system_prompt, tools)
         for answer, turn in zip(answers, earlier, strict=True):
             span = answer.tokens_in(text, offsets)
             if span and tuple(last.prompt_ids[slice(*span)]) == tuple(turn.output_ids):

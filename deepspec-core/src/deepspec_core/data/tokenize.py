@@ -58,6 +58,7 @@ class ChatTokenizer:
     def __init__(self, tokenizer: Any, *, thinking: bool = False) -> None:
         self.tokenizer = tokenizer
         self.thinking = thinking
+        self._other_mode: ChatTokenizer | None = None
         self._openings: dict[str, Openings] = {}
         self._control_tokens: tuple[str, ...] | None = None
         name = tokenizer.name_or_path or "tokenizer"
@@ -70,6 +71,14 @@ class ChatTokenizer:
                 expected="chat_template.jinja, or chat_template in tokenizer_config.json",
                 fix="Use the instruction-tuned model's tokenizer, or name a template's file in target.chat_template.",
             )
+
+    def in_mode(self, thinking: bool) -> ChatTokenizer:
+        """The same tokenizer and template, asking with or without thinking."""
+        if thinking == self.thinking:
+            return self
+        if self._other_mode is None:
+            self._other_mode = ChatTokenizer(self.tokenizer, thinking=thinking)
+        return self._other_mode
 
     def render(
         self,

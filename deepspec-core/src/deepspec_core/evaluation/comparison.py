@@ -43,7 +43,7 @@ class Row:
         """The cells of the row, under HEADINGS."""
         return [
             f"{self.run.label} ({self.run.report['draft']['algorithm']})" + (MARK if self.marked else ""),
-            self.result["task"],
+            single.task_of(self.result),
             f"{self.result['temperature']:g}",
             str(self.result["samples"]),
             single.accepted(self.result),
@@ -58,6 +58,7 @@ class Row:
             "run": self.run.label,
             "algorithm": self.run.report["draft"]["algorithm"],
             **{name: self.result[name] for name in names},
+            **({"thinking": self.result["thinking"]} if "thinking" in self.result else {}),
             "speedup": self.result.get("speedup"),
             "comparable": not self.marked,
         }
@@ -137,7 +138,7 @@ def compare(runs: Sequence[Run]) -> Comparison:
 
 
 def _results(run: Run) -> dict[tuple[str, float], Mapping[str, Any]]:
-    return {(result["task"], result["temperature"]): result for result in run.report["results"]}
+    return {(single.task_of(result), result["temperature"]): result for result in run.report["results"]}
 
 
 def _is_digest(value: object) -> TypeGuard[str]:

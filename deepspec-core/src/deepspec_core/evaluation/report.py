@@ -17,6 +17,12 @@ NOTE = (
 )
 
 
+def task_of(result: Mapping[str, Any]) -> str:
+    """The task, with the mode where a report has both."""
+    mode = result.get("thinking")
+    return str(result["task"]) if mode is None else f"{result['task']} {'with' if mode else 'without'} thinking"
+
+
 def positions(values: Sequence[float | None]) -> str:
     """The acceptance rate of each position, in percent."""
     return " ".join("-" if value is None else f"{100 * value:.0f}" for value in values)
@@ -58,7 +64,7 @@ def _rows(report: Mapping[str, Any]) -> list[list[str]]:
         plain = result.get("plain")
         rows.append(
             [
-                result["task"],
+                task_of(result),
                 f"{result['temperature']:g}",
                 str(result["samples"]),
                 accepted(result),
@@ -82,7 +88,7 @@ def _by_context(report: Mapping[str, Any]) -> list[str]:
     for result in results:
         cells = {(one["start"], one["end"]): one for one in result["by_context"]}
         shown = [_cell(cells.get(span)) for span in spans]
-        rows.append([result["task"], f"{result['temperature']:g}", *shown])
+        rows.append([task_of(result), f"{result['temperature']:g}", *shown])
     headings = ["task", "T", *(f"{start:,} to {end - 1:,}" for start, end in spans)]
     return ["", "## Accepted length by tokens of context (rounds)", "", *markdown_table(headings, rows)]
 
@@ -132,11 +138,11 @@ def markdown(report: Mapping[str, Any]) -> str:
     for result in report["results"]:
         timing = result["speculative"]
         parts = [f"{100 * timing[part] / timing['wall']:.0f}" for part in ("prefill", "draft", "verify", "host")]
-        lines.append(f"| {result['task']} | {result['temperature']:g} | " + " | ".join(parts) + " |")
+        lines.append(f"| {task_of(result)} | {result['temperature']:g} | " + " | ".join(parts) + " |")
     lines += _by_context(report)
     lines += ["", "## Checks", ""]
     for result in report["results"]:
-        name = f"{result['task']} at temperature {result['temperature']:g}"
+        name = f"{task_of(result)} at temperature {result['temperature']:g}"
         if result["temperature"] == 0 and "plain" in result:
             same = result["samples"] - len(result["mismatches"])
             lines.append(f"- {name}: {same} of {result['samples']} outputs equal plain greedy decoding.")

@@ -236,6 +236,7 @@ def _cache(run: Run, *, fresh: bool) -> None:
 
 def _evaluation(run: Run, confidence: bool | None) -> None:
     from deepspec_core.checkpoints.published import check_draft
+    from deepspec_core.data.thinking import modes
     from deepspec_core.pipeline.evaluating import draft_of, journals, requests_of
 
     options = run.file.evaluate
@@ -252,7 +253,8 @@ def _evaluation(run: Run, confidence: bool | None) -> None:
         )
     for task in options.tasks:
         if task != HELD_OUT:
-            requests_of(run, task)
+            for thinking in modes(run.file.regenerate.thinking):
+                requests_of(run, task, thinking=thinking)
         else:
             _some_held_out(run)
 

@@ -8,6 +8,7 @@ import os
 import platform
 import re
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from deepspec_core.checkpoints.published import load_draft
 from deepspec_core.contracts.draft import DraftModel
 from deepspec_core.contracts.proposer import Sampling
 from deepspec_core.contracts.target import TargetAdapter
+from deepspec_core.data.thinking import modes
 from deepspec_core.decoding.engine import Request
 from deepspec_core.errors import DataError, StageError
 from deepspec_core.evaluation.evaluator import Decoding, evaluate, summarise
@@ -47,23 +49,25 @@ def run_stage(run: Run) -> dict[str, Any]:
         )
     journal_names = journals(options.tasks)
     results = []
-    for task in options.tasks:
-        requests, too_long = requests_of(run, task)
+    for task, thinking in product(options.tasks, modes(run.file.regenerate.thinking)):
+        requests, too_long = requests_of(run, task, thinking=thinking)
         digest = _digest(requests)
+        both = not isinstance(run.file.regenerate.thinking, bool)
         for temperature in options.temperature:
             decoding = _decoding(run, draft, requests, temperature)
             groups = evaluate(
                 requests,
                 decoding,
-                journal=_journal(run, journal_names[task], temperature),
+                journal=_journal(run, journal_names[task], temperature, thinking),
                 prompts_digest=digest,
-                what=f"evaluate {task} at temperature {temperature:g}",
+                what=f"evaluate {task} at temperature {temperature:g}{_mode(both, thinking)}",
                 machine=_machine(run),
             )
             results.append(
                 {
                     "task": task,
                     "temperature": temperature,
+                    **({"thinking": thinking} if both else {}),
                     **summarise(groups, seed=options.seed),
                     "prompts_too_long": too_long,
                     "prompts_digest": digest,
@@ -74,19 +78,29 @@ def run_stage(run: Run) -> dict[str, Any]:
     _write(run.folder / "report.md", markdown(report))
     run.plugins.manager.hook.deepspec_evaluation_finished(run=run, report=report)
     return {
-        f"accepted length on {result['task']} at T={result['temperature']:g}": round(result["acceptance_length"], 3)
+        f"accepted length on {result['task']} at T={result['temperature']:g}"
+        f"{_mode('thinking' in result, result.get('thinking', False))}": round(result["acceptance_length"], 3)
         for result in results
     }
 
 
 def journal_files(run: Run) -> list[Path]:
-    """The journals of an evaluation, one for each task and temperature."""
+    """The journals of an evaluation, one for each task, mode and temperature."""
     options = run.file.evaluate
-    return [_journal(run, name, value) for name in journals(options.tasks).values() for value in options.temperature]
+    several = product(journals(options.tasks).values(), options.temperature, modes(run.file.regenerate.thinking))
+    return [_journal(run, name, temperature, thinking) for name, temperature, thinking in several]
 
 
-def _journal(run: Run, name: str, temperature: float) -> Path:
-    return run.stage_folder("evaluate") / f"{name}-t{_exact(temperature)}.jsonl"
+def _journal(run: Run, name: str, temperature: float, thinking: bool) -> Path:
+    both = not isinstance(run.file.regenerate.thinking, bool)
+    return (
+        run.stage_folder("evaluate") / f"{name}-t{_exact(temperature)}{'-thinking' if both and thinking else ''}.jsonl"
+    )
+
+
+def _mode(both: bool, thinking: bool) -> str:
+    """The mode in words, where results of both stand side by side."""
+    return "" if not both else " with thinking" if thinking else " without thinking"
 
 
 def _exact(temperature: float) -> str:
@@ -132,8 +146,8 @@ def journals(tasks: Sequence[str]) -> dict[str, str]:
     return names
 
 
-def requests_of(run: Run, task: str) -> tuple[list[Request], int]:
-    """The requests of a task, and how many of its prompts are too long for the target to answer.
+def requests_of(run: Run, task: str, *, thinking: bool) -> tuple[list[Request], int]:
+    """The requests of a task in one mode, and how many of its prompts are too long for the target to answer.
 
     DataError if the task cannot be read, or if all of its prompts are too long.
     """
@@ -150,7 +164,7 @@ def requests_of(run: Run, task: str) -> tuple[list[Request], int]:
     )
     return requests_of_prompts(
         prompts,
-        run.target.tokenizer,
+        run.target.tokenizer.in_mode(thinking),
         system_prompt=run.file.data.system_prompt,
         seed=options.seed,
         room=run.target.architecture.max_positions,

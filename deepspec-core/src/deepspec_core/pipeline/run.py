@@ -68,7 +68,8 @@ class Run:
         return RunTarget(
             options=self.file.target,
             draft_layer=self._draft_layer,
-            thinking=self.file.regenerate.thinking,
+            # A share has two modes, and whoever asks takes the tokenizer in one of them (ChatTokenizer.in_mode).
+            thinking=self.file.regenerate.thinking is True,
             base=self.base,
             named_in=self.path,
             registry=self.plugins.registry,

@@ -1,0 +1,62 @@
+"""A draft trained in one mode collapses in the other: each prompt is asked in one of them, and both are reported."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from deepspec_core.cli.main import main
+from deepspec_core.data.thinking import modes, thinks
+
+MODES = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+
+
+def test_the_id_alone_decides() -> None:
+    names = [f"q{number}" for number in range(4000)]
+    share = [thinks(0.25, name) for name in names]
+    assert 0.22 < sum(share) / len(share) < 0.28
+    assert share == [thinks(0.25, name) for name in names]
+    assert all(thinks(0.5, name) for name, thought in zip(names, share, strict=True) if thought)
+    assert {thinks(True, name) for name in names} == {True}
+    assert (modes(0.25), modes(True), modes(False)) == ((False, True), (True,), (False,))
+
+
+def test_answers_and_evaluation_in_both_modes(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run_file.parent / "modes.jinja").write_text(MODES)
+    command = ["run", str(run_file), "--smoke", "--set", 'target.chat_template="modes.jinja"', "--set", "run.threads=1"]
+    assert main([*command, "--set", "regenerate.thinking=0.5"]) == 0
+    folder = run_file.parent / "runs" / "quickstart-dflash-smoke"
+    rows = [json.loads(line) for line in (folder / "regenerate" / "conversations.jsonl").read_text().splitlines()]
+    assert {row["thinking"] for row in rows} == {True, False}
+    assert [row["thinking"] for row in rows] == [thinks(0.5, row["id"]) for row in rows]
+    # The empty think block is part of the prompt where the target does not think.
+    lengths = {mode: {len(row["prompt_ids"]) for row in rows if row["thinking"] is mode} for mode in (True, False)}
+    assert max(lengths[False]) > max(lengths[True])
+    results = json.loads((folder / "metrics.json").read_text())["results"]
+    assert [(one["thinking"], one["temperature"]) for one in results] == [
+        (False, 0.0), (False, 1.0), (True, 0.0), (True, 1.0),
+    ]  # fmt: skip
+    assert len({one["prompts_digest"] for one in results}) == 2
+    assert all(not one["mismatches"] for one in results)
+    report = (folder / "report.md").read_text()
+    assert "held-out with thinking" in report
+    assert "held-out without thinking" in report
+    capsys.readouterr()
+    assert main(["report", str(folder), str(folder)]) == 0
+    assert "with thinking" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("value", ["0.0", "1.0", "-0.5", "2", '"some"'])
+def test_what_is_no_share_is_refused(run_file: Path, capsys: pytest.CaptureFixture[str], value: str) -> None:
+    assert main(["config", "check", str(run_file), "--set", f"regenerate.thinking={value}"]) == 2
+    assert "regenerate.thinking" in capsys.readouterr().err
+
+
+def test_a_share_needs_the_targets_own_answers(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stages = ["--set", 'run.stages=["cache", "train"]', "--set", "regenerate.thinking=0.5"]
+    assert main(["config", "check", str(run_file), *stages]) == 2
+    assert "needs the target's own answers" in capsys.readouterr().err
