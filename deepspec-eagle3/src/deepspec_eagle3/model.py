@@ -50,7 +50,11 @@ class Eagle3Model(DraftModel):
             adapter, num_layers=options.num_layers, num_taps=len(taps), qk_norm=options.qk_norm
         )
         self.preparation = StepPreparation(
-            num_steps=options.ttt_length, step_decay=options.step_decay, normaliser=options.normaliser
+            num_steps=options.ttt_length,
+            step_decay=options.step_decay,
+            normaliser=options.normaliser,
+            count=options.count,
+            num_anchors=options.num_anchors,
         )
 
     def forward(self, batch: DraftBatch) -> Rows:

@@ -15,6 +15,7 @@ from deepspec_core.config.bounds import above, whole
 from deepspec_core.errors import CheckpointError
 
 Normaliser = Literal["sequence", "padded_batch"]
+Count = Literal["published", "labels"]
 
 
 @frozen(kw_only=True)
@@ -27,6 +28,11 @@ class Eagle3Options:
     normaliser: What the loss is divided by. "sequence": each sequence's sum by its number of tokens, then the total by
         the number of sequences. "padded_batch": the total by all positions of the padded batch, so it depends on
         padding.
+    count: Which predictions count. "published": those whose tapped position is supervised, as in the published code. It
+        leaves out the first proposal after a prompt, and counts one past an answer's end. "labels": those whose anchor,
+        label and the tokens between are of one answer, as in decoding.
+    num_anchors: So many positions of a sample, drawn anew in every epoch, are trained at, and weigh accordingly more.
+        Left out: all. The cost of the later steps and of the logits is proportional to it.
     qk_norm: Keep the family's query and key norms. Off gives the layout that serving engines know.
     target_name: What config.json names as the target. Left out: where the target was loaded from.
     """
@@ -35,6 +41,8 @@ class Eagle3Options:
     step_decay: float = field(default=0.8, validator=above(0.0, 1.0))
     num_layers: int = field(default=1, validator=whole(1, 256))
     normaliser: Normaliser = field(default="sequence", validator=in_(("sequence", "padded_batch")))
+    count: Count = field(default="published", validator=in_(("published", "labels")))
+    num_anchors: int | None = field(default=None, validator=optional(whole(1, 2**20)))
     qk_norm: bool = field(default=True, validator=instance_of(bool))
     target_name: str | None = field(default=None, validator=optional(instance_of(str)))
 
@@ -47,7 +55,8 @@ def is_eagle3(config: Mapping[str, Any]) -> bool:
 def options_of(config: Mapping[str, Any]) -> tuple[Eagle3Options, tuple[int, ...]]:
     """The options and taps a config.json describes; CheckpointError where a key is missing or makes no sense.
 
-    The number of layers stands there twice. The normaliser is no part of a checkpoint: the default comes back.
+    The number of layers stands there twice. What concerns training alone (normaliser, count, num_anchors) is no part
+    of a checkpoint: the defaults come back.
     """
     try:
         options = Eagle3Options(

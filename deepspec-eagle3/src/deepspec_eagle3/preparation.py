@@ -1,7 +1,8 @@
 """The host half of training: which index predicts what at which step, and which of these predictions count.
 
-Step s of index q has seen the tokens up to q + 1 + s, and predicts the target's distribution at that position. Knows
-loss masks and lengths; not the network, and no random numbers: every supervised position is used at every step.
+Step s of index q has seen the tokens up to q + 1 + s, and predicts the target's distribution at that position, that is
+the token at q + 2 + s. Its anchor is the token at q + 1. Knows loss masks, lengths and random positions; not the
+network.
 
 Legend: T tokens of one sample, S steps, M documents of a batch, R counted predictions (rows), P distinct positions they
 are compared with, N indices that predict something after step 0.
@@ -19,11 +20,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deepspec_core.contracts.draft import PreparedSample, Sample
-from deepspec_eagle3.options import Normaliser
+from deepspec_eagle3.options import Count, Normaliser
 
 
-def counted_steps(loss_mask_T: Tensor, num_steps: int) -> Tensor:
-    """[T, S] bool: m_s[q] = m_0[q + s], false past the end; m_0 is the loss mask with the last token cleared."""
+def counted_steps(loss_mask_T: Tensor, num_steps: int, count: Count = "published") -> Tensor:
+    """[T, S] bool: which steps of which indices count, none past the end.
+
+    "published": m_s[q] = m_0[q + s], where m_0 is the loss mask with the last token cleared. "labels": the tokens from
+    q + 1 to q + 2 + s are all supervised.
+    """
+    if count == "labels":
+        # supervised[q, k]: the token at q + 1 + k.
+        supervised = torch.cat([loss_mask_T[1:].bool(), torch.zeros(num_steps + 1, dtype=torch.bool)])
+        return supervised.unfold(0, num_steps + 1, 1).cumprod(dim=1).bool()[:, 1:]
     padded = torch.cat([loss_mask_T[:-1].bool(), torch.zeros(num_steps, dtype=torch.bool)])
     return padded.unfold(0, num_steps, 1)
 
@@ -35,13 +44,31 @@ class StepPreparation:
     num_steps: int = field(validator=gt(0))
     step_decay: float
     normaliser: Normaliser
+    count: Count = "published"
+    num_anchors: int | None = None
 
     def prepare(self, sample: Sample, rng: np.random.Generator) -> PreparedSample:
-        """List the predictions that count, index by index and then by step."""
-        index_R, step_R = counted_steps(sample.loss_mask, self.num_steps).nonzero(as_tuple=True)
+        """List the predictions that count, index by index and then by step; of `num_anchors` indices at most.
+
+        Where indices are drawn, `weigh` is how many indices each stands for.
+        """
+        counted_TS = counted_steps(sample.loss_mask, self.num_steps, self.count)
+        possible = counted_TS.any(dim=1).nonzero()[:, 0]
+        weigh = 1.0
+        if self.num_anchors is not None and len(possible) > self.num_anchors:
+            drawn = rng.choice(len(possible), size=self.num_anchors, replace=False)
+            kept_T = torch.zeros(len(counted_TS), dtype=torch.bool)
+            kept_T[possible[torch.from_numpy(drawn)]] = True
+            counted_TS, weigh = counted_TS & kept_T[:, None], len(possible) / self.num_anchors
+        index_R, step_R = counted_TS.nonzero(as_tuple=True)
         return PreparedSample(
             sample=sample,
-            tensors={"index": index_R, "step": step_R, "length": torch.tensor(sample.original_length)},
+            tensors={
+                "index": index_R,
+                "step": step_R,
+                "length": torch.tensor(sample.original_length),
+                "weigh": torch.tensor(weigh, dtype=torch.float64),
+            },
             counts={"supervised_predictions": len(index_R), "samples_without_predictions": int(len(index_R) == 0)},
         )
 
@@ -66,6 +93,7 @@ class StepPreparation:
         _, rank = torch.unique_consecutive(block_R[later_R], return_inverse=True)
         first = F.pad(rank[1:] != rank[:-1], (1, 0), value=True)[: len(rank)]
         weight_R = torch.tensor(self.step_decay, dtype=torch.float64) ** step_R
+        weight_R = weight_R * torch.stack([one.tensors["weigh"] for one in prepared])[document_R]
         if self.normaliser == "sequence":
             weight_R = weight_R / lengths_M[document_R]
         return {
