@@ -29,7 +29,7 @@ from deepspec_core.contracts.target import (
 from deepspec_core.errors import TargetError
 from deepspec_core.layers.options import LayerOptions
 from deepspec_targets.masks import MaskBuilder
-from deepspec_targets.rotary_kinds import positions, varying_rotary
+from deepspec_targets.rotary_kinds import positions, varying_rotary, with_rope
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -59,8 +59,11 @@ class FamilyAdapter(ABC):
         self.text = self.text_config(config)
         self.draft_layer = draft_layer or LayerOptions()
         sizes = {key: getattr(self.draft_layer, option) for option, key in self.size_keys().items()}
+        own = {key: size for key, size in sizes.items() if size is not None}
+        if self.draft_layer.rope is not None:
+            own["rope_parameters"] = with_rope(self.text.rope_parameters, self.draft_layer.rope)
         try:
-            self.shape = self.draft_shape({key: size for key, size in sizes.items() if size is not None})
+            self.shape = self.draft_shape(own)
         except (ValueError, StrictDataclassError) as error:  # what a config says of sizes that do not go together
             raise TargetError(
                 "the draft's layers cannot have these sizes",

@@ -54,3 +54,15 @@ def _named(entry: object) -> Iterator[object]:
         yield from (entry[key] for key in ("rope_type", "type") if entry.get(key) is not None)
         for inner in entry.values():
             yield from _named(inner)
+
+
+def with_rope(target: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """A config's `rope_parameters` with a draft's own, which are those of full attention where layer types differ.
+
+    A draft's own kind keeps only the target's base: the other parameters belong to the target's kind.
+    """
+    if "full_attention" in target:
+        return {**target, "full_attention": with_rope(target["full_attention"], own)}
+    kept = {"rope_theta": target["rope_theta"]} if "rope_type" in own else target
+    whole = {name: int(value) for name, value in own.items() if name == "original_max_position_embeddings"}
+    return {**kept, **own, **whole}

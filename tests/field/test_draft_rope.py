@@ -1,0 +1,76 @@
+"""A draft for longer contexts than its training shows: rotary parameters of its own, trained, decoded and written."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from deepspec_core.checkpoints.opening import draft_adapter
+from deepspec_core.checkpoints.published import load_draft, save_draft
+from deepspec_core.cli.main import main
+from deepspec_core.layers.options import LayerOptions
+from deepspec_core.plugins.registry import Registry
+from deepspec_core.targets.opening import open_adapter
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+
+
+def _angles(adapter: Any) -> torch.Tensor:
+    cos, sin = adapter.rotary()(torch.zeros(1, 1, 1), torch.arange(64)[None])
+    return torch.stack([cos, sin])
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama", "gemma3", "gemma4"])
+def test_it_is_the_drafts_alone_and_survives_a_checkpoint(
+    tmp_path: Path, registry: Registry, tiny_target: Any, family: str
+) -> None:
+    target = tiny_target(family)
+    plain = open_adapter(target.where, registry=registry)
+    own = open_adapter(target.where, registry=registry, draft_layer=LayerOptions(rope=YARN))
+    assert own.architecture == plain.architecture, "the target keeps its own"
+    assert not torch.allclose(_angles(own), _angles(plain))
+    options = registry.get("draft", "dflash").options(num_layers=1, mask_token_id=39)
+    draft = registry.load("draft", "dflash")(options, own, (1, 3))
+    save_draft(draft, own, tmp_path / "draft")
+    entry = json.loads((tmp_path / "draft" / "config.json").read_text())["rope_parameters"]
+    assert YARN.items() <= (entry.get("full_attention") or entry).items()
+    adapter = draft_adapter(tmp_path / "draft", registry=registry)
+    torch.testing.assert_close(_angles(adapter), _angles(own), rtol=0, atol=0)
+    loaded = load_draft(tmp_path / "draft", registry=registry, adapter=adapter)
+    assert all(torch.equal(one, other) for one, other in zip(loaded.buffers(), draft.buffers(), strict=True))
+
+
+def test_the_base_alone_may_change(registry: Registry, tiny_target: Any) -> None:
+    target = tiny_target("qwen3")
+    own = open_adapter(target.where, registry=registry, draft_layer=LayerOptions(rope={"rope_theta": 12345.0}))
+    assert own.draft_config(1, {}).rope_parameters["rope_theta"] == 12345.0
+    assert own.draft_config(1, {}).rope_parameters["rope_type"] == "default"
+
+
+def test_a_run_trains_decodes_and_writes_it(run_file: Path) -> None:
+    rope = 'draft.layer.rope={rope_type="yarn",factor=2.0,original_max_position_embeddings=512}'
+    assert main(["run", str(run_file), "--smoke", "--set", rope, "--set", "run.threads=1"]) == 0
+    folder = run_file.parent / "runs" / "quickstart-dflash-smoke"
+    assert json.loads((folder / "draft" / "config.json").read_text())["rope_parameters"]["rope_type"] == "yarn"
+    assert all(not one["mismatches"] for one in json.loads((folder / "metrics.json").read_text())["results"])
+
+
+@pytest.mark.parametrize(
+    ("rope", "says"),
+    [
+        ('{rope_type="dynamic", factor=2.0}', "rope_type"),
+        ('{rope_type="yarn", factor=2.0}', "original_max_position_embeddings"),
+        ("{factor=0}", "above 0"),
+        ("{theta=1e4}", "theta"),
+        ('{rope_theta="big"}', "above 0"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(
+    run_file: Path, capsys: pytest.CaptureFixture[str], rope: str, says: str
+) -> None:
+    assert main(["config", "check", str(run_file), "--set", f"draft.layer.rope={rope}"]) == 2
+    seen = capsys.readouterr().err
+    assert "draft.layer.rope" in seen
+    assert says in seen
