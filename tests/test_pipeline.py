@@ -101,7 +101,7 @@ def test_a_stage_without_its_inputs_says_what_to_run(run_file: Path, capsys: pyt
     for flags in ([], ["--dry-run"]):
         assert main(["run", str(run_file), "--smoke", "--stages", "regenerate,evaluate", *flags]) == 2
         seen = capsys.readouterr()
-        assert "needs the results of `cache`, which never ran and of `train`, which never ran" in seen.err
+        assert "needs the results of `cache`, which never ran, and of `train`, which never ran" in seen.err
         assert "--stages regenerate,cache,train,evaluate" in seen.err
         assert "starting" not in seen.out
 

@@ -130,7 +130,7 @@ def plan(run: Run, *, only: Sequence[str] = (), force: Sequence[str] = ()) -> li
             wanted = [one for one in present if one in {*missing, *only}]
             raise StageError(
                 f"The stage `{name}` needs the results of "
-                + " and of ".join(f"`{one}`, which {what}" for one, what in missing.items()),
+                + ", and of ".join(f"`{one}`, which {what}" for one, what in missing.items()),
                 where=run.folder,
                 fix=f"Run first what is missing: --stages {','.join(wanted)}",
             )
