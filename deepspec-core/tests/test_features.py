@@ -85,8 +85,9 @@ def test_capture_equals_the_target_alone() -> None:
         alone = target.features(sample.input_ids[None], torch.ones(1, len(sample.input_ids)), None, None, TAPS)
         features = captured[sample.id].features
         assert features is not None
-        torch.testing.assert_close(features.hidden, alone.hidden[0])
-        torch.testing.assert_close(features.last_hidden, alone.last_hidden[0])
+        # A batch's products round in another order than those of a sample alone.
+        torch.testing.assert_close(features.hidden, alone.hidden[0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(features.last_hidden, alone.last_hidden[0], rtol=1e-4, atol=1e-4)
         assert features.hidden.untyped_storage().nbytes() == features.hidden.numel() * 4
 
 

@@ -1,8 +1,9 @@
 """What a chat template leaves out of a conversation without a word: messages, tool calls, the tools on offer.
 
 A template that knows no tools renders a call as an empty answer, and training would teach to answer nothing. Texts are
-compared by their letters and digits, because templates trim, indent and quote. Knows messages and rendered text; not
-how a template is run.
+compared by their letters and digits, because templates trim, indent and quote. A word that is looked for may stand
+elsewhere in the conversation: where tools are used, their parts are replaced by marks that stand nowhere, and the marks
+are looked for in a rendering of their own. Knows messages and rendered text; not how a template is run.
 """
 
 from __future__ import annotations
@@ -35,6 +36,49 @@ def left_out(text: str, messages: Sequence[Mapping[str, Any]], tools: Sequence[M
                 if not written.has_spelled(part):
                     return f"the argument {part!r} of the call of {function['name']!r} in message {index}"
     return None
+
+
+def marked(
+    messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, str]] | None:
+    """The conversation with a mark in place of each tool's name, call's name and argument, and tool's result.
+
+    Also returns what each mark stands for, in words. None where there is none of these.
+    """
+    marks: dict[str, str] = {}
+
+    def mark(what: str) -> str:
+        name = f"zq{len(marks)}qz"
+        marks[name] = what
+        return name
+
+    def argument(value: Any, call: str) -> Any:
+        if isinstance(value, Mapping):
+            return {mark(f"the argument {key!r} of the {call}"): argument(inner, call) for key, inner in value.items()}
+        if isinstance(value, list | tuple):
+            return [argument(inner, call) for inner in value]
+        return value if value is None else mark(f"the argument {value!r} of the {call}")
+
+    offered: list[dict[str, Any]] = []
+    for tool in tools:
+        name = _name_of(tool)
+        given = {"name": mark(f"the tool {name!r} that is on offer")} if name is not None else {}
+        inner = tool.get("function")
+        offered.append({**tool, "function": {**inner, **given}} if isinstance(inner, Mapping) else {**tool, **given})
+    said: list[dict[str, Any]] = []
+    for index, message in enumerate(messages):
+        changed = dict(message)
+        if message["role"] == "tool":
+            changed["content"] = mark(f"the content of message {index} (tool)")
+        if message.get("tool_calls"):
+            changed["tool_calls"] = []
+            for call in message["tool_calls"]:
+                function = call["function"]
+                what = f"call of {function['name']!r} in message {index}"
+                own = {"name": mark(f"the {what}"), "arguments": argument(function["arguments"], what)}
+                changed["tool_calls"].append({**call, "function": own})
+        said.append(changed)
+    return (said, offered, marks) if marks else None
 
 
 def _name_of(tool: Mapping[str, Any]) -> str | None:

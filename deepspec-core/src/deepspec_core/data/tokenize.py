@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from deepspec_core.data.answers import (
 )
 from deepspec_core.data.control_tokens import control_tokens, found_in
 from deepspec_core.data.conversations import Conversation
-from deepspec_core.data.left_out import left_out
+from deepspec_core.data.left_out import left_out, marked
 from deepspec_core.data.unicode_text import not_unicode, printable
 from deepspec_core.errors import DataError
 
@@ -131,9 +132,29 @@ class ChatTokenizer:
         _refuse_not_unicode(messages, tools, system_prompt)
         self.refuse_control_tokens(messages)
         text = self.render(messages, system_prompt, prompt=True, tools=tools)
-        _refuse_left_out(text, messages, tools)
+        self._refuse_left_out(text, messages, tools, system_prompt, prompt=True)
         # verbose: the library would warn of a long prompt, which callers refuse or count in their own words.
         return tuple(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def _refuse_left_out(
+        self,
+        text: str,
+        messages: Messages,
+        tools: Sequence[Mapping[str, Any]],
+        system_prompt: str | None,
+        *,
+        prompt: bool,
+    ) -> None:
+        missing = left_out(text, messages, tools)
+        with_marks = marked(messages, tools) if missing is None else None
+        if with_marks is not None:
+            said, offered, marks = with_marks
+            # A template may take only names it knows: then the words themselves, looked for above, have to do.
+            with suppress(TemplateRefusal):
+                rendering = self.render(said, system_prompt, prompt=prompt, tools=offered)
+                missing = next((what for mark, what in marks.items() if mark not in rendering), None)
+        if missing is not None:
+            raise TemplateRefusal("The chat template refuses a conversation", found=f"it leaves out {missing}")
 
     def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids of rendered text, and the characters each stands for."""
@@ -224,7 +245,8 @@ class ChatTokenizer:
                     "The chat template refuses a conversation", found="it leaves out the thinking of an answer"
                 )
             for last in answers[-1:]:
-                _refuse_left_out(last.rendering, _up_to_last_answer(conversation.messages), conversation.tools)
+                read = _up_to_last_answer(conversation.messages)
+                self._refuse_left_out(last.rendering, read, conversation.tools, system_prompt, prompt=False)
             given = []
             for text, spans in rows(answers, supervision):
                 ids, offsets = self.encode(text)
@@ -320,12 +342,6 @@ def _refuse_not_unicode(*values: Any) -> None:
     found = not_unicode(*values)
     if found is not None:
         raise TemplateRefusal("A conversation is not valid Unicode", found=f"it holds {found}")
-
-
-def _refuse_left_out(text: str, messages: Messages, tools: Sequence[Mapping[str, Any]]) -> None:
-    missing = left_out(text, messages, tools)
-    if missing is not None:
-        raise TemplateRefusal("The chat template refuses a conversation", found=f"it leaves out {missing}")
 
 
 def _up_to_last_answer(messages: Messages) -> Messages:
