@@ -135,7 +135,7 @@ def test_a_plan_that_another_process_overtook_is_not_done(finished_copy: Path) -
     trained = _folder(finished_copy) / "train" / "stage.json"
     other = json.loads(trained.read_text())
     trained.write_text(json.dumps({**other, "seconds": other["seconds"] + 1}))
-    with pytest.raises(StageError, match="worked on this run meanwhile"):
+    with pytest.raises(StageError, match="worked on the stage `train` meanwhile"):
         do(run, steps, say=lambda _: None)
 
 

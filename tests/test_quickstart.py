@@ -21,7 +21,7 @@ def test_the_quickstart_keeps_its_promises(run_file: Path, capsys: pytest.Captur
         completion["id"]
         for journal in (folder / "evaluate").glob("*.jsonl")
         for line in journal.open()
-        for completion in json.loads(line)["completions"]
+        for completion in json.loads(line).get("completions", [])
     }
     assert len(evaluated) >= 40
     assert not trained & evaluated

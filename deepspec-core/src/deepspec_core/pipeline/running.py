@@ -49,12 +49,13 @@ def do(
     because another process worked on the run since.
     """
     with run.locked(), full_disk_is_an_error(run.folder):
-        if stages.plan(run, only=only, force=force) != list(steps):
-            raise StageError(
-                "Another process worked on this run meanwhile",
-                where=run.folder,
-                fix="Run again: it is looked at anew.",
-            )
+        for now, before in zip(stages.plan(run, only=only, force=force), steps, strict=True):
+            if now != before:
+                raise StageError(
+                    f"Another process worked on the stage `{now.stage.name}` meanwhile",
+                    where=run.stage_folder(now.stage.name),
+                    fix="Run again: it is looked at anew.",
+                )
         for folder in stages.discard(run, force):
             say(f"discarded {folder}")
         run.save_config()
