@@ -37,9 +37,9 @@ def test_a_target_whose_angles_vary_is_refused(
     fields["rope_parameters"] = {**given, "full_attention": entry} if by_layer_type else entry
     with pytest.raises(TargetError) as caught:
         open_adapter(_write(tmp_path, fields), registry=registry, draft_layer=family.layer)
-    # transformers itself does not read longrope for Gemma 4.
+    # Newer releases of transformers do not read longrope for Gemma 4 at all.
     by_library = "not a valid configuration" in str(caught.value)
-    assert by_library == (family.adapter == "gemma4" and kind == "longrope")
+    assert not by_library or (family.adapter == "gemma4" and kind == "longrope")
     assert by_library or f"rotary embedding is of kind {kind!r}" in str(caught.value)
 
 

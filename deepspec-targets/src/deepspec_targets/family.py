@@ -189,9 +189,15 @@ class FamilyAdapter(ABC):
         beyond = self.not_dense()
         if beyond is not None and self.draft_layer.intermediate_size is None:
             return f"drafts are dense, and the target has {beyond}: give intermediate_size in [draft.layer]"
-        heads, kv_heads, _ = self.attention_heads()
+        heads, kv_heads, head_dim = self.attention_heads()
         if heads % kv_heads:
             return f"the draft's {heads} attention heads cannot share {kv_heads} key-value heads evenly"
+        if self.draft_layer.rope is not None:
+            cos, _ = self.rotary()(torch.zeros(1, 1, 1), torch.zeros(1, 1, dtype=torch.long))
+            if cos.shape[-1] != head_dim:
+                # Some releases take the head size of the target's sliding layers.
+                size = cos.shape[-1]
+                return f"[draft.layer] rope has angles of another size ({size}) than the draft's heads ({head_dim})"
         return None
 
     # What a family adds.
