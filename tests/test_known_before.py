@@ -142,11 +142,19 @@ def test_no_sample_could_hold_what_must_be_supervised(
     assert str(problem.value.where).endswith(key)
 
 
-def test_answers_too_short_to_be_kept(refused: Refused, run_file: Path) -> None:
-    run, steps = _planned(run_file, "regenerate.max_tokens=4")
+def test_answers_too_short_to_be_kept(run_file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    turns = [{"turns": [f"Say {number}", "More"]} for number in range(30)]
+    (run_file.parent / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in turns))
+    given = 'data.sources=[{path = "chats.jsonl"}]'
+    run, steps = _planned(run_file, "regenerate.max_tokens=6", given)
     with pytest.raises(ConfigError, match="dropped as too short") as problem:
         check_before(run, steps)
     assert str(problem.value.where).endswith("regenerate.max_tokens")
+    # Two answers of seven tokens are enough.
+    check_before(*_planned(run_file, "regenerate.max_tokens=7", given))
+    # How many turns a plugin's prompts have is not known.
+    check_before(*_planned(run_file, "regenerate.max_tokens=4"))
+    assert "conversations of one turn will be dropped" in caplog.text
 
 
 @pytest.mark.parametrize(

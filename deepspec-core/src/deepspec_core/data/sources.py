@@ -111,14 +111,16 @@ def check_sources(sources: Sequence[SourceOptions], *, base: Path, registry: Reg
             _open_dataset(source, base, look_only=True)
 
 
-def check_rows(sources: Sequence[SourceOptions], *, held_out: float, seed: int, base: Path, registry: Registry) -> None:
-    """DataError for the first malformed row that training would read, or if there is nothing to train on.
+def check_rows(
+    sources: Sequence[SourceOptions], *, held_out: float, seed: int, base: Path, registry: Registry
+) -> int | None:
+    """The most turns of a user in one conversation; None where not every source is read.
 
-    Files and dataset folders are read as far as training reads them, and rows that cannot be used are warned about. Of
+    DataError for the first malformed row that training would read, or if there is nothing to train on. Files and dataset folders are read as far as training reads them, and rows that cannot be used are warned about. Of
     the Hub nothing is read, and what a plugin ships is believed.
     """
     local = [source for source in sources if not source.path.startswith(BUILTIN) and not on_hub(source, base)]
-    found, unusable = 0, 0
+    found, unusable, turns = 0, 0, 0
 
     def drop(where: str, reason: str) -> None:
         nonlocal unusable
@@ -129,8 +131,9 @@ def check_rows(sources: Sequence[SourceOptions], *, held_out: float, seed: int, 
     with Progress(None, "check the rows of data.sources", "rows", enabled=_large(local, base)) as progress:
         for source in local:
             rows = _of_split(source, "train", held_out, seed, base, registry, drop, alone=True)
-            for _ in islice(rows, source.limit):
+            for conversation in islice(rows, source.limit):
                 found += 1
+                turns = max(turns, sum(message["role"] == "user" for message in conversation.messages))
                 progress.advance()
     if unusable > _DROPS_SHOWN:
         log.warning("%s rows of data.sources cannot be used and are left out", f"{unusable:,}")
@@ -142,6 +145,7 @@ def check_rows(sources: Sequence[SourceOptions], *, held_out: float, seed: int, 
             expected="at least one conversation",
             fix="Give more data, or lower data.held_out.",
         )
+    return turns if len(local) == len(sources) else None
 
 
 def _large(sources: Sequence[SourceOptions], base: Path) -> bool:

@@ -178,7 +178,7 @@ def _device(given: str | torch.device | None) -> torch.device:
     try:
         device = torch.device(given)
         if device.type == "meta":
-            raise NotImplementedError("it holds no numbers")
+            raise RuntimeError("it holds no numbers")
         torch.empty(0, device=device)
     # A device that is unknown, not built in, or not there: PyTorch raises another type for each.
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:

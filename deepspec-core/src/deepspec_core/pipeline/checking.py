@@ -96,8 +96,6 @@ def _lengths(run: Run) -> None:
 def _room_for_answers(run: Run) -> None:
     """ConfigError where the shortest prompt and the fewest supervised tokens are longer than any sample may be."""
     data, most = run.file.data, run.data.max_length
-    if "regenerate" in run.file.run.stages:
-        _answers_reach(run)
     prompt = len(run.target.tokenizer.render_prompt([{"role": "user", "content": "?"}], data.system_prompt))
     if prompt + data.min_supervised_tokens > most:
         bare = len(run.target.tokenizer.render_prompt([{"role": "user", "content": "?"}], None))
@@ -116,20 +114,28 @@ def _room_for_answers(run: Run) -> None:
         )
 
 
-def _answers_reach(run: Run) -> None:
-    """ConfigError where one answer a conversation, as long as it may be, has too few supervised tokens to be kept.
+def _answers_reach(run: Run, turns: int | None) -> None:
+    """ConfigError where no conversation can have enough supervised tokens to be kept, however long its answers are.
 
-    Conversations of several turns may still reach it, so this is refused only where all of one turn would be lost.
+    `turns` is the most of any conversation. Where it is not known, an answer that is too short alone is a warning.
     """
     longest, least = run.file.regenerate.max_tokens, run.file.data.min_supervised_tokens
-    if longest < least:
-        raise ConfigError(
-            "the target's answers would be dropped as too short",
-            where=f"{run.path}: regenerate.max_tokens",
-            found=f"{longest}, with data.min_supervised_tokens = {least}",
-            expected=f"at least {least}",
-            fix="Raise regenerate.max_tokens, or lower data.min_supervised_tokens.",
+    if longest * (turns or 1) >= least:
+        return
+    if turns is None:
+        log.warning(
+            "conversations of one turn will be dropped: regenerate.max_tokens = %d, data.min_supervised_tokens = %d",
+            longest,
+            least,
         )
+        return
+    raise ConfigError(
+        "the target's answers would be dropped as too short",
+        where=f"{run.path}: regenerate.max_tokens",
+        found=f"{longest}, of {turns} turns at most, with data.min_supervised_tokens = {least}",
+        expected=f"at least {-(-least // turns)}",
+        fix="Raise regenerate.max_tokens, or lower data.min_supervised_tokens.",
+    )
 
 
 def _mask_token(run: Run, description: DraftDescription) -> None:
@@ -171,7 +177,10 @@ def _sources(run: Run, todo: Collection[str]) -> None:
     if trains or ("evaluate" in todo and HELD_OUT in run.file.evaluate.tasks):
         check_sources(data.sources, base=run.base, registry=registry)
     if trains:
-        check_rows(data.sources, held_out=data.held_out, seed=run.file.run.seed, base=run.base, registry=registry)
+        seed = run.file.run.seed
+        turns = check_rows(data.sources, held_out=data.held_out, seed=seed, base=run.base, registry=registry)
+        if "regenerate" in todo:
+            _answers_reach(run, turns)
 
 
 def _first_reader(run: Run) -> str:

@@ -127,8 +127,9 @@ class RunTarget:
         self.reads.content(contents.TARGET, self.content_digest())
         tokenizer = tokenizer_for(self.where, self.options.trust_remote_code, revision=self.options.revision)
         if self.options.chat_template is not None:
-            tokenizer.chat_template = read_chat_template(self.base / self.options.chat_template)
+            # Before the text: of a file that changes in between, the results are refused at the next start.
             self.reads.content(contents.TEMPLATE, self.template_digest() or "")
+            tokenizer.chat_template = read_chat_template(self.base / self.options.chat_template)
         self._require_unchanged()
         return ChatTokenizer(tokenizer, thinking=self.thinking)
 
