@@ -116,8 +116,9 @@ def check_rows(
 ) -> int | None:
     """The most turns of a user in one conversation; None where not every source is read.
 
-    DataError for the first malformed row that training would read, or if there is nothing to train on. Files and dataset folders are read as far as training reads them, and rows that cannot be used are warned about. Of
-    the Hub nothing is read, and what a plugin ships is believed.
+    DataError for the first malformed row that training would read, or if there is nothing to train on. Files and
+    dataset folders are read as far as training reads them, and rows that cannot be used are warned about. Of the Hub
+    nothing is read, and what a plugin ships is believed.
     """
     local = [source for source in sources if not source.path.startswith(BUILTIN) and not on_hub(source, base)]
     found, unusable, turns = 0, 0, 0
