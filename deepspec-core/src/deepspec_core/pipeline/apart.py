@@ -17,10 +17,9 @@ from deepspec_core.pipeline.run import Run
 
 def check_cache_place(run: Run) -> None:
     """ConfigError for a cache.path where other files are, or belong: the cache's folder is the cache's alone."""
-    folder = run.cache.folder.resolve()
     if run.file.cache.path is None:
         return
-    reason = None
+    folder, reason = run.cache.folder.resolve(), None
     if run.folder.is_relative_to(folder):
         reason = "the run's output, or a folder that holds it"
     elif run.base.is_relative_to(folder):
