@@ -127,9 +127,11 @@ class RunTarget:
         self.reads.content(contents.TARGET, self.content_digest())
         tokenizer = tokenizer_for(self.where, self.options.trust_remote_code, revision=self.options.revision)
         if self.options.chat_template is not None:
+            path = self.base / self.options.chat_template
+            read_chat_template(path)  # says what is wrong with the file, before its digest is taken
             # Before the text: of a file that changes in between, the results are refused at the next start.
             self.reads.content(contents.TEMPLATE, self.template_digest() or "")
-            tokenizer.chat_template = read_chat_template(self.base / self.options.chat_template)
+            tokenizer.chat_template = read_chat_template(path)
         self._require_unchanged()
         return ChatTokenizer(tokenizer, thinking=self.thinking)
 
