@@ -10,8 +10,9 @@ from typing import ClassVar
 
 import pytest
 
-# Measured are 2 to 5 seconds, with Python and its libraries starting; a busy machine takes longer.
-WITHIN_SECONDS = 12
+# Measured are 2 to 5 seconds, with Python and its libraries starting; up to 14 where four processes share two cores.
+# The libraries' own retries take over 45.
+WITHIN_SECONDS = 30
 
 
 def _init(endpoint: str) -> subprocess.CompletedProcess[str]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from deepspec_core.layers.options import LayerOptions
 from deepspec_core.testing.random_batches import TAPS, with_large_weights
 from deepspec_core.testing.recorded import Recordings
 from deepspec_dflash.model import DFlashModel
@@ -17,10 +18,11 @@ from deepspec_dflash.options import DFlashOptions
 def make_model(recordings: Recordings) -> Callable[..., DFlashModel]:
     """A draft with new weights."""
 
-    def make(seed: int = 0, **options: int) -> DFlashModel:
+    def make(seed: int = 0, window: int | None = None, **options: int) -> DFlashModel:
         torch.manual_seed(seed)
         settings = {"block_size": 4, "num_layers": 2, "num_anchors": 8, "mask_token_id": 63} | options
-        return with_large_weights(DFlashModel(DFlashOptions(**settings), recordings.adapter("qwen3"), TAPS))
+        adapter = recordings.adapter("qwen3", draft_layer=LayerOptions(window=window))
+        return with_large_weights(DFlashModel(DFlashOptions(**settings), adapter, TAPS))
 
     return make
 

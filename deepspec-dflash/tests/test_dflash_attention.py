@@ -13,9 +13,15 @@ from deepspec_dflash.attention import BlockLayout, KeysValues, Path, attend, cho
 
 BLOCK, HEADS, KV_HEADS, HEAD_DIM = 3, 4, 2, 16
 ANCHORS = [[0, 1, 5, 129], [140], [64, 128, 129]]  # no context at all, block edges of the flex mask, ragged
+WINDOWS = [None, BLOCK, 64]
 
 
-def _layout(anchors: list[list[int]], block_size: int = BLOCK, device: torch.device | str = "cpu") -> BlockLayout:
+def _layout(
+    anchors: list[list[int]],
+    block_size: int = BLOCK,
+    device: torch.device | str = "cpu",
+    window: int | None = None,
+) -> BlockLayout:
     width = max(map(len, anchors))
     grid, grid_anchors = torch.zeros(2, len(anchors), width, dtype=torch.long)
     place, block = [], 0
@@ -29,6 +35,7 @@ def _layout(anchors: list[list[int]], block_size: int = BLOCK, device: torch.dev
         grid_anchors_BA=grid_anchors.to(device),
         place_N=torch.tensor(place, device=device),
         block_size=block_size,
+        window=window,
     )
 
 
@@ -45,18 +52,20 @@ def _inputs(num_tokens: int = 141, anchors: list[list[int]] = ANCHORS) -> list[T
     return [torch.randn(shape, requires_grad=True) for shape in shapes]
 
 
-def _plain(inputs: list[Tensor], anchors: list[list[int]], scale: float) -> Tensor:
+def _plain(inputs: list[Tensor], anchors: list[list[int]], scale: float, window: int | None = None) -> Tensor:
+    """Slot by slot: the context from its window's first position to its block's anchor, and its block."""
     queries, context_keys, context_values, keys, values = inputs
     out, block = [], 0
     for sequence, of_sequence in enumerate(anchors):
         for anchor in of_sequence:
-            k = torch.cat([context_keys[sequence, :, :anchor], keys[block]], 1).repeat_interleave(HEADS // KV_HEADS, 0)
-            v = torch.cat([context_values[sequence, :, :anchor], values[block]], 1).repeat_interleave(
-                HEADS // KV_HEADS, 0
-            )
-            out.append((scale * queries[block] @ k.transpose(-1, -2)).softmax(-1) @ v)
+            for slot in range(BLOCK):
+                first = 0 if window is None else max(0, anchor + slot - window + 1)
+                k = torch.cat([context_keys[sequence, :, first:anchor], keys[block]], 1)
+                v = torch.cat([context_values[sequence, :, first:anchor], values[block]], 1)
+                k, v = k.repeat_interleave(HEADS // KV_HEADS, 0), v.repeat_interleave(HEADS // KV_HEADS, 0)
+                out.append((scale * queries[block, :, slot, None] @ k.transpose(-1, -2)).softmax(-1) @ v)
             block += 1
-    return torch.stack(out)
+    return torch.cat(out, dim=1).unflatten(1, (-1, BLOCK)).transpose(0, 1)
 
 
 def _attend(inputs: list[Tensor], path: Path | None, layout: BlockLayout, scale: float) -> Tensor:
@@ -65,9 +74,9 @@ def _attend(inputs: list[Tensor], path: Path | None, layout: BlockLayout, scale:
     return attend(queries, context, (keys, values), layout, scale=scale, path=path)
 
 
-def _compare_with_plain(inputs: list[Tensor], path: Path | None, tolerance: float) -> None:
-    scale, layout = 0.37, _layout(ANCHORS, device=inputs[0].device)
-    expected = _plain(inputs, ANCHORS, scale)
+def _compare_with_plain(inputs: list[Tensor], path: Path | None, tolerance: float, window: int | None) -> None:
+    scale, layout = 0.37, _layout(ANCHORS, device=inputs[0].device, window=window)
+    expected = _plain(inputs, ANCHORS, scale, window)
     gradient = torch.randn_like(expected)
     expected_grads = torch.autograd.grad(expected, inputs, gradient)
     found = _attend(inputs, path, layout, scale)
@@ -76,27 +85,32 @@ def _compare_with_plain(inputs: list[Tensor], path: Path | None, tolerance: floa
         torch.testing.assert_close(found_grad, expected_grad, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("chunk_elements", [1 << 24, 5000])
 @pytest.mark.parametrize("path", ["split", "dense", None])
-def test_paths_agree_with_a_plain_loop(path: Path | None, chunk_elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_agree_with_a_plain_loop(
+    path: Path | None, chunk_elements: int, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(attention_module, "_CHUNK_ELEMENTS", chunk_elements)
-    _compare_with_plain(_inputs(), path, 1e-5)
+    _compare_with_plain(_inputs(), path, 1e-5, window)
 
 
+@pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_flex_agrees_with_a_plain_loop() -> None:
+def test_flex_agrees_with_a_plain_loop(window: int | None) -> None:
     with torch.no_grad():  # on CPU flex_attention has no backward
         inputs = [tensor.detach() for tensor in _inputs()]
-        found = _attend(inputs, "flex", _layout(ANCHORS), 0.37)
-        torch.testing.assert_close(found, _plain(inputs, ANCHORS, 0.37), rtol=1e-5, atol=1e-5)
+        found = _attend(inputs, "flex", _layout(ANCHORS, window=window), 0.37)
+        torch.testing.assert_close(found, _plain(inputs, ANCHORS, 0.37, window), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("path", ["split", "dense", "flex"])
-def test_paths_agree_on_a_gpu(path: Path) -> None:
+def test_paths_agree_on_a_gpu(path: Path, window: int | None) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
-    _compare_with_plain([tensor.detach().cuda().requires_grad_() for tensor in _inputs()], path, 1e-3)
+    _compare_with_plain([tensor.detach().cuda().requires_grad_() for tensor in _inputs()], path, 1e-3, window)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -115,16 +129,17 @@ def test_what_a_block_may_not_see_does_not_matter(path: Path) -> None:
 def test_log_sum_exp_has_a_gradient() -> None:
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 2, n, 4, dtype=torch.float64, requires_grad=True) for n in (3, 5, 5))
-    limits = torch.tensor([[5, 2, 0]])
+    layout = BlockLayout.one_each(torch.zeros(1, dtype=torch.long), 3)
+    layout.__dict__["limits_BQ"] = torch.tensor([[5, 2, 0]])
 
     def merged(*parts: Tensor) -> tuple[Tensor, Tensor]:
-        out, lse = attention_module._split(parts[0], (parts[1], parts[2]), limits, 0.5)
+        out, lse = attention_module._split(parts[0], (parts[1], parts[2]), layout, 0.5)
         return out, lse.exp()
 
     # Scores are formed in fp32, so the numerical gradient is only as fine as that.
     assert torch.autograd.gradcheck(merged, (q, k, v), eps=1e-2, atol=2e-3, rtol=1e-2)
     assert merged(q, k, v)[1][0, 0, 2] == 0.0
-    assert math.isinf(attention_module._split(q, (k, v), limits, 0.5)[1][0, 0, 2].item())
+    assert math.isinf(attention_module._split(q, (k, v), layout, 0.5)[1][0, 0, 2].item())
 
 
 def test_flex_mask_covers_exactly_what_is_seen() -> None:
@@ -137,6 +152,16 @@ def test_flex_mask_covers_exactly_what_is_seen() -> None:
     assert partial[1] == [3, 0]
     assert full[1] == [0, 0]
     assert layout.flex_mask(310) is mask
+
+
+def test_a_windows_flex_mask_leaves_out_what_lies_before_it() -> None:
+    mask = _layout([[600, 660]], block_size=64, window=400).flex_mask(700)
+    # Slots at 600 to 663 and at 660 to 723 see from 201 and from 261 on, up to their anchors: 201 to 659 in all, of key
+    # blocks 1 to 5. All of them see 324 to 599, and so the whole of key block 3.
+    assert mask.kv_num_blocks[0, 0].tolist() == [4]
+    assert mask.kv_indices[0, 0, 0, :4].tolist() == [1, 2, 4, 5]
+    assert mask.full_kv_num_blocks[0, 0].tolist() == [1]
+    assert mask.full_kv_indices[0, 0, 0, 0] == 3
 
 
 def test_autocast_multiplies_in_its_type() -> None:

@@ -32,7 +32,9 @@ def tensors(steps: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> tu
     return new(HEADS), [(new(GROUPS), new(GROUPS)) for _ in range(steps)]
 
 
-def dense(queries: Tensor, steps: list[KeysValues], first: Tensor | None, scale: float) -> Tensor:
+def dense(
+    queries: Tensor, steps: list[KeysValues], first: Tensor | None, scale: float, window: int | None = None
+) -> Tensor:
     """softmax over [T, S * T] scores, masked from the definition."""
     repeat = queries.shape[1] // steps[0][0].shape[1]
     keys = torch.cat([k for k, _ in steps], dim=2).repeat_interleave(repeat, dim=1)
@@ -42,6 +44,8 @@ def dense(queries: Tensor, steps: list[KeysValues], first: Tensor | None, scale:
     causal = (index <= index[:, None]).expand(len(queries), -1, -1)
     if first is not None:
         causal = causal & (index >= first[:, :, None])
+    if window is not None:  # the query of step s at index q stands at position q + s
+        causal = causal & (index[:, None] + len(steps) - 1 - index < window)
     same = torch.eye(tokens, dtype=torch.bool).expand(len(queries), -1, -1)
     visible = torch.cat([causal, *[same] * (len(steps) - 1)], dim=2)[:, None]
     scores = (queries @ keys.mT * scale).masked_fill(~visible, -torch.inf)
@@ -63,14 +67,18 @@ def ours(
     return attend_later(at_places(queries), steps[0], later, PLACES, layout, scale=scale, path=path)
 
 
+@pytest.mark.parametrize("window", [None, 5, 9])
 @pytest.mark.parametrize("first", [None, DOCUMENTS], ids=["whole", "documents"])
 @pytest.mark.parametrize("steps", [1, 2, 5])
 @pytest.mark.parametrize("chunk", [1, 3 * B * HEADS * T, 1 << 20], ids=["one", "three", "all"])
-def test_equals_a_dense_softmax(first: Tensor | None, steps: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equals_a_dense_softmax(
+    first: Tensor | None, steps: int, chunk: int, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(attention, "_CHUNK_ELEMENTS_CPU", chunk)
     queries, held = tensors(steps)
     leaves = [queries, *(tensor for pair in held for tensor in pair)]
-    expected, found = at_places(dense(queries, held, first, SCALE)), ours(queries, held, StepLayout(first))
+    expected = at_places(dense(queries, held, first, SCALE, window))
+    found = ours(queries, held, StepLayout(first, window))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)  # scores are fp32
     toward = torch.randn(found.shape, generator=torch.Generator().manual_seed(9), dtype=found.dtype)
     wanted = torch.autograd.grad(expected, leaves, toward)
@@ -78,21 +86,23 @@ def test_equals_a_dense_softmax(first: Tensor | None, steps: int, chunk: int, mo
         torch.testing.assert_close(gradient, reference, rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("first", [None, DOCUMENTS], ids=["whole", "documents"])
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_flex_has_the_same_numbers(first: Tensor | None) -> None:
+def test_flex_has_the_same_numbers(first: Tensor | None, window: int | None) -> None:
     """On CPU flex_attention has no backward; its forward and log-sum-exp are what is ours to get right."""
     queries, held = tensors(3, torch.float32)
     queries, held = queries.detach(), [(keys.detach(), values.detach()) for keys, values in held]
     with torch.no_grad():
-        found, expected = (ours(queries, held, StepLayout(first), path=path) for path in ("flex", "chunked"))
+        found, expected = (ours(queries, held, StepLayout(first, window), path=path) for path in ("flex", "chunked"))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize("packed", [False, True])
-def test_flex_gradients_on_cuda(packed: bool) -> None:
+def test_flex_gradients_on_cuda(packed: bool, window: int | None) -> None:
     torch.manual_seed(0)
     first = torch.tensor([[0] * 300 + [300] * 212]).cuda() if packed else None
     leaves = [torch.randn(1, heads, 512, 64, device="cuda", requires_grad=True) for heads in (8, 2, 2)]
@@ -100,7 +110,7 @@ def test_flex_gradients_on_cuda(packed: bool) -> None:
     places = torch.arange(0, 490, 7, device="cuda")
 
     def run(path: Path) -> tuple[Tensor, ...]:
-        layout, (whole, keys, values, queries, *own) = StepLayout(first), leaves
+        layout, (whole, keys, values, queries, *own) = StepLayout(first, window), leaves
         out = attend_first(whole, (keys, values), layout, scale=0.1, path=path)[0].square().sum()
         later = attend_later(queries, (keys, values), [(own[0], own[1])], places, layout, scale=0.1, path=path)
         total = out + later.square().sum()

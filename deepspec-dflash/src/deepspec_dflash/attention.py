@@ -1,5 +1,7 @@
 """Who attends to whom: a block sees the context strictly before its anchor, and its own slots in both directions.
 
+With a window W, the slot at position p sees no context before p - W + 1. A block is no longer than a window.
+
 Knows this pattern only; projections, norms and caches are others'. One interface, three paths with the same numbers:
 
 - `dense`: one masked softmax over [context ; all blocks of the sequence], by torch's fused kernel. The plainest, and
@@ -36,20 +38,32 @@ _FLEX_LEAST_QUERIES = 256
 
 
 class BlockLayout:
-    """Where the blocks of a batch stand: tensors as anchors.AnchorPreparation.collate describes them."""
+    """Where the blocks of a batch stand: tensors as anchors.AnchorPreparation.collate describes them.
 
-    def __init__(self, *, grid_BA: Tensor, grid_anchors_BA: Tensor, place_N: Tensor, block_size: int) -> None:
+    `window`: how many positions a slot sees, its own included; None: the whole context.
+    """
+
+    def __init__(
+        self, *, grid_BA: Tensor, grid_anchors_BA: Tensor, place_N: Tensor, block_size: int, window: int | None = None
+    ) -> None:
+        assert window is None or window >= block_size
         self.grid_BA, self.grid_anchors_BA, self.place_N = grid_BA, grid_anchors_BA, place_N
-        self.block_size = block_size
+        self.block_size, self.window = block_size, window
         # Every layer of a pass asks for the same mask.
         self._flex_masks: dict[int, BlockMask] = {}
         self._dense_masks: dict[int, Tensor] = {}
 
     @classmethod
-    def one_each(cls, anchors_B: Tensor, block_size: int) -> BlockLayout:
+    def one_each(cls, anchors_B: Tensor, block_size: int, window: int | None = None) -> BlockLayout:
         """One block a sequence, as in decoding."""
         place_B = torch.arange(len(anchors_B), device=anchors_B.device)
-        return cls(grid_BA=place_B[:, None], grid_anchors_BA=anchors_B[:, None], place_N=place_B, block_size=block_size)
+        return cls(
+            grid_BA=place_B[:, None],
+            grid_anchors_BA=anchors_B[:, None],
+            place_N=place_B,
+            block_size=block_size,
+            window=window,
+        )
 
     @property
     def full(self) -> bool:
@@ -58,8 +72,17 @@ class BlockLayout:
 
     @cached_property
     def limits_BQ(self) -> Tensor:
-        """How much context each query sees: its block's anchor."""
+        """Where the context that each query sees ends: at its block's anchor."""
         return self.grid_anchors_BA.repeat_interleave(self.block_size, dim=1)
+
+    @cached_property
+    def first_BQ(self) -> Tensor | None:
+        """Where it begins; None without a window, at 0."""
+        if self.window is None:
+            return None
+        slots_K = torch.arange(self.block_size, device=self.grid_anchors_BA.device)
+        positions_BAK = self.grid_anchors_BA[..., None] + slots_K
+        return (positions_BAK - self.window + 1).clamp(min=0).flatten(1)
 
     def gather(self, blocks_NhKD: Tensor) -> Tensor:
         """[N, h, K, D] -> [B, h, Q, D], grouped by sequence."""
@@ -77,17 +100,17 @@ class BlockLayout:
     def flex_mask(self, num_tokens: int) -> BlockMask:
         """Key blocks each query block sees wholly or in part; from the anchors, without evaluating the mask densely."""
         if num_tokens not in self._flex_masks:
-            self._flex_masks[num_tokens] = _flex_mask(self.limits_BQ, num_tokens)
+            self._flex_masks[num_tokens] = _flex_mask(self.first_BQ, self.limits_BQ, num_tokens)
         return self._flex_masks[num_tokens]
 
     def dense_mask(self, num_tokens: int) -> Tensor:
         """[B, 1, Q, T + Q] bool: the context before the anchor, then the block's own slots."""
         if num_tokens not in self._dense_masks:
             batch, num_queries = self.limits_BQ.shape
-            before_BQT = torch.arange(num_tokens, device=self.limits_BQ.device) < self.limits_BQ[:, :, None]
+            seen_BQT = ~_hidden(self.first_BQ, self.limits_BQ, slice(0, num_tokens))
             owner_Q = torch.arange(num_queries, device=self.limits_BQ.device) // self.block_size
             own_BQQ = (owner_Q[:, None] == owner_Q).expand(batch, -1, -1)
-            self._dense_masks[num_tokens] = torch.cat([before_BQT, own_BQQ], dim=2)[:, None]
+            self._dense_masks[num_tokens] = torch.cat([seen_BQT, own_BQQ], dim=2)[:, None]
         return self._dense_masks[num_tokens]
 
 
@@ -117,7 +140,7 @@ def attend(
         if path == "flex":
             context_BhQD, context_lse_BhQ = _flex(queries_BhQD, context, layout.flex_mask(context[0].shape[2]), scale)
         else:
-            context_BhQD, context_lse_BhQ = _split(queries_BhQD, context, layout.limits_BQ, scale)
+            context_BhQD, context_lse_BhQ = _split(queries_BhQD, context, layout, scale)
         own_NhKD, own_lse_NhK = _within_block(queries_NhKD, *block, scale)
         share_NhK1 = (layout.scatter(context_lse_BhQ) - own_lse_NhK).sigmoid().unsqueeze(-1)
         merged_NhKD = own_NhKD.float().lerp(layout.scatter(context_BhQD).float(), share_NhK1)
@@ -148,72 +171,84 @@ def _within_block(queries_NhKD: Tensor, keys_NGKD: Tensor, values_NGKD: Tensor, 
     return attended_NGXD.reshape(shape), scores_NGXK.logsumexp(-1).reshape(shape[:-1])
 
 
-def _split(queries_BhQD: Tensor, context: KeysValues, limits_BQ: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    attended, lse = _ContextAttention.apply(queries_BhQD, *context, limits_BQ, scale)  # type: ignore[no-untyped-call]
+def _split(queries_BhQD: Tensor, context: KeysValues, layout: BlockLayout, scale: float) -> tuple[Tensor, Tensor]:
+    attended, lse = _ContextAttention.apply(queries_BhQD, *context, layout, scale)  # type: ignore[no-untyped-call]
     return attended, lse
 
 
 class _ContextAttention(torch.autograd.Function):
-    """Attention of queries [B, h, Q, D] to the first limits[b, q] of the keys [B, G, T, D], with its log-sum-exp.
+    """Attention of queries [B, h, Q, D] to the keys [B, G, T, D] from first[b, q] to limits[b, q].
 
-    Returns [B, h, Q, D] and [B, h, Q] fp32, 0 and -inf where a limit is 0. Keeps no scores: p = exp(s - lse) is formed
-    again in backward, ds = p * (dp - sum(do * o) + dlse).
+    Returns it and its log-sum-exp, [B, h, Q, D] and [B, h, Q] fp32, 0 and -inf where a query sees nothing. Keeps no
+    scores: p = exp(s - lse) is formed again in backward, ds = p * (dp - sum(do * o) + dlse).
     """
 
     @staticmethod
     def forward(
-        ctx: Any, q_BhQD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, limits_BQ: Tensor, scale: float
+        ctx: Any, q_BhQD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, layout: BlockLayout, scale: float
     ) -> tuple[Tensor, Tensor]:
         out_BhQD = torch.empty_like(q_BhQD)
         lse_BhQ = torch.empty(q_BhQD.shape[:-1], dtype=torch.float32, device=q_BhQD.device)
-        for at, tokens in _chunks(limits_BQ, q_BhQD.shape[1], k_BGTD.shape[2]):
-            k, v = k_BGTD[:, :, :tokens], v_BGTD[:, :, :tokens]
-            scores = _context_scores(q_BhQD[:, :, at], k, limits_BQ[:, at], scale)
+        for at, seen in _chunks(layout, q_BhQD.shape[1], k_BGTD.shape[2]):
+            v = v_BGTD[:, :, seen]
+            scores = _context_scores(q_BhQD, k_BGTD, at, seen, layout, scale)
             lse = scores.logsumexp(-1)
             probs = _probabilities(scores, lse)
             out_BhQD[:, :, at] = (probs.to(v.dtype) @ v).reshape(out_BhQD[:, :, at].shape)
             lse_BhQ[:, :, at] = lse.reshape(lse_BhQ[:, :, at].shape)
-        ctx.save_for_backward(q_BhQD, k_BGTD, v_BGTD, limits_BQ, out_BhQD, lse_BhQ)
-        ctx.scale = scale
+        ctx.save_for_backward(q_BhQD, k_BGTD, v_BGTD, out_BhQD, lse_BhQ)
+        ctx.layout, ctx.scale = layout, scale
         return out_BhQD, lse_BhQ
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q_BhQD, k_BGTD, v_BGTD, limits_BQ, out_BhQD, lse_BhQ = ctx.saved_tensors
+        q_BhQD, k_BGTD, v_BGTD, out_BhQD, lse_BhQ = ctx.saved_tensors
         dout_BhQD, dlse_BhQ = grads
         groups = k_BGTD.shape[1]
         offset_BhQ = dlse_BhQ - (dout_BhQD.float() * out_BhQD.float()).sum(-1)
         dq_BhQD = torch.empty_like(q_BhQD)
         dk_BGTD, dv_BGTD = torch.zeros_like(k_BGTD, dtype=torch.float32), torch.zeros_like(v_BGTD, dtype=torch.float32)
-        for at, tokens in _chunks(limits_BQ, q_BhQD.shape[1], k_BGTD.shape[2]):
-            k, v = k_BGTD[:, :, :tokens], v_BGTD[:, :, :tokens]
-            scores = _context_scores(q_BhQD[:, :, at], k, limits_BQ[:, at], ctx.scale)
+        for at, seen in _chunks(ctx.layout, q_BhQD.shape[1], k_BGTD.shape[2]):
+            k, v = k_BGTD[:, :, seen], v_BGTD[:, :, seen]
+            scores = _context_scores(q_BhQD, k_BGTD, at, seen, ctx.layout, ctx.scale)
             probs = _probabilities(scores, _grouped(lse_BhQ[:, :, at, None], groups)[..., 0])
             dout = _grouped(dout_BhQD[:, :, at], groups)
-            dv_BGTD[:, :, :tokens] += probs.to(v.dtype).transpose(-1, -2) @ dout
+            dv_BGTD[:, :, seen] += probs.to(v.dtype).transpose(-1, -2) @ dout
             dscores = (dout @ v.transpose(-1, -2)).float() + _grouped(offset_BhQ[:, :, at, None], groups)
             dscores = (dscores * probs * ctx.scale).to(k.dtype)
             dq_BhQD[:, :, at] = (dscores @ k).reshape(dq_BhQD[:, :, at].shape)
-            dk_BGTD[:, :, :tokens] += dscores.transpose(-1, -2) @ _grouped(q_BhQD[:, :, at], groups)
+            dk_BGTD[:, :, seen] += dscores.transpose(-1, -2) @ _grouped(q_BhQD[:, :, at], groups)
         return dq_BhQD, dk_BGTD.to(k_BGTD.dtype), dv_BGTD.to(v_BGTD.dtype), None, None
 
 
-def _chunks(limits_BQ: Tensor, num_heads: int, num_tokens: int) -> list[tuple[slice, int]]:
-    """Slices of the queries, and how many leading tokens any query of a slice sees."""
+def _chunks(layout: BlockLayout, num_heads: int, num_tokens: int) -> list[tuple[slice, slice]]:
+    """Slices of the queries, and the slice of the tokens that any query of theirs sees."""
+    limits_BQ, first_BQ = layout.limits_BQ, layout.first_BQ
     batch, num_queries = limits_BQ.shape
     size = max(1, _CHUNK_ELEMENTS // max(1, batch * num_heads * num_tokens))
     slices = [slice(start, min(start + size, num_queries)) for start in range(0, num_queries, size)]
     if limits_BQ.device.type != "cpu":  # reading the anchors would wait for the device
-        return [(at, num_tokens) for at in slices]
-    return [(at, int(limits_BQ[:, at].max())) for at in slices]
+        return [(at, slice(0, num_tokens)) for at in slices]
+    begins = [0 if first_BQ is None else int(first_BQ[:, at].min()) for at in slices]
+    return [(at, slice(begin, int(limits_BQ[:, at].max()))) for at, begin in zip(slices, begins, strict=True)]
 
 
-def _context_scores(q_BhCD: Tensor, k_BGTD: Tensor, limits_BC: Tensor, scale: float) -> Tensor:
-    """[B, G, h/G * C, T] fp32, -inf from each query's limit on."""
-    scores = (_grouped(q_BhCD, k_BGTD.shape[1]) @ k_BGTD.transpose(-1, -2)).float() * scale
-    hidden_BCT = torch.arange(k_BGTD.shape[2], device=limits_BC.device) >= limits_BC[:, :, None]
+def _hidden(first_BC: Tensor | None, limits_BC: Tensor, tokens: slice) -> Tensor:
+    """[B, C, tokens] bool: the context that each query does not see."""
+    positions_T = torch.arange(tokens.start, tokens.stop, device=limits_BC.device)
+    hidden_BCT = positions_T >= limits_BC[:, :, None]
+    return hidden_BCT if first_BC is None else hidden_BCT | (positions_T < first_BC[:, :, None])
+
+
+def _context_scores(
+    q_BhQD: Tensor, k_BGTD: Tensor, at: slice, seen: slice, layout: BlockLayout, scale: float
+) -> Tensor:
+    """Scores of the queries `at` over the tokens `seen`, [B, G, h/G * C, tokens] fp32, -inf where hidden."""
+    scores = (_grouped(q_BhQD[:, :, at], k_BGTD.shape[1]) @ k_BGTD[:, :, seen].transpose(-1, -2)).float() * scale
+    first_BC = None if layout.first_BQ is None else layout.first_BQ[:, at]
+    hidden_BCT = _hidden(first_BC, layout.limits_BQ[:, at], seen)
     batch, groups, _, tokens = scores.shape
-    scores.view(batch, groups, -1, limits_BC.shape[1], tokens).masked_fill_(hidden_BCT[:, None, None], -math.inf)
+    scores.view(batch, groups, -1, hidden_BCT.shape[1], tokens).masked_fill_(hidden_BCT[:, None, None], -math.inf)
     return scores
 
 
@@ -249,31 +284,37 @@ def _compiled_flex() -> Any:
     return torch.compile(flex_attention, dynamic=True)
 
 
-def _flex_mask(limits_BQ: Tensor, num_tokens: int) -> BlockMask:
-    num_queries = limits_BQ.shape[1]
-    padded_BX = F.pad(limits_BQ, (0, -num_queries % _FLEX_BLOCK))
-    rows_BYX = padded_BX.view(len(padded_BX), -1, _FLEX_BLOCK)
+def _flex_mask(first_BQ: Tensor | None, limits_BQ: Tensor, num_tokens: int) -> BlockMask:
+    """Of the key blocks [begin, end) that a query block sees, those of [full, partial) are seen by all its queries."""
+    num_queries, last = limits_BQ.shape[1], -(-num_tokens // _FLEX_BLOCK) - 1
+    padding = (0, -num_queries % _FLEX_BLOCK)
+    limits_BX = F.pad(limits_BQ, padding)
+    first_BX = torch.zeros_like(limits_BX) if first_BQ is None else F.pad(first_BQ, padding)
+    limits_BYX, first_BYX = (rows.view(len(rows), -1, _FLEX_BLOCK) for rows in (limits_BX, first_BX))
     # Padding queries see nothing, which would make their block's full key blocks partial: leave them out of the least.
-    real_YX = (torch.arange(padded_BX.shape[1], device=limits_BQ.device) < num_queries).view(-1, _FLEX_BLOCK)
-    full_BY = rows_BYX.masked_fill(~real_YX, num_tokens).amin(-1) // _FLEX_BLOCK
-    seen_BY = -(-rows_BYX.amax(-1) // _FLEX_BLOCK)
-    num_key_blocks = -(-num_tokens // _FLEX_BLOCK)
-    order_Z = torch.arange(num_key_blocks, device=limits_BQ.device)
-    full_indices_BYZ = order_Z.expand(*full_BY.shape, -1)
-    partial_indices_BYZ = (full_BY[..., None] + order_Z).clamp(max=num_key_blocks - 1)
+    padded_YX = (torch.arange(limits_BX.shape[1], device=limits_BQ.device) >= num_queries).view(-1, _FLEX_BLOCK)
+    begin_BY = first_BYX.masked_fill(padded_YX, num_tokens).amin(-1) // _FLEX_BLOCK
+    end_BY = torch.maximum(-(-limits_BYX.amax(-1) // _FLEX_BLOCK), begin_BY)
+    full_BY = torch.minimum(-(-first_BYX.amax(-1) // _FLEX_BLOCK), end_BY)
+    partial_BY = torch.maximum(limits_BYX.masked_fill(padded_YX, num_tokens).amin(-1) // _FLEX_BLOCK, full_BY)
+    order_Z = torch.arange(last + 1, device=limits_BQ.device)
+    full_indices_BYZ = full_BY[..., None] + order_Z
+    skipped_BYZ = (partial_BY - full_BY)[..., None] * (order_Z >= (full_BY - begin_BY)[..., None])
+    partial_indices_BYZ = begin_BY[..., None] + order_Z + skipped_BYZ
 
-    def before_anchor(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return kv_idx < padded_BX[b, q_idx]
+    def in_sight(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        before_anchor = kv_idx < limits_BX[b, q_idx]
+        return before_anchor if first_BQ is None else before_anchor & (kv_idx >= first_BX[b, q_idx])
 
     def shaped(tensor: Tensor) -> Tensor:
         return tensor[:, None].to(torch.int32).contiguous()
 
     return BlockMask.from_kv_blocks(
-        shaped(seen_BY - full_BY),
-        shaped(partial_indices_BYZ),
-        shaped(full_BY),
-        shaped(full_indices_BYZ),
+        shaped(end_BY - begin_BY - (partial_BY - full_BY)),
+        shaped(partial_indices_BYZ.clamp(max=last)),
+        shaped(partial_BY - full_BY),
+        shaped(full_indices_BYZ.clamp(max=last)),
         BLOCK_SIZE=_FLEX_BLOCK,
-        mask_mod=before_anchor,
+        mask_mod=in_sight,
         seq_lengths=(num_queries, num_tokens),
     )

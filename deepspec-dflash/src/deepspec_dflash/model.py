@@ -20,6 +20,7 @@ from deepspec_core.contracts.draft import DraftBatch, DraftDescription, DraftMod
 from deepspec_core.contracts.rows import Heads, Rows
 from deepspec_core.contracts.target import TargetAdapter
 from deepspec_core.errors import ConfigError
+from deepspec_core.layers.window import window_of_layers
 from deepspec_dflash.anchors import AnchorPreparation
 from deepspec_dflash.attention import BlockLayout, KeysValues
 from deepspec_dflash.backbone import DFlashBackbone
@@ -44,6 +45,9 @@ class DFlashModel(DraftModel):
         self.embed_tokens = adapter.embedding().requires_grad_(False)
         self.lm_head = nn.Linear(architecture.hidden_size, architecture.vocab_size, bias=False).requires_grad_(False)
         self.backbone = DFlashBackbone(adapter, num_layers=options.num_layers, num_taps=len(taps))
+        self.window = window_of_layers(
+            self.backbone.draft_layers(), least=options.block_size, because="[draft] block_size"
+        )
         self.preparation = AnchorPreparation(num_predictions=options.num_predictions, num_anchors=options.num_anchors)
 
     def forward(self, batch: DraftBatch) -> Rows:
@@ -63,6 +67,7 @@ class DFlashModel(DraftModel):
             grid_anchors_BA=prepared["grid_anchors"],
             place_N=prepared["place"],
             block_size=self.options.block_size,
+            window=self.window,
         )
         anchor_ids_N = batch.input_ids[prepared["sequence"], prepared["anchors"]]
         return self.run_blocks(anchor_ids_N, prepared["anchors"], context, layout)
@@ -123,6 +128,7 @@ class DFlashModel(DraftModel):
             causal=False,
             weight_names=self.backbone.names("backbone"),
             config=self.config(),
+            window=self.window,
             gives_confidence=False,
         )
 

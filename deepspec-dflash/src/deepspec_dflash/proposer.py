@@ -1,6 +1,7 @@
 """Decoding: one backbone pass proposes a whole block for every slot.
 
-Owns the draft's keys and values of verified context, one cache a layer; a block's own are dropped after its round.
+Owns the draft's keys and values of verified context, one cache a layer; a block's own are dropped after its round. With
+a window, a cache keeps no more positions than a block sees.
 Knows neither the target nor verification.
 
 Legend: S slots, B slots in a call, N blocks, T tokens, C = taps * H, H hidden size, K predictions of a block,
@@ -28,6 +29,7 @@ class BlockDraft(Protocol):
 
     taps: tuple[int, ...]
     backbone: DFlashBackbone
+    window: int | None
 
     @property
     def options(self) -> DFlashOptions: ...
@@ -64,6 +66,7 @@ class DFlashProposer:
                 num_kv_heads=layer.attention.num_kv_heads,
                 head_dim=layer.attention.head_dim,
                 max_length=max_length,
+                keep=self.model.window,
                 dtype=weight.dtype,
                 device=weight.device,
             )
@@ -84,9 +87,11 @@ class DFlashProposer:
     ) -> Proposal:
         """A block for every slot, cut to its limit. Stop tokens are left to verification: later slots cost nothing."""
         last_B, lengths_B = self._last_S[slots], self._lengths_S[slots]
-        num_tokens = int(lengths_B.max())
-        context = [cache.read(slots, num_tokens) for cache in self._caches]
-        layout = BlockLayout.one_each(lengths_B, self.model.options.block_size)
+        longest, window = int(lengths_B.max()), self.model.window
+        context = [cache.latest(slots, lengths_B, longest) for cache in self._caches]
+        # A window is the same wherever positions are counted from: here, from the first that the cache still has.
+        anchors_B = lengths_B if window is None else lengths_B.clamp(max=window)
+        layout = BlockLayout.one_each(anchors_B, self.model.options.block_size, window)
         output_BKH = self.model.run_blocks(last_B, lengths_B, context, layout)
         return self.tokens(output_BKH, last_B, limits, sampling, uniforms)
 
@@ -118,7 +123,10 @@ class DFlashProposer:
         positions_BT = self._lengths_S[slots_B, None] + offsets_BT
         backbone = self.model.backbone
         keys_values = backbone.context_keys_values(backbone.context(features_BTC), positions_BT)
-        where_BT = torch.where(offsets_BT < counts_B[:, None], positions_BT, -1)
+        written_BT = offsets_BT < counts_B[:, None]
+        if self.model.window is not None:
+            written_BT = written_BT & (offsets_BT >= counts_B[:, None] - self.model.window)
+        where_BT = torch.where(written_BT, positions_BT, -1)
         for cache, (keys_BGTD, values_BGTD) in zip(self._caches, keys_values, strict=True):
             cache.write(slots_B, where_BT, keys_BGTD, values_BGTD)
         self._lengths_S[slots_B] += counts_B

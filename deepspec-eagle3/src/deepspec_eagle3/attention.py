@@ -2,7 +2,8 @@
 
 Index q at step s attends to the step-0 keys of indices first..q, `first` being where its document begins, and to the
 keys of steps 1..s at index q alone. The two parts are merged by log-sum-exp, so no [T, S * T] scores exist, whatever
-the number of steps. Knows this pattern only; projections and norms are others'.
+the number of steps. Its position is q + s: with a window W it sees no step-0 key before q + s - W + 1. W is larger than
+any s, so its own keys are in sight. Knows this pattern only; projections and norms are others'.
 
 Step 0 runs over whole sequences, [B, T]. Later steps run over a list of places of the flattened batch, those something
 is predicted from: only the first part knows about sequences, and it sees their queries put back in place. It has two
@@ -35,11 +36,23 @@ _FLEX_LEAST_TOKENS = 256
 
 
 class StepLayout:
-    """Where each index's document begins, [B, T]; None where every row is one document."""
+    """Where each index's document begins, [B, T] (None where every row is one document), and how far a step sees.
 
-    def __init__(self, first_BT: Tensor | None = None) -> None:
-        self.first_BT = first_BT
+    `reach`: how many step-0 keys an index sees at most, the one at the index included; None: all of its document.
+    """
+
+    def __init__(self, first_BT: Tensor | None = None, window: int | None = None) -> None:
+        self.first_BT, self.reach = first_BT, window
         self._flex_masks: dict[int, BlockMask] = {}
+        self._steps: dict[int, StepLayout] = {}
+
+    def at(self, step: int) -> StepLayout:
+        """The layout of a later step, whose queries stand `step` positions further on than their index."""
+        if self.reach is None or step == 0:
+            return self
+        assert self.reach > step
+        # Every layer of a step asks for the same mask.
+        return self._steps.setdefault(step, StepLayout(self.first_BT, self.reach - step))
 
     @cached_property
     def on_host(self) -> bool:
@@ -49,17 +62,16 @@ class StepLayout:
     def flex_mask(self, num_tokens: int, device: torch.device) -> BlockMask:
         """The first part's mask; every step and layer asks for the same one."""
         if num_tokens not in self._flex_masks:
-            first_BT = self.first_BT
+            first_BT, reach = self.first_BT, self.reach
 
-            def causal(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-                return q_idx >= kv_idx
-
-            def within_document(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-                assert first_BT is not None
-                return (q_idx >= kv_idx) & (kv_idx >= first_BT[b, q_idx])
+            def in_sight(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+                seen = q_idx >= kv_idx
+                if first_BT is not None:
+                    seen = seen & (kv_idx >= first_BT[b, q_idx])
+                return seen if reach is None else seen & (kv_idx > q_idx - reach)
 
             self._flex_masks[num_tokens] = create_block_mask(
-                causal if first_BT is None else within_document,
+                in_sight,
                 None if first_BT is None else len(first_BT),
                 None,
                 num_tokens,
@@ -72,7 +84,7 @@ class StepLayout:
 def attend_first(
     queries_BhTD: Tensor, step0: KeysValues, layout: StepLayout, *, scale: float, path: Path | None = None
 ) -> tuple[Tensor, Tensor]:
-    """softmax over step-0 keys first..q times their values, [B, h, T, D], and its log-sum-exp, [B, h, T] fp32.
+    """softmax over the step-0 keys in sight times their values, [B, h, T, D], and its log-sum-exp, [B, h, T] fp32.
 
     `step0`: keys and values [B, G, T, D]. Under autocast products are formed in its type, softmax in fp32. `path` None
     chooses by device and size.
@@ -97,7 +109,7 @@ def attend_later(
     scale: float,
     path: Path | None = None,
 ) -> Tensor:
-    """softmax over [step-0 keys first..q ; later steps' keys at q] times their values, [h, N, D], at places of [B * T].
+    """softmax over [step-0 keys in sight ; later steps' keys at q] times their values, [h, N, D], at places of [B * T].
 
     `step0` [B, G, T, D] as for attend_first; `later`: keys and values [G, N, D] of steps 1..s, the query's own last.
     """
@@ -106,7 +118,7 @@ def attend_later(
     placed = queries_hND.new_zeros(batch * tokens, heads, head_dim)
     placed = placed.index_copy(0, places_N, queries_hND.transpose(0, 1))
     placed_BhTD = placed.view(batch, tokens, heads, head_dim).transpose(1, 2)
-    attended_BhTD, lse_BhT = attend_first(placed_BhTD, step0, layout, scale=scale, path=path)
+    attended_BhTD, lse_BhT = attend_first(placed_BhTD, step0, layout.at(len(later)), scale=scale, path=path)
     attended_NhD = attended_BhTD.transpose(1, 2).flatten(0, 1).index_select(0, places_N)
     lse_Nh = lse_BhT.transpose(1, 2).flatten(0, 1).index_select(0, places_N)
 
@@ -186,15 +198,19 @@ def _chunks(q_BhTD: Tensor, layout: StepLayout) -> Iterator[tuple[slice, slice]]
     for start in range(0, tokens, size):
         end = min(start + size, tokens)
         seen = int(layout.first_BT[:, start:end].min()) if layout.first_BT is not None and layout.on_host else 0
+        if layout.reach is not None:
+            seen = max(seen, start + 1 - layout.reach)
         yield slice(start, end), slice(seen, end)
 
 
 def _scores(q_BhTD: Tensor, k_BGTD: Tensor, at: slice, seen: slice, layout: StepLayout, scale: float) -> Tensor:
-    """[B, G, h/G * X, keys] fp32, -inf at keys after the query or before its document."""
+    """[B, G, h/G * X, keys] fp32, -inf at keys out of sight: after the query, before its document, beyond its reach."""
     scores = (_grouped(q_BhTD[:, :, at], k_BGTD.shape[1]) @ k_BGTD[:, :, seen].mT).float() * scale
     queries_X = torch.arange(at.start, at.stop, device=scores.device)
     keys = torch.arange(seen.start, seen.stop, device=scores.device)
     hidden = (keys > queries_X[:, None])[None]
+    if layout.reach is not None:
+        hidden = hidden | (keys <= queries_X[:, None] - layout.reach)
     if layout.first_BT is not None:
         hidden = hidden | (keys < layout.first_BT[:, at, None])
     batch, groups = scores.shape[:2]

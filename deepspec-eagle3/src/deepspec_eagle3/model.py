@@ -20,6 +20,7 @@ from deepspec_core.contracts.draft import DraftBatch, DraftDescription, DraftMod
 from deepspec_core.contracts.rows import Heads, Rows
 from deepspec_core.contracts.target import TargetAdapter
 from deepspec_core.layers.decoder_layer import initialise
+from deepspec_core.layers.window import window_of_layers
 from deepspec_eagle3.attention import KeysValues, StepLayout, attend_first, attend_later
 from deepspec_eagle3.drafter import Eagle3Drafter
 from deepspec_eagle3.options import Eagle3Options
@@ -49,6 +50,9 @@ class Eagle3Model(DraftModel):
         self.drafter = Eagle3Drafter(
             adapter, num_layers=options.num_layers, num_taps=len(taps), qk_norm=options.qk_norm
         )
+        self.window = window_of_layers(
+            self.drafter.draft_layers(), least=options.ttt_length, because="[draft] ttt_length"
+        )
         self.preparation = StepPreparation(
             num_steps=options.ttt_length,
             step_decay=options.step_decay,
@@ -62,7 +66,7 @@ class Eagle3Model(DraftModel):
 
         The sum of weight * term over the denominator is sum_s step_decay ** s * (step s's loss).
         """
-        prepared, places = batch.prepared, Places.of(batch)
+        prepared, places = batch.prepared, Places.of(batch, self.window)
         state0_BTH, later = self.unroll(batch, places)
         num_places, num_later = batch.input_ids.numel(), len(prepared["later_index"])
         state = torch.cat([state0_BTH.flatten(0, 1), *later])
@@ -145,6 +149,7 @@ class Eagle3Model(DraftModel):
             causal=True,
             weight_names=self.drafter.names("drafter"),
             config=self.config(),
+            window=self.window,
             gives_confidence=False,
         )
 
@@ -174,13 +179,13 @@ class Places:
     layout: StepLayout
 
     @classmethod
-    def of(cls, batch: DraftBatch) -> Places:
+    def of(cls, batch: DraftBatch, window: int | None = None) -> Places:
         """One document a row, or, with document_ids, consecutive documents in the order of their samples."""
         batch_size, num_tokens = batch.input_ids.shape
         index_T = torch.arange(num_tokens, device=batch.input_ids.device)
         if batch.document_ids is None:
             start_M = torch.arange(batch_size, device=index_T.device) * num_tokens
-            return cls(start_M=start_M, position_BT=index_T[None], layout=StepLayout())
+            return cls(start_M=start_M, position_BT=index_T[None], layout=StepLayout(window=window))
         real_BT = batch.attention_mask.bool()
         ids_BT = batch.document_ids.masked_fill(~real_BT, -1)
         begins_BT = F.pad(ids_BT[:, 1:] != ids_BT[:, :-1], (1, 0), value=True)
@@ -192,7 +197,7 @@ class Places:
         start_M1 = torch.zeros(num_documents + 1, dtype=torch.long, device=index_T.device)
         start_M1.scatter_(0, slot, torch.arange(len(opens), device=index_T.device))
         position_BT = index_T - first_BT if batch.position_ids is None else batch.position_ids
-        return cls(start_M=start_M1[:-1], position_BT=position_BT, layout=StepLayout(first_BT))
+        return cls(start_M=start_M1[:-1], position_BT=position_BT, layout=StepLayout(first_BT, window))
 
 
 def shifted(ids_BT: Tensor, by: int) -> Tensor:

@@ -1,10 +1,10 @@
 """Decoding: one token a step, each fed back with the output it was drawn from.
 
 Owns the draft's keys and values, one cache a layer. Verified tokens stand in it with the target's own features, as in
-the first step of training; what a proposal added is overwritten when its round is over. Knows neither the target nor
-verification.
+the first step of training; what a proposal added is overwritten when its round is over. With a window, a cache keeps
+what the next tokens can see and no more. Knows neither the target nor verification.
 
-Legend: S slots, B slots in a call, T tokens, L cached positions, C = taps * H, H hidden size, K proposed tokens,
+Legend: S slots, B slots in a call, T tokens, L cache entries, C = taps * H, H hidden size, K proposed tokens,
 V vocabulary, h query heads, G kv heads, D head size.
 """
 
@@ -23,6 +23,9 @@ from deepspec_core.decoding.sampling import distribution, draw
 from deepspec_eagle3.drafter import Eagle3Drafter
 from deepspec_eagle3.options import Eagle3Options
 
+# With a window, so many tokens of a prompt at a time: a cache has room for them beside what they see.
+_PIECE = 256
+
 
 class StepDraft(Protocol):
     """What proposing needs of a draft: the network of one step, the embedding, and logits of normed outputs."""
@@ -31,6 +34,7 @@ class StepDraft(Protocol):
     taps: tuple[int, ...]
     embed_tokens: nn.Module
     drafter: Eagle3Drafter
+    window: int | None
 
     def logits(self, hidden_H: Tensor) -> Tensor:
         """[..., H] -> [..., V]."""
@@ -47,17 +51,20 @@ class Eagle3Proposer:
         self._caches: list[SlotKVCache] = []
         self._lengths_S = torch.zeros(0, dtype=torch.long)
         self._hidden_SH = torch.zeros(0, 0)
+        self._piece = 0
 
     def open_slots(self, num_slots: int, max_length: int) -> None:
         """Fresh caches for num_slots sequences of at most max_length tokens."""
-        drafter = self.model.drafter
+        drafter, window = self.model.drafter, self.model.window
         weight = drafter.fc.weight
+        self._piece = max_length if window is None else max(_PIECE, self.max_tokens + 1)
         self._caches = [
             SlotKVCache(
                 num_slots=num_slots,
                 num_kv_heads=layer.attention.num_kv_heads,
                 head_dim=layer.attention.head_dim,
                 max_length=max_length,
+                keep=None if window is None else window + self._piece,
                 dtype=weight.dtype,
                 device=weight.device,
             )
@@ -126,16 +133,25 @@ class Eagle3Proposer:
         """Append the first counts[b] pairs to slots[b], and keep the last one's output."""
         offsets_T = torch.arange(next_ids_BT.shape[1], device=counts_B.device)
         begin_B = self._lengths_S[slots_B]
-        hidden_BTH = self._step(
-            slots_B,
-            self.model.drafter.project(features_BTC),
-            next_ids_BT,
-            begin_B[:, None] + offsets_T,
-            write=offsets_T < counts_B[:, None],
-            read=int((begin_B + counts_B).max()),
-        )
+        read = int((begin_B + counts_B).max())
+        outputs = [
+            self._step(
+                slots_B,
+                self.model.drafter.project(features_BtC),
+                next_ids_Bt,
+                begin_B[:, None] + offsets_t,
+                write=offsets_t < counts_B[:, None],
+                read=read,
+            )
+            for features_BtC, next_ids_Bt, offsets_t in zip(
+                torch.split(features_BTC, self._piece, dim=1),
+                torch.split(next_ids_BT, self._piece, dim=1),
+                torch.split(offsets_T, self._piece),
+                strict=True,
+            )
+        ]
         rows_B = torch.arange(len(counts_B), device=counts_B.device)
-        self._hidden_SH[slots_B] = hidden_BTH[rows_B, counts_B - 1]
+        self._hidden_SH[slots_B] = torch.cat(outputs, dim=1)[rows_B, counts_B - 1]
         self._lengths_S[slots_B] = begin_B + counts_B
 
     def _step(
@@ -143,12 +159,13 @@ class Eagle3Proposer:
     ) -> Tensor:
         """One step over positions [B, T]; keys and values are kept where `write` [B, T], positions below `read` seen.
 
-        Every query sees the cached positions up to its own.
+        Every query sees the cached positions up to its own, as far as the window goes.
         """
         drafter = self.model.drafter
         layers = drafter.draft_layers()
         where_BT = positions_BT.where(write, -1)
-        visible_B1TL = (torch.arange(read, device=positions_BT.device) <= positions_BT[..., None])[:, None]
+        read = min(read, self._caches[0].size)
+        visible_B1TL = self._visible(positions_BT, read)[:, None]
 
         def attend(layer: int, queries_BhTD: Tensor, keys_BGTD: Tensor, values_BGTD: Tensor) -> Tensor:
             self._caches[layer].write(slots_B, where_BT, keys_BGTD, values_BGTD)
@@ -165,3 +182,13 @@ class Eagle3Proposer:
         rotary = drafter.rotary(hidden_BTH, positions_BT)
         output_BTH: Tensor = drafter(hidden_BTH, self.model.embed_tokens(ids_BT), rotary, attend)
         return output_BTH
+
+    def _visible(self, positions_BT: Tensor, read: int) -> Tensor:
+        """Which cache entries a query at each position sees, [B, T, read] bool."""
+        entries_L, window = torch.arange(read, device=positions_BT.device), self.model.window
+        if window is None:
+            return entries_L <= positions_BT[..., None]
+        # An entry's position is the latest up to the query's that it can hold. The cache is larger than the window by
+        # all that is written after it, so an entry that lies within the window still holds that position.
+        behind_BTL = (positions_BT[..., None] - entries_L) % self._caches[0].size
+        return (behind_BTL < window) & (behind_BTL <= positions_BT[..., None])

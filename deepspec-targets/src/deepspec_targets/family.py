@@ -18,6 +18,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
+from deepspec_core.checkpoints.draft_window import DRAFT_WINDOW, SLIDING
 from deepspec_core.contracts.target import (
     AttentionProjections,
     ConversationFormat,
@@ -43,13 +44,15 @@ class FamilyAdapter(ABC):
 
     `text_weights` maps names of weights in the files of a multimodal model to those of its text part alone, and
     `ignored_weights` are patterns of what the text part does not need. `spare_tokens` names, by size of the published
-    vocabularies, an id that no text uses: the mask where the tokenizer has none.
+    vocabularies, an id that no text uses: the mask where the tokenizer has none. `slides_alike` says whether the
+    family's sliding layers are built as its full ones, so that a draft of these that slides may be called so.
     """
 
     class_prefix: ClassVar[str]
     text_weights: ClassVar[Mapping[str, str]] = {}
     ignored_weights: ClassVar[tuple[str, ...]] = ()
     spare_tokens: ClassVar[Mapping[int, int]] = {}
+    slides_alike: ClassVar[bool] = True
     known_taps: ClassVar[Mapping[tuple[int, int], tuple[int, ...]]] = {}  # by number of layers and hidden size
 
     def __init__(
@@ -158,7 +161,7 @@ class FamilyAdapter(ABC):
         return self.new(nn.Embedding(self.text.vocab_size, self.text.hidden_size))
 
     def draft_config(self, layers: int, extra: Mapping[str, Any]) -> Any:
-        """The target's text config in the draft's shape: `layers` full-attention layers, untied, `extra` at top level.
+        """The target's text config in the draft's shape: `layers` layers of one kind, untied, `extra` at top level.
 
         `architectures` is None unless `extra` has it.
         """
@@ -168,7 +171,17 @@ class FamilyAdapter(ABC):
         fields |= {"num_hidden_layers": layers, "tie_word_embeddings": False, "architectures": None}
         if hasattr(self.shape, "layer_types"):
             fields["layer_types"] = ["full_attention"] * layers
-        return type(self.shape).from_dict(fields | dict(extra))
+        return type(self.shape).from_dict(fields | self.window_fields(layers) | dict(extra))
+
+    def window_fields(self, layers: int) -> dict[str, Any]:
+        """What config.json says of the draft's window; nothing without one. Engines read the target's own keys."""
+        window = self.draft_layer.window
+        if window is None:
+            return {}
+        if not self.slides_alike:
+            return {DRAFT_WINDOW: window}
+        fields = {"layer_types": [SLIDING] * layers, "sliding_window": window}
+        return fields | ({"use_sliding_window": True} if hasattr(self.shape, "use_sliding_window") else {})
 
     def not_dense(self) -> str | None:
         """What the target's layers have that a draft's cannot, by the config's own name for it, or None."""

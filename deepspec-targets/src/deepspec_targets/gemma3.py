@@ -31,6 +31,7 @@ class Gemma3Adapter(FamilyAdapter):
         r"^language_model\.lm_head": "lm_head",
     }
     ignored_weights = (r"(model\.)?(vision_tower|multi_modal_projector)\.",)
+    slides_alike = False  # sliding layers have a rotary embedding of their own
 
     def draft_shape(self, sizes: Mapping[str, Any]) -> Any:
         """One layer, full attention: what the blocks are built from."""

@@ -38,6 +38,7 @@ class Gemma4Adapter(FamilyAdapter):
     class_prefix = "Gemma4"
     text_weights: ClassVar[Mapping[str, str]] = {r"^model\.language_model\.": "model."}
     ignored_weights = (r"(model\.)?(vision_|audio_|embed_vision|embed_audio)",)
+    slides_alike = False  # sliding layers have another head size and rotary embedding
     known_taps: ClassVar[Mapping[tuple[int, int], tuple[int, ...]]] = {(48, 3840): (5, 17, 29, 41, 46)}  # 12B
 
     def text_config(self, config: Any) -> Any:

@@ -45,6 +45,7 @@ def projections(
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
+        window=adapter.draft_layer.window,
         names=names,
     )
 

@@ -68,6 +68,7 @@ class DraftFacts:
             "num_layers": said.num_layers,
             "max_tokens": said.max_tokens,
             "anchor_predicts": said.anchor_predicts,
+            "window": said.window,
             "target": {
                 "hidden_size": self.hidden_size,
                 "vocab_size": self.vocab_size,

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deepspec_core.checkpoints.config_numbers import check_numbers
+from deepspec_core.checkpoints.draft_window import window_of
 from deepspec_core.checkpoints.published import CONFIG, read_draft_config
 from deepspec_core.contracts.target import TargetAdapter, TargetArchitecture
 from deepspec_core.disk import is_folder
 from deepspec_core.errors import CheckpointError, DeepSpecError
 from deepspec_core.hub import why_unreachable
 from deepspec_core.json_files import value_of
+from deepspec_core.layers.options import LayerOptions
 from deepspec_core.targets.opening import HUB_ID, first_line
 
 if TYPE_CHECKING:
@@ -74,6 +76,7 @@ def draft_adapter(directory: Path, *, registry: Registry) -> TargetAdapter:
             expected=f"the target's number of layers, at most {_MOST_LAYERS:,}",
         )
     check_numbers(fields, where)
+    window = window_of(fields, where)
     model_type = fields.pop("model_type", None)
     if not isinstance(model_type, str):
         raise CheckpointError(
@@ -88,9 +91,12 @@ def draft_adapter(directory: Path, *, registry: Registry) -> TargetAdapter:
     if layers is not None:
         fields["num_hidden_layers"] = layers
         fields["layer_types"] = ["full_attention"] * layers
+    elif window is not None and "layer_types" in fields:
+        fields["layer_types"] = ["full_attention"] * len(fields["layer_types"])
     try:
         config = AutoConfig.for_model(model_type, **fields)
-        adapter: TargetAdapter = registry.load("target", spec.name)(config)
+        own = None if window is None else LayerOptions(window=window)
+        adapter: TargetAdapter = registry.load("target", spec.name)(config, own)
         reason = adapter.unsupported()
     except DeepSpecError:
         raise

@@ -18,11 +18,12 @@ from attrs import asdict, frozen
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from deepspec_core.checkpoints.draft_window import window_of
 from deepspec_core.checkpoints.weight_file import FLOATING, Header, check_finite, read_header, read_tensors
 from deepspec_core.contracts.draft import DraftDescription, DraftModel
 from deepspec_core.contracts.target import TargetAdapter
 from deepspec_core.disk import in_words
-from deepspec_core.errors import CheckpointError, DeepSpecError, PluginError
+from deepspec_core.errors import CheckpointError, ConfigError, DeepSpecError, PluginError
 from deepspec_core.json_files import read_object
 from deepspec_core.layers.decoder_layer import DraftLayer
 from deepspec_core.plugins.references import blame, resolve
@@ -159,6 +160,15 @@ def check_draft(directory: Path, *, registry: Registry, adapter: TargetAdapter) 
     """
     draft = build_empty(directory, registry=registry, adapter=adapter)
     description = draft.describe()
+    window = window_of(read_draft_config(directory), Path(directory) / CONFIG)
+    if description.window != window:
+        raise CheckpointError(
+            f"draft type {description.algorithm!r} does not see as far as {CONFIG} says",
+            where=Path(directory) / CONFIG,
+            found=_seen(window),
+            expected=_seen(description.window),
+            fix="Use a release of the draft type, or of the target's family, that knows windows.",
+        )
     differences = WeightDifferences.between(
         {
             published_name(name, description.weight_names): tuple(tensor.shape)
@@ -184,6 +194,10 @@ def build_empty(directory: Path, *, registry: Registry, adapter: TargetAdapter) 
     try:
         with torch.device("meta"):
             draft = build_draft(directory, registry=registry, adapter=adapter)
+    except ConfigError as error:
+        raise CheckpointError(
+            error.problem, where=Path(directory) / CONFIG, found=error.found, expected=error.expected
+        ) from error
     except DeepSpecError:
         raise
     except Exception as error:  # what a draft or a family raises on senseless sizes is theirs
@@ -230,6 +244,10 @@ def read_options(directory: Path, registry: Registry) -> tuple[str, Any, tuple[i
             f"{CONFIG} names no layers of the target", where=where, found=taps, expected="a list of whole numbers"
         )
     return spec.name, options, tuple(taps)
+
+
+def _seen(window: int | None) -> str:
+    return "the whole context" if window is None else f"{window} positions"
 
 
 @frozen(kw_only=True)

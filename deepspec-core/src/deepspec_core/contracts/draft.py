@@ -109,6 +109,8 @@ class DraftDescription:
 
     anchor_predicts: Whether slot 0 of a block is itself a prediction.
     max_tokens: The largest number of tokens that the draft proposes in one round.
+    window: How many positions the draft's attention sees, in training and in decoding; None if it sees all. It must be
+        the `window` of the adapter's attention projections; a run that asks for another is refused.
     gives_confidence: Whether its proposals carry confidence; None if the algorithm does not say.
     weight_names: Published names of parameters, by the draft's own names or their prefixes. The longest match counts.
     config: The keys that the algorithm adds to config.json.
@@ -123,6 +125,7 @@ class DraftDescription:
     causal: bool
     weight_names: Mapping[str, str]
     config: Mapping[str, Any]
+    window: int | None = None
     gives_confidence: bool | None = None
 
 

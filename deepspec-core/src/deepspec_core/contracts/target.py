@@ -91,7 +91,8 @@ class AttentionProjections:
     query [in -> num_heads * head_dim], key and value [in -> num_kv_heads * head_dim], out [num_heads * head_dim -> H].
     If `value` is None, the output of the key projection, before its norm and rotation, serves as values. query_norm,
     key_norm and value_norm act on [..., head_dim]; a norm that the family lacks is Identity. `scale` multiplies q.k.
-    `names` gives the name of each module in published checkpoints, e.g. {"query": "q_proj"}.
+    `window` is how many positions a query sees, its own included, as the run file asks; None: all before it. `names`
+    gives the name of each module in published checkpoints, e.g. {"query": "q_proj"}.
     """
 
     query: nn.Module
@@ -105,6 +106,7 @@ class AttentionProjections:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    window: int | None = None
     names: Mapping[str, str]
 
 

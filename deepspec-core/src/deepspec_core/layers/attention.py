@@ -49,6 +49,7 @@ class DraftAttention(nn.Module):
         )
         self.scale, self.head_dim = projections.scale, projections.head_dim
         self.num_heads, self.num_kv_heads = projections.num_heads, projections.num_kv_heads
+        self.window = projections.window
         self.names = dict(projections.names)
 
     def queries(self, hidden_TI: Tensor, rotary: Rotary) -> Tensor:

@@ -62,6 +62,9 @@ class LayerOptions:
     rope: Parameters of the rotary embedding that differ from the target's, by the names that config.json has in
         `rope_parameters`, such as {rope_type = "yarn", factor = 4.0, original_max_position_embeddings = 32768}. With a
         `rope_type`, only the target's base (`rope_theta`) is kept.
+    window: Positions that each of the draft's attention layers sees, its own included. Earlier ones are not seen, in
+        training as in decoding, so the draft's decoding cost and cache stop growing with the context. It must be at
+        least as large as what the draft proposes in one round. Left out: the whole context.
     """
 
     intermediate_size: int | None = field(default=None, validator=optional(whole(1, _SIZES)))
@@ -69,3 +72,4 @@ class LayerOptions:
     num_kv_heads: int | None = field(default=None, validator=optional(whole(1, _HEADS)))
     head_dim: int | None = field(default=None, validator=optional(whole(1, _SIZES)))
     rope: dict[str, float | str] | None = field(default=None, validator=optional(_rotary))
+    window: int | None = field(default=None, validator=optional(whole(1, _SIZES)))

@@ -26,6 +26,7 @@ from deepspec_core.contracts.draft import DraftBatch, DraftModel, PreparedSample
 from deepspec_core.contracts.proposer import Proposer, Sampling
 from deepspec_core.contracts.target import TargetAdapter, TargetFeatures, TargetModel
 from deepspec_core.decoding.engine import Completion, Request, decode
+from deepspec_core.layers.options import LayerOptions
 from deepspec_core.plugins.registry import Registry
 from deepspec_core.targets.opening import load_target, open_adapter
 from deepspec_core.testing.draft_checks import check_all_near, check_near, trained
@@ -50,9 +51,9 @@ class Recordings:
         """The draft of a case, as the published trainer saved it."""
         return self.folder / case / "draft"
 
-    def adapter(self, family: str) -> TargetAdapter:
+    def adapter(self, family: str, *, draft_layer: LayerOptions | None = None) -> TargetAdapter:
         """The adapter of the family's target, which has H 32, V 64 and 8 layers."""
-        return open_adapter(self.folder / f"{family}-target", registry=self.registry)
+        return open_adapter(self.folder / f"{family}-target", registry=self.registry, draft_layer=draft_layer)
 
     def draft(self, case: str, *, dtype: torch.dtype = torch.float32) -> DraftModel:
         """The draft of a case, loaded."""
