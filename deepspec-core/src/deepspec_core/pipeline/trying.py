@@ -31,6 +31,8 @@ from deepspec_core.pipeline.run import Run
 from deepspec_core.pipeline.training import new_draft
 from deepspec_core.plugins.references import blame
 from deepspec_core.rows.engine import RowEngine, build_engine
+from deepspec_core.rows.rows_check import RowsError
+from deepspec_core.rows.statistics import Undeclared
 from deepspec_core.training.checkpoint import bytes_of_one
 
 log = logging.getLogger("deepspec")
@@ -69,8 +71,12 @@ def try_training(run: Run, draft: DraftModel) -> None:
     engine.choice(run.target.device.type, run.target.architecture.vocab_size)
     rows = _rows(run, draft)
     if rows is not None:
-        engine.check(rows)
-        _try_loss(run, engine, rows, draft.heads())
+        heads = draft.heads()
+        try:
+            engine.check(rows, heads)
+        except RowsError as error:
+            raise error.of(draft) from error
+        _try_loss(run, engine, rows, heads)
 
 
 def _rows(run: Run, draft: DraftModel) -> Rows | None:
@@ -141,7 +147,11 @@ class _OneValueARow:
         self._term, self._name, self._package = term, name, package
 
     def __call__(self, stats: RowStats) -> Tensor:
-        value: Any = self._term(stats)
+        try:
+            value: Any = self._term(stats)
+        except Undeclared as error:
+            who = f"loss term {self._name!r}"
+            raise Undeclared(error.read, error.attribute, who=who, where=self._package) from error
         problem = _not_one_a_row(value)
         if problem is None:
             return cast(Tensor, value)
@@ -164,7 +174,11 @@ class _OneWeightARow:
         self._weighting, self._name, self._package = weighting, name, package
 
     def __call__(self, slot: Tensor, block: Tensor, stats: RowStats) -> Tensor:
-        value: Any = self._weighting(slot, block, stats)
+        try:
+            value: Any = self._weighting(slot, block, stats)
+        except Undeclared as error:
+            who = f"weighting {self._name!r}"
+            raise Undeclared(error.read, error.attribute, who=who, where=self._package) from error
         problem = _not_one_a_row(value)
         if problem is None and bool((value < 0).any()):
             problem = f"a negative weight: {value.detach().min().item():g}"
