@@ -97,10 +97,20 @@ def save_draft(
 
 
 def config_text(draft: DraftModel, description: DraftDescription, adapter: TargetAdapter) -> str:
-    """The config.json of a draft's checkpoint. The draft's weights are not read."""
+    """The config.json of a draft's checkpoint. The draft's weights are not read.
+
+    Beside the draft's own keys and those of the family, it has `num_target_layers`, by which a draft is told from one
+    for another target, `architectures` and `dtype`.
+    """
     dtype = str(draft.lm_head.weight.dtype).removeprefix("torch.")
     config = adapter.draft_config(
-        description.num_layers, {**description.config, "architectures": [description.class_name], "dtype": dtype}
+        description.num_layers,
+        {
+            "num_target_layers": adapter.architecture.num_layers,
+            **description.config,
+            "architectures": [description.class_name],
+            "dtype": dtype,
+        },
     )
     # Every key, not those that differ from defaults: defaults move between versions of the library.
     return str(config.to_json_string(use_diff=False))

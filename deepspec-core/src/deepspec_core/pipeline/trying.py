@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
 )
 
-from deepspec_core.contracts.draft import DraftBatch, DraftModel
+from deepspec_core.contracts.draft import DraftBatch, DraftDescription, DraftModel
 from deepspec_core.contracts.loss import LossTerm, RowStats, Weighting
 from deepspec_core.contracts.rows import Heads, Rows
 from deepspec_core.errors import DeepSpecError, PluginError
@@ -29,6 +29,7 @@ from deepspec_core.estimating.memory import fake_tensors, without_torch_messages
 from deepspec_core.pipeline.made_up import made_up_batch, made_up_features, made_up_samples
 from deepspec_core.pipeline.run import Run
 from deepspec_core.pipeline.training import new_draft
+from deepspec_core.pipeline.trying_description import described
 from deepspec_core.plugins.references import blame
 from deepspec_core.rows.engine import RowEngine, build_engine
 from deepspec_core.rows.rows_check import RowsError
@@ -47,18 +48,18 @@ _CANNOT_WITHOUT_NUMBERS = (DataDependentOutputException, DynamicOutputShapeExcep
 
 @frozen(kw_only=True)
 class Tried:
-    """What the trial found out: the bytes of one checkpoint, and whether the draft says that it gives confidence."""
+    """What the trial found out: the bytes of one checkpoint, and what the draft says of itself."""
 
     checkpoint_bytes: int
-    gives_confidence: bool | None
+    description: DraftDescription
 
 
 def try_draft(run: Run) -> tuple[DraftModel, Tried]:
-    """Build the run's draft on fake tensors, so that an error in building it is raised now."""
+    """Build the run's draft on fake tensors, so that an error in building or describing it is raised now."""
     _ = run.target.adapter  # opened first, because what a plugin makes on first use needs real memory
     with fake_tensors():
         draft = new_draft(run)
-    return draft, Tried(checkpoint_bytes=bytes_of_one(draft), gives_confidence=draft.describe().gives_confidence)
+    return draft, Tried(checkpoint_bytes=bytes_of_one(draft), description=described(run, draft))
 
 
 def try_training(run: Run, draft: DraftModel) -> None:
