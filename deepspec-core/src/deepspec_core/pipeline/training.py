@@ -15,6 +15,7 @@ from deepspec_core.errors import PluginError
 from deepspec_core.pipeline import workers
 from deepspec_core.pipeline.offered import check_source
 from deepspec_core.pipeline.run import Run
+from deepspec_core.plugins.notices import notify
 from deepspec_core.training.trainer import train
 
 
@@ -38,7 +39,7 @@ def run_stage(run: Run) -> dict[str, Any]:
         folder=folder,
         seed=run.file.run.seed,
         save_draft=lambda path: save_draft(draft, run.target.draft_adapter, path),
-        on_checkpoint=lambda path: run.plugins.manager.hook.deepspec_checkpoint_saved(run=run, checkpoint=path),
+        on_checkpoint=lambda path: notify(run.plugins.manager, "deepspec_checkpoint_saved", run=run, checkpoint=path),
         device=run.target.device,
     )
     if workers.rank() == 0:
