@@ -197,3 +197,16 @@ def test_a_proposer_that_says_no_numbers_is_refused(field: str, value: Any) -> N
     setattr(proposer, field, value)
     with pytest.raises(PluginError, match=f"`{field}`"):
         _outputs(proposer, 0.0)
+
+
+@pytest.mark.parametrize("method", ["open_slots", "start", "propose", "accept", "free"])
+def test_a_proposer_that_raises_is_named(method: str) -> None:
+    def fails(*_: Any) -> None:
+        raise KeyError("of the odd one")
+
+    proposer = TableProposer(vocab_size=V, max_tokens=K)
+    setattr(proposer, method, fails)
+    with pytest.raises(PluginError, match=rf"a proposer failed in {method}\(\)") as caught:
+        _outputs(proposer, 0.0)
+    assert "TableProposer" in str(caught.value.where)
+    assert "KeyError: 'of the odd one'" in str(caught.value.found)

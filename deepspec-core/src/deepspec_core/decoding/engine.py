@@ -176,8 +176,9 @@ class _Engine:
         # The last round may start with max_length committed tokens, and verifies K more.
         capacity = self.max_length + self.num_draft + 1
         self.target.open_slots(self.batch_size, capacity)
-        if self.proposer:
-            self.proposer.open_slots(self.batch_size, capacity)
+        if self.proposer and self.check:
+            with self.check.calling("open_slots"):
+                self.proposer.open_slots(self.batch_size, capacity)
         exhausted = False
         while True:
             start = time.perf_counter()
@@ -235,8 +236,8 @@ class _Engine:
             else:
                 self.active[slot] = sequence
                 alive.append(row)
-        if self.proposer and alive:
-            with self.clock.measure("draft", device):
+        if self.proposer and self.check and alive:
+            with self.clock.measure("draft", device), self.check.calling("start"):
                 rows = torch.tensor(alive, device=device)
                 self.proposer.start(slots_B[rows], ids_BT[rows], lengths_B[rows], first_B[rows], step.hidden[rows])
         return done
@@ -283,12 +284,13 @@ class _Engine:
         return self._settle(slots_B, sequences, proposal, checked, verdict, step.hidden)
 
     def _propose(self, slots_B: Tensor, uniforms_BK: Tensor) -> Proposal:
-        if self.proposer is None:
+        if self.proposer is None or self.check is None:
             nothing = torch.zeros(len(slots_B), 0, dtype=torch.long, device=slots_B.device)
             return Proposal(tokens=nothing, lengths=nothing.sum(1))
         limits_B = torch.full_like(slots_B, self.num_draft)
         # Copies: a proposer that writes into what it is given changes nothing that the engine reads later.
-        return self.proposer.propose(slots_B.clone(), limits_B, self.sampling, uniforms_BK.clone(), self.stop_ids)
+        with self.check.calling("propose"):
+            return self.proposer.propose(slots_B.clone(), limits_B, self.sampling, uniforms_BK.clone(), self.stop_ids)
 
     def _uniforms(self, sequences: list[_Sequence]) -> Tensor:
         """Uniform numbers [B, 2K + 1].
@@ -335,8 +337,8 @@ class _Engine:
                 done.append(self._finish(slot, sequence))
             else:
                 alive.append(row)
-        if self.proposer:
-            with self.clock.measure("draft", self.target.device):
+        if self.proposer and self.check:
+            with self.clock.measure("draft", self.target.device), self.check.calling("accept"):
                 if len(alive) < len(sequences):
                     rows = torch.tensor(alive, dtype=torch.long, device=slots_B.device)
                     slots_B, hidden_BKC = slots_B[rows], hidden_BKC[rows]
@@ -356,8 +358,9 @@ class _Engine:
     def _finish(self, slot: int, sequence: _Sequence) -> Completion:
         freed = torch.tensor([slot], device=self.target.device)
         self.target.commit(freed, torch.zeros_like(freed))
-        if self.proposer:
-            self.proposer.free(freed)
+        if self.proposer and self.check:
+            with self.check.calling("free"):
+                self.proposer.free(freed)
         output = sequence.output[: sequence.limit]
         return Completion(
             id=sequence.request.id,

@@ -11,7 +11,8 @@ Legend: B slots, K draft tokens at most, V vocabulary, R numbers that are read o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,8 +20,9 @@ from attrs import evolve, frozen
 from torch import Tensor
 
 from deepspec_core.contracts.proposer import Proposal, Proposer, Sampling
-from deepspec_core.errors import PluginError
+from deepspec_core.errors import DeepSpecError, PluginError
 from deepspec_core.plugins.origin import component_of, package_of
+from deepspec_core.plugins.references import blame
 
 # Sums over the vocabulary are looked at in the first rounds of a decoding, and now and then later.
 FULL_ROUNDS = 4
@@ -100,6 +102,20 @@ class ProposalCheck:
         """PluginError if the confidence in a slot's proposed tokens is not finite."""
         if not all(map(math.isfinite, confidence)):
             raise self._refused("confidence", f"{list(confidence)}, in row {row}", "finite logits")
+
+    @contextmanager
+    def calling(self, method: str) -> Iterator[None]:
+        """Within it the proposer's method runs. PluginError, with its name, if that raises anything but our errors."""
+        try:
+            yield
+        except (DeepSpecError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise PluginError(
+                f"a proposer failed in {method}()",
+                where=f"{package_of(self.proposer)}, {component_of(self.proposer)}",
+                found=blame(error),
+            ) from error
 
     def _shapes(self, proposal: Any, slots_B: Tensor) -> None:
         if not isinstance(proposal, Proposal):
