@@ -12,6 +12,7 @@ from deepspec_core.checkpoints.opening import draft_adapter
 from deepspec_core.checkpoints.published import load_draft
 from deepspec_core.errors import CheckpointError
 from deepspec_core.plugins.registry import Registry
+from deepspec_dflash.model import DFlashModel
 
 
 @pytest.fixture(params=["dflash", "dspark", "eagle3"])
@@ -29,6 +30,30 @@ def _open(folder: Path, registry: Registry, dtype: torch.dtype = torch.float32) 
 def _change(folder: Path, **changed: torch.Tensor) -> None:
     path = folder / "model.safetensors"
     save_file({**load_file(path), **{name.replace("__", "."): tensor for name, tensor in changed.items()}}, path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_whole_numbers_of_a_draft_stay_what_they_are(
+    drafts: dict[str, Path], registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    init = DFlashModel.__init__
+
+    def with_ids(self: DFlashModel, *arguments: Any) -> None:
+        init(self, *arguments)
+        self.register_buffer("ids", torch.zeros(2, dtype=torch.int64))
+
+    monkeypatch.setattr(DFlashModel, "__init__", with_ids)
+    for file in drafts["dflash"].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    _change(tmp_path, ids=torch.tensor([151643, 151644]))
+    loaded = _open(tmp_path, registry, dtype)
+    assert loaded.ids.tolist() == [151643, 151644]
+    assert loaded.ids.dtype == torch.int64
+    assert loaded.lm_head.weight.dtype == dtype
+    for other in (torch.float32, torch.int32):
+        _change(tmp_path, ids=torch.tensor([151643, 151644], dtype=other))
+        with pytest.raises(CheckpointError, match=r"of other numbers: ids \w+, expected int64"):
+            _open(tmp_path, registry, dtype)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

@@ -26,6 +26,21 @@ from deepspec_core.pipeline.stages import plan
 from deepspec_core.plugins.discovery import load_plugins
 from deepspec_core.targets.taps import check_taps, spread_taps
 
+STRICT = """
+from attrs import frozen
+from deepspec_core.plugins import DraftModelSpec, hookimpl
+
+@frozen(kw_only=True)
+class StrictOptions:
+    width: int
+
+@hookimpl
+def deepspec_draft_models():
+    yield DraftModelSpec(
+        name="strict", summary="", build="strict_model:Strict", options=StrictOptions, class_suffix="Strict",
+        options_of="strict_model:read",
+    )
+"""
 SIZES = {
     "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 8, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 256, "eos_token_id": 1, "pad_token_id": 0,
@@ -169,6 +184,26 @@ def test_mask_tokens(tmp_path: Path) -> None:
     value, text = mask("full", Qwen2Config(**SIZES | {"vocab_size": 258}))
     assert value == 0
     assert "so this is the padding" in text
+
+
+def test_a_draft_type_with_an_option_that_must_be_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    info = tmp_path / "site" / "fake_strict-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: fake-strict\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[deepspec]\nstrict = strict_offers\n")
+    (info.parent / "strict_offers.py").write_text(STRICT)
+    monkeypatch.syspath_prepend(str(info.parent))
+    out = tmp_path / "train.toml"
+    assert main(["init", "builtin:tiny-qwen3", "--draft", "strict", "-o", str(out)]) == 0
+    text = out.read_text()
+    assert "# width: has no default, and must be given" in text
+    assert "Its size depends on width, which must be given" in text
+    # The last of the target's 12 layers, 11, cannot be tapped, and is not offered.
+    assert "from 0 to 10" in text
+    assert main(["config", "check", str(out)]) == 2
+    assert "draft.width" in capsys.readouterr().err
 
 
 def test_taps_are_spread_from_layer_1_to_the_third_last() -> None:

@@ -289,6 +289,21 @@ def test_a_draft_of_wrong_shapes_is_told_in_one_message(refused: Refused, monkey
     refused(says=("draft type 'dflash' fails on a made-up sample", "deepspec-dflash"))
 
 
+def test_rows_of_another_form_are_told(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    from attrs import evolve
+
+    from deepspec_dflash.model import DFlashModel
+
+    forward = DFlashModel.forward
+
+    def flat(self: DFlashModel, batch: Any) -> Any:
+        rows = forward(self, batch)
+        return evolve(rows, weight=rows.weight[:, None])
+
+    monkeypatch.setattr(DFlashModel, "forward", flat)
+    refused(says=("a draft returns rows that cannot be used: `weight`", "deepspec-dflash", "DFlashModel"))
+
+
 @pytest.mark.parametrize("quickstart", ["dflash", "dspark", "eagle3"])
 def test_what_can_run_is_not_refused(quickstart: str, run_file: Path) -> None:
     text = (Path(__file__).parents[1] / "examples" / "quickstart" / f"{quickstart}.toml").read_text()

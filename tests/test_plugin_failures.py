@@ -16,13 +16,14 @@ from deepspec_core.plugins.discovery import load_plugins
 OFFERS = """
     from deepspec_core.plugins import ComponentSpec, TaskSpec, hookimpl
 
+    TERMS = "unbuilt raising scalar column number whole right late backwards nan unsaid letters secret"
     WEIGHTS = ("text", "single", "counted", "endless", "below", "none")
 
     @hookimpl
     def deepspec_losses():
         return [
             ComponentSpec(name=name, summary="", build=f"odd_parts:{name}")
-            for name in "unbuilt raising scalar column number whole right late backwards nan".split()
+            for name in TERMS.split()
         ]
 
     @hookimpl
@@ -103,6 +104,13 @@ PARTS = """
     right = lambda: Term(lambda stats: stats.ce)
     late = lambda: Term(lambda stats: stats.ce if len(stats.ce) == 4 else fail(stats))
     backwards = lambda: Term(hooked)
+    unsaid = lambda: lambda stats: stats.ce
+    secret = lambda: Term(lambda stats: stats.tv)
+
+    def letters():
+        term = Term(lambda stats: stats.ce)
+        term.needs_extras = "confidence"
+        return term
     nan = lambda: Term(lambda stats: stats.ce * float("nan"))
     text = lambda: lambda slot, block, stats: "heavy"
     single = lambda: lambda slot, block, stats: torch.ones(())
@@ -193,6 +201,18 @@ def test_a_loss_term_that_fails_while_training(says: Says) -> None:
 )
 def test_a_loss_term_that_returns_no_number_a_row(says: Says, name: str, found: str) -> None:
     says(f"loss.terms={{{name}=1.0}}", parts=(f"loss term {name!r} does not return one number a row", found, "[4]"))
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("unsaid", ("'unsaid' is no loss term", "without needs_target, needs_extras")),
+        ("letters", ("'letters' is no loss term", "needs_extras = 'confidence'")),
+        ("secret", ("loss term 'secret' reads the target's distribution", "needs_target = True")),
+    ],
+)
+def test_a_loss_term_that_does_not_say_what_it_reads(says: Says, name: str, parts: tuple[str, ...]) -> None:
+    says(f"loss.terms={{{name}=1.0}}", parts=parts)
 
 
 @pytest.mark.parametrize(

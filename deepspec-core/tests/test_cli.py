@@ -45,7 +45,7 @@ def test_plugins_lists_what_each_offers_and_why_one_was_left_out(toy: Any, capsy
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines[0] == ["PLUGIN", "PACKAGE", "VERSION", "STATUS"]
     assert ["core", "deepspec-core", load_plugins().versions()["deepspec-core"], "ok"] in lines
-    assert any(line[:2] == ["loss", "ce,"] for line in lines)
+    assert ["loss", "ce", "cross-entropy", "of", "the", "draft", "at", "the", "label"] in lines
     assert ["fake-toy", "fake-toy", "1.0", "blocked"] in lines
     broken = lines.index(["fake-broken", "fake-broken", "1.0", "broken"])
     assert lines[broken + 1][:4] == ["reason", "ValueError:", "no", "luck"]
@@ -62,10 +62,32 @@ def test_plugins_as_json(toy: Any, capsys: pytest.CaptureFixture[str]) -> None:
         "status": "ok",
         "reason": None,
         "offers": {"draft": ["toy"]},
+        "summaries": {"draft": ["a toy"]},
+        "slow": [],
     }
     broken = by_package["fake-broken"]
     assert (broken["status"], broken["version"], broken["offers"]) == ("broken", "0.3", {})
     assert broken["reason"].startswith("ValueError: no luck")
+
+
+def test_plugins_says_which_one_makes_every_command_slow(distributions: Any) -> None:
+    distributions.add("fake-heavy", "import torch\n")
+    distributions.add("fake-light", "import json\n")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(distributions.folder), *sys.path])}
+    command = [sys.executable, "-m", "deepspec_core", "plugins"]
+    lines = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
+    [slow] = [number for number, line in enumerate(lines) if line.split()[:1] == ["slow"]]
+    assert lines[slow - 1].split() == ["fake-heavy", "fake-heavy", "1.0", "ok"]
+    assert "every command waits while its plugin module imports torch" in lines[slow]
+
+
+def test_a_command_that_a_plugin_may_have(distributions: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    distributions.add("fake-broken", "raise ValueError('no luck')\n")
+    assert main(["polish"]) == 2
+    said = capsys.readouterr().err
+    assert "No such command 'polish'" in said
+    assert "A plugin may have it that is not installed" in said
+    assert "Plugin 'fake-broken' of fake-broken is broken: ValueError: no luck" in said
 
 
 def test_plugins_shows_both_sides_of_a_duplicate(toy: Any, capsys: pytest.CaptureFixture[str]) -> None:

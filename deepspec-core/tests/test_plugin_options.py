@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 from run_file_loading import GOOD, Loader
 
 from deepspec_core.plugins.discovery import load_plugins
@@ -37,6 +38,57 @@ def test_an_algorithm_says_what_it_is_trained_on_where_the_file_does_not(tmp_pat
     assert load(soft + "[loss]\nterms = {tv = 2.0}\n").loss.terms == {"tv": 2.0}
     assert load(GOOD).loss.terms == {"ce": 1.0}
     assert list(load.problems(GOOD.replace('"toy"', '"nobody"'))) == ["draft.type"]
+
+
+def test_mistakes_of_a_default_loss_are_the_plugin_s(tmp_path: Path, toy: Any) -> None:
+    toy.add(
+        "fake-soft",
+        """
+        @hookimpl
+        def deepspec_draft_models():
+            return [
+                DraftModelSpec(
+                    name="soft", summary="", build="a:b", class_suffix="SoftModel", options_of="a:c",
+                    default_loss={"terms": {"so_ce": 1.0}, "weighting": {"type": "uniform"}},
+                )
+            ]
+        """,
+    )
+    text = f'{GOOD.partition("[draft]")[0]}[draft]\ntype = "soft"\n'
+    load = Loader(tmp_path, load_plugins())
+    [(where, problem)] = load.problems(text).items()
+    assert where == "fake-soft: default_loss of 'soft', loss.terms.so_ce"
+    assert "the default loss of draft type 'soft' cannot be used" in problem.problem
+    assert load(text + "[loss]\nterms = {ce = 1.0}\n").loss.terms == {"ce": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("hook", "spec"),
+    [
+        ("losses", "ComponentSpec"),
+        ("cache_formats", "ComponentSpec"),
+        ("feature_sources", "ComponentSpec"),
+        ("tasks", "TaskSpec"),
+    ],
+)
+def test_options_that_nothing_would_pass_are_refused(distributions: Any, hook: str, spec: str) -> None:
+    distributions.add(
+        "fake-more",
+        f"""
+        from attrs import frozen
+
+        @frozen(kw_only=True)
+        class Options:
+            pass
+
+        @hookimpl
+        def deepspec_{hook}():
+            return [{spec}(name="more", summary="", build="a:b", options=Options)]
+        """,
+    )
+    [record] = [record for record in load_plugins().records if record.package == "fake-more"]
+    assert record.status == "broken"
+    assert "'more' has options, which nothing would pass" in str(record.reason)
 
 
 def test_sections_that_plugins_shape_hold_their_own_typed_options(load: Loader) -> None:

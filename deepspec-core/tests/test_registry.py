@@ -121,8 +121,10 @@ def test_a_checkpoint_is_recognised_by_exactly_one_algorithm() -> None:
     assert registry.recognise({"kind": "second"}).name == "second"
     with pytest.raises(PluginError, match="no installed algorithm"):
         registry.recognise({"kind": "third"})
-    with pytest.raises(PluginError, match=r"more than one algorithm.*first, second"):
+    with pytest.raises(PluginError, match=r"more than one algorithm.*first, second") as caught:
         registry.recognise({"kind": "both"})
+    assert caught.value.found == "'first' of fake-one 1.0, 'second' of fake-one 1.0"
+    assert "--no-plugin fake-one" in str(caught.value.fix)
     careless = offer("draft", draft("careless", lambda config: config["nothing"]))
     with pytest.raises(PluginError, match=r"'careless' of fake-one 1\.0 failed on a checkpoint"):
         Registry([first, careless]).recognise({"kind": "first"})

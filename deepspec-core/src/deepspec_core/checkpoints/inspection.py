@@ -93,10 +93,7 @@ def inspect_draft(directory: Path, *, registry: Registry) -> DraftFacts:
     description, architecture = draft.describe(), adapter.architecture
     assert description.algorithm == algorithm
     header = read_header(directory / WEIGHTS)
-    expected = {
-        published_name(name, description.weight_names): tuple(tensor.shape)
-        for name, tensor in draft.state_dict().items()
-    }
+    expected = {published_name(name, description.weight_names): own for name, own in draft.state_dict().items()}
     parts: Counter[str] = Counter()
     for name, parameter in draft.named_parameters():
         parts[published_name(name, description.weight_names).partition(".")[0]] += parameter.numel()

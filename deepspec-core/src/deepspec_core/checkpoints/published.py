@@ -35,6 +35,15 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _SHOWN = 8
 # Rotary frequencies and the like.
 _CONSTANT_BYTES = 2**26
+# How safetensors calls the dtypes of whole numbers.
+_SAFETENSORS = {
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 def layer_names(layers: Iterable[nn.Module], under: str = "layers") -> dict[str, str]:
@@ -98,10 +107,20 @@ def save_draft(
 
 
 def config_text(draft: DraftModel, description: DraftDescription, adapter: TargetAdapter) -> str:
-    """The config.json of a draft's checkpoint. The draft's weights are not read."""
+    """The config.json of a draft's checkpoint. The draft's weights are not read.
+
+    Beside the draft's own keys and those of the family, it has `num_target_layers`, by which a draft is told from one
+    for another target, `architectures` and `dtype`.
+    """
     dtype = str(draft.lm_head.weight.dtype).removeprefix("torch.")
     config = adapter.draft_config(
-        description.num_layers, {**description.config, "architectures": [description.class_name], "dtype": dtype}
+        description.num_layers,
+        {
+            "num_target_layers": adapter.architecture.num_layers,
+            **description.config,
+            "architectures": [description.class_name],
+            "dtype": dtype,
+        },
     )
     # Every key, not those that differ from defaults: defaults move between versions of the library.
     return str(config.to_json_string(use_diff=False))
@@ -147,7 +166,11 @@ def load_draft(
     names = {published_name(name, draft.describe().weight_names): name for name in draft.state_dict()}
     # Assigned rather than cast with .to(dtype), which would round buffers that are no weights (rotary frequencies) too.
     # Copied, because the tensors of the file are the file, mapped into memory: it may change, and lies unaligned.
-    weights = {name: tensor.to(dtype, copy=True) for name, tensor in read_tensors(directory / WEIGHTS).items()}
+    # Whole numbers, such as a buffer of token ids, stay what they are: bf16 holds 151643 as 151552.
+    weights = {
+        name: tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+        for name, tensor in read_tensors(directory / WEIGHTS).items()
+    }
     check_finite(directory / WEIGHTS, weights)
     draft.load_state_dict({names[name]: tensor for name, tensor in weights.items()}, assign=True)
     return draft.to(device).eval()
@@ -170,10 +193,7 @@ def check_draft(directory: Path, *, registry: Registry, adapter: TargetAdapter) 
             fix="Use a release of the draft type, or of the target's family, that knows windows.",
         )
     differences = WeightDifferences.between(
-        {
-            published_name(name, description.weight_names): tuple(tensor.shape)
-            for name, tensor in draft.state_dict().items()
-        },
+        {published_name(name, description.weight_names): tensor for name, tensor in draft.state_dict().items()},
         read_header(directory / WEIGHTS),
     )
     if differences:
@@ -258,11 +278,13 @@ class WeightDifferences:
     unexpected: tuple[str, ...]
     of_another_shape: tuple[str, ...]
     not_floating_point: tuple[str, ...]
+    of_other_numbers: tuple[str, ...]
 
     @classmethod
-    def between(cls, expected: Mapping[str, Sequence[int]], header: Header) -> WeightDifferences:
-        """Compare names, shapes and kinds of numbers."""
-        found = header.shapes
+    def between(cls, draft: Mapping[str, Tensor], header: Header) -> WeightDifferences:
+        """Compare names, shapes and kinds of numbers. Whole numbers must have the draft's own dtype."""
+        found, expected = header.shapes, {name: tuple(tensor.shape) for name, tensor in draft.items()}
+        own = {name: tensor.dtype for name, tensor in draft.items() if not tensor.is_floating_point()}
         return cls(
             missing=tuple(sorted(expected.keys() - found.keys())),
             unexpected=tuple(sorted(found.keys() - expected.keys())),
@@ -272,7 +294,14 @@ class WeightDifferences:
                 if list(found[name]) != list(expected[name])
             ),
             not_floating_point=tuple(
-                f"{name} {dtype}" for name, dtype in sorted(header.dtypes.items()) if not dtype.startswith(FLOATING)
+                f"{name} {dtype}"
+                for name, dtype in sorted(header.dtypes.items())
+                if not dtype.startswith(FLOATING) and name not in own
+            ),
+            of_other_numbers=tuple(
+                f"{name} {header.dtypes[name]}, expected {str(dtype).removeprefix('torch.')}"
+                for name, dtype in sorted(own.items())
+                if name in header.dtypes and header.dtypes[name] != _SAFETENSORS.get(dtype)
             ),
         )
 

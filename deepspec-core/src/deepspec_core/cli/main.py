@@ -71,8 +71,17 @@ class LazyGroup(click.Group):
         if not name.startswith("-") and self.get_command(ctx, name) is None:
             close = nearest(name, self.list_commands(ctx))
             hint = f" Did you mean {close!r}?" if close else ""
-            raise click.UsageError(f"No such command {name!r}.{hint}", ctx)
+            raise click.UsageError(f"No such command {name!r}.{hint}{_of_plugins()}", ctx)
         return super().resolve_command(ctx, args)
+
+
+def _of_plugins() -> str:
+    """Where else a command may be from: plugins that are left out, with the reason, or not installed."""
+    from deepspec_core.plugins.discovery import load_plugins
+
+    left_out = [record for record in load_plugins().records if not record.loaded]
+    reasons = "".join(f"\nPlugin {one.name!r} of {one.package} is {one.status}: {one.reason}" for one in left_out)
+    return f" A plugin may have it that is not installed; `deepspec plugins` lists those that are.{reasons}"
 
 
 def _core_commands() -> list[str]:

@@ -35,6 +35,8 @@ def _as_json(record: PluginRecord) -> dict[str, object]:
         "status": record.status,
         "reason": record.reason,
         "offers": {kind: list(names) for kind, names in record.offers.items()},
+        "summaries": {kind: list(lines) for kind, lines in record.summaries.items()},
+        "slow": list(record.slow),
     }
 
 
@@ -52,7 +54,13 @@ def _table(records: Sequence[PluginRecord]) -> Iterator[str]:
         *cells, status = aligned(row)
         yield "  ".join([*cells, click.style(status.rstrip(), fg=_COLOURS.get(record.status, "red"))])
         label_width = max(map(len, (*record.offers, "reason")))
+        name_width = max((len(name) for names in record.offers.values() for name in names), default=0)
         for kind, names in record.offers.items():
-            yield f"    {kind.ljust(label_width)}  {', '.join(names)}"
+            for number, (name, summary) in enumerate(zip(names, record.summaries[kind], strict=True)):
+                label = "" if number else kind
+                yield f"    {label.ljust(label_width)}  {name.ljust(name_width)}  {summary}".rstrip()
+        if record.slow:
+            imported = ", ".join(record.slow)
+            yield f"    {'slow'.ljust(label_width)}  every command waits while its plugin module imports {imported}"
         if record.reason is not None:
             yield f"    {'reason'.ljust(label_width)}  {record.reason}"

@@ -13,6 +13,7 @@ from typing import Any
 
 import tomli
 from attrs import NOTHING, field, fields, frozen, has, resolve_types
+from cattrs import Converter
 
 from deepspec_core.config.checks import check_sections
 from deepspec_core.config.explain import explain, keys_of, unknown_key, words
@@ -176,7 +177,13 @@ def _structure(tables: dict[str, Any], plugins: Plugins) -> tuple[dict[str, Any]
         # An absent section is an empty one: its defaults.
         table = tables.get(attribute.name, {} if has(type_) else [])
         if type_ is LossOptions and isinstance(table, dict):
-            table = {**_default_loss(tables.get("draft"), plugins), **table}
+            default = _default_loss(tables.get("draft"), plugins)
+            default = {key: value for key, value in default.items() if key not in table}
+            wrong = _wrong_default(default, tables.get("draft"), converter, plugins)
+            problems += wrong
+            table = {**({} if wrong else default), **table}
+            if wrong and "terms" not in table:
+                continue  # what is missing from it is the algorithm's mistake too
         try:
             sections[attribute.name] = converter.get_structure_hook(type_)(table, type_)
         except Exception as error:
@@ -190,6 +197,27 @@ def _default_loss(draft: Any, plugins: Plugins) -> dict[str, Any]:
         return dict(plugins.registry.get("draft", draft["type"]).default_loss)
     except (PluginError, TypeError, KeyError):  # told where [draft] is read
         return {}
+
+
+def _wrong_default(default: dict[str, Any], draft: Any, converter: Converter, plugins: Plugins) -> list[DeepSpecError]:
+    """What is wrong with keys of [loss] that the draft's algorithm gives: its plugin's mistakes, not the run file's."""
+    if not default:
+        return []
+    try:
+        converter.get_structure_hook(LossOptions)(default, LossOptions)
+    except Exception as error:
+        kind = draft["type"]
+        return [
+            PluginError(
+                f"the default loss of draft type {kind!r} cannot be used: {problem.problem}",
+                where=f"{plugins.registry.provider('draft', kind)}: default_loss of {kind!r}, {problem.where}",
+                found=problem.found,
+                expected=problem.expected,
+                fix="give these keys in [loss], or correct the plugin",
+            )
+            for problem in explain(error, "loss", siblings=_siblings())
+        ]
+    return []
 
 
 def _siblings() -> dict[str, list[str]]:

@@ -4,6 +4,10 @@ A slot is a place in the batch and holds one sequence. The engine (decoding/engi
 verifies, watches for stop tokens and refills slots. A proposer owns only the draft's caches. A proposal is a chain of
 tokens; a tree would add a field `parents` to Proposal.
 
+The engine checks every proposal (decoding/proposal_check.py) and ends with an error that names the proposer before it
+commits a token of one that breaks this contract. Two things it cannot see, and trusts: how many tokens are proposed,
+and the confidence in a token, depend on the tokens before it only, never on those that are left out.
+
 Legend: B slots in this call, T tokens, K proposed tokens at most, C = taps * H, V vocabulary.
 """
 
@@ -32,10 +36,13 @@ class Sampling:
 class Proposal:
     """The tokens that a draft proposes in one round.
 
-    tokens: [B, K] int64, right-padded.
-    lengths: [B] int64, the number of tokens proposed in each slot; 0 is allowed.
-    probabilities: [B, K, V], the distributions the tokens were drawn from; None if each is one-hot at its token.
-    confidence: [B, K], the logit that a token is accepted given that all before it are; None without such a head.
+    tokens: [B, K] int64, right-padded with anything. K is at most the proposer's max_tokens.
+    lengths: [B] int64, the number of tokens proposed in each slot, from 0 to K.
+    probabilities: [B, K, V] fp32 or fp64, the distributions the tokens were drawn from, each of sum 1: token k with
+        column k of the uniforms, as decoding.sampling.draw does it. None if each is one-hot at its token, however that
+        was chosen. Not read at temperature 0.
+    confidence: [B, K], the logit that a token is accepted given that all before it are, finite; None without such a
+        head.
     """
 
     tokens: Tensor
@@ -46,7 +53,10 @@ class Proposal:
 
 @runtime_checkable
 class Proposer(Protocol):
-    """Proposes tokens for a batch of slots. The slot of a finished sequence is freed and takes the next prompt."""
+    """Proposes tokens for a batch of slots. The slot of a finished sequence is freed and takes the next prompt.
+
+    `max_tokens` and `taps` are read once, when decoding begins.
+    """
 
     max_tokens: int
     taps: tuple[int, ...]

@@ -19,7 +19,8 @@ __all__ = ["Heads", "Rows"]
 class Rows:
     """The supervised predictions of a batch, one a row. The rows of a block are contiguous and in the order of slots.
 
-    A batch without supervised positions has N = 0. Its tensors are then empty and keep their other dimensions.
+    Slots are from 0 on, and each is once in its block. A batch without supervised positions has N = 0. Its tensors are
+    then empty and keep their other dimensions. Core checks all this in every step (rows/rows_check.py).
     """
 
     hidden: Tensor  # [N, H] input of the draft's lm_head

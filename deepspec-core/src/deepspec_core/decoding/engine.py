@@ -21,6 +21,7 @@ from torch import Tensor
 from deepspec_core.contracts.proposer import Proposal, Proposer, Sampling
 from deepspec_core.contracts.target import TargetModel
 from deepspec_core.decoding.confidence import cut
+from deepspec_core.decoding.proposal_check import Checked, ProposalCheck
 from deepspec_core.decoding.sampling import distribution, draw
 from deepspec_core.decoding.verify import Verdict, verify
 
@@ -128,10 +129,14 @@ def decode(
     Another round starts while fewer than limit + 1 tokens are committed, as in the published loop; then the output is
     trimmed. With a `confidence_threshold` above 0, each proposal ends before its first token of lower confidence.
     `on_round` gets every token of the output once, in the order of the sequence.
+
+    PluginError if the proposer returns what cannot be verified (proposal_check.py). What it returns can cost speed, and
+    never changes an output: tokens of such a round are not committed.
     """
     engine = _Engine(
         target,
         proposer,
+        None if proposer is None else ProposalCheck(proposer, vocab_size=target.architecture.vocab_size),
         sampling,
         tuple(stop_ids),
         max_new_tokens,
@@ -148,6 +153,7 @@ def decode(
 class _Engine:
     target: TargetModel
     proposer: Proposer | None
+    check: ProposalCheck | None
     sampling: Sampling
     stop_ids: tuple[int, ...]
     max_new_tokens: int
@@ -160,18 +166,19 @@ class _Engine:
 
     @property
     def num_draft(self) -> int:
-        return self.proposer.max_tokens if self.proposer else 0
+        return self.check.max_tokens if self.check else 0
 
     @property
     def taps(self) -> tuple[int, ...]:
-        return self.proposer.taps if self.proposer else ()
+        return self.check.taps if self.check else ()
 
     def run(self, requests: Iterator[Request]) -> Iterator[Completion]:
         # The last round may start with max_length committed tokens, and verifies K more.
         capacity = self.max_length + self.num_draft + 1
         self.target.open_slots(self.batch_size, capacity)
-        if self.proposer:
-            self.proposer.open_slots(self.batch_size, capacity)
+        if self.proposer and self.check:
+            with self.check.calling("open_slots"):
+                self.proposer.open_slots(self.batch_size, capacity)
         exhausted = False
         while True:
             start = time.perf_counter()
@@ -229,8 +236,8 @@ class _Engine:
             else:
                 self.active[slot] = sequence
                 alive.append(row)
-        if self.proposer and alive:
-            with self.clock.measure("draft", device):
+        if self.proposer and self.check and alive:
+            with self.clock.measure("draft", device), self.check.calling("start"):
                 rows = torch.tensor(alive, device=device)
                 self.proposer.start(slots_B[rows], ids_BT[rows], lengths_B[rows], first_B[rows], step.hidden[rows])
         return done
@@ -252,6 +259,13 @@ class _Engine:
         uniforms_BU = self._uniforms(sequences).to(device)
         with self.clock.measure("draft", device):
             proposal = self._propose(slots_B, uniforms_BU[:, : self.num_draft])
+        checked = None
+        if self.check is not None:
+            uniforms_BK = uniforms_BU[:, : self.num_draft]
+            checked = self.check(proposal, slots_B=slots_B, sampling=self.sampling, uniforms_BK=uniforms_BK)
+            proposal = checked.proposal
+        if self.proposer is not None and self.confidence_threshold > 0:
+            proposal = cut(proposal, self.confidence_threshold)
         with self.clock.measure("verify", device):
             ids_BK = torch.cat([last_B[:, None], proposal.tokens], dim=1)
             offsets_K = torch.arange(ids_BK.shape[1], device=device)
@@ -267,15 +281,16 @@ class _Engine:
                 stop_ids=self.stop_ids,
             )
             self.target.commit(slots_B, position_B + verdict.committed)
-        return self._settle(slots_B, sequences, proposal, verdict, step.hidden)
+        return self._settle(slots_B, sequences, proposal, checked, verdict, step.hidden)
 
     def _propose(self, slots_B: Tensor, uniforms_BK: Tensor) -> Proposal:
-        if self.proposer is None:
+        if self.proposer is None or self.check is None:
             nothing = torch.zeros(len(slots_B), 0, dtype=torch.long, device=slots_B.device)
             return Proposal(tokens=nothing, lengths=nothing.sum(1))
         limits_B = torch.full_like(slots_B, self.num_draft)
-        proposal = self.proposer.propose(slots_B, limits_B, self.sampling, uniforms_BK, self.stop_ids)
-        return cut(proposal, self.confidence_threshold) if self.confidence_threshold > 0 else proposal
+        # Copies: a proposer that writes into what it is given changes nothing that the engine reads later.
+        with self.check.calling("propose"):
+            return self.proposer.propose(slots_B.clone(), limits_B, self.sampling, uniforms_BK.clone(), self.stop_ids)
 
     def _uniforms(self, sequences: list[_Sequence]) -> Tensor:
         """Uniform numbers [B, 2K + 1].
@@ -288,15 +303,29 @@ class _Engine:
         return torch.from_numpy(np.stack([sequence.random.random(width) for sequence in sequences]))
 
     def _settle(
-        self, slots_B: Tensor, sequences: list[_Sequence], proposal: Proposal, verdict: Verdict, hidden_BKC: Tensor
+        self,
+        slots_B: Tensor,
+        sequences: list[_Sequence],
+        proposal: Proposal,
+        checked: Checked | None,
+        verdict: Verdict,
+        hidden_BKC: Tensor,
     ) -> list[Completion]:
         """Append committed tokens, finish sequences that are over, and tell the proposer about the others."""
-        counts = torch.stack([verdict.proposal_lengths, verdict.accepted, verdict.committed], dim=1).tolist()
+        to_read = torch.stack([verdict.proposal_lengths, verdict.accepted, verdict.committed], dim=1)
+        if checked is not None:
+            to_read = torch.cat([to_read, checked.to_read], dim=1)
+        counts = to_read.tolist()
+        if self.check is not None and checked is not None:
+            self.check.refuse(checked, [row[3:] for row in counts])
         tokens = verdict.tokens.tolist()
         confidence = None if proposal.confidence is None else proposal.confidence.tolist()
+        if self.check is not None and confidence is not None:
+            for row, values in enumerate(confidence):
+                self.check.refuse_confidence(values[: counts[row][0]], row)
         done, alive = [], []
         for row, (slot, sequence) in enumerate(zip(list(self.active), sequences, strict=True)):
-            proposed, accepted, committed = counts[row]
+            proposed, accepted, committed = counts[row][:3]
             survival = None if confidence is None else tuple(confidence[row][:proposed])
             sequence.rounds.append(Round(proposed, accepted, committed, survival))
             before = len(sequence.output)
@@ -308,8 +337,8 @@ class _Engine:
                 done.append(self._finish(slot, sequence))
             else:
                 alive.append(row)
-        if self.proposer:
-            with self.clock.measure("draft", self.target.device):
+        if self.proposer and self.check:
+            with self.clock.measure("draft", self.target.device), self.check.calling("accept"):
                 if len(alive) < len(sequences):
                     rows = torch.tensor(alive, dtype=torch.long, device=slots_B.device)
                     slots_B, hidden_BKC = slots_B[rows], hidden_BKC[rows]
@@ -329,8 +358,9 @@ class _Engine:
     def _finish(self, slot: int, sequence: _Sequence) -> Completion:
         freed = torch.tensor([slot], device=self.target.device)
         self.target.commit(freed, torch.zeros_like(freed))
-        if self.proposer:
-            self.proposer.free(freed)
+        if self.proposer and self.check:
+            with self.check.calling("free"):
+                self.proposer.free(freed)
         output = sequence.output[: sequence.limit]
         return Completion(
             id=sequence.request.id,

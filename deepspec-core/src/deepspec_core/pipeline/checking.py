@@ -27,8 +27,8 @@ def check_before(run: Run, steps: Sequence[Step]) -> None:
     """Raise the errors that would stop a later stage. Does nothing if no stage is to run.
 
     It checks folders, the feature source, the cache format, the target's config and tokenizer, taps, sources, the
-    draft's options and forward pass, its config.json and proposer, loss terms and kernels, room for a checkpoint, tasks
-    and their prompts, the draft that is to be evaluated, and export formats.
+    draft's options and forward pass, its description, its config.json and proposer, loss terms and kernels, room for a
+    checkpoint, tasks and their prompts, the draft that is to be evaluated, and export formats.
     """
     todo = {step.stage.name for step in steps if step.action != "skip"}
     if not todo:
@@ -57,14 +57,17 @@ def check_before(run: Run, steps: Sequence[Step]) -> None:
         from deepspec_core.pipeline.trying_finished import try_finished
 
         draft, tried = try_draft(run)
-        confidence, description = tried.gives_confidence, draft.describe()
+        confidence, description = tried.description.gives_confidence, tried.description
         if todo - {"export"}:
             _mask_token(run, description)
         if "train" in todo:
             try_training(run, draft)
-            try_finished(run, draft)
+            try_finished(run, draft, description)
             _room_for_checkpoint(run, tried.checkpoint_bytes)
     if "cache" in todo:
+        from deepspec_core.pipeline.trying_cache import try_format
+
+        try_format(run)
         forced = any(step.forced for step in steps if step.stage.name == "cache")
         _cache(run, fresh=forced)
     elif _caches(run) and "cache" not in run.file.run.stages and "train" in run.file.run.stages:

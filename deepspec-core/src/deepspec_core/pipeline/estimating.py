@@ -37,6 +37,7 @@ def estimate(run: Run, *, processes: int = 1) -> Estimate:
     share = -(-options.global_batch_size // processes)
     sequences = min(options.micro_batch_size, share)
     micro_batches = -(-share // sequences)
+    _ = run.target.adapter  # opened first, because what a plugin makes on first use needs real memory
     with fake_tensors():
         with LiveBytes() as made:
             # Training holds the target in memory, even if features come from a cache.

@@ -31,6 +31,7 @@ from deepspec_core.evaluation.requests import requests_of_prompts
 from deepspec_core.evaluation.tasks import HELD_OUT_QUOTA, load_task, task_digest, task_name
 from deepspec_core.pipeline import contents
 from deepspec_core.pipeline.run import Run
+from deepspec_core.plugins.notices import notify
 from deepspec_core.targets.opening import fingerprint
 
 
@@ -76,7 +77,7 @@ def run_stage(run: Run) -> dict[str, Any]:
     report = _report(run, draft, draft_folder, revision, results)
     _write(run.folder / "metrics.json", json.dumps(report, indent=1) + "\n")
     _write(run.folder / "report.md", markdown(report))
-    run.plugins.manager.hook.deepspec_evaluation_finished(run=run, report=report)
+    notify(run.plugins.manager, "deepspec_evaluation_finished", run=run, report=report)
     return {
         f"accepted length on {result['task']} at T={result['temperature']:g}"
         f"{_mode('thinking' in result, result.get('thinking', False))}": round(result["acceptance_length"], 3)

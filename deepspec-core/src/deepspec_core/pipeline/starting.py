@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from attrs import asdict, fields, frozen
+from attrs import NOTHING, asdict, fields, frozen
 
 from deepspec_core.config.schema import BUILTIN, JSON_LINES, MASK, CacheOptions, DataOptions
 from deepspec_core.config.starter import Start
@@ -153,7 +153,11 @@ def _cache_note(adapter: TargetAdapter, taps: tuple[int, ...], registry: Registr
 def _draft_note(
     registry: Registry, spec: Any, values: dict[str, Any], adapter: TargetAdapter, taps: tuple[int, ...]
 ) -> str:
-    with torch.device("meta"):
+    required = [each.name for each in fields(spec.options or _NoOptions) if each.default is NOTHING]
+    missing = [name for name in required if name not in values]
+    if missing:
+        return f"Its size depends on {', '.join(missing)}, which must be given; `deepspec estimate FILE` says it then."
+    with torch.device("meta"), registry.blaming("draft", spec.name):
         options = spec.options and spec.options(**values)
         draft: DraftModel = registry.load("draft", spec.name)(options, adapter, taps)
     total = sum(parameter.numel() for parameter in draft.parameters())

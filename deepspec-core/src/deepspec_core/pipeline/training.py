@@ -11,9 +11,11 @@ import torch
 
 from deepspec_core.checkpoints.published import save_draft
 from deepspec_core.contracts.draft import DraftModel
+from deepspec_core.errors import PluginError
 from deepspec_core.pipeline import workers
 from deepspec_core.pipeline.offered import check_source
 from deepspec_core.pipeline.run import Run
+from deepspec_core.plugins.notices import notify
 from deepspec_core.training.trainer import train
 
 
@@ -37,7 +39,7 @@ def run_stage(run: Run) -> dict[str, Any]:
         folder=folder,
         seed=run.file.run.seed,
         save_draft=lambda path: save_draft(draft, run.target.draft_adapter, path),
-        on_checkpoint=lambda path: run.plugins.manager.hook.deepspec_checkpoint_saved(run=run, checkpoint=path),
+        on_checkpoint=lambda path: notify(run.plugins.manager, "deepspec_checkpoint_saved", run=run, checkpoint=path),
         device=run.target.device,
     )
     if workers.rank() == 0:
@@ -53,10 +55,29 @@ def run_stage(run: Run) -> dict[str, Any]:
 
 
 def new_draft(run: Run) -> DraftModel:
-    """A draft of the run's type in the target's family. Its weights are drawn from the run's seed."""
-    build = run.plugins.registry.load("draft", run.file.draft.type)
+    """A draft of the run's type in the target's family. Its weights are drawn from the run's seed.
+
+    PluginError, with the package, where it cannot be built, or nothing of it is trained.
+    """
+    kind, registry = run.file.draft.type, run.plugins.registry
+    options, adapter, taps = run.file.draft.options, run.target.draft_adapter, run.file.target.layers
     torch.manual_seed(run.file.run.seed)
-    draft: DraftModel = build(run.file.draft.options, run.target.draft_adapter, run.file.target.layers)
+    draft: DraftModel = registry.build("draft", kind, options, adapter, taps)
+    if not isinstance(draft, DraftModel):
+        raise PluginError(
+            f"draft type {kind!r} is no draft",
+            where=registry.provider("draft", kind),
+            found=type(draft).__name__,
+            expected="what `build` makes is a contracts.draft.DraftModel",
+        )
+    shared = {id(weight) for part in (draft.embed_tokens, draft.lm_head) for weight in part.parameters()}
+    if not any(weight.requires_grad and id(weight) not in shared for weight in draft.parameters()):
+        raise PluginError(
+            f"draft type {kind!r} has nothing to train",
+            where=registry.provider("draft", kind),
+            found=f"{len(list(draft.parameters()))} parameters, all frozen or the target's own",
+            expected="at least one parameter that requires a gradient, beside embed_tokens and lm_head",
+        )
     return draft
 
 

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
 )
 
-from deepspec_core.contracts.draft import DraftBatch, DraftModel
+from deepspec_core.contracts.draft import DraftBatch, DraftDescription, DraftModel
 from deepspec_core.contracts.loss import LossTerm, RowStats, Weighting
 from deepspec_core.contracts.rows import Heads, Rows
 from deepspec_core.errors import DeepSpecError, PluginError
@@ -29,8 +29,11 @@ from deepspec_core.estimating.memory import fake_tensors, without_torch_messages
 from deepspec_core.pipeline.made_up import made_up_batch, made_up_features, made_up_samples
 from deepspec_core.pipeline.run import Run
 from deepspec_core.pipeline.training import new_draft
+from deepspec_core.pipeline.trying_description import described
 from deepspec_core.plugins.references import blame
 from deepspec_core.rows.engine import RowEngine, build_engine
+from deepspec_core.rows.rows_check import RowsError
+from deepspec_core.rows.statistics import Undeclared
 from deepspec_core.training.checkpoint import bytes_of_one
 
 log = logging.getLogger("deepspec")
@@ -45,18 +48,18 @@ _CANNOT_WITHOUT_NUMBERS = (DataDependentOutputException, DynamicOutputShapeExcep
 
 @frozen(kw_only=True)
 class Tried:
-    """What the trial found out: the bytes of one checkpoint, and whether the draft says that it gives confidence."""
+    """What the trial found out: the bytes of one checkpoint, and what the draft says of itself."""
 
     checkpoint_bytes: int
-    gives_confidence: bool | None
+    description: DraftDescription
 
 
 def try_draft(run: Run) -> tuple[DraftModel, Tried]:
-    """Build the run's draft on fake tensors, so that an error in building it is raised now."""
+    """Build the run's draft on fake tensors, so that an error in building or describing it is raised now."""
     _ = run.target.adapter  # opened first, because what a plugin makes on first use needs real memory
     with fake_tensors():
         draft = new_draft(run)
-    return draft, Tried(checkpoint_bytes=bytes_of_one(draft), gives_confidence=draft.describe().gives_confidence)
+    return draft, Tried(checkpoint_bytes=bytes_of_one(draft), description=described(run, draft))
 
 
 def try_training(run: Run, draft: DraftModel) -> None:
@@ -69,8 +72,12 @@ def try_training(run: Run, draft: DraftModel) -> None:
     engine.choice(run.target.device.type, run.target.architecture.vocab_size)
     rows = _rows(run, draft)
     if rows is not None:
-        engine.check(rows)
-        _try_loss(run, engine, rows, draft.heads())
+        heads = draft.heads()
+        try:
+            engine.check(rows, heads)
+        except RowsError as error:
+            raise error.of(draft) from error
+        _try_loss(run, engine, rows, heads)
 
 
 def _rows(run: Run, draft: DraftModel) -> Rows | None:
@@ -141,7 +148,11 @@ class _OneValueARow:
         self._term, self._name, self._package = term, name, package
 
     def __call__(self, stats: RowStats) -> Tensor:
-        value: Any = self._term(stats)
+        try:
+            value: Any = self._term(stats)
+        except Undeclared as error:
+            who = f"loss term {self._name!r}"
+            raise Undeclared(error.read, error.attribute, who=who, where=self._package) from error
         problem = _not_one_a_row(value)
         if problem is None:
             return cast(Tensor, value)
@@ -164,7 +175,11 @@ class _OneWeightARow:
         self._weighting, self._name, self._package = weighting, name, package
 
     def __call__(self, slot: Tensor, block: Tensor, stats: RowStats) -> Tensor:
-        value: Any = self._weighting(slot, block, stats)
+        try:
+            value: Any = self._weighting(slot, block, stats)
+        except Undeclared as error:
+            who = f"weighting {self._name!r}"
+            raise Undeclared(error.read, error.attribute, who=who, where=self._package) from error
         problem = _not_one_a_row(value)
         if problem is None and bool((value < 0).any()):
             problem = f"a negative weight: {value.detach().min().item():g}"

@@ -8,38 +8,41 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
 from deepspec_core.checkpoints.draft_window import window_of
 from deepspec_core.checkpoints.published import config_text
-from deepspec_core.contracts.draft import DraftModel
+from deepspec_core.contracts.draft import DraftDescription, DraftModel
 from deepspec_core.contracts.proposer import Proposer
 from deepspec_core.errors import DeepSpecError, PluginError
 from deepspec_core.estimating.memory import fake_tensors, without_torch_messages
 from deepspec_core.pipeline.run import Run
 from deepspec_core.pipeline.trying import reads_numbers
-from deepspec_core.plugins.references import blame
+from deepspec_core.plugins.references import blame, resolve
 
 log = logging.getLogger("deepspec")
 
 
-def try_finished(run: Run, draft: DraftModel) -> None:
-    """PluginError where the draft's checkpoint would not be recognised as its type's alone, or would not say the window
-    that the run asks for, or where the draft has no proposer.
+def try_finished(run: Run, draft: DraftModel, description: DraftDescription) -> None:
+    """PluginError where the draft's checkpoint would not be recognised as its type's alone, or not opened as what was
+    trained, or would not say the window that the run asks for, or where the draft has no proposer.
 
     `draft` is one on fake tensors.
     """
-    _try_recognition(run, draft)
-    _try_window(run, draft)
+    config = _try_recognition(run, draft, description)
+    _try_opening(run, draft, description, config)
+    _try_window(run, description, config)
     _try_proposer(run, draft)
 
 
-def _try_recognition(run: Run, draft: DraftModel) -> None:
+def _try_recognition(run: Run, draft: DraftModel, description: DraftDescription) -> dict[str, Any]:
+    """The config.json that saving will write."""
     kind, registry = run.file.draft.type, run.plugins.registry
     package = registry.provider("draft", kind)
     try:
-        config = json.loads(config_text(draft, draft.describe(), run.target.draft_adapter))
+        config = json.loads(config_text(draft, description, run.target.draft_adapter))
     except DeepSpecError:
         raise
     except Exception as error:
@@ -53,6 +56,43 @@ def _try_recognition(run: Run, draft: DraftModel) -> None:
         raise _not_recognised(kind, package, problem) from error
     if found != kind:
         raise _not_recognised(kind, package, f"draft type {found!r} of {registry.provider('draft', found)} does")
+    return cast(dict[str, Any], config)
+
+
+def _try_opening(run: Run, draft: DraftModel, description: DraftDescription, config: dict[str, Any]) -> None:
+    """Build the draft that config.json describes, and compare the names and shapes of its weights."""
+    kind, registry = run.file.draft.type, run.plugins.registry
+    package = registry.provider("draft", kind)
+    try:
+        options, taps = resolve(registry.get("draft", kind).options_of)(config)
+        with fake_tensors():
+            again: DraftModel = registry.load("draft", kind)(options, run.target.draft_adapter, tuple(taps))
+        found = None if tuple(taps) == tuple(description.taps) else f"taps {tuple(taps)}"
+        found = found or _other_weights(draft, again)
+    except DeepSpecError as error:
+        raise _not_opened(kind, package, f"{error.problem} ({error.found})") from error
+    except Exception as error:
+        raise _not_opened(kind, package, blame(error)) from error
+    if found is not None:
+        raise _not_opened(kind, package, found)
+
+
+def _other_weights(draft: DraftModel, again: DraftModel) -> str | None:
+    mine, theirs = ({name: list(value.shape) for name, value in one.state_dict().items()} for one in (draft, again))
+    for name in sorted(mine.keys() | theirs.keys()):
+        if mine.get(name) != theirs.get(name):
+            return f"{name} is {theirs.get(name) or 'not there'}, where training has {mine.get(name) or 'none'}"
+    return None
+
+
+def _not_opened(kind: str, package: str, found: str) -> PluginError:
+    return PluginError(
+        f"the checkpoint of draft type {kind!r} would not open as what was trained",
+        where=package,
+        found=found,
+        expected="the taps and weights of the trained draft",
+        fix="Compare `describe().config` with `options_of` of the draft type.",
+    )
 
 
 def _not_recognised(kind: str, package: str, found: str) -> PluginError:
@@ -65,17 +105,16 @@ def _not_recognised(kind: str, package: str, found: str) -> PluginError:
     )
 
 
-def _try_window(run: Run, draft: DraftModel) -> None:
+def _try_window(run: Run, description: DraftDescription, config: dict[str, Any]) -> None:
     """Whether the family hands the run's window on, the draft keeps to it, and config.json says it."""
     asked, registry, adapter = run.file.draft.layer.window, run.plugins.registry, run.target.draft_adapter
     with fake_tensors():
         handed = adapter.attention_projections(adapter.architecture.hidden_size).window
-    kept = draft.describe().window
-    written = window_of(json.loads(config_text(draft, draft.describe(), adapter)), Path("config.json"))
+    written = window_of(config, Path("config.json"))
     family = registry.adapter_for(adapter.architecture.model_type)
     for what, package, found in (
         (f"target family {family.name!r}", registry.provider("target", family.name), handed),
-        (f"draft type {run.file.draft.type!r}", registry.provider("draft", run.file.draft.type), kept),
+        (f"draft type {run.file.draft.type!r}", registry.provider("draft", run.file.draft.type), description.window),
         (f"the config.json of target family {family.name!r}", registry.provider("target", family.name), written),
     ):
         if found != asked:

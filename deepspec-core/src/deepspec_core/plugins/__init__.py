@@ -9,7 +9,6 @@ from deepspec_core.plugins.specs import (
     ComponentSpec,
     DraftModelSpec,
     ExportSpec,
-    ImportSpec,
     TargetAdapterSpec,
     TaskSpec,
 )
@@ -19,7 +18,6 @@ __all__ = [
     "ComponentSpec",
     "DraftModelSpec",
     "ExportSpec",
-    "ImportSpec",
     "TargetAdapterSpec",
     "TaskSpec",
     "hookimpl",

@@ -7,6 +7,7 @@ Knows the entry-point group `deepspec`, distributions and pluggy. Of what plugin
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -24,6 +25,8 @@ from deepspec_core.plugins.registry import KINDS, Offer, Registry
 __all__ = ["Plugins", "load_plugins"]
 
 GROUP = "deepspec"
+# What plugin.py must not import, because every command would wait for it.
+_HEAVY = ("torch", "transformers", "numpy")
 
 
 @frozen(kw_only=True, eq=False)
@@ -72,6 +75,7 @@ def load_plugins(*, blocked: Collection[str] = ()) -> Plugins:
     unwanted = {canonical(name) for name in blocked}
     left_out: dict[str, tuple[Status, str]] = {}
     modules: dict[str, Any] = {}
+    slow: dict[str, tuple[str, ...]] = {}
     for plugin in found:
         hit = unwanted & {canonical(plugin.name), canonical(plugin.package)}
         if hit:
@@ -79,11 +83,13 @@ def load_plugins(*, blocked: Collection[str] = ()) -> Plugins:
         elif (reason := _incompatible(plugin.entry)) is not None:
             left_out[plugin.key] = ("incompatible", reason)
         else:
+            heavy = [name for name in _HEAVY if name not in sys.modules]
             try:
                 module = plugin.entry.load()
             except (Exception, SystemExit) as error:
                 left_out[plugin.key] = ("broken", blame(error))
                 continue
+            slow[plugin.key] = tuple(name for name in heavy if name in sys.modules)
             same = next((key for key, other in modules.items() if other is module), None)
             if same is None:
                 modules[plugin.key] = module
@@ -111,7 +117,9 @@ def load_plugins(*, blocked: Collection[str] = ()) -> Plugins:
             version=plugin.version,
             status=left_out[plugin.key][0] if plugin.key in left_out else "ok",
             reason=left_out[plugin.key][1] if plugin.key in left_out else None,
-            offers=_labels(offers[plugin.key]) if plugin.key in modules else {},
+            offers=_by_kind(offers[plugin.key], "label") if plugin.key in modules else {},
+            summaries=_by_kind(offers[plugin.key], "summary") if plugin.key in modules else {},
+            slow=slow.get(plugin.key, ()),
         )
         for plugin in found
     ]
@@ -211,6 +219,13 @@ def _offers(manager: pluggy.PluginManager, plugin: _Found, module: Any) -> list[
                     raise _LeftOut(
                         plugin.key, f"{kind.hook}() offers a {type(spec).__name__}, expected {kind.spec.__name__}"
                     )
+                if spec.options is not None and not kind.takes_options:
+                    takers = ", ".join(other.title for other in KINDS.values() if other.takes_options)
+                    raise _LeftOut(
+                        plugin.key,
+                        f"{kind.title} {spec.name!r} has options, which nothing would pass: only these have a section "
+                        f"of the run file for theirs: {takers}",
+                    )
                 taken = kind.reserved & {option.name for option in fields(spec.options)} if spec.options else ()
                 if taken:
                     raise _LeftOut(plugin.key, f"options of {spec.name!r} use a key that core keeps: {min(taken)!r}")
@@ -220,11 +235,11 @@ def _offers(manager: pluggy.PluginManager, plugin: _Found, module: Any) -> list[
     return offers
 
 
-def _labels(offers: Iterable[Offer]) -> dict[str, list[str]]:
-    labels: dict[str, list[str]] = {}
+def _by_kind(offers: Iterable[Offer], attribute: str) -> dict[str, list[str]]:
+    kinds: dict[str, list[str]] = {}
     for offer in offers:
-        labels.setdefault(offer.kind, []).append(offer.label)
-    return labels
+        kinds.setdefault(offer.kind, []).append(getattr(offer, attribute))
+    return kinds
 
 
 def _mark_duplicates(records: Iterable[PluginRecord], registry: Registry) -> list[PluginRecord]:

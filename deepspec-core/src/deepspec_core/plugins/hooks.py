@@ -3,7 +3,7 @@
 A plugin is a module (entry-point group `deepspec`). Its functions carry `@hookimpl` and the names of hooks. It imports
 only attrs and deepspec_core; its specs name heavy code as text (specs.py). Hooks that offer components return iterables
 of specs and are called once, when plugins are loaded. Notices are called at certain points of a run, never in every
-step.
+step. A notice that raises is reported with the plugin's name, and the run goes on.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from deepspec_core.plugins.specs import (
     ComponentSpec,
     DraftModelSpec,
     ExportSpec,
-    ImportSpec,
     TargetAdapterSpec,
     TaskSpec,
 )
@@ -79,11 +78,6 @@ def deepspec_builtins() -> Iterable[BuiltinSpec]:  # type: ignore[empty-body]
 @hookspec
 def deepspec_exporters() -> Iterable[ExportSpec]:  # type: ignore[empty-body]
     """Offer exports: `[export] to = [NAME]`. Each pair of format and algorithm has its own spec."""
-
-
-@hookspec
-def deepspec_importers() -> Iterable[ImportSpec]:  # type: ignore[empty-body]
-    """Offer readers of foreign draft checkpoints."""
 
 
 @hookspec

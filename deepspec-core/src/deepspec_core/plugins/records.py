@@ -22,6 +22,9 @@ class PluginRecord:
         one of its names, so that neither can be used under this name).
     reason: None exactly if the status is "ok".
     offers: The names offered, by kind.
+    summaries: One line on each offer, by kind, in the order of `offers`.
+    slow: What its plugin.py imports that takes long, so that every command waits for it. Known only where nothing else
+        in this process had imported it before.
     """
 
     name: str
@@ -30,6 +33,8 @@ class PluginRecord:
     status: Status = "ok"
     reason: str | None = None
     offers: Mapping[str, Sequence[str]] = field(factory=dict)
+    summaries: Mapping[str, Sequence[str]] = field(factory=dict)
+    slow: tuple[str, ...] = ()
 
     @property
     def loaded(self) -> bool:

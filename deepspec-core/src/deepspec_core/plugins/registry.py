@@ -22,7 +22,6 @@ from deepspec_core.plugins.specs import (
     ComponentSpec,
     DraftModelSpec,
     ExportSpec,
-    ImportSpec,
     TargetAdapterSpec,
     TaskSpec,
 )
@@ -35,12 +34,14 @@ class Kind:
     """One kind of component: the hook that offers it, the class of its spec, and its name in messages.
 
     reserved: The keys of its section that belong to core. Its options cannot use them.
+    takes_options: Whether a section of the run file gives its components' options.
     """
 
     hook: str
     spec: type[ComponentSpec]
     title: str
     reserved: frozenset[str] = frozenset()
+    takes_options: bool = False
 
 
 KINDS: Mapping[str, Kind] = {
@@ -49,16 +50,22 @@ KINDS: Mapping[str, Kind] = {
         spec=DraftModelSpec,
         title="draft type",
         reserved=frozenset({"type", "layer"}),
+        takes_options=True,
     ),
     "loss": Kind(hook="deepspec_losses", spec=ComponentSpec, title="loss term"),
-    "weighting": Kind(hook="deepspec_weightings", spec=ComponentSpec, title="weighting", reserved=frozenset({"type"})),
+    "weighting": Kind(
+        hook="deepspec_weightings",
+        spec=ComponentSpec,
+        title="weighting",
+        reserved=frozenset({"type"}),
+        takes_options=True,
+    ),
     "target": Kind(hook="deepspec_target_adapters", spec=TargetAdapterSpec, title="target adapter"),
     "cache": Kind(hook="deepspec_cache_formats", spec=ComponentSpec, title="cache format"),
     "features": Kind(hook="deepspec_feature_sources", spec=ComponentSpec, title="feature source"),
     "task": Kind(hook="deepspec_tasks", spec=TaskSpec, title="evaluation task"),
     "builtin": Kind(hook="deepspec_builtins", spec=BuiltinSpec, title="builtin"),
     "exporter": Kind(hook="deepspec_exporters", spec=ExportSpec, title="export format"),
-    "importer": Kind(hook="deepspec_importers", spec=ImportSpec, title="importer"),
 }
 
 
@@ -74,13 +81,18 @@ class Offer:
 
     @property
     def algorithm(self) -> str | None:
-        """The algorithm of an exporter or importer, which are found by name and algorithm."""
-        return self.spec.algorithm if isinstance(self.spec, ExportSpec | ImportSpec) else None
+        """The algorithm of an exporter, which is found by name and algorithm."""
+        return self.spec.algorithm if isinstance(self.spec, ExportSpec) else None
 
     @property
     def label(self) -> str:
-        """The name as lists show it; for exporters and importers, with the algorithm."""
+        """The name as lists show it; for exporters, with the algorithm."""
         return f"{self.spec.name} ({self.algorithm})" if self.algorithm else self.spec.name
+
+    @property
+    def summary(self) -> str:
+        """One line on it, as its spec says."""
+        return self.spec.summary
 
     @property
     def source(self) -> str:
@@ -110,7 +122,7 @@ class Conflict:
 class Registry:
     """Everything that loaded plugins offer. `left_out` are the plugins that were not loaded, for explanations only.
 
-    A name is unique within its kind. For exporters and importers, the pair of name and algorithm (a draft type) is
+    A name is unique within its kind. For exporters, the pair of name and algorithm (a draft type) is
     unique.
     """
 
@@ -141,8 +153,8 @@ class Registry:
         assert kind in KINDS, kind
         return sorted({name for of_kind, name, _ in self._offers if of_kind == kind})
 
-    def algorithms(self, kind: Literal["exporter", "importer"], name: str) -> list[str]:
-        """The draft types for which an exporter or importer of that name exists, sorted."""
+    def algorithms(self, kind: Literal["exporter"], name: str) -> list[str]:
+        """The draft types for which an exporter of that name exists, sorted."""
         return sorted(
             algorithm for of_kind, of, algorithm in self._offers if (of_kind, of) == (kind, name) and algorithm
         )
@@ -219,12 +231,19 @@ class Registry:
         matches = sorted({offer.spec.name for offer in self._drafts() if _recognises(offer, config)})
         if len(matches) == 1:
             return self.get("draft", matches[0])
-        if not matches:
-            self._refuse_other_formats(config)
+        if matches:
+            sources = {name: [offer.source for offer in self._drafts() if offer.spec.name == name] for name in matches}
+            last = next(offer for offer in self._drafts() if offer.spec.name == matches[-1])
+            raise PluginError(
+                "more than one algorithm recognises this checkpoint: " + ", ".join(matches),
+                where="config.json",
+                found=", ".join(f"{name!r} of {' and '.join(packages)}" for name, packages in sources.items()),
+                expected="one draft type that recognises it",
+                fix=f"leave out the plugins of the others, such as --no-plugin {last.package}, or uninstall them",
+            )
+        self._refuse_other_formats(config)
         raise PluginError(
-            "no installed algorithm recognises this checkpoint"
-            if not matches
-            else "more than one algorithm recognises this checkpoint: " + ", ".join(matches),
+            "no installed algorithm recognises this checkpoint",
             where="config.json",
             found=f"architectures = {config.get('architectures')}",
             expected=f"a checkpoint of {_one_of(self.names('draft'))}",
@@ -241,7 +260,7 @@ class Registry:
                         where="config.json",
                         found=f"{name}: {offer.spec.elsewhere[name]}",
                         expected=f"a checkpoint as the algorithm {offer.spec.name!r} publishes it",
-                        fix="Train a draft here, or convert this one: no importer for its format is installed.",
+                        fix="Train a draft here, or convert this one.",
                     )
 
     def conflicts(self) -> list[Conflict]:

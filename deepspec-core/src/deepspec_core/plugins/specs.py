@@ -34,6 +34,7 @@ class ComponentSpec:
     summary: One line for `deepspec plugins`.
     build: Names what is called to make the component, as the hook of its kind says (hooks.py). If `options` is given,
         the options object is the first argument.
+    options: Of draft types and weightings only; others have no section of the run file that could give them.
     """
 
     name: str = field(validator=_NAME)
@@ -100,15 +101,3 @@ class ExportSpec(ComponentSpec):
     """An export format for one algorithm (a draft type). `build()` returns a contracts.export.Exporter."""
 
     algorithm: str = field(validator=_NAME)
-
-
-@frozen(kw_only=True)
-class ImportSpec(ComponentSpec):
-    """A reader of foreign checkpoints, which become drafts of type `algorithm`.
-
-    The pair of name and algorithm is unique. `recognise` is as for drafts. `build(path)` returns (options, taps,
-    weights).
-    """
-
-    algorithm: str = field(validator=_NAME)
-    recognise: Callable[[Mapping[str, Any]], bool] = field(default=_nothing, validator=is_callable())

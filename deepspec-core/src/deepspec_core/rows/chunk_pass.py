@@ -26,6 +26,7 @@ from deepspec_core.rows.large_buffer import large_buffer
 from deepspec_core.rows.plain_statistics import PlainStats
 from deepspec_core.rows.plan import Chunk, RowPlan, plan_rows
 from deepspec_core.rows.target_window import TargetWindow
+from deepspec_core.rows.term_check import one_a_row
 
 EXTRA = "extras."
 _HEADS = ("draft_head", "correction_head")
@@ -144,10 +145,14 @@ class RowPass:
         terms = self.settings.terms
         mixed_n = torch.zeros_like(rows.weight[span], dtype=self.stat_dtype)
         with torch.set_grad_enabled(bool(wanted)):
-            values = {name: term(stats) for name, (term, _) in terms.items()}
+            values = {
+                name: one_a_row(term(stats), span.stop - span.start, f"loss term {name!r}")
+                for name, (term, _) in terms.items()
+            }
             for name, (_, coefficient) in terms.items():
                 mixed_n = mixed_n + coefficient * values[name]
-        weight_n = rows.weight[span] * self.settings.weighting(rows.slot[span], rows.block[span], stats)
+        factor_n = self.settings.weighting(rows.slot[span], rows.block[span], stats)
+        weight_n = rows.weight[span] * one_a_row(factor_n, span.stop - span.start, "the weighting")
         weight_n = weight_n.detach().to(self.stat_dtype)
         self.weight_sum = self.weight_sum + weight_n.sum()
         self.weight_N[span] = weight_n

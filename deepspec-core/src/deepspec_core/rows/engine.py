@@ -28,6 +28,8 @@ from deepspec_core.rows.footprint import Footprint, footprint
 from deepspec_core.rows.head_gradient import scaled
 from deepspec_core.rows.kernels.choice import Choice, choose_kernels
 from deepspec_core.rows.metrics import Ratio, slot_metrics, survival_metrics
+from deepspec_core.rows.rows_check import check_numbers, check_shapes
+from deepspec_core.rows.term_check import check_members
 from deepspec_core.rows.weighted import weighted
 
 
@@ -81,14 +83,16 @@ class RowEngine:
 
         Rows of weight 0 are not there: nothing that they hold counts. `with_metrics` adds accuracy per slot and, if the
         rows have a target, the acceptance rate per slot to the metrics. ConfigError if a term
-        reads what these rows do not carry, or if the chosen kernels cannot run.
+        reads what these rows do not carry, or if the chosen kernels cannot run. RowsError if the rows or the heads are
+        not what the contract says.
         """
-        self.check(rows)
+        self.check(rows, heads)
         self._warn_of_idle(rows)
         rows = weighted(rows)
+        check_numbers(rows, heads)
         inputs = {"hidden": rows.hidden, "draft_head": heads.draft}
         if rows.correction is not None:
-            assert heads.correction is not None, "rows carry a correction, heads have none"
+            assert heads.correction is not None
             inputs |= {"correction": rows.correction, "correction_head": heads.correction}
         inputs |= {EXTRA + name: extra for name, extra in rows.extras.items() if extra.is_floating_point()}
         settings = self._settings(rows, heads, step, with_metrics)
@@ -156,8 +160,9 @@ class RowEngine:
             with_metrics=with_metrics,
         )
 
-    def check(self, rows: Rows) -> None:
-        """ConfigError if a term reads what these rows do not carry."""
+    def check(self, rows: Rows, heads: Heads) -> None:
+        """RowsError if shapes break the contract. ConfigError if a term reads what these rows do not carry."""
+        check_shapes(rows, heads)
         for name, (term, _) in self.terms.items():
             if term.needs_target and rows.target_hidden is None:
                 raise ConfigError(
@@ -208,10 +213,16 @@ class RowEngine:
 
 
 def build_engine(loss: LossOptions, registry: Registry) -> RowEngine:
-    """The engine that a run file's [loss] section asks for. `registry` finds terms and weightings by name."""
+    """The engine that a run file's [loss] section asks for. `registry` finds terms and weightings by name.
+
+    PluginError where one cannot be built, or a term does not say what it needs.
+    """
     options = () if loss.weighting.options is None else (loss.weighting.options,)
+    terms = {name: registry.build_guarded("loss", name) for name in loss.terms}
+    for name, term in terms.items():
+        check_members(term, name, registry.provider("loss", name))
     return RowEngine(
-        {name: (registry.build_guarded("loss", name), coefficient) for name, coefficient in loss.terms.items()},
+        {name: (terms[name], coefficient) for name, coefficient in loss.terms.items()},
         registry.build_guarded("weighting", loss.weighting.type, *options),
         loss.chunk_rows,
         kernels=loss.kernels,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from deepspec_core.rows.kernels.formulas import Distance, Divergence, Incoming, Logits, RowKernels, logit_values
-from deepspec_core.rows.statistics import undeclared
+from deepspec_core.rows.statistics import TARGET, Undeclared
 from deepspec_core.rows.target_window import TargetWindow
 
 
@@ -49,11 +49,11 @@ class FusedStats:
 
     @property
     def draft_logits(self) -> Tensor:
-        raise undeclared("draft_logits", "needs_logits")
+        raise Undeclared("draft_logits", "needs_logits")
 
     @property
     def target_logits(self) -> Tensor:
-        raise undeclared("target_logits", "needs_logits")
+        raise Undeclared("target_logits", "needs_logits")
 
     @property
     def target_ids(self) -> Tensor:
@@ -70,7 +70,7 @@ class FusedStats:
     @property
     def ce_without_correction(self) -> Tensor:
         if not self._uncorrected:
-            raise undeclared("ce_without_correction", "needs_uncorrected")
+            raise Undeclared("ce_without_correction", "needs_uncorrected")
         if self._draft.correction is None:
             return self.ce
         return self._leaf("ce_without_correction", lambda: self._base_lse_N - self._label_logit(self._base))
@@ -144,7 +144,8 @@ class FusedStats:
 
     @property
     def _target(self) -> TargetWindow:
-        assert self._window is not None, "target statistics of rows without a target"
+        if self._window is None:
+            raise Undeclared(TARGET, "needs_target")
         return self._window
 
     @property

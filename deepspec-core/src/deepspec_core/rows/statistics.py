@@ -17,13 +17,19 @@ from torch import Tensor
 from deepspec_core.errors import ConfigError
 
 
-def undeclared(read: str, attribute: str) -> ConfigError:
-    """The error for a term or weighting that reads something and has not declared that it does."""
-    return ConfigError(
-        f"a loss term or weighting reads {read} without saying so beforehand",
-        where="[loss]",
-        fix=f"give its class the attribute {attribute} = True",
-    )
+class Undeclared(ConfigError):
+    """A term or weighting reads something and has not declared that it does. `who` is known to whoever calls it."""
+
+    def __init__(self, read: str, attribute: str, *, who: str | None = None, where: str = "[loss]") -> None:
+        self.read, self.attribute = read, attribute
+        super().__init__(
+            f"{who or 'a loss term or weighting'} reads {read} without saying so beforehand",
+            where=where,
+            fix=f"give its class the attribute {attribute} = True",
+        )
+
+
+TARGET = "the target's distribution"
 
 
 class ChunkStats:
@@ -81,7 +87,7 @@ class ChunkStats:
     @cached_property
     def ce_without_correction(self) -> Tensor:
         if self._base_logits_NV is None:
-            raise undeclared("ce_without_correction", "needs_uncorrected")
+            raise Undeclared("ce_without_correction", "needs_uncorrected")
         if self._base_logits_NV is self._draft_logits_NV:
             return self.ce
         with torch.set_grad_enabled(self._differentiable):
@@ -121,7 +127,8 @@ class ChunkStats:
 
     @cached_property
     def target_argmax(self) -> Tensor:
-        assert self._target_logits_UV is not None, "target statistics of rows without a target"
+        if self._target_logits_UV is None:
+            raise Undeclared(TARGET, "needs_target")
         return self._target(self._target_logits_UV.argmax(-1))
 
     @cached_property
@@ -131,11 +138,13 @@ class ChunkStats:
 
     @cached_property
     def _target_log_probs_UV(self) -> Tensor:
-        assert self._target_logits_UV is not None, "target statistics of rows without a target"
+        if self._target_logits_UV is None:
+            raise Undeclared(TARGET, "needs_target")
         return F.log_softmax(self._target_logits_UV, dim=-1)
 
     def _target(self, per_position: Tensor | None) -> Tensor:
-        assert per_position is not None, "target statistics of rows without a target"
+        if per_position is None:
+            raise Undeclared(TARGET, "needs_target")
         assert self._target_row_N is not None
         return per_position[self._target_row_N]
 

@@ -11,6 +11,7 @@ from torch import nn
 from deepspec_core.contracts.draft import DraftBatch, DraftModel
 from deepspec_core.contracts.rows import Rows
 from deepspec_core.rows.engine import RowEngine, RowResult
+from deepspec_core.rows.rows_check import RowsError
 
 
 class TrainingStep(nn.Module):
@@ -27,9 +28,15 @@ class TrainingStep(nn.Module):
         self.compute_dtype = compute_dtype
 
     def forward(self, batch: DraftBatch, *, step: int = 0, with_metrics: bool = False) -> RowResult:
-        """The batch's loss at optimizer step `step` as a sum, its denominator and its metrics."""
+        """The batch's loss at optimizer step `step` as a sum, its denominator and its metrics.
+
+        PluginError, with the draft's package, if its rows break the contract.
+        """
         device = batch.input_ids.device.type
         with torch.autocast(device, dtype=torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16):
             rows: Rows = self.draft(batch)
-            result: RowResult = self.engine(rows, self.draft.heads(), step=step, with_metrics=with_metrics)
+            try:
+                result: RowResult = self.engine(rows, self.draft.heads(), step=step, with_metrics=with_metrics)
+            except RowsError as error:
+                raise error.of(self.draft) from error
         return result

@@ -1,0 +1,207 @@
+"""Whether what a proposer returns can be verified: shapes, kinds of numbers, ranges, and distributions that are some.
+
+Shapes are known on the host and refused at once. Numbers are on the device: they are brought into range, so that the
+round can go on, and come along with what the engine reads on the host once a round anyway. So no round waits for the
+device once more, and no token of a round that is refused is committed to an output.
+Knows proposals. Does not know rounds, targets or any algorithm.
+
+Legend: B slots, K draft tokens at most, V vocabulary, R numbers that are read of a slot.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from attrs import evolve, frozen
+from torch import Tensor
+
+from deepspec_core.contracts.proposer import Proposal, Proposer, Sampling
+from deepspec_core.errors import DeepSpecError, PluginError
+from deepspec_core.plugins.origin import component_of, package_of
+from deepspec_core.plugins.references import blame
+
+# Sums over the vocabulary are looked at in the first rounds of a decoding, and now and then later.
+FULL_ROUNDS = 4
+FULL_EVERY = 64
+# Of probabilities in fp32 whose sum over a large vocabulary, or whose cumulative sum, was formed in another order.
+_TOLERANCE = 1e-3
+
+
+@frozen(kw_only=True, eq=False)
+class Checked:
+    """A proposal whose numbers are in range, the proposal as it came, and what `refuse` is to be told: [B, R] int64."""
+
+    proposal: Proposal
+    given: Proposal
+    to_read: Tensor
+
+
+class ProposalCheck:
+    """Checks the proposals of one decoding, in the order of its rounds. `max_tokens` and `taps` are read once.
+
+    PluginError if the proposer's own `max_tokens` or `taps` are no numbers of tokens and layers.
+    """
+
+    def __init__(self, proposer: Proposer, *, vocab_size: int) -> None:
+        self.proposer, self.vocab_size = proposer, vocab_size
+        self.max_tokens, self.taps = proposer.max_tokens, tuple(proposer.taps)
+        self._rounds = 0
+        if type(self.max_tokens) is not int or self.max_tokens < 0:
+            raise self._refused("max_tokens", repr(self.max_tokens), "a whole number, 0 or above")
+        if any(type(tap) is not int for tap in self.taps):
+            raise self._refused("taps", repr(self.taps), "layer numbers")
+
+    def __call__(self, proposal: Proposal, *, slots_B: Tensor, sampling: Sampling, uniforms_BK: Tensor) -> Checked:
+        """The next round's proposal for these slots, drawn with these uniforms. Does not wait for the device.
+
+        PluginError where its shapes or kinds of numbers are not those of the contract.
+        """
+        self._shapes(proposal, slots_B)
+        full = self._rounds < FULL_ROUNDS or self._rounds % FULL_EVERY == 0
+        self._rounds += 1
+        num_draft = proposal.tokens.shape[1]
+        tokens_BK = proposal.tokens.clamp(0, self.vocab_size - 1)
+        to_read = [proposal.lengths[:, None], proposal.tokens]
+        # At temperature 0 probabilities are not read. Without any, each token stands for itself.
+        if proposal.probabilities is not None and sampling.temperature > 0:
+            q_BK = proposal.probabilities.gather(2, tokens_BK[..., None])[..., 0]
+            to_read.append((q_BK > 0) & (q_BK <= 1 + _TOLERANCE))
+            if full:
+                total_BK = proposal.probabilities.sum(2, dtype=torch.float64)
+                to_read.append((total_BK - 1).abs() <= _TOLERANCE)
+                to_read.append((proposal.probabilities >= 0).all(2))
+                to_read.append(_drawn(proposal.probabilities, tokens_BK, q_BK, uniforms_BK[:, :num_draft]))
+        return Checked(
+            proposal=evolve(proposal, tokens=tokens_BK, lengths=proposal.lengths.clamp(0, num_draft)),
+            given=proposal,
+            to_read=torch.cat(to_read, dim=1),
+        )
+
+    def refuse(self, checked: Checked, read: Sequence[Sequence[int]]) -> None:
+        """PluginError if a number of the proposal is out of place. `read` holds `checked.to_read`, slot by slot."""
+        given, num_draft = checked.given, checked.given.tokens.shape[1]
+        for row, (length, *numbers) in enumerate(read):
+            where = f"in row {row}"
+            if not 0 <= length <= num_draft:
+                raise self._refused("lengths", f"{length}, {where}", f"from 0 to the number of columns, {num_draft}")
+            tokens = numbers[:length]
+            for token in tokens:
+                if not 0 <= token < self.vocab_size:
+                    raise self._refused("tokens", f"{token}, {where}", f"token ids from 0 to below {self.vocab_size}")
+            for number, fault in enumerate(_FAULTS[: len(numbers) // max(num_draft, 1) - 1], start=1):
+                start = number * num_draft
+                if not all(numbers[start : start + length]):
+                    found = fault.found(given, row, numbers[start : start + length].index(0))
+                    raise self._refused(fault.field, f"{found}, {where}", fault.expected)
+
+    def refuse_confidence(self, confidence: Sequence[float], row: int) -> None:
+        """PluginError if the confidence in a slot's proposed tokens is not finite."""
+        if not all(map(math.isfinite, confidence)):
+            raise self._refused("confidence", f"{list(confidence)}, in row {row}", "finite logits")
+
+    @contextmanager
+    def calling(self, method: str) -> Iterator[None]:
+        """Within it the proposer's method runs. PluginError, with its name, if that raises anything but our errors."""
+        try:
+            yield
+        except (DeepSpecError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise PluginError(
+                f"a proposer failed in {method}()",
+                where=f"{package_of(self.proposer)}, {component_of(self.proposer)}",
+                found=blame(error),
+            ) from error
+
+    def _shapes(self, proposal: Any, slots_B: Tensor) -> None:
+        if not isinstance(proposal, Proposal):
+            raise self._refused("propose()", type(proposal).__name__, "a contracts.proposer.Proposal")
+        batch, tokens = len(slots_B), proposal.tokens
+        if not _is(tokens, 2, torch.int64) or len(tokens) != batch or tokens.shape[1] > self.max_tokens:
+            raise self._refused("tokens", _kind(tokens), f"[{batch}, at most {self.max_tokens}], torch.int64")
+        chain, vocabulary = tuple(tokens.shape), self.vocab_size
+        if not _is(proposal.lengths, 1, torch.int64) or len(proposal.lengths) != batch:
+            raise self._refused("lengths", _kind(proposal.lengths), f"[{batch}], torch.int64")
+        q = proposal.probabilities
+        if q is not None and (not _is(q, 3, torch.float32, torch.float64) or tuple(q.shape) != (*chain, vocabulary)):
+            raise self._refused("probabilities", _kind(q), f"[{batch}, {chain[1]}, {vocabulary}], torch.float32")
+        sure = proposal.confidence
+        if sure is not None and (not _is(sure, 2) or not sure.is_floating_point() or tuple(sure.shape) != chain):
+            raise self._refused("confidence", _kind(sure), f"[{batch}, {chain[1]}], of a floating-point type")
+        for field in ("tokens", "lengths", "probabilities", "confidence"):
+            value = getattr(proposal, field)
+            if value is not None and value.device != slots_B.device:
+                raise self._refused(field, f"a tensor on {value.device}", f"one on {slots_B.device}, as the slots")
+
+    def _refused(self, field: str, found: str, expected: str) -> PluginError:
+        return PluginError(
+            f"a proposer returns what cannot be verified: `{field}`",
+            where=f"{package_of(self.proposer)}, {component_of(self.proposer)}",
+            found=found,
+            expected=expected,
+            fix="Correct the proposer, or leave its plugin out. No output was changed.",
+        )
+
+
+@frozen
+class _Fault:
+    """A field, what is expected of it, and how what a slot's column holds is told."""
+
+    field: str
+    expected: str
+    found: Callable[[Proposal, int, int], str]
+
+
+def _at_token(proposal: Proposal, row: int, column: int) -> str:
+    assert proposal.probabilities is not None
+    token = int(proposal.tokens[row, column])
+    return f"{proposal.probabilities[row, column, token].item():g} at token {token}"
+
+
+def _sum(proposal: Proposal, row: int, column: int) -> str:
+    assert proposal.probabilities is not None
+    return f"a sum of {proposal.probabilities[row, column].sum().item():g}"
+
+
+def _least(proposal: Proposal, row: int, column: int) -> str:
+    assert proposal.probabilities is not None
+    return f"{proposal.probabilities[row, column].min().item():g}"
+
+
+def _token(proposal: Proposal, row: int, column: int) -> str:
+    return f"token {int(proposal.tokens[row, column])}, which column {column} of the uniforms does not give"
+
+
+_DISTRIBUTIONS = "probabilities of every token of the vocabulary, whose sum is 1; not logits, and no logarithms"
+# In the order of the columns that are read after the tokens.
+_FAULTS = (
+    _Fault("probabilities", "above 0 at the token that was drawn: " + _DISTRIBUTIONS, _at_token),
+    _Fault("probabilities", _DISTRIBUTIONS, _sum),
+    _Fault("probabilities", _DISTRIBUTIONS, _least),
+    _Fault(
+        "tokens",
+        "column k drawn from column k of `probabilities` with column k of the uniforms (decoding.sampling.draw); "
+        "where tokens are chosen otherwise, `probabilities` is None",
+        _token,
+    ),
+)
+
+
+def _drawn(q_BKV: Tensor, tokens_BK: Tensor, q_BK: Tensor, uniforms_BK: Tensor) -> Tensor:
+    """Whether each token is where its uniform number falls in the cumulative distribution, up to rounding."""
+    before_BKV = torch.arange(q_BKV.shape[2], device=q_BKV.device) < tokens_BK[..., None]
+    before_BK = q_BKV.where(before_BKV, 0).sum(2, dtype=torch.float64)
+    at_BK = uniforms_BK.double()
+    return (before_BK - _TOLERANCE <= at_BK) & (at_BK <= before_BK + q_BK + _TOLERANCE)
+
+
+def _is(value: Any, dimensions: int, *dtypes: torch.dtype) -> bool:
+    return isinstance(value, Tensor) and value.dim() == dimensions and (not dtypes or value.dtype in dtypes)
+
+
+def _kind(value: Any) -> str:
+    return f"{list(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else type(value).__name__

@@ -1,0 +1,103 @@
+"""A trial of a plugin's cache format before a run's first stage: one small sample is written and read back.
+
+Knows the contract of formats. The trial lies in a temporary folder; the run's own cache is not touched.
+"""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepspec_core.contracts.cache import CacheFormat, CacheHeader
+from deepspec_core.contracts.draft import Sample
+from deepspec_core.contracts.target import TargetFeatures
+from deepspec_core.dtypes import torch_dtype
+from deepspec_core.errors import PluginError
+from deepspec_core.pipeline.run import Run
+from deepspec_core.plugins.records import CORE, canonical
+
+_LENGTH = 3
+# Of numbers between -1 and 1 in eight bits.
+_TOLERANCE = 0.1
+
+
+def try_format(run: Run) -> None:
+    """PluginError where the run's cache format does not give back what it was given. Core's own are not tried."""
+    name, registry = run.file.cache.format, run.plugins.registry
+    package = registry.provider("cache", name)
+    if canonical(package) == CORE:
+        return
+    with registry.blaming("cache", name):
+        problem = lost_by(run.cache.format, run.cache.bare_header())
+    if problem is not None:
+        raise PluginError(
+            f"cache format {name!r} does not keep a sample",
+            where=package,
+            found=problem,
+            expected="what was written is read back (contracts.cache.CacheFormat)",
+        )
+
+
+def lost_by(cache_format: CacheFormat, header: CacheHeader) -> str | None:
+    """What is another after one sample was written and read back, in words; None if all is as it was."""
+    sample = _sample(header)
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "cache"
+        with closing(cache_format.create(path, header, shard_samples=2)) as writer:
+            if writer.written():
+                return f"written() of a new cache: {writer.written()}"
+            writer.write(sample)
+            writer.finish()
+        if cache_format.header(path) != header:
+            return f"header(): {cache_format.header(path)}"
+        if errors := list(cache_format.verify(path)):
+            return f"verify(): {errors[0]}"
+        reader = cache_format.open(path, header)
+        if (len(reader), reader.ids(), reader.lengths()) != (1, [sample.id], [_LENGTH]):
+            return f"len, ids() and lengths(): {len(reader)}, {reader.ids()}, {reader.lengths()}"
+        problem = _differs(reader[0], sample)
+    size: Any = cache_format.bytes_per_token(header)
+    return problem if type(size) is int and size > 0 else f"bytes_per_token(): {size!r}"
+
+
+def _sample(header: CacheHeader) -> Sample:
+    # Eight-bit features are computed by the format from full precision.
+    dtype = torch.float32 if header.dtype == "float8_e4m3" else torch_dtype(header.dtype)
+    draw = torch.Generator().manual_seed(0)
+
+    def drawn(width: int) -> Tensor:
+        values: Tensor = torch.rand(_LENGTH, width, generator=draw) * 2 - 1
+        return values.to(dtype)
+
+    return Sample(
+        id="trial",
+        input_ids=torch.arange(_LENGTH) % header.vocab_size,
+        loss_mask=torch.arange(_LENGTH) > 0,
+        original_length=_LENGTH + 1,
+        features=TargetFeatures(
+            hidden=drawn(len(header.taps) * header.hidden_size), last_hidden=drawn(header.hidden_size)
+        ),
+    )
+
+
+def _differs(found: Sample, sample: Sample) -> str | None:
+    if found.id != sample.id or found.original_length != sample.original_length:
+        return f"id {found.id!r}, original_length {found.original_length}"
+    for field in ("input_ids", "loss_mask"):
+        mine, theirs = getattr(found, field), getattr(sample, field)
+        if mine.dtype != theirs.dtype or not torch.equal(mine, theirs):
+            return f"{field}: {mine}"
+    if found.features is None or sample.features is None:
+        return "no features"
+    for field in ("hidden", "last_hidden"):
+        mine, theirs = getattr(found.features, field), getattr(sample.features, field)
+        if mine.shape != theirs.shape or not mine.is_floating_point():
+            return f"{field}: {list(mine.shape)}, {mine.dtype}"
+        if not torch.allclose(mine.float(), theirs.float(), rtol=0, atol=_TOLERANCE):
+            return f"{field}: other numbers"
+    return None

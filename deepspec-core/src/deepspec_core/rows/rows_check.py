@@ -1,0 +1,141 @@
+"""Whether what a draft hands to losses is what contracts/rows.py says: shapes, kinds of numbers, order, ranges.
+
+Shapes are looked at on the host. Numbers are read back in one small tensor, where the engine has just waited for the
+device (weighted.py). Every check takes as many operations as there are rows, so it is made in every step. Knows rows
+and heads. Does not know which draft made them; whoever knows tells it (`RowsError.of`).
+
+Legend: N rows, P target positions, H hidden size, V vocabulary, r rank of the correction.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepspec_core.contracts.rows import Heads, Rows
+from deepspec_core.errors import PluginError
+from deepspec_core.plugins.origin import component_of, package_of
+
+
+class RowsError(PluginError):
+    """Rows that break the contract. `field` is theirs."""
+
+    def __init__(self, field: str, found: object, expected: str, *, where: str | None = None) -> None:
+        self.field = field
+        super().__init__(
+            f"a draft returns rows that cannot be used: `{field}`", where=where, found=found, expected=expected
+        )
+
+    def of(self, draft: object) -> RowsError:
+        """The same, with the package and the class of the draft that made the rows."""
+        where = f"{package_of(draft)}, {component_of(draft)}"
+        return RowsError(self.field, self.found, str(self.expected), where=where)
+
+
+def check_shapes(rows: Any, heads: Any) -> None:
+    """RowsError where a tensor is missing, or has another shape, kind of numbers or device. Reads no numbers."""
+    if not isinstance(rows, Rows):
+        raise RowsError("forward()", type(rows).__name__, "contracts.rows.Rows")
+    if not isinstance(heads, Heads):
+        raise RowsError("heads()", type(heads).__name__, "contracts.rows.Heads")
+    _is("heads().draft", heads.draft, None, None)
+    _is("hidden", rows.hidden, None, heads.draft.shape[1])
+    count = len(rows.hidden)
+    _is("heads().target", heads.target, heads.draft.shape[0], None)
+    if rows.correction is not None:
+        _is("heads().correction", heads.correction, heads.draft.shape[0], None)
+        assert heads.correction is not None
+        _is("correction", rows.correction, count, heads.correction.shape[1])
+    if rows.target_hidden is None and rows.target_ids is None:
+        raise RowsError("target_ids", None, "labels [N], or target_hidden, whose argmax is the label")
+    if (rows.target_hidden is None) != (rows.target_index is None):
+        raise RowsError(
+            "target_index",
+            "one of target_hidden and target_index, without the other",
+            "both, or neither",
+        )
+    if rows.target_hidden is not None:
+        _is("target_hidden", rows.target_hidden, None, heads.target.shape[1])
+        _is("target_index", rows.target_index, count, dtype=torch.int64)
+    if rows.target_ids is not None:
+        _is("target_ids", rows.target_ids, count, dtype=torch.int64)
+    _is("weight", rows.weight, count)
+    _is("slot", rows.slot, count, dtype=torch.int64)
+    _is("block", rows.block, count, dtype=torch.int64)
+    for name, extra in rows.extras.items():
+        if not isinstance(extra, Tensor) or extra.dim() == 0 or len(extra) != count:
+            raise RowsError(f"extras[{name!r}]", _kind(extra), f"[{count}, ...], as many as there are rows")
+    if rows.denominator is not None:
+        _is("denominator", rows.denominator)
+    _one_device(rows)
+
+
+def check_numbers(rows: Rows, heads: Heads) -> None:
+    """RowsError where numbers are out of range or order. Of rows that are there: those of weight 0 were taken out.
+
+    Waits for the device.
+    """
+    if not len(rows.hidden):
+        return
+    block_N, slot_N, weight_N = rows.block, rows.slot, rows.weight
+    same_N = block_N[1:] == block_N[:-1]
+    right = {
+        "weight": ((weight_N >= 0) & weight_N.isfinite()).all(),
+        "block": (block_N[1:] >= block_N[:-1]).all(),
+        "slot": ((slot_N[1:] > slot_N[:-1]) | ~same_N).all() & (slot_N >= 0).all(),
+    }
+    if rows.target_index is not None and rows.target_hidden is not None:
+        right["target_index"] = _within(rows.target_index, len(rows.target_hidden))
+    if rows.target_ids is not None:
+        right["target_ids"] = _within(rows.target_ids, heads.draft.shape[0])
+    if rows.denominator is not None:
+        right["denominator"] = (rows.denominator.isfinite() & (rows.denominator >= 0)).all()
+    for field, is_right in zip(right, torch.stack(list(right.values())).tolist(), strict=True):
+        if not is_right:
+            raise RowsError(field, _extent(getattr(rows, field)), _expected(field, rows, heads))
+
+
+def _expected(field: str, rows: Rows, heads: Heads) -> str:
+    positions = 0 if rows.target_hidden is None else len(rows.target_hidden)
+    return {
+        "weight": "finite numbers, none below 0",
+        "block": "numbers that do not decrease from row to row",
+        "slot": "numbers from 0 on that increase within a block",
+        "target_index": f"from 0 to below {positions}, the number of target positions",
+        "target_ids": f"token ids from 0 to below {heads.draft.shape[0]}",
+        "denominator": "a finite number, not below 0",
+    }[field]
+
+
+def _within(index_N: Tensor, size: int) -> Tensor:
+    return ((index_N >= 0) & (index_N < size)).all()
+
+
+def _extent(values: Tensor) -> str:
+    numbers = values.flatten().tolist()
+    shown = ", ".join(f"{number:g}" for number in numbers[:8])
+    more = ", ..." if len(numbers) > 8 else ""
+    return f"{shown}{more}; from {min(numbers):g} to {max(numbers):g}"
+
+
+def _is(field: str, value: Any, *shape: int | None, dtype: torch.dtype | None = None) -> None:
+    """RowsError unless it is a tensor of this shape (None: any size), of `dtype` or else of floating point."""
+    fits = isinstance(value, Tensor) and value.dim() == len(shape)
+    fits = fits and all(size in (None, real) for size, real in zip(shape, value.shape, strict=True))
+    if not fits or (value.dtype != dtype if dtype is not None else not value.is_floating_point()):
+        sizes = ", ".join("any" if size is None else str(size) for size in shape)
+        raise RowsError(field, _kind(value), f"[{sizes}], {dtype or 'of a floating-point type'}")
+
+
+def _one_device(rows: Rows) -> None:
+    device = rows.hidden.device
+    for field in ("correction", "target_hidden", "target_index", "target_ids", "weight", "slot", "block"):
+        value = getattr(rows, field)
+        if value is not None and value.device != device:
+            raise RowsError(field, f"a tensor on {value.device}", f"one on {device}, as `hidden`")
+
+
+def _kind(value: Any) -> str:
+    return f"{list(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
