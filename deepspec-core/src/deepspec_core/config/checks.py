@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from deepspec_core.config.paths import no_path
-from deepspec_core.config.schema import BUILTIN, HELD_OUT, JSON_LINES, KNOWN_STAGES, DataOptions, RunOptions
+from deepspec_core.config.schema import BUILTIN, HELD_OUT, KNOWN_STAGES, ROW_FILES, DataOptions, RunOptions
 from deepspec_core.errors import ConfigError, DeepSpecError, PluginError
 from deepspec_core.plugins.registry import Registry
 from deepspec_core.rows.coefficient_schedule import CoefficientSchedule
@@ -186,7 +186,7 @@ def _supervision(data: DataOptions) -> Iterator[ConfigError]:
 
 def _splits(data: DataOptions) -> Iterator[ConfigError]:
     for index, source in enumerate(data.sources):
-        if source.split is not None and (source.path.startswith(BUILTIN) or source.path.endswith(JSON_LINES)):
+        if source.split is not None and (source.path.startswith(BUILTIN) or source.path.endswith(ROW_FILES)):
             yield ConfigError(
                 "this source has no splits to choose from",
                 where=f"data.sources[{index}].split",

@@ -33,8 +33,8 @@ MASK = "mask_token_id"
 COLDEST = 1e-6
 # What ships inside a plugin stands after it: builtin:NAME.
 BUILTIN = "builtin:"
-# How the names of JSON-lines files end.
-JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+# How the names of files end that hold conversations or prompts: JSON lines, JSON arrays, Parquet.
+ROW_FILES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst", ".parquet")
 # More than any context, batch or generator of random numbers takes.
 _TOKENS = 2**27
 _SEQUENCES = 2**20
@@ -97,8 +97,8 @@ class TargetOptions:
 class SourceOptions:
     """An entry of [data] sources.
 
-    path: A JSON-lines file (.jsonl, .jsonl.gz, .jsonl.zst), a dataset folder, a Hub dataset such as org/name, or
-        builtin:NAME.
+    path: A file of JSON lines (.jsonl), a JSON array (.json) or Parquet (.parquet), a dataset folder, a Hub dataset
+        such as org/name, or builtin:NAME. JSON may be compressed (.jsonl.gz, .json.zst).
     weight: How often the next conversation is taken from this source, relative to the other sources' weights. A source
         is left when it is used up. Every conversation is used once.
     split: The split of a dataset. Left out: train. Files and builtins have none.
@@ -302,8 +302,7 @@ class TrainOptions:
 class EvaluateOptions:
     """[evaluate]: real speculative decoding.
 
-    tasks: "held-out" (prompts the run never trained on), registered tasks, or JSON-lines files with `turns` or
-        `messages`.
+    tasks: "held-out" (prompts the run never trained on), registered tasks, or files of rows as data.sources takes them.
     temperature: Each of these temperatures is evaluated; 0 is greedy.
     max_new_tokens: New tokens of one answer at most.
     batch_size: Sequences decoded at once.

@@ -1,28 +1,26 @@
-"""Where conversations come from: prompts a plugin ships, JSON-lines files, datasets; split, mixed and without doubles.
+"""The conversations of a run's sources: split, mixed and without doubles.
 
-Knows how to find and split conversations; does not know templates, tokens or what is done with them.
+Does not know where the rows of a source are found (source_rows.py), nor templates, tokens or what is done with them.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from itertools import count, islice
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Final
 
 from attrs import evolve
 
-from deepspec_core.config.schema import BUILTIN, JSON_LINES, SourceOptions
+from deepspec_core.config.schema import BUILTIN, SourceOptions
 from deepspec_core.data.conversations import Conversation, from_row
 from deepspec_core.data.messages import UnusableRow
+from deepspec_core.data.source_row import SourceRow
+from deepspec_core.data.source_rows import Registry, check_source, on_hub, rows_of
 from deepspec_core.data.split import Split, is_held_out, prompt_digest
-from deepspec_core.errors import DataError, nearest
-from deepspec_core.hub import say_local_copy, why_unreachable
-from deepspec_core.json_lines import read_json_lines
+from deepspec_core.errors import DataError
 from deepspec_core.progress import Progress
 
 log = logging.getLogger("deepspec")
@@ -31,14 +29,6 @@ OnDrop = Callable[[str, str], None]
 
 _SHOWN_BYTES: Final = 1 << 26
 _DROPS_SHOWN: Final = 5
-
-
-class Registry(Protocol):
-    """The part of deepspec_core.plugins.registry.Registry that sources need."""
-
-    def get(self, kind: str, name: str) -> Any: ...
-
-    def load(self, kind: str, name: str) -> Any: ...
 
 
 def read_sources(
@@ -51,6 +41,7 @@ def read_sources(
     registry: Registry,
     counts: Counter[str] | None = None,
     on_drop: OnDrop = lambda _where, _reason: None,
+    own: bool = False,
 ) -> Iterator[Conversation]:
     """The conversations of one split, lazily, each once.
 
@@ -64,6 +55,8 @@ def read_sources(
     asks what an earlier conversation's asked: kept) and `unusable` (rows that say what no conversation here can hold:
     dropped, and told to `on_drop` with their place and the reason).
 
+    `own`: what this project wrote itself is read, where a row may have any length.
+
     DataError where a source is missing, not readable, or holds a malformed row (told by file and line).
     """
     counts = Counter() if counts is None else counts
@@ -75,7 +68,7 @@ def read_sources(
     alone = len(sources) == 1
     streams = [
         islice(
-            _of_split(source, split, held_out, seed, base, registry, drop, alone=alone),
+            _of_split(source, split, held_out, seed, base, registry, drop, alone=alone, own=own),
             source.limit if split == "train" else None,
         )
         for source in sources
@@ -102,13 +95,7 @@ def read_sources(
 def check_sources(sources: Sequence[SourceOptions], *, base: Path, registry: Registry) -> None:
     """DataError where a source is not there. No conversation is read; of Hub datasets only what describes them is."""
     for source in sources:
-        if source.path.startswith(BUILTIN):
-            _offered_prompts(source.path, registry)
-        elif source.path.endswith(JSON_LINES):
-            if not (base / source.path).is_file():
-                raise _missing(base / source.path)
-        else:
-            _open_dataset(source, base, look_only=True)
+        check_source(source, base=base, registry=registry)
 
 
 def check_rows(
@@ -156,18 +143,6 @@ def _large(sources: Sequence[SourceOptions], base: Path) -> bool:
     return sum(file.stat().st_size for file in files) >= _SHOWN_BYTES
 
 
-def on_hub(source: SourceOptions, base: Path) -> bool:
-    """Whether reading the source means asking the Hub."""
-    ships = source.path.startswith(BUILTIN) or source.path.endswith(JSON_LINES)
-    return not ships and not (base / source.path).is_dir()
-
-
-def hub_commit(source: SourceOptions, base: Path) -> str:
-    """The commit of a dataset on the Hub that is read; offline, that of the local copy."""
-    commit: str = _open_dataset(source, base, look_only=True).hash
-    return commit
-
-
 def _of_split(
     source: SourceOptions,
     split: Split,
@@ -178,146 +153,25 @@ def _of_split(
     drop: OnDrop,
     *,
     alone: bool,
+    own: bool = False,
 ) -> Iterator[Conversation]:
     """A source's conversations of one split. `alone`: there is no other source, which might repeat its prompts."""
-    if source.path.startswith(BUILTIN):
-        rows = _builtin(source.path, split, seed, registry)
-        if alone:
-            yield from _usable(rows, drop)
-            return
-    else:
-        rows = _file(base / source.path) if source.path.endswith(JSON_LINES) else _dataset(source, base)
-    for conversation in _usable(rows, drop):
+    rows = _usable(rows_of(source, split, seed=seed, base=base, registry=registry, own=own), drop)
+    if alone and source.path.startswith(BUILTIN):
+        yield from rows
+        return
+    for conversation in rows:
         if is_held_out(prompt_digest(conversation), held_out=held_out, seed=seed) == (split == "held_out"):
             yield conversation
 
 
-def _usable(rows: Iterable[tuple[str, Any]], drop: OnDrop) -> Iterator[Conversation]:
-    """The conversations of rows, each with its place. Rows that cannot be used are told to `drop`."""
-    for where, row in rows:
+def _usable(rows: Iterable[SourceRow], drop: OnDrop) -> Iterator[Conversation]:
+    """The conversations of rows. Rows that cannot be used are told to `drop`."""
+    for row in rows:
         try:
-            yield from_row(row, where)
+            yield from_row(row.content(), row.where)
         except UnusableRow as error:
             drop(str(error.where), error.problem[0].lower() + error.problem[1:] + f" ({error.found})")
-
-
-def _builtin(path: str, split: Split, seed: int, registry: Registry) -> Iterator[tuple[str, Any]]:
-    name = _offered_prompts(path, registry)
-    for number, row in enumerate(registry.load("builtin", name)(split, seed=seed), start=1):
-        yield f"{path}:{number}", row
-
-
-def _offered_prompts(path: str, registry: Registry) -> str:
-    """The name of the builtin. DataError where it offers no prompts."""
-    name = path.removeprefix(BUILTIN)
-    spec = registry.get("builtin", name)
-    if spec.kind != "prompts":
-        raise DataError(
-            "This builtin is not a source of conversations",
-            where=f"data.sources: {path}",
-            found=f"a {spec.kind}",
-            expected="a builtin that offers prompts",
-            fix="See `deepspec plugins` for those that are installed.",
-        )
-    return name
-
-
-def _file(path: Path) -> Iterator[tuple[str, Any]]:
-    if not path.is_file():
-        raise _missing(path)
-    yield from read_json_lines(path)
-
-
-def _missing(path: Path) -> DataError:
-    folder = path.parent
-    if folder.is_dir():
-        close = nearest(path.name, [entry.name for entry in folder.iterdir()])
-        fix = f"Is {close!r} meant?" if close else None
-    else:
-        fix = f"The folder {folder} does not exist either."
-    return DataError("A source of conversations is missing", where=path, expected="a file or a folder", fix=fix)
-
-
-def _dataset(source: SourceOptions, base: Path) -> Iterator[tuple[str, Any]]:
-    """A dataset folder, or a dataset on the Hub."""
-    rows = iter(_open_dataset(source, base))
-    for number in count(1):
-        with _dataset_errors(source):
-            row = next(rows, None)
-        if row is None:
-            return
-        yield f"{source.path}:{number}", row
-
-
-def _open_dataset(source: SourceOptions, base: Path, *, look_only: bool = False) -> Any:
-    """Its rows, lazily. `look_only`: of what is not saved yet only its builder, no rows. DataError either way.
-
-    A folder is streamed: a copy that `datasets` keeps is told by the files' times only, and may be of older content. A
-    dataset of the Hub is streamed where only a part of it is wanted.
-    """
-    local = base / source.path
-    if local.is_file():
-        raise DataError(
-            "A source is neither JSON lines nor a dataset folder",
-            where=local,
-            expected=f"a name ending in {JSON_LINES[0]}",
-        )
-    if not local.is_dir() and (source.path.count("/") != 1 or source.path.startswith((".", "/", "~"))):
-        raise _missing(local)
-    import datasets
-
-    split = source.split or "train"
-    problem = None if local.is_dir() else why_unreachable()
-    with _dataset_errors(source, problem):
-        if (local / "dataset_dict.json").is_file():
-            rows = datasets.load_from_disk(str(local))[split]
-            _require_inside(local, {split: [file["filename"] for file in rows.cache_files]})
-        elif (local / "dataset_info.json").is_file():
-            rows = datasets.load_from_disk(str(local))
-            _require_inside(local, {split: [file["filename"] for file in rows.cache_files]})
-        else:
-            name = str(local) if local.is_dir() else source.path
-            if look_only or local.is_dir():
-                builder = datasets.load_dataset_builder(name)
-                if local.is_dir():
-                    _require_inside(local, builder.config.data_files or {})
-                if look_only:
-                    return builder
-            rows = datasets.load_dataset(name, split=split, streaming=local.is_dir() or source.limit is not None)
-    if not local.is_dir():
-        say_local_copy(source.path)
-    return rows
-
-
-def _require_inside(folder: Path, files: Mapping[str, Iterable[str]]) -> None:
-    """DataError where a dataset folder names data that lies elsewhere: nobody would see it change."""
-    root = os.path.abspath(folder)
-    for path in (path for paths in files.values() for path in paths):
-        if not os.path.abspath(path).startswith(root + os.sep):
-            raise DataError(
-                "A dataset folder names data outside the folder",
-                where=folder,
-                found=path,
-                expected="files in that folder",
-                fix="Put the files there, or name them in data.sources themselves.",
-            )
-
-
-@contextmanager
-def _dataset_errors(source: SourceOptions, problem: str | None = None) -> Iterator[None]:
-    """DataError for what `datasets` raises. `problem` is a better reason, where one is known."""
-    import datasets
-
-    try:
-        yield
-    except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(
-            "A dataset cannot be read",
-            where=f"data.sources: {source.path}",
-            found=problem or f"{type(error).__name__}: {error}",
-            expected=f"split {source.split or 'train'!r} of a dataset folder or of a dataset on the Hub",
-            fix="Check the name, the split and the connection; offline, download it first and give its folder.",
-        ) from error
 
 
 def _interleave(streams: Sequence[Iterator[Conversation]], weights: Sequence[float]) -> Iterator[Conversation]:

@@ -270,7 +270,7 @@ def _evaluation(run: Run, confidence: bool | None) -> None:
 
 def _some_held_out(run: Run) -> None:
     """Check that at least one prompt is held out, if that can be found out without the Hub."""
-    from deepspec_core.data.sources import on_hub
+    from deepspec_core.data.source_rows import on_hub
 
     if any(on_hub(source, run.base) for source in run.file.data.sources):
         return

@@ -149,7 +149,9 @@ class RunData:
             return self.conversations("train", counts, on_drop)
         self.reads.content(contents.REGENERATED, self.regenerated_digest())
         # Held-out conversations were never regenerated: nothing is left to hold out.
-        return self._read([SourceOptions(path=str(self.regenerated.resolve()))], "train", 0.0, counts, on_drop)
+        return self._read(
+            [SourceOptions(path=str(self.regenerated.resolve()))], "train", 0.0, counts, on_drop, own=True
+        )
 
     def _read(
         self,
@@ -158,6 +160,8 @@ class RunData:
         held_out: float,
         counts: Counter[str] | None,
         on_drop: Callable[[str, str], None],
+        *,
+        own: bool = False,
     ) -> Iterator[Conversation]:
         from deepspec_core.data.sources import read_sources
 
@@ -170,6 +174,7 @@ class RunData:
             registry=self.registry,
             counts=counts,
             on_drop=on_drop,
+            own=own,
         )
 
     def tokenized(
