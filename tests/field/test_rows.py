@@ -144,9 +144,9 @@ def test_a_byte_order_mark_and_compressed_files_are_read(tmp_path: Path, ending:
 
 
 def test_a_suggestion_could_fit() -> None:
-    alpaca = {"instruction": "Add.", "input": "1 2", "output": "3"}
+    dolly = {"instruction": "Add.", "context": "1 2", "response": "3"}
     for row, fix in (
-        (alpaca, None),
+        (dolly, None),
         ({"mesages": [USER]}, "'messages'"),
         ({"conversation": [USER]}, "'conversations'"),
     ):

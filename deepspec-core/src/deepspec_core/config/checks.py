@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from deepspec_core.config.columns import column_mistakes
 from deepspec_core.config.paths import no_path
 from deepspec_core.config.schema import BUILTIN, HELD_OUT, KNOWN_STAGES, ROW_FILES, DataOptions, RunOptions
 from deepspec_core.errors import ConfigError, DeepSpecError, PluginError
@@ -42,6 +43,9 @@ def check_sections(sections: Mapping[str, Any], folder: Path, registry: Registry
         yield ConfigError("no data", where="data.sources", found="[]", expected="at least one source")
     if sections.get("data"):
         yield from _splits(sections["data"])
+        for index, source in enumerate(sections["data"].sources):
+            builtin = source.path.startswith(BUILTIN)
+            yield from column_mistakes(source.columns, f"data.sources[{index}].columns", builtin=builtin)
     if sections.get("data") and run and "regenerate" in run.stages:
         yield from _supervision(sections["data"])
     if sections.get("loss") and not sections["loss"].terms:

@@ -103,12 +103,17 @@ class SourceOptions:
         is left when it is used up. Every conversation is used once.
     split: The split of a dataset. Left out: train. Files and builtins have none.
     limit: At most so many training conversations of this source.
+    columns: The source's own names, for rows in none of the known forms: { prompt = "query", answer = "response" }.
+        On the left stands one of messages, turns and prompt; beside it system, tools and id, with messages role and
+        content, and with prompt input and answer.
     """
 
     path: str
     weight: float = field(default=1.0, validator=above(0.0, 1e9))
     split: str | None = None
     limit: int | None = field(default=None, validator=optional(whole(1)))
+    # Not in repr: the digest of a cache is made from it, and caches without columns keep theirs.
+    columns: dict[str, str] = field(factory=dict, repr=False)
 
 
 @frozen(kw_only=True)

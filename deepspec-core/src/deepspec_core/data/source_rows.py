@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from deepspec_core.config.schema import BUILTIN, ROW_FILES, SourceOptions
-from deepspec_core.data.row_files import read_rows
+from deepspec_core.data.columns import ColumnMap
+from deepspec_core.data.parquet_rows import parquet_columns
+from deepspec_core.data.row_files import PARQUET, read_rows
 from deepspec_core.data.source_row import MOST_BYTES, SourceRow
 from deepspec_core.data.split import Split
 from deepspec_core.errors import DataError, nearest
@@ -46,14 +48,30 @@ def rows_of(
 
 
 def check_source(source: SourceOptions, *, base: Path, registry: Registry) -> None:
-    """DataError where the source is not there. No row is read; of a Hub dataset only what describes it is."""
+    """DataError where the source is not there, or known to lack a column that it names.
+
+    No row is read; of a Hub dataset only what describes it is.
+    """
     if source.path.startswith(BUILTIN):
         _offered_prompts(source.path, registry)
     elif _is_file(source, base):
         if not (base / source.path).is_file():
             raise _missing(base / source.path)
+        if source.path.endswith(PARQUET):
+            columns_of(source).check(parquet_columns(base / source.path))
     else:
-        _open_dataset(source, base, look_only=True)
+        columns_of(source).check(_columns_known(_open_dataset(source, base, look_only=True)))
+
+
+def columns_of(source: SourceOptions) -> ColumnMap:
+    """The source's own names for the parts of a conversation."""
+    return ColumnMap(source.columns, f"columns of {source.path}")
+
+
+def _columns_known(dataset: Any) -> tuple[str, ...] | None:
+    """The names of the columns of a dataset or of its builder, where they are known before rows are read."""
+    features = getattr(dataset, "features", None) or dataset.info.features
+    return None if features is None else tuple(features)
 
 
 def on_hub(source: SourceOptions, base: Path) -> bool:

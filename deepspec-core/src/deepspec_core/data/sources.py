@@ -15,10 +15,11 @@ from typing import Final
 from attrs import evolve
 
 from deepspec_core.config.schema import BUILTIN, SourceOptions
+from deepspec_core.data.columns import ColumnMap
 from deepspec_core.data.conversations import Conversation, from_row
 from deepspec_core.data.messages import UnusableRow
 from deepspec_core.data.source_row import SourceRow
-from deepspec_core.data.source_rows import Registry, check_source, on_hub, rows_of
+from deepspec_core.data.source_rows import Registry, check_source, columns_of, on_hub, rows_of
 from deepspec_core.data.split import Split, is_held_out, prompt_digest
 from deepspec_core.errors import DataError
 from deepspec_core.progress import Progress
@@ -156,7 +157,7 @@ def _of_split(
     own: bool = False,
 ) -> Iterator[Conversation]:
     """A source's conversations of one split. `alone`: there is no other source, which might repeat its prompts."""
-    rows = _usable(rows_of(source, split, seed=seed, base=base, registry=registry, own=own), drop)
+    rows = _usable(rows_of(source, split, seed=seed, base=base, registry=registry, own=own), columns_of(source), drop)
     if alone and source.path.startswith(BUILTIN):
         yield from rows
         return
@@ -165,13 +166,16 @@ def _of_split(
             yield conversation
 
 
-def _usable(rows: Iterable[SourceRow], drop: OnDrop) -> Iterator[Conversation]:
+def _usable(rows: Iterable[SourceRow], columns: ColumnMap, drop: OnDrop) -> Iterator[Conversation]:
     """The conversations of rows. Rows that cannot be used are told to `drop`."""
+    row = None
     for row in rows:
         try:
-            yield from_row(row.content(), row.where)
+            yield from_row(columns.row(row.content(), row.where), row.where)
         except UnusableRow as error:
             drop(str(error.where), error.problem[0].lower() + error.problem[1:] + f" ({error.found})")
+    if row is not None:
+        columns.check_seen()
 
 
 def _interleave(streams: Sequence[Iterator[Conversation]], weights: Sequence[float]) -> Iterator[Conversation]:

@@ -56,6 +56,8 @@ class RunCache:
         data = self.data.options
         content = [self.data.source_digest(index, ask_hub=True) for index in range(len(data.sources))]
         facts = [[str(option) for option in data.sources], content, RULE, data.held_out, self.data.seed]
+        if any(option.columns for option in data.sources):
+            facts.append([option.columns for option in data.sources])
         return self._header(hashlib.sha256(json.dumps(facts).encode()).hexdigest())
 
     def _header(self, source: str) -> CacheHeader:
