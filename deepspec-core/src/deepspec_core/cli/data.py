@@ -27,6 +27,7 @@ _WORDS = {
     "renamed": "renamed, since another has their id",
     "mask_token": "with the draft's mask token among their tokens",
     "same_question": "with a first question that another asked before",
+    "same_prompt": "with a prompt that another had before, dropped",
     "truncated": "cut at the length limit",
     "split": "split into a sample an answer, since the template rewrites earlier answers",
     "given_tokens": "with tokens of their own, taken as they are",

@@ -20,7 +20,7 @@ from deepspec_core.data.conversations import Conversation, from_row
 from deepspec_core.data.messages import UnusableRow
 from deepspec_core.data.source_row import SourceRow
 from deepspec_core.data.source_rows import Registry, check_source, columns_of, on_hub, rows_of
-from deepspec_core.data.split import Split, is_held_out, prompt_digest
+from deepspec_core.data.split import Split, is_held_out, prompt_digest, whole_prompt_digest
 from deepspec_core.errors import DataError
 from deepspec_core.progress import Progress
 
@@ -42,6 +42,7 @@ def read_sources(
     registry: Registry,
     counts: Counter[str] | None = None,
     on_drop: OnDrop = lambda _where, _reason: None,
+    duplicates: str = "keep",
     own: bool = False,
 ) -> Iterator[Conversation]:
     """The conversations of one split, lazily, each once.
@@ -53,8 +54,9 @@ def read_sources(
     Sources are interleaved in proportion to their weights for as long as they last; every conversation comes once, so
     weights decide the order, and limits how much. `counts` receives `conversations`, `duplicates` (same id, same
     content: dropped), `renamed` (same id, other content: kept under a longer id), `same_question` (the first user
-    asks what an earlier conversation's asked: kept) and `unusable` (rows that say what no conversation here can hold:
-    dropped, and told to `on_drop` with their place and the reason).
+    asks what an earlier conversation's asked: kept), `same_prompt` (systems and users say what they said in an earlier
+    conversation: dropped if `duplicates` is "drop", and counted only then) and `unusable` (rows that say what no
+    conversation here can hold: dropped, and told to `on_drop` with their place and the reason).
 
     `own`: what this project wrote itself is read, where a row may have any length.
 
@@ -76,13 +78,21 @@ def read_sources(
     ]
     seen: dict[str, str] = {}
     asked: set[bytes] = set()
+    prompts: set[bytes] = set()
     for conversation in _interleave(streams, [source.weight for source in sources]):
         digest = conversation.digest
-        if conversation.id in seen:
-            renamed = f"{conversation.id}-{digest[:12]}"
-            if seen[conversation.id] == digest or renamed in seen:
-                counts["duplicates"] += 1
+        renamed = f"{conversation.id}-{digest[:12]}"
+        known = conversation.id in seen
+        if known and (seen[conversation.id] == digest or renamed in seen):
+            counts["duplicates"] += 1
+            continue
+        if duplicates == "drop":
+            prompt = whole_prompt_digest(conversation)
+            if prompt in prompts:
+                counts["same_prompt"] += 1
                 continue
+            prompts.add(prompt)
+        if known:
             counts["renamed"] += 1
             conversation = evolve(conversation, id=renamed)
         seen[conversation.id] = digest

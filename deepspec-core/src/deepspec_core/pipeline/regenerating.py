@@ -37,5 +37,6 @@ def run_stage(run: Run) -> dict[str, Any]:
         "dropped_turns": report.dropped_turns,
         "rerendered_answers": report.rerendered_answers,
         "duplicates": counts["duplicates"],
+        "same_prompt": counts["same_prompt"],
         "unusable": counts["unusable"],
     }

@@ -58,6 +58,8 @@ class RunCache:
         facts = [[str(option) for option in data.sources], content, RULE, data.held_out, self.data.seed]
         if any(option.columns for option in data.sources):
             facts.append([option.columns for option in data.sources])
+        if data.duplicates != "keep":
+            facts.append(data.duplicates)
         return self._header(hashlib.sha256(json.dumps(facts).encode()).hexdigest())
 
     def _header(self, source: str) -> CacheHeader:

@@ -40,6 +40,7 @@ LOSSES = (
     "duplicates",
     "renamed",
     "same_question",
+    "same_prompt",
     "mask_token",
 )
 
@@ -93,7 +94,14 @@ class RunData:
         for index, digest in enumerate(digests):
             if digest is not None:
                 self.reads.content(contents.source(index), digest)
-        read = self._read(self.options.sources, split, self.options.held_out, counts, on_drop)
+        read = self._read(
+            self.options.sources,
+            split,
+            self.options.held_out,
+            counts,
+            on_drop,
+            duplicates=self.options.duplicates,
+        )
         return self._read_unchanged(digests, read)
 
     def _read_unchanged(
@@ -161,6 +169,7 @@ class RunData:
         counts: Counter[str] | None,
         on_drop: Callable[[str, str], None],
         *,
+        duplicates: str = "keep",
         own: bool = False,
     ) -> Iterator[Conversation]:
         from deepspec_core.data.sources import read_sources
@@ -174,6 +183,7 @@ class RunData:
             registry=self.registry,
             counts=counts,
             on_drop=on_drop,
+            duplicates=duplicates,
             own=own,
         )
 
