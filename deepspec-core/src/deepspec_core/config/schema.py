@@ -125,6 +125,8 @@ class DataOptions:
     sources: Where conversations come from; each entry is a table.
     max_length: Tokens of the longest sample; longer conversations are cut. At most the target's positions.
     held_out: The share of questions that are kept from training, for evaluation.
+    max_bad_rows: The share of a source's rows that may be no usable conversation. They are dropped, counted, and kept
+        in bad-rows.jsonl in the run's folder. One row may be bad in any case, unless this is 0.
     duplicates: What becomes of conversations whose systems and users say what an earlier one's said, from whichever
         source: "keep" them, as other answers to the same prompt, or "drop" all but the first.
     min_supervised_tokens: Samples with fewer supervised tokens are dropped, and counted.
@@ -140,6 +142,7 @@ class DataOptions:
     sources: tuple[SourceOptions, ...]
     max_length: int = field(default=4096, validator=whole(2, _TOKENS))
     held_out: float = field(default=0.05, validator=real(0.0, 0.5))
+    max_bad_rows: float = field(default=0.05, validator=real(0.0, 1.0), metadata=CHANGES_NOTHING)
     duplicates: str = field(default="keep", validator=in_(("keep", "drop")))
     min_supervised_tokens: int = field(default=14, validator=whole(1, _TOKENS))
     system_prompt: str | None = None

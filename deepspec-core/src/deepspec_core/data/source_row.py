@@ -43,7 +43,7 @@ def of_json(text: bytes, where: str, *, size: int, most_bytes: int | None, what:
             raise too_long(where, size, most_bytes)
         return SourceRow(where, json_value(text, where, what=what))
     except DataError as error:
-        return SourceRow(where, error=error, text=text.decode("utf-8", "backslashreplace"))
+        return SourceRow(where, error=error, text=text.strip().decode("utf-8", "backslashreplace"))
 
 
 def too_long(where: str, size: int, most_bytes: int) -> DataError:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Final
@@ -15,9 +15,9 @@ from typing import Final
 from attrs import evolve
 
 from deepspec_core.config.schema import BUILTIN, SourceOptions
+from deepspec_core.data.bad_rows import BadRow, BadRows, OfOneSource
 from deepspec_core.data.columns import ColumnMap
 from deepspec_core.data.conversations import Conversation, from_row
-from deepspec_core.data.messages import UnusableRow
 from deepspec_core.data.source_row import SourceRow
 from deepspec_core.data.source_rows import Registry, check_source, columns_of, on_hub, rows_of
 from deepspec_core.data.split import Split, is_held_out, prompt_digest, whole_prompt_digest
@@ -26,10 +26,10 @@ from deepspec_core.progress import Progress
 
 log = logging.getLogger("deepspec")
 
-OnDrop = Callable[[str, str], None]
-
 _SHOWN_BYTES: Final = 1 << 26
 _DROPS_SHOWN: Final = 5
+# Too many bad rows may be all rows of a large source.
+_KEPT: Final = 10_000
 
 
 def read_sources(
@@ -41,7 +41,7 @@ def read_sources(
     base: Path,
     registry: Registry,
     counts: Counter[str] | None = None,
-    on_drop: OnDrop = lambda _where, _reason: None,
+    bad_rows: BadRows | None = None,
     duplicates: str = "keep",
     own: bool = False,
 ) -> Iterator[Conversation]:
@@ -55,25 +55,19 @@ def read_sources(
     weights decide the order, and limits how much. `counts` receives `conversations`, `duplicates` (same id, same
     content: dropped), `renamed` (same id, other content: kept under a longer id), `same_question` (the first user
     asks what an earlier conversation's asked: kept), `same_prompt` (systems and users say what they said in an earlier
-    conversation: dropped if `duplicates` is "drop", and counted only then) and `unusable` (rows that say what no
-    conversation here can hold: dropped, and told to `on_drop` with their place and the reason).
+    conversation: dropped if `duplicates` is "drop", and counted only then), `unusable` (rows that say what no
+    conversation here can hold) and `malformed` (rows that are no conversation). The last two are dropped, and kept and
+    limited by `bad_rows`; without it the first of them is an error.
 
     `own`: what this project wrote itself is read, where a row may have any length.
 
-    DataError where a source is missing, not readable, or holds a malformed row (told by file and line).
+    DataError where a source is missing or not readable, or has too many bad rows.
     """
     counts = Counter() if counts is None else counts
 
-    def drop(where: str, reason: str) -> None:
-        counts["unusable"] += 1
-        on_drop(where, reason)
-
     alone = len(sources) == 1
     streams = [
-        islice(
-            _of_split(source, split, held_out, seed, base, registry, drop, alone=alone, own=own),
-            source.limit if split == "train" else None,
-        )
+        _of_split(source, split, held_out, seed, base, registry, counts, bad_rows, alone=alone, own=own)
         for source in sources
     ]
     seen: dict[str, str] = {}
@@ -110,37 +104,46 @@ def check_sources(sources: Sequence[SourceOptions], *, base: Path, registry: Reg
 
 
 def check_rows(
-    sources: Sequence[SourceOptions], *, held_out: float, seed: int, base: Path, registry: Registry
+    sources: Sequence[SourceOptions],
+    *,
+    held_out: float,
+    seed: int,
+    base: Path,
+    registry: Registry,
+    max_bad_rows: float = 1.0,
+    keep_in: Path | None = None,
 ) -> int | None:
     """The most turns of a user in one conversation; None where not every source is read.
 
-    DataError for the first malformed row that training would read, or if there is nothing to train on. Files and
-    dataset folders are read as far as training reads them, and rows that cannot be used are warned about. Of the Hub
-    nothing is read, and what a plugin ships is believed.
+    DataError where a source has too many bad rows, or if there is nothing to train on. Files and dataset folders are
+    read as far as training reads them, and bad rows are warned about. The file `keep_in` gets the first of too many.
+    Of the Hub nothing is read, and what a plugin ships is believed.
     """
     local = [source for source in sources if not source.path.startswith(BUILTIN) and not on_hub(source, base)]
-    found, unusable, turns = 0, 0, 0
+    found, turns, warned = 0, 0, 0
 
-    def drop(where: str, reason: str) -> None:
-        nonlocal unusable
-        unusable += 1
-        if unusable <= _DROPS_SHOWN:
-            log.warning("%s cannot be used and is left out: %s", where, reason)
+    def warn(bad: BadRow) -> None:
+        nonlocal warned
+        warned += 1
+        if warned <= _DROPS_SHOWN:
+            log.warning("%s cannot be used and is left out: %s", bad.where, bad.reason)
 
+    bad_rows = BadRows(most=max_bad_rows, keep_in=keep_in, most_kept=_KEPT, tell=warn)
     with Progress(None, "check the rows of data.sources", "rows", enabled=_large(local, base)) as progress:
         for source in local:
-            rows = _of_split(source, "train", held_out, seed, base, registry, drop, alone=True)
-            for conversation in islice(rows, source.limit):
+            for conversation in _of_split(
+                source, "train", held_out, seed, base, registry, Counter(), bad_rows, alone=True
+            ):
                 found += 1
                 turns = max(turns, sum(message["role"] == "user" for message in conversation.messages))
                 progress.advance()
-    if unusable > _DROPS_SHOWN:
-        log.warning("%s rows of data.sources cannot be used and are left out", f"{unusable:,}")
+    if warned > _DROPS_SHOWN:
+        log.warning("%s rows of data.sources cannot be used and are left out", f"{warned:,}")
     if not found and len(local) == len(sources):
         raise DataError(
             "There is no conversation to train on",
             where="data.sources: " + ", ".join(source.path for source in sources),
-            found=f"{unusable} rows that cannot be used, and no other that is not held out, at a share of {held_out:g}",
+            found=f"{warned} rows that cannot be used, and no other that is not held out, at a share of {held_out:g}",
             expected="at least one conversation",
             fix="Give more data, or lower data.held_out.",
         )
@@ -161,30 +164,43 @@ def _of_split(
     seed: int,
     base: Path,
     registry: Registry,
-    drop: OnDrop,
+    counts: Counter[str],
+    bad_rows: BadRows | None,
     *,
     alone: bool,
     own: bool = False,
 ) -> Iterator[Conversation]:
-    """A source's conversations of one split. `alone`: there is no other source, which might repeat its prompts."""
-    rows = _usable(rows_of(source, split, seed=seed, base=base, registry=registry, own=own), columns_of(source), drop)
-    if alone and source.path.startswith(BUILTIN):
-        yield from rows
-        return
-    for conversation in rows:
-        if is_held_out(prompt_digest(conversation), held_out=held_out, seed=seed) == (split == "held_out"):
-            yield conversation
+    """A source's conversations of one split, at most `limit` of them in training.
+
+    `alone`: there is no other source, which might repeat its prompts.
+    """
+    read = OfOneSource(source.path)
+    rows = rows_of(source, split, seed=seed, base=base, registry=registry, own=own)
+    conversations = _usable(rows, columns_of(source), counts, bad_rows, read)
+    if not (alone and source.path.startswith(BUILTIN)):
+        conversations = (
+            one
+            for one in conversations
+            if is_held_out(prompt_digest(one), held_out=held_out, seed=seed) == (split == "held_out")
+        )
+    yield from islice(conversations, source.limit if split == "train" else None)
+    if bad_rows is not None:
+        bad_rows.check(read)
 
 
-def _usable(rows: Iterable[SourceRow], columns: ColumnMap, drop: OnDrop) -> Iterator[Conversation]:
-    """The conversations of rows. Rows that cannot be used are told to `drop`."""
-    row = None
+def _usable(
+    rows: Iterable[SourceRow], columns: ColumnMap, counts: Counter[str], bad_rows: BadRows | None, read: OfOneSource
+) -> Iterator[Conversation]:
+    """The conversations of rows. Bad rows are dropped and counted, or errors where there is no `bad_rows`."""
     for row in rows:
+        read.rows += 1
         try:
             yield from_row(columns.row(row.content(), row.where), row.where)
-        except UnusableRow as error:
-            drop(str(error.where), error.problem[0].lower() + error.problem[1:] + f" ({error.found})")
-    if row is not None:
+        except DataError as error:
+            if bad_rows is None:
+                raise
+            counts[bad_rows.add(row, error, read)] += 1
+    if read.rows:
         columns.check_seen()
 
 
