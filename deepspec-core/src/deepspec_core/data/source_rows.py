@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from deepspec_core.config.schema import BUILTIN, ROW_FILES, SourceOptions
 from deepspec_core.data.columns import ColumnMap
 from deepspec_core.data.parquet_rows import parquet_columns
+from deepspec_core.data.prepared import check_prepared, is_prepared, prepared_rows
 from deepspec_core.data.row_files import PARQUET, read_rows
 from deepspec_core.data.source_row import MOST_BYTES, SourceRow
 from deepspec_core.data.split import Split
@@ -30,10 +31,15 @@ class Registry(Protocol):
     def load(self, kind: str, name: str) -> Any: ...
 
 
+def has_splits(source: SourceOptions, base: Path) -> bool:
+    """Whether the source itself says which conversations are held out."""
+    return source.path.startswith(BUILTIN) or is_prepared(base / source.path)
+
+
 def rows_of(
     source: SourceOptions, split: Split, *, seed: int, base: Path, registry: Registry, own: bool = False
 ) -> Iterator[SourceRow]:
-    """Every row of the source, lazily. Prompts that a plugin ships have a `split` of their own, and other rows none.
+    """Every row of the source, lazily; where the source `has_splits`, the rows of this `split`.
 
     `own`: the source is what this project wrote itself, where a row may have any length.
 
@@ -43,6 +49,8 @@ def rows_of(
         yield from _builtin(source.path, split, seed, registry)
     elif _is_file(source, base):
         yield from _file(base / source.path, None if own else MOST_BYTES)
+    elif is_prepared(base / source.path):
+        yield from prepared_rows(base / source.path, split)
     else:
         yield from _dataset(source, base)
 
@@ -59,6 +67,8 @@ def check_source(source: SourceOptions, *, base: Path, registry: Registry) -> No
             raise _missing(base / source.path)
         if source.path.endswith(PARQUET):
             columns_of(source).check(parquet_columns(base / source.path))
+    elif is_prepared(base / source.path):
+        check_prepared(base / source.path)
     else:
         columns_of(source).check(_columns_known(_open_dataset(source, base, look_only=True)))
 

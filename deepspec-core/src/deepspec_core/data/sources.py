@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from attrs import evolve
 
@@ -18,8 +18,9 @@ from deepspec_core.config.schema import BUILTIN, SourceOptions
 from deepspec_core.data.bad_rows import BadRow, BadRows, OfOneSource
 from deepspec_core.data.columns import ColumnMap
 from deepspec_core.data.conversations import Conversation, from_row
+from deepspec_core.data.prepared import is_prepared, manifest_of
 from deepspec_core.data.source_row import SourceRow
-from deepspec_core.data.source_rows import Registry, check_source, columns_of, on_hub, rows_of
+from deepspec_core.data.source_rows import Registry, check_source, columns_of, has_splits, on_hub, rows_of
 from deepspec_core.data.split import Split, is_held_out, prompt_digest, whole_prompt_digest
 from deepspec_core.errors import DataError
 from deepspec_core.progress import Progress
@@ -49,7 +50,8 @@ def read_sources(
 
     Conversations are split by what the first user asks (split.py), so that no question stands in both splits, whatever
     is read, in whatever order, under whatever id. Prompts a plugin ships have splits of their own; beside another
-    source they are split by their question as well. `limit` caps the train conversations of a source.
+    source they are split by their question as well. A prepared folder keeps its split, and stands alone. `limit` caps
+    the train conversations of a source.
 
     Sources are interleaved in proportion to their weights for as long as they last; every conversation comes once, so
     weights decide the order, and limits how much. `counts` receives `conversations`, `duplicates` (same id, same
@@ -63,8 +65,8 @@ def read_sources(
 
     DataError where a source is missing or not readable, or has too many bad rows.
     """
+    _refuse_beside_prepared(sources, base)
     counts = Counter() if counts is None else counts
-
     alone = len(sources) == 1
     streams = [
         _of_split(source, split, held_out, seed, base, registry, counts, bad_rows, alone=alone, own=own)
@@ -99,8 +101,41 @@ def read_sources(
 
 def check_sources(sources: Sequence[SourceOptions], *, base: Path, registry: Registry) -> None:
     """DataError where a source is not there. No conversation is read; of Hub datasets only what describes them is."""
+    _refuse_beside_prepared(sources, base)
     for source in sources:
         check_source(source, base=base, registry=registry)
+
+
+def prepared_split(sources: Sequence[SourceOptions], *, base: Path) -> dict[str, Any] | None:
+    """Rule, share and seed of the split that a prepared folder has; None where the run splits its sources itself."""
+    folders = [base / source.path for source in sources]
+    return manifest_of(folders[0]).split if len(folders) == 1 and is_prepared(folders[0]) else None
+
+
+def _refuse_beside_prepared(sources: Sequence[SourceOptions], base: Path) -> None:
+    """DataError for a prepared folder beside other sources, or read in another way than as it is.
+
+    Its split is kept. Another source, split otherwise, might train on what it holds out.
+    """
+    for source in sources:
+        if not is_prepared(base / source.path):
+            continue
+        if len(sources) > 1:
+            raise DataError(
+                "A prepared folder is read alone, because its split is kept",
+                where=f"data.sources: {source.path}",
+                found=f"{len(sources)} sources",
+                expected="no other source",
+                fix="Prepare all sources together: name them in one run file, and its prepared folder here.",
+            )
+        for key in ("columns", "split"):
+            if getattr(source, key):
+                raise DataError(
+                    f"A prepared folder needs no `{key}`",
+                    where=f"data.sources: {source.path}",
+                    found=getattr(source, key),
+                    fix=f"Remove {key}.",
+                )
 
 
 def check_rows(
@@ -177,7 +212,7 @@ def _of_split(
     read = OfOneSource(source.path)
     rows = rows_of(source, split, seed=seed, base=base, registry=registry, own=own)
     conversations = _usable(rows, columns_of(source), counts, bad_rows, read)
-    if not (alone and source.path.startswith(BUILTIN)):
+    if not (alone and has_splits(source, base)):
         conversations = (
             one
             for one in conversations

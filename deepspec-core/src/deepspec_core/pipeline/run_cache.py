@@ -77,7 +77,8 @@ class RunCache:
         )
 
     def _split(self) -> str:
-        return f"{RULE}, held_out {self.data.options.held_out:g}, seed {self.data.seed}"
+        split = self.data.split()
+        return f"{split['rule']}, held_out {split['held_out']:g}, seed {split['seed']}"
 
     def bare_header(self) -> CacheHeader:
         """The header without its digests: enough to know sizes before data and tokenizer are read."""

@@ -136,6 +136,14 @@ class RunData:
                     fix="Put back what was there and run again, or start anew with --force.",
                 )
 
+    def split(self) -> dict[str, Any]:
+        """`rule`, `held_out` and `seed` of what is held out: the run's own, or those of its prepared folder."""
+        from deepspec_core.data.sources import prepared_split
+        from deepspec_core.data.split import RULE
+
+        own = {"rule": RULE, "held_out": self.options.held_out, "seed": self.seed}
+        return prepared_split(self.options.sources, base=self.base) or own
+
     def source_digest(self, index: int, *, ask_hub: bool) -> str | None:
         """Tells a source from an edited one; see data/source_digest.py."""
         from deepspec_core.data.source_digest import source_digest
