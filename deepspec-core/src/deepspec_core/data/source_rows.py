@@ -65,12 +65,14 @@ def check_source(source: SourceOptions, *, base: Path, registry: Registry) -> No
     elif _is_file(source, base):
         if not (base / source.path).is_file():
             raise _missing(base / source.path)
-        if source.path.endswith(PARQUET):
+        if source.columns and source.path.endswith(PARQUET):
             columns_of(source).check(parquet_columns(base / source.path))
     elif is_prepared(base / source.path):
         check_prepared(base / source.path)
     else:
-        columns_of(source).check(_columns_known(_open_dataset(source, base, look_only=True)))
+        dataset = _open_dataset(source, base, look_only=True)
+        if source.columns:
+            columns_of(source).check(_columns_known(dataset))
 
 
 def columns_of(source: SourceOptions) -> ColumnMap:
