@@ -116,10 +116,10 @@ def test_a_second_source_that_is_missing(refused: Refused) -> None:
     )
 
 
-def test_a_malformed_row_deep_in_a_source(refused: Refused, run_file: Path) -> None:
+def test_malformed_rows_of_a_source(refused: Refused, run_file: Path) -> None:
     row = json.dumps({"turns": ["one"]}) + "\n"
-    (run_file.parent / "chats.jsonl").write_text(row * 300 + "{broken\n" + row)
-    refused('data.sources=[{path = "chats.jsonl"}]', says=("A line is not JSON", "chats.jsonl:301"))
+    (run_file.parent / "chats.jsonl").write_text(row * 5 + "{broken\n" * 2 + row)
+    refused('data.sources=[{path = "chats.jsonl"}]', says=("2 of 8 rows. 2: A line is not JSON", "chats.jsonl:7"))
     (run_file.parent / "chats.jsonl").write_text("")
     refused('data.sources=[{path = "chats.jsonl"}]', says=("There is no conversation to train on", "chats.jsonl"))
 

@@ -110,7 +110,7 @@ def test_a_dataset_of_the_hub_that_moved_on_is_refused(
         [{"id": str(n), "messages": [{"role": "user", "content": f"Say {n}"}]} for n in range(40)]
     )
     commit = ["1111111"]
-    monkeypatch.setattr("deepspec_core.data.sources.why_unreachable", lambda: None)
+    monkeypatch.setattr("deepspec_core.data.source_rows.why_unreachable", lambda: None)
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: SimpleNamespace(hash=commit[0]))
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
     command = ["run", str(run_file), "--smoke", *ONE_THREAD, "--set", 'run.stages=["regenerate"]']

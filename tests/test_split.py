@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from deepspec_core.config.load import load_run_file
 from deepspec_core.data.conversations import Conversation
-from deepspec_core.data.split import is_held_out, prompt_digest
+from deepspec_core.data.split import is_held_out, prompt_digest, whole_prompt_digest
 from deepspec_core.pipeline.run import Run
 from deepspec_core.plugins.discovery import load_plugins
 
@@ -26,10 +26,10 @@ def _write(path: Path, questions: list[str], **more: Any) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def _run(run_file: Path, *sources: str) -> Run:
+def _run(run_file: Path, *sources: str, more: list[str] | None = None) -> Run:
     listed = ",".join(f'{{path="{name}"}}' for name in sources)
     plugins = load_plugins()
-    overrides = [f"data.sources=[{listed}]", "data.held_out=0.2"]
+    overrides = [f"data.sources=[{listed}]", "data.held_out=0.2", *(more or [])]
     return Run(file=load_run_file(run_file, overrides=overrides, plugins=plugins), path=run_file, plugins=plugins)
 
 
@@ -53,6 +53,52 @@ def test_two_sources_with_the_same_prompts_share_no_question(run_file: Path) -> 
     assert 0.14 < len(held_out) / 900 < 0.26
     assert counts["same_question"] == 2 * len(train)
     assert counts["conversations"] == 3 * len(train)
+
+
+def test_repeated_prompts_are_dropped_across_sources_where_the_run_asks_for_it(run_file: Path) -> None:
+    folder = run_file.parent
+    _write(folder / "one.jsonl", ["What is 1?", "What is 2?"])
+    _write(folder / "two.jsonl", ["  WHAT is\n1?", "What is 3?"])
+    french = [{"role": "system", "content": "Answer in French."}]
+    _write(folder / "three.jsonl", ["What is 1?", "what is 1?"], before=french)
+    more = [*({"role": role, "content": text} for role, text in (("user", "What is 2?"), ("assistant", "2.")))]
+    row = {"id": "longer", "messages": [*more, {"role": "user", "content": "And 4?"}]}
+    (folder / "four.jsonl").write_text(json.dumps(row) + "\n")
+    names = ["one.jsonl", "two.jsonl", "three.jsonl", "four.jsonl"]
+    kept, dropped = Counter[str](), Counter[str]()
+    run = _run(run_file, *names)
+    assert len([*run.data.conversations("train", kept), *run.data.conversations("held_out", kept)]) == 7
+    assert kept["same_prompt"] == 0
+    run = _run(run_file, *names, more=['data.duplicates="drop"'])
+    found = [*run.data.conversations("train", dropped), *run.data.conversations("held_out", dropped)]
+    assert sorted(one.id for one in found) == ["longer", "one-0", "one-1", "three-0", "two-1"]
+    assert dropped["same_prompt"] == 2
+
+
+def test_data_duplicates_is_part_of_what_a_cache_is_made_from(run_file: Path) -> None:
+    _write(run_file.parent / "one.jsonl", ["What is 1?"])
+    headers = [
+        _run(
+            run_file, "one.jsonl", more=['run.stages=["cache", "train"]', f'data.duplicates="{choice}"']
+        ).cache.header()
+        for choice in ("keep", "drop")
+    ]
+    assert headers[0].source != headers[1].source
+
+
+@given(text=st.text(min_size=1), answers=st.tuples(st.text(), st.text()))
+def test_a_prompt_is_what_systems_and_users_say(text: str, answers: tuple[str, str]) -> None:
+    system = {"role": "system", "content": "Be brief."}
+    one, two = (
+        Conversation(id=answer, messages=(*_asking(text, "").messages, {"role": "assistant", "content": answer}))
+        for answer in answers
+    )
+    assert whole_prompt_digest(one) == whole_prompt_digest(two)
+    assert whole_prompt_digest(one) != whole_prompt_digest(_asking(text, "", system))
+    # Where one message ends matters.
+    assert whole_prompt_digest(_asking("b", "", {"role": "user", "content": "a"})) != whole_prompt_digest(
+        _asking("a b", "")
+    )
 
 
 def _question(conversation: Conversation) -> str:

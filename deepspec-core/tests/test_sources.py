@@ -7,6 +7,8 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from deepspec_core.config.schema import SourceOptions
@@ -105,6 +107,20 @@ def test_a_saved_dataset_folder_is_read(tmp_path: Path) -> None:
     assert _ids(tmp_path, SourceOptions(path="plain", limit=4)) == ["x"]
 
 
+def test_arrays_and_parquet_are_sources_beside_json_lines(tmp_path: Path) -> None:
+    _write(tmp_path / "a.jsonl", [_row("a")])
+    (tmp_path / "b.json").write_text(json.dumps([_row("b")]))
+    pq.write_table(pa.Table.from_pylist([_row("c")]), tmp_path / "c.parquet")
+    sources = [SourceOptions(path=name) for name in ("a.jsonl", "b.json", "c.parquet")]
+    assert _ids(tmp_path, *sources) == ["a", "b", "c"]
+    with pytest.raises(DataError, match=r"'c\.parquet' meant"):
+        _ids(tmp_path, SourceOptions(path="cc.parquet"))
+    # Some programs write a folder of files under such a name.
+    (tmp_path / "d.parquet").mkdir()
+    pq.write_table(pa.Table.from_pylist([_row("d")]), tmp_path / "d.parquet" / "part-0.parquet")
+    assert _ids(tmp_path, SourceOptions(path="d.parquet")) == ["d"]
+
+
 def test_mistakes_say_where(tmp_path: Path) -> None:
     _write(tmp_path / "prompts.jsonl", [_row("1")])
     with pytest.raises(DataError, match=r"'prompts\.jsonl' meant"):
@@ -117,7 +133,7 @@ def test_mistakes_say_where(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"prompts\.jsonl:3"):
         _ids(tmp_path, SourceOptions(path="prompts.jsonl"))
     (tmp_path / "prompts.csv").write_text("a,b")
-    with pytest.raises(DataError, match="neither JSON lines nor"):
+    with pytest.raises(DataError, match="neither a file of rows nor"):
         _ids(tmp_path, SourceOptions(path="prompts.csv"))
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"turns": ["a"]}\n' * 1000)[:40])
     with pytest.raises(DataError, match="cannot be read"):

@@ -1,14 +1,17 @@
 """Evaluation prompts: from files and held-out rows, cut as published, refused where results could not be told apart."""
 
+import gzip
 import json
 import random
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from deepspec_core.errors import DataError
-from deepspec_core.evaluation.tasks import Prompt, load_task
+from deepspec_core.evaluation.tasks import Prompt, load_task, task_digest, task_name
 from deepspec_core.plugins.registry import Registry
 
 
@@ -68,6 +71,22 @@ def test_a_quota_shuffles_with_its_seed_and_renumbers(tmp_path: Path) -> None:
 def test_what_cannot_be_evaluated_is_refused(tmp_path: Path, rows: list[dict[str, Any]], said: str) -> None:
     with pytest.raises(DataError, match=said):
         _load(tmp_path, rows)
+
+
+@pytest.mark.parametrize("ending", [".json", ".parquet", ".json.gz"])
+def test_a_task_may_be_any_file_of_rows(tmp_path: Path, ending: str) -> None:
+    rows = [{"id": "a", "turns": ["one"]}, {"id": None, "turns": ["two"]}]
+    path = tmp_path / f"questions{ending}"
+    if ending == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        content = json.dumps(rows).encode()
+        path.write_bytes(gzip.compress(content) if ending == ".json.gz" else content)
+    found = load_task(path.name, limit=None, seed=7, base=tmp_path, registry=Registry(), held_out=list)
+    assert [(prompt.id, prompt.messages[0]["content"]) for prompt in found] == [("a", "one"), ("questions-1", "two")]
+    assert found[1].where == f"{path}: row 2"
+    assert task_name(path.name) == "questions"
+    assert task_digest(path.name, base=tmp_path) is not None
 
 
 def test_lines_end_at_newlines_only(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 
 from deepspec_core.config.schema import SourceOptions
+from deepspec_core.data.bad_rows import BadRow, BadRows
 from deepspec_core.data.conversations import Conversation, from_row
 from deepspec_core.data.messages import UnusableRow
 from deepspec_core.data.sources import read_sources
@@ -94,13 +95,13 @@ def test_what_no_conversation_can_hold_is_dropped_counted_and_refused_as_a_task(
 ) -> None:
     name = _write(tmp_path, {"turns": ["one"]}, row, {"turns": ["two"]})
     counts: Counter[str] = Counter()
-    dropped: list[tuple[str, str]] = []
-    read = _source(tmp_path, name, counts, on_drop=lambda where, why: dropped.append((where, why)))
+    dropped: list[BadRow] = []
+    read = _source(tmp_path, name, counts, bad_rows=BadRows(tell=dropped.append))
     assert [conversation.messages[0]["content"] for conversation in read] == ["one", "two"]
     assert (counts["unusable"], counts["conversations"]) == (1, 2)
-    ((where, why),) = dropped
-    assert "rows.jsonl:2" in where
-    assert reason in why
+    (bad,) = dropped
+    assert "rows.jsonl:2" in bad.where
+    assert reason in bad.reason
     with pytest.raises(UnusableRow, match=r"rows\.jsonl:2"):
         _task(tmp_path, name)
 
@@ -144,9 +145,9 @@ def test_a_byte_order_mark_and_compressed_files_are_read(tmp_path: Path, ending:
 
 
 def test_a_suggestion_could_fit() -> None:
-    alpaca = {"instruction": "Add.", "input": "1 2", "output": "3"}
+    dolly = {"instruction": "Add.", "context": "1 2", "response": "3"}
     for row, fix in (
-        (alpaca, None),
+        (dolly, None),
         ({"mesages": [USER]}, "'messages'"),
         ({"conversation": [USER]}, "'conversations'"),
     ):

@@ -13,27 +13,54 @@ import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, Final, cast
 
 from deepspec_core.errors import DataError
+
+# What reading raises for a file that cannot be read, or not to its end.
+UNREADABLE: Final = (OSError, EOFError, zlib.error)
+_SKIPPED_BYTES: Final = 1 << 20
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     """(FILE:LINE, value) of every line that is not empty. DataError for what cannot be read, decoded or parsed."""
-    number = 0
+    for number, line, _ in lines_of(path):
+        where = f"{path}:{number}"
+        yield where, json_value(line, where)
+
+
+def lines_of(path: Path, *, most_bytes: int | None = None) -> Iterator[tuple[int, bytes, int]]:
+    """(number, content, bytes) of every line that is not empty. DataError where the file cannot be read.
+
+    Of a line longer than `most_bytes` only the beginning is kept; the number of bytes is the whole line's.
+    """
+    number, asked = 0, -1 if most_bytes is None else most_bytes + 1
     try:
-        with _opened(path) as lines:
-            for number, line in enumerate(lines, start=1):
+        with opened(path) as file:
+            while line := file.readline(asked):
+                number += 1
+                size = len(line)
+                if size == asked and not line.endswith(b"\n"):
+                    size += _skip_line(file)
                 if number == 1:
                     line = line.removeprefix(codecs.BOM_UTF8)
                 if line.strip():
-                    where = f"{path}:{number}"
-                    yield where, _value(line, where)
-    except (OSError, EOFError, zlib.error) as error:
+                    yield number, line, size
+    except UNREADABLE as error:
         raise DataError("A file cannot be read", where=f"{path}:{number + 1}", found=error) from error
 
 
-def _opened(path: Path) -> IO[bytes]:
+def _skip_line(file: IO[bytes]) -> int:
+    """Read to the end of the line; returns the bytes of it."""
+    size = 0
+    while part := file.readline(_SKIPPED_BYTES):
+        size += len(part)
+        if part.endswith(b"\n"):
+            break
+    return size
+
+
+def opened(path: Path) -> IO[bytes]:
     """The file's content, decompressed as its name says."""
     if path.suffix == ".gz":
         return cast(IO[bytes], gzip.open(path, "rb"))
@@ -45,15 +72,19 @@ def _opened(path: Path) -> IO[bytes]:
     return path.open("rb")
 
 
-def _value(line: bytes, where: str) -> Any:
+def json_value(text: bytes, where: str, *, what: str = "A line") -> Any:
+    """What JSON text says. DataError, naming `what`, for text that is not UTF-8 or not JSON."""
     try:
         # Half a surrogate pair may stand in JSON text as an escape, and then stands in what regeneration writes.
-        return json.loads(line.decode("utf-8", "surrogatepass"))
+        return json.loads(text.decode("utf-8", "surrogatepass"))
     except UnicodeDecodeError as error:
-        raise DataError("A line is not UTF-8 text", where=where, found=error) from error
+        raise DataError(f"{what} is not UTF-8 text", where=where, found=error) from error
     except ValueError as error:
-        raise DataError("A line is not JSON", where=where, found=error, expected="one JSON object a line") from error
+        raise DataError(f"{what} is not JSON", where=where, found=error, expected="a JSON object") from error
     except RecursionError:
         raise DataError(
-            "A line is JSON nested too deep", where=where, expected="a row of a few levels", fix="Remove that line."
+            f"{what} is JSON nested too deep",
+            where=where,
+            expected="a row of a few levels",
+            fix="Remove it.",
         ) from None

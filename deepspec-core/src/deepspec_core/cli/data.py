@@ -1,8 +1,9 @@
-"""`deepspec data show RUN.toml`: what a run trains on, for a person to look at."""
+"""`deepspec data`: a run's conversations, shown to a person, or prepared for runs to read."""
 
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -19,6 +20,7 @@ _LISTED = 10
 # counts of conversations that do not become one whole sample each, in words
 _WORDS = {
     "unusable": "rows that say what no conversation here can hold, such as images",
+    "malformed": "rows that are no conversation, or damaged",
     "refused": "not taken by the chat template, or not all of it, or not valid Unicode",
     "control_tokens": "with a control token of the chat template in their text",
     "no_answer": "without an answer",
@@ -27,6 +29,7 @@ _WORDS = {
     "renamed": "renamed, since another has their id",
     "mask_token": "with the draft's mask token among their tokens",
     "same_question": "with a first question that another asked before",
+    "same_prompt": "with a prompt that another had before, dropped",
     "truncated": "cut at the length limit",
     "split": "split into a sample an answer, since the template rewrites earlier answers",
     "given_tokens": "with tokens of their own, taken as they are",
@@ -35,7 +38,7 @@ _WORDS = {
 
 @click.group()
 def data() -> None:
-    """Look at a run's conversations."""
+    """Look at a run's conversations, or prepare them."""
 
 
 @data.command()
@@ -75,10 +78,47 @@ def show(
         click.echo(f"{number or 'no'} of {count} shown: there are no more")
     for line in [*_listed("dropped", dropped), *_listed("not regenerated", list(seen.failures))]:
         click.echo(line)
-    met = [f"{seen.counts[name]:,} {words}" for name, words in _WORDS.items() if seen.counts[name]]
-    read = f"read {seen.counts['conversations']:,} conversations"
     if split == "train":
-        click.echo(f"{read}: {'; '.join(met)}" if met else read)
+        click.echo(_summary("read", seen.counts))
+
+
+@data.command()
+@run_file
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Where the conversations go. Default: prepared/ in the run's output.",
+)
+@click.option("--force", is_flag=True, help="Replace other prepared conversations.")
+@overrides
+@no_plugin
+def prepare(path: str, out: Path | None, force: bool, overrides: tuple[str, ...], blocked: tuple[str, ...]) -> None:
+    """Write a run's conversations as it uses them: cleaned, mixed, without doubles, split. Needs no target.
+
+    The folder is a source: name it in data.sources, alone, and its split is kept.
+    """
+    from deepspec_core.cli.messages import show_messages
+    from deepspec_core.config.load import load_run_file
+    from deepspec_core.pipeline.preparing import prepare as prepare_run
+    from deepspec_core.pipeline.run import Run
+    from deepspec_core.plugins.discovery import load_plugins
+
+    show_messages()
+    plugins = load_plugins(blocked=blocked)
+    run = Run(file=load_run_file(path, overrides=overrides, plugins=plugins), path=Path(path), plugins=plugins)
+    done = prepare_run(run, (out or run.folder / "prepared").absolute(), force=force)
+    click.echo(f"{done.action}: {done.folder}")
+    for split, counts in done.counts.items():
+        click.echo(_summary(split.replace("_", "-"), counts))
+    if done.bad_rows is not None:
+        click.echo(f"{done.bad_rows} has the rows that cannot be used")
+
+
+def _summary(what: str, counts: Counter[str]) -> str:
+    met = [f"{counts[name]:,} {words}" for name, words in _WORDS.items() if counts[name]]
+    read = f"{what} {counts['conversations']:,} conversations"
+    return f"{read}: {'; '.join(met)}" if met else read
 
 
 def _heading(number: int, shown: Shown) -> str:

@@ -69,7 +69,7 @@ def run(
         for line in preview(the_run, steps):
             click.echo(line)
         # What would stop the run later stops a dry run too: the plan is shown first, then why it would not come true.
-        check_before(the_run, steps)
+        check_before(the_run, steps, may_write=False)
         return None
     count = 1
     if not processes.launched() and any(step.stage.shared and step.action != "skip" for step in steps):

@@ -10,8 +10,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from deepspec_core.config.columns import column_mistakes
 from deepspec_core.config.paths import no_path
-from deepspec_core.config.schema import BUILTIN, HELD_OUT, JSON_LINES, KNOWN_STAGES, DataOptions, RunOptions
+from deepspec_core.config.schema import BUILTIN, HELD_OUT, KNOWN_STAGES, ROW_FILES, DataOptions, RunOptions
 from deepspec_core.errors import ConfigError, DeepSpecError, PluginError
 from deepspec_core.plugins.registry import Registry
 from deepspec_core.rows.coefficient_schedule import CoefficientSchedule
@@ -42,6 +43,9 @@ def check_sections(sections: Mapping[str, Any], folder: Path, registry: Registry
         yield ConfigError("no data", where="data.sources", found="[]", expected="at least one source")
     if sections.get("data"):
         yield from _splits(sections["data"])
+        for index, source in enumerate(sections["data"].sources):
+            builtin = source.path.startswith(BUILTIN)
+            yield from column_mistakes(source.columns, f"data.sources[{index}].columns", builtin=builtin)
     if sections.get("data") and run and "regenerate" in run.stages:
         yield from _supervision(sections["data"])
     if sections.get("loss") and not sections["loss"].terms:
@@ -186,7 +190,7 @@ def _supervision(data: DataOptions) -> Iterator[ConfigError]:
 
 def _splits(data: DataOptions) -> Iterator[ConfigError]:
     for index, source in enumerate(data.sources):
-        if source.split is not None and (source.path.startswith(BUILTIN) or source.path.endswith(JSON_LINES)):
+        if source.split is not None and (source.path.startswith(BUILTIN) or source.path.endswith(ROW_FILES)):
             yield ConfigError(
                 "this source has no splits to choose from",
                 where=f"data.sources[{index}].split",

@@ -28,7 +28,7 @@ show FILE` prints it with every default filled in. Paths are relative to the fil
 `"8"` for `8`.
 
 `--set train.lr=3e-4` overrides one key and leaves the file as it is. The commands `run`, `estimate`, `config check`,
-`config show` and `data show` take it.
+`config show`, `data show` and `data prepare` take it.
 
 `deepspec config keys --markdown` wrote this page. `deepspec config keys train` prints a section on the terminal, with
 the keys of the plugins that are installed there."""

@@ -33,8 +33,8 @@ MASK = "mask_token_id"
 COLDEST = 1e-6
 # What ships inside a plugin stands after it: builtin:NAME.
 BUILTIN = "builtin:"
-# How the names of JSON-lines files end.
-JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+# How the names of files end that hold conversations or prompts: JSON lines, JSON arrays, Parquet.
+ROW_FILES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst", ".parquet")
 # More than any context, batch or generator of random numbers takes.
 _TOKENS = 2**27
 _SEQUENCES = 2**20
@@ -97,18 +97,23 @@ class TargetOptions:
 class SourceOptions:
     """An entry of [data] sources.
 
-    path: A JSON-lines file (.jsonl, .jsonl.gz, .jsonl.zst), a dataset folder, a Hub dataset such as org/name, or
-        builtin:NAME.
+    path: A file of JSON lines (.jsonl), a JSON array (.json) or Parquet (.parquet), a dataset folder, a Hub dataset
+        such as org/name, or builtin:NAME. JSON may be compressed (.jsonl.gz, .json.zst).
     weight: How often the next conversation is taken from this source, relative to the other sources' weights. A source
         is left when it is used up. Every conversation is used once.
     split: The split of a dataset. Left out: train. Files and builtins have none.
     limit: At most so many training conversations of this source.
+    columns: The source's own names, for rows in none of the known forms: { prompt = "query", answer = "response" }.
+        On the left stands one of messages, turns and prompt; beside it system, tools and id, with messages role and
+        content, and with prompt input and answer.
     """
 
     path: str
     weight: float = field(default=1.0, validator=above(0.0, 1e9))
     split: str | None = None
     limit: int | None = field(default=None, validator=optional(whole(1)))
+    # Not in repr: the digest of a cache is made from it, and caches without columns keep theirs.
+    columns: dict[str, str] = field(factory=dict, repr=False)
 
 
 @frozen(kw_only=True)
@@ -120,6 +125,10 @@ class DataOptions:
     sources: Where conversations come from; each entry is a table.
     max_length: Tokens of the longest sample; longer conversations are cut. At most the target's positions.
     held_out: The share of questions that are kept from training, for evaluation.
+    max_bad_rows: The share of a source's rows that may be no usable conversation. They are dropped, counted, and kept
+        in bad-rows.jsonl in the run's folder. One row may be bad in any case, unless this is 0.
+    duplicates: What becomes of conversations whose systems and users say what an earlier one's said, from whichever
+        source: "keep" them, as other answers to the same prompt, or "drop" all but the first.
     min_supervised_tokens: Samples with fewer supervised tokens are dropped, and counted.
     system_prompt: Put before conversations that have no system message. Regeneration, training and evaluation all do
         so.
@@ -133,6 +142,8 @@ class DataOptions:
     sources: tuple[SourceOptions, ...]
     max_length: int = field(default=4096, validator=whole(2, _TOKENS))
     held_out: float = field(default=0.05, validator=real(0.0, 0.5))
+    max_bad_rows: float = field(default=0.05, validator=real(0.0, 1.0), metadata=CHANGES_NOTHING)
+    duplicates: str = field(default="keep", validator=in_(("keep", "drop")))
     min_supervised_tokens: int = field(default=14, validator=whole(1, _TOKENS))
     system_prompt: str | None = None
     supervise: str = field(default="all", validator=in_(("all", "last")))
@@ -302,8 +313,7 @@ class TrainOptions:
 class EvaluateOptions:
     """[evaluate]: real speculative decoding.
 
-    tasks: "held-out" (prompts the run never trained on), registered tasks, or JSON-lines files with `turns` or
-        `messages`.
+    tasks: "held-out" (prompts the run never trained on), registered tasks, or files of rows as data.sources takes them.
     temperature: Each of these temperatures is evaluated; 0 is greedy.
     max_new_tokens: New tokens of one answer at most.
     batch_size: Sequences decoded at once.

@@ -21,7 +21,7 @@ from cattrs.gen import make_dict_structure_fn, override
 from deepspec_core.config.explain import Mismatch, UnknownKeys, is_union, keys_of, of_validator, words
 from deepspec_core.config.schema import (
     BUILTIN,
-    JSON_LINES,
+    ROW_FILES,
     CacheOptions,
     DraftOptions,
     EvaluateOptions,
@@ -243,7 +243,7 @@ def _check_name(registry: Registry, key: tuple[type, str], name: Any) -> None:
     kind = _NAMES.get(key)
     if kind == "exporter" and (algorithms := registry.algorithms("exporter", name)):
         registry.get(kind, name, algorithm=algorithms[0])  # checks.py knows which algorithm it is to be
-    elif kind is not None and not (kind == "task" and (name == HELD_OUT or name.endswith(JSON_LINES))):
+    elif kind is not None and not (kind == "task" and (name == HELD_OUT or name.endswith(ROW_FILES))):
         registry.get(kind, name)
     if key in _BUILTINS and name.startswith(BUILTIN):
         spec = registry.get("builtin", name.removeprefix(BUILTIN))

@@ -12,6 +12,8 @@ from typing import Any, Final
 
 from attrs import frozen
 
+from deepspec_core.data.alpaca import FIELDS as ALPACA
+from deepspec_core.data.alpaca import INSTRUCTION, alpaca_messages, is_alpaca
 from deepspec_core.data.messages import listed, message_of, tools_of
 from deepspec_core.errors import DataError, nearest
 
@@ -20,6 +22,8 @@ _OF_MESSAGES: Final = ("messages", "conversations")
 _OF_TEXTS: Final = ("turns",)
 _OF_ONE_TEXT: Final = ("prompt", "question")
 SHAPES: Final = (*_OF_MESSAGES, *_OF_TEXTS, *_OF_ONE_TEXT)
+# Every field that says what was said, and with which tools.
+SAID: Final = (*SHAPES, *ALPACA, "tools")
 # A field's name this alike is likely one of those, misspelled.
 _MISSPELLED: Final = 0.75
 # Token ids are stored as 32-bit whole numbers.
@@ -75,12 +79,12 @@ def from_row(row: Any, where: str) -> Conversation:
     DataError, if it is well-formed and says what no conversation here can hold.
 
     Accepted: `messages` [{role, content}]; `conversations` [{from, value}] (or role and content); `turns` [text], the
-    user's only; `prompt` or `question`, one text of the user. Where a row has several, the first of these that is not
-    empty counts. A row has an `id` (text or a whole number) or none (a digest of the content then), and `tools`, a list
-    of function schemas (or the same as JSON text), or none. Tokens: `input_ids` with `loss_mask`, or what regeneration
-    writes: `prompt_ids` and `output_ids`, with `prompt_answers` [[begin, end]], the token spans of the prompt that are
-    earlier answers as the target emitted them, and `rewritten` [[prompt ids, output ids]], those that the prompt
-    rewrites.
+    user's only; `prompt` or `question`, one text of the user; `instruction` with `input` or `output` (alpaca.py). Where
+    a row has several, the first of these that is not empty counts. A row has an `id` (text or a whole number) or none
+    (a digest of the content then), and `tools`, a list of function schemas (or the same as JSON text), or none. Tokens:
+    `input_ids` with `loss_mask`, or what regeneration writes: `prompt_ids` and `output_ids`, with `prompt_answers`
+    [[begin, end]], the token spans of the prompt that are earlier answers as the target emitted them, and `rewritten`
+    [[prompt ids, output ids]], those that the prompt rewrites.
     """
     if not isinstance(row, Mapping):
         raise DataError("A row is not an object", where=where, found=type(row).__name__, expected="{...}")
@@ -93,7 +97,7 @@ def from_row(row: Any, where: str) -> Conversation:
             "A row holds no conversation",
             where=where,
             found=f"fields {keys}" if keys else "no fields",
-            expected=f"one of {', '.join(SHAPES)}, not empty",
+            expected=f"one of {', '.join(SHAPES)}, not empty, or {INSTRUCTION} with input or output",
             fix=f"Is {close!r} meant?" if close and close not in row else None,
         )
     tools = tools_of(row.get("tools"), f"{where} tools")
@@ -125,7 +129,8 @@ def identity_of(row: Mapping[str, Any], where: str) -> str | None:
 def _messages(row: Mapping[str, Any], where: str) -> tuple[dict[str, Any], ...]:
     name = next((name for name in SHAPES if row.get(name) not in (None, "", [], ())), None)
     if name is None:
-        return ()
+        said = alpaca_messages(row, where) if is_alpaca(row) else []
+        return tuple(message_of(item, f"{where} {item['role']}") for item in said)
     value = row[name]
     if name in _OF_ONE_TEXT and isinstance(value, str):
         return (message_of({"role": "user", "content": value}, f"{where} {name}"),)

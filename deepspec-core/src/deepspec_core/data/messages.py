@@ -12,6 +12,7 @@ from typing import Any, Final
 from deepspec_core.errors import DataError, nearest
 
 ROLES: Final = ("system", "user", "assistant", "tool")
+_CALL: Final = "function_call"
 _ALIASES: Final = {
     "developer": "system",
     "human": "user",
@@ -21,6 +22,8 @@ _ALIASES: Final = {
     "model": "assistant",
     "function": "tool",
     "observation": "tool",
+    # ShareGPT's name for an assistant's message that is a call and nothing else.
+    _CALL: "assistant",
 }
 # The types of parts that are text, as the OpenAI interfaces name them.
 _TEXT_PARTS: Final = ("text", "input_text", "output_text")
@@ -53,6 +56,9 @@ def message_of(item: Any, where: str) -> dict[str, Any]:
         raise DataError("A message is not an object", where=where, found=repr(item)[:80], expected="{role, content}")
     role = item.get("role", item.get("from"))
     content = item.get("content", item.get("value"))
+    if isinstance(role, str) and role.lower() == _CALL:
+        called = _parsed(content, where)
+        item, content = {**item, "tool_calls": called if isinstance(called, list) else [called]}, None
     if isinstance(role, str):
         role = _ALIASES.get(role.lower(), role.lower())
     if role not in ROLES:

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 from deepspec_core.config.schema import BUILTIN, SourceOptions
-from deepspec_core.data.sources import hub_commit, on_hub
+from deepspec_core.data.source_rows import hub_commit, on_hub
 from deepspec_core.digests import digests_of
 
 

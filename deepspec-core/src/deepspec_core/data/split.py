@@ -1,4 +1,4 @@
-"""Which conversations are held out from training: a property of what the first user asks, and of the seed.
+"""Which conversations are held out from training, and which repeat a prompt: properties of what users say.
 
 Sources repeat each other's prompts under other ids, with other system prompts and other answers. A split by id would
 put a held-out prompt into training again; this one cannot. Knows messages; not where they come from.
@@ -25,9 +25,29 @@ def prompt_digest(conversation: Conversation) -> bytes:
     """
     for message in conversation.messages:
         if message["role"] == "user":
-            text = unicodedata.normalize("NFKC", message["content"]).casefold()
-            return hashlib.sha256(" ".join(text.split()).encode("utf-8", "surrogatepass")).digest()[:16]
+            return hashlib.sha256(_compared(message["content"])).digest()[:16]
     return hashlib.sha256(conversation.digest.encode()).digest()[:16]
+
+
+def whole_prompt_digest(conversation: Conversation) -> bytes:
+    """16 bytes that depend on all that systems and users say, in order, compared as in prompt_digest.
+
+    Answers, tools and their results, and ids do not count. A conversation in which no user speaks is told by its whole
+    content.
+    """
+    said = [(message["role"], message["content"]) for message in conversation.messages]
+    if not any(role == "user" for role, _ in said):
+        return prompt_digest(conversation)
+    digest = hashlib.sha256()
+    for role, content in said:
+        if role in ("system", "user"):
+            text = _compared(content)
+            digest.update(f"{role} {len(text)} ".encode() + text)
+    return digest.digest()[:16]
+
+
+def _compared(text: str) -> bytes:
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).encode("utf-8", "surrogatepass")
 
 
 def is_held_out(prompt: bytes, *, held_out: float, seed: int) -> bool:

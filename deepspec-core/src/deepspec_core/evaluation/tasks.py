@@ -1,4 +1,4 @@
-"""Evaluation prompts: registered tasks, JSON-lines files, and the run's own held-out prompts.
+"""Evaluation prompts: registered tasks, files of rows, and the run's own held-out prompts.
 
 Knows where prompts come from and how a limit cuts them. Does not know how they are rendered or decoded. Of several user
 turns only the first is asked, as in the published protocol.
@@ -15,12 +15,12 @@ from typing import Any
 from attrs import evolve, frozen
 
 from deepspec_core.config.schema import HELD_OUT as HELD_OUT
-from deepspec_core.config.schema import JSON_LINES
-from deepspec_core.data.conversations import SHAPES, from_row, identity_of
+from deepspec_core.config.schema import ROW_FILES
+from deepspec_core.data.conversations import SAID, from_row, identity_of
+from deepspec_core.data.row_files import read_rows
 from deepspec_core.data.source_digest import file_digest
 from deepspec_core.data.unicode_text import not_unicode
 from deepspec_core.errors import DataError
-from deepspec_core.json_lines import read_json_lines
 from deepspec_core.plugins.registry import Registry
 
 HELD_OUT_QUOTA = 500
@@ -51,11 +51,12 @@ def load_task(
 ) -> list[Prompt]:
     """The prompts of a task, at most `limit`.
 
-    `task` is "held-out", a registered task, or a JSON-lines file (relative to `base`) whose rows are those of sources
-    (data/conversations.py). If a task has more rows than its limit, random.Random(seed) shuffles them before they are
-    cut. DataError if the file is missing, a row is malformed, or a row says what no conversation here can hold.
+    `task` is "held-out", a registered task, or a file (relative to `base`) whose rows are those of sources
+    (data/row_files.py, data/conversations.py). If a task has more rows than its limit, random.Random(seed) shuffles
+    them before they are cut. DataError if the file is missing, a row is malformed, or a row says what no conversation
+    here can hold.
     """
-    if task.endswith(JSON_LINES):
+    if task.endswith(ROW_FILES):
         prompts = _read_file(base / task, base)
     else:
         rows = held_out() if task == HELD_OUT else _registered(task, limit, seed, registry)
@@ -80,13 +81,13 @@ def load_task(
 
 def task_name(task: str) -> str:
     """What a task is called: a file by its name without the ending."""
-    ending = next((end for end in JSON_LINES if task.endswith(end)), None)
+    ending = next((end for end in ROW_FILES if task.endswith(end)), None)
     return task if ending is None else Path(task.removesuffix(ending)).name
 
 
 def task_digest(task: str, *, base: Path) -> str | None:
     """The digest of a task's file; None if the task is no file. OSError if it cannot be read."""
-    return file_digest(base / task) if task.endswith(JSON_LINES) and (base / task).is_file() else None
+    return file_digest(base / task) if task.endswith(ROW_FILES) and (base / task).is_file() else None
 
 
 def _registered(task: str, limit: int | None, seed: int, registry: Registry) -> Iterable[Any]:
@@ -102,17 +103,15 @@ def _read_file(path: Path, base: Path) -> list[Prompt]:
             "A task's file is missing",
             where=path,
             found="a folder" if path.is_dir() else None,
-            expected="a JSON-lines file",
+            expected="a file of JSON lines, a JSON array or Parquet",
             fix=f"Relative paths start at {base.absolute()}.",
         )
-    return [
-        _prompt(row, index, task_name(str(path)), where) for index, (where, row) in enumerate(read_json_lines(path))
-    ]
+    return [_prompt(row.content(), index, task_name(str(path)), row.where) for index, row in enumerate(read_rows(path))]
 
 
 def _prompt(row: Any, index: int, name: str, where: str) -> Prompt:
     """The messages up to the first user turn. DataError if there is none, or if the row is malformed."""
-    fields = {key: row.get(key) for key in (*SHAPES, "tools")} if isinstance(row, Mapping) else row
+    fields = {key: row.get(key) for key in SAID if key in row} if isinstance(row, Mapping) else row
     conversation = from_row(fields, where)
     roles = [message["role"] for message in conversation.messages]
     asked = roles.index("user") if "user" in roles else len(roles)

@@ -1,6 +1,6 @@
 """Checks before the first stage, so that a mistake is reported at once and not after hours.
 
-Knows which stages are to run and what each will need. Tries training out through trying.py. Writes nothing.
+Knows which stages are to run and what each will need. Tries training out through trying.py. Writes no results.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from deepspec_core.errors import CheckpointError, ConfigError, DataError
 from deepspec_core.pipeline.apart import check_cache_place, check_inputs_survive
 from deepspec_core.pipeline.places import check_places
 from deepspec_core.pipeline.run import Run
+from deepspec_core.pipeline.run_data import BAD_ROWS
 from deepspec_core.pipeline.stages import Step
 
 if TYPE_CHECKING:
@@ -23,8 +24,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("deepspec")
 
 
-def check_before(run: Run, steps: Sequence[Step]) -> None:
+def check_before(run: Run, steps: Sequence[Step], *, may_write: bool = True) -> None:
     """Raise the errors that would stop a later stage. Does nothing if no stage is to run.
+
+    Nothing is written, except that the bad rows of a source that has too many are kept if it `may_write`.
 
     It checks folders, the feature source, the cache format, the target's config and tokenizer, taps, sources, the
     draft's options and forward pass, its description, its config.json and proposer, loss terms and kernels, room for a
@@ -42,7 +45,7 @@ def check_before(run: Run, steps: Sequence[Step]) -> None:
 
         require_in_process(run.file.regenerate)
     _offered(run, todo)
-    _sources(run, todo)
+    _sources(run, todo, may_write=may_write)
     _ = run.target.adapter  # opening it raises its errors
     if todo - {"train", "export"} or run.file.features.mode != "cached":
         _ = run.target.tokenizer
@@ -171,7 +174,7 @@ def _offered(run: Run, todo: Collection[str]) -> None:
         check_format(registry, run.file.cache.format)
 
 
-def _sources(run: Run, todo: Collection[str]) -> None:
+def _sources(run: Run, todo: Collection[str], *, may_write: bool) -> None:
     """Check [data] sources where a stage reads them: regeneration, training without it, or held-out prompts."""
     from deepspec_core.data.sources import check_rows, check_sources
 
@@ -180,8 +183,15 @@ def _sources(run: Run, todo: Collection[str]) -> None:
     if trains or ("evaluate" in todo and HELD_OUT in run.file.evaluate.tasks):
         check_sources(data.sources, base=run.base, registry=registry)
     if trains:
-        seed = run.file.run.seed
-        turns = check_rows(data.sources, held_out=data.held_out, seed=seed, base=run.base, registry=registry)
+        turns = check_rows(
+            data.sources,
+            held_out=data.held_out,
+            seed=run.file.run.seed,
+            base=run.base,
+            registry=registry,
+            max_bad_rows=data.max_bad_rows,
+            keep_in=run.folder / BAD_ROWS if may_write else None,
+        )
         if "regenerate" in todo:
             _answers_reach(run, turns)
 
@@ -273,7 +283,7 @@ def _evaluation(run: Run, confidence: bool | None) -> None:
 
 def _some_held_out(run: Run) -> None:
     """Check that at least one prompt is held out, if that can be found out without the Hub."""
-    from deepspec_core.data.sources import on_hub
+    from deepspec_core.data.source_rows import on_hub
 
     if any(on_hub(source, run.base) for source in run.file.data.sources):
         return

@@ -49,7 +49,8 @@ def flatten(run_file: RunFile) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     if attrs.has(type(value)):
-        return attrs.asdict(value)
+        # An empty table says what an older record without that key says.
+        return attrs.asdict(value, filter=lambda _, inner: inner != {})
     raise TypeError(f"{type(value).__name__} has no JSON form")
 
 

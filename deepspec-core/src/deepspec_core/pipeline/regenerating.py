@@ -15,7 +15,7 @@ def run_stage(run: Run) -> dict[str, Any]:
     fmt = run.target.adapter.conversation_format()
     counts: Counter[str] = Counter()
     report = regenerate(
-        run.data.conversations("train", counts),
+        run.data.conversations("train", counts, keep=True),
         target=run.target.model,
         tokenizer=run.target.tokenizer,
         fmt=fmt,
@@ -37,5 +37,7 @@ def run_stage(run: Run) -> dict[str, Any]:
         "dropped_turns": report.dropped_turns,
         "rerendered_answers": report.rerendered_answers,
         "duplicates": counts["duplicates"],
+        "same_prompt": counts["same_prompt"],
         "unusable": counts["unusable"],
+        "malformed": counts["malformed"],
     }

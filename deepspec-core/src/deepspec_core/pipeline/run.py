@@ -83,6 +83,7 @@ class Run:
             options=self.file.data,
             seed=self.file.run.seed,
             base=self.base,
+            folder=self.folder,
             named_in=self.path,
             regenerated=self.stage_folder("regenerate") / "conversations.jsonl" if self.has("regenerate") else None,
             target=self.target,

@@ -56,6 +56,10 @@ class RunCache:
         data = self.data.options
         content = [self.data.source_digest(index, ask_hub=True) for index in range(len(data.sources))]
         facts = [[str(option) for option in data.sources], content, RULE, data.held_out, self.data.seed]
+        if any(option.columns for option in data.sources):
+            facts.append([option.columns for option in data.sources])
+        if data.duplicates != "keep":
+            facts.append(data.duplicates)
         return self._header(hashlib.sha256(json.dumps(facts).encode()).hexdigest())
 
     def _header(self, source: str) -> CacheHeader:
@@ -73,7 +77,8 @@ class RunCache:
         )
 
     def _split(self) -> str:
-        return f"{RULE}, held_out {self.data.options.held_out:g}, seed {self.data.seed}"
+        split = self.data.split()
+        return f"{split['rule']}, held_out {split['held_out']:g}, seed {split['seed']}"
 
     def bare_header(self) -> CacheHeader:
         """The header without its digests: enough to know sizes before data and tokenizer are read."""

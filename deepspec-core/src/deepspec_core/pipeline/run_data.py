@@ -10,13 +10,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from attrs import define, field
 
 from deepspec_core.config.schema import DataOptions, SourceOptions
 from deepspec_core.errors import DataError
-from deepspec_core.pipeline import contents
+from deepspec_core.pipeline import contents, workers
 from deepspec_core.pipeline.reads import Reads
 from deepspec_core.pipeline.run_target import RunTarget
 from deepspec_core.plugins.registry import Registry
@@ -24,13 +24,17 @@ from deepspec_core.plugins.registry import Registry
 if TYPE_CHECKING:
     from deepspec_core.contracts.draft import Sample
     from deepspec_core.data.answers import Supervision
+    from deepspec_core.data.bad_rows import BadRows
     from deepspec_core.data.conversations import Conversation
     from deepspec_core.data.split import Split
     from deepspec_core.data.tokenize import Dropped
 
+# The file in a run's folder that keeps the rows of sources that cannot be used, with their places and the reasons.
+BAD_ROWS: Final = "bad-rows.jsonl"
 # Counts of conversations that do not become one whole sample each, or ask what another one asks.
 LOSSES = (
     "unusable",
+    "malformed",
     "refused",
     "control_tokens",
     "no_answer",
@@ -40,21 +44,24 @@ LOSSES = (
     "duplicates",
     "renamed",
     "same_question",
+    "same_prompt",
     "mask_token",
 )
 
 
 @define(kw_only=True, slots=False)
 class RunData:
-    """[data] in effect. `regenerated` is the file of the regenerate stage, None where the run has no such stage.
+    """[data] in effect. `folder` is the run's.
 
-    `mask_token` is the draft's, which no text should contain. `counts` says what was read and what was dropped while
-    `training_samples` was formed.
+    `regenerated` is the file of the regenerate stage, None where the run has no such stage. `mask_token` is the
+    draft's, which no text should contain. `counts` says what was read and what was dropped while `training_samples` was
+    formed.
     """
 
     options: DataOptions
     seed: int
     base: Path
+    folder: Path
     named_in: Path
     regenerated: Path | None
     target: RunTarget
@@ -83,9 +90,16 @@ class RunData:
         self,
         split: Split,
         counts: Counter[str] | None = None,
-        on_drop: Callable[[str, str], None] = lambda _where, _reason: None,
+        bad_rows: BadRows | None = None,
+        *,
+        keep: bool = False,
     ) -> Iterator[Conversation]:
-        """The conversations of the sources, as they stand there. DataError where a source changes meanwhile."""
+        """The conversations of the sources, as they stand there. DataError where a source changes meanwhile.
+
+        `bad_rows` receives the rows that cannot be used. Left out, they are limited by data.max_bad_rows. `keep`: the
+        first process of the run also keeps them in the run's folder.
+        """
+        from deepspec_core.data.bad_rows import BadRows
         from deepspec_core.data.split import RULE
 
         self.reads.content(contents.SPLIT, RULE)
@@ -93,14 +107,25 @@ class RunData:
         for index, digest in enumerate(digests):
             if digest is not None:
                 self.reads.content(contents.source(index), digest)
-        read = self._read(self.options.sources, split, self.options.held_out, counts, on_drop)
-        return self._read_unchanged(digests, read)
+        if bad_rows is None:
+            kept = self.folder / BAD_ROWS if keep and workers.rank() == 0 else None
+            bad_rows = BadRows(most=self.options.max_bad_rows, keep_in=kept)
+        read = self._read(
+            self.options.sources,
+            split,
+            self.options.held_out,
+            counts,
+            bad_rows,
+            duplicates=self.options.duplicates,
+        )
+        return self._read_unchanged(digests, read, bad_rows)
 
     def _read_unchanged(
-        self, digests: Sequence[str | None], conversations: Iterable[Conversation]
+        self, digests: Sequence[str | None], conversations: Iterable[Conversation], bad_rows: BadRows
     ) -> Iterator[Conversation]:
         """The conversations. After the last one the files are compared with their digests from before the first."""
         yield from conversations
+        bad_rows.finish()
         for index, digest in enumerate(digests):
             now = self.source_digest(index, ask_hub=False)
             if now is not None and now != digest:
@@ -110,6 +135,14 @@ class RunData:
                     expected="a file that nobody writes while a run reads it",
                     fix="Put back what was there and run again, or start anew with --force.",
                 )
+
+    def split(self) -> dict[str, Any]:
+        """`rule`, `held_out` and `seed` of what is held out: the run's own, or those of its prepared folder."""
+        from deepspec_core.data.sources import prepared_split
+        from deepspec_core.data.split import RULE
+
+        own = {"rule": RULE, "held_out": self.options.held_out, "seed": self.seed}
+        return prepared_split(self.options.sources, base=self.base) or own
 
     def source_digest(self, index: int, *, ask_hub: bool) -> str | None:
         """Tells a source from an edited one; see data/source_digest.py."""
@@ -142,14 +175,19 @@ class RunData:
     def training_conversations(
         self,
         counts: Counter[str] | None = None,
-        on_drop: Callable[[str, str], None] = lambda _where, _reason: None,
+        bad_rows: BadRows | None = None,
+        *,
+        keep: bool = False,
     ) -> Iterator[Conversation]:
-        """What training learns from: the regenerated conversations where the run has that stage, else the sources'."""
+        """What training learns from: the regenerated conversations where the run has that stage, else the sources'.
+
+        `bad_rows` and `keep` are those of `conversations`. What the run regenerated itself has no bad rows.
+        """
         if self.regenerated is None:
-            return self.conversations("train", counts, on_drop)
+            return self.conversations("train", counts, bad_rows, keep=keep)
         self.reads.content(contents.REGENERATED, self.regenerated_digest())
         # Held-out conversations were never regenerated: nothing is left to hold out.
-        return self._read([SourceOptions(path=str(self.regenerated.resolve()))], "train", 0.0, counts, on_drop)
+        return self._read([SourceOptions(path=str(self.regenerated.resolve()))], "train", 0.0, counts, None, own=True)
 
     def _read(
         self,
@@ -157,7 +195,10 @@ class RunData:
         split: Split,
         held_out: float,
         counts: Counter[str] | None,
-        on_drop: Callable[[str, str], None],
+        bad_rows: BadRows | None,
+        *,
+        duplicates: str = "keep",
+        own: bool = False,
     ) -> Iterator[Conversation]:
         from deepspec_core.data.sources import read_sources
 
@@ -169,7 +210,9 @@ class RunData:
             base=self.base,
             registry=self.registry,
             counts=counts,
-            on_drop=on_drop,
+            bad_rows=bad_rows,
+            duplicates=duplicates,
+            own=own,
         )
 
     def tokenized(
@@ -196,7 +239,7 @@ class RunData:
 
     def training_samples(self) -> Sequence[Sample]:
         """The training conversations, tokenised. What was dropped is counted in `counts`."""
-        samples = list(self.tokenized(self.training_conversations(self.counts), self.counts))
+        samples = list(self.tokenized(self.training_conversations(self.counts, keep=True), self.counts))
         if not samples:
             raise DataError(
                 "No conversation is left to train on",

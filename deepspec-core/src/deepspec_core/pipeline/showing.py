@@ -15,6 +15,7 @@ from attrs import field, frozen
 
 from deepspec_core.config.schema import HELD_OUT
 from deepspec_core.contracts.draft import Sample
+from deepspec_core.data.bad_rows import BadRows
 from deepspec_core.data.conversations import Conversation
 from deepspec_core.data.split import Split
 from deepspec_core.data.tokenize import ChatTokenizer, Dropped
@@ -52,20 +53,17 @@ def view(run: Run, split: Split, count: int, *, on_drop: Callable[[Dropped], Non
     yet. For "held_out" they are the prompts of evaluation.
     """
     counts: Counter[str] = Counter()
-
-    def unusable(where: str, reason: str) -> None:
-        on_drop(Dropped(id=where, reason=reason))
-
+    bad_rows = BadRows(tell=lambda bad: on_drop(Dropped(id=bad.where, reason=bad.reason)))
     if split == "held_out":
         return View(origin="held-out prompts, as evaluation asks them", shown=_held_out(run, count), counts=counts)
     regenerated = run.data.regenerated
     if regenerated is not None and not regenerated.exists():
         prompts = (
-            shown for row in run.data.conversations("train", counts, unusable) if (shown := _first_prompt(run, row))
+            shown for row in run.data.conversations("train", counts, bad_rows) if (shown := _first_prompt(run, row))
         )
         origin = "prompts of data.sources, as regeneration asks them (nothing is regenerated yet)"
         return View(origin=origin, shown=islice(prompts, count), counts=counts)
-    samples = run.data.tokenized(run.data.training_conversations(counts, unusable), counts, on_drop)
+    samples = run.data.tokenized(run.data.training_conversations(counts, bad_rows), counts, on_drop)
     longest = run.data.max_length
     return View(
         origin=f"samples of {regenerated or 'data.sources'}",

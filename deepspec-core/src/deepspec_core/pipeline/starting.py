@@ -14,7 +14,7 @@ from typing import Any, Final
 import torch
 from attrs import NOTHING, asdict, fields, frozen
 
-from deepspec_core.config.schema import BUILTIN, JSON_LINES, MASK, CacheOptions, DataOptions
+from deepspec_core.config.schema import BUILTIN, MASK, ROW_FILES, CacheOptions, DataOptions
 from deepspec_core.config.starter import Start
 from deepspec_core.contracts.cache import CacheFormat, CacheHeader
 from deepspec_core.contracts.draft import DraftModel
@@ -176,11 +176,12 @@ def _source(data: str, folder: Path, registry: Registry) -> str:
         return data
     if Path(data).expanduser().exists():
         return _relative(data, folder)
-    if data.endswith(JSON_LINES) or data.count("/") != 1 or data.startswith((".", "/", "~")):
+    if data.endswith(ROW_FILES) or data.count("/") != 1 or data.startswith((".", "/", "~")):
         raise DataError(
             "A source of conversations is missing",
             where=data,
-            expected="a JSON-lines file, a dataset folder, a Hub dataset such as organisation/name, or builtin:NAME",
+            expected="a file of JSON lines, a JSON array or Parquet, a dataset folder, a Hub dataset such as "
+            "organisation/name, or builtin:NAME",
         )
     return data
 

@@ -1,0 +1,123 @@
+"""Rows that cannot be used: counted, told, kept in a file, and too many of them refused.
+
+Knows rows and the reasons why they were dropped. Does not know what makes a row bad (messages.py, conversations.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Final
+
+from attrs import define, field, frozen
+
+from deepspec_core.data.messages import UnusableRow
+from deepspec_core.data.source_row import SourceRow
+from deepspec_core.errors import DataError
+
+# Of a row that is kept, so many characters of JSON: what is longer is an image, or damage.
+_LONGEST: Final = 1 << 14
+_LONGEST_REASON: Final = 200
+_REASONS_SHOWN: Final = 3
+
+
+@frozen(kw_only=True)
+class BadRow:
+    """A dropped row: its place, and the reason in words. `count` is the name it is counted under."""
+
+    where: str
+    reason: str
+    count: str
+
+
+@define
+class OfOneSource:
+    """What became of one source's rows."""
+
+    name: str
+    rows: int = 0
+    bad: Counter[str] = field(factory=Counter)
+
+
+class BadRows:
+    """The bad rows of one reading of sources.
+
+    `most` is the share of a source's rows that may be bad; one row may be in any case, unless it is 0. `tell` is told
+    each. The file `keep_in` gets them all when the reading ends, or, where a source has too many, the first
+    `most_kept` of them.
+    """
+
+    def __init__(
+        self,
+        *,
+        most: float = 1.0,
+        keep_in: Path | None = None,
+        most_kept: int | None = None,
+        tell: Callable[[BadRow], None] = lambda _: None,
+    ) -> None:
+        self.number = 0
+        self._most, self._keep_in, self._most_kept, self._tell = most, keep_in, most_kept, tell
+        self._kept: IO[bytes] | None = None
+
+    def add(self, row: SourceRow, error: DataError, source: OfOneSource) -> str:
+        """Drop a row. Returns the name that it is counted under: "unusable" if it is well-formed, else "malformed"."""
+        found = "" if error.found is None else f" ({str(error.found)[:_LONGEST_REASON]})"
+        bad = BadRow(
+            where=str(error.where or row.where),
+            reason=error.problem[0].lower() + error.problem[1:] + found,
+            count="unusable" if isinstance(error, UnusableRow) else "malformed",
+        )
+        self.number += 1
+        source.bad[error.problem] += 1
+        self._tell(bad)
+        if self._keep_in is not None and (self._most_kept is None or self.number <= self._most_kept):
+            self._keep(row, bad)
+        return bad.count
+
+    def check(self, source: OfOneSource) -> None:
+        """DataError where a source that was read has too many bad rows."""
+        bad = source.bad.total()
+        if bad <= (max(1, self._most * source.rows) if self._most > 0 else 0):
+            return
+        self.finish()
+        reasons = "; ".join(f"{count:,}: {reason}" for reason, count in source.bad.most_common(_REASONS_SHOWN))
+        raise DataError(
+            "Too many rows of a source cannot be used",
+            where=f"data.sources: {source.name}",
+            found=f"{bad:,} of {source.rows:,} rows. {reasons}",
+            expected=f"at most a share of {self._most:g}, data.max_bad_rows",
+            fix="Correct the rows, name their `columns`, or raise data.max_bad_rows."
+            + (f" {self._keep_in} has {self._which()} with their reasons." if self._keep_in else ""),
+        )
+
+    def _which(self) -> str:
+        cut = self._most_kept is not None and self.number > self._most_kept
+        return f"the first {self._most_kept:,}" if cut else "all of them"
+
+    def finish(self) -> None:
+        """Put the rows that were kept into their file, and remove an older one where there are none."""
+        if self._keep_in is None:
+            return
+        if self._kept is None:
+            self._keep_in.unlink(missing_ok=True)
+            return
+        self._kept.seek(0)
+        self._keep_in.parent.mkdir(parents=True, exist_ok=True)
+        partial = self._keep_in.with_name(f".{self._keep_in.name}.{os.getpid()}")
+        with partial.open("wb") as file:
+            shutil.copyfileobj(self._kept, file)
+        os.replace(partial, self._keep_in)
+
+    def _keep(self, row: SourceRow, bad: BadRow) -> None:
+        if self._kept is None:
+            self._kept = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as this object
+        text = row.text or json.dumps(row.value, ensure_ascii=False, default=str)
+        entry = {"where": bad.where, "reason": bad.reason, "row": text[:_LONGEST]}
+        if len(text) > _LONGEST:
+            entry["row_characters"] = str(len(text))
+        self._kept.write(json.dumps(entry).encode() + b"\n")

@@ -1,0 +1,221 @@
+"""The rows of one source: prompts a plugin ships, a file, a dataset folder, a dataset of the Hub.
+
+Knows how to find a source and read its rows. Does not know what a row has to hold, splits, or other sources.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+from typing import Any, Protocol
+
+from deepspec_core.config.schema import BUILTIN, ROW_FILES, SourceOptions
+from deepspec_core.data.columns import ColumnMap
+from deepspec_core.data.parquet_rows import parquet_columns
+from deepspec_core.data.prepared import check_prepared, is_prepared, prepared_rows
+from deepspec_core.data.row_files import PARQUET, read_rows
+from deepspec_core.data.source_row import MOST_BYTES, SourceRow
+from deepspec_core.data.split import Split
+from deepspec_core.errors import DataError, nearest
+from deepspec_core.hub import say_local_copy, why_unreachable
+
+
+class Registry(Protocol):
+    """The part of deepspec_core.plugins.registry.Registry that sources need."""
+
+    def get(self, kind: str, name: str) -> Any: ...
+
+    def load(self, kind: str, name: str) -> Any: ...
+
+
+def has_splits(source: SourceOptions, base: Path) -> bool:
+    """Whether the source itself says which conversations are held out."""
+    return source.path.startswith(BUILTIN) or is_prepared(base / source.path)
+
+
+def rows_of(
+    source: SourceOptions, split: Split, *, seed: int, base: Path, registry: Registry, own: bool = False
+) -> Iterator[SourceRow]:
+    """Every row of the source, lazily; where the source `has_splits`, the rows of this `split`.
+
+    `own`: the source is what this project wrote itself, where a row may have any length.
+
+    DataError where the source is missing or cannot be read. A row that cannot be read has an error of its own.
+    """
+    if source.path.startswith(BUILTIN):
+        yield from _builtin(source.path, split, seed, registry)
+    elif _is_file(source, base):
+        yield from _file(base / source.path, None if own else MOST_BYTES)
+    elif is_prepared(base / source.path):
+        yield from prepared_rows(base / source.path, split)
+    else:
+        yield from _dataset(source, base)
+
+
+def check_source(source: SourceOptions, *, base: Path, registry: Registry) -> None:
+    """DataError where the source is not there, or known to lack a column that it names.
+
+    No row is read; of a Hub dataset only what describes it is.
+    """
+    if source.path.startswith(BUILTIN):
+        _offered_prompts(source.path, registry)
+    elif _is_file(source, base):
+        if not (base / source.path).is_file():
+            raise _missing(base / source.path)
+        if source.columns and source.path.endswith(PARQUET):
+            columns_of(source).check(parquet_columns(base / source.path))
+    elif is_prepared(base / source.path):
+        check_prepared(base / source.path)
+    else:
+        dataset = _open_dataset(source, base, look_only=True)
+        if source.columns:
+            columns_of(source).check(_columns_known(dataset))
+
+
+def columns_of(source: SourceOptions) -> ColumnMap:
+    """The source's own names for the parts of a conversation."""
+    return ColumnMap(source.columns, f"columns of {source.path}")
+
+
+def _columns_known(dataset: Any) -> tuple[str, ...] | None:
+    """The names of the columns of a dataset or of its builder, where they are known before rows are read."""
+    features = getattr(dataset, "features", None) or dataset.info.features
+    return None if features is None else tuple(features)
+
+
+def on_hub(source: SourceOptions, base: Path) -> bool:
+    """Whether reading the source means asking the Hub."""
+    return not (source.path.startswith(BUILTIN) or source.path.endswith(ROW_FILES) or (base / source.path).is_dir())
+
+
+def hub_commit(source: SourceOptions, base: Path) -> str:
+    """The commit of a dataset on the Hub that is read; offline, that of the local copy."""
+    commit: str = _open_dataset(source, base, look_only=True).hash
+    return commit
+
+
+def _is_file(source: SourceOptions, base: Path) -> bool:
+    """Whether the source's name is that of a file of rows. Some programs write folders under such names."""
+    return source.path.endswith(ROW_FILES) and not (base / source.path).is_dir()
+
+
+def _builtin(path: str, split: Split, seed: int, registry: Registry) -> Iterator[SourceRow]:
+    name = _offered_prompts(path, registry)
+    for number, row in enumerate(registry.load("builtin", name)(split, seed=seed), start=1):
+        yield SourceRow(f"{path}:{number}", row)
+
+
+def _offered_prompts(path: str, registry: Registry) -> str:
+    """The name of the builtin. DataError where it offers no prompts."""
+    name = path.removeprefix(BUILTIN)
+    spec = registry.get("builtin", name)
+    if spec.kind != "prompts":
+        raise DataError(
+            "This builtin is not a source of conversations",
+            where=f"data.sources: {path}",
+            found=f"a {spec.kind}",
+            expected="a builtin that offers prompts",
+            fix="See `deepspec plugins` for those that are installed.",
+        )
+    return name
+
+
+def _file(path: Path, most_bytes: int | None) -> Iterator[SourceRow]:
+    if not path.is_file():
+        raise _missing(path)
+    yield from read_rows(path, most_bytes=most_bytes)
+
+
+def _missing(path: Path) -> DataError:
+    folder = path.parent
+    if folder.is_dir():
+        close = nearest(path.name, [entry.name for entry in folder.iterdir()])
+        fix = f"Is {close!r} meant?" if close else None
+    else:
+        fix = f"The folder {folder} does not exist either."
+    return DataError("A source of conversations is missing", where=path, expected="a file or a folder", fix=fix)
+
+
+def _dataset(source: SourceOptions, base: Path) -> Iterator[SourceRow]:
+    """A dataset folder, or a dataset on the Hub."""
+    rows = iter(_open_dataset(source, base))
+    for number in count(1):
+        with _dataset_errors(source):
+            row = next(rows, None)
+        if row is None:
+            return
+        yield SourceRow(f"{source.path}:{number}", row)
+
+
+def _open_dataset(source: SourceOptions, base: Path, *, look_only: bool = False) -> Any:
+    """Its rows, lazily. `look_only`: of what is not saved yet only its builder, no rows. DataError either way.
+
+    A folder is streamed: a copy that `datasets` keeps is told by the files' times only, and may be of older content. A
+    dataset of the Hub is streamed where only a part of it is wanted.
+    """
+    local = base / source.path
+    if local.is_file():
+        raise DataError(
+            "A source is neither a file of rows nor a dataset folder",
+            where=local,
+            expected=f"a name ending in {', '.join(ROW_FILES)}",
+        )
+    if not local.is_dir() and (source.path.count("/") != 1 or source.path.startswith((".", "/", "~"))):
+        raise _missing(local)
+    import datasets
+
+    split = source.split or "train"
+    problem = None if local.is_dir() else why_unreachable()
+    with _dataset_errors(source, problem):
+        if (local / "dataset_dict.json").is_file():
+            rows = datasets.load_from_disk(str(local))[split]
+            _require_inside(local, {split: [file["filename"] for file in rows.cache_files]})
+        elif (local / "dataset_info.json").is_file():
+            rows = datasets.load_from_disk(str(local))
+            _require_inside(local, {split: [file["filename"] for file in rows.cache_files]})
+        else:
+            name = str(local) if local.is_dir() else source.path
+            if look_only or local.is_dir():
+                builder = datasets.load_dataset_builder(name)
+                if local.is_dir():
+                    _require_inside(local, builder.config.data_files or {})
+                if look_only:
+                    return builder
+            rows = datasets.load_dataset(name, split=split, streaming=local.is_dir() or source.limit is not None)
+    if not local.is_dir():
+        say_local_copy(source.path)
+    return rows
+
+
+def _require_inside(folder: Path, files: Mapping[str, Iterable[str]]) -> None:
+    """DataError where a dataset folder names data that lies elsewhere: nobody would see it change."""
+    root = os.path.abspath(folder)
+    for path in (path for paths in files.values() for path in paths):
+        if not os.path.abspath(path).startswith(root + os.sep):
+            raise DataError(
+                "A dataset folder names data outside the folder",
+                where=folder,
+                found=path,
+                expected="files in that folder",
+                fix="Put the files there, or name them in data.sources themselves.",
+            )
+
+
+@contextmanager
+def _dataset_errors(source: SourceOptions, problem: str | None = None) -> Iterator[None]:
+    """DataError for what `datasets` raises. `problem` is a better reason, where one is known."""
+    import datasets
+
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(
+            "A dataset cannot be read",
+            where=f"data.sources: {source.path}",
+            found=problem or f"{type(error).__name__}: {error}",
+            expected=f"split {source.split or 'train'!r} of a dataset folder or of a dataset on the Hub",
+            fix="Check the name, the split and the connection; offline, download it first and give its folder.",
+        ) from error
