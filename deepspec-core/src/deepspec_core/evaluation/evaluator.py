@@ -19,6 +19,7 @@ from deepspec_core.contracts.target import TargetModel
 from deepspec_core.decoding.engine import Clock, Completion, Request, Round, decode
 from deepspec_core.errors import DataError, StageError
 from deepspec_core.evaluation.metrics import pool
+from deepspec_core.evaluation.reliability import judged, reliability
 from deepspec_core.journal import Journal
 from deepspec_core.progress import Progress
 
@@ -122,8 +123,13 @@ def _of_other_results(head: Mapping[str, Any], own: Mapping[str, Any], journal: 
     return None
 
 
-def summarise(groups: Sequence[Group], *, seed: int) -> dict[str, Any]:
-    """The figures of one task at one temperature: pooled metrics, times, speed-up, and prompts whose outputs differ."""
+def summarise(groups: Sequence[Group], *, seed: int, confidence_threshold: float = 0.0) -> dict[str, Any]:
+    """The figures of one task at one temperature: pooled metrics, times, speed-up, and prompts whose outputs differ.
+
+    "confidence" says how well the draft's confidence foretells acceptance. It is missing where the draft gives none,
+    and where a threshold cut proposals: the tokens that it kept are not a fair sample. DataError if confidences do not
+    fit.
+    """
     completions = [completion for group in groups for completion in group.completions]
     summary: dict[str, Any] = pool(completions, seed=seed).as_json()
     summary["speculative"] = _total([group.speculative for group in groups])
@@ -133,6 +139,9 @@ def summarise(groups: Sequence[Group], *, seed: int) -> dict[str, Any]:
         ratios = [_speed(fast) / _speed(slow) for fast, slow in plain if slow and slow.tokens and fast.tokens]
         summary["speedup"] = summary["speculative"]["tokens_per_second"] / summary["plain"]["tokens_per_second"]
         summary["speedup_median_of_groups"] = statistics.median(ratios)
+    rounds = judged(completions) if confidence_threshold == 0 else None
+    if rounds is not None:
+        summary["confidence"] = reliability(rounds).as_json()
     summary["mismatches"] = [identifier for group in groups for identifier in group.mismatches]
     return summary
 
@@ -209,7 +218,9 @@ def _group_of(entry: dict[str, Any], expected: Sequence[Sequence[Request]], wher
             n for done in group.completions for r in done.rounds for n in (r.proposal_length, r.acceptance_length)
         ]
         ids = [token for done in group.completions for token in done.output_ids]
-        problem = None if all(type(number) is int for number in (*counts, *ids)) else "numbers that are none"
+        logits = [logit for done in group.completions for r in done.rounds for logit in r.confidence or ()]
+        numbers = all(type(number) is int for number in (*counts, *ids)) and all(type(one) is float for one in logits)
+        problem = None if numbers else "numbers that are none"
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         problem = f"{type(error).__name__}: {error}"
     else:

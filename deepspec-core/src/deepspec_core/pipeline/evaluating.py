@@ -68,7 +68,7 @@ def run_stage(run: Run) -> dict[str, Any]:
                     "task": task,
                     "temperature": temperature,
                     **({"thinking": thinking} if both else {}),
-                    **summarise(groups, seed=options.seed),
+                    **summarise(groups, seed=options.seed, confidence_threshold=options.confidence_threshold),
                     "prompts_too_long": too_long,
                     "prompts_digest": digest,
                 }
