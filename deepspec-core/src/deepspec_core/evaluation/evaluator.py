@@ -21,6 +21,7 @@ from deepspec_core.errors import DataError, StageError
 from deepspec_core.evaluation.metrics import pool
 from deepspec_core.evaluation.reliability import judged, reliability
 from deepspec_core.journal import Journal
+from deepspec_core.json_lines import read_json_lines
 from deepspec_core.progress import Progress
 
 MIN_GROUPS = 5
@@ -100,6 +101,27 @@ def evaluate(
             log.append(asdict(done[-1]))
     log.close()
     return done
+
+
+def recorded(journal: Path) -> tuple[str, list[Group]]:
+    """The digest of the prompts of a journal, and all groups in it. The file is only read.
+
+    DataError if a line of it is damaged; StageError if there is no such file.
+    """
+    if not journal.is_file():
+        raise StageError(
+            "The rounds of an evaluation are missing", where=journal, fix="Evaluate again with --force evaluate."
+        )
+    rows = list(read_json_lines(journal))
+    head = rows[0][1] if rows else None
+    if not isinstance(head, dict) or not isinstance(head.get("prompts"), str):
+        raise DataError(
+            "A line of a journal is damaged",
+            where=f"{journal}:1",
+            expected="the digest of the prompts",
+            fix="Evaluate again with --force evaluate.",
+        )
+    return head["prompts"], [_group_of(entry, None, where) for where, entry in rows[1:]]
 
 
 def _of_other_results(head: Mapping[str, Any], own: Mapping[str, Any], journal: Path) -> StageError | None:
@@ -210,8 +232,11 @@ def _speed(timing: Timing) -> float:
     return timing.tokens / timing.wall
 
 
-def _group_of(entry: dict[str, Any], expected: Sequence[Sequence[Request]], where: str) -> Group:
-    """The group that a line of the journal records. `expected`: its requests, none where there is no such group."""
+def _group_of(entry: dict[str, Any], expected: Sequence[Sequence[Request]] | None, where: str) -> Group:
+    """The group that a line of the journal records.
+
+    `expected` has its requests, and is empty where there is no such group; None if they are not known.
+    """
     try:
         group = _from_json(entry)
         counts = [
@@ -224,8 +249,9 @@ def _group_of(entry: dict[str, Any], expected: Sequence[Sequence[Request]], wher
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         problem = f"{type(error).__name__}: {error}"
     else:
-        asked = [[(request.id, request.prompt_ids) for request in requests] for requests in expected]
-        if problem is None and asked != [[(done.id, done.prompt_ids) for done in group.completions]]:
+        found = [[(done.id, done.prompt_ids) for done in group.completions]]
+        asked = [[(one.id, one.prompt_ids) for one in requests] for requests in expected or ()]
+        if problem is None and expected is not None and asked != found:
             problem = "other prompts than those of its place"
     if problem is not None:
         raise DataError(

@@ -12,7 +12,7 @@ Legend: N rounds, K positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -41,14 +41,13 @@ class Judged:
     survived: np.ndarray
     sample: np.ndarray
 
-    def of_samples(self, chosen: Callable[[np.ndarray], np.ndarray]) -> Judged:
-        """The rounds of some samples. `chosen` takes the sample of each round [N] and gives booleans [N]."""
-        rows = chosen(self.sample)
+    def of_rounds(self, chosen: np.ndarray) -> Judged:
+        """Some of the rounds. `chosen` [N] has a boolean for each."""
         return Judged(
-            logits=self.logits[rows],
-            proposed=self.proposed[rows],
-            survived=self.survived[rows],
-            sample=self.sample[rows],
+            logits=self.logits[chosen],
+            proposed=self.proposed[chosen],
+            survived=self.survived[chosen],
+            sample=self.sample[chosen],
         )
 
 

@@ -106,11 +106,11 @@ def reliability_rows(name: str, temperature: float, found: Mapping[str, Any]) ->
             f"{position['rounds']:,}",
             f"{100 * position['confidence']:.1f}",
             f"{100 * position['accepted']:.1f}",
-            *map(_figure, (position["ece"], position["brier"], position["auroc"])),
+            *map(figure, (position["ece"], position["brier"], position["auroc"])),
         ]
         for k, position in enumerate(found["positions"])
     ]
-    figures = map(_figure, (found["ece"], found["brier"], found["auroc"]))
+    figures = map(figure, (found["ece"], found["brier"], found["auroc"]))
     return [*rows, [name, f"{temperature:g}", "all", "", "", "", *figures]]
 
 
@@ -137,7 +137,8 @@ def _reliability(report: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _figure(value: float | None) -> str:
+def figure(value: float | None) -> str:
+    """Three decimals; a dash where there is no figure."""
     return "-" if value is None else f"{value:.3f}"
 
 
