@@ -5,17 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import re
 from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-
-from deepspec_core import __version__
 from deepspec_core.checkpoints.inspection import Parameters
 from deepspec_core.checkpoints.opening import check_same_target, draft_adapter, resolve_draft
 from deepspec_core.checkpoints.published import load_draft
@@ -32,6 +27,7 @@ from deepspec_core.evaluation.report import markdown
 from deepspec_core.evaluation.requests import requests_of_prompts
 from deepspec_core.evaluation.tasks import HELD_OUT_QUOTA, load_task, task_digest, task_name
 from deepspec_core.pipeline import contents
+from deepspec_core.pipeline.machine import machine_of
 from deepspec_core.pipeline.run import Run
 from deepspec_core.targets.opening import fingerprint
 
@@ -64,7 +60,7 @@ def run_stage(run: Run) -> dict[str, Any]:
                 journal=_journal(run, journal_names[task], temperature, thinking),
                 prompts_digest=digest,
                 what=f"evaluate {task} at temperature {temperature:g}{_mode(both, thinking)}",
-                machine=_machine(run),
+                machine=machine_of(run.target.device),
             )
             results.append(
                 {
@@ -270,22 +266,9 @@ def _report(
             "system_prompt": run.file.data.system_prompt,
             "thinking": run.file.regenerate.thinking,
         },
-        "machine": _machine(run),
+        "machine": machine_of(run.target.device),
         "plugins": run.plugins.versions(),
         "results": results,
-    }
-
-
-def _machine(run: Run) -> dict[str, Any]:
-    """What decides how fast this process decodes."""
-    cuda = run.target.device.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name(run.target.device) if cuda else platform.machine(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "deepspec-core": __version__,
     }
 
 
