@@ -57,36 +57,44 @@ class RecordedRounds:
             "rounds": sum(len(completion.rounds) for completion in self.completions),
         }
 
+    def require_uncut(self) -> None:
+        """StageError if a threshold cut the proposals: what the draft would have proposed further is not recorded."""
+        self._require_without(
+            "confidence_threshold", self.report["settings"].get("confidence_threshold"), "threshold 0"
+        )
+
+    def require_unscaled(self) -> None:
+        """StageError if a calibration scaled the recorded confidences already."""
+        self._require_without("calibration", self.report["draft"].get("calibration"), "no calibration")
+
     def judged(self) -> Judged:
         """The rounds with the draft's own confidences. CheckpointError if the draft gives none.
 
-        StageError if a threshold cut the proposals, or a calibration changed the confidences: both are no longer the
-        draft's own. DataError if there is no round.
+        StageError if the rounds were cut or scaled, or no token was proposed.
         """
-        draft, settings = self.report["draft"], self.report["settings"]
         found = judged(self.completions)
         if found is None and any(completion.rounds for completion in self.completions):
             raise CheckpointError(
                 "this draft gives no confidence to calibrate",
                 where=self.folder / METRICS,
-                found=f"a {draft.get('algorithm')} draft whose rounds have no confidences",
+                found=f"a {self.report['draft'].get('algorithm')} draft whose rounds have no confidences",
                 expected="a draft with a confidence head",
             )
-        for what, value, fix in (
-            ("confidence_threshold", settings.get("confidence_threshold"), "Evaluate with a threshold of 0."),
-            ("calibration", draft.get("calibration"), "Evaluate without a calibration."),
-        ):
-            if value:
-                raise StageError(
-                    "The confidences of these rounds are not those of the draft alone",
-                    where=self.folder / METRICS,
-                    found=f"[evaluate] {what} = {value}",
-                    expected="rounds that were decoded without one",
-                    fix=f"{fix} Use another run.output to keep these results.",
-                )
+        self.require_uncut()
+        self.require_unscaled()
         if found is None or not found.proposed.any():
             raise StageError("No round has a proposed token", where=self.folder / METRICS, fix=_AGAIN)
         return found
+
+    def _require_without(self, what: str, value: object, instead: str) -> None:
+        if value:
+            raise StageError(
+                "The confidences of these rounds are not those of the draft alone",
+                where=self.folder / METRICS,
+                found=f"[evaluate] {what} = {value}",
+                expected=f"rounds that were decoded with {instead}",
+                fix="Evaluate with that, and another run.output to keep these results.",
+            )
 
 
 def recorded_rounds(folder: Path, *, tasks: Sequence[str] = (), temperature: float | None = None) -> RecordedRounds:
