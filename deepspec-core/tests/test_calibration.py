@@ -71,6 +71,13 @@ def test_calibrated_confidences_err_less_also_on_samples_left_out() -> None:
     assert found.after_left_out.ece != found.after.ece
 
 
+def test_a_temperature_at_the_end_of_the_grid_is_named() -> None:
+    assert fitted(drawn([1.0, 1.0]), 2).at_the_edge == ()
+    logits = np.tile([5.0, -1.0], (40, 1))
+    survived = np.tile([True, False], (40, 1))
+    assert fitted(rounds_of(logits, survived), 2).at_the_edge == (2,)
+
+
 def test_one_sample_leaves_none_out() -> None:
     whole = drawn([1.0], rounds=50)
     assert fitted(rounds_of(whole.logits, whole.survived, samples=1), 1).after_left_out is None

@@ -43,6 +43,13 @@ def calibrate(run: str, tasks: tuple[str, ...], temperature: float | None, block
     if found.unseen:
         positions = ", ".join(map(str, found.unseen))
         click.echo(f"Warning: no round proposed a token at position {positions}: the temperature there is 1.", err=True)
+    if found.fitted.at_the_edge:
+        positions = ", ".join(map(str, found.fitted.at_the_edge))
+        click.echo(
+            f"Warning: the temperature at position {positions} is at the end of the grid. Confidences there hardly "
+            "foretell acceptance, or the rounds are too few.",
+            err=True,
+        )
     for path in found.written:
         click.echo(f"wrote {path}")
 

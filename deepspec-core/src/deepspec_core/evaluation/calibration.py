@@ -34,6 +34,11 @@ class Fitted:
     after: Reliability
     after_left_out: Reliability | None
 
+    @property
+    def at_the_edge(self) -> tuple[int, ...]:
+        """The positions, from 1, whose temperature is an end of the grid: a better one may lie beyond."""
+        return tuple(k for k, one in enumerate(self.temperatures, start=1) if one in (GRID[0], GRID[-1]))
+
 
 def fitted(rounds: Judged, positions: int) -> Fitted:
     """Fit so many positions, and judge the result."""
