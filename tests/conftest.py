@@ -1,6 +1,7 @@
 """What tests across packages share: a finished small run of the quickstart; the built-in target and drafts for it; tiny
 targets and drafts of every kind."""
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -92,6 +93,26 @@ def drafts(target: Target, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         draft.adopt(target.model.embedding_weight(), target.model.head_weight())
         save_draft(draft, target.adapter, folder / name)
     return {name: folder / name for name in ("dflash", "dspark", "eagle3")}
+
+
+@pytest.fixture(scope="session")
+def judged_run(drafts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an evaluation of a draft that judges its own tokens, at T = 0 and T = 1. Weights are as drawn."""
+    folder = tmp_path_factory.mktemp("judged")
+    task = folder / "task.jsonl"
+    task.write_text("".join(json.dumps({"turns": [f"What is {n} + {n + 1}?"]}) + "\n" for n in range(6)))
+    asked = ["--draft", str(drafts["dspark"]), "--target", "builtin:tiny-qwen3", "--task", str(task)]
+    small = ["--temperature", "0", "--temperature", "1", "--max-new-tokens", "12", "--batch-size", "3"]
+    assert main(["evaluate", *asked, *small, "--out", str(folder / "run")]) == 0
+    return folder / "run"
+
+
+@pytest.fixture
+def judged_copy(judged_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same to change, in the working directory."""
+    shutil.copytree(judged_run, tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "run"
 
 
 @frozen(kw_only=True)

@@ -71,6 +71,7 @@ DEFAULTS = EvaluateOptions()
     show_default=True,
     help="End a proposal before its first token whose confidence is below this.",
 )
+@click.option("--calibration", metavar="FILE", help="What `deepspec calibrate` wrote for this draft.")
 @click.option("--thinking", is_flag=True, help="Ask in the target's thinking mode.")
 @click.option("--chat-template", metavar="FILE", help="A Jinja file in place of the target's own chat template.")
 @click.option("--dtype", type=click.Choice(DTYPES), help="Default: float32 on CPU, bfloat16 elsewhere.")
@@ -86,6 +87,7 @@ def evaluate(
     max_new_tokens: int,
     batch_size: int,
     confidence_threshold: float,
+    calibration: str | None,
     thinking: bool,
     chat_template: str | None,
     dtype: str | None,
@@ -113,6 +115,7 @@ def evaluate(
         limit=limit,
         confidence_threshold=confidence_threshold,
         draft=draft,
+        calibration=calibration,
     )
     asked = TargetOptions(model=target, layers=(), dtype=dtype, chat_template=chat_template)
     file = _run_file(run_options, asked, thinking, evaluated, plugins)

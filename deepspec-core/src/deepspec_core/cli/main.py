@@ -39,6 +39,7 @@ COMMANDS = {
     "generate": "generate:generate",
     "diagnose": "diagnose:diagnose",
     "calibrate": "calibrate:calibrate",
+    "profile": "profile:profile",
     "simulate": "simulate:simulate",
     "checkpoint": "checkpoint:checkpoint",
     "export": "export:export",

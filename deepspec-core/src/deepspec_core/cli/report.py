@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from deepspec_core.cli.options import no_plugin
+from deepspec_core.cli.run_folder import run_folder
 from deepspec_core.errors import StageError
 from deepspec_core.evaluation.metrics_file import NAME as METRICS
 from deepspec_core.evaluation.metrics_file import read_metrics
@@ -30,26 +31,13 @@ def report(places: tuple[str, ...], as_json: bool, output: str | None, blocked: 
     """
     from deepspec_core.evaluation.comparison import compare
 
-    comparison = compare(_runs([_folder(place, blocked) for place in places]))
+    comparison = compare(_runs([run_folder(place, blocked) for place in places]))
     if as_json:
         _put(json.dumps(comparison.as_json(), indent=1) + "\n", output)
     elif output is not None:
         _put(comparison.markdown(), output)
     else:
         _show(comparison)
-
-
-def _folder(place: str, blocked: tuple[str, ...]) -> Path:
-    """A run's folder, from itself or from its run file."""
-    path = Path(place)
-    if path.is_dir() or path.suffix != ".toml":
-        return path
-    from deepspec_core.config.load import load_run_file
-    from deepspec_core.pipeline.run import Run
-    from deepspec_core.plugins.discovery import load_plugins
-
-    plugins = load_plugins(blocked=blocked)
-    return Run(file=load_run_file(path, plugins=plugins), path=path, plugins=plugins).folder
 
 
 def _runs(folders: Sequence[Path]) -> list[Run]:

@@ -323,6 +323,7 @@ class EvaluateOptions:
     confidence_threshold: A proposal ends before its first token whose confidence is lower; 0 cuts nothing. For drafts
         with a confidence head.
     draft: A draft checkpoint to evaluate (directory or Hub id) in place of the run's own.
+    calibration: A file that `deepspec calibrate` wrote for this draft. The draft's confidences are scaled by it.
     """
 
     tasks: tuple[str, ...] = (HELD_OUT,)
@@ -334,6 +335,7 @@ class EvaluateOptions:
     plain: bool = True
     confidence_threshold: float = field(default=0.0, validator=real(0.0, 1.0))
     draft: str | None = None
+    calibration: str | None = None
 
 
 @frozen(kw_only=True)

@@ -1,4 +1,4 @@
-"""Ending a proposal at its first token of low confidence. Knows a proposal. Does not know proposers or verification.
+"""Ending a proposal early, as at its first token of low confidence. Knows a proposal. Does not know proposers.
 
 Legend: B slots, K draft tokens at most.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from attrs import evolve
+from torch import Tensor
 
 from deepspec_core.contracts.proposer import Proposal
 from deepspec_core.errors import ConfigError
@@ -27,12 +28,16 @@ def cut(proposal: Proposal, threshold: float) -> Proposal:
             expected="a draft with a confidence head, or a threshold of 0",
         )
     sure_BK = (proposal.confidence.float().sigmoid() >= threshold).long()
-    lengths_B = torch.minimum(proposal.lengths, sure_BK.cumprod(1).sum(1))
+    return shortened(proposal, torch.minimum(proposal.lengths, sure_BK.cumprod(1).sum(1)))
+
+
+def shortened(proposal: Proposal, lengths_B: Tensor) -> Proposal:
+    """The first lengths[b] tokens of each slot, at most as many as it proposes. Columns that none needs are dropped."""
     width = int(lengths_B.max())
     return evolve(
         proposal,
         tokens=proposal.tokens[:, :width],
         lengths=lengths_B,
         probabilities=None if proposal.probabilities is None else proposal.probabilities[:, :width],
-        confidence=proposal.confidence[:, :width],
+        confidence=None if proposal.confidence is None else proposal.confidence[:, :width],
     )

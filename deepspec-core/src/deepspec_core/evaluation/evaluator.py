@@ -19,7 +19,9 @@ from deepspec_core.contracts.target import TargetModel
 from deepspec_core.decoding.engine import Clock, Completion, Request, Round, decode
 from deepspec_core.errors import DataError, StageError
 from deepspec_core.evaluation.metrics import pool
+from deepspec_core.evaluation.reliability import judged, reliability
 from deepspec_core.journal import Journal
+from deepspec_core.json_lines import read_json_lines
 from deepspec_core.progress import Progress
 
 MIN_GROUPS = 5
@@ -101,6 +103,27 @@ def evaluate(
     return done
 
 
+def recorded(journal: Path) -> tuple[str, list[Group]]:
+    """The digest of the prompts of a journal, and all groups in it. The file is only read.
+
+    DataError if a line of it is damaged; StageError if there is no such file.
+    """
+    if not journal.is_file():
+        raise StageError(
+            "The rounds of an evaluation are missing", where=journal, fix="Evaluate again with --force evaluate."
+        )
+    rows = list(read_json_lines(journal))
+    head = rows[0][1] if rows else None
+    if not isinstance(head, dict) or not isinstance(head.get("prompts"), str):
+        raise DataError(
+            "A line of a journal is damaged",
+            where=f"{journal}:1",
+            expected="the digest of the prompts",
+            fix="Evaluate again with --force evaluate.",
+        )
+    return head["prompts"], [_group_of(entry, None, where) for where, entry in rows[1:]]
+
+
 def _of_other_results(head: Mapping[str, Any], own: Mapping[str, Any], journal: Path) -> StageError | None:
     """Why the groups of a journal with this head cannot stand beside this process's own."""
     if head.get("prompts") != own["prompts"]:
@@ -122,8 +145,13 @@ def _of_other_results(head: Mapping[str, Any], own: Mapping[str, Any], journal: 
     return None
 
 
-def summarise(groups: Sequence[Group], *, seed: int) -> dict[str, Any]:
-    """The figures of one task at one temperature: pooled metrics, times, speed-up, and prompts whose outputs differ."""
+def summarise(groups: Sequence[Group], *, seed: int, confidence_threshold: float = 0.0) -> dict[str, Any]:
+    """The figures of one task at one temperature: pooled metrics, times, speed-up, and prompts whose outputs differ.
+
+    "confidence" says how well the draft's confidence foretells acceptance. It is missing where the draft gives none,
+    and where a threshold cut proposals: the tokens that it kept are not a fair sample. DataError if confidences do not
+    fit.
+    """
     completions = [completion for group in groups for completion in group.completions]
     summary: dict[str, Any] = pool(completions, seed=seed).as_json()
     summary["speculative"] = _total([group.speculative for group in groups])
@@ -133,6 +161,9 @@ def summarise(groups: Sequence[Group], *, seed: int) -> dict[str, Any]:
         ratios = [_speed(fast) / _speed(slow) for fast, slow in plain if slow and slow.tokens and fast.tokens]
         summary["speedup"] = summary["speculative"]["tokens_per_second"] / summary["plain"]["tokens_per_second"]
         summary["speedup_median_of_groups"] = statistics.median(ratios)
+    rounds = judged(completions) if confidence_threshold == 0 else None
+    if rounds is not None:
+        summary["confidence"] = reliability(rounds).as_json()
     summary["mismatches"] = [identifier for group in groups for identifier in group.mismatches]
     return summary
 
@@ -201,20 +232,26 @@ def _speed(timing: Timing) -> float:
     return timing.tokens / timing.wall
 
 
-def _group_of(entry: dict[str, Any], expected: Sequence[Sequence[Request]], where: str) -> Group:
-    """The group that a line of the journal records. `expected`: its requests, none where there is no such group."""
+def _group_of(entry: dict[str, Any], expected: Sequence[Sequence[Request]] | None, where: str) -> Group:
+    """The group that a line of the journal records.
+
+    `expected` has its requests, and is empty where there is no such group; None if they are not known.
+    """
     try:
         group = _from_json(entry)
         counts = [
             n for done in group.completions for r in done.rounds for n in (r.proposal_length, r.acceptance_length)
         ]
         ids = [token for done in group.completions for token in done.output_ids]
-        problem = None if all(type(number) is int for number in (*counts, *ids)) else "numbers that are none"
+        logits = [logit for done in group.completions for r in done.rounds for logit in r.confidence or ()]
+        numbers = all(type(number) is int for number in (*counts, *ids)) and all(type(one) is float for one in logits)
+        problem = None if numbers else "numbers that are none"
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         problem = f"{type(error).__name__}: {error}"
     else:
-        asked = [[(request.id, request.prompt_ids) for request in requests] for requests in expected]
-        if problem is None and asked != [[(done.id, done.prompt_ids) for done in group.completions]]:
+        found = [[(done.id, done.prompt_ids) for done in group.completions]]
+        asked = [[(one.id, one.prompt_ids) for one in requests] for requests in expected or ()]
+        if problem is None and expected is not None and asked != found:
             problem = "other prompts than those of its place"
     if problem is not None:
         raise DataError(

@@ -93,6 +93,55 @@ def _by_context(report: Mapping[str, Any]) -> list[str]:
     return ["", "## Accepted length by tokens of context (rounds)", "", *markdown_table(headings, rows)]
 
 
+RELIABILITY_HEADINGS = ("task", "T", "position", "rounds", "confidence, %", "accepted, %", "ECE", "Brier", "AUROC")
+
+
+def reliability_rows(name: str, temperature: float, found: Mapping[str, Any]) -> list[list[str]]:
+    """A row for each position of `found` (Reliability.as_json) under RELIABILITY_HEADINGS, and one of all together."""
+    rows = [
+        [
+            name,
+            f"{temperature:g}",
+            str(k + 1),
+            f"{position['rounds']:,}",
+            f"{100 * position['confidence']:.1f}",
+            f"{100 * position['accepted']:.1f}",
+            *map(figure, (position["ece"], position["brier"], position["auroc"])),
+        ]
+        for k, position in enumerate(found["positions"])
+    ]
+    figures = map(figure, (found["ece"], found["brier"], found["auroc"]))
+    return [*rows, [name, f"{temperature:g}", "all", "", "", "", *figures]]
+
+
+def _reliability(report: Mapping[str, Any]) -> list[str]:
+    """A table of how well confidences foretell acceptance, where there are any."""
+    threshold = report["settings"].get("confidence_threshold", 0)
+    title = ["", "## Confidence beside acceptance", ""]
+    if threshold > 0:
+        return [*title, f"Not judged, because proposals were cut at a confidence of {threshold:g}."]
+    rows = [
+        row
+        for result in report["results"]
+        if result.get("confidence")
+        for row in reliability_rows(task_of(result), result["temperature"], result["confidence"])
+    ]
+    if not rows:
+        return []
+    return [
+        *title,
+        "Confidence is the draft's probability that all tokens up to a position are accepted; beside it the share of "
+        "rounds in which they were. ECE has 20 bins of equal width. Figures of all positions are weighted by rounds.",
+        "",
+        *markdown_table(RELIABILITY_HEADINGS, rows),
+    ]
+
+
+def figure(value: float | None) -> str:
+    """Three decimals; a dash where there is no figure."""
+    return "-" if value is None else f"{value:.3f}"
+
+
 def _cell(bucket: Mapping[str, Any] | None) -> str:
     return "-" if bucket is None else f"{bucket['acceptance_length']:.2f} ({bucket['rounds']:,})"
 
@@ -140,6 +189,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         parts = [f"{100 * timing[part] / timing['wall']:.0f}" for part in ("prefill", "draft", "verify", "host")]
         lines.append(f"| {task_of(result)} | {result['temperature']:g} | " + " | ".join(parts) + " |")
     lines += _by_context(report)
+    lines += _reliability(report)
     lines += ["", "## Checks", ""]
     for result in report["results"]:
         name = f"{task_of(result)} at temperature {result['temperature']:g}"

@@ -165,7 +165,10 @@ def _evaluation(
             prompts_digest="",
             what=f"evaluate {task} at temperature {temperature:g}",
         )
-    figures = {**summarise(groups, seed=options.seed), "prompts_too_long": too_long}
+    figures = {
+        **summarise(groups, seed=options.seed, confidence_threshold=options.confidence_threshold),
+        "prompts_too_long": too_long,
+    }
     low, high = figures["acceptance_length_interval"]
     return Evaluation(
         task=task,

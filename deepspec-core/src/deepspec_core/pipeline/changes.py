@@ -91,6 +91,11 @@ def _look_up(run: Run, name: str, resuming: bool) -> Callable[[], str | None]:
         from deepspec_core.pipeline.evaluating import draft_digest
 
         return lambda: draft_digest(run)
+    if name == contents.CALIBRATION and run.file.evaluate.calibration is not None:
+        from deepspec_core.digests import digest_of
+
+        calibration = run.base / run.file.evaluate.calibration
+        return lambda: digest_of(calibration)
     if found := re.fullmatch(re.escape(contents.SOURCE).replace(r"\{\}", r"(\d+)"), name):
         return lambda: run.data.source_digest(int(found[1]), ask_hub=resuming)
     prefix, suffix = contents.TASK.split("{}")

@@ -17,6 +17,7 @@ DRAFT: Final = "the draft"
 OWN_DRAFT: Final = "the run's finished draft"
 SPLIT: Final = "the rule that splits conversations"
 SOURCE: Final = "the content of data.sources[{}]"
+CALIBRATION: Final = "the file of evaluate.calibration"
 TASK: Final = "the content of the task {}"
 
 

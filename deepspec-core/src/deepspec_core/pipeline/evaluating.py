@@ -5,31 +5,29 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-
-from deepspec_core import __version__
 from deepspec_core.checkpoints.inspection import Parameters
 from deepspec_core.checkpoints.opening import check_same_target, draft_adapter, resolve_draft
 from deepspec_core.checkpoints.published import load_draft
-from deepspec_core.contracts.draft import DraftModel
+from deepspec_core.contracts.draft import DraftDescription, DraftModel
 from deepspec_core.contracts.proposer import Sampling
 from deepspec_core.contracts.target import TargetAdapter
 from deepspec_core.data.thinking import modes
+from deepspec_core.decoding.calibrated import CalibratedProposer
 from deepspec_core.decoding.engine import Request
-from deepspec_core.errors import DataError, StageError
+from deepspec_core.errors import CheckpointError, DataError, StageError
+from deepspec_core.evaluation.calibration_file import Calibration, read_calibration
 from deepspec_core.evaluation.evaluator import Decoding, evaluate, summarise
 from deepspec_core.evaluation.report import markdown
 from deepspec_core.evaluation.requests import requests_of_prompts
 from deepspec_core.evaluation.tasks import HELD_OUT_QUOTA, load_task, task_digest, task_name
 from deepspec_core.pipeline import contents
+from deepspec_core.pipeline.machine import machine_of
 from deepspec_core.pipeline.run import Run
 from deepspec_core.plugins.notices import notify
 from deepspec_core.targets.opening import fingerprint
@@ -48,6 +46,7 @@ def run_stage(run: Run) -> dict[str, Any]:
             where=draft_folder,
             fix="Another process writes it: wait for that, and run again.",
         )
+    calibration = calibration_of(run, draft.describe(), revision)
     journal_names = journals(options.tasks)
     results = []
     for task, thinking in product(options.tasks, modes(run.file.regenerate.thinking)):
@@ -55,26 +54,26 @@ def run_stage(run: Run) -> dict[str, Any]:
         digest = _digest(requests)
         both = not isinstance(run.file.regenerate.thinking, bool)
         for temperature in options.temperature:
-            decoding = _decoding(run, draft, requests, temperature)
+            decoding = _decoding(run, draft, calibration, requests, temperature)
             groups = evaluate(
                 requests,
                 decoding,
                 journal=_journal(run, journal_names[task], temperature, thinking),
                 prompts_digest=digest,
                 what=f"evaluate {task} at temperature {temperature:g}{_mode(both, thinking)}",
-                machine=_machine(run),
+                machine=machine_of(run.target.device),
             )
             results.append(
                 {
                     "task": task,
                     "temperature": temperature,
                     **({"thinking": thinking} if both else {}),
-                    **summarise(groups, seed=options.seed),
+                    **summarise(groups, seed=options.seed, confidence_threshold=options.confidence_threshold),
                     "prompts_too_long": too_long,
                     "prompts_digest": digest,
                 }
             )
-    report = _report(run, draft, draft_folder, revision, results)
+    report = _report(run, draft, draft_folder, revision, calibration, results)
     _write(run.folder / "metrics.json", json.dumps(report, indent=1) + "\n")
     _write(run.folder / "report.md", markdown(report))
     notify(run.plugins.manager, "deepspec_evaluation_finished", run=run, report=report)
@@ -94,9 +93,17 @@ def journal_files(run: Run) -> list[Path]:
 
 def _journal(run: Run, name: str, temperature: float, thinking: bool) -> Path:
     both = not isinstance(run.file.regenerate.thinking, bool)
-    return (
-        run.stage_folder("evaluate") / f"{name}-t{_exact(temperature)}{'-thinking' if both and thinking else ''}.jsonl"
-    )
+    return run.stage_folder("evaluate") / _journal_name(name, temperature, both and thinking)
+
+
+def journal_of(folder: Path, result: Mapping[str, Any]) -> Path:
+    """The journal of one of the results of metrics.json, in a run's folder."""
+    name = _file_name(result["task"])
+    return folder / "evaluate" / _journal_name(name, result["temperature"], result.get("thinking", False))
+
+
+def _journal_name(name: str, temperature: float, thinking: bool) -> str:
+    return f"{name}-t{_exact(temperature)}{'-thinking' if thinking else ''}.jsonl"
 
 
 def _mode(both: bool, thinking: bool) -> str:
@@ -135,7 +142,7 @@ def _draft_folder(run: Run) -> Path:
 
 def journals(tasks: Sequence[str]) -> dict[str, str]:
     """The name of each task's files. DataError if two tasks would have the same."""
-    names = {task: re.sub(r"[^\w.-]", "_", task_name(task)) for task in tasks}
+    names = {task: _file_name(task) for task in tasks}
     shared = [task for task, name in names.items() if list(names.values()).count(name) > 1]
     if shared or len(names) < len(tasks):
         raise DataError(
@@ -145,6 +152,10 @@ def journals(tasks: Sequence[str]) -> dict[str, str]:
             fix="Name each task once, and give files different names.",
         )
     return names
+
+
+def _file_name(task: str) -> str:
+    return re.sub(r"[^\w.-]", "_", task_name(task))
 
 
 def requests_of(run: Run, task: str, *, thinking: bool) -> tuple[list[Request], int]:
@@ -178,12 +189,37 @@ def _digest(requests: Sequence[Request]) -> str:
     return hashlib.sha256(json.dumps([request.prompt_ids for request in requests]).encode()).hexdigest()
 
 
-def _decoding(run: Run, draft: DraftModel, requests: Sequence[Request], temperature: float) -> Decoding:
+def calibration_of(run: Run, draft: DraftDescription, revision: str) -> Calibration | None:
+    """What [evaluate] calibration names, for the draft with this digest; None if it names nothing.
+
+    CheckpointError if the draft gives no confidence, or the file is missing, edited or of another draft.
+    """
+    named = run.file.evaluate.calibration
+    if named is None:
+        return None
+    if draft.gives_confidence is False:
+        raise CheckpointError(
+            "this draft gives no confidence to calibrate",
+            where="[evaluate] calibration",
+            found=f"a {draft.algorithm} draft",
+            expected="a draft with a confidence head, or no calibration",
+        )
+    found = read_calibration(run.base / named, draft_revision=revision, positions=draft.max_tokens)
+    run.reads.content(contents.CALIBRATION, found.digest)
+    return found
+
+
+def _decoding(
+    run: Run, draft: DraftModel, calibration: Calibration | None, requests: Sequence[Request], temperature: float
+) -> Decoding:
     options, architecture = run.file.evaluate, run.target.architecture
     longest = max(len(request.prompt_ids) for request in requests)
+    proposer = draft.proposer()
+    if calibration is not None:
+        proposer = CalibratedProposer(proposer, calibration.temperatures)
     return Decoding(
         target=run.target.model,
-        proposer=draft.proposer(),
+        proposer=proposer,
         sampling=Sampling(temperature=temperature),
         stop_ids=architecture.stop_token_ids,
         max_new_tokens=options.max_new_tokens,
@@ -195,7 +231,12 @@ def _decoding(run: Run, draft: DraftModel, requests: Sequence[Request], temperat
 
 
 def _report(
-    run: Run, draft: DraftModel, draft_folder: Path, revision: str, results: list[dict[str, Any]]
+    run: Run,
+    draft: DraftModel,
+    draft_folder: Path,
+    revision: str,
+    calibration: Calibration | None,
+    results: list[dict[str, Any]],
 ) -> dict[str, Any]:
     description, architecture = draft.describe(), run.target.architecture
     sizes = Parameters.of(draft)
@@ -205,6 +246,7 @@ def _report(
             "algorithm": description.algorithm,
             "checkpoint": run.file.evaluate.draft or os.path.relpath(draft_folder, run.folder),
             "revision": revision,
+            "calibration": None if calibration is None else calibration.digest,
             "parameters": sizes.trained + sizes.frozen,
             "trainable_parameters": sizes.trained,
             "num_layers": description.num_layers,
@@ -225,22 +267,9 @@ def _report(
             "system_prompt": run.file.data.system_prompt,
             "thinking": run.file.regenerate.thinking,
         },
-        "machine": _machine(run),
+        "machine": machine_of(run.target.device),
         "plugins": run.plugins.versions(),
         "results": results,
-    }
-
-
-def _machine(run: Run) -> dict[str, Any]:
-    """What decides how fast this process decodes."""
-    cuda = run.target.device.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name(run.target.device) if cuda else platform.machine(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "deepspec-core": __version__,
     }
 
 

@@ -1,0 +1,133 @@
+"""`deepspec simulate RUN --profile FILE`: throughput against speed for a user, by policy of verification."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from deepspec_core.cli.options import no_plugin
+from deepspec_core.cli.run_folder import run_folder
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from deepspec_core.evaluation.simulation import Outcome
+
+RESULT = "simulation.json"
+
+
+@click.command()
+@click.argument("run", metavar="RUN")
+@click.option("--profile", "profile", required=True, metavar="FILE", help="What `deepspec profile` measured.")
+@click.option(
+    "--requests",
+    type=click.IntRange(min=1),
+    multiple=True,
+    help="Concurrent requests. Repeatable. Default: all that were profiled.",
+)
+@click.option(
+    "--threshold",
+    "thresholds",
+    type=click.FloatRange(0, 1),
+    multiple=True,
+    default=(0.3, 0.5, 0.7),
+    show_default=True,
+    help="Static confidence thresholds. Repeatable.",
+)
+@click.option("--task", "tasks", multiple=True, metavar="TASK", help="Replay these rounds. Repeatable. Default: all.")
+@click.option(
+    "--temperature", type=click.FloatRange(min=0), help="Replay rounds at this one. Default: the highest evaluated."
+)
+@click.option("--calibration", metavar="FILE", help="What `deepspec calibrate` wrote for this draft.")
+@click.option(
+    "--draft-ms",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="Milliseconds that the draft takes in each step.",
+)
+@click.option("--out", metavar="FILE", help=f"Where the result goes. Default: {RESULT} in the run's folder.")
+@no_plugin
+def simulate(
+    run: str,
+    profile: str,
+    requests: tuple[int, ...],
+    thresholds: tuple[float, ...],
+    tasks: tuple[str, ...],
+    temperature: float | None,
+    calibration: str | None,
+    draft_ms: float,
+    out: str | None,
+    blocked: tuple[str, ...],
+) -> None:
+    """Replay the rounds of an evaluation at concurrent requests under a cost table.
+
+    Compares no speculation, fixed numbers of verified tokens, static thresholds, the hardware-aware scheduler and its
+    asynchronous form, and an oracle that knows what will be accepted. RUN is a run's folder or its run file. No model
+    is loaded. The table shows the best fixed number and the best threshold; the file has all.
+    """
+    from rich.console import Console
+
+    from deepspec_core.disk import full_disk_is_an_error, why_not_writable
+    from deepspec_core.errors import ConfigError
+    from deepspec_core.evaluation.sealed_json import write_json
+    from deepspec_core.pipeline.simulating import simulate as replay
+
+    folder = run_folder(run, blocked)
+    place = folder / RESULT if out is None else Path(out)
+    if (problem := why_not_writable(place.parent)) is not None:
+        raise ConfigError("the result cannot be written there", where=place, found=problem)
+    found = replay(
+        folder,
+        Path(profile),
+        requests=requests,
+        thresholds=thresholds,
+        tasks=tasks,
+        temperature=temperature,
+        calibration=None if calibration is None else Path(calibration),
+        draft_seconds=draft_ms / 1000,
+    )
+    with full_disk_is_an_error(place.parent):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        write_json(place, found.as_json())
+    console = Console(width=None if Console().is_terminal else 160)
+    console.print(_table(found.outcomes))
+    if not found.confidences:
+        click.echo("This draft gives no confidences: thresholds and schedulers are left out.")
+    if draft_ms == 0:
+        click.echo("The draft's time is not counted; --draft-ms adds it.")
+    click.echo(f"wrote {place}")
+
+
+def _table(outcomes: Sequence[Outcome]) -> Table:
+    from deepspec_core.evaluation.report import table
+
+    rows = []
+    for load in dict.fromkeys(outcome.requests for outcome in outcomes):
+        own = [outcome for outcome in outcomes if outcome.requests == load]
+        plain = next(outcome for outcome in own if outcome.policy == "none")
+        rows += [_row(outcome, plain.tokens_per_second) for outcome in _shown(own)]
+    headings = ("requests", "policy", "tok/s", "tok/s a user", "speed-up", "tokens a step", "verified a step")
+    return table("Simulated throughput", headings, rows, left=("policy",))
+
+
+def _shown(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """Of the fixed numbers and of the thresholds only the best."""
+    speed: Callable[[Outcome], float] = lambda outcome: outcome.tokens_per_second  # noqa: E731
+    kinds = dict.fromkeys(outcome.policy.split()[0] for outcome in outcomes)
+    return [max((one for one in outcomes if one.policy.split()[0] == kind), key=speed) for kind in kinds]
+
+
+def _row(outcome: Outcome, plain: float) -> list[str]:
+    return [
+        str(outcome.requests),
+        outcome.policy,
+        f"{outcome.tokens_per_second:,.1f}",
+        f"{outcome.tokens_per_second_per_user:,.1f}",
+        f"{outcome.tokens_per_second / plain:.2f}x",
+        f"{outcome.tokens_per_step:.2f}",
+        f"{outcome.verified_per_step:.2f}",
+    ]

@@ -1,0 +1,142 @@
+"""A cost table: how many steps a second a target takes, by concurrent requests and tokens in the batch.
+
+Knows the table's file and how values between measured ones are found. Does not measure.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any, Final
+
+from attrs import asdict, frozen
+
+from deepspec_core.decoding.profiling import Step
+from deepspec_core.errors import ConfigError, StageError
+from deepspec_core.evaluation.sealed_json import read_sealed, write_json, write_sealed
+
+FORM: Final = "deepspec-cost-table"
+VERSION: Final = 1
+_FIX: Final = "Measure it with `deepspec profile TARGET`."
+_POSITIVE: Final = ("seconds", "lower_quartile", "upper_quartile")
+_COUNTS: Final = ("requests", "tokens", "repeats")
+
+
+@frozen(kw_only=True)
+class CostTable:
+    """Measured steps of one target. Every batch size has a step of one token a request, and longer ones."""
+
+    steps: tuple[Step, ...]
+    about: Mapping[str, Any]
+
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        """The numbers of requests that were measured, ascending."""
+        return tuple(sorted({step.requests for step in self.steps}))
+
+    def seconds(self, requests: int, tokens: int) -> float:
+        """The time of a step of so many requests with `tokens` in all, linear between the nearest measured steps.
+
+        ConfigError if this number of requests was not measured, or `tokens` lie beyond its measured steps.
+        """
+        row = sorted((step.tokens, step.seconds) for step in self.steps if step.requests == requests)
+        if not row:
+            raise ConfigError(
+                "the cost table has no step of so many requests",
+                found=f"{requests}",
+                expected=", ".join(map(str, self.batch_sizes)),
+                fix="Choose one of these, or profile the target at this batch size.",
+            )
+        if not row[0][0] <= tokens <= row[-1][0]:
+            raise ConfigError(
+                "the cost table has no step of so many tokens",
+                found=f"{tokens} tokens of {requests} requests",
+                expected=f"{row[0][0]} to {row[-1][0]}",
+                fix="Profile the target with as many draft tokens as the draft proposes (--draft-tokens).",
+            )
+        at = bisect_left(row, (tokens, 0.0))
+        (above, slow) = row[at]
+        if above == tokens:
+            return slow
+        below, fast = row[at - 1]
+        return fast + (slow - fast) * (tokens - below) / (above - below)
+
+    def steps_per_second(self, requests: int, tokens: int) -> float:
+        """1 / seconds."""
+        return 1 / self.seconds(requests, tokens)
+
+
+def write_cost_table(path: Path, steps: Sequence[Step], about: Mapping[str, Any]) -> Path:
+    """Write the table, and beside it the same by tokens alone, as SGLang reads it. Returns the second path.
+
+    `about` says the target ("model", "revision", "dtype"), the machine and the settings.
+    """
+    rows = [{**asdict(step), "steps_per_second": 1 / step.seconds} for step in steps]
+    write_sealed(path, {**about, "steps": rows}, form=FORM, version=VERSION)
+    by_tokens = sorted({step.tokens for step in steps})
+    served = path.with_name(f"{path.stem}.sglang.json")
+    write_json(
+        served,
+        {
+            "sample_batch_tokens": by_tokens,
+            # Several batch sizes may have the same number of tokens.
+            "sample_steps_per_sec": [
+                1 / median(step.seconds for step in steps if step.tokens == tokens) for tokens in by_tokens
+            ],
+            "max_batch_tokens": by_tokens[-1],
+        },
+    )
+    return served
+
+
+def read_cost_table(path: Path, *, target: Mapping[str, Any]) -> CostTable:
+    """The table of this target, which has "model", "revision" and "dtype" as in metrics.json.
+
+    StageError if the file is missing, damaged, edited, or of another target or number format.
+    """
+    found = read_sealed(path, form=FORM, version=VERSION, what="the cost table", kind=StageError, fix=_FIX)
+    own = found.get("target")
+    own = own if isinstance(own, dict) else {}
+    for name, what in (("revision", "another target"), ("dtype", "the target in another number format")):
+        if own.get(name) != target.get(name):
+            raise StageError(
+                f"the cost table is of {what}",
+                where=path,
+                found=f"{own.get('model')}, {name} {str(own.get(name))[:16]}",
+                expected=f"{target.get('model')}, {name} {str(target.get(name))[:16]}",
+                fix=_FIX,
+            )
+    rows = found.get("steps")
+    steps = [_step(row, path) for row in rows] if isinstance(rows, list) else []
+    pairs = {(step.requests, step.tokens) for step in steps}
+    sizes = {step.requests for step in steps}
+    if not steps or len(pairs) < len(steps) or any((size, size) not in pairs for size in sizes):
+        raise StageError(
+            "the cost table is incomplete",
+            where=f"{path}: steps",
+            found=f"{len(steps)} steps, {len(pairs)} of them different",
+            expected="for every batch size a step of one token a request, each step once",
+            fix=_FIX,
+        )
+    about = {key: value for key, value in found.items() if key != "steps"}
+    return CostTable(steps=tuple(steps), about=about)
+
+
+def _step(row: Any, path: Path) -> Step:
+    fields = row if isinstance(row, dict) else {}
+    times = [fields.get(name) for name in _POSITIVE]
+    counts = [fields.get(name) for name in _COUNTS]
+    whole = all(type(count) is int and count > 0 for count in counts)
+    real = all(type(one) is float and math.isfinite(one) and one > 0 for one in times)
+    if not (whole and real) or fields["tokens"] < fields["requests"]:
+        raise StageError(
+            "a step of the cost table makes no sense",
+            where=f"{path}: steps",
+            found=repr(row)[:120],
+            expected="seconds above 0, and at least one token a request",
+            fix=_FIX,
+        )
+    return Step(**{name: fields[name] for name in (*_COUNTS, *_POSITIVE)})

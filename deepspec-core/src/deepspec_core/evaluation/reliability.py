@@ -1,0 +1,198 @@
+"""How well a draft's confidence foretells verification: ECE, Brier score and AUROC of each proposal position.
+
+A token's confidence is the probability that it is accepted, given that all tokens before it are. What is judged is the
+product of the confidences up to a position, beside whether verification accepted every token up to there. A position
+after the first rejected token has not been verified by itself, but its prefix is known not to have survived. A position
+that was not proposed, or stands after an accepted stop token, has no label and does not count.
+
+Knows recorded rounds. Does not know drafts, and does not change a confidence.
+
+Legend: N rounds, K positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from attrs import asdict, frozen
+
+from deepspec_core.decoding.engine import Completion
+from deepspec_core.errors import DataError
+
+# Equal widths on [0, 1]. A bin has its lower edge and not its upper one; the last has both.
+ECE_BINS = 20
+AUROC_BINS = 1000
+
+
+@frozen(kw_only=True, eq=False)
+class Judged:
+    """Rounds whose proposals were judged by their draft.
+
+    logits: [N, K] fp64, 0 where nothing was proposed.
+    proposed: [N, K], which positions have a label.
+    survived: [N, K], whether the tokens up to this position were accepted.
+    sample: [N], which completion a round belongs to.
+    """
+
+    logits: np.ndarray
+    proposed: np.ndarray
+    survived: np.ndarray
+    sample: np.ndarray
+
+    def of_rounds(self, chosen: np.ndarray) -> Judged:
+        """Some of the rounds. `chosen` [N] has a boolean for each."""
+        return Judged(
+            logits=self.logits[chosen],
+            proposed=self.proposed[chosen],
+            survived=self.survived[chosen],
+            sample=self.sample[chosen],
+        )
+
+
+@frozen(kw_only=True)
+class Bin:
+    """The rounds whose confidence lies in one of the ECE_BINS bins, the first being 0. Means over these rounds."""
+
+    index: int
+    rounds: int
+    confidence: float
+    accepted: float
+
+
+@frozen(kw_only=True)
+class PositionReliability:
+    """One position. `confidence` is the mean product of confidences, `accepted` the share of prefixes that survived.
+
+    ece: The mean of |confidence - accepted| over the bins, weighted by their rounds.
+    brier: The mean squared difference of the confidence and 0 or 1.
+    auroc: The probability that a surviving prefix has a higher confidence than another one, equal ones counting half
+        (histogram of AUROC_BINS bins). None where all survived, or none did.
+    bins: Bins without rounds are left out.
+    """
+
+    rounds: int
+    accepted: float
+    confidence: float
+    ece: float
+    brier: float
+    auroc: float | None
+    bins: tuple[Bin, ...]
+
+
+@frozen(kw_only=True)
+class Reliability:
+    """All positions, and their means weighted by rounds. None where no position has the figure."""
+
+    ece: float | None
+    brier: float | None
+    auroc: float | None
+    positions: tuple[PositionReliability, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {"ece_bins": ECE_BINS, "auroc_bins": AUROC_BINS, **asdict(self)}
+
+
+def judged(completions: Sequence[Completion]) -> Judged | None:
+    """The rounds of finished sequences with their labels; None if the draft gave no confidence.
+
+    DataError if a round has other than one finite confidence for each of its tokens.
+    """
+    rounds = [(sample, r) for sample, completion in enumerate(completions) for r in completion.rounds]
+    if all(r.confidence is None for _, r in rounds):
+        return None
+    width = max(r.proposal_length for _, r in rounds)
+    logits_NK = np.zeros((len(rounds), width))
+    for row, (sample, r) in enumerate(rounds):
+        given = () if r.confidence is None else r.confidence
+        logits_NK[row, : len(given)] = given
+        if len(given) != r.proposal_length or not np.isfinite(logits_NK[row]).all():
+            raise DataError(
+                "A round's confidences do not fit its proposal",
+                where=f"the sample {completions[sample].id}",
+                found=f"{list(given)} for {r.proposal_length} tokens"[:200],
+                expected="a finite number for each token",
+                fix="Look at the draft's confidence head, then evaluate again with --force evaluate.",
+            )
+    at_K = np.arange(width)
+    return Judged(
+        logits=logits_NK,
+        proposed=at_K < np.array([r.proposal_length for _, r in rounds])[:, None],
+        survived=at_K < np.array([r.accepted_draft_length for _, r in rounds])[:, None],
+        sample=np.array([sample for sample, _ in rounds]),
+    )
+
+
+def survival(logits_NK: np.ndarray, temperatures_K: Sequence[float] | np.ndarray | None = None) -> np.ndarray:
+    """The product of sigmoid(logit / temperature) up to each position, [N, K]. Without temperatures they are 1."""
+    scaled_NK = logits_NK if temperatures_K is None else logits_NK / np.asarray(temperatures_K)
+    # log sigmoid(x) = -log(1 + exp(-x)), without overflow.
+    survival_NK: np.ndarray = np.exp(-np.logaddexp(0.0, -scaled_NK)).cumprod(axis=1)
+    return survival_NK
+
+
+def reliability(rounds: Judged, temperatures_K: Sequence[float] | np.ndarray | None = None) -> Reliability:
+    """The figures of all positions, of confidences scaled by `temperatures_K` [K] if there are any."""
+    confidence_NK = survival(rounds.logits, temperatures_K)
+    positions = tuple(
+        _position(confidence_NK[rounds.proposed[:, k], k], rounds.survived[rounds.proposed[:, k], k])
+        for k in range(confidence_NK.shape[1])
+    )
+    return Reliability(
+        ece=_weighted([(p.ece, p.rounds) for p in positions]),
+        brier=_weighted([(p.brier, p.rounds) for p in positions]),
+        auroc=_weighted([(p.auroc, p.rounds) for p in positions if p.auroc is not None]),
+        positions=positions,
+    )
+
+
+def ece(confidence_N: np.ndarray, survived_N: np.ndarray) -> float:
+    """The expected calibration error of probabilities [N] beside booleans [N]. There is at least one."""
+    index_N = _bin_of(confidence_N, ECE_BINS)
+    # n_b / N * |mean confidence - mean label| = |sum of confidences - number of labels| / N.
+    gaps = np.bincount(index_N, weights=confidence_N - survived_N, minlength=ECE_BINS)
+    return float(np.abs(gaps).sum() / len(confidence_N))
+
+
+def auroc(confidence_N: np.ndarray, survived_N: np.ndarray) -> float | None:
+    """The area under the ROC curve of probabilities [N] beside booleans [N]; None if all booleans are alike."""
+    index_N = _bin_of(confidence_N, AUROC_BINS)
+    positive = np.bincount(index_N[survived_N], minlength=AUROC_BINS)
+    negative = np.bincount(index_N[~survived_N], minlength=AUROC_BINS)
+    pairs = int(positive.sum()) * int(negative.sum())
+    if not pairs:
+        return None
+    below = negative.cumsum() - negative
+    return float((positive * (below + negative / 2)).sum() / pairs)
+
+
+def _position(confidence_N: np.ndarray, survived_N: np.ndarray) -> PositionReliability:
+    index_N = _bin_of(confidence_N, ECE_BINS)
+    return PositionReliability(
+        rounds=len(confidence_N),
+        accepted=float(survived_N.mean()),
+        confidence=float(confidence_N.mean()),
+        ece=ece(confidence_N, survived_N),
+        brier=float(((confidence_N - survived_N) ** 2).mean()),
+        auroc=auroc(confidence_N, survived_N),
+        bins=tuple(
+            Bin(
+                index=int(index),
+                rounds=int((index_N == index).sum()),
+                confidence=float(confidence_N[index_N == index].mean()),
+                accepted=float(survived_N[index_N == index].mean()),
+            )
+            for index in np.unique(index_N)
+        ),
+    )
+
+
+def _bin_of(confidence_N: np.ndarray, bins: int) -> np.ndarray:
+    return np.minimum((confidence_N * bins).astype(np.int64), bins - 1)
+
+
+def _weighted(values: Sequence[tuple[float, int]]) -> float | None:
+    total = sum(weight for _, weight in values)
+    return sum(value * weight for value, weight in values) / total if total else None

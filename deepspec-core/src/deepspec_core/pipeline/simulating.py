@@ -1,0 +1,127 @@
+"""`deepspec simulate`: what policies of verification would make of an evaluation's rounds at several loads.
+
+Knows a run's folder, cost tables and calibrations by their files. The replay is in evaluation/simulation.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from attrs import asdict, evolve, frozen
+
+from deepspec_core.decoding.engine import Completion
+from deepspec_core.digests import digest_of
+from deepspec_core.errors import CheckpointError, StageError
+from deepspec_core.evaluation.calibration_file import read_calibration
+from deepspec_core.evaluation.cost_table import CostTable, read_cost_table
+from deepspec_core.evaluation.reliability import judged
+from deepspec_core.evaluation.simulation import Outcome, policies, replay, replayable
+from deepspec_core.pipeline.recorded_rounds import RecordedRounds, recorded_rounds
+
+VERSION = 1
+
+
+@frozen(kw_only=True)
+class Simulation:
+    """The outcomes by number of requests, then policy, and what they were made from, in plain JSON types.
+
+    `confidences` is False where the draft gives none. Policies that need them are then missing.
+    """
+
+    outcomes: tuple[Outcome, ...]
+    confidences: bool
+    made_from: dict[str, Any]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {
+            "version": VERSION,
+            **self.made_from,
+            "confidences": self.confidences,
+            "results": [asdict(outcome) for outcome in self.outcomes],
+        }
+
+
+def simulate(
+    folder: Path,
+    profile: Path,
+    *,
+    requests: Sequence[int],
+    thresholds: Sequence[float],
+    tasks: Sequence[str],
+    temperature: float | None,
+    calibration: Path | None,
+    draft_seconds: float,
+) -> Simulation:
+    """Replay at each number of `requests`, all of the table if none is given.
+
+    StageError for a cost table of another target, rounds that were cut by a threshold, or nothing to replay.
+    ConfigError for loads that were not profiled. CheckpointError for a calibration of another draft or without
+    confidences.
+    """
+    rounds = recorded_rounds(folder, tasks=tasks, temperature=temperature)
+    rounds.require_uncut()
+    table = read_cost_table(profile, target=rounds.report["target"])
+    samples = replayable(rounds.completions)
+    if not samples:
+        raise StageError("No sample has a round to replay", where=folder, fix="Evaluate with more tokens or prompts.")
+    confidences = judged(samples) is not None
+    if calibration is not None:
+        samples = _scaled(samples, rounds, calibration, confidences)
+    # Tokens after an accepted stop token are not recorded, so a proposal may have been longer than its round says.
+    longest = max(one.proposal_length for sample in samples for one in sample.rounds)
+    outcomes = []
+    for load in requests or table.batch_sizes:
+        seconds = _seconds(table, load, longest)
+        for name, make in policies(longest, thresholds, confidences=confidences).items():
+            found = replay(
+                samples, make(), name, requests=load, seconds=seconds.__getitem__, draft_seconds=draft_seconds
+            )
+            outcomes.append(found)
+    made_from = {
+        "run": rounds.report["run"],
+        "draft": {name: rounds.report["draft"].get(name) for name in ("algorithm", "revision", "calibration")},
+        "target": dict(rounds.report["target"]),
+        "rounds": rounds.provenance(),
+        "cost_table": {"digest": digest_of(profile), **table.about},
+        "calibration": None if calibration is None else digest_of(calibration),
+        "draft_seconds": draft_seconds,
+    }
+    return Simulation(outcomes=tuple(outcomes), confidences=confidences, made_from=made_from)
+
+
+def _seconds(table: CostTable, requests: int, longest: int) -> dict[int, float]:
+    """The time of a step by its tokens, for all numbers of tokens that there can be. ConfigError if one is unknown."""
+    return {tokens: table.seconds(requests, tokens) for tokens in range(requests, requests * (longest + 1) + 1)}
+
+
+def _scaled(samples: Sequence[Completion], rounds: RecordedRounds, path: Path, confidences: bool) -> list[Completion]:
+    """The samples with confidences scaled by the calibration of this file."""
+    if not confidences:
+        raise CheckpointError(
+            "this draft gives no confidence to calibrate",
+            where=rounds.folder,
+            found=f"a {rounds.report['draft'].get('algorithm')} draft whose rounds have no confidences",
+            expected="a draft with a confidence head, or no calibration",
+        )
+    rounds.require_unscaled()
+    revision = str(rounds.report["draft"].get("revision"))
+    fitted = read_calibration(path, draft_revision=revision, positions=rounds.positions)
+    return [
+        evolve(
+            sample,
+            rounds=tuple(
+                evolve(
+                    one,
+                    confidence=tuple(
+                        logit / temperature
+                        for logit, temperature in zip(one.confidence or (), fitted.temperatures, strict=False)
+                    ),
+                )
+                for one in sample.rounds
+            ),
+        )
+        for sample in samples
+    ]
