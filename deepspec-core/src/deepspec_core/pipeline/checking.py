@@ -18,7 +18,7 @@ from deepspec_core.pipeline.run import Run
 from deepspec_core.pipeline.stages import Step
 
 if TYPE_CHECKING:
-    from deepspec_core.contracts.draft import DraftDescription
+    from deepspec_core.contracts.draft import DraftDescription, DraftModel
 
 log = logging.getLogger("deepspec")
 
@@ -51,15 +51,15 @@ def check_before(run: Run, steps: Sequence[Step]) -> None:
     if _first_reader(run) in todo:
         _room_for_answers(run)
     confidence: bool | None = None
-    description: DraftDescription | None = None
+    draft: DraftModel | None = None
     if "train" in run.file.run.stages:
         from deepspec_core.pipeline.trying import try_draft, try_training
         from deepspec_core.pipeline.trying_finished import try_finished
 
         draft, tried = try_draft(run)
-        confidence, description = tried.gives_confidence, draft.describe()
+        confidence = tried.gives_confidence
         if todo - {"export"}:
-            _mask_token(run, description)
+            _mask_token(run, draft.describe())
         if "train" in todo:
             try_training(run, draft)
             try_finished(run, draft)
@@ -75,9 +75,9 @@ def check_before(run: Run, steps: Sequence[Step]) -> None:
     if "evaluate" in todo:
         _evaluation(run, confidence)
     if "export" in todo:
-        from deepspec_core.pipeline.exporting import check_servable, own_description
+        from deepspec_core.pipeline.exporting import check_servable, facts_before, facts_of_finished
 
-        check_servable(run, description or own_description(run))
+        check_servable(run, facts_of_finished(run) if draft is None else facts_before(run, draft))
 
 
 def _lengths(run: Run) -> None:
