@@ -23,12 +23,17 @@ _READY = "ready"
 _ENOUGH_BYTES = 12 << 30
 
 
-def environment(name: str, *requirements: str, without: Sequence[str] = (), module: str) -> Path:
+def environment(
+    name: str, *requirements: str, without: Sequence[str] = (), known_as: str | None = None, module: str
+) -> Path:
     """The interpreter of an environment that has these packages, built where it is not there.
 
-    `without`: packages that are removed again. `module`: what must import. Skips the test where pip fails.
+    `without`: packages that are removed again. `known_as`: another name and version, such as "vllm 0.32.0", under which
+    a package looks itself up. `module`: what must import. Skips the test where pip fails.
     """
-    key = hashlib.sha256("\n".join([sys.version, *requirements, *without, module]).encode()).hexdigest()[:12]
+    key = hashlib.sha256(
+        "\n".join([sys.version, *requirements, *without, known_as or "", module]).encode()
+    ).hexdigest()[:12]
     folder = _CACHE / f"{name}-{key}"
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
@@ -41,6 +46,8 @@ def environment(name: str, *requirements: str, without: Sequence[str] = (), modu
             _pip(folder, "install", *requirements)
             if without:
                 _pip(folder, "uninstall", "--yes", *without)
+            if known_as is not None:
+                _name(folder, *known_as.split())
             _ask(folder, module)
             (folder / _READY).touch()
     return folder / "venv" / "bin" / "python"
@@ -67,6 +74,13 @@ def _pip(folder: Path, *arguments: str) -> None:
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["no message"]
         pytest.skip(f"packages cannot be had: pip {' '.join(arguments)}: {lines[-1]}")
+
+
+def _name(folder: Path, name: str, version: str) -> None:
+    (packages,) = (folder / "venv" / "lib").glob("python3*/site-packages")
+    info = packages / f"{name}-{version}.dist-info"
+    info.mkdir(exist_ok=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
 
 
 def _ask(folder: Path, module: str) -> None:
