@@ -59,7 +59,8 @@ def test_a_format_is_written_whole_and_once(
 
 def test_an_interrupted_export_is_written_again(finished_copy: Path, offer: Any) -> None:
     offer(write=f"{COPY}; import os; (out / 'half').touch(); os._exit(9)")
-    environment = {"PYTHONPATH": str(finished_copy.parents[1] / "site")}
+    paths = [str(finished_copy.parents[1] / "site"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {"PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, "-m", "deepspec_core", *_arguments(finished_copy)]
     done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, check=False)
     assert done.returncode == 9
@@ -73,8 +74,11 @@ def test_an_interrupted_export_is_written_again(finished_copy: Path, offer: Any)
 @pytest.mark.parametrize(
     ("answers", "says"),
     [
-        ({"unservable": '"it has no " + description.algorithm'}, ("cannot be exported to plain", "it has no dflash")),
-        ({"unservable": "description.heads"}, ("cannot say whether it holds the draft", "_writer.py:7")),
+        (
+            {"unservable": '"it has no " + facts.description.algorithm'},
+            ("cannot be exported to plain", "it has no dflash"),
+        ),
+        ({"unservable": "facts.heads"}, ("cannot say whether it holds the draft", "_writer.py:7")),
         ({"writer": ""}, ("'plain (dflash)'", "cannot be loaded")),
         ({"writer": "class Writer:\n    pass\n"}, ("is no exporter", "unservable")),
         ({"writer": FAILS_TO_BUILD}, ("cannot be built", "no engine")),

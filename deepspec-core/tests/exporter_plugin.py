@@ -17,10 +17,10 @@ import json
 from safetensors.torch import save_file
 
 class Writer:
-    def unservable(self, description):
+    def unservable(self, facts):
         return {unservable}
 
-    def write(self, draft, out):
+    def write(self, draft, facts, out):
         {write}
 """
 COPY = (

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from attrs import frozen
 
-from deepspec_core.contracts.draft import DraftDescription, DraftModel
-from deepspec_core.contracts.export import Exporter
+from deepspec_core.contracts.draft import DraftModel
+from deepspec_core.contracts.export import Exporter, ExportFacts
 from deepspec_core.disk import no_room
 from deepspec_core.errors import DeepSpecError, ExportError, PluginError
 from deepspec_core.plugins.references import blame
@@ -45,10 +45,10 @@ class Format:
             )
         return cls(name=name, package=package, exporter=made)
 
-    def check(self, description: DraftDescription, *, where: str) -> None:
+    def check(self, facts: ExportFacts, *, where: str) -> None:
         """ExportError where the engine cannot serve such a draft. `where` is the key or the option that asks for it."""
         try:
-            reason = self.exporter.unservable(description)
+            reason = self.exporter.unservable(facts)
         except Exception as error:
             raise PluginError(
                 f"the export format {self.name} cannot say whether it holds the draft",
@@ -60,10 +60,10 @@ class Format:
                 f"the draft cannot be exported to {self.name}",
                 where=where,
                 found=reason,
-                fix="Change the draft's options, or leave this format out.",
+                fix="Change the draft's options, or choose another format: `deepspec plugins` lists them.",
             )
 
-    def write(self, draft: DraftModel, out: Path) -> int:
+    def write(self, draft: DraftModel, facts: ExportFacts, out: Path) -> int:
         """Write the folder `out`, which is not there yet, and return its bytes.
 
         What is written gets this name when all of it is there. PluginError where the exporter fails or writes anywhere
@@ -74,16 +74,16 @@ class Format:
         inner = unfinished / out.name
         inner.mkdir(parents=True)
         try:
-            self._write(draft, inner)
+            self._write(draft, facts, inner)
             size = self._check_written(inner)
             inner.rename(out)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
         return size
 
-    def _write(self, draft: DraftModel, folder: Path) -> None:
+    def _write(self, draft: DraftModel, facts: ExportFacts, folder: Path) -> None:
         try:
-            self.exporter.write(draft, folder)
+            self.exporter.write(draft, facts, folder)
         except DeepSpecError:
             raise
         except Exception as error:

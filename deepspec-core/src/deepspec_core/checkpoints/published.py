@@ -29,10 +29,12 @@ from deepspec_core.layers.decoder_layer import DraftLayer
 from deepspec_core.plugins.references import blame, resolve
 from deepspec_core.plugins.registry import Registry
 
-__all__ = ["layer_names", "load_draft", "save_draft"]
+__all__ = ["layer_names", "load_draft", "published_weights", "save_draft"]
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _SHOWN = 8
+# What safetensors calls a type, and what config.json does.
+_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 # Rotary frequencies and the like.
 _CONSTANT_BYTES = 2**26
 # How safetensors calls the dtypes of whole numbers.
@@ -134,6 +136,21 @@ def read_draft_config(directory: Path) -> dict[str, Any]:
         raise CheckpointError(
             "no draft checkpoint there", where=directory, expected=f"a directory with {CONFIG} and {WEIGHTS}"
         ) from None
+
+
+def stored_dtype(directory: Path) -> str:
+    """What the weights of a checkpoint are stored in, as config.json calls it; "float32" if they are of several types.
+
+    CheckpointError where there are none.
+    """
+    found = {_DTYPES.get(dtype, "float32") for dtype in read_header(Path(directory) / WEIGHTS).dtypes.values()}
+    return found.pop() if len(found) == 1 else "float32"
+
+
+def published_weights(draft: DraftModel) -> dict[str, Tensor]:
+    """A draft's weights by their published names, its embedding and lm_head among them."""
+    names = draft.describe().weight_names
+    return {published_name(name, names): tensor.detach() for name, tensor in draft.state_dict().items()}
 
 
 def load_draft(

@@ -38,6 +38,15 @@ def read_metrics(path: Path) -> dict[str, Any]:
     return report
 
 
+def results_of(path: Path, revision: str) -> list[dict[str, Any]]:
+    """The results in the file, if they are of the draft with this fingerprint; none if they are of another.
+
+    As read_metrics raises.
+    """
+    report = read_metrics(path)
+    return list(report["results"]) if report["draft"].get("revision") == revision else []
+
+
 def _damaged(path: Path, found: str) -> StageError:
     return StageError(
         f"{path.name} is damaged", where=path, found=found, expected="the report as it was written", fix=_FIX

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Final
 
 from deepspec_core.data.split import RULE
+from deepspec_core.digests import digests_of
 from deepspec_core.errors import DeepSpecError, StageError
+from deepspec_core.evaluation.metrics_file import NAME as METRICS
 from deepspec_core.pipeline import contents
 from deepspec_core.pipeline.fingerprint import StageRecord, differences, fingerprint, flatten
 from deepspec_core.pipeline.run import Run
@@ -96,6 +98,8 @@ def _look_up(run: Run, name: str, resuming: bool) -> Callable[[], str | None]:
 
         calibration = run.base / run.file.evaluate.calibration
         return lambda: digest_of(calibration)
+    if name == contents.EVALUATION:
+        return lambda: digests_of([run.folder / METRICS])[0]
     if found := re.fullmatch(re.escape(contents.SOURCE).replace(r"\{\}", r"(\d+)"), name):
         return lambda: run.data.source_digest(int(found[1]), ask_hub=resuming)
     prefix, suffix = contents.TASK.split("{}")

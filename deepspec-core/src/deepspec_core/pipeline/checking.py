@@ -19,7 +19,7 @@ from deepspec_core.pipeline.run_data import BAD_ROWS
 from deepspec_core.pipeline.stages import Step
 
 if TYPE_CHECKING:
-    from deepspec_core.contracts.draft import DraftDescription
+    from deepspec_core.contracts.draft import DraftDescription, DraftModel
 
 log = logging.getLogger("deepspec")
 
@@ -54,7 +54,7 @@ def check_before(run: Run, steps: Sequence[Step], *, may_write: bool = True) -> 
     if _first_reader(run) in todo:
         _room_for_answers(run)
     confidence: bool | None = None
-    description: DraftDescription | None = None
+    draft: DraftModel | None = None
     if "train" in run.file.run.stages:
         from deepspec_core.pipeline.trying import try_draft, try_training
         from deepspec_core.pipeline.trying_finished import try_finished
@@ -81,9 +81,9 @@ def check_before(run: Run, steps: Sequence[Step], *, may_write: bool = True) -> 
     if "evaluate" in todo:
         _evaluation(run, confidence)
     if "export" in todo:
-        from deepspec_core.pipeline.exporting import check_servable, own_description
+        from deepspec_core.pipeline.exporting import check_servable, facts_before, facts_of_finished
 
-        check_servable(run, description or own_description(run))
+        check_servable(run, facts_of_finished(run) if draft is None else facts_before(run, draft))
 
 
 def _lengths(run: Run) -> None:

@@ -1,6 +1,7 @@
 """The export stage: the run's draft as serving engines load it, one folder a format.
 
-Knows where a run's exports lie; how one is written is known to checkpoints/exports.py.
+Knows where a run's exports lie, and what a run says of its draft. How an export is written is known to
+checkpoints/exports.py.
 """
 
 from __future__ import annotations
@@ -9,10 +10,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from deepspec_core.checkpoints.export_facts import facts_of, settings_of, target_name
 from deepspec_core.checkpoints.exports import Format, require_free
 from deepspec_core.checkpoints.opening import draft_adapter
-from deepspec_core.checkpoints.published import check_draft, load_draft
-from deepspec_core.contracts.draft import DraftDescription
+from deepspec_core.checkpoints.published import build_empty, check_draft, load_draft, stored_dtype
+from deepspec_core.contracts.draft import DraftModel
+from deepspec_core.contracts.export import ExportFacts
+from deepspec_core.contracts.target import TargetAdapter
+from deepspec_core.digests import digests_of
+from deepspec_core.evaluation.metrics_file import NAME as METRICS
+from deepspec_core.evaluation.metrics_file import results_of
 from deepspec_core.pipeline import contents
 from deepspec_core.pipeline.run import Run
 from deepspec_core.targets.opening import fingerprint
@@ -22,19 +29,21 @@ def run_stage(run: Run) -> dict[str, Any]:
     """Write every format anew. ExportError where an engine cannot serve the draft, or a plugin wrote nothing."""
     folder = run.folder / "draft"
     adapter = draft_adapter(folder, registry=run.plugins.registry)
-    run.reads.content(contents.OWN_DRAFT, fingerprint(folder))
+    digest = fingerprint(folder)
+    run.reads.content(contents.OWN_DRAFT, digest)
     draft = load_draft(folder, registry=run.plugins.registry, adapter=adapter)
-    check_servable(run, draft.describe())
+    facts = _facts(run, draft, adapter, dtype=stored_dtype(folder), results=_results(run, digest))
+    check_servable(run, facts)
     summary = {}
     for name in run.file.export.to:
         out = _folder_of(run, name)
         if out.is_dir() and not out.is_symlink():
             shutil.rmtree(out)
-        summary[name] = _format(run, name).write(draft, out)
+        summary[name] = _format(run, name).write(draft, facts, out)
     return {"folder": str(run.stage_folder("export")), "bytes": summary}
 
 
-def check_servable(run: Run, description: DraftDescription) -> None:
+def check_servable(run: Run, facts: ExportFacts) -> None:
     """ExportError where one of the run's formats cannot hold such a draft, or its place is taken by something else.
 
     PluginError where a plugin does not work.
@@ -43,14 +52,34 @@ def check_servable(run: Run, description: DraftDescription) -> None:
         out = _folder_of(run, name)
         if out.is_symlink() or not out.is_dir():
             require_free(out, fix="Move it away, or choose another run.output.")
-        _format(run, name).check(description, where=f"{run.path}: export.to")
+        _format(run, name).check(facts, where=f"{run.path}: export.to")
 
 
-def own_description(run: Run) -> DraftDescription:
+def facts_before(run: Run, draft: DraftModel) -> ExportFacts:
+    """What is known before training. `draft` is one on fake tensors."""
+    return _facts(run, draft, run.target.draft_adapter)
+
+
+def facts_of_finished(run: Run) -> ExportFacts:
     """What the run's finished draft says of itself. CheckpointError where there is none."""
-    folder = run.folder / "draft"
-    registry = run.plugins.registry
-    return check_draft(folder, registry=registry, adapter=draft_adapter(folder, registry=registry))
+    folder, registry = run.folder / "draft", run.plugins.registry
+    adapter = draft_adapter(folder, registry=registry)
+    check_draft(folder, registry=registry, adapter=adapter)
+    return _facts(run, build_empty(folder, registry=registry, adapter=adapter), adapter, dtype=stored_dtype(folder))
+
+
+def _facts(run: Run, draft: DraftModel, adapter: TargetAdapter, **known: Any) -> ExportFacts:
+    target = target_name(run.file.target.model, base=run.base)
+    return facts_of(draft, adapter, target=target, settings=settings_of(run.file), **known)
+
+
+def _results(run: Run, digest: str) -> list[dict[str, Any]]:
+    """The run's evaluation of this draft; none if the run evaluates nothing, or another draft."""
+    if not run.has("evaluate"):
+        return []
+    path = run.folder / METRICS
+    run.reads.content(contents.EVALUATION, digests_of([path])[0])
+    return results_of(path, digest)
 
 
 def _folder_of(run: Run, name: str) -> Path:

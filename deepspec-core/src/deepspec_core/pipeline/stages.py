@@ -64,7 +64,7 @@ STAGES = {
             shared=True,
         ),
         Stage(name="evaluate", uses=("train",), body="deepspec_core.pipeline.evaluating:run_stage"),
-        Stage(name="export", uses=("train",), body="deepspec_core.pipeline.exporting:run_stage"),
+        Stage(name="export", uses=("train", "evaluate"), body="deepspec_core.pipeline.exporting:run_stage"),
     )
 }
 

@@ -1,0 +1,76 @@
+"""Where a checkpoint that is to be exported comes from: the run whose folder it lies in, if it lies in one.
+
+Knows the files of a run's folder by their names. Does not know formats, or stages.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import tomli
+from attrs import field, frozen
+
+from deepspec_core.checkpoints.export_facts import settings_of, target_name
+from deepspec_core.checkpoints.published import CONFIG, read_draft_config
+from deepspec_core.contracts.export import TargetName
+from deepspec_core.errors import ConfigError
+from deepspec_core.evaluation.metrics_file import NAME as METRICS
+from deepspec_core.evaluation.metrics_file import results_of
+from deepspec_core.targets.opening import fingerprint
+
+_DRAFT, _RUN_FILE = "draft", "config.toml"
+
+
+@frozen(kw_only=True)
+class Origin:
+    """What is known of a checkpoint besides itself: contracts.export.ExportFacts has the same fields.
+
+    left_out: What lies beside it and was not taken, in words; empty if nothing.
+    """
+
+    target: TargetName | None
+    settings: dict[str, Any] = field(factory=dict)
+    results: list[dict[str, Any]] = field(factory=list)
+    left_out: str = ""
+
+
+def checkpoint_in(name: str) -> str:
+    """The checkpoint that a run's folder holds, where `name` is one; else `name`."""
+    folder = Path(name).expanduser()
+    inner = folder / _DRAFT / CONFIG
+    return str(folder / _DRAFT) if inner.is_file() and not (folder / CONFIG).exists() else name
+
+
+def origin_of(directory: Path, *, target: str | None) -> Origin:
+    """What the run's folder around a checkpoint says of it. `target` overrules what its target is called there.
+
+    ConfigError or StageError where the run file or the evaluation is there and damaged.
+    """
+    named = None if target is None else target_name(target, base=Path())
+    run_file = directory.parent / _RUN_FILE
+    if directory.name != _DRAFT or not run_file.is_file():
+        own = read_draft_config(directory).get("target_model_name_or_path")
+        if named is None and isinstance(own, str) and own:
+            named = target_name(own, base=Path())
+        return Origin(target=named)
+    tables = _read(run_file)
+    model = tables.get("target", {}).get("model")
+    if named is None and isinstance(model, str):
+        named = target_name(model, base=directory.parent)
+    metrics = directory.parent / METRICS
+    results = results_of(metrics, fingerprint(directory)) if metrics.is_file() else []
+    left_out = f"{METRICS} beside it is of another draft" if metrics.is_file() and not results else ""
+    return Origin(target=named, settings=settings_of(tables), results=results, left_out=left_out)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomli.loads(path.read_text(encoding="utf-8"))
+    except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            "the run file beside the draft cannot be read",
+            where=path,
+            found=str(error),
+            fix="Export a copy of `draft`.",
+        ) from error

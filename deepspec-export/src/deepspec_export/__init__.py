@@ -1,0 +1,1 @@
+"""deepspec-export."""

@@ -1,0 +1,114 @@
+"""The exporters themselves: a format's config and weights are written, read back and checked, and a card goes beside.
+
+Knows the steps, which are the same for every format that an engine loads. What a format says is in its own file.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+from typing import Final
+
+import torch
+from attrs import frozen
+from safetensors.torch import save_file
+from torch import Tensor
+
+from deepspec_core.checkpoints.published import published_weights
+from deepspec_core.contracts.draft import DraftModel
+from deepspec_core.contracts.export import ExportFacts
+from deepspec_core.errors import ExportError
+from deepspec_export import sglang, speculators, vllm
+from deepspec_export.card import card
+from deepspec_export.record import CARD, RECORD, record, write_json
+from deepspec_export.served import SHARED, STAND_IN_RANK, Served, draft_as_served
+from deepspec_export.verification import CONFIG, WEIGHTS, refuse_paths, verify
+
+_W1: Final = "markov_head.markov_w1.weight"
+_W2: Final = "markov_head.markov_w2.weight"
+
+
+@frozen(kw_only=True)
+class EngineExporter:
+    """A contracts.export.Exporter of a format that an engine loads: `format` is one of this package's modules.
+
+    whole_for: Algorithms whose export holds the target's embedding and head too, because its reader asks for them.
+    """
+
+    format: ModuleType
+    whole_for: tuple[str, ...] = ()
+
+    def unservable(self, facts: ExportFacts) -> str | None:
+        """Why the format's engine cannot serve the draft, and the nearest alternative, or None."""
+        reason: str | None = self.format.unservable(facts)
+        return reason
+
+    def write(self, draft: DraftModel, facts: ExportFacts, out: Path) -> None:
+        """Write config.json, the weights, export.json and README.md.
+
+        ExportError where a number is not finite, or what was written is not what the draft is.
+        """
+        served = draft_as_served(facts)
+        tensors = _weights(draft, served, facts, whole=facts.description.algorithm in self.whole_for)
+        write_json(out / CONFIG, self.format.config(served, facts))
+        save_file(tensors, out / WEIGHTS, metadata={"format": "pt"})
+        verified = verify(out, read=self.format.read, expected=served, written=tensors, draft=draft)
+        target = "TARGET" if facts.target is None else facts.target.name
+        notes = [*_notes(served, facts), *self.format.notes(served)]
+        commands = [self.format.command(served, target=target, draft="DIR")]
+        text = card(facts, format_name=self.format.NAME, commands=commands, notes=notes)
+        (out / CARD).write_text(text, encoding="utf-8")
+        content = record(facts, self.format.NAME, self.format.WRITTEN_FOR, out)
+        content |= {
+            "served_as": {"method": served.method, "num_speculative_tokens": served.proposes},
+            "notes": notes,
+            "verified": verified.as_json(),
+            "not_verified": "No engine was started. The files were read back and replayed by deepspec-export, by the "
+            "rules of the engines named under written_for.",
+        }
+        write_json(out / RECORD, content)
+        refuse_paths(out)
+
+
+def vllm_exporter() -> EngineExporter:
+    """The format `vllm`."""
+    return EngineExporter(format=vllm)
+
+
+def sglang_exporter() -> EngineExporter:
+    """The format `sglang`."""
+    return EngineExporter(format=sglang)
+
+
+def speculators_exporter() -> EngineExporter:
+    """The format `speculators`, whose own package asks an Eagle3 checkpoint for its lm_head."""
+    return EngineExporter(format=speculators, whole_for=("eagle3",))
+
+
+def _weights(draft: DraftModel, served: Served, facts: ExportFacts, *, whole: bool) -> dict[str, Tensor]:
+    """The export's tensors, in the dtype that the checkpoint stores."""
+    dtype = getattr(torch, facts.config["dtype"])
+    tensors = {
+        name: tensor.to("cpu", dtype).contiguous()
+        for name, tensor in published_weights(draft).items()
+        if whole or name not in SHARED
+    }
+    if served.markov_rank and _W1 not in tensors:
+        tensors[_W1] = torch.zeros(served.vocab_size, STAND_IN_RANK, dtype=dtype)
+        tensors[_W2] = torch.zeros(served.draft_vocab_size, STAND_IN_RANK, dtype=dtype)
+    broken = sorted(name for name, tensor in tensors.items() if not tensor.isfinite().all())
+    if broken:
+        raise ExportError("weights are not finite numbers", where="the draft", found=", ".join(broken[:6]))
+    return tensors
+
+
+def _notes(served: Served, facts: ExportFacts) -> list[str]:
+    notes = []
+    if served.markov_rank and not facts.config.get("markov_rank"):
+        notes.append(
+            "The draft has no Markov head, and its anchor's slot predicts, which engines know of DSpark only. It is "
+            "written as DSpark with a Markov head of rank 1 whose weights are zero, which adds nothing."
+        )
+    if facts.target is not None and facts.target.local:
+        notes.append(f"The target was a local directory, and is named by its last part, {facts.target.name}.")
+    return notes

@@ -1,0 +1,77 @@
+"""Whether engines have a draft's layers: they implement their own kind, whatever the target's family is.
+
+Block drafts (DFlash, DSpark) have Qwen3's layers, with norms of queries and keys. Eagle3 has Llama's, or Qwen3's where
+the engine says so. Knows names of weights and keys of config.json; not any engine's format.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from deepspec_core.contracts.export import ExportFacts
+
+_OURS: Final = "Its checkpoint, which `deepspec evaluate` decodes with, needs no export."
+_NORMS: Final = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
+_LAYER: Final = frozenset(
+    {
+        "input_layernorm.weight",
+        "post_attention_layernorm.weight",
+        "self_attn.q_proj.weight",
+        "self_attn.k_proj.weight",
+        "self_attn.v_proj.weight",
+        "self_attn.o_proj.weight",
+        "mlp.gate_proj.weight",
+        "mlp.up_proj.weight",
+        "mlp.down_proj.weight",
+    }
+)
+# Families whose layers have the same names and compute otherwise are told apart by these.
+_PLAIN_FAMILIES: Final = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
+
+
+def unlike_any_engine(facts: ExportFacts, *, engine: str) -> str | None:
+    """Why no engine's draft layers compute what this draft's do, and the nearest alternative; None if some may."""
+    config, family = facts.config, facts.config["model_type"]
+    if facts.softcap is not None:
+        return f"{engine} does not soft-cap a draft's logits as the {family} family does. {_OURS}"
+    own = {name.removeprefix("layers.0.") for name in facts.shapes if name.startswith("layers.0.")}
+    biases = sorted(name for name in own if name.endswith(".bias"))
+    if biases:
+        return (
+            f"the draft's layers have biases ({', '.join(biases)}), as the {family} family's, and {engine}'s draft "
+            f"layers have none. {_OURS}"
+        )
+    strange = sorted(own - _LAYER - set(_NORMS) - {"hidden_norm.weight"})
+    missing = sorted(_LAYER - own)
+    if strange or missing or family not in _PLAIN_FAMILIES:
+        return (
+            f"the draft's layers are the {family} family's"
+            + (f", with {', '.join(strange)}" if strange else "")
+            + (f", without {', '.join(missing)}" if missing else "")
+            + f"; {engine} builds a draft from Qwen3's or Llama's. {_OURS}"
+        )
+    if config["hidden_act"] != "silu":
+        return f"{engine} computes a draft's MLP with silu, and this draft's is {config['hidden_act']}. {_OURS}"
+    if min(facts.description.taps) < 0:
+        return (
+            f"the draft reads the target's embedding (layer -1), and {engine} gives outputs of decoder layers only. "
+            "Train with target.layers from 0."
+        )
+    return None
+
+
+def has_head_norms(facts: ExportFacts) -> bool:
+    """Whether queries and keys are normed, as in Qwen3's layers and not in Llama's."""
+    return all(f"layers.0.{name}" in facts.shapes for name in _NORMS)
+
+
+def block_draft_unlike_engine(facts: ExportFacts, *, engine: str) -> str | None:
+    """As unlike_any_engine, for DFlash and DSpark, whose layers are Qwen3's in every engine."""
+    if reason := unlike_any_engine(facts, engine=engine):
+        return reason
+    if has_head_norms(facts):
+        return None
+    return (
+        f"{engine} builds DFlash and DSpark drafts from Qwen3's layers, with norms of queries and keys, and layers of "
+        f"the {facts.config['model_type']} family have none. An Eagle3 draft of the same target can be exported."
+    )

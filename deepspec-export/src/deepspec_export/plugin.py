@@ -1,0 +1,33 @@
+"""What this package offers: formats for serving engines, one for each pair of format and algorithm.
+
+Imports attrs and core's records only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from deepspec_core.plugins import ExportSpec, hookimpl
+
+_FORMATS = {
+    "deepspec": "the published layout, to be moved or uploaded, with a model card",
+    "vllm": "vLLM's own format; --speculative-config names the folder",
+    "sglang": "SGLang's format; --speculative-draft-model-path names the folder",
+    "speculators": "the speculators package's format, which vLLM reads",
+}
+_ALGORITHMS = ("eagle3", "dflash", "dspark")
+
+
+@hookimpl
+def deepspec_exporters() -> Iterable[ExportSpec]:
+    """The formats."""
+    return [
+        ExportSpec(
+            name=name,
+            summary=summary,
+            build=f"deepspec_export.{'published_layout' if name == 'deepspec' else 'exporter'}:{name}_exporter",
+            algorithm=algorithm,
+        )
+        for name, summary in _FORMATS.items()
+        for algorithm in _ALGORITHMS
+    ]

@@ -1,0 +1,91 @@
+"""What the tests of this package share: small drafts of every algorithm, with what exporters are told of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from attrs import evolve, field, fields, frozen
+from transformers import AutoConfig
+
+from deepspec_core.checkpoints.export_facts import facts_of
+from deepspec_core.checkpoints.exports import Format
+from deepspec_core.contracts.draft import DraftModel
+from deepspec_core.contracts.export import ExportFacts, TargetName
+from deepspec_core.contracts.target import TargetAdapter
+from deepspec_core.layers.options import LayerOptions
+from deepspec_core.plugins.registry import Registry
+from deepspec_core.testing.random_batches import with_large_weights
+
+SIZES = {
+    "vocab_size": 48, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 8, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256, "eos_token_id": 1, "pad_token_id": 0,
+    "bos_token_id": 2, "initializer_range": 0.2, "tie_word_embeddings": False, "num_experts": 2,
+    "num_experts_per_tok": 1, "moe_intermediate_size": 16, "query_pre_attn_scalar": 8, "final_logit_softcapping": None,
+}  # fmt: skip
+TAPS = (1, 4, 6)
+SMALL = {"block_size": 4, "ttt_length": 4, "num_anchors": 8, "num_layers": 2, "mask_token_id": 47}
+
+
+@frozen(kw_only=True)
+class Drafted:
+    """A draft, the adapter it was made with, and its facts."""
+
+    draft: DraftModel
+    adapter: TargetAdapter
+    facts: ExportFacts
+    registry: Registry = field(repr=False)
+
+    def format(self, name: str) -> Format:
+        """An installed format of the draft's algorithm."""
+        return Format.of(name, self.facts.description.algorithm, self.registry)
+
+    def unservable(self, name: str) -> str | None:
+        """What the format has against the draft."""
+        return self.format(name).exporter.unservable(self.facts)
+
+    def export(self, name: str, out: Path) -> Path:
+        """The draft in a format, in a folder named after it."""
+        self.format(name).check(self.facts, where="a test")
+        self.format(name).write(self.draft, self.facts, out / name)
+        return out / name
+
+
+@pytest.fixture
+def drafted(registry: Registry) -> Callable[..., Drafted]:
+    """drafted(algorithm, family, taps, layer, target, markov, **options): a draft whose outputs differ clearly."""
+
+    def make(
+        algorithm: str,
+        family: str = "qwen3",
+        *,
+        taps: tuple[int, ...] = TAPS,
+        layer: dict[str, Any] | None = None,
+        target: TargetName | None = TargetName(name="org/target"),  # noqa: B008 - frozen
+        markov: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> Drafted:
+        model_type = {"gemma3": "gemma3_text"}.get(family, family)
+        config = AutoConfig.for_model(model_type, **SIZES)
+        given = LayerOptions(**{"intermediate_size": 40, **(layer or {})})
+        adapter: TargetAdapter = registry.load("target", family)(config, given)
+        spec = registry.get("draft", algorithm)
+        assert spec.options is not None
+        known = {one.name: one for one in fields(spec.options)}
+        chosen = {name: value for name, value in (SMALL | options).items() if name in known}
+        made = spec.options(**chosen)
+        if markov is not None:
+            made = evolve(made, markov=evolve(made.markov, **markov))
+        torch.manual_seed(0)
+        draft = with_large_weights(registry.load("draft", algorithm)(made, adapter, taps)).eval()
+        with torch.no_grad():
+            for name, parameter in draft.named_parameters():
+                if "norm" in name:
+                    parameter.normal_(mean=1.0, std=0.3)
+        facts = facts_of(draft, adapter, target=target)
+        return Drafted(draft=draft, adapter=adapter, facts=facts, registry=registry)
+
+    return make

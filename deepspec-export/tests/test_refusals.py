@@ -1,0 +1,50 @@
+"""What an engine cannot serve is refused, with the reason and what to do instead."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from attrs import evolve
+
+from deepspec_core.errors import ExportError
+
+RANK = {"markov": {"rank": 6}}
+ENGINES = ("vllm", "sglang", "speculators")
+REFUSALS = [
+    (ENGINES, "dflash", "qwen2", {}, ("biases (self_attn.k_proj.bias", "needs no export")),
+    (ENGINES, "eagle3", "qwen2", {}, ("biases", "needs no export")),
+    (ENGINES, "dflash", "llama", {}, ("norms of queries and keys", "An Eagle3 draft of the same target")),
+    (ENGINES, "dspark", "mistral", RANK, ("norms of queries and keys", "An Eagle3 draft")),
+    (ENGINES, "dflash", "gemma3", {}, ("gemma3", "needs no export")),
+    (ENGINES, "eagle3", "gemma3", {}, ("pre_feedforward_layernorm.weight", "needs no export")),
+    (ENGINES, "dflash", "qwen3", {"taps": (-1, 2)}, ("the target's embedding (layer -1)", "target.layers from 0")),
+    (ENGINES[::2], "dspark", "qwen3", {"markov": {"rank": 6, "head": "rnn"}}, ("vanilla", "export to sglang")),
+    (("sglang",), "eagle3", "qwen3", {}, ("norms of queries and keys", "qk_norm = false", "export to vllm")),
+    (("sglang",), "eagle3", "llama", {"num_layers": 2}, ("2 layers", "num_layers = 1", "export to vllm")),
+    (("sglang",), "eagle3", "llama", {"num_layers": 1, "layer": {"window": 8}}, ("command line", "export to vllm")),
+    (("speculators",), "eagle3", "qwen3", {"target": None}, ("names the draft's target", "--target")),
+]
+
+
+@pytest.mark.parametrize(("formats", "algorithm", "family", "options", "says"), REFUSALS)
+def test_refused_with_a_way_out(
+    drafted: Callable[..., Any],
+    tmp_path: Path,
+    formats: tuple[str, ...],
+    algorithm: str,
+    family: str,
+    options: dict[str, Any],
+    says: tuple[str, ...],
+) -> None:
+    made = drafted(algorithm, family, **options)
+    for name in formats:
+        with pytest.raises(ExportError) as refused:
+            made.export(name, tmp_path)
+        assert [part for part in says if part not in str(refused.value)] == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_soft_capped_family_is_refused(drafted: Callable[..., Any]) -> None:
+    made = drafted("dflash", "gemma3")
+    assert "soft-cap" in (evolve(made, facts=evolve(made.facts, softcap=30.0)).unservable("vllm") or "")
