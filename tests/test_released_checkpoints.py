@@ -105,7 +105,8 @@ def test_show_says_what_a_checkpoint_is(
     assert (
         sizes["trained"] + sizes["frozen"] == sum(p.numel() for p in draft.parameters()) == sum(facts["parts"].values())
     )
-    assert facts["weights"] == {"missing": [], "unexpected": [], "of_another_shape": [], "not_floating_point": []}
+    assert set(facts["weights"]) > {"missing", "unexpected", "of_another_shape", "not_floating_point"}
+    assert not any(facts["weights"].values())
 
 
 @pytest.fixture
