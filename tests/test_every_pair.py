@@ -17,7 +17,7 @@ from deepspec_core.checkpoints.opening import draft_adapter
 from deepspec_core.checkpoints.published import save_draft
 from deepspec_core.config.schema import LossOptions
 from deepspec_core.contracts.draft import DraftModel, Sample
-from deepspec_core.contracts.proposer import Proposal, Proposer, Sampling
+from deepspec_core.contracts.proposer import Proposal, Proposer, Sampling, features_for
 from deepspec_core.decoding.engine import Completion, Request, decode
 from deepspec_core.features.online import OnlineFeatures
 from deepspec_core.plugins.discovery import load_plugins
@@ -157,7 +157,7 @@ def propose_twice(draft: DraftModel, target: Any, sequences: list[int]) -> list[
     generator = torch.Generator().manual_seed(5)
     ids = torch.randint(3, 39, (3, 10 + width + 2), generator=generator)
     uniforms = torch.rand(2, 3, width, generator=generator)
-    features = target.model.features(ids, torch.ones_like(ids), None, None, taps).hidden[sequences]
+    features = features_for(proposer, target.model.features(ids, torch.ones_like(ids), None, None, taps))[sequences]
     ids, uniforms = ids[sequences], uniforms[:, sequences]
     lengths = torch.tensor([prompts[s] for s in sequences])
     committed = torch.tensor([min(kept[s], width + 1) for s in sequences])

@@ -97,6 +97,21 @@ def test_samples_come_back_bit_for_bit(tmp_path: Path, dtype: str) -> None:
         reader[10]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float8_e4m3"])
+def test_without_taps_only_the_last_hidden_state_is_stored(tmp_path: Path, dtype: str) -> None:
+    header = evolve(HEADER, taps=(), dtype=dtype)
+    writer = HDF5Format().create(tmp_path, header)
+    for sample in map(make_sample, range(3)):
+        assert sample.features is not None
+        writer.write(evolve(sample, features=evolve(sample.features, hidden=sample.features.hidden[:, :0])))
+    writer.finish()
+    for index, read in enumerate(opened(tmp_path, header)):
+        sample = make_sample(index)
+        assert read.features.hidden.shape == (len(sample.input_ids), 0)
+        near = 0 if dtype == "float32" else 0.1
+        torch.testing.assert_close(read.features.last_hidden.float(), sample.features.last_hidden, rtol=near, atol=near)
+
+
 def test_special_values_keep_their_bits(tmp_path: Path) -> None:
     header = evolve(HEADER, dtype="bfloat16")
     sample = make_sample(0, torch.bfloat16)

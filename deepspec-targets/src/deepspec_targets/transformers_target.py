@@ -77,7 +77,8 @@ class TransformersTarget:
     def decode(
         self, slots: Tensor, input_ids: Tensor, positions: Tensor, taps: Sequence[int], *, last_only: bool = False
     ) -> TargetStep:
-        """Logits [B, T, V] (or [B, 1, V]) and taps [B, T, C] of new tokens on top of what is committed.
+        """Logits [B, T, V] (or [B, 1, V]) and taps [B, T, C] of new tokens on top of what is committed,
+        and the final norm [B, T, H].
 
         `slots` ascend. Each row of `positions` goes on from its slot's committed length, -1 on the right.
         """
@@ -93,10 +94,11 @@ class TransformersTarget:
             use_cache=True,
         ).last_hidden_state
         features_BTC = self.taps.take(hidden_BTH)
+        read_BTH = hidden_BTH
         if last_only:
             last_B = (positions >= 0).sum(1).sub(1).clamp(min=0)
-            hidden_BTH = hidden_BTH[torch.arange(len(slots), device=last_B.device), last_B][:, None]
-        return TargetStep(logits=self._logits(hidden_BTH), hidden=features_BTC)
+            read_BTH = hidden_BTH[torch.arange(len(slots), device=last_B.device), last_B][:, None]
+        return TargetStep(logits=self._logits(read_BTH), hidden=features_BTC, last_hidden=hidden_BTH)
 
     def commit(self, slots: Tensor, lengths: Tensor) -> None:
         """Keep the first lengths[b] tokens of slots[b]; later tokens are overwritten by the next decode."""

@@ -346,12 +346,14 @@ class HDF5Reader:
 
 def _append(file: Any, name: str, array: Any) -> None:
     if name not in file:
-        rows = max(1, _CHUNK_BYTES // (array.itemsize * int(np.prod(array.shape[1:]))))
+        # Without taps, `hidden` has no channels; a chunk has at least one.
+        width = [size or 1 for size in array.shape[1:]]
+        rows = max(1, _CHUNK_BYTES // (array.itemsize * int(np.prod(width))))
         file.create_dataset(
             name,
             shape=(0, *array.shape[1:]),
-            maxshape=(None, *array.shape[1:]),
-            chunks=(rows, *array.shape[1:]),
+            maxshape=(None, *width),
+            chunks=(rows, *width),
             dtype=array.dtype,
         )
     dataset = file[name]

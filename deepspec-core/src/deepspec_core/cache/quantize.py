@@ -33,7 +33,7 @@ def encode(values_TC: Tensor, dtype: str, group: int) -> tuple[NDArray[np.generi
     if not has_scale(dtype):
         stored = values_TC.to(torch_dtype(dtype)).contiguous()
         return (stored.view(torch.uint16) if dtype == "bfloat16" else stored).numpy(), None
-    groups_TGH = values_TC.float().reshape(len(values_TC), -1, group)
+    groups_TGH = values_TC.float().reshape(len(values_TC), values_TC.shape[1] // group, group)
     peaks_TG = groups_TGH.abs().amax(-1)
     exponents_TG = torch.ceil(torch.log2((peaks_TG / _FLOAT8_MAX).clamp(min=2.0**-100)))
     scales_TG = torch.exp2(exponents_TG)
@@ -47,7 +47,7 @@ def decode(array_TC: NDArray[np.generic], scales_TG: NDArray[np.generic] | None,
     stored = torch.from_numpy(array_TC)
     if scales_TG is not None:
         scales: Tensor = torch.from_numpy(scales_TG)
-        values_TGH = stored.view(_FLOAT8).float().reshape(*scales.shape, -1)
+        values_TGH = stored.view(_FLOAT8).float().reshape(*scales.shape, stored.shape[-1] // max(1, scales.shape[-1]))
         return (values_TGH * scales[..., None]).flatten(-2).to(torch.bfloat16)
     return stored.view(torch.bfloat16) if dtype == "bfloat16" else stored
 

@@ -276,7 +276,7 @@ def read_options(directory: Path, registry: Registry) -> tuple[str, Any, tuple[i
         ) from error
     except Exception as error:  # a plugin's reading of a value that it did not expect
         raise CheckpointError(f"{CONFIG} does not describe a draft", where=where, found=blame(error)) from error
-    if not taps or any(type(tap) is not int for tap in taps):
+    if (spec.needs_taps and not taps) or any(type(tap) is not int for tap in taps):
         raise CheckpointError(
             f"{CONFIG} names no layers of the target", where=where, found=taps, expected="a list of whole numbers"
         )

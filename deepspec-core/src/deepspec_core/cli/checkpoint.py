@@ -53,7 +53,7 @@ def _lines(name: str, facts: DraftFacts) -> Iterator[str]:
         ("algorithm", f"{said.algorithm} ({said.class_name})"),
         ("family", f"{facts.family}{adapter}"),
         ("target", f"{facts.num_target_layers} layers, hidden {facts.hidden_size}, vocabulary {facts.vocab_size:,}"),
-        ("taps", " ".join(map(str, said.taps))),
+        ("taps", " ".join(map(str, said.taps)) or "none"),
         ("proposes", f"at most {said.max_tokens} tokens a round"),
         ("sees", "the whole context" if said.window is None else f"the {said.window} latest positions"),
         *(("options" if index == 0 else "", text) for index, text in enumerate(_options(facts.options))),

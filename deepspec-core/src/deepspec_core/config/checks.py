@@ -38,7 +38,9 @@ def check_sections(sections: Mapping[str, Any], folder: Path, registry: Registry
         if "regenerate" not in run.stages and sections.get("regenerate"):
             yield from _share(sections["regenerate"].thinking, run)
     if sections.get("target"):
-        yield from _layers(sections["target"].layers)
+        draft = sections.get("draft")
+        needs_taps = draft is None or registry.get("draft", draft.type).needs_taps
+        yield from _layers(sections["target"].layers, needs_taps=needs_taps)
     if sections.get("data") and not sections["data"].sources and _reads_data(sections):
         yield ConfigError("no data", where="data.sources", found="[]", expected="at least one source")
     if sections.get("data"):
@@ -200,9 +202,9 @@ def _splits(data: DataOptions) -> Iterator[ConfigError]:
             )
 
 
-def _layers(layers: tuple[int, ...]) -> Iterator[ConfigError]:
+def _layers(layers: tuple[int, ...], *, needs_taps: bool) -> Iterator[ConfigError]:
     rising = all(lower < upper for lower, upper in pairwise(layers))
-    if not layers or layers[0] < -1 or not rising:
+    if (not layers and needs_taps) or (layers and layers[0] < -1) or not rising:
         yield ConfigError(
             "these layers cannot be tapped",
             where="target.layers",

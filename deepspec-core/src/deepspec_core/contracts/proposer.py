@@ -8,7 +8,8 @@ The engine checks every proposal (decoding/proposal_check.py) and ends with an e
 commits a token of one that breaks this contract. Two things it cannot see, and trusts: how many tokens are proposed,
 and the confidence in a token, depend on the tokens before it only, never on those that are left out.
 
-Legend: B slots in this call, T tokens, K proposed tokens at most, C = taps * H, V vocabulary.
+Legend: B slots in this call, T tokens, K proposed tokens at most, C = taps * H (with `reads_last_hidden`,
+(taps + 1) * H), V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,10 +17,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
+import torch
 from attrs import frozen
 from torch import Tensor
 
-__all__ = ["Proposal", "Proposer", "Sampling"]
+from deepspec_core.contracts.target import TargetFeatures, TargetStep
+
+__all__ = ["Proposal", "Proposer", "Sampling", "features_for", "reads_last_hidden"]
 
 
 @frozen(kw_only=True)
@@ -55,7 +59,9 @@ class Proposal:
 class Proposer(Protocol):
     """Proposes tokens for a batch of slots. The slot of a finished sequence is freed and takes the next prompt.
 
-    `max_tokens` and `taps` are read once, when decoding begins.
+    `max_tokens` and `taps` are read once, when decoding begins. A proposer may also have an attribute
+    `reads_last_hidden`. If it is true, the output of the target's final norm (TargetFeatures.last_hidden) stands behind
+    the tapped layers in all `features`, as their last H channels. It does not change while decoding.
     """
 
     max_tokens: int
@@ -96,3 +102,15 @@ class Proposer(Protocol):
     def free(self, slots: Tensor) -> None:
         """Forget the sequences of these slots."""
         ...
+
+
+def reads_last_hidden(proposer: Proposer) -> bool:
+    """Whether the proposer asks for the final norm's output beside its taps."""
+    return bool(getattr(proposer, "reads_last_hidden", False))
+
+
+def features_for(proposer: Proposer, given: TargetFeatures | TargetStep) -> Tensor:
+    """What the proposer is given of a target's outputs: [B, T, C], the taps, then what it asks for beside them."""
+    if not reads_last_hidden(proposer):
+        return given.hidden
+    return torch.cat([given.hidden, given.last_hidden], dim=-1)

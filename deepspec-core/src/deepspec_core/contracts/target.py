@@ -78,10 +78,15 @@ class TargetFeatures:
 
 @frozen(kw_only=True)
 class TargetStep:
-    """What one decoding step gives for its new tokens: logits [B, T, V], soft-capped, and features [B, T, C]."""
+    """What one decoding step gives for its new tokens: logits [B, T, V], soft-capped, and the features of training.
+
+    hidden [B, T, C] and last_hidden [B, T, H] are as in TargetFeatures. Logits are formed of last_hidden, so it costs
+    nothing.
+    """
 
     logits: Tensor
     hidden: Tensor
+    last_hidden: Tensor
 
 
 @frozen(kw_only=True, eq=False)

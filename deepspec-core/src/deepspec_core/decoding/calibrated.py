@@ -12,7 +12,7 @@ import torch
 from attrs import evolve
 from torch import Tensor
 
-from deepspec_core.contracts.proposer import Proposal, Proposer, Sampling
+from deepspec_core.contracts.proposer import Proposal, Proposer, Sampling, reads_last_hidden
 
 
 class CalibratedProposer:
@@ -22,6 +22,7 @@ class CalibratedProposer:
         assert len(temperatures) == proposer.max_tokens, "a calibration of another draft"
         self.proposer, self.temperatures = proposer, tuple(temperatures)
         self.max_tokens, self.taps = proposer.max_tokens, proposer.taps
+        self.reads_last_hidden = reads_last_hidden(proposer)
 
     def open_slots(self, num_slots: int, max_length: int) -> None:
         """As the wrapped proposer does."""

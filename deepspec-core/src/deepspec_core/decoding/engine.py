@@ -18,8 +18,8 @@ import torch
 from attrs import define, field, frozen
 from torch import Tensor
 
-from deepspec_core.contracts.proposer import Proposal, Proposer, Sampling
-from deepspec_core.contracts.target import TargetModel
+from deepspec_core.contracts.proposer import Proposal, Proposer, Sampling, features_for
+from deepspec_core.contracts.target import TargetModel, TargetStep
 from deepspec_core.decoding.confidence import cut
 from deepspec_core.decoding.proposal_check import Checked, ProposalCheck
 from deepspec_core.decoding.sampling import distribution, draw
@@ -239,7 +239,8 @@ class _Engine:
         if self.proposer and self.check and alive:
             with self.clock.measure("draft", device), self.check.calling("start"):
                 rows = torch.tensor(alive, device=device)
-                self.proposer.start(slots_B[rows], ids_BT[rows], lengths_B[rows], first_B[rows], step.hidden[rows])
+                seen_BTC = features_for(self.proposer, step)
+                self.proposer.start(slots_B[rows], ids_BT[rows], lengths_B[rows], first_B[rows], seen_BTC[rows])
         return done
 
     def _first_tokens(self, logits_BV: Tensor, generators: list[np.random.Generator]) -> Tensor:
@@ -281,7 +282,7 @@ class _Engine:
                 stop_ids=self.stop_ids,
             )
             self.target.commit(slots_B, position_B + verdict.committed)
-        return self._settle(slots_B, sequences, proposal, checked, verdict, step.hidden)
+        return self._settle(slots_B, sequences, proposal, checked, verdict, step)
 
     def _propose(self, slots_B: Tensor, uniforms_BK: Tensor) -> Proposal:
         if self.proposer is None or self.check is None:
@@ -309,7 +310,7 @@ class _Engine:
         proposal: Proposal,
         checked: Checked | None,
         verdict: Verdict,
-        hidden_BKC: Tensor,
+        step: TargetStep,
     ) -> list[Completion]:
         """Append committed tokens, finish sequences that are over, and tell the proposer about the others."""
         to_read = torch.stack([verdict.proposal_lengths, verdict.accepted, verdict.committed], dim=1)
@@ -339,14 +340,15 @@ class _Engine:
                 alive.append(row)
         if self.proposer and self.check:
             with self.clock.measure("draft", self.target.device), self.check.calling("accept"):
+                seen_BKC = features_for(self.proposer, step)
                 if len(alive) < len(sequences):
                     rows = torch.tensor(alive, dtype=torch.long, device=slots_B.device)
-                    slots_B, hidden_BKC = slots_B[rows], hidden_BKC[rows]
+                    slots_B, seen_BKC = slots_B[rows], seen_BKC[rows]
                     committed_B, tokens_BK = verdict.committed[rows], verdict.tokens[rows]
                 else:
                     committed_B, tokens_BK = verdict.committed, verdict.tokens
                 if alive:
-                    self.proposer.accept(slots_B, tokens_BK, committed_B, hidden_BKC)
+                    self.proposer.accept(slots_B, tokens_BK, committed_B, seen_BKC)
         return done
 
     def _tell(self, sequence: _Sequence, before: int, accepted: int) -> None:

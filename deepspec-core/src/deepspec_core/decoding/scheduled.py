@@ -14,7 +14,7 @@ from functools import partial
 
 from torch import Tensor
 
-from deepspec_core.contracts.proposer import Proposal, Proposer, Sampling
+from deepspec_core.contracts.proposer import Proposal, Proposer, Sampling, reads_last_hidden
 from deepspec_core.decoding.confidence import shortened
 from deepspec_core.decoding.scheduler import AsynchronousScheduler, Speed, Survival, admit
 from deepspec_core.errors import ConfigError
@@ -31,6 +31,7 @@ class ScheduledProposer:
     def __init__(self, proposer: Proposer, speed: Callable[[int, int], float], *, asynchronous: bool = False) -> None:
         self.proposer, self.speed, self.asynchronous = proposer, speed, asynchronous
         self.max_tokens, self.taps = proposer.max_tokens, proposer.taps
+        self.reads_last_hidden = reads_last_hidden(proposer)
         self._admit: Callable[[Survival, Speed], Sequence[int]] = admit
 
     def open_slots(self, num_slots: int, max_length: int) -> None:

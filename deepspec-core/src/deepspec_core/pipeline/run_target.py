@@ -86,7 +86,8 @@ class RunTarget:
         from deepspec_core.targets.taps import check_taps
 
         layers = self.family.architecture.num_layers
-        check_taps(self.options.layers, layers, where=f"{self.named_in}: target.layers")
+        if self.options.layers:  # whether there must be some depends on the draft type: config/checks.py
+            check_taps(self.options.layers, layers, where=f"{self.named_in}: target.layers")
         return self.family
 
     @property

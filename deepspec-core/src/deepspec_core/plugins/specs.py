@@ -54,6 +54,8 @@ class DraftModelSpec(ComponentSpec):
         users: whose format it is, and what differs. Such checkpoints are named in the error that refuses them.
     default_loss: Keys of [loss], as a run file writes them, for those that the run file leaves out. An example is
         {"terms": {"ce": 1.0}}.
+    needs_taps: False if the draft works without tapped layers, as one does that reads only the target's last hidden
+        state. Then [target] layers may be [].
     """
 
     class_suffix: str = field(validator=instance_of(str))
@@ -63,6 +65,7 @@ class DraftModelSpec(ComponentSpec):
         factory=dict, hash=False, validator=deep_mapping(instance_of(str), instance_of(str))
     )
     default_loss: Mapping[str, Any] = field(factory=dict, hash=False)
+    needs_taps: bool = field(default=True, validator=instance_of(bool))
 
 
 @frozen(kw_only=True)

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from deepspec_core.contracts.draft import DraftModel, Sample
-from deepspec_core.contracts.proposer import Proposal, Proposer, Sampling
+from deepspec_core.contracts.proposer import Proposal, Proposer, Sampling, features_for
 from deepspec_core.testing.random_batches import features_of, random_sample
 
 __all__ = [
@@ -54,7 +54,7 @@ class DrivenProposer:
             torch.stack([sample.input_ids for sample in samples]),
             torch.tensor([length for _, length in prompts.values()]),
             torch.stack([sample.input_ids[length] for sample, length in prompts.values()]),
-            torch.stack([features_of(sample).hidden for sample in samples]),
+            torch.stack([features_for(self.proposer, features_of(sample)) for sample in samples]),
         )
         self._at |= prompts
 
@@ -65,7 +65,7 @@ class DrivenProposer:
         for slot, count in committed.items():
             sample, start = self._at[slot]
             ids.append(sample.input_ids[start + 1 : start + 1 + width])
-            features.append(features_of(sample).hidden[start : start + width])
+            features.append(features_for(self.proposer, features_of(sample))[start : start + width])
             self._at[slot] = (sample, start + count)
         counts = torch.tensor(list(committed.values()))
         self.proposer.accept(torch.tensor(list(committed)), torch.stack(ids), counts, torch.stack(features))

@@ -110,9 +110,10 @@ class TinyTarget:
         length = int(positions.max()) + 1
         visible_BTL = torch.arange(length) <= positions.clamp(min=0)[:, :, None]
         tapped_BTC, last_BTH = self._forward(input_ids, positions, visible_BTL, taps, slots)
+        read_BTH = last_BTH
         if last_only:
-            last_BTH = last_BTH[torch.arange(len(slots)), real_BT.sum(1) - 1][:, None]
-        return TargetStep(logits=last_BTH @ self._head_VH.T, hidden=tapped_BTC)
+            read_BTH = last_BTH[torch.arange(len(slots)), real_BT.sum(1) - 1][:, None]
+        return TargetStep(logits=read_BTH @ self._head_VH.T, hidden=tapped_BTC, last_hidden=last_BTH)
 
     def commit(self, slots: Tensor, lengths: Tensor) -> None:
         """Keep the first lengths[b] tokens of slots[b]."""
