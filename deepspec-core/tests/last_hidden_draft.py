@@ -40,15 +40,19 @@ def deepspec_draft_models():
 
 @frozen(kw_only=True)
 class LastHiddenOptions:
-    """What a run file may say of it."""
+    """What a run file may say of it.
+
+    from_target: Begin with the target's own prediction layer, its weights named `mtp.`.
+    """
 
     block_size: int = 3
     num_anchors: int = 16
+    from_target: bool = False
 
 
 def options_of(config: Mapping[str, Any]) -> tuple[LastHiddenOptions, tuple[int, ...]]:
     """Read config.json back."""
-    return LastHiddenOptions(block_size=config["block_size"]), ()
+    return LastHiddenOptions(block_size=config["block_size"], from_target=config["from_target"]), ()
 
 
 class LastHiddenDraft(DraftModel):
@@ -114,8 +118,16 @@ class LastHiddenDraft(DraftModel):
             anchor_predicts=True,
             causal=True,
             weight_names={},
-            config={"block_size": self.options.block_size},
+            config={"block_size": self.options.block_size, "from_target": self.options.from_target},
+            target_weights=("mtp.",) if self.options.from_target else (),
         )
+
+    def adopt_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """The target's `mtp.down` and `mtp.up`, as what training begins with."""
+        for name in ("down", "up"):
+            self.get_submodule(name).load_state_dict(
+                {part: weights[f"mtp.{name}.{part}"] for part in self.get_submodule(name).state_dict()}
+            )
 
 
 class LastHiddenProposer:

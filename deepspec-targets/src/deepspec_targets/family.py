@@ -43,14 +43,17 @@ class FamilyAdapter(ABC):
     generation config and tokenizer; without them the config's own are taken.
 
     `text_weights` maps names of weights in the files of a multimodal model to those of its text part alone, and
-    `ignored_weights` are patterns of what the text part does not need. `spare_tokens` names, by size of the published
-    vocabularies, an id that no text uses: the mask where the tokenizer has none. `slides_alike` says whether the
-    family's sliding layers are built as its full ones, so that a draft of these that slides may be called so.
+    `ignored_weights` are patterns of what the text part does not need, and `own_draft_weights` of layers that a
+    target brings for drafting: they are no part of its answers, and a draft may ask for them. `spare_tokens` names,
+    by size of the published vocabularies, an id that no text uses: the mask where the tokenizer has none.
+    `slides_alike` says whether the family's sliding layers are built as its full ones, so that a draft of these
+    that slides may be called so.
     """
 
     class_prefix: ClassVar[str]
     text_weights: ClassVar[Mapping[str, str]] = {}
     ignored_weights: ClassVar[tuple[str, ...]] = ()
+    own_draft_weights: ClassVar[tuple[str, ...]] = (r"(model\.)?mtp(_\w+)?\.",)
     spare_tokens: ClassVar[Mapping[int, int]] = {}
     slides_alike: ClassVar[bool] = True
     known_taps: ClassVar[Mapping[tuple[int, int], tuple[int, ...]]] = {}  # by number of layers and hidden size
@@ -130,7 +133,7 @@ class FamilyAdapter(ABC):
             trust_remote_code=trust_remote_code,
             config=None if whole else self.text,
             renamed={} if whole else self.text_weights,
-            ignored=() if whole else self.ignored_weights,
+            ignored=self.own_draft_weights if whole else (*self.own_draft_weights, *self.ignored_weights),
         )
         return TransformersTarget(model, self.architecture)
 

@@ -111,6 +111,8 @@ class DraftDescription:
     max_tokens: The largest number of tokens that the draft proposes in one round.
     window: How many positions the draft's attention sees, in training and in decoding; None if it sees all. It must be
         the `window` of the adapter's attention projections; a run that asks for another is refused.
+    target_weights: Beginnings of names of weights in the target's checkpoint, such as "mtp.", that the draft asks for
+        beside the embedding and lm_head. They are handed to `adopt_weights` before training.
     gives_confidence: Whether its proposals carry confidence; None if the algorithm does not say.
     weight_names: Published names of parameters, by the draft's own names or their prefixes. The longest match counts.
     config: The keys that the algorithm adds to config.json.
@@ -127,6 +129,7 @@ class DraftDescription:
     config: Mapping[str, Any]
     window: int | None = None
     gives_confidence: bool | None = None
+    target_weights: tuple[str, ...] = ()
 
 
 class DraftModel(nn.Module, ABC):
@@ -165,3 +168,11 @@ class DraftModel(nn.Module, ABC):
             self.lm_head.weight.copy_(head_VH)
         self.embed_tokens.requires_grad_(False)
         self.lm_head.requires_grad_(False)
+
+    def adopt_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Copy weights that `describe().target_weights` asked for. Drafts that ask for some implement it.
+
+        `weights` are by their names in the target's checkpoint, on the CPU, in the shapes and dtypes stored there. Each
+        prefix has at least one. Before a run's first stage it is called with tensors that have no numbers.
+        """
+        raise NotImplementedError(f"{type(self).__name__} asks for weights of the target, and does not adopt them")

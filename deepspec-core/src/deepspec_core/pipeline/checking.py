@@ -30,8 +30,9 @@ def check_before(run: Run, steps: Sequence[Step], *, may_write: bool = True) -> 
     Nothing is written, except that the bad rows of a source that has too many are kept if it `may_write`.
 
     It checks folders, the feature source, the cache format, the target's config and tokenizer, taps, sources, the
-    draft's options and forward pass, its description, its config.json and proposer, loss terms and kernels, room for a
-    checkpoint, tasks and their prompts, the draft that is to be evaluated, and export formats.
+    draft's options and forward pass, the weights it asks the target for, its description, its config.json and
+    proposer, loss terms and kernels, room for a checkpoint, tasks and their prompts, the draft that is to be
+    evaluated, and export formats.
     """
     todo = {step.stage.name for step in steps if step.action != "skip"}
     if not todo:
@@ -58,12 +59,14 @@ def check_before(run: Run, steps: Sequence[Step], *, may_write: bool = True) -> 
     if "train" in run.file.run.stages:
         from deepspec_core.pipeline.trying import try_draft, try_training
         from deepspec_core.pipeline.trying_finished import try_finished
+        from deepspec_core.pipeline.trying_target_weights import try_target_weights
 
         draft, tried = try_draft(run)
         confidence, description = tried.description.gives_confidence, tried.description
         if todo - {"export"}:
             _mask_token(run, description)
         if "train" in todo:
+            try_target_weights(run, draft, description)
             try_training(run, draft)
             try_finished(run, draft, description)
             _room_for_checkpoint(run, tried.checkpoint_bytes)

@@ -5,6 +5,7 @@ Knows the run file's [target], [draft.layer] and whether the target thinks. Does
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ from deepspec_core.plugins.registry import Registry
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
     from deepspec_core.contracts.target import TargetAdapter, TargetArchitecture, TargetModel
     from deepspec_core.data.tokenize import ChatTokenizer
@@ -117,6 +119,15 @@ class RunTarget:
         )
         self._require_unchanged()
         return model
+
+    def extra_weights(self, prefixes: Sequence[str]) -> dict[str, Tensor]:
+        """The target's weights whose names begin with one of `prefixes`. TargetError where one fits none."""
+        from deepspec_core.targets.opening import extra_weights
+
+        self.reads.content(contents.TARGET, self.content_digest())
+        weights = extra_weights(self.where, prefixes, revision=self.options.revision)
+        self._require_unchanged()
+        return weights
 
     @remembered
     def tokenizer(self) -> ChatTokenizer:

@@ -29,6 +29,9 @@ def run_stage(run: Run) -> dict[str, Any]:
     source = check_source(registry, mode, registry.build("features", mode, run))
     draft = new_draft(run)
     draft.adopt(run.target.model.embedding_weight(), run.target.model.head_weight())
+    wanted = draft.describe().target_weights
+    if wanted:
+        draft.adopt_weights(run.target.extra_weights(wanted))
     folder = run.stage_folder("train")
     result = train(
         draft=draft,

@@ -29,6 +29,7 @@ def described(run: Run, draft: DraftModel) -> DraftDescription:
         ("taps", said.taps, tuple(said.taps) == tuple(run.file.target.layers), f"{run.file.target.layers}, as built"),
         ("max_tokens", said.max_tokens, _counts(said.max_tokens), "a whole number above 0"),
         ("num_layers", said.num_layers, _counts(said.num_layers), "a whole number above 0"),
+        ("target_weights", said.target_weights, _beginnings(said.target_weights), "beginnings of names of weights"),
     ):
         if not right:
             raise _refused(kind, package, field, repr(found), expected)
@@ -37,6 +38,10 @@ def described(run: Run, draft: DraftModel) -> DraftDescription:
         expected = "another published name for each of the draft's parameters and buffers"
         raise _refused(kind, package, "weight_names", shared, expected)
     return said
+
+
+def _beginnings(prefixes: Any) -> bool:
+    return isinstance(prefixes, tuple) and all(isinstance(prefix, str) and prefix for prefix in prefixes)
 
 
 def _counts(number: Any) -> bool:

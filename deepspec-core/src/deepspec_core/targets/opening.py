@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,17 +20,18 @@ from deepspec_core.digests import digests_of
 from deepspec_core.disk import is_folder
 from deepspec_core.errors import DeepSpecError, TargetError
 from deepspec_core.hub import say_local_copy, why_unreachable
-from deepspec_core.json_files import read_object, value_of
+from deepspec_core.json_files import read_object
 from deepspec_core.layers.options import LayerOptions
+from deepspec_core.targets.extra_weights import INDEX, StoredWeight, find_weights, read_weights, shards_of, wanted_names
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
     from deepspec_core.plugins.registry import Registry
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _WEIGHT_FILES = "*.safetensors"
-_INDEX = "model.safetensors.index.json"
 _MOST_LAYERS = 10_000
 # Never pickled weights; code only where the user allows it.
 _HUB_FILES = ("*.json", "*.jinja", "*.txt", "*.model", _WEIGHT_FILES)
@@ -159,22 +160,31 @@ def load_target(
 ) -> TargetModel:
     """The target with its weights. From the Hub it is fetched whole first, so that it cannot change under a run."""
     folder = _fetched(where, revision, trust_remote_code)
-    _check_index(folder)
+    if (folder / INDEX).is_file():
+        shards_of(folder / INDEX)  # refuses files elsewhere
     return adapter.load(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
 
 
-def _check_index(folder: Path) -> None:
-    """TargetError where the index of a target in several files names files elsewhere."""
-    index = _read_json(folder, _INDEX, None) or {}
-    shards = value_of(index, "weight_map", dict, path=folder / _INDEX, kind=TargetError, absent={})
-    for name in set(map(str, shards.values())):
-        if Path(name).name != name or name in (".", ".."):
-            raise TargetError(
-                "the index of the target's weights names a file outside its folder",
-                where=folder / _INDEX,
-                found=name,
-                expected="names of files in the same folder",
-            )
+def extra_weights(where: str | Path, prefixes: Sequence[str], *, revision: str | None = None) -> dict[str, Tensor]:
+    """The target's weights whose names begin with one of `prefixes`, as they are stored. TargetError where one fits
+    none."""
+    return read_weights(find_weights(_fetched(where, revision, False), prefixes))
+
+
+def extra_weights_before(
+    where: str | Path, prefixes: Sequence[str], *, revision: str | None = None
+) -> dict[str, StoredWeight] | None:
+    """What `extra_weights` will find: nothing is downloaded but an index.
+
+    None where only the files themselves can tell. TargetError where a prefix fits none.
+    """
+    if _is_local(where):
+        return find_weights(Path(where), prefixes)
+    index = _read_json(where, INDEX, revision) or {}
+    names = index.get("weight_map")
+    if isinstance(names, dict):
+        wanted_names(list(names), prefixes, where=where)
+    return None
 
 
 def special_tokens(
@@ -306,7 +316,7 @@ def weight_bytes(where: str | Path) -> int | None:
     """How large a target's weight files are together; None where a Hub id does not say it in a file, or none are."""
     if _is_local(where):
         return sum(path.stat().st_size for path in Path(where).glob(_WEIGHT_FILES)) or None
-    about = (_read_json(where, _INDEX, None) or {}).get("metadata")
+    about = (_read_json(where, INDEX, None) or {}).get("metadata")
     size = about.get("total_size") if isinstance(about, dict) else None
     return size if isinstance(size, int) else None
 
