@@ -142,6 +142,8 @@ TINY = {
     ),
     "llama": ("llama", {}),
     "mistral": ("mistral", {"sliding_window": None}),
+    "olmo": ("olmo2", {}),
+    "olmo-3": ("olmo3", _PATTERN),
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {}),
     "qwen3_moe": ("qwen3_moe", {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}),

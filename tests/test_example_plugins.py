@@ -1,10 +1,10 @@
 """The plugins under examples/plugins do what their READMEs say, found as installed ones are."""
 
-import tomllib
 from pathlib import Path
 
 import pytest
 import torch
+from plugin_on_path import install_project
 
 from deepspec_core.cli.main import main
 from deepspec_core.contracts.rows import Heads, Rows
@@ -17,19 +17,8 @@ EXAMPLES = Path(__file__).parents[1] / "examples" / "plugins"
 
 @pytest.fixture
 def hellinger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The package as if installed: its metadata from its own pyproject.toml."""
-    folder = EXAMPLES / "deepspec-hellinger"
-    project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
-    info = tmp_path / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
-    info.mkdir()
-    requires = "".join(f"Requires-Dist: {requirement}\n" for requirement in project["dependencies"])
-    (info / "METADATA").write_text(
-        f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n{requires}"
-    )
-    points = "".join(f"{name} = {module}\n" for name, module in project["entry-points"]["deepspec"].items())
-    (info / "entry_points.txt").write_text(f"[deepspec]\n{points}")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.syspath_prepend(str(folder / "src"))
+    """The package as if installed."""
+    install_project(EXAMPLES / "deepspec-hellinger", tmp_path / "site", monkeypatch)
 
 
 @pytest.mark.usefixtures("hellinger")

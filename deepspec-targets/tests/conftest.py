@@ -20,9 +20,9 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from deepspec_core.families.adapter import FamilyAdapter
 from deepspec_core.layers.options import LayerOptions
 from deepspec_core.plugins.registry import Registry
-from deepspec_targets.family import FamilyAdapter
 
 SIZES = {
     "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6, "num_attention_heads": 4,

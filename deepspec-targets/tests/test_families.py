@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from deepspec_core.errors import TargetError
+from deepspec_core.families.adapter import FamilyAdapter
+from deepspec_core.families.transformers_target import TransformersTarget
 from deepspec_core.plugins.registry import Registry
 from deepspec_core.targets.opening import load_target, open_adapter
-from deepspec_targets.family import FamilyAdapter
-from deepspec_targets.transformers_target import TransformersTarget
 
 VOCAB = 61
 TAPS = (-1, 0, 2, 4)

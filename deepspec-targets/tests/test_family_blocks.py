@@ -16,12 +16,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from deepspec_core.checkpoints.published import layer_names, published_name
 from deepspec_core.contracts.target import SpecialTokens, TargetAdapter
 from deepspec_core.errors import TargetError
+from deepspec_core.families.adapter import FamilyAdapter
+from deepspec_core.families.masks import MaskBuilder
+from deepspec_core.families.transformers_target import TransformersTarget
 from deepspec_core.layers.decoder_layer import DraftLayer
 from deepspec_core.layers.options import LayerOptions
 from deepspec_core.plugins.registry import Registry
-from deepspec_targets.family import FamilyAdapter
-from deepspec_targets.masks import MaskBuilder
-from deepspec_targets.transformers_target import TransformersTarget
 
 PARITY = Path(__file__).parents[2] / "tests" / "parity"
 SIZES = LayerOptions(intermediate_size=24, num_heads=2, num_kv_heads=1, head_dim=12)

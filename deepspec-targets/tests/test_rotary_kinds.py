@@ -13,9 +13,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from deepspec_core.checkpoints.opening import draft_adapter
 from deepspec_core.errors import CheckpointError, TargetError
+from deepspec_core.families.rotary_kinds import FIXED, positions, varying_rotary
 from deepspec_core.plugins.registry import Registry
 from deepspec_core.targets.opening import open_adapter
-from deepspec_targets.rotary_kinds import FIXED, positions, varying_rotary
 
 DYNAMIC = {"rope_theta": 1e4, "factor": 4.0}
 LONG = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_position_embeddings": 16, "rope_theta": 1e4}

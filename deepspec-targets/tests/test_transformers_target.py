@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from deepspec_core.contracts.target import TargetModel
 from deepspec_core.errors import TargetError
+from deepspec_core.families.transformers_target import TransformersTarget
 from deepspec_targets.qwen3 import Qwen3Adapter
-from deepspec_targets.transformers_target import TransformersTarget
 
 PARITY = Path(__file__).parents[2] / "tests" / "parity"
 TAPS = (-1, 0, 2, 3)

@@ -18,8 +18,8 @@ from transformers.models.gemma3.modeling_gemma3 import (
 )
 
 from deepspec_core.contracts.target import AttentionProjections, ConversationFormat, LayerNorms, SamplingDefaults
-from deepspec_targets import layouts
-from deepspec_targets.family import FamilyAdapter
+from deepspec_core.families.adapter import FamilyAdapter
+from deepspec_core.families.layouts import FullAttentionRotary, projections, sandwich_norms
 
 
 class Gemma3Adapter(FamilyAdapter):
@@ -56,11 +56,11 @@ class Gemma3Adapter(FamilyAdapter):
         """Separate q, k, v, o; q and k normed per head; scores times query_pre_attn_scalar^-0.5."""
         bias = self.shape.attention_bias
         scale = self.shape.query_pre_attn_scalar**-0.5
-        return layouts.projections(self, in_features, bias=bias, out_bias=bias, head_norms=True, scale=scale)
+        return projections(self, in_features, bias=bias, out_bias=bias, norms="each head", scale=scale)
 
     def layer_norms(self) -> LayerNorms:
         """Norms before and after attention, before and after the MLP."""
-        return layouts.sandwich_norms(self)
+        return sandwich_norms(self)
 
     def norm(self, size: int | None = None, *, scale: bool = True) -> nn.Module:
         """RMSNorm in fp32; the stored weight is the scale minus one."""
@@ -75,7 +75,7 @@ class Gemma3Adapter(FamilyAdapter):
 
     def rotary(self) -> nn.Module:
         """The full-attention rotary embedding over the draft's head_dim."""
-        return layouts.FullAttentionRotary(Gemma3RotaryEmbedding(self.shape))
+        return FullAttentionRotary(Gemma3RotaryEmbedding(self.shape))
 
     def embedding(self) -> nn.Module:
         """Token ids -> [..., H], times sqrt(H)."""

@@ -19,8 +19,8 @@ from transformers.models.gemma4.modeling_gemma4 import (
 )
 
 from deepspec_core.contracts.target import AttentionProjections, ConversationFormat, LayerNorms, SamplingDefaults
-from deepspec_targets import layouts
-from deepspec_targets.family import FamilyAdapter
+from deepspec_core.families.adapter import FamilyAdapter
+from deepspec_core.families.layouts import FullAttentionRotary, projections, sandwich_norms
 from deepspec_targets.gemma4_config import published_class, published_fields, text_config
 
 # A draft layer has none of these, whatever the target has.
@@ -94,12 +94,12 @@ class Gemma4Adapter(FamilyAdapter):
     def attention_projections(self, in_features: int) -> AttentionProjections:
         """Full attention: scale 1, q and k normed per head, values (or keys as values) normed without a scale."""
         bias = self.shape.attention_bias
-        return layouts.projections(
+        return projections(
             self,
             in_features,
             bias=bias,
             out_bias=bias,
-            head_norms=True,
+            norms="each head",
             values_from_keys=self.shape.attention_k_eq_v,
             value_norm=self.norm(self.attention_heads()[2], scale=False),
             scale=1.0,
@@ -107,7 +107,7 @@ class Gemma4Adapter(FamilyAdapter):
 
     def layer_norms(self) -> LayerNorms:
         """Norms before and after attention, before and after the MLP; the output times the layer scalar."""
-        return layouts.sandwich_norms(self, OutputScale())
+        return sandwich_norms(self, OutputScale())
 
     def norm(self, size: int | None = None, *, scale: bool = True) -> nn.Module:
         """RMSNorm in fp32 with the config's epsilon."""
@@ -121,7 +121,7 @@ class Gemma4Adapter(FamilyAdapter):
 
     def rotary(self) -> nn.Module:
         """The full-attention rotary embedding (proportional, partial) over the draft's head_dim."""
-        return layouts.FullAttentionRotary(Gemma4TextRotaryEmbedding(self.shape))
+        return FullAttentionRotary(Gemma4TextRotaryEmbedding(self.shape))
 
     def embedding(self) -> nn.Module:
         """Token ids -> [..., H], times sqrt(H)."""

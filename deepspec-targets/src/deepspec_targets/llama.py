@@ -13,8 +13,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, Lla
 from transformers.models.mistral.modeling_mistral import MistralMLP
 
 from deepspec_core.contracts.target import AttentionProjections, ConversationFormat, LayerNorms, SamplingDefaults
-from deepspec_targets import layouts
-from deepspec_targets.family import FamilyAdapter
+from deepspec_core.families.adapter import FamilyAdapter
+from deepspec_core.families.layouts import pre_norms, projections
 
 _LLAMA_3_VOCABULARY = 128256
 
@@ -41,11 +41,11 @@ class LlamaAdapter(FamilyAdapter):
     def attention_projections(self, in_features: int) -> AttentionProjections:
         """Separate q, k, v, o with the config's bias; scores times head_dim^-0.5."""
         bias = self.shape.attention_bias
-        return layouts.projections(self, in_features, bias=bias, out_bias=bias)
+        return projections(self, in_features, bias=bias, out_bias=bias)
 
     def layer_norms(self) -> LayerNorms:
         """One norm before attention, one before the MLP."""
-        return layouts.pre_norms(self)
+        return pre_norms(self)
 
     def norm(self, size: int | None = None, *, scale: bool = True) -> nn.Module:
         """RMSNorm in fp32 with the config's epsilon."""
@@ -81,7 +81,7 @@ class MistralAdapter(LlamaAdapter):
 
     def attention_projections(self, in_features: int) -> AttentionProjections:
         """Separate q, k, v, o without biases; scores times head_dim^-0.5."""
-        return layouts.projections(self, in_features)
+        return projections(self, in_features)
 
     def mlp(self) -> nn.Module:
         """SwiGLU: down(silu(gate(x)) * up(x)), without biases."""

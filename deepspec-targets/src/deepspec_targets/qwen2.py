@@ -12,8 +12,8 @@ from torch import nn
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RMSNorm, Qwen2RotaryEmbedding
 
 from deepspec_core.contracts.target import AttentionProjections, ConversationFormat, LayerNorms, SamplingDefaults
-from deepspec_targets import layouts
-from deepspec_targets.family import FamilyAdapter
+from deepspec_core.families.adapter import FamilyAdapter
+from deepspec_core.families.layouts import pre_norms, projections
 
 
 class Qwen2Adapter(FamilyAdapter):
@@ -32,11 +32,11 @@ class Qwen2Adapter(FamilyAdapter):
 
     def attention_projections(self, in_features: int) -> AttentionProjections:
         """Separate q, k, v with biases, o without; scores times head_dim^-0.5."""
-        return layouts.projections(self, in_features, bias=True)
+        return projections(self, in_features, bias=True)
 
     def layer_norms(self) -> LayerNorms:
         """One norm before attention, one before the MLP."""
-        return layouts.pre_norms(self)
+        return pre_norms(self)
 
     def norm(self, size: int | None = None, *, scale: bool = True) -> nn.Module:
         """RMSNorm in fp32 with the config's epsilon."""

@@ -12,8 +12,8 @@ from torch import nn
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, Qwen3RotaryEmbedding
 
 from deepspec_core.contracts.target import AttentionProjections, ConversationFormat, LayerNorms, SamplingDefaults
-from deepspec_targets import layouts
-from deepspec_targets.family import FamilyAdapter
+from deepspec_core.families.adapter import FamilyAdapter
+from deepspec_core.families.layouts import pre_norms, projections
 
 
 class Qwen3Adapter(FamilyAdapter):
@@ -33,11 +33,11 @@ class Qwen3Adapter(FamilyAdapter):
     def attention_projections(self, in_features: int) -> AttentionProjections:
         """Separate q, k, v, o with the config's bias; q and k normed per head; scores times head_dim^-0.5."""
         bias = self.shape.attention_bias
-        return layouts.projections(self, in_features, bias=bias, out_bias=bias, head_norms=True)
+        return projections(self, in_features, bias=bias, out_bias=bias, norms="each head")
 
     def layer_norms(self) -> LayerNorms:
         """One norm before attention, one before the MLP."""
-        return layouts.pre_norms(self)
+        return pre_norms(self)
 
     def norm(self, size: int | None = None, *, scale: bool = True) -> nn.Module:
         """RMSNorm in fp32 with the config's epsilon."""

@@ -10,20 +10,18 @@ from typing import Any
 
 from transformers import Qwen3Config
 
-from deepspec_targets.family import head_dim_of
 from deepspec_targets.qwen3 import Qwen3Adapter
 
 
 class Qwen3MoeAdapter(Qwen3Adapter):
     """Qwen3 mixture-of-experts targets. The draft is a Qwen3 model and saved as one; [draft.layer] gives its MLP."""
 
+    draft_class = Qwen3Config
+
     def not_dense(self) -> str | None:
         """Experts: a draft cannot take its MLP's size from them."""
         return f"{self.text.num_experts} experts a layer (num_experts)"
 
     def draft_shape(self, sizes: Mapping[str, Any]) -> Any:
-        """A dense config with what the target's config has in common with one."""
-        theirs = self.text.to_dict()
-        shared = {key: theirs[key] for key in Qwen3Config().to_dict() if key in theirs and key != "model_type"}
-        dense = {"head_dim": head_dim_of(self.text), "layer_types": None, "use_sliding_window": False}
-        return Qwen3Config.from_dict(shared | dense | dict(sizes))
+        """A dense config with what the target's config has in common with one; no layer slides."""
+        return super().draft_shape({"layer_types": None, "use_sliding_window": False, **sizes})

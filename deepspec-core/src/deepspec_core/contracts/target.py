@@ -95,9 +95,10 @@ class AttentionProjections:
 
     query [in -> num_heads * head_dim], key and value [in -> num_kv_heads * head_dim], out [num_heads * head_dim -> H].
     If `value` is None, the output of the key projection, before its norm and rotation, serves as values. query_norm,
-    key_norm and value_norm act on [..., head_dim]; a norm that the family lacks is Identity. `scale` multiplies q.k.
-    `window` is how many positions a query sees, its own included, as the run file asks; None: all before it. `names`
-    gives the name of each module in published checkpoints, e.g. {"query": "q_proj"}.
+    key_norm and value_norm get and give [..., heads, head_dim], so a norm may act on each head or on all of them; a
+    norm that the family lacks is Identity. `scale` multiplies q.k. `window` is how many positions a query sees, its own
+    included, as the run file asks; None: all before it. `names` gives the name of each module, or of a module inside
+    it, in published checkpoints, e.g. {"query": "q_proj", "query_norm.norm": "q_norm"}.
     """
 
     query: nn.Module

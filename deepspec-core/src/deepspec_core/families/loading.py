@@ -18,6 +18,8 @@ from transformers.utils import logging
 
 from deepspec_core.errors import TargetError
 
+__all__ = ["load_causal_lm"]
+
 
 def load_causal_lm(
     where: str | Path,

@@ -17,9 +17,11 @@ from torch.utils.hooks import RemovableHandle
 
 from deepspec_core.contracts.target import TargetArchitecture, TargetFeatures, TargetStep
 from deepspec_core.errors import TargetError
+from deepspec_core.families.masks import MaskBuilder
+from deepspec_core.families.slot_cache import SlotCache
 from deepspec_core.targets.taps import check_taps
-from deepspec_targets.masks import MaskBuilder
-from deepspec_targets.slot_cache import SlotCache
+
+__all__ = ["TransformersTarget"]
 
 
 class TransformersTarget:

@@ -2,6 +2,7 @@
 
 Works on any transformers text config; a family subclasses `FamilyAdapter`, names its published class prefix and
 conversation format, and builds its own blocks from `self.shape` (layouts.py has those that several families share).
+A family may have more than one config class: each has an adapter, or one adapter reads what they have in common.
 Knows no family and no algorithm.
 
 Legend: V vocabulary, H hidden size.
@@ -28,9 +29,11 @@ from deepspec_core.contracts.target import (
     TargetModel,
 )
 from deepspec_core.errors import TargetError
+from deepspec_core.families.masks import MaskBuilder
+from deepspec_core.families.rotary_kinds import positions, varying_rotary, with_rope
 from deepspec_core.layers.options import LayerOptions
-from deepspec_targets.masks import MaskBuilder
-from deepspec_targets.rotary_kinds import positions, varying_rotary, with_rope
+
+__all__ = ["FamilyAdapter"]
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -42,15 +45,17 @@ class FamilyAdapter(ABC):
     own shape, from which families build blocks. `tokens` are the special ids where core has read them from the target's
     generation config and tokenizer; without them the config's own are taken.
 
-    `text_weights` maps names of weights in the files of a multimodal model to those of its text part alone, and
-    `ignored_weights` are patterns of what the text part does not need, and `own_draft_weights` of layers that a
-    target brings for drafting: they are no part of its answers, and a draft may ask for them. `spare_tokens` names,
-    by size of the published vocabularies, an id that no text uses: the mask where the tokenizer has none.
-    `slides_alike` says whether the family's sliding layers are built as its full ones, so that a draft of these
-    that slides may be called so.
+    `draft_class` is the config class of the family's drafts, if they are of another than the target. `text_weights`
+    maps names of weights in the files of a multimodal model to those of its text part alone, and `ignored_weights`
+    are patterns of what the text part does not need, and `own_draft_weights` of layers that a target brings for
+    drafting: they are no part of its answers, and a draft may ask for them. `spare_tokens` names, by size of the
+    published vocabularies, an id that no text uses: the mask where the tokenizer has none. `slides_alike` says
+    whether the family's sliding layers are built as its full ones, so that a draft of these that slides may be
+    called so.
     """
 
     class_prefix: ClassVar[str]
+    draft_class: ClassVar[type[Any] | None] = None
     text_weights: ClassVar[Mapping[str, str]] = {}
     ignored_weights: ClassVar[tuple[str, ...]] = ()
     own_draft_weights: ClassVar[tuple[str, ...]] = (r"(model\.)?mtp(_\w+)?\.",)
@@ -93,8 +98,14 @@ class FamilyAdapter(ABC):
         }
 
     def draft_shape(self, sizes: Mapping[str, Any]) -> Any:
-        """The text config with the draft's own `sizes`, by the config's names; head_dim is always written out."""
-        return type(self.text).from_dict(self.text.to_dict() | {"head_dim": head_dim_of(self.text)} | dict(sizes))
+        """The text config with the draft's own `sizes`, by the config's names; head_dim is always written out.
+
+        With a `draft_class`, a config of that class, with what the target's has in common with it.
+        """
+        fields, kind = self.text.to_dict(), self.draft_class or type(self.text)
+        if self.draft_class is not None:
+            fields = {key: fields[key] for key in kind().to_dict() if key in fields and key != "model_type"}
+        return kind.from_dict(fields | {"head_dim": head_dim_of(self.text)} | dict(sizes))
 
     def describe(self, tokens: SpecialTokens) -> TargetArchitecture:
         """The target's numbers, under the names most configs use."""
@@ -122,8 +133,8 @@ class FamilyAdapter(ABC):
         A quantised multimodal one is loaded whole: its quantisation names modules of the whole. TargetError where
         weights do not fit the config.
         """
-        from deepspec_targets.loading import load_causal_lm
-        from deepspec_targets.transformers_target import TransformersTarget
+        from deepspec_core.families.loading import load_causal_lm
+        from deepspec_core.families.transformers_target import TransformersTarget
 
         whole = self.text is self.config or getattr(self.config, "quantization_config", None) is not None
         model = load_causal_lm(
@@ -141,7 +152,7 @@ class FamilyAdapter(ABC):
         """The text part with new weights in `dtype`, plain where the target is quantised."""
         from transformers import AutoModelForCausalLM
 
-        from deepspec_targets.transformers_target import TransformersTarget
+        from deepspec_core.families.transformers_target import TransformersTarget
 
         model = AutoModelForCausalLM.from_config(self.text, dtype=dtype, attn_implementation="sdpa")
         return TransformersTarget(model, self.architecture)

@@ -1,0 +1,1 @@
+"""The target family OLMo 2 and 3."""
