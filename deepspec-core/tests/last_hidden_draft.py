@@ -21,7 +21,8 @@ from deepspec_core.contracts.rows import Heads, Rows
 from deepspec_core.contracts.target import TargetAdapter
 from deepspec_core.decoding.sampling import distribution, draw
 from deepspec_core.layers.decoder_layer import initialise
-from deepspec_core.testing.tiny_draft import TinyPreparation
+from deepspec_core.layers.softcap import softcapped
+from deepspec_core.preparation.anchors import AnchorPreparation, anchored_rows
 
 PLUGIN = """
 from deepspec_core.plugins import DraftModelSpec, hookimpl
@@ -71,7 +72,7 @@ class LastHiddenDraft(DraftModel):
         initialise(self.down, 0.1)
         initialise(self.up, 0.1)
         self.class_name = f"{adapter.class_prefix}LastHiddenDraft"
-        self.preparation = TinyPreparation(num_anchors=options.num_anchors, block_size=options.block_size + 1)
+        self.preparation = AnchorPreparation(num_predictions=options.block_size, num_anchors=options.num_anchors)
 
     def blocks(self, last_NH: Tensor, anchor_ids_N: Tensor) -> Tensor:
         """[N, K, H]"""
@@ -82,21 +83,10 @@ class LastHiddenDraft(DraftModel):
         return normed_NKH
 
     def forward(self, batch: DraftBatch) -> Rows:
-        """Blocks whose last hidden state is that of position p, for every p that was drawn."""
-        sequence_N, which_N = torch.nonzero(batch.prepared["anchors"] >= 0, as_tuple=True)
-        p_N, count = batch.prepared["anchors"][sequence_N, which_N], self.options.block_size
-        hidden_NKH = self.blocks(batch.features.last_hidden[sequence_N, p_N], batch.input_ids[sequence_N, p_N + 1])
-        slot_K, length = torch.arange(count, device=p_N.device), batch.input_ids.shape[1]
-        before_NK, sequence_N1 = p_N[:, None] + 1 + slot_K, sequence_N[:, None]
-        return Rows(
-            hidden=hidden_NKH.flatten(0, 1),
-            target_hidden=batch.features.last_hidden.flatten(0, 1),
-            target_index=(sequence_N1 * length + before_NK).flatten(),
-            target_ids=batch.input_ids[sequence_N1, before_NK + 1].flatten(),
-            weight=batch.loss_mask[sequence_N1, before_NK + 1].flatten().float(),
-            slot=slot_K.repeat(len(p_N)),
-            block=torch.arange(len(p_N), device=p_N.device).repeat_interleave(count),
-        )
+        """The counted slots of the blocks at the drawn anchors."""
+        sequence_N, anchors_N = batch.prepared["sequence"], batch.prepared["anchors"]
+        last_NH = batch.features.last_hidden[sequence_N, (anchors_N - 1).clamp(min=0)]
+        return anchored_rows(batch, self.blocks(last_NH, batch.input_ids[sequence_N, anchors_N]))
 
     def heads(self) -> Heads:
         """The target's own."""
@@ -167,9 +157,9 @@ class LastHiddenProposer:
         self, slots: Tensor, limits: Tensor, sampling: Sampling, uniforms: Tensor, stop_ids: Sequence[int]
     ) -> Proposal:
         """Every token of the block at once."""
-        logits_BKV = self.draft.lm_head(self.draft.blocks(self.last_SH[slots], self.token_S[slots]))
-        cap, lengths_B = self.draft.architecture.logit_softcap, limits.clamp(max=self.max_tokens)
-        logits_BKV = logits_BKV if cap is None else cap * torch.tanh(logits_BKV / cap)
+        hidden_BKH = self.draft.blocks(self.last_SH[slots], self.token_S[slots])
+        logits_BKV = softcapped(self.draft.lm_head(hidden_BKH), self.draft.architecture.logit_softcap)
+        lengths_B = limits.clamp(max=self.max_tokens)
         if sampling.temperature == 0:
             return Proposal(tokens=logits_BKV.argmax(-1), lengths=lengths_B)
         q_BKV = distribution(logits_BKV, sampling)

@@ -38,7 +38,7 @@ _FLEX_LEAST_QUERIES = 256
 
 
 class BlockLayout:
-    """Where the blocks of a batch stand: tensors as anchors.AnchorPreparation.collate describes them.
+    """Where the blocks of a batch stand: tensors as grid.GridPreparation.collate describes them.
 
     `window`: how many positions a slot sees, its own included; None: the whole context.
     """

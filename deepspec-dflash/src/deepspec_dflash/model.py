@@ -1,6 +1,6 @@
 """The DFlash draft: training blocks through the backbone to rows, and the facts its checkpoints state.
 
-`forward` is pure: which blocks and slots there are was decided by anchors.AnchorPreparation. Drafts that add heads
+`forward` is pure: which blocks and slots there are was decided by grid.GridPreparation. Drafts that add heads
 to the same backbone subclass DFlashModel, extend `rows`, and say so in `config` and their description.
 
 Legend: B sequences, T tokens, C = taps * H, H hidden size, V vocabulary, N live blocks, S slots of a block,
@@ -20,10 +20,12 @@ from deepspec_core.contracts.draft import DraftBatch, DraftDescription, DraftMod
 from deepspec_core.contracts.rows import Heads, Rows
 from deepspec_core.contracts.target import TargetAdapter
 from deepspec_core.errors import ConfigError
+from deepspec_core.layers.softcap import softcapped
 from deepspec_core.layers.window import window_of_layers
-from deepspec_dflash.anchors import AnchorPreparation
+from deepspec_core.preparation.anchors import anchored_rows
 from deepspec_dflash.attention import BlockLayout, KeysValues
 from deepspec_dflash.backbone import DFlashBackbone
+from deepspec_dflash.grid import GridPreparation
 from deepspec_dflash.options import DFlashOptions
 from deepspec_dflash.proposer import DFlashProposer
 
@@ -48,7 +50,7 @@ class DFlashModel(DraftModel):
         self.window = window_of_layers(
             self.backbone.draft_layers(), least=options.block_size, because="[draft] block_size"
         )
-        self.preparation = AnchorPreparation(num_predictions=options.num_predictions, num_anchors=options.num_anchors)
+        self.preparation = GridPreparation(num_predictions=options.num_predictions, num_anchors=options.num_anchors)
 
     def forward(self, batch: DraftBatch) -> Rows:
         """The supervised slots of a batch."""
@@ -74,17 +76,7 @@ class DFlashModel(DraftModel):
 
     def rows(self, batch: DraftBatch, hidden_NKH: Tensor) -> Rows:
         """Counted slots only, each with weight 1; how slots of a block weigh is the run's weighting."""
-        prepared = batch.prepared
-        block_R, slot_R = prepared["block"], prepared["slot"]
-        return Rows(
-            hidden=hidden_NKH[block_R, slot_R],
-            target_hidden=batch.features.last_hidden[prepared["target_sequence"], prepared["target_position"]],
-            target_index=prepared["target_index"],
-            target_ids=prepared["labels"],
-            weight=torch.ones(len(block_R), dtype=torch.float32, device=block_R.device),
-            slot=slot_R,
-            block=block_R,
-        )
+        return anchored_rows(batch, hidden_NKH)
 
     def run_blocks(
         self, anchor_ids_N: Tensor, anchors_N: Tensor, context: Sequence[KeysValues], layout: BlockLayout
@@ -99,8 +91,7 @@ class DFlashModel(DraftModel):
 
     def logits(self, hidden_H: Tensor) -> Tensor:
         """softcap(lm_head(h)), [..., H] -> [..., V]."""
-        logits_V: Tensor = self.lm_head(hidden_H)
-        return logits_V if self.softcap is None else self.softcap * torch.tanh(logits_V / self.softcap)
+        return softcapped(self.lm_head(hidden_H), self.softcap)
 
     @property
     def mask_token_id(self) -> int:

@@ -20,6 +20,7 @@ from deepspec_core.contracts.draft import DraftBatch, DraftDescription, DraftMod
 from deepspec_core.contracts.rows import Heads, Rows
 from deepspec_core.contracts.target import TargetAdapter
 from deepspec_core.layers.decoder_layer import initialise
+from deepspec_core.layers.softcap import softcapped
 from deepspec_core.layers.window import window_of_layers
 from deepspec_eagle3.attention import KeysValues, StepLayout, attend_first, attend_later
 from deepspec_eagle3.drafter import Eagle3Drafter
@@ -126,8 +127,7 @@ class Eagle3Model(DraftModel):
 
     def logits(self, hidden_H: Tensor) -> Tensor:
         """softcap(lm_head(h)) of normed outputs, [..., H] -> [..., V]."""
-        logits_V: Tensor = self.lm_head(hidden_H)
-        return logits_V if self.softcap is None else self.softcap * torch.tanh(logits_V / self.softcap)
+        return softcapped(self.lm_head(hidden_H), self.softcap)
 
     def heads(self) -> Heads:
         """One frozen projection for draft and target."""

@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deepspec_core.contracts.draft import PreparedSample, Sample
+from deepspec_core.preparation.anchors import drawn
+from deepspec_core.preparation.positions import distinct_positions
 from deepspec_eagle3.options import Count, Normaliser
 
 
@@ -56,9 +58,8 @@ class StepPreparation:
         possible = counted_TS.any(dim=1).nonzero()[:, 0]
         weigh = 1.0
         if self.num_anchors is not None and len(possible) > self.num_anchors:
-            drawn = rng.choice(len(possible), size=self.num_anchors, replace=False)
             kept_T = torch.zeros(len(counted_TS), dtype=torch.bool)
-            kept_T[possible[torch.from_numpy(drawn)]] = True
+            kept_T[drawn(possible, self.num_anchors, rng)] = True
             counted_TS, weigh = counted_TS & kept_T[:, None], len(possible) / self.num_anchors
         index_R, step_R = counted_TS.nonzero(as_tuple=True)
         return PreparedSample(
@@ -87,8 +88,7 @@ class StepPreparation:
         index_R = torch.cat([one.tensors["index"] for one in prepared])
         step_R = torch.cat([one.tensors["step"] for one in prepared])
         _, block_R = torch.unique_consecutive(torch.stack([document_R, index_R]), dim=1, return_inverse=True)
-        where_R2 = torch.stack([document_R, index_R + step_R + 1], dim=1)
-        where_P2, target_index_R = torch.unique(where_R2, dim=0, return_inverse=True)
+        document_P, position_P, target_index_R = distinct_positions(document_R, index_R + step_R + 1)
         later_R = step_R > 0
         _, rank = torch.unique_consecutive(block_R[later_R], return_inverse=True)
         first = F.pad(rank[1:] != rank[:-1], (1, 0), value=True)[: len(rank)]
@@ -106,7 +106,7 @@ class StepPreparation:
             "later": torch.zeros_like(step_R).masked_scatter(later_R, rank),
             "later_document": document_R[later_R][first],
             "later_index": index_R[later_R][first],
-            "target_document": where_P2[:, 0],
-            "target_position": where_P2[:, 1],
+            "target_document": document_P,
+            "target_position": position_P,
             "target_index": target_index_R,
         }

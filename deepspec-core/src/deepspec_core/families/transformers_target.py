@@ -19,6 +19,7 @@ from deepspec_core.contracts.target import TargetArchitecture, TargetFeatures, T
 from deepspec_core.errors import TargetError
 from deepspec_core.families.masks import MaskBuilder
 from deepspec_core.families.slot_cache import SlotCache
+from deepspec_core.layers.softcap import softcapped
 from deepspec_core.targets.taps import check_taps
 
 __all__ = ["TransformersTarget"]
@@ -116,9 +117,7 @@ class TransformersTarget:
         return _plain_weight(self.head)
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        logits: Tensor = self.head(hidden)
-        cap = self.architecture.logit_softcap
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        return softcapped(self.head(hidden), self.architecture.logit_softcap)
 
     def _reach(self, positions: Tensor) -> int:
         # Exact where reading a tensor is free; on an accelerator a bound, since reading would stop the queue.

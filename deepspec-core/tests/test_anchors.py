@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from deepspec_core.contracts.draft import Preparation
+from deepspec_core.preparation.anchors import AnchorPreparation, anchor_candidates, counted_slots
 from deepspec_core.testing.random_batches import random_sample
-from deepspec_dflash.anchors import AnchorPreparation, candidates, counted_slots
 
 PREPARATION = AnchorPreparation(num_predictions=3, num_anchors=4)
 #       0  1  2  3  4  5  6  7  8  9
@@ -26,9 +26,9 @@ def test_it_is_a_preparation_and_picklable() -> None:
 
 
 def test_candidates_need_two_supervised_tokens_in_a_row() -> None:
-    assert candidates(_mask(*MASK)).tolist() == [2, 3, 8]
-    assert candidates(_mask(1)).tolist() == []
-    assert candidates(_mask(0, 1)).tolist() == []
+    assert anchor_candidates(_mask(*MASK)).tolist() == [2, 3, 8]
+    assert anchor_candidates(_mask(1)).tolist() == []
+    assert anchor_candidates(_mask(0, 1)).tolist() == []
 
 
 def test_slots_count_as_a_prefix_up_to_gaps_and_the_end() -> None:
@@ -39,7 +39,7 @@ def test_slots_count_as_a_prefix_up_to_gaps_and_the_end() -> None:
 
 def test_draws_are_increasing_distinct_and_even() -> None:
     sample = random_sample("a", 12)
-    possible = candidates(sample.loss_mask)
+    possible = anchor_candidates(sample.loss_mask)
     assert len(possible) == 10
     counts, rounds = torch.zeros(12), 4000
     rng = np.random.default_rng(0)
@@ -91,8 +91,6 @@ def test_collate_lists_live_blocks_and_counted_slots() -> None:
     batch = PREPARATION.collate(prepared)
     assert batch["anchors"].tolist() == [2, 3, 8, 2, 4]
     assert batch["sequence"].tolist() == [0, 0, 0, 2, 2]
-    assert batch["grid_anchors"].tolist() == [[2, 3, 8], [0, 0, 0], [2, 4, 0]]
-    assert batch["grid"].flatten()[batch["place"]].tolist() == [0, 1, 2, 3, 4]
     assert batch["block"].tolist() == [0, 0, 1, 2, 3, 3, 3, 4, 4]
     assert batch["slot"].tolist() == [0, 1, 0, 0, 0, 1, 2, 0, 1]
     where = torch.stack([batch["target_sequence"], batch["target_position"]], 1)

@@ -1,10 +1,11 @@
-"""The host half of training: where blocks start, what their slots should predict, and which slots count.
+"""Blocks at drawn anchors: where they start, what their slots should predict, which slots count, and their rows.
 
-Knows token ids and loss masks; not the network. Everything ragged becomes index tensors here, so that the network needs
-no host work: only live blocks and counted slots are listed.
+A block is anchored at a token that is known, and predicts the tokens after it. Everything ragged becomes index tensors
+on the host, so that networks need no host work: only live blocks and counted slots are listed. Knows token ids and loss
+masks; not the network that fills the blocks.
 
-Legend: T tokens of one sample, B sequences, A most blocks in one sequence, K predictions of a block, N live blocks,
-R counted slots (rows), P distinct target positions.
+Legend: T tokens of one sample, B sequences, A anchors of one sample, K predictions of a block, N live blocks,
+R counted slots (rows), P distinct target positions, H hidden size.
 """
 
 from __future__ import annotations
@@ -17,12 +18,23 @@ from attrs import field, frozen
 from attrs.validators import gt
 from torch import Tensor
 
-from deepspec_core.contracts.draft import PreparedSample, Sample
+from deepspec_core.contracts.draft import DraftBatch, PreparedSample, Sample
+from deepspec_core.contracts.rows import Rows
+from deepspec_core.preparation.positions import distinct_positions
+
+__all__ = ["AnchorPreparation", "anchor_candidates", "anchored_rows", "counted_slots", "drawn"]
 
 
-def candidates(loss_mask_T: Tensor) -> Tensor:
+def anchor_candidates(loss_mask_T: Tensor) -> Tensor:
     """Positions p with loss_mask[p] = loss_mask[p+1] = 1, increasing: where a block may be anchored."""
     return (loss_mask_T[:-1].bool() & loss_mask_T[1:].bool()).nonzero().flatten()
+
+
+def drawn(possible_A: Tensor, most: int, rng: np.random.Generator) -> Tensor:
+    """At most `most` of the entries, uniformly without replacement, in their order; all where they are fewer."""
+    count = min(len(possible_A), most)
+    chosen = np.sort(rng.choice(len(possible_A), size=count, replace=False)) if count else np.zeros(0, dtype=np.int64)
+    return possible_A[torch.from_numpy(chosen)]
 
 
 def counted_slots(anchors_A: Tensor, loss_mask_T: Tensor, num_predictions: int) -> Tensor:
@@ -45,10 +57,7 @@ class AnchorPreparation:
 
     def prepare(self, sample: Sample, rng: np.random.Generator) -> PreparedSample:
         """Draw anchors in increasing order. Where fewer candidates exist than anchors, all of them are taken."""
-        possible = candidates(sample.loss_mask)
-        count = min(len(possible), self.num_anchors)
-        chosen = np.sort(rng.choice(len(possible), size=count, replace=False)) if count else np.zeros(0, dtype=np.int64)
-        return self.at(sample, possible[torch.from_numpy(chosen)])
+        return self.at(sample, drawn(anchor_candidates(sample.loss_mask), self.num_anchors, rng))
 
     def at(self, sample: Sample, anchors_A: Tensor) -> PreparedSample:
         """The sample with these anchors [A] int64, increasing, rather than drawn ones."""
@@ -58,7 +67,7 @@ class AnchorPreparation:
             sample=sample,
             tensors={"anchors": anchors_A, "counted": counted_AK, "labels": sample.input_ids[labels_AK]},
             counts={
-                "anchor_candidates": len(candidates(sample.loss_mask)),
+                "anchor_candidates": len(anchor_candidates(sample.loss_mask)),
                 "anchors": len(anchors_A),
                 "counted_slots": int(counted_AK.sum()),
                 "samples_without_anchors": int(len(anchors_A) == 0),
@@ -68,10 +77,9 @@ class AnchorPreparation:
     def collate(self, prepared: Sequence[PreparedSample]) -> dict[str, Tensor]:
         """The batch's live blocks and rows, as indices.
 
-        Blocks: `anchors` [N] and `sequence` [N], sequence by sequence; `grid` [B, A], which block is a sequence's j-th
-        (0 where it has fewer) and `grid_anchors` [B, A], its anchor (0, that is no context, where it has fewer);
-        `place` [N], where in the flattened grid a block is. Rows: `block`, `slot` and `labels` [R]; `target_sequence`
-        and `target_position` [P], the distinct positions they are compared with, and `target_index` [R].
+        Blocks, sequence by sequence: `anchors` [N] and `sequence` [N]. Rows: `block`, `slot` and `labels` [R];
+        `target_sequence` and `target_position` [P], the distinct positions they are compared with, and `target_index`
+        [R].
 
         A batch without any anchor keeps one block that yields no row, so that every parameter stays in the graph.
         """
@@ -85,28 +93,34 @@ class AnchorPreparation:
         anchors_N, counted_NK = torch.cat(anchors), torch.cat(counted)
         sizes_B = torch.tensor([len(part) for part in anchors])
         sequence_N = torch.arange(len(prepared)).repeat_interleave(sizes_B)
-        first_B = sizes_B.cumsum(0) - sizes_B
-        rank_N = torch.arange(len(anchors_N)) - first_B[sequence_N]
-        width = int(sizes_B.max())
-        place_N = sequence_N * width + rank_N
-        grid_BA = torch.zeros(len(prepared) * width, dtype=torch.long)
-        grid_BA[place_N] = torch.arange(len(anchors_N))
-        grid_anchors_BA = torch.zeros_like(grid_BA)
-        grid_anchors_BA[place_N] = anchors_N
-
         block_R, slot_R = counted_NK.nonzero(as_tuple=True)
-        where_R2 = torch.stack([sequence_N[block_R], anchors_N[block_R] + slot_R], dim=1)
-        where_P2, target_index_R = torch.unique(where_R2, dim=0, return_inverse=True)
+        sequence_P, position_P, index_R = distinct_positions(sequence_N[block_R], anchors_N[block_R] + slot_R)
         return {
             "anchors": anchors_N,
             "sequence": sequence_N,
-            "grid": grid_BA.view(len(prepared), width),
-            "grid_anchors": grid_anchors_BA.view(len(prepared), width),
-            "place": place_N,
             "block": block_R,
             "slot": slot_R,
             "labels": torch.cat(labels)[block_R, slot_R],
-            "target_sequence": where_P2[:, 0],
-            "target_position": where_P2[:, 1],
-            "target_index": target_index_R,
+            "target_sequence": sequence_P,
+            "target_position": position_P,
+            "target_index": index_R,
         }
+
+
+def anchored_rows(batch: DraftBatch, hidden_NKH: Tensor) -> Rows:
+    """The counted slots of a batch that AnchorPreparation laid out, each with weight 1.
+
+    `hidden_NKH` is what the draft made for every prediction of every live block. How slots of a block weigh is the
+    run's weighting.
+    """
+    prepared = batch.prepared
+    block_R, slot_R = prepared["block"], prepared["slot"]
+    return Rows(
+        hidden=hidden_NKH[block_R, slot_R],
+        target_hidden=batch.features.last_hidden[prepared["target_sequence"], prepared["target_position"]],
+        target_index=prepared["target_index"],
+        target_ids=prepared["labels"],
+        weight=torch.ones(len(block_R), dtype=torch.float32, device=block_R.device),
+        slot=slot_R,
+        block=block_R,
+    )
