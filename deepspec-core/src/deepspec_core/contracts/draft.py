@@ -22,7 +22,7 @@ from deepspec_core.contracts.proposer import Proposer
 from deepspec_core.contracts.rows import Heads, Rows
 from deepspec_core.contracts.target import TargetFeatures
 
-__all__ = ["DraftBatch", "DraftDescription", "DraftModel", "Preparation", "PreparedSample", "Sample"]
+__all__ = ["DraftBatch", "DraftDescription", "DraftModel", "Preparation", "PreparedSample", "Sample", "Texts"]
 
 
 @frozen(kw_only=True, eq=False)
@@ -103,6 +103,18 @@ class DraftBatch:
         )
 
 
+@frozen(kw_only=True, eq=False)
+class Texts:
+    """The right-padded sequences of a micro-batch before their features are taken, on the device.
+
+    input_ids [B, T] int64. loss_mask [B, T] bool is true on supervised tokens, attention_mask [B, T] on real ones.
+    """
+
+    input_ids: Tensor
+    loss_mask: Tensor
+    attention_mask: Tensor
+
+
 @frozen(kw_only=True)
 class DraftDescription:
     """Facts about a draft, in terms that checkpoints, exporters and reports share.
@@ -168,6 +180,17 @@ class DraftModel(nn.Module, ABC):
             self.lm_head.weight.copy_(head_VH)
         self.embed_tokens.requires_grad_(False)
         self.lm_head.requires_grad_(False)
+
+    def rollout(self, texts: Texts, uniforms: Tensor) -> Texts:
+        """Texts to train on in place of the data's. Drafts that train on what they write themselves override it.
+
+        Called in every micro-batch, without gradients, before labels are laid out and features are taken: the target is
+        run on what it returns (on-policy distillation, arXiv 2306.13649 and 2310.08461). Texts keep their lengths:
+        input_ids and loss_mask may change, padding does not count. uniforms [B, T], float64 in [0, 1), are the only
+        source of randomness. A row of them follows from the seed, the epoch and the sample's id, so it does not depend
+        on the batch. Features must be computed while training (features.mode = "online").
+        """
+        return texts
 
     def adopt_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Copy weights that `describe().target_weights` asked for. Drafts that ask for some implement it.

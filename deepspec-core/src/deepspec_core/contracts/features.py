@@ -18,7 +18,11 @@ __all__ = ["FeatureSource"]
 
 @runtime_checkable
 class FeatureSource(Protocol):
-    """Samples in a fixed order, read by index, and their features."""
+    """Samples in a fixed order, read by index, and their features.
+
+    A source may have an attribute `of_given_texts`. If it is true, `features` are those of the `input_ids` it is given,
+    whatever the samples say. Drafts that train on texts of their own need such a source.
+    """
 
     def __len__(self) -> int: ...
 

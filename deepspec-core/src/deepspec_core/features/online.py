@@ -18,6 +18,8 @@ class OnlineFeatures:
     Loader workers get the samples without the target.
     """
 
+    of_given_texts = True
+
     def __init__(self, samples: Sequence[Sample], target: TargetModel, taps: Sequence[int]) -> None:
         self._samples = sorted(samples, key=lambda sample: sample.id)
         self._target: TargetModel | None = target

@@ -59,6 +59,7 @@ def check_before(run: Run, steps: Sequence[Step], *, may_write: bool = True) -> 
     if "train" in run.file.run.stages:
         from deepspec_core.pipeline.trying import try_draft, try_training
         from deepspec_core.pipeline.trying_finished import try_finished
+        from deepspec_core.pipeline.trying_rollout import try_rollout
         from deepspec_core.pipeline.trying_target_weights import try_target_weights
 
         draft, tried = try_draft(run)
@@ -67,6 +68,7 @@ def check_before(run: Run, steps: Sequence[Step], *, may_write: bool = True) -> 
             _mask_token(run, description)
         if "train" in todo:
             try_target_weights(run, draft, description)
+            try_rollout(run, draft)
             try_training(run, draft)
             try_finished(run, draft, description)
             _room_for_checkpoint(run, tried.checkpoint_bytes)

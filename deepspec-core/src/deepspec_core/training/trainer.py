@@ -22,7 +22,7 @@ from attrs import field, frozen
 from torch import Tensor
 
 from deepspec_core.config.schema import LossOptions, TrainOptions
-from deepspec_core.contracts.draft import DraftModel
+from deepspec_core.contracts.draft import DraftModel, Preparation
 from deepspec_core.contracts.features import FeatureSource
 from deepspec_core.dtypes import torch_dtype
 from deepspec_core.errors import CheckpointError, DataError, TrainingError
@@ -34,6 +34,7 @@ from deepspec_core.training import checkpoint as checkpoints
 from deepspec_core.training.host_batch import HostBatch
 from deepspec_core.training.loader import StepPlans, iterate
 from deepspec_core.training.metrics import Clock, Figures, MetricsLog
+from deepspec_core.training.on_policy import Rollouts, Unprepared, rolls_out
 from deepspec_core.training.reduction import StepSums, gathered, normalise
 from deepspec_core.training.sampler import GlobalBatches
 from deepspec_core.training.schedule import learning_rate
@@ -126,7 +127,7 @@ class _Trainer:
         device: str | torch.device | None,
     ) -> None:
         self.source, self.options, self.folder, self.seed = source, options, folder, seed
-        self.preparation = draft.preparation
+        self.preparation: Preparation = Unprepared() if rolls_out(draft) else draft.preparation
         self.save_draft, self.on_checkpoint = save_draft, on_checkpoint
         self.accelerator = Accelerator(
             cpu=device is not None and torch.device(device).type == "cpu",
@@ -141,6 +142,10 @@ class _Trainer:
         )
         self.total_steps = min(self.batches.total_steps, options.max_steps or self.batches.total_steps)
         self.model = self._wrap(draft, loss, registry)
+        self.rollouts: Rollouts | None = None
+        if rolls_out(draft):
+            dtype = torch_dtype(options.precision)
+            self.rollouts = Rollouts(draft, source, seed=seed, device=self.device, compute_dtype=dtype)
         self.parameters = {name: value for name, value in draft.named_parameters() if value.requires_grad}
         self.optimizer = torch.optim.AdamW(
             list(self.parameters.values()),
@@ -254,6 +259,8 @@ class _Trainer:
         share = plans.of_step(step)
         for number, plan in enumerate(share):
             micro = next(micro_batches)
+            if self.rollouts is not None:
+                micro = self.rollouts(micro, plan.epoch)
             batch = micro.to_draft_batch(self.source, self.device)
             waits = number + 1 < len(share)
             with self.accelerator.no_sync(self.model) if waits else nullcontext():

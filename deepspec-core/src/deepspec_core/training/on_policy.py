@@ -1,0 +1,123 @@
+"""Texts that a draft writes itself, for training on them: rolled out, checked, prepared, before features are taken.
+
+Preparation waits for the rollout, so it runs in the training process. Random numbers follow from the seed, the epoch
+and the sample's id. Knows drafts that roll out; not what they write, nor losses.
+
+Legend: B samples, T tokens of the longest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from attrs import evolve, frozen
+from torch import Tensor
+
+from deepspec_core.contracts.draft import DraftModel, PreparedSample, Sample, Texts
+from deepspec_core.contracts.features import FeatureSource
+from deepspec_core.data.collate import pad
+from deepspec_core.errors import ConfigError, PluginError
+from deepspec_core.plugins.origin import component_of, package_of
+from deepspec_core.training.host_batch import HostBatch, host_batch
+from deepspec_core.training.sampler import sample_rng
+
+
+def rolls_out(draft: DraftModel) -> bool:
+    """Whether the draft trains on texts of its own."""
+    return type(draft).rollout is not DraftModel.rollout
+
+
+def stored_features(where: object, found: object) -> ConfigError:
+    """The error of a draft that rolls out, with features that were taken of other texts."""
+    return ConfigError(
+        "the draft trains on texts that it writes while it trains, and stored features are of other texts",
+        where=where,
+        found=found,
+        expected='features of the texts that are given, as with features.mode = "online"',
+        fix='Set features.mode = "online", and leave "cache" out of run.stages.',
+    )
+
+
+@frozen
+class Unprepared:
+    """A contracts.draft.Preparation that leaves all to later."""
+
+    def prepare(self, sample: Sample, rng: np.random.Generator) -> PreparedSample:
+        """The sample alone."""
+        return PreparedSample(sample=sample, tensors={})
+
+    def collate(self, prepared: Sequence[PreparedSample]) -> Mapping[str, Tensor]:
+        """Nothing."""
+        return {}
+
+
+class Rollouts:
+    """Turns micro-batches of the data into micro-batches of the draft's own texts.
+
+    ConfigError if `source` does not give features of the texts that it is given.
+    """
+
+    def __init__(
+        self, draft: DraftModel, source: FeatureSource, *, seed: int, device: torch.device, compute_dtype: torch.dtype
+    ) -> None:
+        if not getattr(source, "of_given_texts", False):
+            raise stored_features(f"{package_of(source)}, {component_of(source)}", "a source without `of_given_texts`")
+        self.draft, self.seed, self.device, self.compute_dtype = draft, seed, device, compute_dtype
+        self.vocab_size = len(draft.heads().target)
+
+    @torch.no_grad()
+    def __call__(self, micro: HostBatch, epoch: int) -> HostBatch:
+        """The samples with the draft's texts, prepared. PluginError, with the package, if these break the contract."""
+        given = Texts(
+            input_ids=micro.input_ids.to(self.device),
+            loss_mask=micro.loss_mask.to(self.device),
+            attention_mask=micro.attention_mask.to(self.device),
+        )
+        uniforms_BT = pad([self._uniforms(sample, epoch) for sample in micro.samples]).to(self.device)
+        bf16 = self.compute_dtype == torch.bfloat16
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16):
+            # Copies: a draft that writes into what it is given still gives back what is to be checked.
+            returned = self.draft.rollout(evolve(given, input_ids=given.input_ids.clone()), uniforms_BT)
+        check_shapes(self.draft, returned, given)
+        ids_BT, mask_BT = returned.input_ids.cpu(), returned.loss_mask.cpu()
+        outside = (ids_BT < 0) | (ids_BT >= self.vocab_size)
+        if bool((outside & micro.attention_mask).any()):
+            expected = f"token ids from 0 to below {self.vocab_size}"
+            raise refused(self.draft, "input_ids", int(ids_BT[outside & micro.attention_mask][0]), expected)
+        samples = [
+            evolve(
+                sample, input_ids=ids_BT[row, : len(sample.input_ids)], loss_mask=mask_BT[row, : len(sample.input_ids)]
+            )
+            for row, sample in enumerate(micro.samples)
+        ]
+        preparation = self.draft.preparation
+        prepared = [preparation.prepare(sample, sample_rng(self.seed, epoch, sample.id)) for sample in samples]
+        return host_batch(prepared, preparation)
+
+    def _uniforms(self, sample: Sample, epoch: int) -> Tensor:
+        # Other numbers than the preparation's of the same sample.
+        rng = sample_rng(self.seed, epoch, f"{sample.id}\0rollout")
+        return torch.from_numpy(rng.random(len(sample.input_ids)))
+
+
+def check_shapes(draft: DraftModel, returned: object, given: Texts) -> None:
+    """PluginError if what a rollout returned is not of the given texts' shapes. Reads no numbers."""
+    if not isinstance(returned, Texts):
+        raise refused(draft, "rollout()", type(returned).__name__, "contracts.draft.Texts")
+    for name in ("input_ids", "loss_mask"):
+        own, theirs = getattr(given, name), getattr(returned, name)
+        if (theirs.shape, theirs.dtype) != (own.shape, own.dtype):
+            found = f"{list(theirs.shape)}, {theirs.dtype}"
+            raise refused(draft, name, found, f"{list(own.shape)}, {own.dtype}: texts keep their lengths")
+
+
+def refused(draft: DraftModel, name: str, found: object, expected: str) -> PluginError:
+    """The error of a rollout that breaks its contract."""
+    return PluginError(
+        f"a draft rolls out what cannot be trained on: `{name}`",
+        where=f"{package_of(draft)}, {component_of(draft)}",
+        found=found,
+        expected=expected,
+    )
