@@ -1,6 +1,7 @@
 """A draft that reads the target's last hidden state while decoding, and no tapped layer: it sees there what it saw in
 training, and everything that holds of any draft holds of it."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,12 @@ from last_hidden_draft import PLUGIN, LastHiddenDraft, LastHiddenOptions, LastHi
 from plugin_on_path import install
 
 from deepspec_core.cli.main import main
+from deepspec_core.contracts.proposer import features_for
+from deepspec_core.contracts.target import TargetStep
 from deepspec_core.decoding.calibrated import CalibratedProposer
 from deepspec_core.plugins.discovery import load_plugins
 from deepspec_core.plugins.registry import Registry
+from deepspec_core.testing.table_proposer import TableProposer
 
 
 @pytest.fixture(scope="session")
@@ -65,6 +69,13 @@ def test_decoding_sees_the_features_of_training(pair: every_pair.Pair) -> None:
         torch.testing.assert_close(given_TH, trained.last_hidden[0], rtol=1e-4, atol=1e-5)
 
 
+def test_who_does_not_ask_gets_the_taps_as_they_are(pair: every_pair.Pair) -> None:
+    step = TargetStep(logits=torch.ones(1, 2, 3), hidden=torch.ones(1, 2, 8), last_hidden=torch.zeros(1, 2, 4))
+    asking = LastHiddenProposer(pair.draft)
+    assert features_for(TableProposer(vocab_size=3, max_tokens=1), step) is step.hidden
+    assert torch.equal(features_for(asking, step), torch.cat([step.hidden, step.last_hidden], dim=-1))
+
+
 def test_a_run_without_tapped_layers(
     run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -77,5 +88,8 @@ def test_a_run_without_tapped_layers(
     arguments = ["run", str(run_file), "--smoke", "--dry-run", "--set", "loss.terms={ce=1.0}"]
     assert main([*arguments, "--set", "target.layers=[]"]) == 0, capsys.readouterr().err
     run_file.write_text(text)
+    assert main(["init", "builtin:tiny-qwen3", "--draft", "last-hidden", "--output", str(tmp_path / "new.toml")]) == 0
+    assert re.search(r"^layers = \[\]", (tmp_path / "new.toml").read_text(), re.MULTILINE)
+    capsys.readouterr()
     assert main([*arguments, "--set", "target.layers=[]"]) == 2
     assert "these layers cannot be tapped" in capsys.readouterr().err

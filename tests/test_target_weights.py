@@ -15,6 +15,7 @@ import deepspec_targets
 from deepspec_core.cli.main import main
 from deepspec_core.errors import TargetError
 from deepspec_core.plugins.discovery import load_plugins
+from deepspec_core.targets import opening
 from deepspec_core.targets.extra_weights import find_weights, read_weights
 from deepspec_core.targets.opening import load_target, open_adapter
 
@@ -113,6 +114,14 @@ def test_weights_of_another_shape_are_said_before_the_first_stage(
     said = refused(run_file, capsys)
     assert "fails to adopt weights of the target" in said
     assert "mtp.down.weight [128, 128]" in said
+
+
+def test_of_a_target_on_the_hub_the_index_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    index = {"weight_map": {"model.norm.weight": "a.safetensors", "mtp.down.weight": "b.safetensors"}}
+    monkeypatch.setattr(opening, "_read_json", lambda where, name, revision: index)
+    assert opening.extra_weights_before("some/model", ("mtp.",)) is None, "shapes are not known"
+    with pytest.raises(TargetError, match=r"no name that begins with 'mtp_layers\.'; there are mtp"):
+        opening.extra_weights_before("some/model", ("mtp_layers.",))
 
 
 def test_one_file_serves_as_well_and_the_target_loads_without_them(tiny_target: Any, tmp_path: Path) -> None:

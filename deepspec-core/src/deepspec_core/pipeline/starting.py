@@ -57,7 +57,8 @@ def start_of(model: str, draft_type: str, data: str | None, folder: Path, regist
     adapter, layer = open_target_alone(where, registry=registry)
     architecture = adapter.architecture
     tokenizer = ChatTokenizer(tokenizer_for(where))
-    taps = architecture.known_taps or spread_taps(architecture.num_layers)
+    known = architecture.known_taps or spread_taps(architecture.num_layers)
+    taps = known if spec.needs_taps else ()
     options: type[Any] = spec.options or _NoOptions
     values = {}
     mask = _mask_token(adapter, tokenizer)
@@ -77,7 +78,7 @@ def start_of(model: str, draft_type: str, data: str | None, folder: Path, regist
         layer=layer,
         loss=spec.default_loss,
         notes={
-            "layers": [_tap_note(adapter)],
+            "layers": [_tap_note(adapter) if taps else "The draft needs no decoder layer's outputs."],
             "target": [_target_note(where)],
             "data": [_template_note(tokenizer, adapter)],
             "cache": [_cache_note(adapter, taps, registry)],
