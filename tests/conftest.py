@@ -3,6 +3,7 @@ targets and drafts of every kind."""
 
 import json
 import shutil
+import tomllib
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -25,6 +26,7 @@ from deepspec_core.pipeline.threads import using
 from deepspec_core.plugins.registry import Registry
 from deepspec_core.targets.opening import load_target, open_adapter
 
+EXAMPLES = Path(__file__).parents[1] / "examples" / "plugins"
 QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart" / "train.toml"
 
 
@@ -67,6 +69,27 @@ def finished_copy(finished: Path, tmp_path: Path) -> Path:
 def offer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """offer(unservable=..., write=...): a plugin with the export format "plain"; see exporter_plugin.py."""
     return offering(tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def example_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """example_plugin(name): a package of examples/plugins as if installed, its metadata from its own pyproject.toml."""
+
+    def install(name: str) -> None:
+        folder = EXAMPLES / name
+        project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
+        info = tmp_path / "installed" / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
+        info.mkdir(parents=True)
+        requires = "".join(f"Requires-Dist: {requirement}\n" for requirement in project["dependencies"])
+        (info / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n{requires}"
+        )
+        points = "".join(f"{point} = {module}\n" for point, module in project["entry-points"]["deepspec"].items())
+        (info / "entry_points.txt").write_text(f"[deepspec]\n{points}")
+        monkeypatch.syspath_prepend(str(info.parent))
+        monkeypatch.syspath_prepend(str(folder / "src"))
+
+    return install
 
 
 @pytest.fixture

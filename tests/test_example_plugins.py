@@ -1,6 +1,6 @@
 """The plugins under examples/plugins do what their READMEs say, found as installed ones are."""
 
-import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,24 +12,10 @@ from deepspec_core.plugins.discovery import load_plugins
 from deepspec_core.rows.engine import RowEngine
 from deepspec_core.rows.weightings import Uniform
 
-EXAMPLES = Path(__file__).parents[1] / "examples" / "plugins"
-
 
 @pytest.fixture
-def hellinger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The package as if installed: its metadata from its own pyproject.toml."""
-    folder = EXAMPLES / "deepspec-hellinger"
-    project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
-    info = tmp_path / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
-    info.mkdir()
-    requires = "".join(f"Requires-Dist: {requirement}\n" for requirement in project["dependencies"])
-    (info / "METADATA").write_text(
-        f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n{requires}"
-    )
-    points = "".join(f"{name} = {module}\n" for name, module in project["entry-points"]["deepspec"].items())
-    (info / "entry_points.txt").write_text(f"[deepspec]\n{points}")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.syspath_prepend(str(folder / "src"))
+def hellinger(example_plugin: Callable[[str], None]) -> None:
+    example_plugin("deepspec-hellinger")
 
 
 @pytest.mark.usefixtures("hellinger")

@@ -158,7 +158,7 @@ def load_target(
     revision: str | None = None,
 ) -> TargetModel:
     """The target with its weights. From the Hub it is fetched whole first, so that it cannot change under a run."""
-    folder = _fetched(where, revision, trust_remote_code)
+    folder = fetched(where, revision, trust_remote_code)
     _check_index(folder)
     return adapter.load(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
 
@@ -337,7 +337,8 @@ def _read_json(where: str | Path, name: str, revision: str | None, *, required: 
     return read_object(path, kind=TargetError, strict=False, fix="Copy the file again.")
 
 
-def _fetched(where: str | Path, revision: str | None, trust_remote_code: bool) -> Path:
+def fetched(where: str | Path, revision: str | None, trust_remote_code: bool = False) -> Path:
+    """The directory of a target, fetched whole from the Hub where it is a Hub id. TargetError where it is not given."""
     if _is_local(where):
         return Path(where)
     from huggingface_hub import snapshot_download
