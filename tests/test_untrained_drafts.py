@@ -204,3 +204,21 @@ def test_how_drafts_are_named(folder: Path) -> None:
     assert named("lookup") is None, "a folder wins"
     with pytest.raises(ConfigError, match="options among max_tokens"):
         named("lookup:7")
+
+
+def test_baselines_beside_a_runs_draft(small_lm: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["compare", str(small_lm), "--set", "evaluate.temperature=0", "--set", "evaluate.max_new_tokens=8"]
+    assert main([*command, "--with", "lookup,lookup:max_tokens=2,longest=2"]) == 0
+    folder = small_lm.parent / "runs" / "baseline" / "compare"
+    rows = json.loads((folder / "comparison.json").read_text())["rows"]
+    assert [row["run"] for row in rows] == ["baseline", "lookup", "lookup:max_tokens=2,longest=2"]
+    assert all(row["comparable"] for row in rows)
+    assert rows[0]["ahead"] is None
+    for row in rows[1:]:
+        assert row["ahead"] == pytest.approx(rows[0]["acceptance_length"] - row["acceptance_length"])
+        assert row["ahead_interval"][0] <= row["ahead"] <= row["ahead_interval"][1]
+    assert "run's draft ahead by" in (folder / "comparison.md").read_text()
+    capsys.readouterr()
+    assert main([*command, "--with", "lookup"]) == 0
+    assert capsys.readouterr().out.count("already complete") == 2
+    refused(capsys, [*command, "--with", "dflash"], "--with", "lookup or small-lm")

@@ -45,6 +45,17 @@ def untrained_of(text: str, *, base: Path, registry: Registry) -> DraftOptions |
     raise ConfigError(f"this is no draft of type {kind!r}: {text}", problems=problems)
 
 
+def listed(text: str, registry: Registry) -> list[str]:
+    """The names in a list with commas between them. What begins with no draft type is an option of the one before."""
+    kinds, names = registry.names("draft"), list[str]()
+    for part in text.split(","):
+        if names and part.partition(":")[0] not in kinds:
+            names[-1] += f",{part}"
+        else:
+            names.append(part)
+    return names
+
+
 def _parts(rest: str, options: type[Any] | None, text: str) -> list[str]:
     """key=value, one an option."""
     keys = [] if options is None else keys_of(options)
