@@ -34,6 +34,7 @@ type = "TYPE"
 [evaluate]
 temperature = [0.0, 1.0]
 limit = 3
+batch_size = 3
 max_new_tokens = 12
 """
 
@@ -176,15 +177,15 @@ def test_a_draft_is_evaluated_without_a_run_file(folder: Path, capsys: pytest.Ca
 
 def test_from_python(target: Target) -> None:
     prompts = ["Count from 3 to 9.", "What is 17 + 25?"]
-    plain = ds.generate(target, None, prompts, max_new_tokens=24)
+    plain = ds.generate(target, None, prompts, max_new_tokens=12)
+    again = ds.load_target(TINY)  # `target` was opened before lookup was installed for this test
     for name in ("lookup", f"small-lm:{TINY}"):
-        # `target` was opened before lookup was installed for this test.
-        draft = ds.load_draft(name, ds.load_target(TINY))
+        draft = ds.load_draft(name, again)
         assert draft.description.algorithm == name.split(":")[0]
         assert name in repr(draft)
-        found = ds.generate(target, draft, prompts, max_new_tokens=24, batch_size=2)
+        found = ds.generate(target, draft, prompts, max_new_tokens=12, batch_size=2)
         assert [one.ids for one in found] == [one.ids for one in plain]
-    (figures,) = ds.evaluate(target, draft, {"mine": prompts}, temperature=0, max_new_tokens=8)
+    (figures,) = ds.evaluate(target, draft, {"mine": prompts}, temperature=0, max_new_tokens=6)
     assert figures.accepted_length > 3
 
 
@@ -207,7 +208,7 @@ def test_how_drafts_are_named(folder: Path) -> None:
 
 
 def test_baselines_beside_a_runs_draft(small_lm: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["compare", str(small_lm), "--set", "evaluate.temperature=0", "--set", "evaluate.max_new_tokens=8"]
+    command = ["compare", str(small_lm), "--set", "evaluate.temperature=0", "--set", "evaluate.max_new_tokens=6"]
     assert main([*command, "--with", "lookup,lookup:max_tokens=2,longest=2"]) == 0
     folder = small_lm.parent / "runs" / "baseline" / "compare"
     rows = json.loads((folder / "comparison.json").read_text())["rows"]
