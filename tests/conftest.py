@@ -12,6 +12,7 @@ import pytest
 import torch
 from attrs import fields, frozen
 from exporter_plugin import offering
+from plugin_on_path import install_project
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import deepspec_core
@@ -25,6 +26,7 @@ from deepspec_core.pipeline.threads import using
 from deepspec_core.plugins.registry import Registry
 from deepspec_core.targets.opening import load_target, open_adapter
 
+EXAMPLES = Path(__file__).parents[1] / "examples" / "plugins"
 QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart" / "train.toml"
 
 
@@ -67,6 +69,16 @@ def finished_copy(finished: Path, tmp_path: Path) -> Path:
 def offer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """offer(unservable=..., write=...): a plugin with the export format "plain"; see exporter_plugin.py."""
     return offering(tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def example_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """example_plugin(name): a package of examples/plugins as if installed, its metadata from its own pyproject.toml."""
+
+    def install(name: str) -> None:
+        install_project(EXAMPLES / name, tmp_path / "installed", monkeypatch)
+
+    return install
 
 
 @pytest.fixture

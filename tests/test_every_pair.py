@@ -27,7 +27,7 @@ from deepspec_core.training.loader import MicroBatches, Plan
 from deepspec_core.training.step import TrainingStep
 
 _INSTALLED = load_plugins().registry
-PAIRS = [(algorithm, family, "") for algorithm in _INSTALLED.names("draft") for family in _INSTALLED.names("target")]
+PAIRS = [(algorithm, family, "") for algorithm in _INSTALLED.trained_drafts() for family in _INSTALLED.names("target")]
 # Shapes that are no algorithm's default, on a family whose layers have what they touch.
 PAIRS += [("dflash", "gemma4", "anchor_predicts=False"), ("dspark", "llama", "confidence_head=False")]
 PAIRS += [("eagle3", "qwen3", "qk_norm=False"), ("eagle3", "gemma4", "num_layers=2")]

@@ -1,5 +1,5 @@
 """Speculative sampling against probabilities that are summed up exactly, not drawn: every sequence of the first tokens,
-at six settings of sampling, with drafts that know nothing, everything, or the opposite.
+at six settings of sampling, with drafts that know nothing, everything, or the opposite, and two that need no training.
 """
 
 import math
@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from deepspec_lookup.draft import LookupProposer
+from deepspec_lookup.options import LookupOptions
 from torch import Tensor
 
 import deepspec_core.decoding.verify as verify_module
@@ -18,6 +20,7 @@ from deepspec_core.contracts.proposer import Proposal, Proposer, Sampling
 from deepspec_core.decoding.engine import Request, decode
 from deepspec_core.decoding.sampling import draw
 from deepspec_core.testing.table_proposer import TableProposer
+from deepspec_targets.small_lm.proposer import SmallLMProposer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 VOCAB, TOKENS, DRAWS = 7, 3, 3000
@@ -33,7 +36,7 @@ SETTINGS = [
     Sampling(temperature=1.2, top_p=0.8),
     Sampling(temperature=0.9, top_k=5, top_p=0.9, min_p=0.1),
 ]
-DRAFTS = ("table", "knows", "contrary", "certain")
+DRAFTS = ("table", "knows", "contrary", "certain", "lookup", "small-lm")
 
 Table = dict[tuple[int, ...], np.ndarray[Any, np.dtype[np.float64]]]
 
@@ -120,7 +123,17 @@ def _contrary(p: Tensor) -> Tensor:
     return turned / turned.sum()
 
 
-def _proposer(kind: str, tables: Table) -> Proposer:
+@pytest.fixture(scope="module")
+def small(tiny_target: Callable[..., Any]) -> Any:
+    """A model that does not know the target's last id."""
+    return tiny_target("llama", vocab_size=VOCAB - 1, hidden_size=16, num_hidden_layers=2)
+
+
+def _proposer(kind: str, tables: Table, small: Any) -> Proposer:
+    if kind == "lookup":
+        return LookupProposer(LookupOptions(max_tokens=2))
+    if kind == "small-lm":
+        return SmallLMProposer(small.model, max_tokens=2, vocab_size=VOCAB)
     if kind == "table":
         return TableProposer(vocab_size=VOCAB, max_tokens=2, seed=3, stop_short=True)
     return _Knowing(tables, _contrary if kind == "contrary" else lambda p: p, certain=kind == "certain")
@@ -141,14 +154,14 @@ def _sigmas(observed: Counter[tuple[int, ...]], expected: dict[tuple[int, ...], 
     return float(((chi_square / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / math.sqrt(2 / (9 * freedom)))
 
 
-def _compare(target: Any, logits: Table, sampling: Sampling, kind: str | None) -> float:
+def _compare(target: Any, small: Any, logits: Table, sampling: Sampling, kind: str | None) -> float:
     tables = {prefix: reference(values, sampling) for prefix, values in logits.items()}
     expected = {
         sequence: float(np.prod([tables[sequence[:k]][sequence[k]] for k in range(TOKENS)]))
         for sequence in product(range(VOCAB), repeat=TOKENS)
     }
     requests = [Request(id=str(i), prompt_ids=PROMPT, seed=1000 + i) for i in range(DRAWS)]
-    proposer = None if kind is None else _proposer(kind, tables)
+    proposer = None if kind is None else _proposer(kind, tables, small)
     found = decode(
         target.model, proposer, requests, sampling=sampling, stop_ids=(), max_new_tokens=TOKENS, batch_size=1000,
         max_length=16,
@@ -161,9 +174,9 @@ def _compare(target: Any, logits: Table, sampling: Sampling, kind: str | None) -
     [SETTINGS[0], *(pytest.param(one, marks=pytest.mark.slow) for one in SETTINGS[1:-1]), SETTINGS[-1]],
     ids=str,
 )
-def test_sampling_has_the_exact_probabilities(target: Any, logits: Table, sampling: Sampling) -> None:
+def test_sampling_has_the_exact_probabilities(target: Any, small: Any, logits: Table, sampling: Sampling) -> None:
     for kind in (None, *DRAFTS):
-        assert _compare(target, logits, sampling, kind) < MOST_SIGMAS, kind
+        assert _compare(target, small, logits, sampling, kind) < MOST_SIGMAS, kind
 
 
 def _without_residual(target_BKV: Tensor, proposal: Proposal, accepted_B: Tensor) -> Tensor:
@@ -172,7 +185,7 @@ def _without_residual(target_BKV: Tensor, proposal: Proposal, accepted_B: Tensor
 
 @pytest.mark.parametrize("kind", ["contrary", "table"])
 def test_a_rejection_drawn_from_the_whole_target_is_found(
-    target: Any, logits: Table, kind: str, monkeypatch: pytest.MonkeyPatch
+    target: Any, small: Any, logits: Table, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(verify_module, "_residual", _without_residual)
-    assert _compare(target, logits, SETTINGS[0], kind) > MOST_SIGMAS
+    assert _compare(target, small, logits, SETTINGS[0], kind) > MOST_SIGMAS

@@ -1,10 +1,10 @@
 """The plugins under examples/plugins do what their READMEs say, found as installed ones are."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from plugin_on_path import install_project
 
 from deepspec_core.cli.main import main
 from deepspec_core.contracts.rows import Heads, Rows
@@ -12,13 +12,10 @@ from deepspec_core.plugins.discovery import load_plugins
 from deepspec_core.rows.engine import RowEngine
 from deepspec_core.rows.weightings import Uniform
 
-EXAMPLES = Path(__file__).parents[1] / "examples" / "plugins"
-
 
 @pytest.fixture
-def hellinger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The package as if installed."""
-    install_project(EXAMPLES / "deepspec-hellinger", tmp_path / "site", monkeypatch)
+def hellinger(example_plugin: Callable[[str], None]) -> None:
+    example_plugin("deepspec-hellinger")
 
 
 @pytest.mark.usefixtures("hellinger")

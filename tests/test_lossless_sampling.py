@@ -15,7 +15,7 @@ from deepspec_core.contracts.proposer import Proposer, Sampling
 from deepspec_core.decoding.engine import Request, decode
 from deepspec_core.plugins.discovery import load_plugins
 
-ALGORITHMS = load_plugins().registry.names("draft")
+ALGORITHMS = load_plugins().registry.trained_drafts()
 DRAWS = 3000
 ENOUGH = 20  # times a sequence must occur, in both together, to be counted
 

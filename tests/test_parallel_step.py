@@ -54,7 +54,7 @@ def saved(batch: DraftBatch) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("algorithm", load_plugins().registry.names("draft"))
+@pytest.mark.parametrize("algorithm", load_plugins().registry.trained_drafts())
 def test_two_processes_give_the_gradient_of_one(
     algorithm: str,
     tiny_target: Callable[..., Any],

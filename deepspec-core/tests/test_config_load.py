@@ -184,9 +184,9 @@ def test_every_error_is_told_at_once(load: Loader) -> None:
 
 def test_missing_sections_and_keys_are_told(load: Loader) -> None:
     problems = load.problems("[draft]\nblock_size = 3\n[target]\n")
-    assert set(problems) == {"run", "data", "draft.type", "target.model", "target.layers"}
+    assert set(problems) == {"run", "data", "draft.type", "target.model"}
     assert problems["run"].problem == "missing section"
-    assert problems["target.layers"].expected == "a list of whole numbers"
+    assert problems["target.model"].expected == "text in quotes"
 
 
 @pytest.mark.parametrize(

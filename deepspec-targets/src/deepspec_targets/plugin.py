@@ -1,4 +1,4 @@
-"""What this package offers: target families, the built-in tiny target, and the prompts it was trained on.
+"""What this package offers: target families, small language models as drafts, the built-in tiny target, its prompts.
 
 Imports core's records only; every heavy part is named as text.
 """
@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from deepspec_core.plugins import BuiltinSpec, TargetAdapterSpec, hookimpl
+from deepspec_core.plugins import BuiltinSpec, DraftModelSpec, TargetAdapterSpec, hookimpl
+from deepspec_targets.small_lm.options import SmallLMOptions
 
 # name, summary, module:class in this package, model types
 _FAMILIES = (
@@ -58,4 +59,18 @@ def deepspec_builtins() -> Iterable[BuiltinSpec]:
             build="deepspec_targets.dialogues:prompts",
             kind="prompts",
         ),
+    ]
+
+
+@hookimpl
+def deepspec_draft_models() -> Iterable[DraftModelSpec]:
+    """A draft that every family's models can be."""
+    return [
+        DraftModelSpec(
+            name="small-lm",
+            summary="Any causal language model with the target's tokenizer, one forward pass a token. Not trained.",
+            build="deepspec_targets.small_lm.draft:SmallLM",
+            options=SmallLMOptions,
+            trained=False,
+        )
     ]

@@ -1,4 +1,4 @@
-"""`deepspec evaluate --draft DIR_OR_ID --target MODEL --task TASK`: a checkpoint's figures, without a run file.
+"""`deepspec evaluate --draft DRAFT --target MODEL --task TASK`: a draft's figures, without a run file.
 
 Puts together the run file that would say the same and hands it to the evaluate stage.
 """
@@ -36,7 +36,12 @@ DEFAULTS = EvaluateOptions()
 
 
 @click.command()
-@click.option("--draft", required=True, metavar="DIR_OR_ID", help="The checkpoint: a directory, or a Hub id.")
+@click.option(
+    "--draft",
+    required=True,
+    metavar="DRAFT",
+    help="A checkpoint (directory or Hub id), or a draft that is not trained: TYPE, TYPE:VALUE or TYPE:key=value,...",
+)
 @click.option("--target", required=True, metavar="MODEL", help="Its target: a directory, a Hub id, or builtin:NAME.")
 @click.option(
     "--task",
@@ -95,17 +100,19 @@ def evaluate(
     force: str | None,
     blocked: tuple[str, ...],
 ) -> None:
-    """Evaluate a draft checkpoint beside plain decoding of its target.
+    """Evaluate a draft beside plain decoding of its target.
 
-    What the draft is (algorithm, options, tapped layers) is read from its config.json. Interrupted, the same command
+    What a checkpoint is (algorithm, options, tapped layers) is read from its config.json. Interrupted, the same command
     goes on where it stopped.
     """
     from deepspec_core.plugins.discovery import load_plugins
+    from deepspec_core.untrained.named import untrained_of
 
     if out is not None and (problem := no_path("--out", out)) is not None:
         raise problem
     plugins = load_plugins(blocked=blocked)
-    name = re.sub(r"[^\w.-]", "_", Path(draft).resolve().name)
+    untrained = untrained_of(draft, base=Path(), registry=plugins.registry)
+    name = re.sub(r"[^\w.-]", "_", Path(draft).resolve().name if untrained is None else draft)
     run_options = RunOptions(name=name, output=out or f"evaluation-{name}", stages=("evaluate",))
     evaluated = EvaluateOptions(
         tasks=_tasks(tasks),
@@ -114,11 +121,21 @@ def evaluate(
         batch_size=batch_size,
         limit=limit,
         confidence_threshold=confidence_threshold,
-        draft=draft,
+        draft=draft if untrained is None else None,
         calibration=calibration,
     )
     asked = TargetOptions(model=target, layers=(), dtype=dtype, chat_template=chat_template)
-    file = _run_file(run_options, asked, thinking, evaluated, plugins)
+    if untrained is None:
+        file = _run_file(run_options, asked, thinking, evaluated, plugins)
+    else:
+        file = RunFile(
+            run=run_options,
+            target=asked,
+            data=DataOptions(sources=()),
+            draft=untrained,
+            regenerate=RegenerateOptions(thinking=thinking),
+            evaluate=evaluated,
+        )
     _execute(file, plugins, [force] if force else [])
 
 
@@ -158,12 +175,12 @@ def _run_file(
 
 def _execute(file: RunFile, plugins: Plugins, force: Sequence[str]) -> None:
     from deepspec_core.cli.run import show_report
-    from deepspec_core.pipeline.evaluating import draft_of
+    from deepspec_core.pipeline.evaluated_draft import describe_evaluated
     from deepspec_core.pipeline.run import Run
     from deepspec_core.pipeline.running import run_stages
 
     show_messages()
     run = Run(file=file, path=Path("command line"), plugins=plugins)
-    draft_of(run)  # before settings are compared with those of earlier results
+    describe_evaluated(run)  # before settings are compared with those of earlier results
     run_stages(run, force=force, say=click.echo)
     show_report(run.folder)

@@ -21,7 +21,12 @@ _COLOURS = ("green", "cyan")
 
 @click.command()
 @click.option("--target", required=True, metavar="MODEL", help="A directory, a Hub id, or builtin:NAME.")
-@click.option("--draft", metavar="DIR_OR_ID", help="A draft checkpoint of this target. Left out: plain decoding.")
+@click.option(
+    "--draft",
+    metavar="DRAFT",
+    help="A draft checkpoint of this target, or TYPE, TYPE:VALUE, TYPE:key=value,... of a draft that is not trained. "
+    "Left out: plain decoding.",
+)
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True)
 @click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--thinking", is_flag=True, help="Ask in the target's thinking mode.")

@@ -45,6 +45,7 @@ COMMANDS = {
     "export": "export:export",
     "import": "import_draft:import_draft",
     "report": "report:report",
+    "compare": "compare:compare",
     "status": "status:status",
     "new": "new:new",
 }

@@ -12,8 +12,16 @@ from typing import Any
 
 from deepspec_core.config.columns import column_mistakes
 from deepspec_core.config.paths import no_path
-from deepspec_core.config.schema import BUILTIN, HELD_OUT, KNOWN_STAGES, ROW_FILES, DataOptions, RunOptions
+from deepspec_core.config.schema import (
+    BUILTIN,
+    HELD_OUT,
+    KNOWN_STAGES,
+    ROW_FILES,
+    DataOptions,
+    RunOptions,
+)
 from deepspec_core.errors import ConfigError, DeepSpecError, PluginError
+from deepspec_core.layers.options import LayerOptions
 from deepspec_core.plugins.registry import Registry
 from deepspec_core.rows.coefficient_schedule import CoefficientSchedule
 
@@ -37,10 +45,11 @@ def check_sections(sections: Mapping[str, Any], folder: Path, registry: Registry
                 yield no_temperature("evaluate.temperature")
         if "regenerate" not in run.stages and sections.get("regenerate"):
             yield from _share(sections["regenerate"].thinking, run)
-    if sections.get("target"):
-        draft = sections.get("draft")
-        needs_taps = draft is None or registry.get("draft", draft.type).needs_taps
-        yield from _layers(sections["target"].layers, needs_taps=needs_taps)
+    spec = registry.get("draft", sections["draft"].type) if sections.get("draft") else None
+    if sections.get("target") and (sections["target"].layers or (spec is not None and spec.trained)):
+        yield from _layers(sections["target"].layers, needs_taps=spec is None or spec.needs_taps)
+    if spec is not None and not spec.trained:
+        yield from _untrained(sections)
     if sections.get("data") and not sections["data"].sources and _reads_data(sections):
         yield ConfigError("no data", where="data.sources", found="[]", expected="at least one source")
     if sections.get("data"):
@@ -73,6 +82,30 @@ def check_sections(sections: Mapping[str, Any], folder: Path, registry: Registry
                     expected=error.expected,
                     fix=error.fix,
                 )
+
+
+def _untrained(sections: Mapping[str, Any]) -> Iterator[ConfigError]:
+    """What a draft that is not trained has no use for. Tables of stages that the run does not have are not read."""
+    draft, run, evaluate = sections["draft"], sections.get("run"), sections.get("evaluate")
+    what = f"drafts of type {draft.type!r} are not trained"
+    if run and set(run.stages) - {"evaluate"}:
+        yield ConfigError(
+            f"{what}: there is nothing to do but to evaluate them",
+            where="run.stages",
+            found=", ".join(run.stages),
+            expected="evaluate",
+            fix='set run.stages = ["evaluate"]',
+        )
+    if draft.layer != LayerOptions():
+        yield ConfigError(f"{what}, and have no layers to shape", where="draft.layer", expected="no such table")
+    if evaluate and evaluate.draft is not None:
+        yield ConfigError(
+            f"{what}: there is no checkpoint to evaluate",
+            where="evaluate.draft",
+            found=evaluate.draft,
+            expected="no such key",
+            fix="remove it, or give the checkpoint's own type in [draft]",
+        )
 
 
 def _counts(coefficient: float | CoefficientSchedule) -> bool:
@@ -206,7 +239,7 @@ def _layers(layers: tuple[int, ...], *, needs_taps: bool) -> Iterator[ConfigErro
     rising = all(lower < upper for lower, upper in pairwise(layers))
     if (not layers and needs_taps) or (layers and layers[0] < -1) or not rising:
         yield ConfigError(
-            "these layers cannot be tapped",
+            "these layers cannot be tapped" if layers else "a draft that is trained needs tapped layers",
             where="target.layers",
             found=list(layers),
             expected="strictly increasing layer numbers, -1 (the embedding) or above",

@@ -78,7 +78,7 @@ class TargetOptions:
 
     model: A Hub id, a directory, or builtin:NAME.
     layers: The tapped decoder layers, counted from 0, whose outputs the draft sees; -1 is the embedding. The last
-        layer cannot be tapped. None ([]) if the draft type needs none.
+        layer cannot be tapped. Left out: none, for draft types that need none and drafts that are not trained.
     dtype: The numbers the target computes with. Left out: float32 on a CPU, bfloat16 on an accelerator.
     revision: A branch, tag or commit of a Hub id.
     chat_template: A Jinja file to use in place of the target's own chat template, for instance for a base model.
@@ -86,7 +86,7 @@ class TargetOptions:
     """
 
     model: str
-    layers: tuple[int, ...]
+    layers: tuple[int, ...] = ()
     dtype: str | None = field(default=None, validator=optional(in_(DTYPES)))
     revision: str | None = None
     chat_template: str | None = None

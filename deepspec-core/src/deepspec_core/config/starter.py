@@ -31,7 +31,8 @@ _COMMENT_AT = 36
 class Start:
     """What a run file is written from. `notes`, by section or key, are sentences that become comments.
 
-    `option_values` replace the draft type's own defaults; `loss` is what its algorithm asks for.
+    `option_values` replace the draft type's own defaults; `loss` is what its algorithm asks for. A draft that is not
+    `trained` has no taps, and its file only the sections that evaluation reads.
     """
 
     name: str
@@ -46,23 +47,30 @@ class Start:
     layer: Mapping[str, int]
     loss: Mapping[str, Any]
     notes: Mapping[str, Sequence[str]]
+    trained: bool = True
 
 
 def starter(start: Start) -> str:
     """The whole file."""
-    sections = [
+    before = [
         _section("run", _run(start)),
         _section("target", _target(start)),
         _section("data", _data(start), start.notes.get("data", ())),
+    ]
+    draft = _section("draft", _draft(start), [*start.notes.get("draft", ()), about(start.options)])
+    training = [
         _section("regenerate", _regenerate(start), ["The target answers the prompts itself, turn by turn."]),
         _section("features", [_line("mode", "online", 'the target runs beside the drafter; "cached" stores features')]),
         _section("cache", _cache(), start.notes.get("cache", ())),
-        _section("draft", _draft(start), [*start.notes.get("draft", ()), about(start.options)]),
+        draft,
         *([_section("draft.layer", _layer(start), start.notes.get("draft.layer", ()))] if start.layer else []),
         _section("loss", _loss(start), ["What the algorithm asks for; other terms: `deepspec plugins`."]),
         _section("train", _train()),
-        _section("evaluate", _evaluate(start), ["Real speculative decoding, beside the target's plain decoding."]),
     ]
+    evaluate = _section(
+        "evaluate", _evaluate(start), ["Real speculative decoding, beside the target's plain decoding."]
+    )
+    sections = [*before, *(training if start.trained else [draft]), evaluate]
     head = [
         f"A draft of type {start.draft_type} for {start.model}, written by `deepspec init`. Check, look, try, run:",
         "  deepspec config check FILE;  deepspec data show FILE;  deepspec run FILE --smoke;  deepspec run FILE",
@@ -91,19 +99,24 @@ def _defaults(section: type[Any], comments: Mapping[str, str]) -> list[str]:
 
 
 def _run(start: Start) -> list[str]:
+    stages = (
+        _line("stages", ("regenerate", "train", "evaluate"), 'with features.mode = "cached": "cache" before "train"')
+        if start.trained
+        else _line("stages", ("evaluate",), "this draft is not trained")
+    )
     return [
         _line("name", start.name),
         _line("output", f"runs/{start.name}", "relative to this file, like every path here"),
-        _line("stages", ("regenerate", "train", "evaluate"), 'with features.mode = "cached": "cache" before "train"'),
+        stages,
         *_defaults(RunOptions, {"seed": ""}),
     ]
 
 
 def _target(start: Start) -> list[str]:
+    layers = [*_comments(start.notes.get("layers", ())), _line("layers", start.taps)]
     return [
         _line("model", start.model),
-        *_comments(start.notes.get("layers", ())),
-        _line("layers", start.taps),
+        *(layers if start.trained else []),
         _line("dtype", "bfloat16", "left out: float32 on a CPU, where results are exact, else bfloat16", written=False),
         *_comments(start.notes.get("target", ())),
     ]
@@ -111,21 +124,24 @@ def _target(start: Start) -> list[str]:
 
 def _data(start: Start) -> list[str]:
     source = {"path": start.data, "weight": SourceOptions(path="").weight}
-    return [
+    prompt = _line(
+        "system_prompt", "You are a helpful assistant.", "none unless given; the same everywhere", written=False
+    )
+    lines = [
         "# Files of JSON lines with `messages`, or datasets on the Hub; `limit = 1000` takes that many.",
         _line("sources", [source]),
+        *_defaults(DataOptions, {"held_out": "this share is kept for evaluation"}),
+        prompt,
+    ]
+    if not start.trained:
+        return lines
+    return [
+        *lines,
         _line("max_length", start.max_length, "tokens; longer conversations are cut"),
         *_defaults(
             DataOptions,
             {
-                "held_out": "this share is kept for evaluation",
                 "min_supervised_tokens": "samples with fewer are dropped, and counted",
-            },
-        ),
-        _line("system_prompt", "You are a helpful assistant.", "none unless given; the same everywhere", written=False),
-        *_defaults(
-            DataOptions,
-            {
                 "supervise": '"all" answers of a conversation, or the "last" alone',
                 "supervise_newline": "of conversations that are not regenerated: the newline after an answer",
                 "supervise_think_block": "and the think block the template itself puts before one",

@@ -196,7 +196,10 @@ class TargetModel(Protocol):
         ...
 
     def commit(self, slots: Tensor, lengths: Tensor) -> None:
-        """Commit tokens, so that slots[b] holds its first lengths[b]; 0 frees the slot."""
+        """Commit tokens, so that slots[b] holds its first lengths[b]; 0 frees the slot.
+
+        A smaller length than before takes tokens back, which a small model that drafts does after each rejection.
+        """
         ...
 
     def embedding_weight(self) -> Tensor:

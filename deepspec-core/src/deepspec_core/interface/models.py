@@ -5,6 +5,7 @@ Knows how names become loaded models, and which draft goes with which target; no
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from deepspec_core.checkpoints.opening import check_same_target, draft_adapter, 
 from deepspec_core.config.schema import DTYPES
 from deepspec_core.contracts.draft import DraftDescription, DraftModel
 from deepspec_core.contracts.target import TargetAdapter, TargetArchitecture, TargetModel
+from deepspec_core.contracts.untrained import UntrainedDescription, UntrainedDraft
 from deepspec_core.dtypes import dtype_name, torch_dtype
 from deepspec_core.errors import CheckpointError, ConfigError, nearest
 from deepspec_core.interface.arguments import flag_of, name_of, path_of
@@ -23,6 +25,10 @@ from deepspec_core.plugins.discovery import Plugins, load_plugins
 from deepspec_core.targets.chat_template import read_chat_template
 from deepspec_core.targets.opening import load_target as load_weights
 from deepspec_core.targets.opening import open_target_alone, resolve_model, tokenizer_for
+from deepspec_core.untrained.making import make_untrained
+from deepspec_core.untrained.named import untrained_of
+
+log = logging.getLogger("deepspec")
 
 
 @frozen(kw_only=True, eq=False)
@@ -48,12 +54,17 @@ class Target:
 
 @frozen(kw_only=True, eq=False)
 class Draft:
-    """A loaded draft. `path` is its directory, `description` says what it is, `target` what it was opened for."""
+    """A loaded draft. `description` says what it is, `target` what it was opened for, in `dtype` and on `device`.
 
-    path: Path
-    model: DraftModel = field(repr=False)
-    description: DraftDescription
+    `path` is its directory, or its name where it is not trained.
+    """
+
+    path: Path | str
+    model: DraftModel | UntrainedDraft = field(repr=False)
+    description: DraftDescription | UntrainedDescription
     target: TargetArchitecture = field(repr=False)
+    dtype: torch.dtype = field(repr=False)
+    device: torch.device = field(repr=False)
 
     def __repr__(self) -> str:
         said = self.description
@@ -98,19 +109,41 @@ def load_target(
 def load_draft(name: str | Path, target: Target) -> Draft:
     """The draft of a directory or a Hub id, in the target's dtype and on its device.
 
+    A draft that is not trained is named by its type and its options: "TYPE", "TYPE:VALUE" for the value of the one
+    option that must be given, or "TYPE:key=value,key=value". A directory of that name wins.
+
     Raises DeepSpecError where there is no such checkpoint, no installed algorithm knows it, its weights are damaged, or
     it was made for a target of other sizes. Whether it was trained for this very target is not known here: a draft of
     another target of the same sizes is opened, and few of its tokens are accepted.
     """
     check_models(target, None)
     registry = target.plugins.registry
-    folder = resolve_draft(name_of(name, "name", expected="a directory or a Hub id"), base=Path.cwd())
+    name = name_of(name, "name", expected="a directory, a Hub id, or a draft type that is not trained")
+    here, numbers, device = Path.cwd(), target.model.dtype, target.model.device
+    untrained = untrained_of(name, base=here, registry=registry)
+    if untrained is not None:
+        made = make_untrained(
+            untrained.type,
+            untrained.options,
+            architecture=target.architecture,
+            tokenizer=target.tokenizer,
+            dtype=numbers,
+            device=device,
+            base=here,
+            registry=registry,
+        )
+        for remark in made.describe().remarks:
+            log.warning("%s: %s", name, remark)
+        made.proposer()  # reads the weights
+        return Draft(
+            path=name, model=made, description=made.describe(), target=target.architecture, dtype=numbers, device=device
+        )
+    folder = resolve_draft(name, base=here)
     adapter = draft_adapter(folder, registry=registry)
     check_same_target(folder, adapter.architecture, target.architecture)
-    model = published.load_draft(
-        folder, registry=registry, adapter=adapter, dtype=target.model.dtype, device=target.model.device
-    )
-    return Draft(path=folder, model=model, description=model.describe(), target=target.architecture)
+    model = published.load_draft(folder, registry=registry, adapter=adapter, dtype=numbers, device=device)
+    said = model.describe()
+    return Draft(path=folder, model=model, description=said, target=target.architecture, dtype=numbers, device=device)
 
 
 def check_models(target: Target, draft: Draft | None) -> None:
@@ -121,8 +154,7 @@ def check_models(target: Target, draft: Draft | None) -> None:
         return
     if not isinstance(draft, Draft):
         raise _no_model("draft", draft, "load_draft(NAME, target) returns, or None")
-    head = draft.model.lm_head.weight
-    opened = _facts(draft.target, head.dtype, head.device)
+    opened = _facts(draft.target, draft.dtype, draft.device)
     wanted = _facts(target.architecture, target.model.dtype, target.model.device)
     if opened != wanted:
         different = [name for name in wanted if opened[name] != wanted[name]]

@@ -90,7 +90,7 @@ def _look_up(run: Run, name: str, resuming: bool) -> Callable[[], str | None]:
 
         return lambda: digest_of_weights(run.folder / "draft")
     if name == contents.DRAFT:
-        from deepspec_core.pipeline.evaluating import draft_digest
+        from deepspec_core.pipeline.evaluated_draft import draft_digest
 
         return lambda: draft_digest(run)
     if name == contents.CALIBRATION and run.file.evaluate.calibration is not None:

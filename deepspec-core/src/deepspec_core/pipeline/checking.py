@@ -262,15 +262,16 @@ def _cache(run: Run, *, fresh: bool) -> None:
 
 
 def _evaluation(run: Run, confidence: bool | None) -> None:
-    from deepspec_core.checkpoints.published import check_draft
     from deepspec_core.data.thinking import modes
-    from deepspec_core.pipeline.evaluating import calibration_of, draft_of, journals, requests_of
+    from deepspec_core.pipeline.evaluated_draft import describe_evaluated
+    from deepspec_core.pipeline.evaluating import calibration_of, journals, requests_of
 
     options = run.file.evaluate
     journals(options.tasks)
     if options.draft is not None or "train" not in run.file.run.stages:
-        folder, adapter, revision = draft_of(run)
-        description = check_draft(folder, registry=run.plugins.registry, adapter=adapter)
+        description, revision = describe_evaluated(run)
+        for remark in getattr(description, "remarks", ()):
+            log.warning("%s: %s", description.algorithm, remark)
         confidence = description.gives_confidence
         calibration_of(run, description, revision)
     if options.confidence_threshold > 0 and confidence is False:

@@ -16,7 +16,7 @@ from deepspec_core.estimating.process import KERNEL_BYTES, kept_bytes, resident_
 from deepspec_core.estimating.step import estimate_step
 from deepspec_core.pipeline.made_up import made_up_batch, made_up_features, made_up_samples
 from deepspec_core.pipeline.run import Run
-from deepspec_core.pipeline.training import new_draft
+from deepspec_core.pipeline.training import new_draft, require_trained
 from deepspec_core.rows.engine import RowEngine, build_engine
 from deepspec_core.training.host_batch import HostBatch
 
@@ -30,6 +30,7 @@ def estimate(run: Run, *, processes: int = 1) -> Estimate:
     accelerators may take less memory for attention. TargetError or ConfigError if the target, its taps or the draft's
     options would stop training too.
     """
+    require_trained(run)
     options, on_cpu = run.file.train, run.target.device.type == "cpu"
     engine = build_engine(run.file.loss, run.plugins.registry)
     cache = _cache(run) if run.file.features.mode == CACHED else None

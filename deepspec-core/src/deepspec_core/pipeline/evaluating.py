@@ -11,42 +11,30 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from deepspec_core.checkpoints.inspection import Parameters
-from deepspec_core.checkpoints.opening import check_same_target, draft_adapter, resolve_draft
-from deepspec_core.checkpoints.published import load_draft
-from deepspec_core.contracts.draft import DraftDescription, DraftModel
+from deepspec_core.contracts.draft import DraftDescription
 from deepspec_core.contracts.proposer import Sampling
-from deepspec_core.contracts.target import TargetAdapter
+from deepspec_core.contracts.untrained import UntrainedDescription
 from deepspec_core.data.thinking import modes
 from deepspec_core.decoding.calibrated import CalibratedProposer
 from deepspec_core.decoding.engine import Request
-from deepspec_core.errors import CheckpointError, DataError, StageError
+from deepspec_core.errors import CheckpointError, DataError
 from deepspec_core.evaluation.calibration_file import Calibration, read_calibration
 from deepspec_core.evaluation.evaluator import Decoding, evaluate, summarise
 from deepspec_core.evaluation.report import markdown
 from deepspec_core.evaluation.requests import requests_of_prompts
 from deepspec_core.evaluation.tasks import HELD_OUT_QUOTA, load_task, task_digest, task_name
 from deepspec_core.pipeline import contents
+from deepspec_core.pipeline.evaluated_draft import EvaluatedDraft, load_evaluated
 from deepspec_core.pipeline.machine import machine_of
 from deepspec_core.pipeline.run import Run
 from deepspec_core.plugins.notices import notify
-from deepspec_core.targets.opening import fingerprint
 
 
 def run_stage(run: Run) -> dict[str, Any]:
     """Evaluate. Finished groups of prompts of an interrupted evaluation are kept."""
     options = run.file.evaluate
-    draft_folder, adapter, revision = draft_of(run)
-    draft = load_draft(
-        draft_folder, registry=run.plugins.registry, adapter=adapter, dtype=run.target.dtype, device=run.target.device
-    )
-    if fingerprint(draft_folder) != revision:
-        raise StageError(
-            "The draft changed while it was read",
-            where=draft_folder,
-            fix="Another process writes it: wait for that, and run again.",
-        )
-    calibration = calibration_of(run, draft.describe(), revision)
+    draft = load_evaluated(run)
+    calibration = calibration_of(run, draft.description, draft.revision)
     journal_names = journals(options.tasks)
     results = []
     for task, thinking in product(options.tasks, modes(run.file.regenerate.thinking)):
@@ -73,7 +61,7 @@ def run_stage(run: Run) -> dict[str, Any]:
                     "prompts_digest": digest,
                 }
             )
-    report = _report(run, draft, draft_folder, revision, calibration, results)
+    report = _report(run, draft, calibration, results)
     _write(run.folder / "metrics.json", json.dumps(report, indent=1) + "\n")
     _write(run.folder / "report.md", markdown(report))
     notify(run.plugins.manager, "deepspec_evaluation_finished", run=run, report=report)
@@ -114,30 +102,6 @@ def _mode(both: bool, thinking: bool) -> str:
 def _exact(temperature: float) -> str:
     """A temperature as part of a file's name, so that no two share one."""
     return repr(float(temperature)).removesuffix(".0")
-
-
-def draft_of(run: Run) -> tuple[Path, TargetAdapter, str]:
-    """The directory, the adapter and the digest of the draft that is evaluated.
-
-    It is the draft that [evaluate] names, else the run's own. CheckpointError if it does not exist, or was made for
-    another target.
-    """
-    folder = _draft_folder(run)
-    adapter = draft_adapter(folder, registry=run.plugins.registry)
-    check_same_target(folder, adapter.architecture, run.target.family.architecture)
-    digest = fingerprint(folder)
-    run.reads.content(contents.DRAFT, digest)
-    return folder, adapter, digest
-
-
-def draft_digest(run: Run) -> str:
-    """The digest of the draft that is evaluated."""
-    return fingerprint(_draft_folder(run))
-
-
-def _draft_folder(run: Run) -> Path:
-    named = run.file.evaluate.draft
-    return run.folder / "draft" if named is None else resolve_draft(named, base=run.base)
 
 
 def journals(tasks: Sequence[str]) -> dict[str, str]:
@@ -189,7 +153,7 @@ def _digest(requests: Sequence[Request]) -> str:
     return hashlib.sha256(json.dumps([request.prompt_ids for request in requests]).encode()).hexdigest()
 
 
-def calibration_of(run: Run, draft: DraftDescription, revision: str) -> Calibration | None:
+def calibration_of(run: Run, draft: DraftDescription | UntrainedDescription, revision: str) -> Calibration | None:
     """What [evaluate] calibration names, for the draft with this digest; None if it names nothing.
 
     CheckpointError if the draft gives no confidence, or the file is missing, edited or of another draft.
@@ -210,7 +174,7 @@ def calibration_of(run: Run, draft: DraftDescription, revision: str) -> Calibrat
 
 
 def _decoding(
-    run: Run, draft: DraftModel, calibration: Calibration | None, requests: Sequence[Request], temperature: float
+    run: Run, draft: EvaluatedDraft, calibration: Calibration | None, requests: Sequence[Request], temperature: float
 ) -> Decoding:
     options, architecture = run.file.evaluate, run.target.architecture
     longest = max(len(request.prompt_ids) for request in requests)
@@ -231,27 +195,21 @@ def _decoding(
 
 
 def _report(
-    run: Run,
-    draft: DraftModel,
-    draft_folder: Path,
-    revision: str,
-    calibration: Calibration | None,
-    results: list[dict[str, Any]],
+    run: Run, draft: EvaluatedDraft, calibration: Calibration | None, results: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    description, architecture = draft.describe(), run.target.architecture
-    sizes = Parameters.of(draft)
+    description, sizes, architecture = draft.description, draft.parameters, run.target.architecture
     return {
         "run": run.file.run.name,
         "draft": {
             "algorithm": description.algorithm,
-            "checkpoint": run.file.evaluate.draft or os.path.relpath(draft_folder, run.folder),
-            "revision": revision,
+            "checkpoint": draft.checkpoint,
+            "revision": draft.revision,
             "calibration": None if calibration is None else calibration.digest,
             "parameters": sizes.trained + sizes.frozen,
             "trainable_parameters": sizes.trained,
             "num_layers": description.num_layers,
             "max_tokens": description.max_tokens,
-            "taps": list(description.taps),
+            "taps": list(draft.proposer().taps),
         },
         "target": {
             "model": run.file.target.model,

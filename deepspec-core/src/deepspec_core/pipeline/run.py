@@ -20,6 +20,7 @@ from deepspec_core.pipeline.run_target import RunTarget
 from deepspec_core.plugins.discovery import Plugins
 
 if TYPE_CHECKING:
+    from deepspec_core.contracts.untrained import UntrainedDraft
     from deepspec_core.pipeline.run_cache import RunCache
 
 
@@ -39,6 +40,8 @@ class Run:
         self._draft_layer = self.file.draft.layer
         # Samples are counted by it; no result depends on it, so reading it is not noted.
         self._mask_token = getattr(self.file.draft.options, MASK, None)
+        # Evaluating a checkpoint does not depend on the type; what does not have one reads its whole section.
+        self._draft_type = self.file.draft.type
         self.file = recording(self.file, self.reads)
 
     @property
@@ -106,6 +109,27 @@ class Run:
             reads=self.reads,
             registry=self.plugins.registry,
             plugin_versions=self.plugins.versions(),
+        )
+
+    @property
+    def trains(self) -> bool:
+        """Whether drafts of the run's type are trained."""
+        return self.plugins.registry.get("draft", self._draft_type).trained
+
+    @remembered
+    def untrained(self) -> UntrainedDraft:
+        """The run's draft, which is not trained. Its weights are not read. DeepSpecError if it does not fit."""
+        from deepspec_core.untrained.making import make_untrained
+
+        return make_untrained(
+            self.file.draft.type,
+            self.file.draft.options,
+            architecture=self.target.architecture,
+            tokenizer=self.target.tokenizer.tokenizer,
+            dtype=self.target.dtype,
+            device=self.target.device,
+            base=self.base,
+            registry=self.plugins.registry,
         )
 
     def save_config(self) -> None:

@@ -84,7 +84,10 @@ class RunTarget:
 
     @remembered
     def adapter(self) -> TargetAdapter:
-        """The adapter, after a check that the target has the taps. TargetError if it does not."""
+        """The adapter, after a check that the target has the taps. TargetError if it does not.
+
+        Only runs of drafts that are not trained have none (config/checks.py).
+        """
         from deepspec_core.targets.taps import check_taps
 
         layers = self.family.architecture.num_layers

@@ -58,7 +58,7 @@ def start_of(model: str, draft_type: str, data: str | None, folder: Path, regist
     architecture = adapter.architecture
     tokenizer = ChatTokenizer(tokenizer_for(where))
     known = architecture.known_taps or spread_taps(architecture.num_layers)
-    taps = known if spec.needs_taps else ()
+    taps = known if spec.trained and spec.needs_taps else ()
     options: type[Any] = spec.options or _NoOptions
     values = {}
     mask = _mask_token(adapter, tokenizer)
@@ -78,15 +78,29 @@ def start_of(model: str, draft_type: str, data: str | None, folder: Path, regist
         layer=layer,
         loss=spec.default_loss,
         notes={
-            "layers": [_tap_note(adapter) if taps else "The draft needs no decoder layer's outputs."],
             "target": [_target_note(where)],
-            "data": [_template_note(tokenizer, adapter)],
-            "cache": [_cache_note(adapter, taps, registry)],
-            "draft": [_draft_note(registry, spec, values, adapter, taps)],
-            "draft.layer": ["The draft is dense, and the target is not: the size of the draft's MLP is a choice."],
+            **(_notes_of_training(registry, spec, values, adapter, taps, tokenizer) if spec.trained else {}),
             f"draft.{MASK}": [mask.reason],
         },
+        trained=spec.trained,
     )
+
+
+def _notes_of_training(
+    registry: Registry,
+    spec: Any,
+    values: dict[str, Any],
+    adapter: TargetAdapter,
+    taps: tuple[int, ...],
+    tokenizer: ChatTokenizer,
+) -> dict[str, list[str]]:
+    return {
+        "data": [_template_note(tokenizer, adapter)],
+        "layers": [_tap_note(adapter) if taps else "The draft needs no decoder layer's outputs."],
+        "cache": [_cache_note(adapter, taps, registry)],
+        "draft": [_draft_note(registry, spec, values, adapter, taps)],
+        "draft.layer": ["The draft is dense, and the target is not: the size of the draft's MLP is a choice."],
+    }
 
 
 def _mask_token(adapter: TargetAdapter, tokenizer: ChatTokenizer) -> _Found:

@@ -11,7 +11,7 @@ import torch
 
 from deepspec_core.checkpoints.published import save_draft
 from deepspec_core.contracts.draft import DraftModel
-from deepspec_core.errors import PluginError
+from deepspec_core.errors import ConfigError, PluginError
 from deepspec_core.pipeline import workers
 from deepspec_core.pipeline.offered import check_source
 from deepspec_core.pipeline.run import Run
@@ -62,6 +62,7 @@ def new_draft(run: Run) -> DraftModel:
 
     PluginError, with the package, where it cannot be built, or nothing of it is trained.
     """
+    require_trained(run)
     kind, registry = run.file.draft.type, run.plugins.registry
     options, adapter, taps = run.file.draft.options, run.target.draft_adapter, run.file.target.layers
     torch.manual_seed(run.file.run.seed)
@@ -82,6 +83,18 @@ def new_draft(run: Run) -> DraftModel:
             expected="at least one parameter that requires a gradient, beside embed_tokens and lm_head",
         )
     return draft
+
+
+def require_trained(run: Run) -> None:
+    """ConfigError where drafts of the run's type are not trained."""
+    if not run.trains:
+        raise ConfigError(
+            "a draft of this type is not trained",
+            where=f"{run.path}: draft.type",
+            found=run.file.draft.type,
+            expected="a draft type that is trained",
+            fix="Its run has one stage, evaluate.",
+        )
 
 
 def publish(checkpoint: Path, out: Path) -> None:

@@ -25,6 +25,7 @@ PUBLIC_MODULES = {
     "deepspec_core.errors": "Errors that users see.",
     "deepspec_core.config.bounds": "Validators of numbers in options.",
     "deepspec_core.contracts.draft": "What an algorithm provides.",
+    "deepspec_core.contracts.untrained": "What an algorithm provides whose drafts are not trained.",
     "deepspec_core.contracts.rows": "What drafts hand to losses.",
     "deepspec_core.contracts.proposer": "The decoding side of an algorithm.",
     "deepspec_core.contracts.loss": "Loss terms and weightings.",

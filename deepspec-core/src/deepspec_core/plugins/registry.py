@@ -153,6 +153,13 @@ class Registry:
         assert kind in KINDS, kind
         return sorted({name for of_kind, name, _ in self._offers if of_kind == kind})
 
+    def trained_drafts(self) -> list[str]:
+        """The draft types that are trained, sorted, without those that two plugins offer."""
+        clear = [
+            offers[0].spec for (kind, _, _), offers in self._offers.items() if kind == "draft" and len(offers) == 1
+        ]
+        return sorted(spec.name for spec in clear if isinstance(spec, DraftModelSpec) and spec.trained)
+
     def algorithms(self, kind: Literal["exporter"], name: str) -> list[str]:
         """The draft types for which an exporter of that name exists, sorted."""
         return sorted(
@@ -246,7 +253,7 @@ class Registry:
             "no installed algorithm recognises this checkpoint",
             where="config.json",
             found=f"architectures = {config.get('architectures')}",
-            expected=f"a checkpoint of {_one_of(self.names('draft'))}",
+            expected=f"a checkpoint of {_one_of(self.trained_drafts())}",
             fix="; ".join(self._explain_left_out("")) or None,
         )
 

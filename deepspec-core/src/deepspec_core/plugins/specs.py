@@ -26,6 +26,13 @@ def _nothing(_config: Mapping[str, Any]) -> bool:
     return False
 
 
+def _of_a_checkpoint(spec: DraftModelSpec, attribute: Attribute[str], value: str) -> None:
+    if spec.trained:
+        _REFERENCE(spec, attribute, value)
+    elif value or spec.class_suffix or spec.recognise is not _nothing:
+        raise ValueError("'class_suffix', 'recognise' and 'options_of' are of checkpoints: leave them out, or train")
+
+
 @frozen(kw_only=True)
 class ComponentSpec:
     """A named component: a loss term, a weighting, a cache format, a feature source.
@@ -47,9 +54,13 @@ class ComponentSpec:
 class DraftModelSpec(ComponentSpec):
     """An algorithm of drafts. `build(options, adapter, taps)` returns a contracts.draft.DraftModel with new weights.
 
+    trained: False for drafts that are ready as they are, such as one that copies from the prompt. `build(options,
+        surroundings)` then returns a contracts.untrained.UntrainedDraft, and the fields below stay empty, because there
+        is no checkpoint.
     class_suffix: The end of published class names; the adapter's prefix is their beginning.
     recognise: Called with the config.json of a checkpoint, as a mapping. Says whether it is one of this algorithm.
-    options_of: Names a function that reads such a config.json back and returns (options, taps).
+    options_of: Names a function that reads such a config.json back and returns (options, taps). Required of drafts
+        that are trained.
     elsewhere: Class names (`architectures`) of other projects' checkpoints of such drafts, each with a sentence for
         users: whose format it is, and what differs. Such checkpoints are named in the error that refuses them.
     default_loss: Keys of [loss], as a run file writes them, for those that the run file leaves out. An example is
@@ -58,9 +69,10 @@ class DraftModelSpec(ComponentSpec):
         state. Then [target] layers may be [].
     """
 
-    class_suffix: str = field(validator=instance_of(str))
+    trained: bool = field(default=True, validator=instance_of(bool))
+    class_suffix: str = field(default="", validator=instance_of(str))
     recognise: Callable[[Mapping[str, Any]], bool] = field(default=_nothing, validator=is_callable())
-    options_of: str = field(validator=_REFERENCE)
+    options_of: str = field(default="", validator=_of_a_checkpoint)
     elsewhere: Mapping[str, str] = field(
         factory=dict, hash=False, validator=deep_mapping(instance_of(str), instance_of(str))
     )

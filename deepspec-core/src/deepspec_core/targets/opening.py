@@ -159,7 +159,7 @@ def load_target(
     revision: str | None = None,
 ) -> TargetModel:
     """The target with its weights. From the Hub it is fetched whole first, so that it cannot change under a run."""
-    folder = _fetched(where, revision, trust_remote_code)
+    folder = fetched(where, revision, trust_remote_code)
     if (folder / INDEX).is_file():
         shards_of(folder / INDEX)  # refuses files elsewhere
     return adapter.load(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
@@ -168,7 +168,7 @@ def load_target(
 def extra_weights(where: str | Path, prefixes: Sequence[str], *, revision: str | None = None) -> dict[str, Tensor]:
     """The target's weights whose names begin with one of `prefixes`, as they are stored. TargetError where one fits
     none."""
-    return read_weights(find_weights(_fetched(where, revision, False), prefixes))
+    return read_weights(find_weights(fetched(where, revision), prefixes))
 
 
 def extra_weights_before(
@@ -347,7 +347,8 @@ def _read_json(where: str | Path, name: str, revision: str | None, *, required: 
     return read_object(path, kind=TargetError, strict=False, fix="Copy the file again.")
 
 
-def _fetched(where: str | Path, revision: str | None, trust_remote_code: bool) -> Path:
+def fetched(where: str | Path, revision: str | None, trust_remote_code: bool = False) -> Path:
+    """The directory of a target, fetched whole from the Hub where it is a Hub id. TargetError where it is not given."""
     if _is_local(where):
         return Path(where)
     from huggingface_hub import snapshot_download

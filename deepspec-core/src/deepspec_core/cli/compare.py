@@ -1,0 +1,48 @@
+"""`deepspec compare RUN.toml --with lookup`: a run's draft beside drafts that need no training, on the same prompts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from deepspec_core.cli.messages import show_messages
+from deepspec_core.cli.options import no_plugin, overrides, run_file
+
+
+@click.command()
+@run_file
+@click.option(
+    "--with",
+    "names",
+    multiple=True,
+    required=True,
+    metavar="DRAFT,...",
+    help="Drafts that are not trained: TYPE, TYPE:VALUE or TYPE:key=value,... Repeatable.",
+)
+@overrides
+@no_plugin
+def compare(path: str, names: tuple[str, ...], overrides: tuple[str, ...], blocked: tuple[str, ...]) -> None:
+    """Evaluate a run's draft and baselines on the same prompts, and put them into one table.
+
+    The run's own evaluation is taken over where it is finished. A baseline's lies in compare/ of the run's folder, and
+    beside it comparison.json and comparison.md. The column "run's draft ahead by" is the difference of the accepted
+    lengths on the same prompts, with a 95% interval.
+    """
+    from rich.console import Console
+
+    from deepspec_core.config.load import load_run_file
+    from deepspec_core.pipeline.comparing import compare_with
+    from deepspec_core.plugins.discovery import load_plugins
+    from deepspec_core.untrained.named import listed
+
+    show_messages()
+    plugins = load_plugins(blocked=blocked)
+    file = load_run_file(path, overrides=overrides, plugins=plugins)
+    drafts = [name for text in names for name in listed(text, plugins.registry)]
+    found = compare_with(file, Path(path), list(dict.fromkeys(drafts)), plugins=plugins, say=click.echo)
+    console = Console(width=None if Console().is_terminal else 160)
+    console.print(found.terminal_table())
+    for line in found.comparison.notes():
+        click.echo(line)
+    click.echo(f"comparison: {found.folder / 'comparison.md'}")

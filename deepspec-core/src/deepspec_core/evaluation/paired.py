@@ -1,0 +1,53 @@
+"""The difference of two accepted lengths on the same prompts, with an interval.
+
+Prompts differ more than drafts do. So each draw of the bootstrap takes the same prompts for both. Knows counts. Does
+not know drafts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from attrs import frozen
+
+from deepspec_core.decoding.engine import Completion
+from deepspec_core.evaluation.metrics import BOOTSTRAP_DRAWS
+
+
+@frozen(kw_only=True)
+class Difference:
+    """Tokens a round, with a 95% bootstrap interval over prompts."""
+
+    value: float
+    interval: tuple[float, float]
+
+
+def paired_difference(first: Sequence[Completion], second: Sequence[Completion], *, seed: int) -> Difference | None:
+    """The accepted length of the first minus that of the second, each pooled over its rounds.
+
+    None where they are not of the same prompts, or one has no rounds.
+    """
+    others = {done.id: done for done in second}
+    pairs = [(done, others.get(done.id)) for done in first]
+    if len(first) != len(second) or any(other is None or one.prompt_ids != other.prompt_ids for one, other in pairs):
+        return None
+    counts_N4 = np.array([(*_counts(one), *_counts(others[one.id])) for one in first], dtype=np.int64).reshape(-1, 4)
+    if not counts_N4[:, (1, 3)].sum(0).all():
+        return None
+    draws = np.random.default_rng(seed).integers(len(first), size=(BOOTSTRAP_DRAWS, len(first)))
+    drawn_D4 = counts_N4[draws].sum(1)
+    drawn_D = _difference(drawn_D4[drawn_D4[:, (1, 3)].all(1)])
+    low, high = np.quantile(drawn_D, [0.025, 0.975])
+    return Difference(value=float(_difference(counts_N4.sum(0)[None])[0]), interval=(float(low), float(high)))
+
+
+def _counts(done: Completion) -> tuple[int, int]:
+    """Committed tokens and rounds."""
+    return sum(each.acceptance_length for each in done.rounds), len(done.rounds)
+
+
+def _difference(counts_D4: np.ndarray) -> np.ndarray:
+    tokens, rounds, other_tokens, other_rounds = counts_D4.T
+    found: np.ndarray = tokens / rounds - other_tokens / other_rounds
+    return found

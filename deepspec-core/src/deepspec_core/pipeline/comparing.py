@@ -1,0 +1,148 @@
+"""`deepspec compare`: a run's draft beside baselines, which are drafts that are not trained, on the run's own prompts.
+
+Every baseline is evaluated as a run of its own, in a folder below the run's, so it resumes and is skipped like one.
+Knows runs and their evaluations. How figures are put side by side is in evaluation/.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from attrs import evolve, frozen
+from rich.table import Table
+
+from deepspec_core.config.load import RunFile
+from deepspec_core.config.schema import DraftOptions
+from deepspec_core.decoding.engine import Completion
+from deepspec_core.errors import ConfigError
+from deepspec_core.evaluation import comparison, report
+from deepspec_core.evaluation.comparison import Comparison, compare
+from deepspec_core.evaluation.evaluator import recorded
+from deepspec_core.evaluation.metrics_file import NAME as METRICS
+from deepspec_core.evaluation.metrics_file import read_metrics
+from deepspec_core.evaluation.paired import Difference, paired_difference
+from deepspec_core.pipeline.evaluating import journal_of
+from deepspec_core.pipeline.run import Run
+from deepspec_core.pipeline.running import run_stages
+from deepspec_core.plugins.discovery import Plugins
+from deepspec_core.untrained.named import untrained_of
+
+FOLDER = "compare"
+AHEAD = "run's draft ahead by"
+HEADINGS = (*comparison.HEADINGS[:5], AHEAD, *comparison.HEADINGS[5:])
+
+
+@frozen(kw_only=True)
+class Compared:
+    """The evaluations side by side.
+
+    ahead: In the order of the rows, the accepted length of the run's draft minus that of the row. None for the run's
+        own rows, and where the prompts are not the same.
+    """
+
+    comparison: Comparison
+    ahead: tuple[Difference | None, ...]
+    folder: Path
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        whole = self.comparison.as_json()
+        for row, ahead in zip(whole["rows"], self.ahead, strict=True):
+            row["ahead"] = None if ahead is None else ahead.value
+            row["ahead_interval"] = None if ahead is None else list(ahead.interval)
+        return whole
+
+    def terminal_table(self) -> Table:
+        """The table for the terminal."""
+        return report.table("", HEADINGS, self._cells(), left=("draft", "task", "accepted length"))
+
+    def markdown(self) -> str:
+        """The table and its notes as a page."""
+        table = report.markdown_table(HEADINGS, [[cell.replace("*", r"\*") for cell in row] for row in self._cells()])
+        notes = [f"- {line.removeprefix(comparison.MARK.strip()).strip()}" for line in self.comparison.notes()]
+        below = ["", *notes, ""] if notes else [""]
+        return "\n".join(["# Compared with baselines", "", *table, *below, report.NOTE, ""])
+
+    def _cells(self) -> list[list[str]]:
+        cells = [row.cells() for row in self.comparison.rows]
+        for row, ahead in zip(cells, self.ahead, strict=True):
+            row.insert(HEADINGS.index(AHEAD), _said(ahead))
+        return cells
+
+
+def _said(ahead: Difference | None) -> str:
+    return "-" if ahead is None else f"{ahead.value:+.2f} ({ahead.interval[0]:+.2f} to {ahead.interval[1]:+.2f})"
+
+
+def compare_with(
+    file: RunFile, path: Path, names: Sequence[str], *, plugins: Plugins, say: Callable[[str], None]
+) -> Compared:
+    """Evaluate the run's draft and the named baselines, as far as that is not done, and write both forms of the table.
+
+    ConfigError for a name that is no draft without training. DeepSpecError where an evaluation fails.
+    """
+    own = Run(file=file, path=path, plugins=plugins)
+    drafts = {name: _draft(name, own) for name in names}
+    runs = {file.run.name: own}
+    for name, draft in drafts.items():
+        runs[name] = Run(file=_baseline(file, name, draft), path=path, plugins=plugins)
+    for name, run in runs.items():
+        say(f"{name}:")
+        run_stages(run, only=["evaluate"], say=say)
+    reports = {name: read_metrics(run.folder / METRICS) for name, run in runs.items()}
+    whole = compare([comparison.Run(label=name, report=found) for name, found in reports.items()])
+    completions = {
+        (name, report.task_of(result), result["temperature"]): _completions(runs[name].folder, result)
+        for name, found in reports.items()
+        for result in found["results"]
+    }
+    ahead = []
+    for row in whole.rows:
+        task, temperature = report.task_of(row.result), row.result["temperature"]
+        mine = completions.get((file.run.name, task, temperature))
+        other = completions[row.run.label, task, temperature]
+        same = row.run.label == file.run.name or mine is None
+        ahead.append(None if same else paired_difference(mine or (), other, seed=file.evaluate.seed))
+    compared = Compared(comparison=whole, ahead=tuple(ahead), folder=own.folder / FOLDER)
+    for name, text in (
+        ("comparison.json", json.dumps(compared.as_json(), indent=1) + "\n"),
+        ("comparison.md", compared.markdown()),
+    ):
+        (compared.folder / name).write_text(text, encoding="utf-8")
+    return compared
+
+
+def _draft(name: str, run: Run) -> DraftOptions:
+    found = untrained_of(name, base=run.base, registry=run.plugins.registry)
+    if found is None:
+        registry = run.plugins.registry
+        known = sorted(set(registry.names("draft")) - set(registry.trained_drafts()))
+        raise ConfigError(
+            "no draft that needs no training has this name",
+            where="--with",
+            found=name,
+            expected=f"{' or '.join(known)}, with options as in TYPE:key=value",
+            fix="Compare evaluations of checkpoints with `deepspec report`.",
+        )
+    return found
+
+
+def _baseline(file: RunFile, name: str, draft: DraftOptions) -> RunFile:
+    slug = re.sub(r"[^\w.-]", "_", name)
+    return evolve(
+        file,
+        run=evolve(file.run, name=slug, output=f"{file.run.output}/{FOLDER}/{slug}", stages=("evaluate",)),
+        target=evolve(file.target, layers=()),
+        draft=draft,
+        # What concerns the run's own draft. A threshold for its confidence remains a difference that is told.
+        evaluate=evolve(file.evaluate, draft=None, calibration=None, confidence_threshold=0.0),
+    )
+
+
+def _completions(folder: Path, result: Mapping[str, Any]) -> list[Completion]:
+    _, groups = recorded(journal_of(folder, result))
+    return [done for group in groups for done in group.completions]

@@ -1,0 +1,1 @@
+"""Prompt lookup: a draft that copies what followed the same tokens before."""
