@@ -314,6 +314,7 @@ class EvaluateOptions:
     """[evaluate]: real speculative decoding.
 
     tasks: "held-out" (prompts the run never trained on), registered tasks, or files of rows as data.sources takes them.
+        NAME:FILE is a registered task, asked from a file.
     temperature: Each of these temperatures is evaluated; 0 is greedy.
     max_new_tokens: New tokens of one answer at most.
     batch_size: Sequences decoded at once.

@@ -32,6 +32,7 @@ PUBLIC_MODULES = {
     "deepspec_core.contracts.cache": "Feature cache formats.",
     "deepspec_core.contracts.features": "Feature sources.",
     "deepspec_core.contracts.export": "Exports.",
+    "deepspec_core.data.hub_rows": "For tasks: rows of a dataset on the Hub.",
     "deepspec_core.layers.attention": "A draft layer's attention without its pattern.",
     "deepspec_core.layers.decoder_layer": "A draft layer in its family's layout.",
     "deepspec_core.layers.window": "How many positions a draft's layers see.",
