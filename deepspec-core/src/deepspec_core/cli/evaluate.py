@@ -57,6 +57,13 @@ ALL = "all"
     show_default=True,
     help="Repeatable.",
 )
+@click.option(
+    "--turns",
+    type=click.Choice(["first", "all"]),
+    default=DEFAULTS.turns,
+    show_default=True,
+    help="User turns that are asked; the model's own answers stand between.",
+)
 @click.option("--limit", type=click.IntRange(min=1), help="Prompts of each task at most.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=DEFAULTS.max_new_tokens, show_default=True)
 @click.option(
@@ -85,6 +92,7 @@ def evaluate(
     target: str,
     tasks: tuple[str, ...],
     temperatures: tuple[float, ...],
+    turns: str,
     limit: int | None,
     max_new_tokens: int,
     batch_size: int,
@@ -111,6 +119,7 @@ def evaluate(
     run_options = RunOptions(name=name, output=out or f"evaluation-{name}", stages=("evaluate",))
     evaluated = EvaluateOptions(
         tasks=_tasks(tasks, plugins.registry.names("task")),
+        turns=turns,
         temperature=temperatures,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,

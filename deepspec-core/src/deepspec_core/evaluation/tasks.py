@@ -1,7 +1,6 @@
 """Evaluation prompts: registered tasks, files of rows, registered tasks from files, and the run's held-out prompts.
 
-Knows where prompts come from and how a limit cuts them. Does not know how they are rendered or decoded. Of several user
-turns only the first is asked, as in the published protocol.
+Knows where prompts come from and how a limit cuts them. Does not know how they are rendered or decoded.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +36,15 @@ _CONVERSATIONS = ("messages", "conversations", "turns")
 class Prompt:
     """One question: messages to render with the generation prompt. Its `index` in the task decides its seed.
 
-    `where` is the row it came from (FILE:LINE), for messages.
+    `later` are the user's further turns, each with the system messages before it. Answers that the row itself has are
+    left out. `where` is the row it came from (FILE:LINE), for messages.
     """
 
     id: str
     index: int
     messages: tuple[Mapping[str, Any], ...]
     tools: tuple[Mapping[str, Any], ...] = ()
+    later: tuple[tuple[Mapping[str, Any], ...], ...] = ()
     where: str = ""
 
 
@@ -98,6 +100,12 @@ def task_name(task: str) -> str:
     if name is not None or file is None:
         return name or task
     return Path(file.removesuffix(next(end for end in ROW_FILES if file.endswith(end)))).name
+
+
+def task_label(task: str) -> str:
+    """What a task is called in results. A registered task is the same from whatever file it is asked."""
+    name, file = _parts(task)
+    return task if name is None or file is None else name
 
 
 def task_digest(task: str, *, base: Path) -> str | None:
@@ -177,11 +185,30 @@ def _prompt(row: Any, index: int, name: str, where: str) -> Prompt:
         index=index,
         messages=conversation.messages[: asked + 1],
         tools=conversation.tools,
+        later=_later(conversation.messages[asked + 1 :]),
         where=where,
     )
-    found = not_unicode(prompt.id, prompt.messages, prompt.tools)
+    found = not_unicode(prompt.id, (*prompt.messages, *chain(*prompt.later)), prompt.tools)
     if found is not None:
         raise DataError(
             "A task's row is not valid Unicode", where=where, found=found, fix="Correct or remove that row."
         )
     return prompt
+
+
+def _later(messages: Iterable[Mapping[str, Any]]) -> tuple[tuple[Mapping[str, Any], ...], ...]:
+    """What is said before each further answer, up to the user's last turn.
+
+    Nothing is asked after the result of a tool: it would answer a call that the target did not make.
+    """
+    turns: list[tuple[Mapping[str, Any], ...]] = []
+    said: list[Mapping[str, Any]] = []
+    for message in messages:
+        if message["role"] == "tool":
+            break
+        if message["role"] != "assistant":
+            said.append(message)
+        if message["role"] == "user":
+            turns.append(tuple(said))
+            said = []
+    return tuple(turns)
