@@ -13,7 +13,7 @@ LONGEST = 400
 
 
 def _modules() -> dict[str, Path]:
-    """Module name -> file, of all six packages."""
+    """Module name -> file, of all seven packages."""
     found = {}
     for source in SOURCES:
         for path in source.rglob("*.py"):

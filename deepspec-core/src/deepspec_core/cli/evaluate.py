@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from deepspec_core.plugins.discovery import Plugins
 
 DEFAULTS = EvaluateOptions()
+ALL = "all"
 
 
 @click.command()
@@ -49,7 +50,8 @@ DEFAULTS = EvaluateOptions()
     multiple=True,
     required=True,
     metavar="TASK",
-    help="A registered task, or a JSON-lines file with `turns` or `messages`. Repeatable.",
+    help="A registered task; a file with `turns` or `messages`; NAME:FILE, a registered task from a file; or `all`, "
+    "every registered task. Repeatable.",
 )
 @click.option(
     "--temperature",
@@ -59,6 +61,13 @@ DEFAULTS = EvaluateOptions()
     default=DEFAULTS.temperature,
     show_default=True,
     help="Repeatable.",
+)
+@click.option(
+    "--turns",
+    type=click.Choice(["first", "all"]),
+    default=DEFAULTS.turns,
+    show_default=True,
+    help="User turns that are asked; the model's own answers stand between.",
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Prompts of each task at most.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=DEFAULTS.max_new_tokens, show_default=True)
@@ -88,6 +97,7 @@ def evaluate(
     target: str,
     tasks: tuple[str, ...],
     temperatures: tuple[float, ...],
+    turns: str,
     limit: int | None,
     max_new_tokens: int,
     batch_size: int,
@@ -115,7 +125,8 @@ def evaluate(
     name = re.sub(r"[^\w.-]", "_", Path(draft).resolve().name if untrained is None else draft)
     run_options = RunOptions(name=name, output=out or f"evaluation-{name}", stages=("evaluate",))
     evaluated = EvaluateOptions(
-        tasks=_tasks(tasks),
+        tasks=_tasks(tasks, plugins.registry.names("task")),
+        turns=turns,
         temperature=temperatures,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
@@ -139,10 +150,19 @@ def evaluate(
     _execute(file, plugins, [force] if force else [])
 
 
-def _tasks(tasks: tuple[str, ...]) -> tuple[str, ...]:
+def _tasks(tasks: tuple[str, ...], registered: Sequence[str]) -> tuple[str, ...]:
+    """The tasks that are meant. `all` stands for every registered one that is not named beside it."""
     if HELD_OUT in tasks:
         raise click.UsageError(f"{HELD_OUT!r} prompts are those of a run's data: evaluate with a run file instead.")
-    return tasks
+    if ALL not in tasks:
+        return tasks
+    if not registered:
+        raise click.UsageError("No task is installed that 'all' could mean: pip install deepspec-tasks.")
+    from deepspec_core.evaluation.tasks import task_name
+
+    named = [task for task in tasks if task != ALL]
+    names = {task_name(task) for task in named}
+    return (*named, *(task for task in registered if task not in names))
 
 
 def _run_file(

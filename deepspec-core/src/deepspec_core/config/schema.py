@@ -314,6 +314,9 @@ class EvaluateOptions:
     """[evaluate]: real speculative decoding.
 
     tasks: "held-out" (prompts the run never trained on), registered tasks, or files of rows as data.sources takes them.
+        NAME:FILE is a registered task, asked from a file.
+    turns: "first" asks the first user turn of a prompt, as in the published evaluation; "all" asks every one, with the
+        model's own answers between.
     temperature: Each of these temperatures is evaluated; 0 is greedy.
     max_new_tokens: New tokens of one answer at most.
     batch_size: Sequences decoded at once.
@@ -327,6 +330,7 @@ class EvaluateOptions:
     """
 
     tasks: tuple[str, ...] = (HELD_OUT,)
+    turns: str = field(default="first", validator=in_(("first", "all")))
     temperature: tuple[float, ...] = field(default=(1.0,), validator=deep_iterable(temperatures))
     max_new_tokens: int = field(default=2048, validator=whole(1, _TOKENS))
     batch_size: int = field(default=1, validator=whole(1, _SEQUENCES))

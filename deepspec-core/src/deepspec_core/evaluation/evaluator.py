@@ -20,6 +20,7 @@ from deepspec_core.decoding.engine import Clock, Completion, Request, Round, dec
 from deepspec_core.errors import DataError, StageError
 from deepspec_core.evaluation.metrics import pool
 from deepspec_core.evaluation.reliability import judged, reliability
+from deepspec_core.evaluation.turns import LaterTurns, prompt_of
 from deepspec_core.journal import Journal
 from deepspec_core.json_lines import read_json_lines
 from deepspec_core.progress import Progress
@@ -29,7 +30,10 @@ MIN_GROUPS = 5
 
 @frozen(kw_only=True)
 class Decoding:
-    """What both decodings of an evaluation share. `max_length` is the greatest length of a sequence with its prompt."""
+    """What both decodings of an evaluation share. `max_length` is the greatest length of a sequence with its prompt.
+
+    `later` asks further turns, each after the decoding's own answers; without it the requests are all there is.
+    """
 
     target: TargetModel
     proposer: Proposer
@@ -40,6 +44,7 @@ class Decoding:
     batch_size: int
     plain: bool = True
     confidence_threshold: float = 0.0
+    later: LaterTurns | None = None
 
 
 @frozen(kw_only=True)
@@ -92,7 +97,7 @@ def evaluate(
     done = [
         _group_of(entry, groups[index : index + 1], f"{journal}:{index + 2}") for index, entry in enumerate(entries)
     ]
-    finished = sum(len(group.completions) for group in done)
+    finished = sum(len(group) for group in groups[: len(done)])
     with Progress(len(requests), what, "prompts", done=finished) as progress:
         if not done and groups:
             _warm_up(groups[0][: decoding.batch_size], decoding)
@@ -180,34 +185,46 @@ def _decode_group(requests: Sequence[Request], decoding: Decoding, advance: Call
         mismatches=tuple(
             identifier
             for identifier, completion in completions.items()
-            if greedy and completion.output_ids != plain_outputs[identifier].output_ids
+            if greedy and _differs(completion, plain_outputs.get(identifier))
         ),
     )
+
+
+def _differs(fast: Completion, plain: Completion | None) -> bool:
+    """Whether one prompt has two outputs. A later turn after different answers is another prompt."""
+    return plain is not None and fast.prompt_ids == plain.prompt_ids and fast.output_ids != plain.output_ids
 
 
 def _run(
     requests: Sequence[Request], decoding: Decoding, proposer: Proposer | None
 ) -> tuple[dict[str, Completion], Timing]:
-    clock = Clock()
-    found = {
-        completion.id: completion
+    clock, later = Clock(), decoding.later
+    answers: dict[str, list[Completion]] = {request.id: [] for request in requests}
+    pending, max_length = {request.id: request for request in requests}, decoding.max_length
+    while pending:
+        owner = {request.id: identity for identity, request in pending.items()}
         for completion in decode(
             decoding.target,
             proposer,
-            requests,
+            list(pending.values()),
             sampling=decoding.sampling,
             stop_ids=decoding.stop_ids,
             max_new_tokens=decoding.max_new_tokens,
             batch_size=decoding.batch_size,
-            max_length=decoding.max_length,
+            max_length=max_length,
             confidence_threshold=decoding.confidence_threshold,
             clock=clock,
-        )
-    }
-    ordered = {request.id: found[request.id] for request in requests}
-    tokens = sum(len(completion.output_ids) for completion in ordered.values())
+        ):
+            answers[owner[completion.id]].append(completion)
+        if later is None:
+            break
+        following = ((identity, later.next(identity, answers[identity])) for identity in pending)
+        pending = {identity: request for identity, request in following if request is not None}
+        longest = max((len(request.prompt_ids) for request in pending.values()), default=0)
+        max_length = min(later.positions, longest + decoding.max_new_tokens)
+    ordered = {completion.id: completion for request in requests for completion in answers[request.id]}
     return ordered, Timing(
-        tokens=tokens,
+        tokens=sum(len(completion.output_ids) for completion in ordered.values()),
         wall=clock.wall,
         prefill=clock.prefill,
         draft=clock.draft,
@@ -235,7 +252,8 @@ def _speed(timing: Timing) -> float:
 def _group_of(entry: dict[str, Any], expected: Sequence[Sequence[Request]] | None, where: str) -> Group:
     """The group that a line of the journal records.
 
-    `expected` has its requests, and is empty where there is no such group; None if they are not known.
+    `expected` has the requests of its first turns, and is empty where there is no such group; None if they are not
+    known.
     """
     try:
         group = _from_json(entry)
@@ -249,7 +267,9 @@ def _group_of(entry: dict[str, Any], expected: Sequence[Sequence[Request]] | Non
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         problem = f"{type(error).__name__}: {error}"
     else:
-        found = [[(done.id, done.prompt_ids) for done in group.completions]]
+        firsts = {one.id for requests in expected or () for one in requests}
+        first = [done for done in group.completions if done.id in firsts or prompt_of(done.id) not in firsts]
+        found = [[(done.id, done.prompt_ids) for done in first]]
         asked = [[(one.id, one.prompt_ids) for one in requests] for requests in expected or ()]
         if problem is None and expected is not None and asked != found:
             problem = "other prompts than those of its place"

@@ -13,6 +13,7 @@ import numpy as np
 from attrs import asdict, frozen
 
 from deepspec_core.decoding.engine import Completion
+from deepspec_core.evaluation.turns import prompt_of
 
 BOOTSTRAP_DRAWS = 1000
 # Tokens of context in the first bucket. Each further one reaches twice as far.
@@ -34,7 +35,8 @@ class ContextBucket:
 class PooledMetrics:
     """The figures of one task at one temperature.
 
-    acceptance_length: Tokens committed per round (tau), with a 95% bootstrap interval over samples.
+    samples: Answers; a prompt with later turns has several.
+    acceptance_length: Tokens committed per round (tau), with a 95% bootstrap interval over prompts.
     verify_rate: Tokens committed per token that the target scored.
     marginal: For each position k, the share of the rounds that proposed token k in which it was accepted.
     conditional: The same, among the rounds in which all tokens before k were accepted.
@@ -75,12 +77,14 @@ def pool(completions: Sequence[Completion], *, seed: int = 0) -> PooledMetrics:
     ).reshape(-1, 5)
     sample, proposed, accepted, committed, context = rounds.T
     positions = range(int(proposed.max(initial=0)))
+    numbers: dict[str, int] = {}
+    prompts = np.array([numbers.setdefault(prompt_of(c.id), len(numbers)) for c in completions], dtype=np.int64)
     return PooledMetrics(
         samples=len(completions),
         rounds=len(rounds),
         output_tokens=sum(len(completion.output_ids) for completion in completions),
         acceptance_length=_ratio(committed.sum(), len(rounds)) or 0.0,
-        acceptance_length_interval=_interval(sample, committed, len(completions), seed),
+        acceptance_length_interval=_interval(prompts[sample], committed, len(set(prompts)), seed),
         draft_tokens_per_proposal=_ratio(proposed.sum(), len(rounds)) or 0.0,
         verify_rate=_ratio(committed.sum(), proposed.sum() + len(rounds)) or 0.0,
         marginal=tuple(_ratio((accepted > k).sum(), (proposed > k).sum()) for k in positions),
@@ -120,13 +124,13 @@ def _ratio(numerator: float, denominator: float) -> float | None:
     return float(numerator / denominator) if denominator else None
 
 
-def _interval(sample: np.ndarray, committed: np.ndarray, num_samples: int, seed: int) -> tuple[float, float]:
-    """Percentile bootstrap of the pooled ratio, over samples, because the rounds of one sample are not independent."""
-    if len(sample) == 0:
+def _interval(prompt: np.ndarray, committed: np.ndarray, num_prompts: int, seed: int) -> tuple[float, float]:
+    """Percentile bootstrap of the pooled ratio, over prompts, because the rounds of one prompt are not independent."""
+    if len(prompt) == 0:
         return (0.0, 0.0)
-    tokens = np.bincount(sample, weights=committed, minlength=num_samples)
-    rounds = np.bincount(sample, minlength=num_samples)
-    draws = np.random.default_rng(seed).integers(num_samples, size=(BOOTSTRAP_DRAWS, num_samples))
+    tokens = np.bincount(prompt, weights=committed, minlength=num_prompts)
+    rounds = np.bincount(prompt, minlength=num_prompts)
+    draws = np.random.default_rng(seed).integers(num_prompts, size=(BOOTSTRAP_DRAWS, num_prompts))
     drawn_rounds = rounds[draws].sum(1)
     drawn = tokens[draws].sum(1)[drawn_rounds > 0] / drawn_rounds[drawn_rounds > 0]
     low, high = np.quantile(drawn, [0.025, 0.975])

@@ -1,14 +1,15 @@
-"""Evaluation prompts: registered tasks, files of rows, and the run's own held-out prompts.
+"""Evaluation prompts: registered tasks, files of rows, registered tasks from files, and the run's held-out prompts.
 
-Knows where prompts come from and how a limit cuts them. Does not know how they are rendered or decoded. Of several user
-turns only the first is asked, as in the published protocol.
+Knows where prompts come from and how a limit cuts them. Does not know how they are rendered or decoded.
 """
 
 from __future__ import annotations
 
 import random
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +22,29 @@ from deepspec_core.data.row_files import read_rows
 from deepspec_core.data.source_digest import file_digest
 from deepspec_core.data.unicode_text import not_unicode
 from deepspec_core.errors import DataError
+from deepspec_core.plugins.references import resolve
 from deepspec_core.plugins.registry import Registry
+from deepspec_core.plugins.specs import TaskSpec
 
 HELD_OUT_QUOTA = 500
+_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*")
+# A file of a task's rows may hold conversations instead, under one of these. Other names may be columns of the task's.
+_CONVERSATIONS = ("messages", "conversations", "turns")
 
 
 @frozen(kw_only=True)
 class Prompt:
     """One question: messages to render with the generation prompt. Its `index` in the task decides its seed.
 
-    `where` is the row it came from (FILE:LINE), for messages.
+    `later` are the user's further turns, each with the system messages before it. Answers that the row itself has are
+    left out. `where` is the row it came from (FILE:LINE), for messages.
     """
 
     id: str
     index: int
     messages: tuple[Mapping[str, Any], ...]
     tools: tuple[Mapping[str, Any], ...] = ()
+    later: tuple[tuple[Mapping[str, Any], ...], ...] = ()
     where: str = ""
 
 
@@ -52,12 +60,14 @@ def load_task(
     """The prompts of a task, at most `limit`.
 
     `task` is "held-out", a registered task, or a file (relative to `base`) whose rows are those of sources
-    (data/row_files.py, data/conversations.py). If a task has more rows than its limit, random.Random(seed) shuffles
+    (data/row_files.py, data/conversations.py). NAME:FILE is a registered task, from a file of conversations or of the
+    rows of the task's own data. If a task has more rows than its limit, random.Random(seed) shuffles
     them before they are cut. DataError if the file is missing, a row is malformed, or a row says what no conversation
     here can hold.
     """
-    if task.endswith(ROW_FILES):
-        prompts = _read_file(base / task, base)
+    file = task_file(task)
+    if file is not None:
+        prompts = _read_file(base / file, base, task_name(task), _mapped(task, registry))
     else:
         rows = held_out() if task == HELD_OUT else _registered(task, limit, seed, registry)
         prompts = [_prompt(row, index, task, f"{task}:{index + 1}") for index, row in enumerate(rows)]
@@ -79,15 +89,59 @@ def load_task(
     return [evolve(prompt, index=index) for index, prompt in enumerate(prompts)]
 
 
+def task_file(task: str) -> str | None:
+    """The file that a task is read from; None if it names none."""
+    return _parts(task)[1]
+
+
 def task_name(task: str) -> str:
-    """What a task is called: a file by its name without the ending."""
-    ending = next((end for end in ROW_FILES if task.endswith(end)), None)
-    return task if ending is None else Path(task.removesuffix(ending)).name
+    """What a task is called: a registered one by its name, a file by its own without the ending."""
+    name, file = _parts(task)
+    if name is not None or file is None:
+        return name or task
+    return Path(file.removesuffix(next(end for end in ROW_FILES if file.endswith(end)))).name
+
+
+def task_label(task: str) -> str:
+    """What a task is called in results. A registered task is the same from whatever file it is asked."""
+    name, file = _parts(task)
+    return task if name is None or file is None else name
 
 
 def task_digest(task: str, *, base: Path) -> str | None:
     """The digest of a task's file; None if the task is no file. OSError if it cannot be read."""
-    return file_digest(base / task) if task.endswith(ROW_FILES) and (base / task).is_file() else None
+    file = task_file(task)
+    return file_digest(base / file) if file is not None and (base / file).is_file() else None
+
+
+def _parts(task: str) -> tuple[str | None, str | None]:
+    """The registered name and the file that a task says, each None where it says none."""
+    if not task.endswith(ROW_FILES):
+        return task, None
+    name, colon, file = task.partition(":")
+    return (name, file) if colon and _NAME.fullmatch(name) else (None, task)
+
+
+def _mapped(task: str, registry: Registry) -> Callable[[Any, str], Any]:
+    """What makes a conversation of a row of the task's file; rows that are conversations stay as they are."""
+    name, _ = _parts(task)
+    if name is None:
+        return lambda row, where: row
+    spec = registry.get("task", name)
+    assert isinstance(spec, TaskSpec)
+
+    def mapped(row: Any, where: str) -> Any:
+        if not isinstance(row, Mapping) or spec.from_row is None or any(row.get(field) for field in _CONVERSATIONS):
+            return row
+        with registry.blaming("task", name):
+            try:
+                return resolve(spec.from_row)(row)
+            except DataError as error:
+                raise DataError(
+                    error.problem, where=where, found=error.found, expected=error.expected, fix=error.fix
+                ) from error
+
+    return mapped
 
 
 def _registered(task: str, limit: int | None, seed: int, registry: Registry) -> Iterable[Any]:
@@ -97,7 +151,7 @@ def _registered(task: str, limit: int | None, seed: int, registry: Registry) -> 
         return list(make(limit, seed))
 
 
-def _read_file(path: Path, base: Path) -> list[Prompt]:
+def _read_file(path: Path, base: Path, name: str, mapped: Callable[[Any, str], Any]) -> list[Prompt]:
     if not path.is_file():
         raise DataError(
             "A task's file is missing",
@@ -106,7 +160,9 @@ def _read_file(path: Path, base: Path) -> list[Prompt]:
             expected="a file of JSON lines, a JSON array or Parquet",
             fix=f"Relative paths start at {base.absolute()}.",
         )
-    return [_prompt(row.content(), index, task_name(str(path)), row.where) for index, row in enumerate(read_rows(path))]
+    return [
+        _prompt(mapped(row.content(), row.where), index, name, row.where) for index, row in enumerate(read_rows(path))
+    ]
 
 
 def _prompt(row: Any, index: int, name: str, where: str) -> Prompt:
@@ -129,11 +185,30 @@ def _prompt(row: Any, index: int, name: str, where: str) -> Prompt:
         index=index,
         messages=conversation.messages[: asked + 1],
         tools=conversation.tools,
+        later=_later(conversation.messages[asked + 1 :]),
         where=where,
     )
-    found = not_unicode(prompt.id, prompt.messages, prompt.tools)
+    found = not_unicode(prompt.id, (*prompt.messages, *chain(*prompt.later)), prompt.tools)
     if found is not None:
         raise DataError(
             "A task's row is not valid Unicode", where=where, found=found, fix="Correct or remove that row."
         )
     return prompt
+
+
+def _later(messages: Iterable[Mapping[str, Any]]) -> tuple[tuple[Mapping[str, Any], ...], ...]:
+    """What is said before each further answer, up to the user's last turn.
+
+    Nothing is asked after the result of a tool: it would answer a call that the target did not make.
+    """
+    turns: list[tuple[Mapping[str, Any], ...]] = []
+    said: list[Mapping[str, Any]] = []
+    for message in messages:
+        if message["role"] == "tool":
+            break
+        if message["role"] != "assistant":
+            said.append(message)
+        if message["role"] == "user":
+            turns.append(tuple(said))
+            said = []
+    return tuple(turns)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from deepspec_core.config.schema import BUILTIN
 from deepspec_core.errors import ConfigError, StageError
+from deepspec_core.evaluation.tasks import task_file
 from deepspec_core.locks import LOCK
 from deepspec_core.pipeline.fingerprint import RECORD
 from deepspec_core.pipeline.run import Run
@@ -50,7 +51,7 @@ def check_inputs_survive(run: Run, discarded: Sequence[str]) -> None:
     """StageError if something that the run reads lies in the folder of a stage that is to be discarded: a source, a
     task, a draft to evaluate or its calibration."""
     inputs = {f"data.sources[{i}]": source.path for i, source in enumerate(run.file.data.sources)}
-    inputs |= {f"evaluate.tasks[{i}]": task for i, task in enumerate(run.file.evaluate.tasks)}
+    inputs |= {f"evaluate.tasks[{i}]": task_file(task) or task for i, task in enumerate(run.file.evaluate.tasks)}
     if run.file.evaluate.draft is not None:
         inputs["evaluate.draft"] = run.file.evaluate.draft
     if run.file.evaluate.calibration is not None:

@@ -264,7 +264,7 @@ def _cache(run: Run, *, fresh: bool) -> None:
 def _evaluation(run: Run, confidence: bool | None) -> None:
     from deepspec_core.data.thinking import modes
     from deepspec_core.pipeline.evaluated_draft import describe_evaluated
-    from deepspec_core.pipeline.evaluating import calibration_of, journals, requests_of
+    from deepspec_core.pipeline.evaluating import calibration_of, journals, prompts_of, requests_of
 
     options = run.file.evaluate
     journals(options.tasks)
@@ -283,8 +283,9 @@ def _evaluation(run: Run, confidence: bool | None) -> None:
         )
     for task in options.tasks:
         if task != HELD_OUT:
+            prompts = prompts_of(run, task)
             for thinking in modes(run.file.regenerate.thinking):
-                requests_of(run, task, thinking=thinking)
+                requests_of(run, task, prompts, thinking=thinking)
         else:
             _some_held_out(run)
 

@@ -19,10 +19,11 @@ from deepspec_core.decoding.calibrated import CalibratedProposer
 from deepspec_core.decoding.engine import Request
 from deepspec_core.errors import CheckpointError, DataError
 from deepspec_core.evaluation.calibration_file import Calibration, read_calibration
-from deepspec_core.evaluation.evaluator import Decoding, evaluate, summarise
+from deepspec_core.evaluation.evaluator import Decoding, Group, evaluate, summarise
 from deepspec_core.evaluation.report import markdown
 from deepspec_core.evaluation.requests import requests_of_prompts
-from deepspec_core.evaluation.tasks import HELD_OUT_QUOTA, load_task, task_digest, task_name
+from deepspec_core.evaluation.tasks import HELD_OUT_QUOTA, Prompt, load_task, task_digest, task_label, task_name
+from deepspec_core.evaluation.turns import LaterTurns
 from deepspec_core.pipeline import contents
 from deepspec_core.pipeline.evaluated_draft import EvaluatedDraft, load_evaluated
 from deepspec_core.pipeline.machine import machine_of
@@ -38,11 +39,13 @@ def run_stage(run: Run) -> dict[str, Any]:
     journal_names = journals(options.tasks)
     results = []
     for task, thinking in product(options.tasks, modes(run.file.regenerate.thinking)):
-        requests, too_long = requests_of(run, task, thinking=thinking)
-        digest = _digest(requests)
+        prompts = prompts_of(run, task)
+        requests, too_long = requests_of(run, task, prompts, thinking=thinking)
+        later = _later_turns(run, prompts, thinking=thinking)
+        digest = _digest(requests, later)
         both = not isinstance(run.file.regenerate.thinking, bool)
         for temperature in options.temperature:
-            decoding = _decoding(run, draft, calibration, requests, temperature)
+            decoding = _decoding(run, draft, calibration, requests, later, temperature)
             groups = evaluate(
                 requests,
                 decoding,
@@ -53,11 +56,12 @@ def run_stage(run: Run) -> dict[str, Any]:
             )
             results.append(
                 {
-                    "task": task,
+                    "task": task_label(task),
                     "temperature": temperature,
                     **({"thinking": thinking} if both else {}),
                     **summarise(groups, seed=options.seed, confidence_threshold=options.confidence_threshold),
                     "prompts_too_long": too_long,
+                    **({} if later is None else {"turns_not_asked": _not_asked(requests, groups, later)}),
                     "prompts_digest": digest,
                 }
             )
@@ -122,15 +126,12 @@ def _file_name(task: str) -> str:
     return re.sub(r"[^\w.-]", "_", task_name(task))
 
 
-def requests_of(run: Run, task: str, *, thinking: bool) -> tuple[list[Request], int]:
-    """The requests of a task in one mode, and how many of its prompts are too long for the target to answer.
-
-    DataError if the task cannot be read, or if all of its prompts are too long.
-    """
+def prompts_of(run: Run, task: str) -> list[Prompt]:
+    """The prompts of a task. DataError if it cannot be read."""
     options = run.file.evaluate
     if (digest := task_digest(task, base=run.base)) is not None:
         run.reads.content(contents.task(task), digest)
-    prompts = load_task(
+    return load_task(
         task,
         limit=options.limit,
         seed=options.seed,
@@ -138,19 +139,49 @@ def requests_of(run: Run, task: str, *, thinking: bool) -> tuple[list[Request], 
         registry=run.plugins.registry,
         held_out=lambda: run.data.held_out(options.limit or HELD_OUT_QUOTA),
     )
+
+
+def requests_of(run: Run, task: str, prompts: Sequence[Prompt], *, thinking: bool) -> tuple[list[Request], int]:
+    """The first turns of a task's prompts in one mode, and how many are too long for the target to answer.
+
+    DataError if all are too long, or the template refuses one.
+    """
     return requests_of_prompts(
         prompts,
         run.target.tokenizer.in_mode(thinking),
         system_prompt=run.file.data.system_prompt,
-        seed=options.seed,
+        seed=run.file.evaluate.seed,
         room=run.target.architecture.max_positions,
         task=f"evaluate.tasks: {task}",
     )
 
 
-def _digest(requests: Sequence[Request]) -> str:
+def _later_turns(run: Run, prompts: Sequence[Prompt], *, thinking: bool) -> LaterTurns | None:
+    """The turns after the first, where they are asked."""
+    if run.file.evaluate.turns == "first":
+        return None
+    return LaterTurns(
+        prompts={prompt.id: prompt for prompt in prompts},
+        tokenizer=run.target.tokenizer.in_mode(thinking),
+        system_prompt=run.file.data.system_prompt,
+        stop_ids=run.target.architecture.stop_token_ids,
+        positions=run.target.architecture.max_positions,
+        seed=run.file.evaluate.seed,
+    )
+
+
+def _not_asked(requests: Sequence[Request], groups: Sequence[Group], later: LaterTurns) -> int:
+    """How many later turns found no room, or a template that refuses the answer before them."""
+    turns = sum(1 + later.number(request.id) for request in requests)
+    return turns - sum(len(group.completions) for group in groups)
+
+
+def _digest(requests: Sequence[Request], later: LaterTurns | None) -> str:
     """The digest of the prompts. It is the same for equal prompts, whatever the task is called."""
-    return hashlib.sha256(json.dumps([request.prompt_ids for request in requests]).encode()).hexdigest()
+    asked: list[Any] = [request.prompt_ids for request in requests]
+    if later is not None:
+        asked += [later.prompts[request.id].later for request in requests]
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
 
 def calibration_of(run: Run, draft: DraftDescription | UntrainedDescription, revision: str) -> Calibration | None:
@@ -174,7 +205,12 @@ def calibration_of(run: Run, draft: DraftDescription | UntrainedDescription, rev
 
 
 def _decoding(
-    run: Run, draft: EvaluatedDraft, calibration: Calibration | None, requests: Sequence[Request], temperature: float
+    run: Run,
+    draft: EvaluatedDraft,
+    calibration: Calibration | None,
+    requests: Sequence[Request],
+    later: LaterTurns | None,
+    temperature: float,
 ) -> Decoding:
     options, architecture = run.file.evaluate, run.target.architecture
     longest = max(len(request.prompt_ids) for request in requests)
@@ -191,6 +227,7 @@ def _decoding(
         batch_size=options.batch_size,
         plain=options.plain,
         confidence_threshold=options.confidence_threshold,
+        later=later,
     )
 
 
@@ -218,6 +255,7 @@ def _report(
             "dtype": str(run.target.dtype).removeprefix("torch."),
         },
         "settings": {
+            "turns": run.file.evaluate.turns,
             "max_new_tokens": run.file.evaluate.max_new_tokens,
             "batch_size": run.file.evaluate.batch_size,
             "seed": run.file.evaluate.seed,

@@ -33,6 +33,7 @@ PUBLIC_MODULES = {
     "deepspec_core.contracts.cache": "Feature cache formats.",
     "deepspec_core.contracts.features": "Feature sources.",
     "deepspec_core.contracts.export": "Exports.",
+    "deepspec_core.data.hub_rows": "For tasks: rows of a dataset on the Hub.",
     "deepspec_core.families.adapter": "The base of target families' adapters.",
     "deepspec_core.families.layouts": "Layouts of attention, norms and rotary embedding that families share.",
     "deepspec_core.families.transformers_target": "Any transformers causal language model as a target.",

@@ -310,6 +310,8 @@ class Registry:
         fixes += self._explain_left_out(name, only_likely=close is not None)
         if not fixes and error is TargetError:
             fixes.append("install a package with an adapter for it" if known else "pip install deepspec-targets")
+        if not fixes and title == KINDS["task"].title and not known:
+            fixes.append("pip install deepspec-tasks, or name a file of rows")
         if not fixes:
             fixes.append("install the package that offers it")
             if title == KINDS["draft"].title and re.fullmatch(r"[a-z0-9][a-z0-9_.-]*", name):

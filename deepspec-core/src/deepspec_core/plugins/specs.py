@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from attrs import Attribute, field, frozen, has
-from attrs.validators import deep_iterable, deep_mapping, instance_of, is_callable, matches_re
+from attrs.validators import deep_iterable, deep_mapping, instance_of, is_callable, matches_re, optional
 
 _REFERENCE = matches_re(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 _NAME = matches_re(r"[a-z0-9][a-z0-9_.-]*")
@@ -108,7 +108,13 @@ class BuiltinSpec(ComponentSpec):
 
 @frozen(kw_only=True)
 class TaskSpec(ComponentSpec):
-    """An evaluation task. `build(limit, seed)` yields mappings with `id` and `messages` (or `turns`)."""
+    """An evaluation task. `build(limit, seed)` yields mappings with `id` and `messages` (or `turns`).
+
+    from_row: Names a function that makes such a mapping of one row of the task's own data. With it the task can be
+        asked from a file of such rows: `tasks = ["NAME:FILE"]`.
+    """
+
+    from_row: str | None = field(default=None, validator=optional(_REFERENCE))
 
 
 @frozen(kw_only=True)

@@ -1,0 +1,1 @@
+"""Nine published evaluation tasks for DeepSpec: mathematics, code and chat."""
