@@ -10,9 +10,8 @@ from typing import ClassVar
 
 import pytest
 
-# Measured are 2 to 5 seconds, with Python and its libraries starting; up to 14 where four processes share two cores.
-# The libraries' own retries take over 45.
-WITHIN_SECONDS = 30
+# Two small requests say whether a Hub works. The libraries' own retries are many more, and wait between them.
+MOST_REQUESTS = 2
 
 
 def _init(endpoint: str) -> subprocess.CompletedProcess[str]:
@@ -20,10 +19,7 @@ def _init(endpoint: str) -> subprocess.CompletedProcess[str]:
         f"import sys; from huggingface_hub import constants; constants.ENDPOINT = {endpoint!r}; "
         "from deepspec_core.cli.main import main; sys.exit(main(['init', 'organisation/model', '--draft', 'dflash']))"
     )
-    begin = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert time.monotonic() - begin < WITHIN_SECONDS
-    return done
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
 
 
 def _one_message(done: subprocess.CompletedProcess[str]) -> None:
@@ -37,15 +33,17 @@ class _Broken(http.server.BaseHTTPRequestHandler):
     """Answers as `mode` says: its files, its programming interface, or both do not work."""
 
     mode: ClassVar[str] = ""
+    asked: ClassVar[list[str]] = []
 
     def do_GET(self) -> None:
+        self.asked.append(self.path)
         interface = self.path.startswith("/api/")
         if self.mode == "login":
             self._answer(200, "text/html")
         elif self.mode == "down" or (self.mode == "files down" and not interface):
             self._answer(503, "text/html")
         elif self.mode == "hangs" or (self.mode == "files hang" and not interface):
-            time.sleep(30)
+            time.sleep(600)  # the test would not end if the answer were waited for
         else:
             self._answer(200, "application/json")
 
@@ -71,6 +69,7 @@ class _Broken(http.server.BaseHTTPRequestHandler):
 )
 def broken(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setattr(_Broken, "mode", request.param)
+    monkeypatch.setattr(_Broken, "asked", [])
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Broken)
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -84,3 +83,4 @@ def test_the_command_line_says_it_in_one_message() -> None:
 
 def test_a_hub_that_does_not_work_is_one_message_too(broken: str) -> None:
     _one_message(_init(broken))
+    assert 0 < len(_Broken.asked) <= MOST_REQUESTS, _Broken.asked

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from deepspec_core.cache.hdf5 import HDF5Format, HDF5Reader
+from deepspec_core.cache.hdf5 import HDF5Format
 from deepspec_core.cache.shard_file import ShardOutput
+from deepspec_core.cache.sharded import ShardedReader
 from deepspec_core.contracts.cache import CacheHeader
 from deepspec_core.contracts.draft import Sample
 from deepspec_core.contracts.target import TargetFeatures
@@ -48,7 +49,7 @@ def cache(tmp_path: Path) -> Path:
     return tmp_path / "cache"
 
 
-def opened(path: Path, header: CacheHeader) -> HDF5Reader:
+def opened(path: Path, header: CacheHeader) -> ShardedReader:
     """A reader of a cache that is as it was written."""
     assert HDF5Format().verify(path) == []
     return HDF5Format().open(path, header)

@@ -70,13 +70,18 @@ def deepspec_weightings() -> list[ComponentSpec]:
 
 @hookimpl
 def deepspec_cache_formats() -> list[ComponentSpec]:
-    """Sealed HDF5 shards."""
+    """Sealed shards: HDF5, and the published binary layout."""
     return [
         ComponentSpec(
             name="hdf5",
             summary="checksummed HDF5 shards, sealed by rename",
             build="deepspec_core.cache.hdf5:HDF5Format",
-        )
+        ),
+        ComponentSpec(
+            name="deepspec-v2",
+            summary="the published binary layout, in bfloat16, with checksums beside it",
+            build="deepspec_core.cache.binary_v2:BinaryV2Format",
+        ),
     ]
 
 

@@ -21,6 +21,8 @@ from deepspec_core.digests import digests_of
 from deepspec_core.errors import CacheError
 
 NAME: Final = "manifest.json"
+# The published layout has a manifest.json of its own; ours then stands beside it.
+NAMES: Final = (NAME, "deepspec.json")
 VERSION: Final = 2
 _LARGEST: Final = 2**63 - 1
 _FOR_THE_RECORD: Final = ("plugins", "computed_in", "split")
@@ -62,7 +64,7 @@ class Manifest:
         """One more sealed shard."""
         return evolve(self, shards=(*self.shards, shard))
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, *, name: str = NAME) -> None:
         """Replace the manifest of `folder`."""
         content = {
             "version": VERSION,
@@ -71,29 +73,26 @@ class Manifest:
             "header": self.header.as_json(),
             "shards": [asdict(shard) for shard in self.shards],
         }
-        temporary = folder / f"{NAME}.tmp"
+        temporary = folder / f"{name}.tmp"
         with temporary.open("w", encoding="utf-8") as file:
             json.dump(content, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, folder / NAME)
+        os.replace(temporary, folder / name)
         sync_folder(folder)
 
 
-def load(folder: Path, *, format: str) -> Manifest | None:
+def load(folder: Path, *, format: str, name: str = NAME) -> Manifest | None:
     """The manifest of `folder`, None where there is none; CacheError where it is damaged or another format's."""
-    path = folder / NAME
+    path = folder / name
     if not path.is_file():
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        if "index_record_size" in content:
+            raise another_format(path, "the published layout, deepspec-v2", format)
         if content["version"] != VERSION or content["format"] != format:
-            raise CacheError(
-                "The cache is of another format",
-                where=path,
-                found=f"{content['format']} version {content['version']}",
-                expected=f"{format} version {VERSION}",
-            )
+            raise another_format(path, f"{content['format']} version {content['version']}", format)
         manifest = Manifest(
             format=content["format"],
             header=_header(content["header"]),
@@ -111,6 +110,17 @@ def load(folder: Path, *, format: str) -> Manifest | None:
             found=f"{type(error).__name__}: {error}",
             fix="Remove the cache and make it again.",
         ) from error
+
+
+def another_format(path: Path, found: str, expected: str) -> CacheError:
+    """The error of a cache that has another format than the one asked for."""
+    return CacheError(
+        "The cache is of another format",
+        where=path,
+        found=found,
+        expected=f"{expected} version {VERSION}",
+        fix="Set cache.format to the cache's own, or use another cache.path.",
+    )
 
 
 def check_header(path: Path, found: CacheHeader, expected: CacheHeader) -> None:

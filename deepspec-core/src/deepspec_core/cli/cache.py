@@ -1,38 +1,77 @@
-"""`deepspec cache verify DIR`: whether a feature cache is still what was written."""
+"""`deepspec cache`: what a feature cache is, whether it is whole, in another format, and taken over from elsewhere."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import click
 
-from deepspec_core.cli.options import no_plugin
+from deepspec_core.cli.options import no_plugin, overrides, run_file
 
 DAMAGED = 2
+_DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3")
+_folder = click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+_format = click.option("--format", "name", help="The cache's format, as in [cache] format. Left out: found out.")
 
 
 @click.group()
 def cache() -> None:
-    """Look at a feature cache."""
+    """Look at a feature cache, verify it, or write it in another format."""
 
 
 @cache.command()
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
-@click.option("--format", "name", default="hdf5", show_default=True, help="The cache's format, as in [cache] format.")
+@_folder
+@_format
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable: one object.")
 @no_plugin
-def verify(folder: Path, name: str, blocked: tuple[str, ...]) -> int:
+def info(folder: Path, name: str | None, as_json: bool, blocked: tuple[str, ...]) -> None:
+    """Print what a cache was made from, how much is in it, and what a token takes. Reads no features."""
+    from deepspec_core.cache.detection import format_of
+    from deepspec_core.disk import in_words
+    from deepspec_core.plugins.discovery import load_plugins
+
+    found, cache_format = format_of(folder, load_plugins(blocked=blocked).registry, name)
+    reader = cache_format.open(folder, None)
+    size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+    tokens = sum(reader.lengths())
+    facts = {
+        "format": found,
+        "samples": len(reader),
+        "tokens": tokens,
+        "longest_sample": max(reader.lengths(), default=0),
+        "bytes": size,
+        "bytes_a_token": round(size / max(tokens, 1), 1),
+        **reader.header.as_json(),
+    }
+    if as_json:
+        click.echo(json.dumps(facts, indent=2))
+        return
+    width = max(map(len, facts))
+    for key, value in facts.items():
+        text = (
+            f"{value:,}" if isinstance(value, int) else " ".join(map(str, value)) if isinstance(value, list) else value
+        )
+        click.echo(f"{key.replace('_', ' ').ljust(width)}  {in_words(value) if key == 'bytes' else text}")
+
+
+@cache.command()
+@_folder
+@_format
+@no_plugin
+def verify(folder: Path, name: str | None, blocked: tuple[str, ...]) -> int:
     """Read a whole cache and compare it with the checksums taken when it was written.
 
     Every damaged or missing file is named. The exit code is 2 where there is one. A run does the same by itself when it
     first reads a cache that another process wrote.
     """
+    from deepspec_core.cache.detection import format_of
     from deepspec_core.cli.messages import show_messages
-    from deepspec_core.contracts.cache import CacheFormat
     from deepspec_core.locks import lock
     from deepspec_core.plugins.discovery import load_plugins
 
     show_messages()
-    cache_format: CacheFormat = load_plugins(blocked=blocked).registry.build("cache", name)
+    _, cache_format = format_of(folder, load_plugins(blocked=blocked).registry, name)
     # Asked first, so that a folder without a cache is told apart before a lock file is put into it.
     cache_format.open(folder, None) if cache_format.header(folder) is None else None
     with lock(folder, shared=True, problem="Another process is writing this cache", fix="Wait for it, or stop it."):
@@ -43,3 +82,66 @@ def verify(folder: Path, name: str, blocked: tuple[str, ...]) -> int:
     for problem in problems:
         click.echo(f"{click.style('Damaged:', fg='red')} {problem.render()}", err=True)
     return DAMAGED if problems else 0
+
+
+@cache.command()
+@_folder
+@click.option("--to", "to", required=True, metavar="FORMAT", help="The format to write, as in [cache] format.")
+@click.option("--out", required=True, metavar="DIR", type=click.Path(path_type=Path), help="The new cache's folder.")
+@click.option("--dtype", type=click.Choice(_DTYPES), help="The features' number format. Left out: as they are.")
+@_format
+@no_plugin
+def convert(folder: Path, to: str, out: Path, dtype: str | None, name: str | None, blocked: tuple[str, ...]) -> int:
+    """Write a cache again, in another format or number format. The old one stays.
+
+    The cache is verified first. Interrupted, the same command goes on where it stopped.
+    """
+    from deepspec_core.cache.conversion import convert as write
+    from deepspec_core.cache.detection import format_of
+    from deepspec_core.cli.messages import show_messages
+    from deepspec_core.errors import CacheError
+    from deepspec_core.locks import lock
+    from deepspec_core.plugins.discovery import load_plugins
+
+    show_messages()
+    registry = load_plugins(blocked=blocked).registry
+    _, cache_format = format_of(folder, registry, name)
+    wanted = registry.build("cache", to)
+    if out.resolve() == folder.resolve():
+        raise CacheError("A cache cannot be converted into its own folder", where="--out", found=out)
+    with lock(folder, shared=True, problem="Another process is writing this cache", fix="Wait for it, or stop it."):
+        if problems := list(cache_format.verify(folder, remembered=False)):
+            raise problems[0]
+        reader = cache_format.open(folder, None)
+        written = write(reader, wanted, out, dtype=dtype or reader.header.dtype)
+    click.echo(f"{len(reader)} samples in {out}, {written} of them written now")
+    return 0
+
+
+@cache.command()
+@_folder
+@run_file
+@overrides
+@no_plugin
+def adopt(folder: Path, path: str, overrides: tuple[str, ...], blocked: tuple[str, ...]) -> None:
+    """Take over a cache that another program wrote in the published layout, for the runs of a run file.
+
+    Its files are checked, and compared with the run file as far as they say what they were made from. That its features
+    are those of this target, and its tokens those of this chat template, you say yourself.
+    """
+    from deepspec_core.cache.adoption import adopt as take_over
+    from deepspec_core.cache.adoption import source_of
+    from deepspec_core.cli.messages import show_messages
+    from deepspec_core.config.load import load_run_file
+    from deepspec_core.locks import lock
+    from deepspec_core.pipeline.run import Run
+    from deepspec_core.plugins.discovery import load_plugins
+
+    show_messages()
+    plugins = load_plugins(blocked=blocked)
+    run = Run(file=load_run_file(path, overrides=overrides, plugins=plugins), path=Path(path), plugins=plugins)
+    with lock(folder, problem="Another process is using this cache", fix="Wait for it, or stop it."):
+        manifest = take_over(folder, run.cache.header_of(source_of(folder)))
+    tokens = sum(sum(shard.lengths) for shard in manifest.shards)
+    click.echo(f"{manifest.num_samples} samples, {tokens:,} tokens: adopted for {run.file.target.model}")
+    click.echo(f'To train on it: cache.path = "{folder}", cache.format = "{manifest.format}", no stage "cache".')

@@ -76,6 +76,10 @@ class RunCache:
             split=self._split(),
         )
 
+    def header_of(self, source: str) -> CacheHeader:
+        """What a cache of this run's target and settings says, made from other conversations than the run's own."""
+        return evolve(self._header(source), split="", computed_in="")
+
     def _split(self) -> str:
         split = self.data.split()
         return f"{split['rule']}, held_out {split['held_out']:g}, seed {split['seed']}"

@@ -1,0 +1,395 @@
+"""A cache of sealed shards: one writer at a time, shards that count only once they are whole, readers that trust none.
+
+A shard is written as NAME.HOST-PID.partial, synced, renamed, and entered in the manifest; only then do its samples
+count. What is inside a shard, a `ShardLayout` says: HDF5 datasets (hdf5.py), or raw arrays (binary_v2.py). Knows files,
+locks and manifests; not where features come from.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import numpy as np
+import torch
+from attrs import evolve
+
+from deepspec_core.cache.manifest import (
+    NAMES,
+    Manifest,
+    Shard,
+    another_format,
+    check_header,
+    check_sizes,
+    damaged_shards,
+    load,
+    sync_folder,
+)
+from deepspec_core.contracts.cache import CacheHeader
+from deepspec_core.contracts.draft import Sample
+from deepspec_core.contracts.target import TargetFeatures
+from deepspec_core.digests import digest_of
+from deepspec_core.errors import CacheError
+from deepspec_core.locks import Lock, lock
+
+_PARTIAL: Final = ".partial"
+_LOCK: Final = "writer.lock"
+_OPEN_SHARDS: Final = 64
+
+
+class NewShard(Protocol):
+    """A shard that is being written."""
+
+    def append(self, sample: Sample, features: TargetFeatures) -> None:
+        """Add a sample. OSError where the disk refuses."""
+        ...
+
+    def finish(self, lengths: Sequence[int], original_lengths: Sequence[int]) -> None:
+        """Write what remains, sync and close the file. OSError where the disk refuses."""
+        ...
+
+    def close(self) -> None:
+        """Let go of an unfinished shard's file."""
+        ...
+
+
+class OpenShard(Protocol):
+    """A sealed shard, opened for reading."""
+
+    def read(self, row: int) -> tuple[Any, Any, int, torch.Tensor, torch.Tensor]:
+        """input_ids [T], loss_mask [T] as arrays; the original length; hidden [T, C] and last_hidden [T, H]."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the file."""
+        ...
+
+
+class ShardLayout(Protocol):
+    """What is inside a shard, and beside the shards.
+
+    format: The name in run files and manifests.
+    suffix: How shards' names end.
+    manifest: The name of the file that has the header and the checksums.
+    dtypes: Number formats in which features can be stored.
+    """
+
+    format: str
+    suffix: str
+    manifest: str
+    dtypes: tuple[str, ...]
+
+    def new(self, path: Path, header: CacheHeader) -> NewShard:
+        """Begin a shard. The file is created: OSError where it is there."""
+        ...
+
+    def open(self, path: Path, header: CacheHeader, shard: Shard) -> OpenShard:
+        """CacheError where the file is not what header and manifest say. OSError where it cannot be read."""
+        ...
+
+    def write_index(self, folder: Path, manifest: Manifest) -> None:
+        """Write what the layout has beside its shards, once all of them are sealed."""
+        ...
+
+    def index_problems(self, folder: Path, manifest: Manifest) -> list[CacheError]:
+        """What of that is not as it was written."""
+        ...
+
+    def bytes_per_token(self, header: CacheHeader) -> int:
+        """Bytes that one token takes."""
+        ...
+
+
+class ShardedFormat:
+    """contracts.cache.CacheFormat, for one layout of shards."""
+
+    def __init__(self, layout: ShardLayout) -> None:
+        self.layout = layout
+
+    def create(self, path: Path, header: CacheHeader, *, shard_samples: int = 512) -> ShardedWriter:
+        """Start or continue a cache; what an earlier writer left unsealed is removed.
+
+        CacheError where `path` holds a cache with another header, or one whose sealed shards are damaged, or where the
+        layout cannot store header.dtype. StageError where another writer is at work.
+        """
+        layout = self.layout
+        if header.dtype not in layout.dtypes:
+            raise CacheError(
+                f"The cache format {layout.format!r} cannot store features in this number format",
+                where="cache.dtype",
+                found=header.dtype,
+                expected=" or ".join(layout.dtypes),
+                fix="Set cache.dtype so, or choose another cache.format.",
+            )
+        with storage_errors(path):
+            held = lock(
+                path,
+                name=_LOCK,
+                problem="Another process is writing this cache",
+                fix="Wait for it, stop it, or choose another cache.path.",
+            )
+        try:
+            manifest = self._load(path)
+            with storage_errors(path):
+                if manifest is None:
+                    manifest = Manifest(format=layout.format, header=header)
+                    manifest.save(path, name=layout.manifest)
+                else:
+                    check_header(path, manifest.header, header)
+                    check_sizes(path, manifest)
+                sealed = {shard.file for shard in manifest.shards}
+                for leftover in path.glob(f"shard-*{layout.suffix}*"):
+                    if leftover.name not in sealed:
+                        leftover.unlink()
+        except BaseException:
+            held.release()
+            raise
+        return ShardedWriter(path, layout, manifest, shard_samples, held)
+
+    def header(self, path: Path) -> CacheHeader | None:
+        """What the manifest says."""
+        manifest = self._load(path)
+        return None if manifest is None else manifest.header
+
+    def open(self, path: Path, expect: CacheHeader | None) -> ShardedReader:
+        """A finished cache, its header and its shards' sizes checked."""
+        manifest = self._finished(path, expect)
+        check_sizes(path, manifest)
+        return ShardedReader(path, self.layout, manifest)
+
+    def verify(self, path: Path, *, part: int = 0, parts: int = 1, remembered: bool = True) -> list[CacheError]:
+        """Shards that are not what the manifest says, by checksum or by what is in them. One part: every parts-th."""
+        manifest = self._finished(path, None)
+        shards = manifest.shards[part::parts]
+        problems = damaged_shards(path, shards, remembered=remembered)
+        if part == 0:
+            problems += self.layout.index_problems(path, manifest)
+        # A checksum tells accidents. What is in the file is looked at too, whoever made both.
+        reader = ShardedReader(path, self.layout, manifest)
+        return problems or [problem for shard in shards if (problem := reader.problem_with(shard)) is not None]
+
+    def bytes_per_token(self, header: CacheHeader) -> int:
+        """Features, token id and masks."""
+        return self.layout.bytes_per_token(header)
+
+    def _load(self, path: Path) -> Manifest | None:
+        """The manifest. CacheError where the folder holds a cache of another format."""
+        own = self.layout.manifest
+        others = [name for name in NAMES if name != own and (path / name).is_file()]
+        if others and not (path / own).is_file():
+            raise another_format(path / others[0], "a cache of another format", self.layout.format)
+        return load(path, format=self.layout.format, name=own)
+
+    def _finished(self, path: Path, expect: CacheHeader | None) -> Manifest:
+        """The manifest of a finished cache that was made from what is expected."""
+        manifest = self._load(path)
+        if manifest is None:
+            raise CacheError(
+                "There is no cache",
+                where=path,
+                expected=self.layout.manifest,
+                fix="Run the cache stage, or set cache.path.",
+            )
+        if expect is not None:
+            check_header(path, manifest.header, expect)
+        if not manifest.complete:
+            raise CacheError(
+                "The cache is unfinished",
+                where=path,
+                found=f"{manifest.num_samples} samples in {len(manifest.shards)} sealed shards",
+                expected="a cache whose writer has finished",
+                fix="Run the cache stage again: it continues.",
+            )
+        if manifest.header.dtype not in self.layout.dtypes:
+            raise CacheError(
+                "The cache's features are stored in an unknown type",
+                where=path,
+                found=manifest.header.dtype,
+                expected=f"one of {', '.join(self.layout.dtypes)}",
+            )
+        return manifest
+
+
+class ShardedWriter:
+    """contracts.cache.CacheWriter. Every `shard_samples` samples are sealed; samples go to disk as they come.
+
+    `held` is the lock on the cache; it is let go by `finish`, `close`, or an error of writing.
+    """
+
+    def __init__(self, path: Path, layout: ShardLayout, manifest: Manifest, shard_samples: int, held: Lock) -> None:
+        self._path, self._layout, self._manifest = path, layout, manifest
+        self._shard_samples, self._held = shard_samples, held
+        self._shard: NewShard | None = None
+        self._written = {name for shard in manifest.shards for name in shard.ids}
+        self._seen = set(self._written)
+        self._ids: list[str] = []
+        self._lengths: list[int] = []
+        self._original_lengths: list[int] = []
+
+    def written(self) -> set[str]:
+        """Ids in sealed shards."""
+        return set(self._written)
+
+    def write(self, sample: Sample) -> None:
+        """Append one sample with features. CacheError where the disk refuses."""
+        features, header = sample.features, self._manifest.header
+        assert features is not None, "a cache holds features"
+        assert sample.id not in self._seen, f"sample {sample.id} comes twice"
+        length, channels = len(sample.input_ids), len(header.taps) * header.hidden_size
+        assert features.hidden.shape == (length, channels), f"{tuple(features.hidden.shape)} for {length, channels}"
+        assert features.last_hidden.shape == (length, header.hidden_size), f"{tuple(features.last_hidden.shape)}"
+        self._seen.add(sample.id)
+        with storage_errors(self._path), self._closed_by_errors():
+            if self._manifest.complete:
+                self._manifest = evolve(self._manifest, complete=False)
+                self._save()
+            if self._shard is None:
+                self._shard = self._layout.new(self._partial, header)
+            self._shard.append(sample, features)
+            self._ids.append(sample.id)
+            self._lengths.append(length)
+            self._original_lengths.append(sample.original_length)
+            if len(self._ids) == self._shard_samples:
+                self._seal(self._shard)
+
+    def finish(self) -> None:
+        """Seal the open shard and mark the cache complete."""
+        with storage_errors(self._path), self._closed_by_errors():
+            if self._shard is not None:
+                self._seal(self._shard)
+            self._layout.write_index(self._path, self._manifest)
+            self._manifest = evolve(self._manifest, complete=True)
+            self._save()
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the cache. Samples that are not in a sealed shard are lost."""
+        if self._shard is not None:
+            self._shard.close()
+            self._shard = None
+            self._partial.unlink(missing_ok=True)
+        self._held.release()
+
+    @contextmanager
+    def _closed_by_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def _partial(self) -> Path:
+        return self._path / f"{self._shard_name}.{socket.gethostname()}-{os.getpid()}{_PARTIAL}"
+
+    @property
+    def _shard_name(self) -> str:
+        return f"shard-{len(self._manifest.shards):05d}{self._layout.suffix}"
+
+    def _save(self) -> None:
+        self._manifest.save(self._path, name=self._layout.manifest)
+
+    def _seal(self, new: NewShard) -> None:
+        partial, sealed = self._partial, self._path / self._shard_name
+        new.finish(self._lengths, self._original_lengths)
+        os.replace(partial, sealed)
+        self._shard = None
+        sync_folder(self._path)
+        shard = Shard(
+            file=sealed.name,
+            bytes=sealed.stat().st_size,
+            xxh3=digest_of(sealed),
+            ids=tuple(self._ids),
+            lengths=tuple(self._lengths),
+        )
+        self._manifest = self._manifest.with_shard(shard)
+        self._save()
+        self._written.update(self._ids)
+        self._ids, self._lengths, self._original_lengths = [], [], []
+
+
+class ShardedReader:
+    """contracts.cache.CacheReader. Files are opened when first read, once a process: it may be pickled and forked."""
+
+    def __init__(self, path: Path, layout: ShardLayout, manifest: Manifest) -> None:
+        self.header = manifest.header
+        self._path, self._layout = path, layout
+        self._shards = manifest.shards
+        self._places = [(shard, row) for shard, sealed in enumerate(manifest.shards) for row in range(len(sealed.ids))]
+        self._owner = os.getpid()
+        self._files: OrderedDict[int, OpenShard] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": OrderedDict()}
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def ids(self) -> list[str]:
+        """In the order of writing."""
+        return [name for shard in self._shards for name in shard.ids]
+
+    def lengths(self) -> list[int]:
+        """Tokens of each sample."""
+        return [length for shard in self._shards for length in shard.lengths]
+
+    def __getitem__(self, index: int) -> Sample:
+        """The sample, its features in the storage type (bfloat16 where that is float8)."""
+        shard, row = self._places[index]
+        try:
+            ids, mask, original_length, hidden, last_hidden = self._open(shard).read(row)
+        except (OSError, KeyError, RuntimeError) as error:
+            raise CacheError(
+                "A shard of the cache cannot be read",
+                where=self._path / self._shards[shard].file,
+                found=error,
+                fix="Make the cache again (--force cache).",
+            ) from error
+        return Sample(
+            id=self._shards[shard].ids[row],
+            input_ids=torch.from_numpy(ids.astype(np.int64)),
+            loss_mask=torch.from_numpy(mask.astype(np.bool_)),
+            original_length=original_length,
+            features=TargetFeatures(hidden=hidden, last_hidden=last_hidden),
+        )
+
+    def problem_with(self, shard: Shard) -> CacheError | None:
+        """What is wrong with a shard's content, None where it is as it must be. No feature is read."""
+        try:
+            self._layout.open(self._path / shard.file, self.header, shard).close()
+        except CacheError as error:
+            return error
+        except (OSError, KeyError, RuntimeError) as error:
+            return CacheError("A shard of the cache cannot be read", where=self._path / shard.file, found=error)
+        return None
+
+    def _open(self, shard: int) -> OpenShard:
+        if self._owner != os.getpid():
+            # A fork shares file positions with its parent: leave the parent's handles alone and open our own.
+            self._owner, self._files = os.getpid(), OrderedDict()
+        if shard not in self._files:
+            if len(self._files) == _OPEN_SHARDS:
+                self._files.popitem(last=False)[1].close()
+            sealed = self._shards[shard]
+            self._files[shard] = self._layout.open(self._path / sealed.file, self.header, sealed)
+        self._files.move_to_end(shard)
+        return self._files[shard]
+
+
+@contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """CacheError for what the disk refuses."""
+    try:
+        yield
+    except OSError as error:
+        raise CacheError(
+            "The cache cannot be written",
+            where=path,
+            found=error,
+            fix="Make room or choose another cache.path, then run again: sealed shards are kept.",
+        ) from error
