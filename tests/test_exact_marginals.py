@@ -1,5 +1,5 @@
 """Speculative sampling against probabilities that are summed up exactly, not drawn: every sequence of the first tokens,
-at six settings of sampling, with drafts that know nothing, everything, or the opposite.
+at six settings of sampling, with drafts that know nothing, everything, or the opposite, and with trees.
 """
 
 import math
@@ -14,10 +14,13 @@ import torch
 from torch import Tensor
 
 import deepspec_core.decoding.verify as verify_module
+from deepspec_core.contracts.draft import DraftModel
 from deepspec_core.contracts.proposer import Proposal, Proposer, Sampling
 from deepspec_core.decoding.engine import Request, decode
 from deepspec_core.decoding.sampling import draw
+from deepspec_core.plugins.discovery import load_plugins
 from deepspec_core.testing.table_proposer import TableProposer
+from deepspec_core.testing.table_trees import TreeTableProposer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 VOCAB, TOKENS, DRAWS = 7, 3, 3000
@@ -33,7 +36,9 @@ SETTINGS = [
     Sampling(temperature=1.2, top_p=0.8),
     Sampling(temperature=0.9, top_k=5, top_p=0.9, min_p=0.1),
 ]
-DRAFTS = ("table", "knows", "contrary", "certain")
+DRAFTS = ("table", "knows", "contrary", "certain", "trees")
+_INSTALLED = load_plugins().registry
+TREES = [name for name in _INSTALLED.names("draft") if _INSTALLED.get("draft", name).proposes_trees]
 
 Table = dict[tuple[int, ...], np.ndarray[Any, np.dtype[np.float64]]]
 
@@ -123,6 +128,8 @@ def _contrary(p: Tensor) -> Tensor:
 def _proposer(kind: str, tables: Table) -> Proposer:
     if kind == "table":
         return TableProposer(vocab_size=VOCAB, max_tokens=2, seed=3, stop_short=True)
+    if kind == "trees":
+        return TreeTableProposer(vocab_size=VOCAB, max_tokens=2, max_nodes=12, seed=3, stop_short=True)
     return _Knowing(tables, _contrary if kind == "contrary" else lambda p: p, certain=kind == "certain")
 
 
@@ -141,14 +148,14 @@ def _sigmas(observed: Counter[tuple[int, ...]], expected: dict[tuple[int, ...], 
     return float(((chi_square / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / math.sqrt(2 / (9 * freedom)))
 
 
-def _compare(target: Any, logits: Table, sampling: Sampling, kind: str | None) -> float:
+def _compare(target: Any, logits: Table, sampling: Sampling, kind: str | Proposer | None) -> float:
     tables = {prefix: reference(values, sampling) for prefix, values in logits.items()}
     expected = {
         sequence: float(np.prod([tables[sequence[:k]][sequence[k]] for k in range(TOKENS)]))
         for sequence in product(range(VOCAB), repeat=TOKENS)
     }
     requests = [Request(id=str(i), prompt_ids=PROMPT, seed=1000 + i) for i in range(DRAWS)]
-    proposer = None if kind is None else _proposer(kind, tables)
+    proposer = _proposer(kind, tables) if isinstance(kind, str) else kind
     found = decode(
         target.model, proposer, requests, sampling=sampling, stop_ids=(), max_new_tokens=TOKENS, batch_size=1000,
         max_length=16,
@@ -164,6 +171,18 @@ def _compare(target: Any, logits: Table, sampling: Sampling, kind: str | None) -
 def test_sampling_has_the_exact_probabilities(target: Any, logits: Table, sampling: Sampling) -> None:
     for kind in (None, *DRAFTS):
         assert _compare(target, logits, sampling, kind) < MOST_SIGMAS, kind
+
+
+@pytest.mark.parametrize("algorithm", TREES)
+def test_trees_of_a_draft_have_the_exact_probabilities(
+    target: Any, logits: Table, tiny_draft: Callable[..., DraftModel], algorithm: str
+) -> None:
+    draft = tiny_draft(algorithm, target).eval()
+    with torch.no_grad():
+        for parameter in draft.parameters():
+            if parameter.requires_grad and parameter.dim() == 2:
+                parameter.normal_(std=parameter.shape[1] ** -0.5)  # a draft of opinions, other ones than the target's
+    assert _compare(target, logits, SETTINGS[0], draft.tree_proposer(9)) < MOST_SIGMAS
 
 
 def _without_residual(target_BKV: Tensor, proposal: Proposal, accepted_B: Tensor) -> Tensor:

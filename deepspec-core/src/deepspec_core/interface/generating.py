@@ -169,7 +169,7 @@ class _Answers:
                 done.id: self._finish(done)
                 for done in decode(
                     model,
-                    None if draft is None else draft.model.proposer(),
+                    None if draft is None else draft.proposer(),
                     self._start(requests),
                     sampling=Sampling(temperature=options.temperature),
                     stop_ids=architecture.stop_token_ids,

@@ -9,16 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
 from deepspec_core.checkpoints import published
 from deepspec_core.checkpoints.opening import check_same_target, draft_adapter, resolve_draft
-from deepspec_core.config.schema import DTYPES
+from deepspec_core.config.schema import DTYPES, TreeOptions
+from deepspec_core.config.trees import require_trees
 from deepspec_core.contracts.draft import DraftDescription, DraftModel
+from deepspec_core.contracts.proposer import Proposer
 from deepspec_core.contracts.target import TargetAdapter, TargetArchitecture, TargetModel
 from deepspec_core.dtypes import dtype_name, torch_dtype
 from deepspec_core.errors import CheckpointError, ConfigError, nearest
 from deepspec_core.interface.arguments import flag_of, name_of, path_of
+from deepspec_core.interface.options import checked
 from deepspec_core.plugins.discovery import Plugins, load_plugins
 from deepspec_core.targets.chat_template import read_chat_template
 from deepspec_core.targets.opening import load_target as load_weights
@@ -48,16 +51,27 @@ class Target:
 
 @frozen(kw_only=True, eq=False)
 class Draft:
-    """A loaded draft. `path` is its directory, `description` says what it is, `target` what it was opened for."""
+    """A loaded draft. `path` is its directory, `description` says what it is, `target` what it was opened for.
+
+    `tree_nodes`: how many tokens the trees have that it proposes; None: chains.
+    """
 
     path: Path
     model: DraftModel = field(repr=False)
     description: DraftDescription
     target: TargetArchitecture = field(repr=False)
+    tree_nodes: int | None = None
+
+    def proposer(self) -> Proposer:
+        """A new decoding side."""
+        return self.model.proposer() if self.tree_nodes is None else self.model.tree_proposer(self.tree_nodes)
 
     def __repr__(self) -> str:
         said = self.description
-        return f"<Draft {self.path}: {said.algorithm}, {said.num_layers} layers, {said.max_tokens} tokens a round>"
+        tree = "" if self.tree_nodes is None else f" of a tree of {self.tree_nodes}"
+        return (
+            f"<Draft {self.path}: {said.algorithm}, {said.num_layers} layers, {said.max_tokens} tokens a round{tree}>"
+        )
 
 
 def load_target(
@@ -95,22 +109,29 @@ def load_target(
     return Target(name=name, adapter=adapter, model=model, tokenizer=tokenizer, plugins=plugins)
 
 
-def load_draft(name: str | Path, target: Target) -> Draft:
+def load_draft(name: str | Path, target: Target, *, tree_nodes: int | None = None) -> Draft:
     """The draft of a directory or a Hub id, in the target's dtype and on its device.
 
-    Raises DeepSpecError where there is no such checkpoint, no installed algorithm knows it, its weights are damaged, or
-    it was made for a target of other sizes. Whether it was trained for this very target is not known here: a draft of
-    another target of the same sizes is opened, and few of its tokens are accepted.
+    With `tree_nodes` it proposes trees of so many tokens, which carry no confidence, in place of chains. Raises
+    DeepSpecError where there is no such checkpoint, no installed algorithm knows it, its weights are damaged, it was
+    made for a target of other sizes, or it proposes no trees. Whether it was trained for this very target is not known
+    here: a draft of another target of the same sizes is opened, and few of its tokens are accepted.
     """
     check_models(target, None)
     registry = target.plugins.registry
     folder = resolve_draft(name_of(name, "name", expected="a directory or a Hub id"), base=Path.cwd())
     adapter = draft_adapter(folder, registry=registry)
     check_same_target(folder, adapter.architecture, target.architecture)
+    if tree_nodes is not None:
+        checked(TreeOptions, {"nodes": tree_nodes}, call="load_draft", registry=registry)
+        require_trees(published.read_options(folder, registry)[0], registry, where="tree_nodes")
     model = published.load_draft(
         folder, registry=registry, adapter=adapter, dtype=target.model.dtype, device=target.model.device
     )
-    return Draft(path=folder, model=model, description=model.describe(), target=target.architecture)
+    description = model.describe()
+    if tree_nodes is not None:
+        description = evolve(description, gives_confidence=False)
+    return Draft(path=folder, model=model, description=description, target=target.architecture, tree_nodes=tree_nodes)
 
 
 def check_models(target: Target, draft: Draft | None) -> None:

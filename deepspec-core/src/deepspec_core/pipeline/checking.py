@@ -257,7 +257,8 @@ def _cache(run: Run, *, fresh: bool) -> None:
 
 
 def _evaluation(run: Run, confidence: bool | None) -> None:
-    from deepspec_core.checkpoints.published import check_draft
+    from deepspec_core.checkpoints.published import check_draft, read_options
+    from deepspec_core.config.trees import require_trees, tree_mistakes
     from deepspec_core.data.thinking import modes
     from deepspec_core.pipeline.evaluating import calibration_of, draft_of, journals, requests_of
 
@@ -265,6 +266,10 @@ def _evaluation(run: Run, confidence: bool | None) -> None:
     journals(options.tasks)
     if options.draft is not None or "train" not in run.file.run.stages:
         folder, adapter, revision = draft_of(run)
+        if run.file.draft.tree is not None:
+            require_trees(read_options(folder, run.plugins.registry)[0], run.plugins.registry)
+            for mistake in tree_mistakes(options):
+                raise mistake
         description = check_draft(folder, registry=run.plugins.registry, adapter=adapter)
         confidence = description.gives_confidence
         calibration_of(run, description, revision)

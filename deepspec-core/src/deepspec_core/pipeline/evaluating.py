@@ -214,7 +214,8 @@ def _decoding(
 ) -> Decoding:
     options, architecture = run.file.evaluate, run.target.architecture
     longest = max(len(request.prompt_ids) for request in requests)
-    proposer = draft.proposer()
+    tree = run.file.draft.tree
+    proposer = draft.proposer() if tree is None else draft.tree_proposer(tree.nodes)
     if calibration is not None:
         proposer = CalibratedProposer(proposer, calibration.temperatures)
     return Decoding(
@@ -264,6 +265,7 @@ def _report(
             "batch_size": run.file.evaluate.batch_size,
             "seed": run.file.evaluate.seed,
             "confidence_threshold": run.file.evaluate.confidence_threshold,
+            **({"tree_nodes": run.file.draft.tree.nodes} if run.file.draft.tree is not None else {}),
             "system_prompt": run.file.data.system_prompt,
             "thinking": run.file.regenerate.thinking,
         },
