@@ -209,6 +209,21 @@ def test_a_tree_that_is_none_is_refused(name: str, temperature: float) -> None:
     assert found in str(caught.value.found)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_tree_of_no_columns_commits_the_targets_own_token(temperature: float) -> None:
+    class Empty(TreeTableProposer):
+        def propose(self, slots: Tensor, *_: Any) -> Proposal:
+            nothing = torch.zeros(len(slots), 0, dtype=torch.long)
+            return Proposal(tokens=nothing, parents=nothing, lengths=nothing.sum(1))
+
+    empty = Empty(vocab_size=VOCAB, max_tokens=DEPTH, max_nodes=NODES)
+    found = _decode(_requests(3), empty, temperature)
+    rounds = [one for completion in found.values() for one in completion.rounds]
+    assert {(one.proposal_length, one.acceptance_length, one.nodes) for one in rounds} == {(0, 1, 0)}
+    if temperature == 0:
+        assert _outputs(found) == _outputs(_decode(_requests(3), None, 0.0))
+
+
 def test_what_stands_past_a_tree_may_be_anything() -> None:
     class Padded(TreeTableProposer):
         def propose(
