@@ -55,7 +55,9 @@ def main() -> None:
         Request(id=str(index), prompt_ids=reader.ids([question], "prompt"), seed=index)
         for index, question in enumerate(questions)
     ]
+    made_by = commit()
     with threads.using(threads.for_decoding(target.architecture, target.model.device, batch_size=1)):
+        machine = machine_of(target.model.device)
         figures = [
             figure
             for name in DRAFTS
@@ -63,8 +65,8 @@ def main() -> None:
             for figure in compared(target, output / name / "draft", name, temperature, options.nodes, requests)
         ]
     report = {
-        "commit": commit(),
-        "machine": machine_of(target.model.device),
+        "commit": made_by,
+        "machine": machine,
         "settings": {"target": TARGET, "prompts": len(requests), "max_new_tokens": ANSWER, "groups": GROUPS},
         "figures": figures,
     }
