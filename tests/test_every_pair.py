@@ -129,6 +129,20 @@ def test_greedy_speculative_output_is_plain_greedy_output(pair: Pair) -> None:
     assert any(r.accepted_draft_length < r.proposal_length for r in rounds)
 
 
+def test_greedy_output_with_trees_is_plain_greedy_output(pair: Pair) -> None:
+    if not _INSTALLED.get("draft", pair.draft.describe().algorithm).proposes_trees:
+        with pytest.raises(NotImplementedError, match="chains only"):
+            pair.draft.tree_proposer(12)
+        return
+    fast = decoded(pair.target, pair.draft.tree_proposer(12))
+    assert {name: done.output_ids for name, done in fast.items()} == {
+        name: done.output_ids for name, done in pair.plain.items()
+    }
+    rounds = [r for done in fast.values() for r in done.rounds]
+    assert {r.nodes for r in rounds} == {12}
+    assert any(r.accepted_draft_length > 0 for r in rounds), "or nothing was tested"
+
+
 def test_a_checkpoint_proposes_the_same(
     pair: Pair, registry: Registry, reloaded: Callable[..., DraftModel], tmp_path: Path
 ) -> None:

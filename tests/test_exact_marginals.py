@@ -1,5 +1,6 @@
 """Speculative sampling against probabilities that are summed up exactly, not drawn: every sequence of the first tokens,
-at six settings of sampling, with drafts that know nothing, everything, or the opposite, and two that need no training.
+at six settings of sampling, with drafts that know nothing, everything, or the opposite, with trees, and with two drafts
+that need no training.
 """
 
 import math
@@ -16,10 +17,13 @@ from deepspec_lookup.options import LookupOptions
 from torch import Tensor
 
 import deepspec_core.decoding.verify as verify_module
+from deepspec_core.contracts.draft import DraftModel
 from deepspec_core.contracts.proposer import Proposal, Proposer, Sampling
 from deepspec_core.decoding.engine import Request, decode
 from deepspec_core.decoding.sampling import draw
+from deepspec_core.plugins.discovery import load_plugins
 from deepspec_core.testing.table_proposer import TableProposer
+from deepspec_core.testing.table_trees import TreeTableProposer
 from deepspec_targets.small_lm.proposer import SmallLMProposer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -36,7 +40,9 @@ SETTINGS = [
     Sampling(temperature=1.2, top_p=0.8),
     Sampling(temperature=0.9, top_k=5, top_p=0.9, min_p=0.1),
 ]
-DRAFTS = ("table", "knows", "contrary", "certain", "lookup", "small-lm")
+DRAFTS = ("table", "knows", "contrary", "certain", "lookup", "small-lm", "trees")
+_INSTALLED = load_plugins().registry
+TREES = [name for name in _INSTALLED.names("draft") if _INSTALLED.get("draft", name).proposes_trees]
 
 Table = dict[tuple[int, ...], np.ndarray[Any, np.dtype[np.float64]]]
 
@@ -136,6 +142,8 @@ def _proposer(kind: str, tables: Table, small: Any) -> Proposer:
         return SmallLMProposer(small.model, max_tokens=2, vocab_size=VOCAB)
     if kind == "table":
         return TableProposer(vocab_size=VOCAB, max_tokens=2, seed=3, stop_short=True)
+    if kind == "trees":
+        return TreeTableProposer(vocab_size=VOCAB, max_tokens=2, max_nodes=12, seed=3, stop_short=True)
     return _Knowing(tables, _contrary if kind == "contrary" else lambda p: p, certain=kind == "certain")
 
 
@@ -154,14 +162,14 @@ def _sigmas(observed: Counter[tuple[int, ...]], expected: dict[tuple[int, ...], 
     return float(((chi_square / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / math.sqrt(2 / (9 * freedom)))
 
 
-def _compare(target: Any, small: Any, logits: Table, sampling: Sampling, kind: str | None) -> float:
+def _compare(target: Any, small: Any, logits: Table, sampling: Sampling, kind: str | Proposer | None) -> float:
     tables = {prefix: reference(values, sampling) for prefix, values in logits.items()}
     expected = {
         sequence: float(np.prod([tables[sequence[:k]][sequence[k]] for k in range(TOKENS)]))
         for sequence in product(range(VOCAB), repeat=TOKENS)
     }
     requests = [Request(id=str(i), prompt_ids=PROMPT, seed=1000 + i) for i in range(DRAWS)]
-    proposer = None if kind is None else _proposer(kind, tables, small)
+    proposer = _proposer(kind, tables, small) if isinstance(kind, str) else kind
     found = decode(
         target.model, proposer, requests, sampling=sampling, stop_ids=(), max_new_tokens=TOKENS, batch_size=1000,
         max_length=16,
@@ -177,6 +185,18 @@ def _compare(target: Any, small: Any, logits: Table, sampling: Sampling, kind: s
 def test_sampling_has_the_exact_probabilities(target: Any, small: Any, logits: Table, sampling: Sampling) -> None:
     for kind in (None, *DRAFTS):
         assert _compare(target, small, logits, sampling, kind) < MOST_SIGMAS, kind
+
+
+@pytest.mark.parametrize("algorithm", TREES)
+def test_trees_of_a_draft_have_the_exact_probabilities(
+    target: Any, small: Any, logits: Table, tiny_draft: Callable[..., DraftModel], algorithm: str
+) -> None:
+    draft = tiny_draft(algorithm, target).eval()
+    with torch.no_grad():
+        for parameter in draft.parameters():
+            if parameter.requires_grad and parameter.dim() == 2:
+                parameter.normal_(std=parameter.shape[1] ** -0.5)  # a draft of opinions, other ones than the target's
+    assert _compare(target, small, logits, SETTINGS[0], draft.tree_proposer(9)) < MOST_SIGMAS
 
 
 def _without_residual(target_BKV: Tensor, proposal: Proposal, accepted_B: Tensor) -> Tensor:

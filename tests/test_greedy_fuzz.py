@@ -1,6 +1,6 @@
 """Greedy speculative decoding changes no token: random prompts, batches, limits and stop tokens on every family, with
 drafts of every algorithm as they are drawn, a draft that reads from a table, one that mostly knows the answer, and
-those that need no training.
+those that need no training. The same with trees, of a table and of every algorithm that proposes them.
 
 A token may differ only where plain decoding itself is at a tie that rounding can turn: the two largest logits closer
 than TIE. Such sequences are counted, and there may be few.
@@ -25,11 +25,14 @@ from deepspec_core.decoding.engine import Completion, Request, decode
 from deepspec_core.plugins.discovery import load_plugins
 from deepspec_core.targets.opening import load_target
 from deepspec_core.testing.table_proposer import TableProposer
+from deepspec_core.testing.table_trees import TreeTableProposer
 from deepspec_targets.small_lm.proposer import SmallLMProposer
 
 _INSTALLED = load_plugins().registry
 FAMILIES = _INSTALLED.names("target")
 DRAFTS = [*_INSTALLED.trained_drafts(), "table", "oracle", "lookup", "small-lm"]
+TREES = [f"{name} trees" for name in _INSTALLED.names("draft") if _INSTALLED.get("draft", name).proposes_trees]
+TREES += ["table trees", "oracle trees"]
 pytestmark = pytest.mark.usefixtures("one_thread")
 VOCAB = 40
 LONGEST = 96
@@ -65,6 +68,11 @@ class _Oracle:
             rows.append(wrong + [0] * (self.max_tokens - len(coming)))
         return Proposal(tokens=torch.tensor(rows), lengths=torch.minimum(limits, torch.tensor(lengths)))
 
+    def coming(self, slot: int) -> tuple[int, ...]:
+        """What plain decoding answered next."""
+        answer, done = self._told[slot]
+        return answer[done : done + self.max_tokens]
+
     def accept(self, slots: Tensor, committed_ids: Tensor, committed: Tensor, features: Tensor) -> None:
         for slot, count in zip(slots.tolist(), committed.tolist(), strict=True):
             answer, done = self._told[slot]
@@ -73,6 +81,40 @@ class _Oracle:
     def free(self, slots: Tensor) -> None:
         for slot in slots.tolist():
             self._told.pop(slot, None)
+
+
+class _OracleOfTrees(_Oracle):
+    """Its trees hold what plain decoding answered, at a random place among other tokens."""
+
+    max_nodes = 24
+
+    def propose(
+        self, slots: Tensor, limits: Tensor, sampling: Sampling, uniforms: Tensor, stop_ids: Sequence[int]
+    ) -> Proposal:
+        rows = [self._tree(self.coming(slot)) for slot in slots.tolist()]
+        tokens, parents = (
+            torch.tensor([[*row[part], *[0] * (self.max_nodes - len(row[part]))] for row in rows]).long()
+            for part in (0, 1)
+        )
+        return Proposal(tokens=tokens, parents=parents, lengths=torch.tensor([len(row[0]) for row in rows]))
+
+    def _tree(self, coming: tuple[int, ...]) -> tuple[list[int], list[int]]:
+        tokens: list[int] = []
+        parents: list[int] = []
+        depths, at, todo = {-1: 0}, -1, list(coming)
+        for _ in range(self._draw.randint(0, self.max_nodes)):
+            if todo and self._draw.random() < 0.4:
+                parent, token = at, todo.pop(0)
+            else:
+                parent, token = self._draw.randrange(-1, len(tokens)), self._draw.randrange(VOCAB)
+            taken = (parent, token) in zip(parents, tokens, strict=True)
+            if taken or depths[parent] == self.max_tokens:
+                continue
+            at = len(tokens) if parent == at and todo == list(coming[depths[at] + 1 :]) else at
+            depths[len(tokens)] = depths[parent] + 1
+            tokens.append(token)
+            parents.append(parent)
+        return tokens, parents
 
 
 def _requests(draw: random.Random, count: int) -> Iterator[Request]:
@@ -122,13 +164,15 @@ def _differs_at_a_tie(target: Any, plain: Completion, fast: Completion) -> bool:
     return True
 
 
-def _all(tiny_target: Any, tiny_draft: Any, *, seed: int, prompts: int, turns: int) -> tuple[int, int]:
+def _all(
+    tiny_target: Any, tiny_draft: Any, *, seed: int, prompts: int, turns: int, kinds: Sequence[str] = DRAFTS
+) -> tuple[int, int]:
     """Every family with every draft; sequences compared, and those that differ at a tie."""
     compared = ties = 0
     for number, family in enumerate(FAMILIES):
         made = tiny_target(family)
         # Lookup knows tokens only: one family tells as much as all.
-        for kind in DRAFTS if number == 0 else [kind for kind in DRAFTS if kind != "lookup"]:
+        for kind in kinds if number == 0 else [kind for kind in kinds if kind != "lookup"]:
             draw = random.Random(f"{seed}/{number}/{kind}")
             for _ in range(turns):
                 proposer_of = _proposers(kind, made, tiny_draft, draw)
@@ -141,14 +185,22 @@ def _proposers(kind: str, target: Any, tiny_draft: Any, draw: random.Random) -> 
     width = draw.randint(1, 7)
     if kind == "oracle":
         return lambda answers: _Oracle(answers, width, draw)
+    if kind == "oracle trees":
+        return lambda answers: _OracleOfTrees(answers, width, draw)
+    if kind == "table trees":
+        return lambda _: TreeTableProposer(
+            vocab_size=VOCAB, max_tokens=width, max_nodes=20, seed=draw.randrange(99), stop_short=True
+        )
     if kind == "table":
         return lambda _: TableProposer(vocab_size=VOCAB, max_tokens=width, seed=draw.randrange(99), stop_short=True)
     if kind == "lookup":
         return lambda _: LookupProposer(LookupOptions(max_tokens=width, longest=draw.randint(1, 3)))
     if kind == "small-lm":
         return lambda _: SmallLMProposer(_like(target), max_tokens=width, vocab_size=VOCAB)
-    draft: DraftModel = tiny_draft(kind, target, block_size=width + 1, ttt_length=width).eval()
-    return lambda _: draft.proposer()
+    algorithm, _, trees = kind.partition(" ")
+    draft: DraftModel = tiny_draft(algorithm, target, block_size=width + 1, ttt_length=width).eval()
+    nodes = draw.randint(1, 40)
+    return lambda _: draft.tree_proposer(nodes) if trees else draft.proposer()
 
 
 def _like(target: Any) -> TargetModel:
@@ -166,9 +218,15 @@ def test_no_token_changes(tiny_target: Any, tiny_draft: Any) -> None:
     assert ties <= 1 + MOST_TIES * compared
 
 
+def test_no_token_changes_with_trees(tiny_target: Any, tiny_draft: Any) -> None:
+    compared, ties = _all(tiny_target, tiny_draft, seed=1, prompts=4, turns=1, kinds=TREES)
+    assert compared >= 110
+    assert ties <= 1 + MOST_TIES * compared
+
+
 @pytest.mark.slow
 def test_no_token_changes_in_thousands(tiny_target: Any, tiny_draft: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    compared, ties = _all(tiny_target, tiny_draft, seed=2, prompts=30, turns=4)
+    compared, ties = _all(tiny_target, tiny_draft, seed=2, prompts=30, turns=4, kinds=[*DRAFTS, *TREES])
     with capsys.disabled():
         sys.stdout.write(f"\ngreedy fuzz: {compared} prompts, {ties} differ at a tie\n")
     assert compared >= 4000

@@ -91,6 +91,50 @@ def test_ragged_decoding_with_rejected_tokens_is_the_full_forward(target: Transf
     assert done == [17, 16, 20]
 
 
+def test_a_tree_is_each_of_its_paths_alone(target: TransformersTarget) -> None:
+    """Far beyond the sliding windows, in two slots with trees of other shapes; then one path of each goes on."""
+    prompts, more = [tokens(9, seed=20), tokens(14, seed=21)], tokens(5, seed=22)
+    trees = [[-1, 0, 0, 1, 2, 4, 1, 5], [-1, 0, 1, 1, 3, 4, -1, -1]]  # parents; of the second slot six tokens
+    counts, kept = [8, 6], [[0, 2, 4, 5, 7], [0, 1, 3, 4]]
+    ids_BT, columns_T = tokens(16, seed=23).view(2, 8), torch.arange(8)
+    sees_BTT = torch.zeros(2, 8, 8, dtype=torch.bool)
+    for row, parents in enumerate(trees):
+        for column, parent in enumerate(parents):
+            sees_BTT[row, column, column] = True
+            if parent >= 0:
+                sees_BTT[row, column] |= sees_BTT[row, parent]
+    slots_B, lengths_B = torch.tensor([0, 2]), torch.tensor([9, 14])
+    target.open_slots(3, 64)
+    for slot, prompt in zip((0, 2), prompts, strict=True):
+        target.decode(torch.tensor([slot]), prompt[None], torch.arange(len(prompt))[None], TAPS)
+    target.commit(slots_B, lengths_B)
+    given_BT = columns_T < torch.tensor(counts)[:, None]
+    positions_BT = (lengths_B[:, None] + sees_BTT.sum(2) - 1).where(given_BT, -1)
+    out = target.decode(slots_B, ids_BT, positions_BT, TAPS, sees=sees_BTT)
+    for row, prompt in enumerate(prompts):
+        for column in range(counts[row]):
+            path = columns_T[sees_BTT[row, column]]
+            hidden, _, logits = alone(target.model, torch.cat([prompt, ids_BT[row, path]]))
+            torch.testing.assert_close(out.hidden[row, column], hidden[-1], **EXACT)
+            torch.testing.assert_close(out.logits[row, column], logits[-1], **EXACT)
+    paths = torch.tensor([[*path, *[0] * (6 - len(path))] for path in kept])
+    target.commit(slots_B, lengths_B + torch.tensor(list(map(len, kept))), paths)
+    for row, (slot, prompt) in enumerate(zip((0, 2), prompts, strict=True)):
+        text = torch.cat([prompt, ids_BT[row, kept[row]], more])
+        start = len(text) - len(more)
+        again = target.decode(torch.tensor([slot]), more[None], torch.arange(start, len(text))[None], TAPS)
+        hidden, _, logits = alone(target.model, text)
+        torch.testing.assert_close(again.hidden[0], hidden[start:], **EXACT)
+        torch.testing.assert_close(again.logits[0], logits[start:], **EXACT)
+
+
+def test_a_tree_with_positions_of_a_chain_is_refused(target: TransformersTarget) -> None:
+    target.open_slots(1, 16)
+    sees = torch.tensor([[[True, False, False], [True, True, False], [True, False, True]]])
+    with pytest.raises(RuntimeError, match="positions go on"):
+        target.decode(torch.tensor([0]), tokens(3, seed=1)[None], torch.tensor([[0, 1, 2]]), TAPS, sees=sees)
+
+
 def loaded(where: Path, registry: Registry, family: Any) -> Any:
     adapter = open_adapter(where, registry=registry, draft_layer=family.layer)
     return load_target(adapter, where, dtype=torch.float32, device="cpu")

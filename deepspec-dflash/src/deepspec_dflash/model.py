@@ -28,6 +28,7 @@ from deepspec_dflash.backbone import DFlashBackbone
 from deepspec_dflash.grid import GridPreparation
 from deepspec_dflash.options import DFlashOptions
 from deepspec_dflash.proposer import DFlashProposer
+from deepspec_dflash.tree import DFlashTreeProposer
 
 
 class DFlashModel(DraftModel):
@@ -106,6 +107,10 @@ class DFlashModel(DraftModel):
     def proposer(self) -> DFlashProposer:
         """The decoding side, sharing these weights."""
         return DFlashProposer(self)
+
+    def tree_proposer(self, nodes: int) -> DFlashTreeProposer:
+        """The same with trees."""
+        return DFlashTreeProposer(self, nodes)
 
     def describe(self) -> DraftDescription:
         """Facts for checkpoints, exports and reports."""

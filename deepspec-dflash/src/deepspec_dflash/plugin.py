@@ -19,6 +19,7 @@ def deepspec_draft_models() -> Iterable[DraftModelSpec]:
             options=DFlashOptions,
             class_suffix="DSparkModel",
             recognise=is_dflash,
+            proposes_trees=True,
             options_of="deepspec_dflash.options:options_of",
             elsewhere={
                 "DFlashDraftModel": "z-lab's layout; a block's first slot is the anchor and predicts nothing",

@@ -21,6 +21,7 @@ from deepspec_dflash.model import DFlashModel
 from deepspec_dspark.heads import ConfidenceHead, MarkovHead, new_markov_head
 from deepspec_dspark.options import DSparkOptions
 from deepspec_dspark.proposer import DSparkProposer
+from deepspec_dspark.tree import DSparkTreeProposer
 
 
 class DSparkModel(DFlashModel):
@@ -91,6 +92,10 @@ class DSparkModel(DFlashModel):
     def proposer(self) -> DSparkProposer:
         """The decoding side, sharing these weights."""
         return DSparkProposer(self)
+
+    def tree_proposer(self, nodes: int) -> DSparkTreeProposer:
+        """The same with trees."""
+        return DSparkTreeProposer(self, nodes)
 
     def describe(self) -> DraftDescription:
         """Facts for checkpoints, exports and reports."""

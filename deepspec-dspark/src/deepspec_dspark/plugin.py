@@ -19,6 +19,7 @@ def deepspec_draft_models() -> Iterable[DraftModelSpec]:
             options=DSparkOptions,
             class_suffix="DSparkModel",
             recognise=is_dspark,
+            proposes_trees=True,
             options_of="deepspec_dspark.options:options_of",
             elsewhere={
                 "DSparkSpeculator": "speculators' layout; without `sample_from_anchor` in its config the anchor's slot "

@@ -26,6 +26,7 @@ from deepspec_core.config.schema import (
     RegenerateOptions,
     RunOptions,
     TargetOptions,
+    TreeOptions,
 )
 from deepspec_core.layers.options import LayerOptions
 
@@ -85,6 +86,7 @@ ALL = "all"
     show_default=True,
     help="End a proposal before its first token whose confidence is below this.",
 )
+@click.option("--tree-nodes", type=click.IntRange(min=1), help="Propose trees of so many tokens, not chains.")
 @click.option("--calibration", metavar="FILE", help="What `deepspec calibrate` wrote for this draft.")
 @click.option("--thinking", is_flag=True, help="Ask in the target's thinking mode.")
 @click.option("--chat-template", metavar="FILE", help="A Jinja file in place of the target's own chat template.")
@@ -102,6 +104,7 @@ def evaluate(
     max_new_tokens: int,
     batch_size: int,
     confidence_threshold: float,
+    tree_nodes: int | None,
     calibration: str | None,
     thinking: bool,
     chat_template: str | None,
@@ -147,6 +150,8 @@ def evaluate(
             regenerate=RegenerateOptions(thinking=thinking),
             evaluate=evaluated,
         )
+    if tree_nodes is not None:
+        file = evolve(file, draft=evolve(file.draft, tree=TreeOptions(nodes=tree_nodes)))
     _execute(file, plugins, [force] if force else [])
 
 

@@ -39,6 +39,7 @@ _COLOURS = ("green", "cyan")
     show_default=True,
     help="End a proposal before its first token whose confidence is below this.",
 )
+@click.option("--tree-nodes", type=click.IntRange(min=1), help="Propose trees of so many tokens, not chains.")
 @click.option("--chat-template", metavar="FILE", help="A Jinja file in place of the target's own chat template.")
 @click.option("--dtype", type=click.Choice(DTYPES), help="Default: float32 on CPU, bfloat16 elsewhere.")
 @click.option("--plain/--no-plain", default=True, show_default=True, help="With a draft: time plain decoding too.")
@@ -53,6 +54,7 @@ def generate(
     system: str | None,
     seed: int,
     confidence_threshold: float,
+    tree_nodes: int | None,
     chat_template: str | None,
     dtype: str | None,
     plain: bool,
@@ -69,7 +71,7 @@ def generate(
     from deepspec_core.interface.models import load_draft, load_target
 
     model = load_target(target, dtype=dtype, chat_template=chat_template)
-    drafted = None if draft is None else load_draft(draft, model)
+    drafted = None if draft is None else load_draft(draft, model, tree_nodes=tree_nodes)
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,

@@ -20,6 +20,7 @@ from deepspec_core.config.schema import (
     DataOptions,
     RunOptions,
 )
+from deepspec_core.config.trees import require_trees, tree_mistakes
 from deepspec_core.errors import ConfigError, DeepSpecError, PluginError
 from deepspec_core.layers.options import LayerOptions
 from deepspec_core.plugins.registry import Registry
@@ -68,6 +69,14 @@ def check_sections(sections: Mapping[str, Any], folder: Path, registry: Registry
             found=", ".join(sections["loss"].terms),
             expected="at least one coefficient that is not 0",
         )
+    if sections.get("draft") and sections["draft"].tree is not None and sections.get("evaluate"):
+        yield from tree_mistakes(sections["evaluate"])
+        # The type of a checkpoint that is named is its own (pipeline/checking.py).
+        if sections["evaluate"].draft is None:
+            try:
+                require_trees(sections["draft"].type, registry)
+            except ConfigError as error:
+                yield error
     if sections.get("draft") and sections.get("export"):
         # Imported only where the run comes to it.
         find = registry.load if run and "export" in run.stages else registry.get

@@ -23,6 +23,9 @@ FILLED_IN = {"key": False}
 # Marks a key that changes no result beyond rounding: it may change under the results of a stage. Every other key that a
 # stage reads counts.
 CHANGES_NOTHING = {"results": False}
+# Keys that a stage reads only by asking for them. Of no other key of their section it can be said who reads it, because
+# a plugin's options are read as a whole.
+READ_ALONE = ("draft.tree",)
 KERNELS = ("auto", "plain", "eager", "compiled", "triton")
 DTYPES = ("float32", "bfloat16", "float16")
 # The task that asks the prompts a run never trained on.
@@ -217,16 +220,30 @@ class CacheOptions:
 
 
 @frozen(kw_only=True)
+class TreeOptions:
+    """[draft] tree: the draft proposes trees, chosen by its own probabilities. For decoding: training knows no trees.
+
+    nodes: Tokens of a tree at most. The target scores them all in one pass and commits those of one path, which has no
+        more tokens than a chain has.
+    """
+
+    nodes: int = field(validator=whole(1, 2**14))
+
+
+@frozen(kw_only=True)
 class DraftOptions:
     """[draft]: the algorithm. Its own keys stand in the same section.
 
     type: The algorithm; its own keys stand beside this one. See `deepspec plugins`.
     layer: The draft's own shape, where it is not the target's.
+    tree: {nodes = 16} evaluates with trees of 16 tokens. Only evaluation reads it, so it may change under a trained
+        draft. For draft types that propose trees. Left out: chains.
     """
 
     type: str
     options: Any = field(metadata=FILLED_IN)
     layer: LayerOptions = field(factory=LayerOptions)
+    tree: TreeOptions | None = None
 
 
 @frozen(kw_only=True)

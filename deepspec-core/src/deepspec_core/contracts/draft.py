@@ -167,6 +167,13 @@ class DraftModel(nn.Module, ABC):
     def proposer(self) -> Proposer:
         """The decoding side of the algorithm. It shares the weights of this network."""
 
+    def tree_proposer(self, nodes: int) -> Proposer:
+        """The same, proposing trees of at most `nodes` tokens ([draft] tree). It has `max_nodes`.
+
+        Only of algorithms whose DraftModelSpec says `proposes_trees`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} proposes chains only")
+
     @abstractmethod
     def describe(self) -> DraftDescription:
         """Facts about this draft."""

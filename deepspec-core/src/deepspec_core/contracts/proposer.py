@@ -2,14 +2,14 @@
 
 A slot is a place in the batch and holds one sequence. The engine (decoding/engine.py) owns the target and its cache,
 verifies, watches for stop tokens and refills slots. A proposer owns only the draft's caches. A proposal is a chain of
-tokens; a tree would add a field `parents` to Proposal.
+tokens, or a tree of them: then each token names its parent, and verification commits one path from the root.
 
 The engine checks every proposal (decoding/proposal_check.py) and ends with an error that names the proposer before it
 commits a token of one that breaks this contract. Two things it cannot see, and trusts: how many tokens are proposed,
 and the confidence in a token, depend on the tokens before it only, never on those that are left out.
 
-Legend: B slots in this call, T tokens, K proposed tokens at most, C = taps * H (with `reads_last_hidden`,
-(taps + 1) * H), V vocabulary.
+Legend: B slots in this call, T tokens, K tokens of a path at most, M proposed tokens at most (K in a chain),
+C = taps * H (with `reads_last_hidden`, (taps + 1) * H), V vocabulary.
 """
 
 from __future__ import annotations
@@ -40,28 +40,36 @@ class Sampling:
 class Proposal:
     """The tokens that a draft proposes in one round.
 
-    tokens: [B, K] int64, right-padded with anything. K is at most the proposer's max_tokens.
-    lengths: [B] int64, the number of tokens proposed in each slot, from 0 to K.
-    probabilities: [B, K, V] fp32 or fp64, the distributions the tokens were drawn from, each of sum 1: token k with
+    tokens: [B, M] int64, right-padded with anything. M is at most the proposer's max_tokens, or max_nodes in a tree.
+    lengths: [B] int64, the number of tokens proposed in each slot, from 0 to M.
+    probabilities: [B, M, V] fp32 or fp64, the distributions the tokens were drawn from, each of sum 1: token k with
         column k of the uniforms, as decoding.sampling.draw does it. None if each is one-hot at its token, however that
         was chosen. Not read at temperature 0.
-    confidence: [B, K], the logit that a token is accepted given that all before it are, finite; None without such a
+    confidence: [B, M], the logit that a token is accepted given that all before it are, finite; None without such a
         head.
+    parents: [B, M] int64, of a tree: the column of the token before each token, -1 where that is the last committed
+        one. Parents stand before their children, siblings differ, and no path has more than max_tokens tokens. None: a
+        chain, where each token follows the one in the column before. A tree has neither probabilities nor confidence:
+        the target draws each token of its path itself, so how the tree was chosen cannot change what is drawn.
     """
 
     tokens: Tensor
     lengths: Tensor
     probabilities: Tensor | None = None
     confidence: Tensor | None = None
+    parents: Tensor | None = None
 
 
 @runtime_checkable
 class Proposer(Protocol):
     """Proposes tokens for a batch of slots. The slot of a finished sequence is freed and takes the next prompt.
 
-    `max_tokens` and `taps` are read once, when decoding begins. A proposer may also have an attribute
-    `reads_last_hidden`. If it is true, the output of the target's final norm (TargetFeatures.last_hidden) stands behind
-    the tapped layers in all `features`, as their last H channels. It does not change while decoding.
+    `max_tokens` and `taps` are read once, when decoding begins. A proposer of trees has one number more, `max_nodes`:
+    how many tokens a tree has at most. `max_tokens` is then the length of its longest path.
+
+    A proposer may also have an attribute `reads_last_hidden`. If it is true, the output of the target's final norm
+    (TargetFeatures.last_hidden) stands behind the tapped layers in all `features`, as their last H channels. It does
+    not change while decoding.
     """
 
     max_tokens: int
@@ -82,7 +90,7 @@ class Proposer(Protocol):
     def propose(
         self, slots: Tensor, limits: Tensor, sampling: Sampling, uniforms: Tensor, stop_ids: Sequence[int]
     ) -> Proposal:
-        """Propose at most limits[b] tokens after the last committed token of slots[b].
+        """Propose at most limits[b] tokens, one after another, after the last committed token of slots[b].
 
         uniforms [B, max_tokens], in [0, 1), are the only source of randomness; column k is for the k-th token. So the
         output of a sequence does not depend on the other sequences.
@@ -94,8 +102,9 @@ class Proposer(Protocol):
 
         In slots[b], committed[b] tokens were committed: the accepted proposed tokens, then the target's own token.
         committed_ids [B, K+1] holds them, right-padded. features [B, K+1, C] are the target's at the verified
-        positions: first that of the token that was committed last before this round, then that of each proposed token.
-        The first committed[b] of them are of committed tokens. Slots whose sequence is finished are freed instead.
+        positions: first that of the token that was committed last before this round, then that of each proposed token,
+        of a tree those of the accepted path. The first committed[b] of them are of committed tokens. Slots whose
+        sequence is finished are freed instead.
         """
         ...
 

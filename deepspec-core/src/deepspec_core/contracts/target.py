@@ -185,20 +185,36 @@ class TargetModel(Protocol):
         ...
 
     def decode(
-        self, slots: Tensor, input_ids: Tensor, positions: Tensor, taps: Sequence[int], *, last_only: bool = False
+        self,
+        slots: Tensor,
+        input_ids: Tensor,
+        positions: Tensor,
+        taps: Sequence[int],
+        *,
+        last_only: bool = False,
+        sees: Tensor | None = None,
     ) -> TargetStep:
         """Feed new tokens [B, T] to slots [B] (ascending), after the tokens that each slot has committed.
 
         positions [B, T] continue from each slot's committed length; -1 marks padding on the right. With `last_only`,
         logits are [B, 1, V], of each sequence's last real token, which is all that prefill needs; features are of all T
         tokens. The new tokens are not committed: without `commit`, the next call overwrites them.
+
+        The engine gives `sees` [B, T, T] only where a proposer gave a tree: sees[b, t, u] is whether new token t
+        attends to new token u, which is t itself or one before it. All new tokens attend to what is committed, as far
+        as a layer's window reaches. Positions are the committed length plus the number of other new tokens that are
+        seen, so several may be equal. A window counts positions. None: every token sees those before it.
         """
         ...
 
-    def commit(self, slots: Tensor, lengths: Tensor) -> None:
+    def commit(self, slots: Tensor, lengths: Tensor, kept: Tensor | None = None) -> None:
         """Commit tokens, so that slots[b] holds its first lengths[b]; 0 frees the slot.
 
         A smaller length than before takes tokens back, which a small model that drafts does after each rejection.
+
+        `kept` [B, N] are columns of the last `decode`, which had the same slots: those that are committed, in the order
+        of the text; as many of them count as the slot grows by. None: the first columns. The engine gives it only after
+        a `decode` with `sees`.
         """
         ...
 

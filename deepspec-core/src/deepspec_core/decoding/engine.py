@@ -4,7 +4,8 @@ The engine owns the target's cache, verifies, watches for stop tokens and refill
 a proposer it decodes plainly, one token a round, with the same code, so that the times of both can be compared. A
 sequence's random numbers depend only on its own seed, never on the other sequences.
 
-Legend: B sequences in a round, T tokens, K draft tokens at most, C = taps * H, V vocabulary.
+Legend: B sequences in a round, T tokens, K draft tokens of a path at most, M proposed tokens at most (K in a chain),
+C = taps * H, V vocabulary.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from deepspec_core.contracts.target import TargetModel, TargetStep
 from deepspec_core.decoding.confidence import cut
 from deepspec_core.decoding.proposal_check import Checked, ProposalCheck
 from deepspec_core.decoding.sampling import distribution, draw
+from deepspec_core.decoding.tree import score_tree
 from deepspec_core.decoding.verify import Verdict, verify
 
 
@@ -39,13 +41,15 @@ class Request:
 class Round:
     """One proposal and its verification, before trimming.
 
-    `confidence` holds the tokens' logits of acceptance, if any.
+    `confidence` holds the tokens' logits of acceptance, if any. Of a tree, `proposal_length` is that of its longest
+    path and `nodes` the number of its tokens; None: a chain.
     """
 
     proposal_length: int
     accepted_draft_length: int
     acceptance_length: int
     confidence: tuple[float, ...] | None = None
+    nodes: int | None = None
 
 
 @frozen(kw_only=True)
@@ -173,8 +177,8 @@ class _Engine:
         return self.check.taps if self.check else ()
 
     def run(self, requests: Iterator[Request]) -> Iterator[Completion]:
-        # The last round may start with max_length committed tokens, and verifies K more.
-        capacity = self.max_length + self.num_draft + 1
+        # The last round may start with max_length committed tokens, and verifies M more.
+        capacity = self.max_length + (self.check.max_nodes if self.check else 0) + 1
         self.target.open_slots(self.batch_size, capacity)
         if self.proposer and self.check:
             with self.check.calling("open_slots"):
@@ -268,21 +272,30 @@ class _Engine:
         if self.proposer is not None and self.confidence_threshold > 0:
             proposal = cut(proposal, self.confidence_threshold)
         with self.clock.measure("verify", device):
-            ids_BK = torch.cat([last_B[:, None], proposal.tokens], dim=1)
-            offsets_K = torch.arange(ids_BK.shape[1], device=device)
-            positions_BK = (position_B[:, None] + offsets_K).where(offsets_K <= proposal.lengths[:, None], -1)
-            step = self.target.decode(slots_B, ids_BK, positions_BK, self.taps)
-            # Columns: K for proposing, K for acceptance, one for the target's own token. Fewer tokens may be proposed.
-            accept_BU = uniforms_BU[:, self.num_draft : self.num_draft + proposal.tokens.shape[1]]
-            verdict = verify(
-                step.logits,
-                proposal,
-                sampling=self.sampling,
-                uniforms=torch.cat([accept_BU, uniforms_BU[:, -1:]], dim=1),
-                stop_ids=self.stop_ids,
-            )
-            self.target.commit(slots_B, position_B + verdict.committed)
+            verdict, step = self._score(slots_B, last_B, position_B, proposal, uniforms_BU[:, self.num_draft :])
         return self._settle(slots_B, sequences, proposal, checked, verdict, step)
+
+    def _score(
+        self, slots_B: Tensor, last_B: Tensor, position_B: Tensor, proposal: Proposal, uniforms_BU: Tensor
+    ) -> tuple[Verdict, TargetStep]:
+        """The target's pass over a proposal, what is committed, and the pass as it is of committed tokens.
+
+        Of the uniforms, K are for acceptance, one for the target's own token.
+        """
+        if proposal.parents is not None:
+            return score_tree(
+                self.target, slots_B, last_B, position_B, proposal, self.taps,
+                sampling=self.sampling, uniforms=uniforms_BU, stop_ids=self.stop_ids,
+            )  # fmt: skip
+        ids_BT = torch.cat([last_B[:, None], proposal.tokens], dim=1)
+        offsets_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
+        positions_BT = (position_B[:, None] + offsets_T).where(offsets_T <= proposal.lengths[:, None], -1)
+        step = self.target.decode(slots_B, ids_BT, positions_BT, self.taps)
+        # Fewer than K tokens may be proposed.
+        uniforms_BU = torch.cat([uniforms_BU[:, : proposal.tokens.shape[1]], uniforms_BU[:, -1:]], dim=1)
+        verdict = verify(step.logits, proposal, sampling=self.sampling, uniforms=uniforms_BU, stop_ids=self.stop_ids)
+        self.target.commit(slots_B, position_B + verdict.committed)
+        return verdict, step
 
     def _propose(self, slots_B: Tensor, uniforms_BK: Tensor) -> Proposal:
         if self.proposer is None or self.check is None:
@@ -314,7 +327,7 @@ class _Engine:
     ) -> list[Completion]:
         """Append committed tokens, finish sequences that are over, and tell the proposer about the others."""
         to_read = torch.stack([verdict.proposal_lengths, verdict.accepted, verdict.committed], dim=1)
-        if checked is not None:
+        if checked is not None:  # the lengths as they were given come first
             to_read = torch.cat([to_read, checked.to_read], dim=1)
         counts = to_read.tolist()
         if self.check is not None and checked is not None:
@@ -328,7 +341,8 @@ class _Engine:
         for row, (slot, sequence) in enumerate(zip(list(self.active), sequences, strict=True)):
             proposed, accepted, committed = counts[row][:3]
             survival = None if confidence is None else tuple(confidence[row][:proposed])
-            sequence.rounds.append(Round(proposed, accepted, committed, survival))
+            nodes = None if proposal.parents is None else counts[row][3]
+            sequence.rounds.append(Round(proposed, accepted, committed, survival, nodes))
             before = len(sequence.output)
             sequence.output += tokens[row][:committed]
             self._tell(sequence, before, accepted)

@@ -52,6 +52,16 @@ class SlotKVCache:
         self.keys_SGLD[rows_B1, :, entries_BT] = keys_BGTD.transpose(1, 2).to(self.keys_SGLD.dtype)
         self.values_SGLD[rows_B1, :, entries_BT] = values_BGTD.transpose(1, 2).to(self.values_SGLD.dtype)
 
+    def move(self, slots_B: Tensor, from_BT: Tensor, to_BT: Tensor) -> None:
+        """Copy entries from_BT of slots to entries to_BT, all read before any is written. -1 is the unused entry.
+
+        Only where all positions are kept, so that entries are positions.
+        """
+        assert self.size == self.max_length, "entries of a window wrap around"
+        rows_B1 = slots_B[:, None]
+        for kept_SGLD in (self.keys_SGLD, self.values_SGLD):
+            kept_SGLD[rows_B1, :, to_BT] = kept_SGLD[rows_B1, :, from_BT]
+
     def latest(self, slots_B: Tensor, lengths_B: Tensor, longest: int) -> tuple[Tensor, Tensor]:
         """Keys and values [B, G, min(longest, L), D] of each slot's latest positions, in their order.
 

@@ -5,7 +5,7 @@ round can go on, and come along with what the engine reads on the host once a ro
 device once more, and no token of a round that is refused is committed to an output.
 Knows proposals. Does not know rounds, targets or any algorithm.
 
-Legend: B slots, K draft tokens at most, V vocabulary, R numbers that are read of a slot.
+Legend: B slots, K draft tokens at most (in a tree: nodes), V vocabulary, R numbers that are read of a slot.
 """
 
 from __future__ import annotations
@@ -41,17 +41,20 @@ class Checked:
 
 
 class ProposalCheck:
-    """Checks the proposals of one decoding, in the order of its rounds. `max_tokens` and `taps` are read once.
+    """Checks the proposals of one decoding, in the order of its rounds.
 
-    PluginError if the proposer's own `max_tokens` or `taps` are no numbers of tokens and layers.
+    `max_tokens`, `max_nodes` (without it: max_tokens) and `taps` are read once. PluginError if they are no numbers of
+    tokens and layers.
     """
 
     def __init__(self, proposer: Proposer, *, vocab_size: int) -> None:
         self.proposer, self.vocab_size = proposer, vocab_size
         self.max_tokens, self.taps = proposer.max_tokens, tuple(proposer.taps)
+        self.max_nodes = getattr(proposer, "max_nodes", self.max_tokens)
         self._rounds = 0
-        if type(self.max_tokens) is not int or self.max_tokens < 0:
-            raise self._refused("max_tokens", repr(self.max_tokens), "a whole number, 0 or above")
+        for name in ("max_tokens", "max_nodes"):
+            if type(number := getattr(self, name)) is not int or number < 0:
+                raise self._refused(name, repr(number), "a whole number, 0 or above")
         if any(type(tap) is not int for tap in self.taps):
             raise self._refused("taps", repr(self.taps), "layer numbers")
 
@@ -66,6 +69,11 @@ class ProposalCheck:
         num_draft = proposal.tokens.shape[1]
         tokens_BK = proposal.tokens.clamp(0, self.vocab_size - 1)
         to_read = [proposal.lengths[:, None], proposal.tokens]
+        parents_BK = None
+        if proposal.parents is not None:
+            to_read.append(proposal.parents)
+            before_K = torch.arange(num_draft, device=tokens_BK.device) - 1
+            parents_BK = torch.minimum(proposal.parents.clamp(min=-1), before_K)
         # At temperature 0 probabilities are not read. Without any, each token stands for itself.
         if proposal.probabilities is not None and sampling.temperature > 0:
             q_BK = proposal.probabilities.gather(2, tokens_BK[..., None])[..., 0]
@@ -76,7 +84,9 @@ class ProposalCheck:
                 to_read.append((proposal.probabilities >= 0).all(2))
                 to_read.append(_drawn(proposal.probabilities, tokens_BK, q_BK, uniforms_BK[:, :num_draft]))
         return Checked(
-            proposal=evolve(proposal, tokens=tokens_BK, lengths=proposal.lengths.clamp(0, num_draft)),
+            proposal=evolve(
+                proposal, tokens=tokens_BK, lengths=proposal.lengths.clamp(0, num_draft), parents=parents_BK
+            ),
             given=proposal,
             to_read=torch.cat(to_read, dim=1),
         )
@@ -92,11 +102,30 @@ class ProposalCheck:
             for token in tokens:
                 if not 0 <= token < self.vocab_size:
                     raise self._refused("tokens", f"{token}, {where}", f"token ids from 0 to below {self.vocab_size}")
+            if given.parents is not None:
+                self._refuse_tree(tokens, numbers[num_draft : num_draft + length], row)
+                continue
             for number, fault in enumerate(_FAULTS[: len(numbers) // max(num_draft, 1) - 1], start=1):
                 start = number * num_draft
                 if not all(numbers[start : start + length]):
                     found = fault.found(given, row, numbers[start : start + length].index(0))
                     raise self._refused(fault.field, f"{found}, {where}", fault.expected)
+
+    def _refuse_tree(self, tokens: Sequence[int], parents: Sequence[int], row: int) -> None:
+        depths = {-1: 0}
+        siblings: set[tuple[int, int]] = set()
+        for node, (token, parent) in enumerate(zip(tokens, parents, strict=True)):
+            found = f"{parent} of node {node}, in row {row}"
+            if not -1 <= parent < node:
+                raise self._refused("parents", found, "a column before the node's own, or -1")
+            depths[node] = depths[parent] + 1
+            if depths[node] > self.max_tokens:
+                raise self._refused("parents", found, f"paths of at most {self.max_tokens} tokens, the max_tokens")
+            if (parent, token) in siblings:
+                raise self._refused(
+                    "tokens", f"token {token} twice after node {parent}, in row {row}", "other siblings"
+                )
+            siblings.add((parent, token))
 
     def refuse_confidence(self, confidence: Sequence[float], row: int) -> None:
         """PluginError if the confidence in a slot's proposed tokens is not finite."""
@@ -121,8 +150,9 @@ class ProposalCheck:
         if not isinstance(proposal, Proposal):
             raise self._refused("propose()", type(proposal).__name__, "a contracts.proposer.Proposal")
         batch, tokens = len(slots_B), proposal.tokens
-        if not _is(tokens, 2, torch.int64) or len(tokens) != batch or tokens.shape[1] > self.max_tokens:
-            raise self._refused("tokens", _kind(tokens), f"[{batch}, at most {self.max_tokens}], torch.int64")
+        most = self.max_tokens if proposal.parents is None else self.max_nodes
+        if not _is(tokens, 2, torch.int64) or len(tokens) != batch or tokens.shape[1] > most:
+            raise self._refused("tokens", _kind(tokens), f"[{batch}, at most {most}], torch.int64")
         chain, vocabulary = tuple(tokens.shape), self.vocab_size
         if not _is(proposal.lengths, 1, torch.int64) or len(proposal.lengths) != batch:
             raise self._refused("lengths", _kind(proposal.lengths), f"[{batch}], torch.int64")
@@ -132,7 +162,13 @@ class ProposalCheck:
         sure = proposal.confidence
         if sure is not None and (not _is(sure, 2) or not sure.is_floating_point() or tuple(sure.shape) != chain):
             raise self._refused("confidence", _kind(sure), f"[{batch}, {chain[1]}], of a floating-point type")
-        for field in ("tokens", "lengths", "probabilities", "confidence"):
+        parents = proposal.parents
+        if parents is not None and (not _is(parents, 2, torch.int64) or tuple(parents.shape) != chain):
+            raise self._refused("parents", _kind(parents), f"[{batch}, {chain[1]}], torch.int64")
+        for field in ("probabilities", "confidence"):
+            if parents is not None and getattr(proposal, field) is not None:
+                raise self._refused(field, "some of a tree", "None, as a tree is verified without")
+        for field in ("tokens", "lengths", "probabilities", "confidence", "parents"):
             value = getattr(proposal, field)
             if value is not None and value.device != slots_B.device:
                 raise self._refused(field, f"a tensor on {value.device}", f"one on {slots_B.device}, as the slots")

@@ -28,13 +28,17 @@ class Verdict:
     committed: [B], the number of tokens that the round adds: the accepted ones and the target's own. The target's own
         is missing if an accepted draft token is a stop token.
     tokens: [B, K+1], the committed tokens, right-padded.
-    proposal_lengths: [B], the number of draft tokens that count as proposed: those up to an accepted stop token.
+    proposal_lengths: [B], the number of draft tokens that count as proposed: those up to an accepted stop token. Of a
+        tree: those of its longest path.
+    path: [B, K+1], of a tree: the target's columns of the last committed token and of the accepted ones, in order. None
+        in a chain, where they are the first columns.
     """
 
     accepted: Tensor
     committed: Tensor
     tokens: Tensor
     proposal_lengths: Tensor
+    path: Tensor | None = None
 
 
 def verify(
@@ -64,8 +68,24 @@ def verify(
         # u < p / q without a division. q is never 0 at a token that was drawn from it.
         accepted_B = _leading(proposed_BK & (uniforms[:, :num_draft].to(p_BK.dtype) * q_BK < p_BK))
         own_B = draw(_residual(target_BKV, proposal, accepted_B), uniforms[:, num_draft])
+    return outcome(tokens_BK, accepted_B, own_B, lengths_B, stop_ids=stop_ids)
 
-    stop_BK = torch.zeros_like(proposed_BK)
+
+def outcome(
+    tokens_BK: Tensor,
+    accepted_B: Tensor,
+    own_B: Tensor,
+    lengths_B: Tensor,
+    *,
+    stop_ids: Sequence[int],
+    path_BK: Tensor | None = None,
+) -> Verdict:
+    """The verdict where accepted[b] of the tokens [B, K] are accepted and own [B] are the target's own.
+
+    It ends at an accepted stop token. `lengths` [B] are those of the proposals.
+    """
+    num_draft = tokens_BK.shape[1]
+    stop_BK = torch.zeros_like(tokens_BK, dtype=torch.bool)
     for stop_id in stop_ids:
         stop_BK |= tokens_BK == stop_id
     stop_BK &= torch.arange(num_draft, device=tokens_BK.device) < accepted_B[:, None]
@@ -81,6 +101,7 @@ def verify(
         committed=accepted_B + (~stopped_B).long(),
         tokens=tokens,
         proposal_lengths=torch.where(stopped_B, accepted_B, lengths_B),
+        path=path_BK,
     )
 
 

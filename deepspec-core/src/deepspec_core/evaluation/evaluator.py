@@ -258,7 +258,10 @@ def _group_of(entry: dict[str, Any], expected: Sequence[Sequence[Request]] | Non
     try:
         group = _from_json(entry)
         counts = [
-            n for done in group.completions for r in done.rounds for n in (r.proposal_length, r.acceptance_length)
+            n
+            for done in group.completions
+            for r in done.rounds
+            for n in (r.proposal_length, r.acceptance_length, 0 if r.nodes is None else r.nodes)
         ]
         ids = [token for done in group.completions for token in done.output_ids]
         logits = [logit for done in group.completions for r in done.rounds for logit in r.confidence or ()]

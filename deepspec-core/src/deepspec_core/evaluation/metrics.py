@@ -12,7 +12,7 @@ from itertools import accumulate
 import numpy as np
 from attrs import asdict, frozen
 
-from deepspec_core.decoding.engine import Completion
+from deepspec_core.decoding.engine import Completion, Round
 from deepspec_core.evaluation.turns import prompt_of
 
 BOOTSTRAP_DRAWS = 1000
@@ -37,6 +37,7 @@ class PooledMetrics:
 
     samples: Answers; a prompt with later turns has several.
     acceptance_length: Tokens committed per round (tau), with a 95% bootstrap interval over prompts.
+    draft_tokens_per_proposal: Tokens proposed per round, of a tree all of them.
     verify_rate: Tokens committed per token that the target scored.
     marginal: For each position k, the share of the rounds that proposed token k in which it was accepted.
     conditional: The same, among the rounds in which all tokens before k were accepted.
@@ -44,7 +45,8 @@ class PooledMetrics:
     loop_share: The share of samples whose end repeats itself.
     by_context: The accepted length by the length of the context. Buckets without rounds are left out.
 
-    A position that no round reached is None. Samples that loop or reach the limit inflate the accepted length.
+    In a tree a position is a depth, and a round proposes a token there if its longest path reaches it. A position that
+    no round reached is None. Samples that loop or reach the limit inflate the accepted length.
     """
 
     samples: int
@@ -69,13 +71,13 @@ def pool(completions: Sequence[Completion], *, seed: int = 0) -> PooledMetrics:
     """Pooled figures of finished sequences. A sample whose first token is a stop token has no rounds, but it counts."""
     rounds = np.array(
         [
-            (sample, r.proposal_length, r.accepted_draft_length, r.acceptance_length, context)
+            (sample, r.proposal_length, r.accepted_draft_length, r.acceptance_length, context, _scored(r))
             for sample, completion in enumerate(completions)
             for r, context in zip(completion.rounds, _contexts(completion), strict=True)
         ],
         dtype=np.int64,
-    ).reshape(-1, 5)
-    sample, proposed, accepted, committed, context = rounds.T
+    ).reshape(-1, 6)
+    sample, proposed, accepted, committed, context, scored = rounds.T
     positions = range(int(proposed.max(initial=0)))
     numbers: dict[str, int] = {}
     prompts = np.array([numbers.setdefault(prompt_of(c.id), len(numbers)) for c in completions], dtype=np.int64)
@@ -85,14 +87,18 @@ def pool(completions: Sequence[Completion], *, seed: int = 0) -> PooledMetrics:
         output_tokens=sum(len(completion.output_ids) for completion in completions),
         acceptance_length=_ratio(committed.sum(), len(rounds)) or 0.0,
         acceptance_length_interval=_interval(prompts[sample], committed, len(set(prompts)), seed),
-        draft_tokens_per_proposal=_ratio(proposed.sum(), len(rounds)) or 0.0,
-        verify_rate=_ratio(committed.sum(), proposed.sum() + len(rounds)) or 0.0,
+        draft_tokens_per_proposal=_ratio(scored.sum(), len(rounds)) or 0.0,
+        verify_rate=_ratio(committed.sum(), scored.sum() + len(rounds)) or 0.0,
         marginal=tuple(_ratio((accepted > k).sum(), (proposed > k).sum()) for k in positions),
         conditional=tuple(_ratio((accepted > k).sum(), ((accepted >= k) & (proposed > k)).sum()) for k in positions),
         limit_share=_ratio(sum(c.finish_reason == "length" for c in completions), len(completions)) or 0.0,
         loop_share=_ratio(sum(loops(c.output_ids) for c in completions), len(completions)) or 0.0,
         by_context=_by_context(context, committed),
     )
+
+
+def _scored(one: Round) -> int:
+    return one.proposal_length if one.nodes is None else one.nodes
 
 
 def _contexts(completion: Completion) -> list[int]:

@@ -24,6 +24,7 @@ class MaskBuilder:
     """Masks for the layer types of one text config.
 
     A query may see keys at or before its own position and, in sliding layers, fewer than `sliding_window` before it.
+    In a tree it sees its ancestors instead of all before it; the window is the same.
     """
 
     def __init__(self, text: Any, dtype: torch.dtype) -> None:
@@ -59,6 +60,22 @@ class MaskBuilder:
         """
         offset_BTL = positions_BT.clamp(min=0)[:, :, None] - keys_L
         visible_BTL = offset_BTL >= 0
+        return self._pack(self._additive(visible_BTL), self._windowed(visible_BTL, offset_BTL))
+
+    def branching(self, positions_BT: Tensor, cells_BT: Tensor, sees_BTT: Tensor, keys_L: Tensor) -> LayerMasks:
+        """New tokens of a tree over cached keys in cells `keys_L` = 0..L-1.
+
+        The new ones stand in cells_BT (-1 = padding), right behind the committed text, whose cells are its positions.
+        `sees` is as in TargetModel.decode. Padding sees cell 0.
+        """
+        width = cells_BT.shape[1]
+        column_BL = keys_L - cells_BT[:, :1]
+        new_BL = (column_BL >= 0) & (column_BL < width)
+        among_BL = column_BL.clamp(0, width - 1)
+        positions_BL = torch.where(new_BL, positions_BT.gather(1, among_BL), keys_L)
+        offset_BTL = positions_BT.clamp(min=0)[:, :, None] - positions_BL[:, None]
+        seen_BTL = sees_BTT.gather(2, among_BL[:, None].expand(-1, width, -1)) & new_BL[:, None]
+        visible_BTL = seen_BTL | (column_BL < 0)[:, None] | ((cells_BT < 0)[:, :, None] & (keys_L == 0))
         return self._pack(self._additive(visible_BTL), self._windowed(visible_BTL, offset_BTL))
 
     def _windowed(self, visible_BTL: Tensor, offset_BTL: Tensor) -> Tensor | None:

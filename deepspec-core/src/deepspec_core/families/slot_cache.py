@@ -1,7 +1,9 @@
 """A transformers Cache over core's slot caches, so that any transformers decoder can run incrementally on slots.
 
-Knows transformers' one call, `update`; not masks, not how long a sequence stands. Layer caches are made when a layer
-first writes, in the shape, type and place of what it writes.
+Knows transformers' one call, `update`, and cells, the places of tokens in a slot; not masks, not how long a sequence
+stands. Committed text stands in the cells of its positions. New tokens stand after it in the order they come, where
+those of a tree have other positions than cells. Layer caches are made when a layer first writes, in the shape, type and
+place of what it writes.
 
 Legend: B slots in a call, G kv heads, T new tokens, D head size, L keys read.
 """
@@ -24,12 +26,17 @@ class SlotCache(Cache):  # type: ignore[misc]
         self.num_slots, self.max_length = num_slots, max_length
         self.by_layer: dict[int, SlotKVCache] = {}
         self.slots_B: Tensor
-        self.positions_BT: Tensor
+        self.cells_BT: Tensor
         self.length = 0
 
-    def aim(self, slots_B: Tensor, positions_BT: Tensor, length: int) -> None:
-        """The next forward is about these slots, writes at these positions (-1: nowhere) and reads 0..length-1."""
-        self.slots_B, self.positions_BT, self.length = slots_B, positions_BT, length
+    def aim(self, slots_B: Tensor, cells_BT: Tensor, length: int) -> None:
+        """The next forward is about these slots, writes to these cells (-1: nowhere) and reads 0..length-1."""
+        self.slots_B, self.cells_BT, self.length = slots_B, cells_BT, length
+
+    def move(self, slots_B: Tensor, from_BT: Tensor, to_BT: Tensor) -> None:
+        """Copy what cells from_BT hold to cells to_BT, in every layer; -1: nothing."""
+        for layer in self.by_layer.values():
+            layer.move(slots_B, from_BT, to_BT)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
@@ -45,7 +52,7 @@ class SlotCache(Cache):  # type: ignore[misc]
                 dtype=key_states.dtype,
                 device=key_states.device,
             )
-        layer.write(self.slots_B, self.positions_BT, key_states, value_states)
+        layer.write(self.slots_B, self.cells_BT, key_states, value_states)
         return layer.read(self.slots_B, self.length)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

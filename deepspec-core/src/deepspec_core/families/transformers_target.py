@@ -78,20 +78,32 @@ class TransformersTarget:
 
     @torch.no_grad()
     def decode(
-        self, slots: Tensor, input_ids: Tensor, positions: Tensor, taps: Sequence[int], *, last_only: bool = False
+        self,
+        slots: Tensor,
+        input_ids: Tensor,
+        positions: Tensor,
+        taps: Sequence[int],
+        *,
+        last_only: bool = False,
+        sees: Tensor | None = None,
     ) -> TargetStep:
         """Logits [B, T, V] (or [B, 1, V]) and taps [B, T, C] of new tokens on top of what is committed,
         and the final norm [B, T, H].
 
-        `slots` ascend. Each row of `positions` goes on from its slot's committed length, -1 on the right.
+        `slots` ascend. Each row of `positions` goes on from its slot's committed length, -1 on the right. With `sees`
+        [B, T, T] the new tokens are a tree.
         """
-        self._check(slots, positions)
-        length = self._reach(positions)
-        self.cache.aim(slots, positions, length)
+        cells = positions if sees is None else self._cells(slots, positions)
+        self._check(slots, positions, cells, sees)
+        length = self._reach(cells)
+        self.cache.aim(slots, cells, length)
         self.taps.select(taps)
+        keys_L = self.keys_L[:length]
         hidden_BTH = self.decoder(
             input_ids=input_ids,
-            attention_mask=self.masks.incremental(positions, self.keys_L[:length]),
+            attention_mask=self.masks.incremental(positions, keys_L)
+            if sees is None
+            else self.masks.branching(positions, cells, sees, keys_L),
             position_ids=positions.clamp(min=0),
             past_key_values=self.cache,
             use_cache=True,
@@ -103,8 +115,16 @@ class TransformersTarget:
             read_BTH = hidden_BTH[torch.arange(len(slots), device=last_B.device), last_B][:, None]
         return TargetStep(logits=self._logits(read_BTH), hidden=features_BTC, last_hidden=hidden_BTH)
 
-    def commit(self, slots: Tensor, lengths: Tensor) -> None:
-        """Keep the first lengths[b] tokens of slots[b]; later tokens are overwritten by the next decode."""
+    def commit(self, slots: Tensor, lengths: Tensor, kept: Tensor | None = None) -> None:
+        """Keep the first lengths[b] tokens of slots[b]; later tokens are overwritten by the next decode.
+
+        `kept` [B, N]: which columns of the last decode they are, after those committed before. None: the first.
+        """
+        if kept is not None:
+            before_B1 = self.committed_S[slots][:, None]
+            to_BN = before_B1 + torch.arange(kept.shape[1], device=kept.device)
+            stays_BN = to_BN < lengths[:, None]
+            self.cache.move(slots, (before_B1 + kept).where(stays_BN, -1), to_BN.where(stays_BN, -1))
         self.committed_S[slots] = lengths.to(self.committed_S)
         self.longest = int(self.committed_S.max())
 
@@ -119,18 +139,26 @@ class TransformersTarget:
     def _logits(self, hidden: Tensor) -> Tensor:
         return softcapped(self.head(hidden), self.architecture.logit_softcap)
 
-    def _reach(self, positions: Tensor) -> int:
-        # Exact where reading a tensor is free; on an accelerator a bound, since reading would stop the queue.
-        if positions.device.type == "cpu":
-            return int(positions.max().clamp(min=0)) + 1
-        return min(self.longest + positions.shape[1], self.cache.max_length)
+    def _cells(self, slots: Tensor, positions: Tensor) -> Tensor:
+        """Where a tree's tokens stand, [B, T]: one after another, behind what is committed."""
+        order_T = torch.arange(positions.shape[1], device=positions.device)
+        return (self.committed_S[slots][:, None] + order_T).where(positions >= 0, -1)
 
-    def _check(self, slots: Tensor, positions: Tensor) -> None:
+    def _reach(self, cells: Tensor) -> int:
+        # Exact where reading a tensor is free; on an accelerator a bound, since reading would stop the queue.
+        if cells.device.type == "cpu":
+            return int(cells.max().clamp(min=0)) + 1
+        return min(self.longest + cells.shape[1], self.cache.max_length)
+
+    def _check(self, slots: Tensor, positions: Tensor, cells: Tensor, sees: Tensor | None) -> None:
         """Wrong positions or slot orders would decode the wrong text in silence. Does not wait for the device."""
         first = positions[:, 0]
-        goes_on = (first == self.committed_S[slots]) | (first < 0)
+        fits = ((first == self.committed_S[slots]) | (first < 0)).all()
+        if sees is not None:
+            expected = first[:, None] + sees.sum(2) - 1
+            fits = fits & ((positions == expected) | (positions < 0)).all() & (sees.tril() == sees).all()
         torch._assert_async(
-            goes_on.all() & (positions < self.cache.max_length).all() & (slots[1:] > slots[:-1]).all(),
+            fits & (cells < self.cache.max_length).all() & (slots[1:] > slots[:-1]).all(),
             "decode: slots must ascend; positions go on from the committed lengths and stay below max_length",
         )
 

@@ -144,7 +144,7 @@ def _evaluation(
     architecture = target.architecture
     decoding = Decoding(
         target=target.model,
-        proposer=draft.model.proposer(),
+        proposer=draft.proposer(),
         sampling=Sampling(temperature=temperature),
         stop_ids=architecture.stop_token_ids,
         max_new_tokens=options.max_new_tokens,

@@ -27,6 +27,8 @@ from deepspec_core.pipeline import threads
 class Round:
     """One proposal and its verification: tokens proposed, how many of them were accepted, how many were committed.
 
+    Of a tree, `proposed` counts the tokens of its longest path.
+
     Committed tokens are the accepted ones and, unless an accepted one ends the answer, one of the target's own. The
     last round may commit more than `max_new_tokens` admits. `confidence` has a probability for each proposed token
     where the draft gives one.
@@ -169,7 +171,7 @@ class _Answers:
                 done.id: self._finish(done)
                 for done in decode(
                     model,
-                    None if draft is None else draft.model.proposer(),
+                    None if draft is None else draft.proposer(),
                     self._start(requests),
                     sampling=Sampling(temperature=options.temperature),
                     stop_ids=architecture.stop_token_ids,

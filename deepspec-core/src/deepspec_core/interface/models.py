@@ -10,17 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
 from deepspec_core.checkpoints import published
 from deepspec_core.checkpoints.opening import check_same_target, draft_adapter, resolve_draft
-from deepspec_core.config.schema import DTYPES
+from deepspec_core.config.schema import DTYPES, TreeOptions
+from deepspec_core.config.trees import require_trees
 from deepspec_core.contracts.draft import DraftDescription, DraftModel
+from deepspec_core.contracts.proposer import Proposer
 from deepspec_core.contracts.target import TargetAdapter, TargetArchitecture, TargetModel
 from deepspec_core.contracts.untrained import UntrainedDescription, UntrainedDraft
 from deepspec_core.dtypes import dtype_name, torch_dtype
 from deepspec_core.errors import CheckpointError, ConfigError, nearest
 from deepspec_core.interface.arguments import flag_of, name_of, path_of
+from deepspec_core.interface.options import checked
 from deepspec_core.plugins.discovery import Plugins, load_plugins
 from deepspec_core.targets.chat_template import read_chat_template
 from deepspec_core.targets.opening import load_target as load_weights
@@ -56,6 +59,8 @@ class Target:
 class Draft:
     """A loaded draft. `description` says what it is, `target` what it was opened for, in `dtype` and on `device`.
 
+    `tree_nodes`: how many tokens the trees have that it proposes; None: chains.
+
     `path` is its directory, or its name where it is not trained.
     """
 
@@ -65,10 +70,21 @@ class Draft:
     target: TargetArchitecture = field(repr=False)
     dtype: torch.dtype = field(repr=False)
     device: torch.device = field(repr=False)
+    tree_nodes: int | None = None
+
+    def proposer(self) -> Proposer:
+        """A new decoding side."""
+        if self.tree_nodes is None:
+            return self.model.proposer()
+        assert isinstance(self.model, DraftModel), "only trained drafts propose trees"
+        return self.model.tree_proposer(self.tree_nodes)
 
     def __repr__(self) -> str:
         said = self.description
-        return f"<Draft {self.path}: {said.algorithm}, {said.num_layers} layers, {said.max_tokens} tokens a round>"
+        tree = "" if self.tree_nodes is None else f" of a tree of {self.tree_nodes}"
+        return (
+            f"<Draft {self.path}: {said.algorithm}, {said.num_layers} layers, {said.max_tokens} tokens a round{tree}>"
+        )
 
 
 def load_target(
@@ -106,15 +122,16 @@ def load_target(
     return Target(name=name, adapter=adapter, model=model, tokenizer=tokenizer, plugins=plugins)
 
 
-def load_draft(name: str | Path, target: Target) -> Draft:
+def load_draft(name: str | Path, target: Target, *, tree_nodes: int | None = None) -> Draft:
     """The draft of a directory or a Hub id, in the target's dtype and on its device.
 
     A draft that is not trained is named by its type and its options: "TYPE", "TYPE:VALUE" for the value of the one
-    option that must be given, or "TYPE:key=value,key=value". A directory of that name wins.
+    option that must be given, or "TYPE:key=value,key=value". A directory of that name wins. With `tree_nodes` the draft
+    proposes trees of so many tokens, which carry no confidence, in place of chains.
 
-    Raises DeepSpecError where there is no such checkpoint, no installed algorithm knows it, its weights are damaged, or
-    it was made for a target of other sizes. Whether it was trained for this very target is not known here: a draft of
-    another target of the same sizes is opened, and few of its tokens are accepted.
+    Raises DeepSpecError where there is no such checkpoint, no installed algorithm knows it, its weights are damaged, it
+    was made for a target of other sizes, or it proposes no trees. Whether it was trained for this very target is not
+    known here: a draft of another target of the same sizes is opened, and few of its tokens are accepted.
     """
     check_models(target, None)
     registry = target.plugins.registry
@@ -141,9 +158,22 @@ def load_draft(name: str | Path, target: Target) -> Draft:
     folder = resolve_draft(name, base=here)
     adapter = draft_adapter(folder, registry=registry)
     check_same_target(folder, adapter.architecture, target.architecture)
+    if tree_nodes is not None:
+        checked(TreeOptions, {"nodes": tree_nodes}, call="load_draft", registry=registry)
+        require_trees(published.read_options(folder, registry)[0], registry, where="tree_nodes")
     model = published.load_draft(folder, registry=registry, adapter=adapter, dtype=numbers, device=device)
     said = model.describe()
-    return Draft(path=folder, model=model, description=said, target=target.architecture, dtype=numbers, device=device)
+    if tree_nodes is not None:
+        said = evolve(said, gives_confidence=False)
+    return Draft(
+        path=folder,
+        model=model,
+        description=said,
+        target=target.architecture,
+        dtype=numbers,
+        device=device,
+        tree_nodes=tree_nodes,
+    )
 
 
 def check_models(target: Target, draft: Draft | None) -> None:

@@ -262,6 +262,7 @@ def _cache(run: Run, *, fresh: bool) -> None:
 
 
 def _evaluation(run: Run, confidence: bool | None) -> None:
+    from deepspec_core.config.trees import require_trees, tree_mistakes
     from deepspec_core.data.thinking import modes
     from deepspec_core.pipeline.evaluated_draft import describe_evaluated
     from deepspec_core.pipeline.evaluating import calibration_of, journals, prompts_of, requests_of
@@ -272,6 +273,10 @@ def _evaluation(run: Run, confidence: bool | None) -> None:
         description, revision = describe_evaluated(run)
         for remark in getattr(description, "remarks", ()):
             log.warning("%s: %s", description.algorithm, remark)
+        if run.file.draft.tree is not None:
+            require_trees(description.algorithm, run.plugins.registry)
+            for mistake in tree_mistakes(options):
+                raise mistake
         confidence = description.gives_confidence
         calibration_of(run, description, revision)
     if options.confidence_threshold > 0 and confidence is False:

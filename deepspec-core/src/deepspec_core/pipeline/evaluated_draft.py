@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from attrs import frozen
@@ -27,7 +28,10 @@ from deepspec_core.untrained.making import revision_of
 
 @frozen(kw_only=True, eq=False)
 class EvaluatedDraft:
-    """A loaded draft. `revision` tells it from every other one; `checkpoint` is its name in reports, if it has one."""
+    """A loaded draft. `revision` tells it from every other one; `checkpoint` is its name in reports, if it has one.
+
+    `proposer` makes its decoding side, of chains or of the trees that [draft] tree asks for.
+    """
 
     description: DraftDescription | UntrainedDescription
     checkpoint: str | None
@@ -45,12 +49,13 @@ def load_evaluated(run: Run) -> EvaluatedDraft:
         folder, registry=run.plugins.registry, adapter=adapter, dtype=run.target.dtype, device=run.target.device
     )
     _require_unchanged(fingerprint(folder), revision, folder)
+    tree = run.file.draft.tree
     return EvaluatedDraft(
         description=draft.describe(),
         checkpoint=run.file.evaluate.draft or os.path.relpath(folder, run.folder),
         revision=revision,
         parameters=Parameters.of(draft),
-        proposer=draft.proposer,
+        proposer=draft.proposer if tree is None else partial(draft.tree_proposer, tree.nodes),
     )
 
 

@@ -260,6 +260,7 @@ def _report(
             "batch_size": run.file.evaluate.batch_size,
             "seed": run.file.evaluate.seed,
             "confidence_threshold": run.file.evaluate.confidence_threshold,
+            **({"tree_nodes": run.file.draft.tree.nodes} if run.file.draft.tree is not None else {}),
             "system_prompt": run.file.data.system_prompt,
             "thinking": run.file.regenerate.thinking,
         },

@@ -18,7 +18,7 @@ from attrs import field, frozen
 from attrs.validators import instance_of
 
 from deepspec_core.config.load import RunFile
-from deepspec_core.config.schema import KNOWN_STAGES
+from deepspec_core.config.schema import KNOWN_STAGES, READ_ALONE
 from deepspec_core.disk import refuse_folder
 from deepspec_core.errors import StageError
 
@@ -56,9 +56,17 @@ def _plain(value: Any) -> Any:
 
 def fingerprint(flat: Mapping[str, Any], reads: Sequence[str]) -> dict[str, Any]:
     """The part of a flattened run file that a stage reads. `reads` names keys or sections."""
-    return {
-        key: value for key, value in flat.items() if any(key == name or key.startswith(f"{name}.") for name in reads)
-    }
+    return {key: value for key, value in flat.items() if any(_covers(name, key) for name in reads)}
+
+
+def _covers(name: str, key: str) -> bool:
+    """Whether reading what `name` names, a key or a section, is reading this key."""
+    alone = any(_within(key, own) and own != name and _within(own, name) for own in READ_ALONE)
+    return _within(key, name) and not alone
+
+
+def _within(key: str, name: str) -> bool:
+    return key == name or key.startswith(f"{name}.")
 
 
 @frozen(kw_only=True)

@@ -67,6 +67,13 @@ def simulate(
     samples = replayable(rounds.completions)
     if not samples:
         raise StageError("No sample has a round to replay", where=folder, fix="Evaluate with more tokens or prompts.")
+    if any(one.nodes is not None for sample in samples for one in sample.rounds):
+        raise StageError(
+            "These rounds are of trees, which no policy of this simulation cuts",
+            where=folder,
+            expected="rounds of chains",
+            fix="Evaluate without [draft] tree.",
+        )
     confidences = judged(samples) is not None
     if calibration is not None:
         samples = _scaled(samples, rounds, calibration, confidences)

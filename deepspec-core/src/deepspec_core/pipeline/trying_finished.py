@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +25,9 @@ from deepspec_core.pipeline.trying import reads_numbers
 from deepspec_core.plugins.references import blame, resolve
 
 log = logging.getLogger("deepspec")
+
+# Of the tree that is asked for to see whether there is one.
+_NODES = 8
 
 
 def try_finished(run: Run, draft: DraftModel, description: DraftDescription) -> None:
@@ -128,16 +133,29 @@ def _try_window(run: Run, description: DraftDescription, config: dict[str, Any])
 
 
 def _try_proposer(run: Run, draft: DraftModel) -> None:
+    _try_made(run, draft.proposer)
+    if run.plugins.registry.get("draft", run.file.draft.type).proposes_trees:
+        made = _try_made(run, partial(draft.tree_proposer, _NODES))
+        if made is not None and getattr(made, "max_nodes", None) != _NODES:
+            raise PluginError(
+                f"draft type {run.file.draft.type!r} does not keep to the size of a tree",
+                where=run.plugins.registry.provider("draft", run.file.draft.type),
+                found=f"max_nodes = {getattr(made, 'max_nodes', None)}",
+                expected=f"max_nodes = {_NODES}, as `tree_proposer({_NODES})` was asked",
+            )
+
+
+def _try_made(run: Run, make: Callable[[], Proposer]) -> Proposer | None:
     kind = run.file.draft.type
     try:
         with without_torch_messages(), torch.no_grad():
-            made: object = draft.proposer()
+            made: object = make()
     except DeepSpecError:
         raise
     except Exception as error:
         if reads_numbers(error):
             log.info("the draft's proposer was not tried: it reads numbers (%s)", blame(error))
-            return
+            return None
         raise PluginError(
             f"draft type {kind!r} fails to give a proposer",
             where=run.plugins.registry.provider("draft", kind),
@@ -151,3 +169,4 @@ def _try_proposer(run: Run, draft: DraftModel) -> None:
             expected="what `proposer()` returns has max_tokens, taps, open_slots, start, propose, accept and free "
             "(contracts.proposer.Proposer)",
         )
+    return made

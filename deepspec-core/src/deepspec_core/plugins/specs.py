@@ -63,6 +63,7 @@ class DraftModelSpec(ComponentSpec):
         that are trained.
     elsewhere: Class names (`architectures`) of other projects' checkpoints of such drafts, each with a sentence for
         users: whose format it is, and what differs. Such checkpoints are named in the error that refuses them.
+    proposes_trees: Whether the draft has a `tree_proposer`. Others are refused where a run file has [draft] tree.
     default_loss: Keys of [loss], as a run file writes them, for those that the run file leaves out. An example is
         {"terms": {"ce": 1.0}}.
     needs_taps: False if the draft works without tapped layers, as one does that reads only the target's last hidden
@@ -76,6 +77,7 @@ class DraftModelSpec(ComponentSpec):
     elsewhere: Mapping[str, str] = field(
         factory=dict, hash=False, validator=deep_mapping(instance_of(str), instance_of(str))
     )
+    proposes_trees: bool = field(default=False, validator=instance_of(bool))
     default_loss: Mapping[str, Any] = field(factory=dict, hash=False)
     needs_taps: bool = field(default=True, validator=instance_of(bool))
 

@@ -7,9 +7,10 @@ Legend: S slots, K proposed tokens at most.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from deepspec_core.contracts.draft import DraftModel, Sample
 from deepspec_core.contracts.proposer import Proposal, Proposer, Sampling, features_for
@@ -20,6 +21,7 @@ __all__ = [
     "SAMPLED",
     "DrivenProposer",
     "check_batched_as_alone",
+    "check_best_tree",
     "check_reused_slot",
     "check_same_proposals",
     "prompts",
@@ -36,11 +38,13 @@ SAMPLED = Sampling(temperature=1.0)
 class DrivenProposer:
     """A proposer that a test drives by hand.
 
-    Its slots are open. `uniforms` [S, K] are the random numbers of every round.
+    Its slots are open. `uniforms` [S, K] are the random numbers of every round. With `tree_nodes` it proposes trees.
     """
 
-    def __init__(self, draft: DraftModel, *, num_slots: int = 4, max_length: int = 32) -> None:
-        self.proposer = draft.proposer()
+    def __init__(
+        self, draft: DraftModel, *, num_slots: int = 4, max_length: int = 32, tree_nodes: int | None = None
+    ) -> None:
+        self.proposer = draft.proposer() if tree_nodes is None else draft.tree_proposer(tree_nodes)
         self.proposer.open_slots(num_slots, max_length)
         generator = torch.Generator().manual_seed(5)
         self.uniforms = torch.rand(num_slots, self.proposer.max_tokens, generator=generator, dtype=torch.float64)
@@ -89,9 +93,9 @@ def prompts() -> dict[int, tuple[Sample, int]]:
     return {slot: (random_sample(str(slot), 24, seed=slot), length) for slot, length in enumerate((5, 9, 2, 7))}
 
 
-def started(draft: DraftModel) -> DrivenProposer:
+def started(draft: DraftModel, *, tree_nodes: int | None = None) -> DrivenProposer:
     """A driven proposer that has started `prompts` in its four slots."""
-    driven = DrivenProposer(draft)
+    driven = DrivenProposer(draft, tree_nodes=tree_nodes)
     driven.start(prompts())
     return driven
 
@@ -112,20 +116,25 @@ def check_same_proposals(found: DraftModel, expected: DraftModel) -> None:
 
 
 def check_batched_as_alone(
-    draft: DraftModel, sampling: Sampling, *, limits: Sequence[int] | None = None, atol: float = 1e-6
+    draft: DraftModel,
+    sampling: Sampling,
+    *,
+    limits: Sequence[int] | None = None,
+    atol: float = 1e-6,
+    tree_nodes: int | None = None,
 ) -> Proposal:
     """Check that four slots propose what each proposes alone, and three again after commits of several lengths.
 
     Returns the four's first proposal, limited by `limits`.
     """
     committed = {0: 3, 1: 1, 3: 5}
-    together = started(draft)
+    together = started(draft, tree_nodes=tree_nodes)
     assert isinstance(together.proposer, Proposer)
     first = together.propose(range(4), sampling, limits=limits)
     together.accept(committed)
     second = together.propose(list(committed), sampling)
     for slot in range(4):
-        alone = DrivenProposer(draft)
+        alone = DrivenProposer(draft, tree_nodes=tree_nodes)
         alone.start({slot: prompts()[slot]})
         _check_near(alone.propose([slot], sampling, limits=[int(first.lengths[slot])]), 0, first, slot, atol)
         if slot in committed:
@@ -133,6 +142,31 @@ def check_batched_as_alone(
             row = list(committed).index(slot)
             _check_near(alone.propose([slot], sampling), 0, second, row, atol)
     return first
+
+
+def check_best_tree(
+    proposal: Proposal, row: int, after: Callable[[tuple[int, ...]], Tensor], *, nodes: int, longest: int
+) -> None:
+    """Check that a slot's tree has the `nodes` most probable paths of at most `longest` tokens.
+
+    after(path) gives the draft's probabilities [V] of the token that follows these tokens.
+    """
+    assert proposal.parents is not None, "a chain"
+    assert int(proposal.lengths[row]) == nodes
+    paths: dict[tuple[int, ...], float] = {(): 1.0}
+    order: list[tuple[int, ...]] = []
+    for token, parent in zip(proposal.tokens[row].tolist(), proposal.parents[row].tolist(), strict=True):
+        before = order[parent] if parent >= 0 else ()
+        order.append((*before, token))
+        paths[order[-1]] = paths[before] * float(after(before)[token])
+    assert len(paths) == nodes + 1, "a path twice"
+    assert max(map(len, paths)) <= longest
+    least = min(paths.values())
+    for path, probability in paths.items():
+        if len(path) < longest:
+            left_out = after(path).clone()
+            left_out[[other[-1] for other in paths if other and other[:-1] == path]] = 0
+            assert probability * float(left_out.max()) <= least * (1 + 1e-4), f"a better one after {path}"
 
 
 def check_reused_slot(draft: DraftModel, *, freed: bool = True) -> None:
@@ -152,6 +186,9 @@ def _check_near(found: Proposal, row: int, expected: Proposal, expected_row: int
     length = int(found.lengths[row])
     assert length == expected.lengths[expected_row]
     assert torch.equal(found.tokens[row, :length], expected.tokens[expected_row, :length])
+    assert (found.parents is None) == (expected.parents is None), "a tree and a chain"
+    if found.parents is not None and expected.parents is not None:
+        assert torch.equal(found.parents[row, :length], expected.parents[expected_row, :length])
     for name in ("probabilities", "confidence"):
         mine, theirs = getattr(found, name), getattr(expected, name)
         assert (mine is None) == (theirs is None), name

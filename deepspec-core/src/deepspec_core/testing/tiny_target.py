@@ -81,7 +81,7 @@ class TinyTarget:
         if document_ids is not None:
             visible_BTT = visible_BTT & (document_ids[:, :, None] == document_ids[:, None])
         visible_BTT = visible_BTT | torch.eye(T, dtype=torch.bool)  # padding sees itself: no empty softmax
-        tapped_BTC, last_BTH = self._forward(input_ids, positions_BT, visible_BTT, taps, None)
+        tapped_BTC, last_BTH = self._forward(input_ids, positions_BT, positions_BT, visible_BTT, taps, None)
         return TargetFeatures(hidden=tapped_BTC, last_hidden=last_BTH)
 
     def open_slots(self, num_slots: int, max_length: int) -> None:
@@ -101,22 +101,43 @@ class TinyTarget:
 
     @torch.no_grad()
     def decode(
-        self, slots: Tensor, input_ids: Tensor, positions: Tensor, taps: Sequence[int], *, last_only: bool = False
+        self,
+        slots: Tensor,
+        input_ids: Tensor,
+        positions: Tensor,
+        taps: Sequence[int],
+        *,
+        last_only: bool = False,
+        sees: Tensor | None = None,
     ) -> TargetStep:
         """As the contract says."""
-        real_BT = positions >= 0
-        expected_BT = self._committed_S[slots][:, None] + torch.arange(positions.shape[1])
-        assert torch.equal(positions, torch.where(real_BT, expected_BT, -1)), "positions do not continue the slots"
-        length = int(positions.max()) + 1
-        visible_BTL = torch.arange(length) <= positions.clamp(min=0)[:, :, None]
-        tapped_BTC, last_BTH = self._forward(input_ids, positions, visible_BTL, taps, slots)
+        real_BT, committed_B1 = positions >= 0, self._committed_S[slots][:, None]
+        order_T = torch.arange(positions.shape[1])
+        depth_BT = order_T.expand_as(positions) if sees is None else sees.sum(2) - 1
+        expected_BT = torch.where(real_BT, committed_B1 + depth_BT, -1)
+        assert torch.equal(positions, expected_BT), "positions do not continue the slots"
+        cells_BT = torch.where(real_BT, committed_B1 + order_T, -1)
+        keys_L = torch.arange(int(cells_BT.max()) + 1)
+        if sees is None:
+            visible_BTL = keys_L <= positions.clamp(min=0)[:, :, None]
+        else:
+            new_BTL = torch.zeros(*positions.shape, len(keys_L) + len(order_T), dtype=torch.bool)
+            columns_BT = (committed_B1 + order_T)[:, None].expand_as(sees)
+            visible_BTL = new_BTL.scatter(2, columns_BT, sees)[..., : len(keys_L)] | (keys_L < committed_B1)[:, None]
+        tapped_BTC, last_BTH = self._forward(input_ids, positions, cells_BT, visible_BTL, taps, slots)
         read_BTH = last_BTH
         if last_only:
             read_BTH = last_BTH[torch.arange(len(slots)), real_BT.sum(1) - 1][:, None]
         return TargetStep(logits=read_BTH @ self._head_VH.T, hidden=tapped_BTC, last_hidden=last_BTH)
 
-    def commit(self, slots: Tensor, lengths: Tensor) -> None:
-        """Keep the first lengths[b] tokens of slots[b]."""
+    def commit(self, slots: Tensor, lengths: Tensor, kept: Tensor | None = None) -> None:
+        """Keep the first lengths[b] tokens of slots[b], of the last `decode` those in the columns `kept`."""
+        if kept is not None:
+            committed_B1 = self._committed_S[slots][:, None]
+            to_BN = committed_B1 + torch.arange(kept.shape[1])
+            stays_BN = to_BN < lengths[:, None]
+            for cache in self._caches:
+                cache.move(slots, (committed_B1 + kept).where(stays_BN, -1), to_BN.where(stays_BN, -1))
         self._committed_S[slots] = lengths
 
     def embedding_weight(self) -> Tensor:
@@ -128,7 +149,13 @@ class TinyTarget:
         return self._head_VH
 
     def _forward(
-        self, ids_BT: Tensor, positions_BT: Tensor, visible_BTL: Tensor, taps: Sequence[int], slots_B: Tensor | None
+        self,
+        ids_BT: Tensor,
+        positions_BT: Tensor,
+        cells_BT: Tensor,
+        visible_BTL: Tensor,
+        taps: Sequence[int],
+        slots_B: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         x_BTH = self._embedding_VH[ids_BT] + self._positions_LH[positions_BT.clamp(min=0)]
         outputs = []
@@ -136,7 +163,7 @@ class TinyTarget:
             q_BTH, k_BTH, v_BTH = x_BTH @ query, x_BTH @ key, x_BTH @ value
             if slots_B is not None:
                 cache = self._caches[index]
-                cache.write(slots_B, positions_BT, k_BTH[:, None], v_BTH[:, None])
+                cache.write(slots_B, cells_BT, k_BTH[:, None], v_BTH[:, None])
                 keys_BGLH, values_BGLH = cache.read(slots_B, visible_BTL.shape[-1])
                 k_BTH, v_BTH = keys_BGLH[:, 0], values_BGLH[:, 0]
             scores_BTL = q_BTH @ k_BTH.transpose(1, 2) / self.architecture.hidden_size**0.5
