@@ -12,7 +12,7 @@ from typing import Any
 
 from deepspec_core.config.columns import column_mistakes
 from deepspec_core.config.paths import no_path
-from deepspec_core.config.schema import BUILTIN, HELD_OUT, KNOWN_STAGES, ROW_FILES, DataOptions, RunOptions
+from deepspec_core.config.schema import BUILTIN, HELD_OUT, KNOWN_STAGES, ROW_FILES, DataOptions, RunOptions, TermOptions
 from deepspec_core.errors import ConfigError, DeepSpecError, PluginError
 from deepspec_core.plugins.registry import Registry
 from deepspec_core.rows.coefficient_schedule import CoefficientSchedule
@@ -73,8 +73,10 @@ def check_sections(sections: Mapping[str, Any], folder: Path, registry: Registry
                 )
 
 
-def _counts(coefficient: float | CoefficientSchedule) -> bool:
+def _counts(coefficient: float | CoefficientSchedule | TermOptions) -> bool:
     """Whether it is ever anything but 0."""
+    if isinstance(coefficient, TermOptions):
+        return _counts(coefficient.coefficient)
     if isinstance(coefficient, CoefficientSchedule):
         return coefficient.start != 0 or coefficient.end != 0
     return coefficient != 0

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from deepspec_core.config.schema import LossOptions
+from deepspec_core.config.schema import LossOptions, TermOptions
 from deepspec_core.contracts.loss import LossTerm, Weighting
 from deepspec_core.contracts.rows import Heads, Rows
 from deepspec_core.errors import ConfigError
@@ -217,16 +217,23 @@ def build_engine(loss: LossOptions, registry: Registry) -> RowEngine:
 
     PluginError where one cannot be built, or a term does not say what it needs.
     """
-    options = () if loss.weighting.options is None else (loss.weighting.options,)
-    terms = {name: registry.build_guarded("loss", name) for name in loss.terms}
-    for name, term in terms.items():
+    terms: dict[str, tuple[LossTerm, float | CoefficientSchedule]] = {}
+    for name, entry in loss.terms.items():
+        options, coefficient = (entry.options, entry.coefficient) if isinstance(entry, TermOptions) else (None, entry)
+        term = registry.build_guarded("loss", name, *_given(options))
         check_members(term, name, registry.provider("loss", name))
+        terms[name] = term, coefficient
     return RowEngine(
-        {name: (terms[name], coefficient) for name, coefficient in loss.terms.items()},
-        registry.build_guarded("weighting", loss.weighting.type, *options),
+        terms,
+        registry.build_guarded("weighting", loss.weighting.type, *_given(loss.weighting.options)),
         loss.chunk_rows,
         kernels=loss.kernels,
     )
+
+
+def _given(options: Any) -> tuple[Any, ...]:
+    """The arguments of a component: its options, if it has any."""
+    return () if options is None else (options,)
 
 
 def _at(coefficient: float | CoefficientSchedule, step: int) -> float:
