@@ -280,13 +280,21 @@ class HDF5Reader:
 
     def __getitem__(self, index: int) -> Sample:
         """The sample, its features in the storage type (bfloat16 where that is float8)."""
+        return self._read(index, with_features=True)
+
+    def tokens_of(self, index: int) -> Sample:
+        """The sample without its features, which are not read."""
+        return self._read(index, with_features=False)
+
+    def _read(self, index: int, *, with_features: bool) -> Sample:
         shard, row = self._places[index]
         try:
             file = self._open(shard)
             begin, end = (int(offset) for offset in file["offsets"][row : row + 2])
             ids, mask = file["input_ids"][begin:end], file["loss_mask"][begin:end]
             original_length = int(file["original_length"][row])
-            hidden, last_hidden = (self._feature(file, name, begin, end) for name in ("hidden", "last_hidden"))
+            names = ("hidden", "last_hidden") if with_features else ()
+            features = {name: self._feature(file, name, begin, end) for name in names}
         except (OSError, KeyError, RuntimeError) as error:
             raise CacheError(
                 "A shard of the cache cannot be read",
@@ -299,7 +307,7 @@ class HDF5Reader:
             input_ids=torch.from_numpy(ids.astype(np.int64)),
             loss_mask=torch.from_numpy(mask.astype(np.bool_)),
             original_length=original_length,
-            features=TargetFeatures(hidden=hidden, last_hidden=last_hidden),
+            features=TargetFeatures(**features) if with_features else None,
         )
 
     def problem_with(self, shard: Shard) -> CacheError | None:

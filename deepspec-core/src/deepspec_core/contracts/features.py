@@ -18,7 +18,11 @@ __all__ = ["FeatureSource"]
 
 @runtime_checkable
 class FeatureSource(Protocol):
-    """Samples in a fixed order, read by index, and their features."""
+    """Samples in a fixed order, read by index, and their features.
+
+    A source may also have `tokens_of(index)`, which gives a sample without reading its features. It is called for every
+    sample before a draft with a reduced vocabulary is trained.
+    """
 
     def __len__(self) -> int: ...
 

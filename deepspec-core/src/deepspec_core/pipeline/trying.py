@@ -234,6 +234,10 @@ def _few(rows: Rows, heads: Heads) -> tuple[Rows, Heads]:
         },
         denominator=None if rows.denominator is None else torch.ones(()),
     )
-    head = drawn(_VOCABULARY, size).detach()
+    head = target = drawn(_VOCABULARY, size).detach()
+    ids_D = None
+    if heads.draft_ids is not None:
+        target, ids_D = drawn(2 * _VOCABULARY, size).detach(), torch.arange(_VOCABULARY)
     correction = None if heads.correction is None else drawn(_VOCABULARY, heads.correction.shape[-1])
-    return few, Heads(draft=head, target=head, correction=correction, softcap=heads.softcap)
+    few_heads = Heads(draft=head, target=target, correction=correction, softcap=heads.softcap, draft_ids=ids_D)
+    return few, few_heads

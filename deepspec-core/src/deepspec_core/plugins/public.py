@@ -34,6 +34,7 @@ PUBLIC_MODULES = {
     "deepspec_core.contracts.export": "Exports.",
     "deepspec_core.layers.attention": "A draft layer's attention without its pattern.",
     "deepspec_core.layers.decoder_layer": "A draft layer in its family's layout.",
+    "deepspec_core.layers.draft_vocabulary": "A draft's reduced vocabulary.",
     "deepspec_core.layers.window": "How many positions a draft's layers see.",
     "deepspec_core.layers.options": "The draft's own shape, as a run file gives it.",
     "deepspec_core.decoding.kv_cache": "A draft's keys and values, by slots.",

@@ -4,8 +4,8 @@ Each product with a vocabulary head is computed once forward and once backward, 
 the pass is over, no tensor of a chunk's size is left. Knows rows, heads, terms, a weighting and kernels. Does not know
 the autograd graph, of which the pass is one node.
 
-Legend: N rows of the batch, n of a chunk, P distinct target positions, H hidden size, V vocabulary, r rank of the
-correction.
+Legend: N rows of the batch, n of a chunk, P distinct target positions, H hidden size, V the draft's vocabulary, W the
+target's, r rank of the correction.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from deepspec_core.rows.kernels.formulas import Logits, RowKernels
 from deepspec_core.rows.large_buffer import large_buffer
 from deepspec_core.rows.plain_statistics import PlainStats
 from deepspec_core.rows.plan import Chunk, RowPlan, plan_rows
+from deepspec_core.rows.reduced_vocabulary import ReducedVocabulary
 from deepspec_core.rows.target_window import TargetWindow
 from deepspec_core.rows.term_check import one_a_row
 
@@ -63,9 +64,14 @@ def keeps_apart(rows: Rows, heads: Heads, *, uncorrected: bool) -> bool:
 class RowPass:
     """One pass. After `run`, which is called once, it holds sums, figures per row, and the total's `gradients`."""
 
-    def __init__(self, settings: PassSettings, rows: Rows, heads: Heads) -> None:
-        """`heads` are detached and in the dtype of the products."""
-        self.settings, self.rows, self.heads = settings, rows, heads
+    def __init__(self, settings: PassSettings, rows: Rows, heads: Heads, inside_VH: Tensor | None = None) -> None:
+        """`heads` are detached and in the dtype of the products.
+
+        `inside_VH` are the rows of the target's head for a reduced vocabulary.
+        """
+        self.settings, self.rows, self.heads, self.inside_VH = settings, rows, heads, inside_VH
+        ids = heads.draft_ids
+        self.reduced = None if ids is None else ReducedVocabulary(ids, len(heads.target))
         self.stat_dtype = torch.promote_types(rows.hidden.dtype, torch.float32)
         zero = torch.zeros((), dtype=self.stat_dtype, device=rows.hidden.device)
         self.total, self.weight_sum = zero, zero
@@ -73,6 +79,7 @@ class RowPass:
         self.correct_N = torch.zeros_like(rows.slot, dtype=torch.bool)
         self.acceptance_N = torch.zeros_like(rows.slot, dtype=self.stat_dtype)
         self.weight_N = torch.zeros_like(rows.slot, dtype=self.stat_dtype)
+        self.inside_N = torch.ones_like(rows.slot, dtype=torch.bool)
         self._heads: dict[str, HeadGradient] = {}
         self._rows: dict[str, Tensor] = {}
         kernels = settings.kernels
@@ -121,11 +128,12 @@ class RowPass:
         assert self.rows.target_index is not None, "rows with target features need target_index"
         return TargetWindow(
             self.rows.target_hidden.detach().to(self.settings.product_dtype),
-            self.heads.target,
+            self.heads.target if self.inside_VH is None else self.inside_VH,
             rows=plan.window_rows,
             beside=plan.most_rows if self.product_NV is None else 0,
             softcap=self.heads.softcap,
             kernels=self.settings.kernels,
+            whole_head_VH=None if self.inside_VH is None else self.heads.target,
         )
 
     def _chunk(
@@ -141,6 +149,7 @@ class RowPass:
             extras={name: leaves.get(EXTRA + name, extra[span].detach()) for name, extra in rows.extras.items()},
             differentiable=len(leaves) < len(wanted),
             uncorrected=rows.correction is None or self.settings.uncorrected,
+            reduced=self.reduced,
         )
         terms = self.settings.terms
         mixed_n = torch.zeros_like(rows.weight[span], dtype=self.stat_dtype)
@@ -154,6 +163,9 @@ class RowPass:
         factor_n = self.settings.weighting(rows.slot[span], rows.block[span], stats)
         weight_n = rows.weight[span] * one_a_row(factor_n, span.stop - span.start, "the weighting")
         weight_n = weight_n.detach().to(self.stat_dtype)
+        if self.reduced is not None:
+            self.inside_N[span] = inside_n = self.reduced.columns(stats.target_ids) >= 0
+            weight_n = weight_n * inside_n
         self.weight_sum = self.weight_sum + weight_n.sum()
         self.weight_N[span] = weight_n
         for name, value_n in values.items():

@@ -4,7 +4,7 @@ The forward pass goes over the rows once, in chunks (chunk_pass.py), and forms e
 gradients are kept, and backward scales them. Knows which terms, weighting and kernels a run asks for. Does not know
 which algorithm made the rows, or how sums are divided (training/reduction.py does that).
 
-Legend: N rows, V vocabulary.
+Legend: N rows, V the target's vocabulary, D the draft's, H hidden size.
 """
 
 from __future__ import annotations
@@ -76,6 +76,7 @@ class RowEngine:
         self.needs_uncorrected = any(getattr(reader, "needs_uncorrected", False) for reader in readers.values())
         self._warned = False
         self._casts: dict[str, tuple[weakref.ref[Tensor], int, Tensor]] = {}
+        self._kept_inside: tuple[tuple[weakref.ref[Tensor], ...], tuple[int, ...], Tensor] | None = None
 
     @torch.compiler.disable  # type: ignore[untyped-decorator,unused-ignore]
     def __call__(self, rows: Rows, heads: Heads, *, step: int = 0, with_metrics: bool = False) -> RowResult:
@@ -96,7 +97,8 @@ class RowEngine:
             inputs |= {"correction": rows.correction, "correction_head": heads.correction}
         inputs |= {EXTRA + name: extra for name, extra in rows.extras.items() if extra.is_floating_point()}
         settings = self._settings(rows, heads, step, with_metrics)
-        over = RowPass(settings, rows, self._cast_heads(heads, settings.product_dtype))
+        cast = self._cast_heads(heads, settings.product_dtype)
+        over = RowPass(settings, rows, cast, self._inside(heads, cast) if settings.compares else None)
         # Autocast would change the dtype of statistics too. The dtype of products is chosen here, once.
         with torch.autocast(rows.hidden.device.type, enabled=False):
             total: Tensor = _RowSum.apply(  # type: ignore[no-untyped-call]
@@ -105,6 +107,8 @@ class RowEngine:
         denominator = over.weight_sum if rows.denominator is None else rows.denominator.detach()
         metrics = {"loss": (total.detach(), denominator)}
         metrics |= {f"loss/{name}": (over.term_sums[name], denominator) for name in self.terms}
+        if heads.draft_ids is not None:
+            metrics["outside_vocabulary"] = _share(~over.inside_N)
         acceptance_N = over.acceptance_N if settings.compares and with_metrics else None
         if with_metrics:
             metrics |= slot_metrics(rows, correct_N=over.correct_N, acceptance_N=acceptance_N)
@@ -200,7 +204,23 @@ class RowEngine:
             target=draft if heads.target is heads.draft else self._cast("target_head", heads.target, dtype),
             correction=None if heads.correction is None else self._cast("correction_head", heads.correction, dtype),
             softcap=heads.softcap,
+            draft_ids=heads.draft_ids,
         )
+
+    def _inside(self, heads: Heads, cast: Heads) -> Tensor | None:
+        """The rows of the target's head for the draft's tokens; None if these are all. They are kept while the head is
+        frozen and the tokens are the same.
+        """
+        if heads.draft_ids is None:
+            return None
+        given = (heads.target, heads.draft_ids)
+        versions = tuple(tensor._version for tensor in given)
+        kept = self._kept_inside
+        same = kept is not None and all(ref() is tensor for ref, tensor in zip(kept[0], given, strict=True))
+        if kept is None or not same or kept[1] != versions or kept[2].dtype != cast.target.dtype:
+            inside_DH = cast.target.index_select(0, heads.draft_ids)
+            kept = self._kept_inside = (tuple(weakref.ref(tensor) for tensor in given), versions, inside_DH)
+        return kept[2]
 
     def _cast(self, name: str, head: Tensor, dtype: torch.dtype) -> Tensor:
         """`head` without gradient, in the dtype of products. The copy of a frozen head is kept for the next step."""
@@ -229,6 +249,10 @@ def build_engine(loss: LossOptions, registry: Registry) -> RowEngine:
         loss.chunk_rows,
         kernels=loss.kernels,
     )
+
+
+def _share(of_N: Tensor) -> Ratio:
+    return of_N.sum().to(torch.float32), torch.full_like(of_N, True, dtype=torch.float32).sum()
 
 
 def _given(options: Any) -> tuple[Any, ...]:

@@ -58,11 +58,13 @@ def footprint(
         temporary = _ALIVE * chunk * vocab_size * statistics
     else:
         temporary = _ALIVE * min(SLAB, chunk * vocab_size) * statistics if choice.name == "eager" else 0
+    # Of a reduced vocabulary, figures of the whole one are formed too, in products as large as the window.
+    whole = 0 if heads.draft_ids is None or not compares else window * vocab_size * dtype.itemsize
     head = vocab_size * (rank + (hidden_size if heads.draft.requires_grad else 0))
     widths = hidden_size + rank
     products = 2 * widths * num_rows + (positions * hidden_size if compares else 0) + num_rows * head // vocab_size
     return Footprint(
-        workspace_bytes=buffers * vocab_size * dtype.itemsize + temporary,
+        workspace_bytes=buffers * vocab_size * dtype.itemsize + temporary + whole,
         gradient_bytes=num_rows * widths * dtype.itemsize + head * (dtype.itemsize if chunks == 1 else statistics),
-        flops=2 * vocab_size * products,
+        flops=2 * vocab_size * products + (2 * positions * heads.target.numel() if whole else 0),
     )

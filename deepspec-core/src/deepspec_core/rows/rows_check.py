@@ -4,7 +4,7 @@ Shapes are looked at on the host. Numbers are read back in one small tensor, whe
 device (weighted.py). Every check takes as many operations as there are rows, so it is made in every step. Knows rows
 and heads. Does not know which draft made them; whoever knows tells it (`RowsError.of`).
 
-Legend: N rows, P target positions, H hidden size, V vocabulary, r rank of the correction.
+Legend: N rows, P target positions, H hidden size, V the target's vocabulary, D the draft's, r rank of the correction.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ def check_shapes(rows: Any, heads: Any) -> None:
     _is("heads().draft", heads.draft, None, None)
     _is("hidden", rows.hidden, None, heads.draft.shape[1])
     count = len(rows.hidden)
-    _is("heads().target", heads.target, heads.draft.shape[0], None)
+    _is("heads().target", heads.target, heads.draft.shape[0] if heads.draft_ids is None else None, None)
+    if heads.draft_ids is not None:
+        _is("heads().draft_ids", heads.draft_ids, heads.draft.shape[0], dtype=torch.int64)
     if rows.correction is not None:
         _is("heads().correction", heads.correction, heads.draft.shape[0], None)
         assert heads.correction is not None
@@ -89,12 +91,16 @@ def check_numbers(rows: Rows, heads: Heads) -> None:
     if rows.target_index is not None and rows.target_hidden is not None:
         right["target_index"] = _within(rows.target_index, len(rows.target_hidden))
     if rows.target_ids is not None:
-        right["target_ids"] = _within(rows.target_ids, heads.draft.shape[0])
+        right["target_ids"] = _within(rows.target_ids, heads.target.shape[0])
+    if heads.draft_ids is not None:
+        ids_D = heads.draft_ids
+        right["heads().draft_ids"] = _within(ids_D, heads.target.shape[0]) & (ids_D[1:] > ids_D[:-1]).all()
     if rows.denominator is not None:
         right["denominator"] = (rows.denominator.isfinite() & (rows.denominator >= 0)).all()
     for field, is_right in zip(right, torch.stack(list(right.values())).tolist(), strict=True):
         if not is_right:
-            raise RowsError(field, _extent(getattr(rows, field)), _expected(field, rows, heads))
+            values: Any = heads.draft_ids if field == "heads().draft_ids" else getattr(rows, field)
+            raise RowsError(field, _extent(values), _expected(field, rows, heads))
 
 
 def _expected(field: str, rows: Rows, heads: Heads) -> str:
@@ -104,7 +110,8 @@ def _expected(field: str, rows: Rows, heads: Heads) -> str:
         "block": "numbers that do not decrease from row to row",
         "slot": "numbers from 0 on that increase within a block",
         "target_index": f"from 0 to below {positions}, the number of target positions",
-        "target_ids": f"token ids from 0 to below {heads.draft.shape[0]}",
+        "target_ids": f"token ids from 0 to below {heads.target.shape[0]}",
+        "heads().draft_ids": f"token ids from 0 to below {heads.target.shape[0]} that increase",
         "denominator": "a finite number, not below 0",
     }[field]
 
