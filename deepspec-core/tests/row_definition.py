@@ -85,6 +85,7 @@ def make(
     dtype: torch.dtype = torch.float64,
     train_head: bool = False,
     draft_ids: Sequence[int] | None = None,
+    by_slot: bool = False,
     seed: int = 1,
 ) -> tuple[Rows, Heads, dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(seed)
@@ -94,13 +95,14 @@ def make(
 
     leaves = {"hidden": normal(N, H).requires_grad_(), "confidence": normal(N).requires_grad_()}
     columns = V if draft_ids is None else len(draft_ids)
-    head = normal(columns, H).requires_grad_(train_head)
-    target = normal(V, H) if train_head or draft_ids is not None else head
+    slots = (K,) if by_slot else ()
+    head = normal(*slots, columns, H).requires_grad_(train_head)
+    target = normal(V, H) if train_head or draft_ids is not None or by_slot else head
     if train_head:
         leaves["head"] = head
     if correction:
         leaves["correction"] = normal(N, R).requires_grad_()
-        leaves["correction_head"] = normal(columns, R).requires_grad_()
+        leaves["correction_head"] = normal(*slots, columns, R).requires_grad_()
     weight = torch.rand(N, generator=generator)
     weight[[2, 8, 9, 10, 11]] = 0.0
     rows = Rows(
@@ -130,11 +132,15 @@ def naive(rows: Rows, heads: Heads, mix: Mapping[str, float], weighting: str) ->
     def cap(logits: Tensor) -> Tensor:
         return logits if heads.softcap is None else heads.softcap * torch.tanh(logits / heads.softcap)
 
-    base = cap(rows.hidden.double() @ heads.draft.double().T)
+    def project(row: Tensor, head: Tensor) -> Tensor:
+        row, head = row.double(), head.double()
+        return row @ head.T if head.dim() == 2 else torch.einsum("nh,nvh->nv", row, head[rows.slot])
+
+    base = cap(project(rows.hidden, heads.draft))
     draft = base
     if rows.correction is not None:
         assert heads.correction is not None
-        draft = base + rows.correction.double() @ heads.correction.double().T
+        draft = base + project(rows.correction, heads.correction)
     assert rows.target_hidden is not None
     whole = cap(rows.target_hidden.double() @ heads.target.double().T)[rows.target_index].softmax(-1)
     labels = whole.argmax(-1) if rows.target_ids is None else rows.target_ids

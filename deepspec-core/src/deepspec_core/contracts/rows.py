@@ -3,7 +3,7 @@
 This file knows tensors. It does not know which algorithm made them or which loss reads them.
 
 Legend: N rows, P distinct target positions, H hidden size, V the target's vocabulary, D the draft's (V if it is not
-reduced), r rank of the correction.
+reduced), G slots, r rank of the correction.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ class Heads:
 
     draft [D, H] and target [V, H] may be the same frozen tensor. correction [D, r] is given if rows carry a correction.
     With a `softcap` c, logits of draft and target become c * tanh(logits / c), before the correction is added.
+
+    draft may be [G, D, H], and correction [G, D, r]: a head for each slot. A row is multiplied with that of its slot.
 
     draft_ids [D] int64, increasing, are the tokens that the draft's logits stand for; None: all V, in order. The draft
     gives every other token the probability 0. A row whose label is another token counts in no loss; metrics count it.

@@ -20,12 +20,13 @@ from torch import Tensor
 from deepspec_core.contracts.loss import LossTerm, Weighting
 from deepspec_core.contracts.rows import Heads, Rows
 from deepspec_core.rows.fused_statistics import FusedStats
-from deepspec_core.rows.head_gradient import HeadGradient
+from deepspec_core.rows.head_gradient import HeadGradient, SlotHeadsGradient, head_gradient
 from deepspec_core.rows.kernels.formulas import Logits, RowKernels
 from deepspec_core.rows.large_buffer import large_buffer
 from deepspec_core.rows.plain_statistics import PlainStats
 from deepspec_core.rows.plan import Chunk, RowPlan, plan_rows
 from deepspec_core.rows.reduced_vocabulary import ReducedVocabulary
+from deepspec_core.rows.slot_heads import gradient_of_rows, groups_of, multiply
 from deepspec_core.rows.target_window import TargetWindow
 from deepspec_core.rows.term_check import one_a_row
 
@@ -80,7 +81,7 @@ class RowPass:
         self.acceptance_N = torch.zeros_like(rows.slot, dtype=self.stat_dtype)
         self.weight_N = torch.zeros_like(rows.slot, dtype=self.stat_dtype)
         self.inside_N = torch.ones_like(rows.slot, dtype=torch.bool)
-        self._heads: dict[str, HeadGradient] = {}
+        self._heads: dict[str, HeadGradient | SlotHeadsGradient] = {}
         self._rows: dict[str, Tensor] = {}
         kernels = settings.kernels
         self.statistics: Callable[..., FusedStats | PlainStats] = (
@@ -101,7 +102,7 @@ class RowPass:
         )
         # A row's gradient comes from its own chunk; a head's is a sum over all chunks.
         gathered = settings.product_dtype if len(plan.chunks) == 1 else self.stat_dtype
-        self._heads = {name: HeadGradient(inputs[name], gathered) for name in wanted if name in _HEADS}
+        self._heads = {name: head_gradient(inputs[name], gathered) for name in wanted if name in _HEADS}
         self._rows = {name: torch.zeros_like(inputs[name]) for name in wanted if name not in _HEADS}
         # Where one head serves draft and target, one product forms the logits of both, in the window's buffer.
         one_head = settings.compares and self.heads.target is self.heads.draft
@@ -120,7 +121,7 @@ class RowPass:
         return self._rows | {name: head.sum for name, head in self._heads.items()}
 
     def _empty(self, rows: int) -> Tensor:
-        shape = rows, self.heads.draft.shape[0]
+        shape = rows, self.heads.draft.shape[-2]
         return large_buffer(*shape, dtype=self.settings.product_dtype, device=self.rows.hidden.device)
 
     def _target(self, plan: RowPlan) -> TargetWindow:
@@ -193,6 +194,9 @@ class _Products:
     def __init__(self, over: RowPass, chunk: Chunk, target: TargetWindow | None, inputs: Mapping[str, Tensor]) -> None:
         """Also advances `target` to the chunk."""
         self.span, self.heads = chunk.span, over.heads
+        heads = (self.heads.draft, self.heads.correction)
+        by_slot = any(head is not None and head.dim() == 3 for head in heads)
+        self.groups = groups_of(over.rows.slot[self.span]) if by_slot else ()
         dtype, size = over.settings.product_dtype, chunk.span.stop - chunk.span.start
         self.hidden_nH = inputs["hidden"][self.span].detach().to(dtype)
         if over.product_NV is None:
@@ -201,15 +205,16 @@ class _Products:
         else:
             if target is not None:
                 target.advance(chunk, self.hidden_nH[:0])
-            product_nV = torch.mm(self.hidden_nH, self.heads.draft.mT, out=over.product_NV[:size])
+            product_nV = multiply(self.hidden_nH, self.heads.draft, self.groups, out=over.product_NV[:size])
         correction_nV, self.correction_nr = None, None
         if over.rows.correction is not None:
             assert self.heads.correction is not None
             self.correction_nr = inputs["correction"][self.span].detach().to(dtype)
             if over.correction_NV is None:
-                product_nV.addmm_(self.correction_nr, self.heads.correction.mT)
+                multiply(self.correction_nr, self.heads.correction, self.groups, out=product_nV, add=True)
             else:
-                correction_nV = torch.mm(self.correction_nr, self.heads.correction.mT, out=over.correction_NV[:size])
+                out_nV = over.correction_NV[:size]
+                correction_nV = multiply(self.correction_nr, self.heads.correction, self.groups, out=out_nV)
         self.logits = Logits(product_nV, correction_nV, self.heads.softcap)
 
     def backward(
@@ -217,7 +222,7 @@ class _Products:
         product_nV: Tensor,
         correction_nV: Tensor | None,
         rows: Mapping[str, Tensor],
-        heads: Mapping[str, HeadGradient],
+        heads: Mapping[str, HeadGradient | SlotHeadsGradient],
     ) -> None:
         """Compute the gradients of the products' factors, and put those that are wanted into `rows` and `heads`.
 
@@ -236,11 +241,11 @@ class _Products:
         name: str,
         of_nV: Tensor,
         row_nX: Tensor,
-        head_VX: Tensor,
+        head: Tensor,
         rows: Mapping[str, Tensor],
-        head: HeadGradient | None,
+        gradient: HeadGradient | SlotHeadsGradient | None,
     ) -> None:
         if name in rows:
-            rows[name][self.span] = of_nV @ head_VX
-        if head is not None:
-            head.add(of_nV, row_nX)
+            rows[name][self.span] = gradient_of_rows(of_nV, head, self.groups)
+        if gradient is not None:
+            gradient.add(of_nV, row_nX, self.groups)

@@ -128,7 +128,7 @@ class RowEngine:
         See footprint.py.
         """
         return footprint(
-            self.choice(device_type, heads.draft.shape[0]),
+            self.choice(device_type, heads.draft.shape[-2]),
             rows,
             heads,
             chunk_rows=self.chunk_rows,
@@ -148,7 +148,7 @@ class RowEngine:
         return rows.target_hidden is not None and (self.needs_target or rows.target_ids is None)
 
     def _settings(self, rows: Rows, heads: Heads, step: int, with_metrics: bool) -> PassSettings:
-        device, dtype, vocab_size = rows.hidden.device, rows.hidden.dtype, heads.draft.shape[0]
+        device, dtype, vocab_size = rows.hidden.device, rows.hidden.dtype, heads.draft.shape[-2]
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
         choice = self.choice(device.type, vocab_size)
