@@ -135,6 +135,8 @@ class RowPass:
             softcap=self.heads.softcap,
             kernels=self.settings.kernels,
             whole_head_VH=None if self.inside_VH is None else self.heads.target,
+            # As many logits as a chunk has.
+            whole_rows=max(1, self.settings.most_kept * self.heads.draft.shape[-2] // len(self.heads.target)),
         )
 
     def _chunk(

@@ -58,8 +58,11 @@ def footprint(
         temporary = _ALIVE * chunk * vocab_size * statistics
     else:
         temporary = _ALIVE * min(SLAB, chunk * vocab_size) * statistics if choice.name == "eager" else 0
-    # Of a reduced vocabulary, figures of the whole one are formed too, in products as large as the window.
-    whole = 0 if heads.draft_ids is None or not compares else window * vocab_size * dtype.itemsize
+    # Of a reduced vocabulary, figures of the whole one are formed too, in products of a chunk's size.
+    whole = 0
+    if heads.draft_ids is not None and compares:
+        whole_rows = max(1, choice.chunk_rows * vocab_size // len(heads.target))
+        whole = min(positions, chunk, whole_rows) * len(heads.target) * dtype.itemsize
     head = heads.draft.numel() if heads.draft.requires_grad else 0
     head += 0 if heads.correction is None else heads.correction.numel()
     widths, trained = hidden_size + rank, rank + (hidden_size if heads.draft.requires_grad else 0)

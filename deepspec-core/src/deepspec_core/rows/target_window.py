@@ -35,15 +35,17 @@ class TargetWindow:
         softcap: float | None,
         kernels: RowKernels | None,
         whole_head_VH: Tensor | None = None,
+        whole_rows: int = 1,
     ) -> None:
         """`rows` is the length of the longest window, `beside` that of the longest `beside_NH`.
 
-        `whole_head_VH` is the target's whole head where `head_DH` has some of its rows.
+        `whole_head_VH` is the target's whole head where `head_DH` has some of its rows. It is multiplied with at most
+        `whole_rows` positions at once.
         """
         self._hidden_PH, self._head_DH, self._softcap, self._kernels = hidden_PH, head_DH, softcap, kernels
         self._buffer = large_buffer(rows + beside, len(head_DH), dtype=hidden_PH.dtype, device=hidden_PH.device)
         none = torch.zeros(0, dtype=torch.int64, device=hidden_PH.device)
-        self._whole_head_VH, self._positions_U = whole_head_VH, none
+        self._whole_head_VH, self._whole_rows, self._positions_U = whole_head_VH, whole_rows, none
         self._whole: tuple[Tensor, Tensor] | None = None
         lse_U = hidden_PH.new_empty(0, dtype=torch.promote_types(hidden_PH.dtype, torch.float32))
         self.rows = TargetRows(self._logits(0), lse_U, none)
@@ -96,16 +98,13 @@ class TargetWindow:
         return self._whole
 
     def _figures(self, positions_X: Tensor) -> tuple[Tensor, Tensor]:
-        """The normaliser and the argmax over the whole vocabulary at these positions, in products no larger than the
-        window's buffer.
-        """
+        """The normaliser and the argmax over the whole vocabulary at these positions."""
         assert self._whole_head_VH is not None
         kernels = TorchKernels(compiled=False) if self._kernels is None else self._kernels
         lse: list[Tensor] = [self.rows.lse_U[:0]]
         argmax: list[Tensor] = [positions_X[:0]]
-        most = max(1, self._buffer.numel() // len(self._whole_head_VH))
-        for start in range(0, len(positions_X), most):
-            hidden_XH = self._hidden_PH[positions_X[start : start + most]]
+        for start in range(0, len(positions_X), self._whole_rows):
+            hidden_XH = self._hidden_PH[positions_X[start : start + self._whole_rows]]
             logits = Logits(hidden_XH @ self._whole_head_VH.mT, None, self._softcap)
             lse.append(kernels.normaliser(logits))
             argmax.append(kernels.argmax(logits))
