@@ -49,15 +49,26 @@ def plain(target: Any) -> Counts:
     return first_tokens(target, None, first_seed=0)
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize(
+    ("algorithm", "known"),
+    [
+        *((name, None) for name in ALGORITHMS),
+        ("eagle3", (0, 1, 3, 4, 6)),
+        pytest.param("dspark", (0, 1, 3, 4, 6), marks=pytest.mark.slow),
+    ],
+)
 def test_speculation_samples_as_the_target_does_and_a_broken_verifier_does_not(
     algorithm: str,
+    known: tuple[int, ...] | None,
     target: Any,
     plain: Counts,
     tiny_draft: Callable[..., DraftModel],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    draft = tiny_draft(algorithm, target).eval()
+    draft = tiny_draft(algorithm, target, vocab_size=known and len(known)).eval()
+    if draft.vocabulary is not None:
+        draft.vocabulary.choose(torch.tensor(known))
+        draft.adopt(target.model.embedding_weight(), target.model.head_weight())
     with torch.no_grad():
         for parameter in draft.parameters():
             if parameter.requires_grad and parameter.dim() == 2:

@@ -89,6 +89,7 @@ DRAFTS = {
     "eagle3": ("eagle3", {"num_layers": 1}),
     "eagle3, two layers": ("eagle3", {"num_layers": 2}),
     "eagle3, no head norms": ("eagle3", {"num_layers": 1, "qk_norm": False}),
+    "eagle3, reduced vocabulary": ("eagle3", {"num_layers": 1, "vocab_size": 300}),
 }
 
 
@@ -108,6 +109,8 @@ def _draft(target: Target, algorithm: str, options: dict[str, Any]) -> DraftMode
         made = evolve(made, markov=evolve(made.markov, rank=16))
     torch.manual_seed(5)
     draft = with_large_weights(registry.load("draft", algorithm)(made, target.adapter, (2, 6, 10))).eval()
+    if draft.vocabulary is not None:
+        draft.vocabulary.choose(torch.arange(300) * 3 + 1)
     draft.adopt(target.model.embedding_weight(), target.model.head_weight())
     return draft
 
@@ -123,7 +126,7 @@ def test_the_package_computes_what_the_draft_does(interpreter: Path, target: Tar
     with torch.no_grad():
         given, mine, confidence = made_up_round(draft, CONTEXT)
     found = _ask_the_package(interpreter, exported, _folder_of(target), tmp_path, draft, given)
-    logits = found["logits"][-len(given.proposed_K) :]
+    logits = draft.spread(found["logits"][-len(given.proposed_K) :])
     torch.testing.assert_close(logits.log_softmax(-1), mine, rtol=0, atol=2e-3)
     assert mine.exp().std() > 1e-3, "distributions that differ from token to token"
     if confidence is not None:

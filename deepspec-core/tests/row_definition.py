@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -83,6 +84,8 @@ def make(
     softcap: float | None = None,
     dtype: torch.dtype = torch.float64,
     train_head: bool = False,
+    draft_ids: Sequence[int] | None = None,
+    by_slot: bool = False,
     seed: int = 1,
 ) -> tuple[Rows, Heads, dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(seed)
@@ -91,13 +94,15 @@ def make(
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
     leaves = {"hidden": normal(N, H).requires_grad_(), "confidence": normal(N).requires_grad_()}
-    head = normal(V, H).requires_grad_(train_head)
-    target = normal(V, H) if train_head else head
+    columns = V if draft_ids is None else len(draft_ids)
+    slots = (K,) if by_slot else ()
+    head = normal(*slots, columns, H).requires_grad_(train_head)
+    target = normal(V, H) if train_head or draft_ids is not None or by_slot else head
     if train_head:
         leaves["head"] = head
     if correction:
         leaves["correction"] = normal(N, R).requires_grad_()
-        leaves["correction_head"] = normal(V, R).requires_grad_()
+        leaves["correction_head"] = normal(*slots, columns, R).requires_grad_()
     weight = torch.rand(N, generator=generator)
     weight[[2, 8, 9, 10, 11]] = 0.0
     rows = Rows(
@@ -111,7 +116,14 @@ def make(
         block=torch.arange(N) // K,
         extras={"confidence_logits": leaves["confidence"]},
     )
-    return rows, Heads(draft=head, target=target, correction=leaves.get("correction_head"), softcap=softcap), leaves
+    heads = Heads(
+        draft=head,
+        target=target,
+        correction=leaves.get("correction_head"),
+        softcap=softcap,
+        draft_ids=None if draft_ids is None else torch.tensor(draft_ids),
+    )
+    return rows, heads, leaves
 
 
 def naive(rows: Rows, heads: Heads, mix: Mapping[str, float], weighting: str) -> tuple[Tensor, Tensor]:
@@ -120,29 +132,40 @@ def naive(rows: Rows, heads: Heads, mix: Mapping[str, float], weighting: str) ->
     def cap(logits: Tensor) -> Tensor:
         return logits if heads.softcap is None else heads.softcap * torch.tanh(logits / heads.softcap)
 
-    base = cap(rows.hidden.double() @ heads.draft.double().T)
+    def project(row: Tensor, head: Tensor) -> Tensor:
+        row, head = row.double(), head.double()
+        return row @ head.T if head.dim() == 2 else torch.einsum("nh,nvh->nv", row, head[rows.slot])
+
+    base = cap(project(rows.hidden, heads.draft))
     draft = base
     if rows.correction is not None:
         assert heads.correction is not None
-        draft = base + rows.correction.double() @ heads.correction.double().T
+        draft = base + project(rows.correction, heads.correction)
     assert rows.target_hidden is not None
-    target = cap(rows.target_hidden.double() @ heads.target.double().T)[rows.target_index].softmax(-1)
+    whole = cap(rows.target_hidden.double() @ heads.target.double().T)[rows.target_index].softmax(-1)
+    labels = whole.argmax(-1) if rows.target_ids is None else rows.target_ids
+    inside = torch.ones_like(labels, dtype=torch.bool)
+    if heads.draft_ids is not None:
+        whole = whole[:, heads.draft_ids]
+        inside = (labels[:, None] == heads.draft_ids).any(-1)
+        labels = (labels[:, None] == heads.draft_ids).int().argmax(-1)
+    target = whole / whole.sum(-1, keepdim=True)
     q = draft.softmax(-1)
-    tv = (q - target).abs().sum(-1)
+    tv = (q - whole).abs().sum(-1) + (1 - whole.sum(-1))
     acceptance = 1 - tv.detach() / 2
     confidence = rows.extras["confidence_logits"].double().sigmoid()
-    assert rows.target_ids is not None
-    at = rows.target_ids[:, None]
-    ce = -q.gather(1, at)[:, 0].log()
+    at = labels[:, None]
+    unknown = -math.log(torch.finfo(torch.promote_types(rows.hidden.dtype, torch.float32)).tiny)
+    ce = torch.where(inside, -q.gather(1, at)[:, 0].log(), unknown)
     kl = (target * (target.log() - q.log())).sum(-1)
     values = {
         "ce": ce,
         "soft_ce": -(target * q.log()).sum(-1),
         "kl": kl,
         "tv": tv,
-        "lk": -torch.minimum(q, target).sum(-1).log(),
+        "lk": -torch.minimum(q, whole).sum(-1).log(),
         "confidence": -(acceptance * confidence.log() + (1 - acceptance) * (1 - confidence).log()),
-        "base": -base.softmax(-1).gather(1, at)[:, 0].log(),
+        "base": torch.where(inside, -base.softmax(-1).gather(1, at)[:, 0].log(), unknown),
         "blend": confidence * kl + (1 - confidence) * tv * ce,
     }
     weight = rows.weight.double()
@@ -153,6 +176,7 @@ def naive(rows: Rows, heads: Heads, mix: Mapping[str, float], weighting: str) ->
         passes = (0.5 + 0.5 * torch.exp(-ce.detach())).reshape(BLOCKS, K)
         survival = torch.where(there, passes, 1.0).cumprod(1) * there
         weight = weight * survival.flip(1).cumsum(1).flip(1).flatten()
+    weight = weight * inside
     total = torch.stack([weight * coefficient * values[name] for name, coefficient in mix.items()]).sum()
     return total, weight
 

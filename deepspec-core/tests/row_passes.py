@@ -3,6 +3,7 @@ should come to by softmax and autograd in float64."""
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 
@@ -48,7 +49,8 @@ def kernels_of(variant: tuple[str, str]) -> RowKernels:
 
 @frozen(kw_only=True)
 class Case:
-    """What a chunk is made of. `scale`: of the logits; The four booleans: which statistics are differentiated."""
+    """What a chunk is made of. `scale`: of the logits; ce to base: which statistics are differentiated; `part`: whether
+    the columns are part of the target's vocabulary."""
 
     rows: int = 5
     vocab: int = 1000
@@ -60,6 +62,7 @@ class Case:
     tv: bool = True
     base: bool = False
     scale: float = 3.0
+    part: bool = False
 
 
 CASES = {
@@ -76,12 +79,18 @@ CASES = {
     "float16": Case(dtype=torch.float16, correction=True, softcap=8.5),
     "disagreement": Case(scale=30.0),
     "soft-alone": Case(ce=False, tv=False, softcap=4.0),
+    "part-of-the-vocabulary": Case(vocab=4099, part=True),
+    "part-with-all": Case(vocab=4099, dtype=torch.bfloat16, correction=True, softcap=8.5, base=True, part=True),
+    "part-soft-alone": Case(ce=False, tv=False, part=True),
+    "part-tv-alone": Case(ce=False, soft=False, part=True),
     "tv-alone": Case(ce=False, soft=False, correction=True),
     "base-alone": Case(ce=False, soft=False, tv=False, base=True, correction=True),
 }
 # As drafts and targets lie in the engine's buffers, rows are further apart than they are long.
 PAD = 16
 FILL = 77.0
+# What tokens beyond the columns add to the normaliser.
+BEYOND = 0.4
 
 
 class Chunk:
@@ -130,7 +139,8 @@ def figures_of(kernels: RowKernels, chunk: Chunk) -> Figures:
     """Every pass, and the gradient of what arrives, with no more than that needs."""
     draft, incoming = chunk.draft, chunk.incoming
     lse_N, base_lse_N = kernels.normaliser(draft), kernels.normaliser(draft._replace(correction=None))
-    target = TargetRows(chunk.target, kernels.normaliser(chunk.target), chunk.target_row_N)
+    lse_U = kernels.normaliser(chunk.target)
+    target = TargetRows(chunk.target, lse_U, chunk.target_row_N, lse_U + BEYOND if chunk.case.part else None)
     argmax_N = kernels.argmax(draft)
     distance, divergence = (compare(draft, lse_N, target) for compare in (kernels.distance, kernels.divergence))
     kernels.gradient(
@@ -169,11 +179,12 @@ def definition(chunk: Chunk) -> Figures:
     log_q = logits.log_softmax(-1)
     log_p = cap(chunk.target.product.double().cpu()).log_softmax(-1)[chunk.target_row_N.cpu()]
     q, p = log_q.exp(), log_p.exp()
-    tv, soft_ce = (q - p).abs().sum(-1), -(p * log_q).sum(-1)
+    whole_p = p * math.exp(-BEYOND) if case.part else p
+    tv, soft_ce = (q - whole_p).abs().sum(-1), -(p * log_q).sum(-1)
     distance = Distance(
         tv=tv,
-        overlap=torch.minimum(q, p).sum(-1),
-        below=torch.where(q < p, q, torch.where(q == p, q / 2, 0.0)).sum(-1),
+        overlap=torch.minimum(q, whole_p).sum(-1),
+        below=torch.where(q < whole_p, q, torch.where(q == whole_p, q / 2, 0.0)).sum(-1),
     )
     divergence = Divergence(soft_ce=soft_ce, kl=(p * (log_p - log_q)).sum(-1))
 

@@ -93,6 +93,9 @@ def test_samples_come_back_bit_for_bit(tmp_path: Path, dtype: str) -> None:
     assert reader.lengths() == [len(make_sample(index).input_ids) for index in range(10)]
     for index in (9, 0, 5, 4, 3, 9):
         _same(reader[index], make_sample(index, torch_dtype(dtype)))
+        bare = reader.tokens_of(index)
+        assert bare.features is None
+        _same(evolve(bare, features=reader[index].features), reader[index])
     with pytest.raises(IndexError):
         reader[10]
 

@@ -65,7 +65,6 @@ def test_mistakes_of_a_default_loss_are_the_plugin_s(tmp_path: Path, toy: Any) -
 @pytest.mark.parametrize(
     ("hook", "spec"),
     [
-        ("losses", "ComponentSpec"),
         ("cache_formats", "ComponentSpec"),
         ("feature_sources", "ComponentSpec"),
         ("tasks", "TaskSpec"),

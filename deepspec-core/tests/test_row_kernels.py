@@ -160,14 +160,17 @@ def test_no_rows(variant: tuple[str, str]) -> None:
     assert [len(one) for one in (found.lse_N, found.argmax_N, *compared(found))] == [0] * 7
 
 
+@pytest.mark.parametrize("reduced", [False, True])
 @pytest.mark.parametrize("variant", [TRITON])
-def test_the_row_engine_comes_to_the_same_as_by_autograd(variant: tuple[str, str]) -> None:
+def test_the_row_engine_comes_to_the_same_as_by_autograd(variant: tuple[str, str], reduced: bool) -> None:
     generator, device = torch.Generator().manual_seed(2), variant[1]
     leaves = {
         name: torch.randn(shape, generator=generator).to(device).requires_grad_()
         for name, shape in {"hidden": (9, 8), "correction": (9, 4), "after": (300, 4), "confidence": (9,)}.items()
     }
-    head = torch.randn(300, 8, generator=generator).to(device)
+    head = target = torch.randn(300, 8, generator=generator).to(device)
+    if reduced:
+        target = torch.randn(400, 8, generator=generator).to(device)
     weight = torch.rand(9, generator=generator)
     weight[4] = 0.0  # not there, so neither is what it holds
     leaves["hidden"].detach()[4] = float("nan")
@@ -182,7 +185,8 @@ def test_the_row_engine_comes_to_the_same_as_by_autograd(variant: tuple[str, str
         block=torch.arange(9, device=device) // 3,
         extras={"confidence_logits": leaves["confidence"]},
     )
-    heads = Heads(draft=head, target=head, correction=leaves["after"], softcap=10.0)
+    ids_D = torch.arange(300, device=device) + 50 if reduced else None
+    heads = Heads(draft=head, target=target, correction=leaves["after"], softcap=10.0, draft_ids=ids_D)
     terms = {
         "ce": (CrossEntropy(), 0.1),
         "tv": (TotalVariation(), 0.9),

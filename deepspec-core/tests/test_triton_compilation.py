@@ -83,7 +83,16 @@ def test_kernels_compile_for_a_gpu(compile_for: Callable[..., dict[str, Any]], f
     """Optional parts all there or all absent. With a vocabulary of whole vectors, loads are of 128 bits."""
     softcap = 30.0 if full else None
     compiled = compile_for(
-        Case(vocab=20000, dtype=torch.bfloat16, correction=full, base=full, softcap=softcap, soft=full, tv=full)
+        Case(
+            vocab=20000,
+            dtype=torch.bfloat16,
+            correction=full,
+            base=full,
+            softcap=softcap,
+            soft=full,
+            tv=full,
+            part=full,
+        )
     )
     # The normaliser of the draft, and where that has a correction, of the draft without it.
     expected = ["argmax", "distance", "divergence", "gradient", "normaliser"] + ["normaliser"] * full

@@ -62,7 +62,7 @@ def test_teacher_forcing_the_drawn_tokens_gives_what_drew_them(make_model: MakeM
 
 def test_the_recurrent_state_runs_inside_one_block() -> None:
     torch.manual_seed(0)
-    head = RecurrentHead(vocab_size=9, hidden_size=5, rank=3)
+    head = RecurrentHead(vocab_size=9, head_rows=9, hidden_size=5, rank=3)
     hidden, embedded = torch.randn(2, 4, 5), torch.randn(2, 4, 3)
     state, stepwise = head.start(embedded[:, 0]), []
     for slot in range(4):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from attrs import evolve
 from safetensors.torch import load_file
 
@@ -31,6 +32,7 @@ DRAFTS = {
     "eagle3 of llama": ("eagle3", "llama", {"num_layers": 1}),
     "eagle3 of mistral, window": ("eagle3", "mistral", {"num_layers": 1, "layer": {"window": 6}}),
     "eagle3, window": ("eagle3", "qwen3", {"num_layers": 1, "layer": {"window": 6}}),
+    "eagle3, reduced vocabulary": ("eagle3", "llama", {"num_layers": 1, "vocab_size": 20}),
 }
 # What an engine cannot serve: test_refusals.py has the reasons.
 REFUSED = {
@@ -74,6 +76,33 @@ def test_what_is_exported_was_read_back_and_replayed(
     text = (folder / "README.md").read_text()
     assert "org/target" in text
     assert '"DIR"' in text or "path DIR" in text
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_a_reduced_vocabulary_is_told_by_offsets(drafted: Callable[..., Any], tmp_path: Path, format_name: str) -> None:
+    algorithm, family, options = DRAFTS["eagle3, reduced vocabulary"]
+    made = drafted(algorithm, family, **options)
+    ids_D = torch.arange(20) * 2 + 1
+    made.draft.vocabulary.choose(ids_D)
+    folder = made.export(format_name, tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    assert json.loads((folder / "config.json").read_text())["draft_vocab_size"] == 20
+    assert torch.equal(weights["d2t"] + torch.arange(20), ids_D)
+    assert weights["d2t"].dtype == torch.int64
+    assert weights["t2d"].nonzero()[:, 0].tolist() == ids_D.tolist()
+    assert torch.equal(weights["lm_head.weight"], made.draft.lm_head.weight)
+    assert "20 of the target's 48 tokens" in (folder / "README.md").read_text()
+
+
+def test_a_reduced_vocabulary_keeps_its_ids_in_the_published_layout(
+    drafted: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Also where weights are stored in bfloat16, which holds few whole numbers."""
+    algorithm, family, options = DRAFTS["eagle3, reduced vocabulary"]
+    made = drafted(algorithm, family, **options)
+    made = evolve(made, facts=evolve(made.facts, config={**made.facts.config, "dtype": "bfloat16"}))
+    weights = load_file(made.export("deepspec", tmp_path) / "model.safetensors")
+    assert torch.equal(weights["draft_ids"], torch.arange(20))
 
 
 def test_layers_are_numbered_as_each_engine_counts(drafted: Callable[..., Any], tmp_path: Path) -> None:

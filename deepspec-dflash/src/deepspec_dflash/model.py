@@ -3,8 +3,9 @@
 `forward` is pure: which blocks and slots there are was decided by grid.GridPreparation. Drafts that add heads
 to the same backbone subclass DFlashModel, extend `rows`, and say so in `config` and their description.
 
-Legend: B sequences, T tokens, C = taps * H, H hidden size, V vocabulary, N live blocks, S slots of a block,
-K predictions of a block (S, or S - 1 where the anchor's slot predicts nothing), R rows, P distinct target positions.
+Legend: B sequences, T tokens, C = taps * H, H hidden size, V the target's vocabulary, D the draft's, N live blocks,
+S slots of a block, K predictions of a block (S, or S - 1 where the anchor's slot predicts nothing), R rows, P distinct
+target positions.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from deepspec_core.contracts.draft import DraftBatch, DraftDescription, DraftMod
 from deepspec_core.contracts.rows import Heads, Rows
 from deepspec_core.contracts.target import TargetAdapter
 from deepspec_core.errors import ConfigError
+from deepspec_core.layers.draft_vocabulary import KEY, DraftVocabulary
 from deepspec_core.layers.softcap import softcapped
 from deepspec_core.layers.window import window_of_layers
 from deepspec_core.preparation.anchors import anchored_rows
@@ -46,7 +48,10 @@ class DFlashModel(DraftModel):
         self.num_target_layers = architecture.num_layers
         self.softcap = architecture.logit_softcap
         self.embed_tokens = adapter.embedding().requires_grad_(False)
-        self.lm_head = nn.Linear(architecture.hidden_size, architecture.vocab_size, bias=False).requires_grad_(False)
+        if options.vocab_size is not None:
+            self.vocabulary = DraftVocabulary(options.vocab_size, architecture)
+        self.head_rows = options.vocab_size or architecture.vocab_size
+        self.lm_head = nn.Linear(architecture.hidden_size, self.head_rows, bias=False).requires_grad_(False)
         self.backbone = DFlashBackbone(adapter, num_layers=options.num_layers, num_taps=len(taps))
         self.window = window_of_layers(
             self.backbone.draft_layers(), least=options.block_size, because="[draft] block_size"
@@ -91,7 +96,11 @@ class DFlashModel(DraftModel):
         return output_NSH[:, -self.options.num_predictions :]
 
     def logits(self, hidden_H: Tensor) -> Tensor:
-        """softcap(lm_head(h)), [..., H] -> [..., V]."""
+        """softcap(lm_head(h)), [..., H] -> [..., V]; -inf for tokens that the draft does not know."""
+        return self.spread(self.known_logits(hidden_H))
+
+    def known_logits(self, hidden_H: Tensor) -> Tensor:
+        """The same of the tokens that the draft knows, [..., H] -> [..., D]."""
         return softcapped(self.lm_head(hidden_H), self.softcap)
 
     @property
@@ -101,8 +110,8 @@ class DFlashModel(DraftModel):
         return self.options.mask_token_id
 
     def heads(self) -> Heads:
-        """One frozen projection for draft and target."""
-        return Heads(draft=self.lm_head.weight, target=self.lm_head.weight, softcap=self.softcap)
+        """One frozen projection for draft and target; of a reduced vocabulary, some of its rows for the draft."""
+        return self.shared_heads(softcap=self.softcap)
 
     def proposer(self) -> DFlashProposer:
         """The decoding side, sharing these weights."""
@@ -122,7 +131,7 @@ class DFlashModel(DraftModel):
             num_layers=self.options.num_layers,
             anchor_predicts=self.options.anchor_predicts,
             causal=False,
-            weight_names=self.backbone.names("backbone"),
+            weight_names={**self.backbone.names("backbone"), "vocabulary.ids": KEY},
             config=self.config(),
             window=self.window,
             gives_confidence=False,
@@ -130,7 +139,7 @@ class DFlashModel(DraftModel):
 
     def config(self) -> dict[str, Any]:
         """What is added to config.json."""
-        return {
+        config = {
             "target_layer_ids": list(self.taps),
             "num_target_layers": self.num_target_layers,
             "block_size": self.options.block_size,
@@ -140,6 +149,7 @@ class DFlashModel(DraftModel):
             "enable_confidence_head": False,
             "markov_rank": 0,
         }
+        return config if self.vocabulary is None else config | {"draft_vocab_size": self.options.vocab_size}
 
 
 def _mask_token(options: DFlashOptions, adapter: TargetAdapter) -> int:

@@ -31,6 +31,8 @@ class DFlashOptions:
     mask_token_id: The token that fills the slots after the anchor. Left out: the target's own mask token.
     anchor_predicts: On: every slot, the anchor's too, predicts the token after its own position. Off: the anchor's slot
         predicts nothing, and every other slot predicts the token at its own position, as in the original DFlash.
+    vocab_size: The number of tokens that can be proposed: those that the run's answers have most of. Fewer take less
+        time a round. Left out: the target's.
     """
 
     block_size: int = field(default=7, validator=whole(1, 1024))
@@ -38,6 +40,7 @@ class DFlashOptions:
     num_anchors: int = field(default=512, validator=whole(1, 2**20))
     mask_token_id: int | None = field(default=None, validator=optional(whole(0)))
     anchor_predicts: bool = field(default=True, validator=[instance_of(bool), _leaves_a_prediction])
+    vocab_size: int | None = field(default=None, validator=optional(whole(1, 2**31)))
 
     @property
     def num_predictions(self) -> int:
@@ -69,6 +72,7 @@ def backbone_keys(config: Mapping[str, Any]) -> dict[str, Any]:
         "num_anchors": config["num_anchors"],
         "mask_token_id": config["mask_token_id"],
         "anchor_predicts": config.get("sample_from_anchor", True),
+        "vocab_size": config.get("draft_vocab_size"),
     }
 
 

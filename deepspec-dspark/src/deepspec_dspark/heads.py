@@ -3,7 +3,7 @@
 Know the backbone's outputs and previous tokens; not blocks, losses, nor how tokens are drawn. Attributes are named as
 published checkpoints name their weights.
 
-Legend: ... any leading dimensions, N blocks, K slots, H hidden size, V vocabulary, r rank.
+Legend: ... any leading dimensions, N blocks, K slots, H hidden size, V the target's vocabulary, D the draft's, r rank.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from deepspec_core.layers.decoder_layer import initialise
 class MarkovHead(nn.Module):
     """correction = W1[previous token], [..., r]; the logits gain W2 correction. The base of the other two."""
 
-    def __init__(self, vocab_size: int, hidden_size: int, rank: int) -> None:
+    def __init__(self, vocab_size: int, head_rows: int, hidden_size: int, rank: int) -> None:
+        """Any of `vocab_size` tokens, V, may come before a slot; `head_rows` are corrected, D."""
         super().__init__()
         self.rank = rank
         self.markov_w1 = nn.Embedding(vocab_size, rank)
-        self.markov_w2 = nn.Linear(rank, vocab_size, bias=False)
+        self.markov_w2 = nn.Linear(rank, head_rows, bias=False)
 
     def forward(self, hidden_NKH: Tensor, embedded_NKr: Tensor) -> Tensor:
         """The corrections [N, K, r] of whole blocks, given W1 of the token before every slot."""
@@ -40,8 +41,8 @@ class MarkovHead(nn.Module):
 class GatedHead(MarkovHead):
     """correction = sigmoid(gate_proj([h ; e])) * e, where e = W1[previous token]."""
 
-    def __init__(self, vocab_size: int, hidden_size: int, rank: int) -> None:
-        super().__init__(vocab_size, hidden_size, rank)
+    def __init__(self, vocab_size: int, head_rows: int, hidden_size: int, rank: int) -> None:
+        super().__init__(vocab_size, head_rows, hidden_size, rank)
         self.gate_proj = nn.Linear(hidden_size + rank, rank)
 
     def step(self, hidden_H: Tensor, embedded_r: Tensor, state_r: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,8 +58,8 @@ class RecurrentHead(MarkovHead):
     correction = tanh(out).
     """
 
-    def __init__(self, vocab_size: int, hidden_size: int, rank: int) -> None:
-        super().__init__(vocab_size, hidden_size, rank)
+    def __init__(self, vocab_size: int, head_rows: int, hidden_size: int, rank: int) -> None:
+        super().__init__(vocab_size, head_rows, hidden_size, rank)
         self.joint_proj = nn.Linear(2 * rank + hidden_size, 3 * rank)
 
     def forward(self, hidden_NKH: Tensor, embedded_NKr: Tensor) -> Tensor:
@@ -99,8 +100,10 @@ class ConfidenceHead(nn.Module):
 _HEADS = {"vanilla": MarkovHead, "gated": GatedHead, "rnn": RecurrentHead}
 
 
-def new_markov_head(head: str, *, vocab_size: int, hidden_size: int, rank: int, std: float) -> MarkovHead:
+def new_markov_head(
+    head: str, *, vocab_size: int, head_rows: int, hidden_size: int, rank: int, std: float
+) -> MarkovHead:
     """A Markov head of this kind, with new weights."""
-    made = _HEADS[head](vocab_size, hidden_size, rank)
+    made = _HEADS[head](vocab_size, head_rows, hidden_size, rank)
     initialise(made, std)
     return made

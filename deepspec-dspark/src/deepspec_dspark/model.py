@@ -38,6 +38,7 @@ class DSparkModel(DFlashModel):
             self.markov_head = new_markov_head(
                 markov.head,
                 vocab_size=architecture.vocab_size,
+                head_rows=self.head_rows,
                 hidden_size=architecture.hidden_size,
                 rank=markov.rank,
                 std=architecture.initializer_range,

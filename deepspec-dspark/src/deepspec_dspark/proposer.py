@@ -1,6 +1,7 @@
 """Decoding: DFlash's backbone pass, then tokens slot by slot, each slot's logits corrected by the token before it.
 
-Legend: B slots in a call, K predictions of a block, H hidden size, V vocabulary, r rank of the correction.
+Legend: B slots in a call, K predictions of a block, H hidden size, V the target's vocabulary, D the draft's, r rank of
+the correction.
 """
 
 from __future__ import annotations
@@ -21,6 +22,14 @@ class CorrectedDraft(BlockDraft, Protocol):
     """What proposing needs beyond a block draft's: the head that corrects logits, and confidence in slots."""
 
     markov_head: MarkovHead | None
+
+    def known_logits(self, hidden_H: Tensor) -> Tensor:
+        """[..., H] -> [..., D]."""
+        ...
+
+    def spread(self, logits_D: Tensor) -> Tensor:
+        """[..., D] -> [..., V]."""
+        ...
 
     def embed_previous(self, previous: Tensor) -> Tensor | None:
         """[...] -> [..., r], or None without a Markov head."""
@@ -60,14 +69,14 @@ class DSparkProposer(DFlashProposer):
         sampling: Sampling,
         uniforms_BK: Tensor,
     ) -> Proposal:
-        base_BKV = self.model.logits(hidden_BKH)
+        base_BKD = self.model.known_logits(hidden_BKH)
         previous_B, state_Br = last_B, None
         tokens, probabilities = [], []
         for slot in range(self.max_tokens):
             embedded_Br = markov.markov_w1(previous_B)
             state_Br = markov.start(embedded_Br) if state_Br is None else state_Br
             correction_Br, state_Br = markov.step(hidden_BKH[:, slot], embedded_Br, state_Br)
-            logits_BV = base_BKV[:, slot] + markov.markov_w2(correction_Br)
+            logits_BV = self.model.spread(base_BKD[:, slot] + markov.markov_w2(correction_Br))
             if sampling.temperature == 0:
                 previous_B = logits_BV.argmax(-1)
             else:

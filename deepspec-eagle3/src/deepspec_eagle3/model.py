@@ -4,7 +4,7 @@ Knows how steps follow each other, how documents lie in a batch, and the facts a
 drafter.py's, the attention pattern attention.py's, what counts is preparation.py's.
 
 Legend: B sequences, T tokens, M documents, N indices later steps run over, R rows, P distinct target positions,
-C = taps * H, H hidden size, V vocabulary, h query heads, G kv heads, D head size.
+C = taps * H, H hidden size, V the target's vocabulary, D the draft's, h query heads, G kv heads, D head size.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from deepspec_core.contracts.draft import DraftBatch, DraftDescription, DraftMod
 from deepspec_core.contracts.rows import Heads, Rows
 from deepspec_core.contracts.target import TargetAdapter
 from deepspec_core.layers.decoder_layer import initialise
+from deepspec_core.layers.draft_vocabulary import KEY, DraftVocabulary
 from deepspec_core.layers.softcap import softcapped
 from deepspec_core.layers.window import window_of_layers
 from deepspec_eagle3.attention import KeysValues, StepLayout, attend_first, attend_later
@@ -46,7 +47,10 @@ class Eagle3Model(DraftModel):
         self.num_target_layers = architecture.num_layers
         self.softcap = architecture.logit_softcap
         self.embed_tokens = adapter.embedding().requires_grad_(False)
-        self.lm_head = nn.Linear(architecture.hidden_size, architecture.vocab_size, bias=False).requires_grad_(False)
+        if options.vocab_size is not None:
+            self.vocabulary = DraftVocabulary(options.vocab_size, architecture)
+        head_rows = options.vocab_size or architecture.vocab_size
+        self.lm_head = nn.Linear(architecture.hidden_size, head_rows, bias=False).requires_grad_(False)
         initialise(self.lm_head, architecture.initializer_range)
         self.drafter = Eagle3Drafter(
             adapter, num_layers=options.num_layers, num_taps=len(taps), qk_norm=options.qk_norm
@@ -126,12 +130,12 @@ class Eagle3Model(DraftModel):
         return state0_BTH, later
 
     def logits(self, hidden_H: Tensor) -> Tensor:
-        """softcap(lm_head(h)) of normed outputs, [..., H] -> [..., V]."""
-        return softcapped(self.lm_head(hidden_H), self.softcap)
+        """softcap(lm_head(h)) of normed outputs, [..., H] -> [..., V]; -inf for tokens that the draft does not know."""
+        return self.spread(softcapped(self.lm_head(hidden_H), self.softcap))
 
     def heads(self) -> Heads:
-        """One frozen projection for draft and target."""
-        return Heads(draft=self.lm_head.weight, target=self.lm_head.weight, softcap=self.softcap)
+        """One frozen projection for draft and target; of a reduced vocabulary, some of its rows for the draft."""
+        return self.shared_heads(softcap=self.softcap)
 
     def proposer(self) -> Eagle3Proposer:
         """The decoding side, sharing these weights."""
@@ -147,7 +151,7 @@ class Eagle3Model(DraftModel):
             num_layers=self.options.num_layers,
             anchor_predicts=True,
             causal=True,
-            weight_names=self.drafter.names("drafter"),
+            weight_names={**self.drafter.names("drafter"), "vocabulary.ids": KEY},
             config=self.config(),
             window=self.window,
             gives_confidence=False,
@@ -163,6 +167,8 @@ class Eagle3Model(DraftModel):
             "draft_num_hidden_layers": self.options.num_layers,
             "target_model_name_or_path": self.options.target_name,
         }
+        if self.options.vocab_size is not None:
+            published["draft_vocab_size"] = self.options.vocab_size
         return published if self.options.qk_norm else published | {"qk_norm": False}
 
 

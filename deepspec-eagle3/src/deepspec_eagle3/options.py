@@ -33,6 +33,8 @@ class Eagle3Options:
         label and the tokens between are of one answer, as in decoding.
     num_anchors: So many positions of a sample, drawn anew in every epoch, are trained at, and weigh accordingly more.
         Left out: all. The cost of the later steps and of the logits is proportional to it.
+    vocab_size: The number of tokens that can be proposed: those that the run's answers have most of. Fewer take less
+        time a step. Published drafts of other projects have 32,000. Left out: the target's.
     qk_norm: Keep the family's query and key norms. Off gives the layout that serving engines know.
     target_name: What config.json names as the target. Left out: where the target was loaded from.
     """
@@ -43,6 +45,7 @@ class Eagle3Options:
     normaliser: Normaliser = field(default="sequence", validator=in_(("sequence", "padded_batch")))
     count: Count = field(default="published", validator=in_(("published", "labels")))
     num_anchors: int | None = field(default=None, validator=optional(whole(1, 2**20)))
+    vocab_size: int | None = field(default=None, validator=optional(whole(1, 2**31)))
     qk_norm: bool = field(default=True, validator=instance_of(bool))
     target_name: str | None = field(default=None, validator=optional(instance_of(str)))
 
@@ -63,6 +66,7 @@ def options_of(config: Mapping[str, Any]) -> tuple[Eagle3Options, tuple[int, ...
             ttt_length=config["ttt_length"],
             step_decay=config["step_loss_decay"],
             num_layers=config["draft_num_hidden_layers"],
+            vocab_size=config.get("draft_vocab_size"),
             qk_norm=config.get("qk_norm", True),
             target_name=config.get("target_model_name_or_path"),
         )

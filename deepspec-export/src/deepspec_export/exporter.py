@@ -18,10 +18,11 @@ from deepspec_core.checkpoints.published import published_weights
 from deepspec_core.contracts.draft import DraftModel
 from deepspec_core.contracts.export import ExportFacts
 from deepspec_core.errors import ExportError
+from deepspec_core.layers.draft_vocabulary import KEY as DRAFT_IDS
 from deepspec_export import sglang, speculators, vllm
 from deepspec_export.card import card
 from deepspec_export.record import CARD, RECORD, record, write_json
-from deepspec_export.served import SHARED, STAND_IN_RANK, Served, draft_as_served
+from deepspec_export.served import KNOWN, OFFSETS, SHARED, STAND_IN_RANK, Served, draft_as_served
 from deepspec_export.verification import CONFIG, WEIGHTS, refuse_paths, verify
 
 _W1: Final = "markov_head.markov_w1.weight"
@@ -88,11 +89,17 @@ def speculators_exporter() -> EngineExporter:
 def _weights(draft: DraftModel, served: Served, facts: ExportFacts, *, whole: bool) -> dict[str, Tensor]:
     """The export's tensors, in the dtype that the checkpoint stores."""
     dtype = getattr(torch, facts.config["dtype"])
+    # The rows of a reduced vocabulary are the target's, but no engine picks them.
+    shared = SHARED[:1] if served.reduced else SHARED
     tensors = {
-        name: tensor.to("cpu", dtype).contiguous()
+        name: tensor.to("cpu", dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
         for name, tensor in published_weights(draft).items()
-        if whole or name not in SHARED
+        if whole or name not in shared
     }
+    ids_D = tensors.pop(DRAFT_IDS, None)
+    if ids_D is not None and served.reduced:
+        tensors[OFFSETS] = ids_D - torch.arange(len(ids_D))
+        tensors[KNOWN] = torch.zeros(served.vocab_size, dtype=torch.bool).index_fill_(0, ids_D, True)
     if served.markov_rank and _W1 not in tensors:
         tensors[_W1] = torch.zeros(served.vocab_size, STAND_IN_RANK, dtype=dtype)
         tensors[_W2] = torch.zeros(served.draft_vocab_size, STAND_IN_RANK, dtype=dtype)
@@ -108,6 +115,11 @@ def _notes(served: Served, facts: ExportFacts) -> list[str]:
         notes.append(
             "The draft has no Markov head, and its anchor's slot predicts, which engines know of DSpark only. It is "
             "written as DSpark with a Markov head of rank 1 whose weights are zero, which adds nothing."
+        )
+    if served.reduced:
+        notes.append(
+            f"The draft proposes from {served.draft_vocab_size:,} of the target's {served.vocab_size:,} tokens. "
+            f"`{OFFSETS}` has for each of its logits the token's id less the logit's place, as engines read it."
         )
     if facts.target is not None and facts.target.local:
         notes.append(f"The target was a local directory, and is named by its last part, {facts.target.name}.")

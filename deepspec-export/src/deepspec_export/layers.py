@@ -69,6 +69,11 @@ def block_draft_unlike_engine(facts: ExportFacts, *, engine: str) -> str | None:
     """As unlike_any_engine, for DFlash and DSpark, whose layers are Qwen3's in every engine."""
     if reason := unlike_any_engine(facts, engine=engine):
         return reason
+    if facts.config.get("draft_vocab_size"):
+        return (
+            f"whether {engine} maps the tokens of a DFlash or DSpark draft's reduced vocabulary as this one's was not "
+            f"tried. Train without [draft] vocab_size, or export an Eagle3 draft. {_OURS}"
+        )
     if has_head_norms(facts):
         return None
     return (

@@ -35,7 +35,10 @@ class PublishedExporter:
         """Write config.json, the weights, export.json and README.md; ExportError where a file is not as written."""
         config = _config(facts)
         dtype = getattr(torch, facts.config["dtype"])
-        tensors = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in published_weights(draft).items()}
+        tensors = {
+            name: tensor.to("cpu", dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
+            for name, tensor in published_weights(draft).items()
+        }
         write_json(out / CONFIG, config)
         save_file(tensors, out / WEIGHTS, metadata={"format": "pt"})
         assert json.loads((out / CONFIG).read_text(encoding="utf-8")) == config, "JSON gives back what it was given"

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from deepspec_export.served import Served
+from deepspec_export.served import OFFSETS, Served
 
 
 @frozen(kw_only=True, eq=False)
@@ -121,7 +121,7 @@ def _chain(net: _Network, features_TC: Tensor, embedding_VH: Tensor, head_VH: Te
         if served.window is not None:
             seen &= at[None, :] > at[:, None] - served.window
         output_H = _eagle3_layers(net, hidden_TH, embedding_VH[ids[:length]], at, seen)[-1]
-        logits.append(net.norm(output_H[None], "norm")[0] @ head_VH.T)
+        logits.append(net.of_all_tokens(net.norm(output_H[None], "norm")[0] @ head_VH.T))
         hidden_TH = torch.cat([hidden_TH, output_H[None]])
     return Distributions(log_probabilities_KV=torch.stack(logits).log_softmax(-1))
 
@@ -138,11 +138,19 @@ def _eagle3_layers(net: _Network, hidden_TH: Tensor, embedded_TH: Tensor, at: Te
 
 
 class _Network:
-    """The parts of a layer."""
+    """The parts of a layer, and of what follows the last."""
 
     def __init__(self, served: Served, weights: Mapping[str, Tensor]) -> None:
         self.served, self.weights = served, weights
         self.inverse_frequencies, self.factor = rotary_frequencies(served)
+
+    def of_all_tokens(self, logits_D: Tensor) -> Tensor:
+        """Logits of a reduced vocabulary among those of all tokens, as the export's offsets say."""
+        offsets_D = self.weights.get(OFFSETS)
+        if offsets_D is None:
+            return logits_D
+        ids_D = torch.arange(len(offsets_D)) + offsets_D
+        return torch.full((self.served.vocab_size,), -torch.inf).index_copy(0, ids_D, logits_D)
 
     def norm(self, x: Tensor, name: str) -> Tensor:
         """RMSNorm over the last dimension."""

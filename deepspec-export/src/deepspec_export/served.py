@@ -4,7 +4,7 @@ Every format is written from a Served, and read back to one by the rules of its 
 speculators.py), with the engine's defaults for keys that are absent. Knows the conventions that differ between engines
 by name; not where any engine keeps them.
 
-Legend: H hidden size, V vocabulary, r rank of the Markov head.
+Legend: H hidden size, V the target's vocabulary, D the draft's, r rank of the Markov head.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ Method = Literal["eagle3", "dflash", "dspark"]
 
 SHARED: Final = ("embed_tokens.weight", "lm_head.weight")
 """Weights that are the target's own: an engine shares them with the target where an export leaves them out."""
+HEAD: Final = SHARED[1]
+OFFSETS, KNOWN = "d2t", "t2d"
+"""Of a reduced vocabulary: [D] int64, the target's token of column i less i; [V] bool, which tokens the draft knows."""
 STAND_IN_RANK: Final = 1
 """The rank of the Markov head of zeros that a draft without one is given, where an engine asks for one."""
 
@@ -68,6 +71,11 @@ class Served:
     confidence: bool
     confidence_with_markov: bool
 
+    @property
+    def reduced(self) -> bool:
+        """Whether the draft knows some of the target's tokens only, and so has an lm_head of its own."""
+        return self.draft_vocab_size < self.vocab_size
+
     def weights(self) -> dict[str, tuple[int, ...]]:
         """The weights that the engine needs of an export, by name, without those that it shares with the target."""
         hidden, heads = self.hidden_size, self.num_heads * self.head_dim
@@ -94,6 +102,9 @@ class Served:
             }
             if self.head_norms:
                 needed |= {f"{layer}.self_attn.{name}_norm.weight": (self.head_dim,) for name in "qk"}
+        if self.reduced:
+            needed[HEAD] = (self.draft_vocab_size, hidden)
+            needed |= {OFFSETS: (self.draft_vocab_size,), KNOWN: (self.vocab_size,)}
         return needed | self._heads()
 
     def _heads(self) -> dict[str, tuple[int, ...]]:
@@ -138,7 +149,7 @@ def draft_as_served(facts: ExportFacts) -> Served:
         num_kv_heads=config["num_key_value_heads"],
         head_dim=config["head_dim"],
         vocab_size=config["vocab_size"],
-        draft_vocab_size=config["vocab_size"],
+        draft_vocab_size=config.get("draft_vocab_size") or config["vocab_size"],
         norm_eps=config["rms_norm_eps"],
         activation=config["hidden_act"],
         attention_bias=bool(config.get("attention_bias")),

@@ -52,7 +52,7 @@ def config(served: Served, facts: ExportFacts) -> dict[str, Any]:
         return keys | {
             "architectures": [_EAGLE3],
             # None: the target's lm_head.
-            "draft_vocab_size": None,
+            "draft_vocab_size": served.draft_vocab_size if served.reduced else None,
             "eagle_config": {
                 "use_aux_hidden_state": True,
                 "eagle_aux_hidden_state_layer_ids": list(served.feature_layers),

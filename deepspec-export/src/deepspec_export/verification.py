@@ -134,7 +134,7 @@ def _replayed(folder: Path, served: Served, tensors: Mapping[str, Tensor], draft
     context = _PROMPT if served.window is None else min(served.window, _MOST_CONTEXT) + _PROMPT
     with torch.no_grad():
         given, mine_KV, confidence_K = made_up_round(draft, context)
-        weights = {name: tensor.float() for name, tensor in tensors.items()}
+        weights = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
         shared = (weights.get(SHARED[0], draft.embed_tokens.weight), weights.get(SHARED[1], draft.lm_head.weight))
         assert isinstance(shared[0], Tensor)
         theirs = replay(served, weights, shared[0], shared[1], given)

@@ -63,7 +63,7 @@ def is_published(folder: Path) -> bool:
 
 
 class BinaryV2Layout:
-    """sharded.ShardLayout."""
+    """shard_layout.ShardLayout."""
 
     format = FORMAT
     suffix = ".bin"
@@ -108,7 +108,7 @@ class BinaryV2Layout:
 
 
 class _NewShard:
-    """sharded.NewShard."""
+    """shard_layout.NewShard."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("xb")
@@ -136,7 +136,7 @@ class _NewShard:
 
 
 class OpenShard:
-    """sharded.OpenShard. A shard without original lengths, as others write it, has samples that were not cut."""
+    """shard_layout.OpenShard. A shard without original lengths, as others write it, has samples that were not cut."""
 
     def __init__(self, path: Path, header: CacheHeader, lengths: Sequence[int]) -> None:
         self._lengths = lengths
@@ -154,24 +154,26 @@ class OpenShard:
         self._bytes = np.memmap(path, dtype=np.uint8, mode="r") if size else np.zeros(0, dtype=np.uint8)
         self._original = self._bytes[end:].view("<i8") if size > end else np.array(lengths)
 
-    def read(self, row: int) -> tuple[Any, Any, int, torch.Tensor, torch.Tensor]:
-        """The sample's arrays, copied out of the file."""
-        length, begin = self._lengths[row], int(self._begins[row])
-        parts = []
-        for width in self._widths:
-            # Copied: a sample may begin at an odd byte, and must outlive the mapping.
-            parts.append(np.array(self._bytes[begin : begin + length * width]))
-            begin += length * width
-        ids, attention, mask, hidden, last_hidden = parts
+    def tokens(self, row: int) -> tuple[Any, Any, int]:
+        """The first three arrays; KeyError for padding, which has no place in a cache."""
+        ids, attention, mask = (self._part(row, array) for array in range(3))
         if not attention.all():
-            raise KeyError("a sample with padding (attention_mask 0), which has no place in a cache")
-        return (
-            ids.view("<i4"),
-            mask,
-            int(self._original[row]),
-            torch.from_numpy(hidden).view(torch.bfloat16).reshape(length, -1),
-            torch.from_numpy(last_hidden).view(torch.bfloat16).reshape(length, -1),
+            raise KeyError("a sample with padding (attention_mask 0)")
+        return ids.view("<i4"), mask, int(self._original[row])
+
+    def features(self, row: int) -> TargetFeatures:
+        """The last two."""
+        hidden, last_hidden = (
+            torch.from_numpy(self._part(row, array)).view(torch.bfloat16).reshape(self._lengths[row], -1)
+            for array in (3, 4)
         )
+        return TargetFeatures(hidden=hidden, last_hidden=last_hidden)
+
+    def _part(self, row: int, array: int) -> Any:
+        """One array of a sample as bytes. Copied: it may begin at an odd byte, and must outlive the mapping."""
+        length = self._lengths[row]
+        begin = int(self._begins[row]) + length * sum(self._widths[:array])
+        return np.array(self._bytes[begin : begin + length * self._widths[array]])
 
     def close(self) -> None:
         """Let go of the mapping."""

@@ -38,7 +38,7 @@ class HDF5Format(ShardedFormat):
 
 
 class HDF5Layout:
-    """sharded.ShardLayout."""
+    """shard_layout.ShardLayout."""
 
     format = "hdf5"
     suffix = ".h5"
@@ -67,7 +67,7 @@ class HDF5Layout:
 
 
 class _NewShard:
-    """sharded.NewShard."""
+    """shard_layout.NewShard."""
 
     def __init__(self, path: Path, header: CacheHeader) -> None:
         self._header = header
@@ -108,23 +108,28 @@ class _NewShard:
 
 
 class _OpenShard:
-    """sharded.OpenShard."""
+    """shard_layout.OpenShard."""
 
     def __init__(self, file: Any, dtype: str) -> None:
         self._file, self._dtype = file, dtype
 
-    def read(self, row: int) -> tuple[Any, Any, int, torch.Tensor, torch.Tensor]:
-        """The sample's part of every dataset."""
-        file = self._file
-        begin, end = (int(offset) for offset in file["offsets"][row : row + 2])
-        ids, mask = file["input_ids"][begin:end], file["loss_mask"][begin:end]
-        original_length = int(file["original_length"][row])
-        hidden, last_hidden = (self._feature(name, begin, end) for name in ("hidden", "last_hidden"))
-        return ids, mask, original_length, hidden, last_hidden
+    def tokens(self, row: int) -> tuple[Any, Any, int]:
+        """The sample's part of the datasets without features."""
+        file, (begin, end) = self._file, self._span(row)
+        return file["input_ids"][begin:end], file["loss_mask"][begin:end], int(file["original_length"][row])
+
+    def features(self, row: int) -> TargetFeatures:
+        """Its part of the others."""
+        span = self._span(row)
+        return TargetFeatures(hidden=self._feature("hidden", *span), last_hidden=self._feature("last_hidden", *span))
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+    def _span(self, row: int) -> tuple[int, int]:
+        begin, end = self._file["offsets"][row : row + 2]
+        return int(begin), int(end)
 
     def _feature(self, name: str, begin: int, end: int) -> torch.Tensor:
         scales = self._file[f"{name}_scale"][begin:end] if quantize.has_scale(self._dtype) else None

@@ -1,7 +1,7 @@
 """A cache of sealed shards: one writer at a time, shards that count only once they are whole, readers that trust none.
 
 A shard is written as NAME.HOST-PID.partial, synced, renamed, and entered in the manifest; only then do its samples
-count. What is inside a shard, a `ShardLayout` says: HDF5 datasets (hdf5.py), or raw arrays (binary_v2.py). Knows files,
+count. What is inside a shard, a `ShardLayout` says (shard_layout.py). Knows files,
 locks and manifests; not where features come from.
 """
 
@@ -10,10 +10,10 @@ from __future__ import annotations
 import os
 import socket
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -30,9 +30,9 @@ from deepspec_core.cache.manifest import (
     load,
     sync_folder,
 )
+from deepspec_core.cache.shard_layout import NewShard, OpenShard, ShardLayout
 from deepspec_core.contracts.cache import CacheHeader
 from deepspec_core.contracts.draft import Sample
-from deepspec_core.contracts.target import TargetFeatures
 from deepspec_core.digests import digest_of
 from deepspec_core.errors import CacheError
 from deepspec_core.locks import Lock, lock
@@ -40,69 +40,6 @@ from deepspec_core.locks import Lock, lock
 _PARTIAL: Final = ".partial"
 _LOCK: Final = "writer.lock"
 _OPEN_SHARDS: Final = 64
-
-
-class NewShard(Protocol):
-    """A shard that is being written."""
-
-    def append(self, sample: Sample, features: TargetFeatures) -> None:
-        """Add a sample. OSError where the disk refuses."""
-        ...
-
-    def finish(self, lengths: Sequence[int], original_lengths: Sequence[int]) -> None:
-        """Write what remains, sync and close the file. OSError where the disk refuses."""
-        ...
-
-    def close(self) -> None:
-        """Let go of an unfinished shard's file."""
-        ...
-
-
-class OpenShard(Protocol):
-    """A sealed shard, opened for reading."""
-
-    def read(self, row: int) -> tuple[Any, Any, int, torch.Tensor, torch.Tensor]:
-        """input_ids [T], loss_mask [T] as arrays; the original length; hidden [T, C] and last_hidden [T, H]."""
-        ...
-
-    def close(self) -> None:
-        """Let go of the file."""
-        ...
-
-
-class ShardLayout(Protocol):
-    """What is inside a shard, and beside the shards.
-
-    format: The name in run files and manifests.
-    suffix: How shards' names end.
-    manifest: The name of the file that has the header and the checksums.
-    dtypes: Number formats in which features can be stored.
-    """
-
-    format: str
-    suffix: str
-    manifest: str
-    dtypes: tuple[str, ...]
-
-    def new(self, path: Path, header: CacheHeader) -> NewShard:
-        """Begin a shard. The file is created: OSError where it is there."""
-        ...
-
-    def open(self, path: Path, header: CacheHeader, shard: Shard) -> OpenShard:
-        """CacheError where the file is not what header and manifest say. OSError where it cannot be read."""
-        ...
-
-    def write_index(self, folder: Path, manifest: Manifest) -> None:
-        """Write what the layout has beside its shards, once all of them are sealed."""
-        ...
-
-    def index_problems(self, folder: Path, manifest: Manifest) -> list[CacheError]:
-        """What of that is not as it was written."""
-        ...
-
-    def bytes_per_token(self, header: CacheHeader) -> int:
-        """Bytes that one token takes."""
-        ...
 
 
 class ShardedFormat:
@@ -340,9 +277,18 @@ class ShardedReader:
 
     def __getitem__(self, index: int) -> Sample:
         """The sample, its features in the storage type (bfloat16 where that is float8)."""
+        return self._read(index, with_features=True)
+
+    def tokens_of(self, index: int) -> Sample:
+        """The sample without its features, which are not read."""
+        return self._read(index, with_features=False)
+
+    def _read(self, index: int, *, with_features: bool) -> Sample:
         shard, row = self._places[index]
         try:
-            ids, mask, original_length, hidden, last_hidden = self._open(shard).read(row)
+            file = self._open(shard)
+            ids, mask, original_length = file.tokens(row)
+            features = file.features(row) if with_features else None
         except (OSError, KeyError, RuntimeError) as error:
             raise CacheError(
                 "A shard of the cache cannot be read",
@@ -355,7 +301,7 @@ class ShardedReader:
             input_ids=torch.from_numpy(ids.astype(np.int64)),
             loss_mask=torch.from_numpy(mask.astype(np.bool_)),
             original_length=original_length,
-            features=TargetFeatures(hidden=hidden, last_hidden=last_hidden),
+            features=features,
         )
 
     def problem_with(self, shard: Shard) -> CacheError | None:

@@ -26,6 +26,7 @@ from deepspec_core.disk import in_words
 from deepspec_core.errors import CheckpointError, ConfigError, DeepSpecError, PluginError
 from deepspec_core.json_files import read_object
 from deepspec_core.layers.decoder_layer import DraftLayer
+from deepspec_core.layers.draft_vocabulary import KEY
 from deepspec_core.plugins.references import blame, resolve
 from deepspec_core.plugins.registry import Registry
 
@@ -190,6 +191,13 @@ def load_draft(
     }
     check_finite(directory / WEIGHTS, weights)
     draft.load_state_dict({names[name]: tensor for name, tensor in weights.items()}, assign=True)
+    if draft.vocabulary is not None and (found := draft.vocabulary.problem()) is not None:
+        raise CheckpointError(
+            "the draft's vocabulary is none of this target's",
+            where=directory / WEIGHTS,
+            found=f"{KEY}: {found}",
+            expected=f"token ids from 0 to below {draft.vocabulary.target_size:,} that increase",
+        )
     return draft.to(device).eval()
 
 

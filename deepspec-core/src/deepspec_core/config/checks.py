@@ -19,6 +19,7 @@ from deepspec_core.config.schema import (
     ROW_FILES,
     DataOptions,
     RunOptions,
+    TermOptions,
 )
 from deepspec_core.config.trees import require_trees, tree_mistakes
 from deepspec_core.errors import ConfigError, DeepSpecError, PluginError
@@ -117,8 +118,10 @@ def _untrained(sections: Mapping[str, Any]) -> Iterator[ConfigError]:
         )
 
 
-def _counts(coefficient: float | CoefficientSchedule) -> bool:
+def _counts(coefficient: float | CoefficientSchedule | TermOptions) -> bool:
     """Whether it is ever anything but 0."""
+    if isinstance(coefficient, TermOptions):
+        return _counts(coefficient.coefficient)
     if isinstance(coefficient, CoefficientSchedule):
         return coefficient.start != 0 or coefficient.end != 0
     return coefficient != 0

@@ -66,7 +66,8 @@ def words(type_: Any, *, many: bool = False) -> str:
     if type_ in _WORDS:
         return _WORDS[type_][many]
     if is_union(type_):
-        return " or ".join(words(member, many=many) for member in arguments if member is not type(None))
+        members = [words(member, many=many) for member in arguments if member is not type(None)]
+        return " or ".join(dict.fromkeys(members))
     if origin is Literal:
         return "one of " + ", ".join(map(shown, arguments))
     if origin is tuple and not (len(arguments) == 2 and arguments[1] is Ellipsis):

@@ -12,11 +12,11 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, get_args
 
-from attrs import NOTHING, Attribute, Factory, asdict, fields, frozen, has, resolve_types
+from attrs import NOTHING, Attribute, Factory, asdict, evolve, fields, frozen, has, resolve_types
 
 from deepspec_core.config.explain import is_union, keys_of, words
 from deepspec_core.config.load import RunFile
-from deepspec_core.config.schema import DraftOptions, WeightingOptions
+from deepspec_core.config.schema import DraftOptions, TermOptions, WeightingOptions
 from deepspec_core.config.toml_values import toml
 from deepspec_core.errors import ConfigError, nearest
 from deepspec_core.plugins.registry import Registry
@@ -134,6 +134,9 @@ def _listed(section: type[Any]) -> tuple[str, dict[str, str]]:
 def _with_tables(path: str, section: Any, registry: Registry) -> Iterator[SectionFacts]:
     """The section, then the tables its keys hold, then the sections of components that its `type` may name."""
     resolve_types(section)
+    if section is TermOptions:
+        yield from _terms(path.removesuffix(" (an entry)"), registry)
+        return
     yield _section(path, section)
     for attribute in fields(section):
         for inner, many in _tables_in(attribute.type):
@@ -143,6 +146,16 @@ def _with_tables(path: str, section: Any, registry: Registry) -> Iterator[Sectio
         options = registry.get(kind or "", name).options
         if options is not None:
             yield from _with_tables(f'{path} (type "{name}")', options, registry)
+
+
+def _terms(path: str, registry: Registry) -> Iterator[SectionFacts]:
+    """The table of each loss term that has keys of its own, and the tables inside it."""
+    for name in registry.names("loss"):
+        options = registry.get("loss", name).options
+        if options is not None:
+            first, *inner = _with_tables(f'{path} (term "{name}")', options, registry)
+            yield evolve(first, keys=(*_section(path, TermOptions).keys, *first.keys))
+            yield from inner
 
 
 def _tables_in(type_: Any) -> Iterator[tuple[type[Any], str]]:

@@ -1,7 +1,7 @@
 """Write a run file's effective values back as TOML that loads to the same options.
 
-Values that are None are left out, because None always means "not given". Two sections have keys that a plugin decides;
-here they are a type, core's own keys, and the rest.
+Values that are None are left out, because None always means "not given". Some tables have keys that a plugin decides;
+here they are core's own keys and the rest.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import tomli_w
 from attrs import Attribute, asdict
 
 from deepspec_core.config.load import RunFile
+from deepspec_core.config.schema import TermOptions
 
 
 def render(run_file: RunFile) -> str:
@@ -23,6 +24,10 @@ def render(run_file: RunFile) -> str:
     ordered = {"required_plugins": tables.pop("required_plugins"), **tables}
     ordered["draft"] = _merged(ordered["draft"])
     ordered["loss"]["weighting"] = _merged(ordered["loss"]["weighting"])
+    for name, entry in run_file.loss.terms.items():
+        if isinstance(entry, TermOptions):
+            table = ordered["loss"]["terms"][name]
+            ordered["loss"]["terms"][name] = {"coefficient": table["coefficient"], **table["options"]}
     return tomli_w.dumps(_given(ordered))
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -30,10 +31,12 @@ from deepspec_core.config.schema import (
     LossOptions,
     SourceOptions,
     TargetOptions,
+    TermOptions,
     WeightingOptions,
 )
 from deepspec_core.errors import DeepSpecError, PluginError
 from deepspec_core.plugins.registry import Registry
+from deepspec_core.rows.coefficient_schedule import CoefficientSchedule
 
 HELD_OUT = "held-out"
 
@@ -110,12 +113,12 @@ def _union_hook(type_: Any, converter: Converter) -> Hook:
     return structure
 
 
-def _each(items: Iterable[tuple[int | str, Any, Any]], converter: Converter, container: Any, check: Check) -> list[Any]:
-    """Structure and check (index or key, value, type) one by one, and raise everything that failed at the end."""
+def _each(items: Iterable[tuple[int | str, Any, Any, Hook]], container: Any, check: Check) -> list[Any]:
+    """Structure and check (index or key, value, type, hook) one by one, and raise everything that failed at the end."""
     done, errors = [], []
-    for index, value, type_ in items:
+    for index, value, type_, hook in items:
         try:
-            item = converter.get_structure_hook(type_)(value, type_)
+            item = hook(value, type_)
             check(index, item)
             done.append(item)
         except Exception as error:
@@ -141,7 +144,8 @@ def _list_hook(type_: Any, converter: Converter, check: Check = _unchecked) -> H
         if not isinstance(value, list) or (fixed and len(value) != len(arguments)):
             raise Mismatch(value, words(type_))
         types = arguments if fixed else arguments[:1] * len(value)
-        return build(_each(zip(range(len(value)), value, types, strict=True), converter, type_, check))
+        hooks = map(converter.get_structure_hook, types)
+        return build(_each(zip(range(len(value)), value, types, hooks, strict=True), type_, check))
 
     return structure
 
@@ -161,13 +165,17 @@ def _is_mapping(type_: Any) -> bool:
     return isinstance(origin, type) and issubclass(origin, Mapping)
 
 
-def _table_hook(type_: Any, converter: Converter, check: Check = _unchecked) -> Hook:
+def _table_hook(
+    type_: Any, converter: Converter, check: Check = _unchecked, hook_of: Callable[[str], Hook] | None = None
+) -> Hook:
+    """`hook_of` gives the hook of a key; left out, the type of the values decides."""
     item = get_args(type_)[1]
 
     def structure(value: Any, _: Any) -> Any:
         if not isinstance(value, dict):
             raise Mismatch(value, words(type_))
-        return dict(zip(value, _each(((key, value[key], item) for key in value), converter, type_, check), strict=True))
+        of = hook_of or (lambda _key: converter.get_structure_hook(item))
+        return dict(zip(value, _each(((key, value[key], item, of(key)) for key in value), type_, check), strict=True))
 
     return structure
 
@@ -209,6 +217,8 @@ def _value_hook(section: type[Any], attribute: Attribute[Any], converter: Conver
     hook: Hook
     if _is_list(type_):
         hook, whole = _list_hook(type_, converter, check_item), False
+    elif key == (LossOptions, "terms"):
+        hook, whole = _table_hook(type_, converter, check_key, partial(_term_hook, converter, registry)), False
     elif _is_mapping(type_):
         hook, whole = _table_hook(type_, converter, check_key), False
     else:
@@ -217,7 +227,7 @@ def _value_hook(section: type[Any], attribute: Attribute[Any], converter: Conver
     def structure(value: Any, _: Any) -> Any:
         done = hook(value, type_)
         if validator is not None:
-            _validate(validator, attribute, type_, done)
+            _validate(validator, attribute, type(done) if is_union(type_) else type_, done)
         if whole:
             _check_name(registry, key, done)
         return done
@@ -251,28 +261,71 @@ def _check_name(registry: Registry, key: tuple[type, str], name: Any) -> None:
             raise PluginError(f"{name} is a builtin of another kind", found=spec.kind, expected=_BUILTINS[key])
 
 
+def _component_options(
+    name: str, options: type | None, table: dict[str, Any], own: Sequence[str], converter: Converter
+) -> Any:
+    """The options of a component of that name, from the keys that stand beside core's `own`; None if it has none.
+
+    ClassValidationError holds everything that is wrong with them.
+    """
+    if options is None:
+        if table:
+            raise ClassValidationError("", [UnknownKeys(table, own)], dict)
+        return None
+    try:
+        return converter.get_structure_hook(options)(table, options)
+    except NameError as error:
+        raise PluginError(f"the options of {name!r} cannot be read", found=error) from error
+    except ClassValidationError as group:
+        extra = set(table) - set(keys_of(options))
+        errors = [error for error in group.exceptions if not hasattr(error, "extra_fields")]
+        if extra:
+            errors.append(UnknownKeys(extra, [*own, *keys_of(options)]))
+        raise ClassValidationError("", errors, options) from group
+
+
+def _term_hook(converter: Converter, registry: Registry, name: str) -> Hook:
+    """An entry of [loss] terms. The options of its term stand beside `coefficient`, or beside a schedule's keys."""
+    coefficient: Any = float | CoefficientSchedule
+    structure_coefficient = converter.get_structure_hook(coefficient)
+    structure_own, schedule = _section_hook(TermOptions, converter, registry), keys_of(CoefficientSchedule)
+    try:
+        options_class = registry.get("loss", name).options
+    except PluginError:  # told where the name is checked
+        options_class = None
+
+    def structure(value: Any, _: Any) -> Any:
+        table = value if isinstance(value, dict) else {}
+        if options_class is None and "coefficient" not in table:
+            return structure_coefficient(value, coefficient)
+        flat = table is not value or ("coefficient" not in table and not table.keys().isdisjoint(schedule))
+        own = [*schedule] if flat and table is value else ["coefficient"]
+        given, rest = ({key: table[key] for key in table if (key in own) is there} for there in (True, False))
+        errors, options, term = list[Exception](), None, None
+        try:
+            options = _component_options(name, options_class, rest, own, converter)
+        except ClassValidationError as group:
+            errors += group.exceptions
+        try:
+            if flat:
+                done = structure_coefficient(given if table is value else value, coefficient)
+                term = TermOptions(coefficient=done, options=options)
+            else:
+                term = structure_own({**given, "options": options}, TermOptions)
+        except ClassValidationError as group:
+            errors += group.exceptions
+        if errors:
+            raise ClassValidationError("", errors, TermOptions)
+        return term if options_class is not None or term is None else term.coefficient
+
+    return structure
+
+
 def _typed_section_hook(section: type[Any], kind: str, converter: Converter, registry: Registry) -> Hook:
     """A section whose `type` names a component and whose keys, but for core's own, are that component's options."""
     own = keys_of(section)
     structure_own = _section_hook(section, converter, registry)
     default = fields(section).type.default
-
-    def structure_options(name: str, table: dict[str, Any]) -> Any:
-        options = registry.get(kind, name).options
-        if options is None:
-            if table:
-                raise ClassValidationError("", [UnknownKeys(table, own)], section)
-            return None
-        try:
-            return converter.get_structure_hook(options)(table, options)
-        except NameError as error:
-            raise PluginError(f"the options of {name!r} cannot be read", found=error) from error
-        except ClassValidationError as group:
-            extra = set(table) - set(keys_of(options))
-            errors = [error for error in group.exceptions if not hasattr(error, "extra_fields")]
-            if extra:
-                errors.append(UnknownKeys(extra, [*own, *keys_of(options)]))
-            raise ClassValidationError("", errors, section) from group
 
     def structure(value: Any, _: Any) -> Any:
         if not isinstance(value, dict):
@@ -280,7 +333,8 @@ def _typed_section_hook(section: type[Any], kind: str, converter: Converter, reg
         name, errors, options = value.get("type", default), list[Exception](), None
         try:
             if isinstance(name, str):
-                options = structure_options(name, {key: value[key] for key in value if key not in own})
+                table = {key: value[key] for key in value if key not in own}
+                options = _component_options(name, registry.get(kind, name).options, table, own, converter)
         except ClassValidationError as group:
             errors += group.exceptions
         except DeepSpecError as error:

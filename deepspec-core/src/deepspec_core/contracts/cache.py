@@ -75,7 +75,10 @@ class CacheWriter(Protocol):
 
 @runtime_checkable
 class CacheReader(Protocol):
-    """A complete cache, opened for reading. It can be pickled and sent to loader workers."""
+    """A complete cache, opened for reading. It can be pickled and sent to loader workers.
+
+    It may also have `tokens_of(index)`, which gives a sample without reading its features.
+    """
 
     header: CacheHeader
 

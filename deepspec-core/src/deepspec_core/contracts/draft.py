@@ -4,7 +4,8 @@
 random numbers follow from (seed, epoch, sample id), so padding, batch size and the number of workers do not change
 them. `DraftModel` is the network. This file knows no algorithm and no family.
 
-Legend: B sequences, T tokens, C = taps * H, H hidden size, V vocabulary.
+Legend: B sequences, T tokens, C = taps * H, H hidden size, V the target's vocabulary, D the draft's, r rank of the
+correction.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from deepspec_core.contracts.proposer import Proposer
 from deepspec_core.contracts.rows import Heads, Rows
 from deepspec_core.contracts.target import TargetFeatures
+from deepspec_core.layers.draft_vocabulary import DraftVocabulary
 
 __all__ = ["DraftBatch", "DraftDescription", "DraftModel", "Preparation", "PreparedSample", "Sample", "Texts"]
 
@@ -149,11 +151,19 @@ class DraftModel(nn.Module, ABC):
 
     Subclasses set `embed_tokens` (an adapter's embedding) and `lm_head` (nn.Linear without bias), and implement the
     methods below. `forward` draws no random numbers and does no work on the host.
+
+    A draft that knows some of the target's tokens sets `vocabulary` and gives `lm_head` as many rows. Before training
+    core chooses the tokens: those that answers have most of.
     """
 
     embed_tokens: nn.Module
     lm_head: nn.Linear
     preparation: Preparation
+    vocabulary: DraftVocabulary | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vocabulary = None
 
     @abstractmethod
     def forward(self, batch: DraftBatch) -> Rows:
@@ -178,13 +188,37 @@ class DraftModel(nn.Module, ABC):
     def describe(self) -> DraftDescription:
         """Facts about this draft."""
 
+    def spread(self, logits_D: Tensor) -> Tensor:
+        """Logits of the draft's tokens [..., D] among all of the target's [..., V]: -inf for those it does not know."""
+        return logits_D if self.vocabulary is None else self.vocabulary.spread(logits_D)
+
+    def shared_heads(self, *, softcap: float | None = None, correction: Tensor | None = None) -> Heads:
+        """The heads of a draft whose lm_head is the target's, or the rows of it that its vocabulary has."""
+        head, vocabulary = self.lm_head.weight, self.vocabulary
+        if vocabulary is None:
+            return Heads(draft=head, target=head, correction=correction, softcap=softcap)
+        return Heads(
+            draft=head,
+            target=vocabulary.target_head,
+            correction=correction,
+            softcap=softcap,
+            draft_ids=vocabulary.ids,
+        )
+
     def adopt(self, embedding_VH: Tensor, head_VH: Tensor) -> None:
-        """Copy the target's embedding and lm_head into the draft and freeze them."""
+        """Copy the target's embedding and lm_head into the draft and freeze them.
+
+        Of the lm_head, those rows that the draft's vocabulary has. The whole one is kept without a copy.
+        """
         own_VH = self.embed_tokens.weight
         assert isinstance(own_VH, Tensor), "an embedding has a weight"
         with torch.no_grad():
             own_VH.copy_(embedding_VH)
-            self.lm_head.weight.copy_(head_VH)
+            if self.vocabulary is None:
+                self.lm_head.weight.copy_(head_VH)
+            else:
+                self.lm_head.weight.copy_(head_VH[self.vocabulary.ids.to(head_VH.device)])
+                self.vocabulary.target_head = head_VH.detach()
         self.embed_tokens.requires_grad_(False)
         self.lm_head.requires_grad_(False)
 

@@ -22,6 +22,9 @@ class FeatureSource(Protocol):
 
     A source may have an attribute `of_given_texts`. If it is true, `features` are those of the `input_ids` it is given,
     whatever the samples say. Drafts that train on texts of their own need such a source.
+
+    A source may also have `tokens_of(index)`, which gives a sample without reading its features. It is called for every
+    sample before a draft with a reduced vocabulary is trained.
     """
 
     def __len__(self) -> int: ...

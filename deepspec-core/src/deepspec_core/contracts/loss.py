@@ -3,7 +3,7 @@
 A loss term computes one value from the statistics of one row. A weighting computes the weights of whole blocks of rows;
 the statistics it reads carry no gradient.
 
-Legend: N rows (of a chunk), V vocabulary.
+Legend: N rows (of a chunk), V the target's vocabulary, D the draft's (V if it is not reduced).
 """
 
 from __future__ import annotations
@@ -21,11 +21,19 @@ class RowStats(Protocol):
     """Statistics of a chunk of rows, each computed on first use and then shared. Most are [N] fp32.
 
     Statistics that need the target's logits exist only if the rows carry `target_hidden`.
+
+    With a reduced vocabulary (`Heads.draft_ids`), the draft's probability of a token outside it is 0. tv, overlap and
+    acceptance compare with the target's whole distribution. soft_ce and kl would be infinite so; they compare with the
+    target's distribution over the draft's tokens, divided by its sum. Tokens are ids of the target's vocabulary.
     """
 
     @property
     def ce(self) -> Tensor:
-        """Cross-entropy of the draft at the label."""
+        """Cross-entropy of the draft at the label.
+
+        At a label outside a reduced vocabulary it is -log of the smallest normal number, without gradient. Such rows
+        weigh 0.
+        """
         ...
 
     @property
@@ -74,12 +82,14 @@ class RowStats(Protocol):
 
     @property
     def draft_logits(self) -> Tensor:
-        """[N, V] fp32, capped and corrected. Only terms with `needs_logits` may read it; they run on the plain path."""
+        """[N, D] fp32, capped and corrected. Only terms with `needs_logits` may read it; they run on the plain path."""
         ...
 
     @property
     def target_logits(self) -> Tensor:
-        """[N, V] fp32, capped. Only terms with `needs_logits` may read it; they run on the plain path."""
+        """[N, D] fp32, capped, of the draft's tokens. Only terms with `needs_logits` may read it; they run on the plain
+        path.
+        """
         ...
 
     @property

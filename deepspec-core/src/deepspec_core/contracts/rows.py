@@ -2,7 +2,8 @@
 
 This file knows tensors. It does not know which algorithm made them or which loss reads them.
 
-Legend: N rows, P distinct target positions, H hidden size, V vocabulary, r rank of the correction.
+Legend: N rows, P distinct target positions, H hidden size, V the target's vocabulary, D the draft's (V if it is not
+reduced), G slots, r rank of the correction.
 """
 
 from __future__ import annotations
@@ -41,11 +42,17 @@ class Rows:
 class Heads:
     """The vocabulary projections that turn rows into logits.
 
-    draft [V, H] and target [V, H] may be the same frozen tensor. correction [V, r] is given if rows carry a correction.
+    draft [D, H] and target [V, H] may be the same frozen tensor. correction [D, r] is given if rows carry a correction.
     With a `softcap` c, logits of draft and target become c * tanh(logits / c), before the correction is added.
+
+    draft may be [G, D, H], and correction [G, D, r]: a head for each slot. A row is multiplied with that of its slot.
+
+    draft_ids [D] int64, increasing, are the tokens that the draft's logits stand for; None: all V, in order. The draft
+    gives every other token the probability 0. A row whose label is another token counts in no loss; metrics count it.
     """
 
     draft: Tensor
     target: Tensor
     correction: Tensor | None = None
     softcap: float | None = None
+    draft_ids: Tensor | None = None

@@ -136,6 +136,8 @@ class _EngineStandIn:
         self.flops = footprint.flops
         kept = {id(head): head for head in (heads.draft, heads.target) if not head.requires_grad}
         self.head_copies = sum(head.numel() * dtype.itemsize for head in kept.values() if head.dtype != dtype)
+        if heads.draft_ids is not None:
+            self.head_copies += heads.draft.numel() * dtype.itemsize  # the same rows of the target's head
         inputs = [rows.hidden, rows.correction, *rows.extras.values(), heads.draft, heads.correction]
         total: Tensor = _MadeUpGradients.apply(  # type: ignore[no-untyped-call]
             *(tensor for tensor in inputs if tensor is not None and tensor.is_floating_point())

@@ -54,6 +54,12 @@ class CachedFeatures:
                 )
         return sample
 
+    def tokens_of(self, index: int) -> Sample:
+        """The sample; its features are not looked at, and not read if the format can do without."""
+        sample: Sample = getattr(self.reader, "tokens_of", self.reader.__getitem__)(self._order[index])
+        self._check_ids(sample)
+        return sample
+
     def _check_ids(self, sample: Sample) -> None:
         wrong_ids = sample.input_ids[(sample.input_ids < 0) | (sample.input_ids >= self.reader.header.vocab_size)]
         if len(wrong_ids):

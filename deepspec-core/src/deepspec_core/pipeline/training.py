@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -11,12 +12,16 @@ import torch
 
 from deepspec_core.checkpoints.published import save_draft
 from deepspec_core.contracts.draft import DraftModel
+from deepspec_core.contracts.features import FeatureSource
+from deepspec_core.data.frequent_tokens import frequent_tokens
 from deepspec_core.errors import ConfigError, PluginError
 from deepspec_core.pipeline import workers
 from deepspec_core.pipeline.offered import check_source
 from deepspec_core.pipeline.run import Run
 from deepspec_core.plugins.notices import notify
 from deepspec_core.training.trainer import train
+
+log = logging.getLogger("deepspec")
 
 
 def run_stage(run: Run) -> dict[str, Any]:
@@ -28,6 +33,7 @@ def run_stage(run: Run) -> dict[str, Any]:
     mode = run.file.features.mode
     source = check_source(registry, mode, registry.build("features", mode, run))
     draft = new_draft(run)
+    chosen = choose_vocabulary(run, draft, source)
     draft.adopt(run.target.model.embedding_weight(), run.target.model.head_weight())
     wanted = draft.describe().target_weights
     if wanted:
@@ -51,6 +57,7 @@ def run_stage(run: Run) -> dict[str, Any]:
         "steps": result.steps,
         "samples": len(source),
         **run.data.losses(),
+        **chosen,
         "resumed_from": result.resumed_from,
         "figures": result.figures,
         "counts": result.counts,
@@ -95,6 +102,34 @@ def require_trained(run: Run) -> None:
             expected="a draft type that is trained",
             fix="Its run has one stage, evaluate.",
         )
+
+
+def choose_vocabulary(run: Run, draft: DraftModel, source: FeatureSource) -> dict[str, Any]:
+    """Give a draft with a reduced vocabulary the tokens that the answers of `source` have most of, and the stop tokens.
+
+    Returns what the stage's summary says of it.
+    """
+    vocabulary = draft.vocabulary
+    if vocabulary is None:
+        return {}
+    architecture = run.target.architecture
+    tokens_of = getattr(source, "tokens_of", source.__getitem__)
+    found = frequent_tokens(
+        (tokens_of(index) for index in range(len(source))),
+        size=len(vocabulary.ids),
+        vocab_size=architecture.vocab_size,
+        always=architecture.stop_token_ids,
+    )
+    vocabulary.choose(found.ids)
+    share = found.covered / max(1, found.supervised)
+    log.info(
+        "the draft's vocabulary: %s of %s tokens, %.2f%% of the answers' %s tokens",
+        f"{len(found.ids):,}",
+        f"{architecture.vocab_size:,}",
+        100 * share,
+        f"{found.supervised:,}",
+    )
+    return {"vocabulary": {"tokens": len(found.ids), "covered": round(share, 6), "supervised": found.supervised}}
 
 
 def publish(checkpoint: Path, out: Path) -> None:

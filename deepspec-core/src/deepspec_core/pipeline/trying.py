@@ -216,6 +216,8 @@ def _few(rows: Rows, heads: Heads) -> tuple[Rows, Heads]:
         return torch.randn(*shape, generator=draw).requires_grad_()
 
     size, index_N = rows.hidden.shape[-1], torch.arange(_ROWS)
+    by_slot = [len(head) for head in (heads.draft, heads.correction) if head is not None and head.dim() == 3]
+    slots = min(2, *by_slot, _ROWS)
     few = evolve(
         rows,
         hidden=drawn(_ROWS, size),
@@ -224,8 +226,8 @@ def _few(rows: Rows, heads: Heads) -> tuple[Rows, Heads]:
         target_index=None if rows.target_index is None else index_N,
         target_ids=None if rows.target_ids is None else index_N,
         weight=torch.ones(_ROWS),
-        slot=index_N % 2,
-        block=index_N // 2,
+        slot=index_N % slots,
+        block=index_N // slots,
         extras={
             name: drawn(_ROWS, *extra.shape[1:])
             if extra.is_floating_point()
@@ -234,6 +236,14 @@ def _few(rows: Rows, heads: Heads) -> tuple[Rows, Heads]:
         },
         denominator=None if rows.denominator is None else torch.ones(()),
     )
-    head = drawn(_VOCABULARY, size).detach()
-    correction = None if heads.correction is None else drawn(_VOCABULARY, heads.correction.shape[-1])
-    return few, Heads(draft=head, target=head, correction=correction, softcap=heads.softcap)
+    head = target = drawn(_VOCABULARY, size).detach()
+    if heads.draft.dim() == 3:
+        head = drawn(len(heads.draft), _VOCABULARY, size).detach()
+    ids_D = None
+    if heads.draft_ids is not None:
+        target, ids_D = drawn(2 * _VOCABULARY, size).detach(), torch.arange(_VOCABULARY)
+    correction = None
+    if heads.correction is not None:
+        correction = drawn(*heads.correction.shape[:-2], _VOCABULARY, heads.correction.shape[-1])
+    few_heads = Heads(draft=head, target=target, correction=correction, softcap=heads.softcap, draft_ids=ids_D)
+    return few, few_heads

@@ -35,7 +35,10 @@ def deepspec_draft_models() -> Iterable[DraftModelSpec]:  # type: ignore[empty-b
 
 @hookspec
 def deepspec_losses() -> Iterable[ComponentSpec]:  # type: ignore[empty-body]
-    """Offer row-wise loss terms: `[loss] terms = {NAME = coefficient}`. `build()` returns a contracts.loss.LossTerm."""
+    """Offer row-wise loss terms: `[loss] terms = {NAME = coefficient}`. `build()` returns a contracts.loss.LossTerm.
+
+    With `options`, `[loss] terms = {NAME = {coefficient = C, ...}}`, and `build(options)`.
+    """
 
 
 @hookspec

@@ -40,6 +40,7 @@ PUBLIC_MODULES = {
     "deepspec_core.families.loading": "Loading such a model from a directory, strictly.",
     "deepspec_core.layers.attention": "A draft layer's attention without its pattern.",
     "deepspec_core.layers.decoder_layer": "A draft layer in its family's layout.",
+    "deepspec_core.layers.draft_vocabulary": "A draft's reduced vocabulary.",
     "deepspec_core.layers.softcap": "Soft-capped logits.",
     "deepspec_core.layers.window": "How many positions a draft's layers see.",
     "deepspec_core.layers.options": "The draft's own shape, as a run file gives it.",

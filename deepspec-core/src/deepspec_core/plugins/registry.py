@@ -52,7 +52,13 @@ KINDS: Mapping[str, Kind] = {
         reserved=frozenset({"type", "layer"}),
         takes_options=True,
     ),
-    "loss": Kind(hook="deepspec_losses", spec=ComponentSpec, title="loss term"),
+    "loss": Kind(
+        hook="deepspec_losses",
+        spec=ComponentSpec,
+        title="loss term",
+        reserved=frozenset({"coefficient", "start", "end", "steps", "after", "shape"}),
+        takes_options=True,
+    ),
     "weighting": Kind(
         hook="deepspec_weightings",
         spec=ComponentSpec,

@@ -41,7 +41,7 @@ class ComponentSpec:
     summary: One line for `deepspec plugins`.
     build: Names what is called to make the component, as the hook of its kind says (hooks.py). If `options` is given,
         the options object is the first argument.
-    options: Of draft types and weightings only; others have no section of the run file that could give them.
+    options: Of draft types, loss terms and weightings only; others have no table of the run file that could give them.
     """
 
     name: str = field(validator=_NAME)

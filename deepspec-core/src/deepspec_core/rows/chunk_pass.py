@@ -4,8 +4,8 @@ Each product with a vocabulary head is computed once forward and once backward, 
 the pass is over, no tensor of a chunk's size is left. Knows rows, heads, terms, a weighting and kernels. Does not know
 the autograd graph, of which the pass is one node.
 
-Legend: N rows of the batch, n of a chunk, P distinct target positions, H hidden size, V vocabulary, r rank of the
-correction.
+Legend: N rows of the batch, n of a chunk, P distinct target positions, H hidden size, V the draft's vocabulary, W the
+target's, r rank of the correction.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from torch import Tensor
 from deepspec_core.contracts.loss import LossTerm, Weighting
 from deepspec_core.contracts.rows import Heads, Rows
 from deepspec_core.rows.fused_statistics import FusedStats
-from deepspec_core.rows.head_gradient import HeadGradient
+from deepspec_core.rows.head_gradient import HeadGradient, SlotHeadsGradient, head_gradient
 from deepspec_core.rows.kernels.formulas import Logits, RowKernels
 from deepspec_core.rows.large_buffer import large_buffer
 from deepspec_core.rows.plain_statistics import PlainStats
 from deepspec_core.rows.plan import Chunk, RowPlan, plan_rows
+from deepspec_core.rows.reduced_vocabulary import ReducedVocabulary
+from deepspec_core.rows.slot_heads import gradient_of_rows, groups_of, multiply
 from deepspec_core.rows.target_window import TargetWindow
 from deepspec_core.rows.term_check import one_a_row
 
@@ -63,9 +65,14 @@ def keeps_apart(rows: Rows, heads: Heads, *, uncorrected: bool) -> bool:
 class RowPass:
     """One pass. After `run`, which is called once, it holds sums, figures per row, and the total's `gradients`."""
 
-    def __init__(self, settings: PassSettings, rows: Rows, heads: Heads) -> None:
-        """`heads` are detached and in the dtype of the products."""
-        self.settings, self.rows, self.heads = settings, rows, heads
+    def __init__(self, settings: PassSettings, rows: Rows, heads: Heads, inside_VH: Tensor | None = None) -> None:
+        """`heads` are detached and in the dtype of the products.
+
+        `inside_VH` are the rows of the target's head for a reduced vocabulary.
+        """
+        self.settings, self.rows, self.heads, self.inside_VH = settings, rows, heads, inside_VH
+        ids = heads.draft_ids
+        self.reduced = None if ids is None else ReducedVocabulary(ids, len(heads.target))
         self.stat_dtype = torch.promote_types(rows.hidden.dtype, torch.float32)
         zero = torch.zeros((), dtype=self.stat_dtype, device=rows.hidden.device)
         self.total, self.weight_sum = zero, zero
@@ -73,7 +80,8 @@ class RowPass:
         self.correct_N = torch.zeros_like(rows.slot, dtype=torch.bool)
         self.acceptance_N = torch.zeros_like(rows.slot, dtype=self.stat_dtype)
         self.weight_N = torch.zeros_like(rows.slot, dtype=self.stat_dtype)
-        self._heads: dict[str, HeadGradient] = {}
+        self.inside_N = torch.ones_like(rows.slot, dtype=torch.bool)
+        self._heads: dict[str, HeadGradient | SlotHeadsGradient] = {}
         self._rows: dict[str, Tensor] = {}
         kernels = settings.kernels
         self.statistics: Callable[..., FusedStats | PlainStats] = (
@@ -94,7 +102,7 @@ class RowPass:
         )
         # A row's gradient comes from its own chunk; a head's is a sum over all chunks.
         gathered = settings.product_dtype if len(plan.chunks) == 1 else self.stat_dtype
-        self._heads = {name: HeadGradient(inputs[name], gathered) for name in wanted if name in _HEADS}
+        self._heads = {name: head_gradient(inputs[name], gathered) for name in wanted if name in _HEADS}
         self._rows = {name: torch.zeros_like(inputs[name]) for name in wanted if name not in _HEADS}
         # Where one head serves draft and target, one product forms the logits of both, in the window's buffer.
         one_head = settings.compares and self.heads.target is self.heads.draft
@@ -113,7 +121,7 @@ class RowPass:
         return self._rows | {name: head.sum for name, head in self._heads.items()}
 
     def _empty(self, rows: int) -> Tensor:
-        shape = rows, self.heads.draft.shape[0]
+        shape = rows, self.heads.draft.shape[-2]
         return large_buffer(*shape, dtype=self.settings.product_dtype, device=self.rows.hidden.device)
 
     def _target(self, plan: RowPlan) -> TargetWindow:
@@ -121,11 +129,14 @@ class RowPass:
         assert self.rows.target_index is not None, "rows with target features need target_index"
         return TargetWindow(
             self.rows.target_hidden.detach().to(self.settings.product_dtype),
-            self.heads.target,
+            self.heads.target if self.inside_VH is None else self.inside_VH,
             rows=plan.window_rows,
             beside=plan.most_rows if self.product_NV is None else 0,
             softcap=self.heads.softcap,
             kernels=self.settings.kernels,
+            whole_head_VH=None if self.inside_VH is None else self.heads.target,
+            # As many logits as a chunk has.
+            whole_rows=max(1, self.settings.most_kept * self.heads.draft.shape[-2] // len(self.heads.target)),
         )
 
     def _chunk(
@@ -141,6 +152,7 @@ class RowPass:
             extras={name: leaves.get(EXTRA + name, extra[span].detach()) for name, extra in rows.extras.items()},
             differentiable=len(leaves) < len(wanted),
             uncorrected=rows.correction is None or self.settings.uncorrected,
+            reduced=self.reduced,
         )
         terms = self.settings.terms
         mixed_n = torch.zeros_like(rows.weight[span], dtype=self.stat_dtype)
@@ -154,6 +166,9 @@ class RowPass:
         factor_n = self.settings.weighting(rows.slot[span], rows.block[span], stats)
         weight_n = rows.weight[span] * one_a_row(factor_n, span.stop - span.start, "the weighting")
         weight_n = weight_n.detach().to(self.stat_dtype)
+        if self.reduced is not None:
+            self.inside_N[span] = inside_n = self.reduced.columns(stats.target_ids) >= 0
+            weight_n = weight_n * inside_n
         self.weight_sum = self.weight_sum + weight_n.sum()
         self.weight_N[span] = weight_n
         for name, value_n in values.items():
@@ -181,6 +196,9 @@ class _Products:
     def __init__(self, over: RowPass, chunk: Chunk, target: TargetWindow | None, inputs: Mapping[str, Tensor]) -> None:
         """Also advances `target` to the chunk."""
         self.span, self.heads = chunk.span, over.heads
+        heads = (self.heads.draft, self.heads.correction)
+        by_slot = any(head is not None and head.dim() == 3 for head in heads)
+        self.groups = groups_of(over.rows.slot[self.span]) if by_slot else ()
         dtype, size = over.settings.product_dtype, chunk.span.stop - chunk.span.start
         self.hidden_nH = inputs["hidden"][self.span].detach().to(dtype)
         if over.product_NV is None:
@@ -189,15 +207,16 @@ class _Products:
         else:
             if target is not None:
                 target.advance(chunk, self.hidden_nH[:0])
-            product_nV = torch.mm(self.hidden_nH, self.heads.draft.mT, out=over.product_NV[:size])
+            product_nV = multiply(self.hidden_nH, self.heads.draft, self.groups, out=over.product_NV[:size])
         correction_nV, self.correction_nr = None, None
         if over.rows.correction is not None:
             assert self.heads.correction is not None
             self.correction_nr = inputs["correction"][self.span].detach().to(dtype)
             if over.correction_NV is None:
-                product_nV.addmm_(self.correction_nr, self.heads.correction.mT)
+                multiply(self.correction_nr, self.heads.correction, self.groups, out=product_nV, add=True)
             else:
-                correction_nV = torch.mm(self.correction_nr, self.heads.correction.mT, out=over.correction_NV[:size])
+                out_nV = over.correction_NV[:size]
+                correction_nV = multiply(self.correction_nr, self.heads.correction, self.groups, out=out_nV)
         self.logits = Logits(product_nV, correction_nV, self.heads.softcap)
 
     def backward(
@@ -205,7 +224,7 @@ class _Products:
         product_nV: Tensor,
         correction_nV: Tensor | None,
         rows: Mapping[str, Tensor],
-        heads: Mapping[str, HeadGradient],
+        heads: Mapping[str, HeadGradient | SlotHeadsGradient],
     ) -> None:
         """Compute the gradients of the products' factors, and put those that are wanted into `rows` and `heads`.
 
@@ -224,11 +243,11 @@ class _Products:
         name: str,
         of_nV: Tensor,
         row_nX: Tensor,
-        head_VX: Tensor,
+        head: Tensor,
         rows: Mapping[str, Tensor],
-        head: HeadGradient | None,
+        gradient: HeadGradient | SlotHeadsGradient | None,
     ) -> None:
         if name in rows:
-            rows[name][self.span] = of_nV @ head_VX
-        if head is not None:
-            head.add(of_nV, row_nX)
+            rows[name][self.span] = gradient_of_rows(of_nV, head, self.groups)
+        if gradient is not None:
+            gradient.add(of_nV, row_nX, self.groups)

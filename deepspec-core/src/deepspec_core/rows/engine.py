@@ -4,7 +4,7 @@ The forward pass goes over the rows once, in chunks (chunk_pass.py), and forms e
 gradients are kept, and backward scales them. Knows which terms, weighting and kernels a run asks for. Does not know
 which algorithm made the rows, or how sums are divided (training/reduction.py does that).
 
-Legend: N rows, V vocabulary.
+Legend: N rows, V the target's vocabulary, D the draft's, H hidden size.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from deepspec_core.config.schema import LossOptions
+from deepspec_core.config.schema import LossOptions, TermOptions
 from deepspec_core.contracts.loss import LossTerm, Weighting
 from deepspec_core.contracts.rows import Heads, Rows
 from deepspec_core.errors import ConfigError
@@ -76,6 +76,7 @@ class RowEngine:
         self.needs_uncorrected = any(getattr(reader, "needs_uncorrected", False) for reader in readers.values())
         self._warned = False
         self._casts: dict[str, tuple[weakref.ref[Tensor], int, Tensor]] = {}
+        self._kept_inside: tuple[tuple[weakref.ref[Tensor], ...], tuple[int, ...], Tensor] | None = None
 
     @torch.compiler.disable  # type: ignore[untyped-decorator,unused-ignore]
     def __call__(self, rows: Rows, heads: Heads, *, step: int = 0, with_metrics: bool = False) -> RowResult:
@@ -96,7 +97,8 @@ class RowEngine:
             inputs |= {"correction": rows.correction, "correction_head": heads.correction}
         inputs |= {EXTRA + name: extra for name, extra in rows.extras.items() if extra.is_floating_point()}
         settings = self._settings(rows, heads, step, with_metrics)
-        over = RowPass(settings, rows, self._cast_heads(heads, settings.product_dtype))
+        cast = self._cast_heads(heads, settings.product_dtype)
+        over = RowPass(settings, rows, cast, self._inside(heads, cast) if settings.compares else None)
         # Autocast would change the dtype of statistics too. The dtype of products is chosen here, once.
         with torch.autocast(rows.hidden.device.type, enabled=False):
             total: Tensor = _RowSum.apply(  # type: ignore[no-untyped-call]
@@ -105,6 +107,8 @@ class RowEngine:
         denominator = over.weight_sum if rows.denominator is None else rows.denominator.detach()
         metrics = {"loss": (total.detach(), denominator)}
         metrics |= {f"loss/{name}": (over.term_sums[name], denominator) for name in self.terms}
+        if heads.draft_ids is not None:
+            metrics["outside_vocabulary"] = _share(~over.inside_N)
         acceptance_N = over.acceptance_N if settings.compares and with_metrics else None
         if with_metrics:
             metrics |= slot_metrics(rows, correct_N=over.correct_N, acceptance_N=acceptance_N)
@@ -124,7 +128,7 @@ class RowEngine:
         See footprint.py.
         """
         return footprint(
-            self.choice(device_type, heads.draft.shape[0]),
+            self.choice(device_type, heads.draft.shape[-2]),
             rows,
             heads,
             chunk_rows=self.chunk_rows,
@@ -144,7 +148,7 @@ class RowEngine:
         return rows.target_hidden is not None and (self.needs_target or rows.target_ids is None)
 
     def _settings(self, rows: Rows, heads: Heads, step: int, with_metrics: bool) -> PassSettings:
-        device, dtype, vocab_size = rows.hidden.device, rows.hidden.dtype, heads.draft.shape[0]
+        device, dtype, vocab_size = rows.hidden.device, rows.hidden.dtype, heads.draft.shape[-2]
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
         choice = self.choice(device.type, vocab_size)
@@ -200,7 +204,23 @@ class RowEngine:
             target=draft if heads.target is heads.draft else self._cast("target_head", heads.target, dtype),
             correction=None if heads.correction is None else self._cast("correction_head", heads.correction, dtype),
             softcap=heads.softcap,
+            draft_ids=heads.draft_ids,
         )
+
+    def _inside(self, heads: Heads, cast: Heads) -> Tensor | None:
+        """The rows of the target's head for the draft's tokens; None if these are all. They are kept while the head is
+        frozen and the tokens are the same.
+        """
+        if heads.draft_ids is None:
+            return None
+        given = (heads.target, heads.draft_ids)
+        versions = tuple(tensor._version for tensor in given)
+        kept = self._kept_inside
+        same = kept is not None and all(ref() is tensor for ref, tensor in zip(kept[0], given, strict=True))
+        if kept is None or not same or kept[1] != versions or kept[2].dtype != cast.target.dtype:
+            inside_DH = cast.target.index_select(0, heads.draft_ids)
+            kept = self._kept_inside = (tuple(weakref.ref(tensor) for tensor in given), versions, inside_DH)
+        return kept[2]
 
     def _cast(self, name: str, head: Tensor, dtype: torch.dtype) -> Tensor:
         """`head` without gradient, in the dtype of products. The copy of a frozen head is kept for the next step."""
@@ -217,16 +237,27 @@ def build_engine(loss: LossOptions, registry: Registry) -> RowEngine:
 
     PluginError where one cannot be built, or a term does not say what it needs.
     """
-    options = () if loss.weighting.options is None else (loss.weighting.options,)
-    terms = {name: registry.build_guarded("loss", name) for name in loss.terms}
-    for name, term in terms.items():
+    terms: dict[str, tuple[LossTerm, float | CoefficientSchedule]] = {}
+    for name, entry in loss.terms.items():
+        options, coefficient = (entry.options, entry.coefficient) if isinstance(entry, TermOptions) else (None, entry)
+        term = registry.build_guarded("loss", name, *_given(options))
         check_members(term, name, registry.provider("loss", name))
+        terms[name] = term, coefficient
     return RowEngine(
-        {name: (terms[name], coefficient) for name, coefficient in loss.terms.items()},
-        registry.build_guarded("weighting", loss.weighting.type, *options),
+        terms,
+        registry.build_guarded("weighting", loss.weighting.type, *_given(loss.weighting.options)),
         loss.chunk_rows,
         kernels=loss.kernels,
     )
+
+
+def _share(of_N: Tensor) -> Ratio:
+    return of_N.sum().to(torch.float32), torch.full_like(of_N, True, dtype=torch.float32).sum()
+
+
+def _given(options: Any) -> tuple[Any, ...]:
+    """The arguments of a component: its options, if it has any."""
+    return () if options is None else (options,)
 
 
 def _at(coefficient: float | CoefficientSchedule, step: int) -> float:

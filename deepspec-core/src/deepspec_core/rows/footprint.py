@@ -45,7 +45,7 @@ def footprint(
 
     Their tensors may be fake. `dtype` is that of the products.
     """
-    num_rows, (vocab_size, hidden_size) = len(rows.hidden), heads.draft.shape
+    num_rows, (vocab_size, hidden_size) = len(rows.hidden), heads.draft.shape[-2:]
     positions = 0 if rows.target_hidden is None else len(rows.target_hidden)
     rank = 0 if rows.correction is None else rows.correction.shape[1]
     chunks = max(1, -(-num_rows // (chunk_rows or choice.chunk_rows)))
@@ -58,11 +58,17 @@ def footprint(
         temporary = _ALIVE * chunk * vocab_size * statistics
     else:
         temporary = _ALIVE * min(SLAB, chunk * vocab_size) * statistics if choice.name == "eager" else 0
-    head = vocab_size * (rank + (hidden_size if heads.draft.requires_grad else 0))
-    widths = hidden_size + rank
-    products = 2 * widths * num_rows + (positions * hidden_size if compares else 0) + num_rows * head // vocab_size
+    # Of a reduced vocabulary, figures of the whole one are formed too, in products of a chunk's size.
+    whole = 0
+    if heads.draft_ids is not None and compares:
+        whole_rows = max(1, choice.chunk_rows * vocab_size // len(heads.target))
+        whole = min(positions, chunk, whole_rows) * len(heads.target) * dtype.itemsize
+    head = heads.draft.numel() if heads.draft.requires_grad else 0
+    head += 0 if heads.correction is None else heads.correction.numel()
+    widths, trained = hidden_size + rank, rank + (hidden_size if heads.draft.requires_grad else 0)
+    products = 2 * widths * num_rows + (positions * hidden_size if compares else 0) + num_rows * trained
     return Footprint(
-        workspace_bytes=buffers * vocab_size * dtype.itemsize + temporary,
+        workspace_bytes=buffers * vocab_size * dtype.itemsize + temporary + whole,
         gradient_bytes=num_rows * widths * dtype.itemsize + head * (dtype.itemsize if chunks == 1 else statistics),
-        flops=2 * vocab_size * products,
+        flops=2 * vocab_size * products + (2 * positions * heads.target.numel() if whole else 0),
     )

@@ -4,7 +4,7 @@ It is a contracts.loss.RowStats whose differentiable statistics are leaves of [N
 autograd gives the gradients of the leaves. One more pass (kernels/) turns them into the gradient of the logits. Knows
 logits, labels and kernels. Does not know which terms read what, or how they are reduced.
 
-Legend: N rows of the chunk, U rows of the target window, V vocabulary.
+Legend: N rows of the chunk, U rows of the target window, V the draft's vocabulary.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from deepspec_core.rows.kernels.formulas import Distance, Divergence, Incoming, Logits, RowKernels, logit_values
-from deepspec_core.rows.statistics import TARGET, Undeclared
+from deepspec_core.rows.reduced_vocabulary import ReducedVocabulary
+from deepspec_core.rows.statistics import TARGET, Undeclared, known
 from deepspec_core.rows.target_window import TargetWindow
 
 
@@ -33,6 +34,7 @@ class FusedStats:
         extras: Mapping[str, Tensor],
         differentiable: bool,
         uncorrected: bool,
+        reduced: ReducedVocabulary | None = None,
     ) -> None:
         """`draft` is [N, V]. If target_ids_N is None, the target's argmax is the label.
 
@@ -45,6 +47,7 @@ class FusedStats:
         self._extras = extras
         self._differentiable = differentiable
         self._uncorrected = uncorrected
+        self._reduced = reduced
         self._leaves: dict[str, Tensor] = {}
 
     @property
@@ -65,7 +68,7 @@ class FusedStats:
 
     @property
     def ce(self) -> Tensor:
-        return self._leaf("ce", lambda: self._lse_N - self._label_logit(self._draft))
+        return self._leaf("ce", lambda: self._cross_entropy(self._draft, self._lse_N))
 
     @property
     def ce_without_correction(self) -> Tensor:
@@ -73,11 +76,11 @@ class FusedStats:
             raise Undeclared("ce_without_correction", "needs_uncorrected")
         if self._draft.correction is None:
             return self.ce
-        return self._leaf("ce_without_correction", lambda: self._base_lse_N - self._label_logit(self._base))
+        return self._leaf("ce_without_correction", lambda: self._cross_entropy(self._base, self._base_lse_N))
 
     @property
     def tv(self) -> Tensor:
-        return self._leaf("tv", lambda: self._distance.tv)
+        return self._leaf("tv", lambda: self._tv_N)
 
     @property
     def overlap(self) -> Tensor:
@@ -93,11 +96,12 @@ class FusedStats:
 
     @cached_property
     def acceptance(self) -> Tensor:
-        return (1.0 - self._distance.tv / 2.0).clamp(0.0, 1.0)
+        return (1.0 - self._tv_N / 2.0).clamp(0.0, 1.0)
 
     @cached_property
     def draft_argmax(self) -> Tensor:
-        return self._kernels.argmax(self._draft)
+        argmax_N = self._kernels.argmax(self._draft)
+        return argmax_N if self._reduced is None else self._reduced.tokens(argmax_N)
 
     @property
     def target_argmax(self) -> Tensor:
@@ -129,8 +133,8 @@ class FusedStats:
             self._draft,
             self._lse_N,
             incoming,
-            label_N=self.target_ids if labelled else None,
-            target=self._target.rows if compared else None,
+            label_N=self._label_columns_N if labelled else None,
+            target=None if not compared else self._target.rows if incoming.tv is None else self._target.whole_rows(),
             below_N=None if incoming.tv is None else self._distance.below,
             base_lse_N=None if incoming.ce_without_correction is None else self._base_lse_N,
         )
@@ -162,19 +166,35 @@ class FusedStats:
 
     @cached_property
     def _distance(self) -> Distance:
-        return self._kernels.distance(self._draft, self._lse_N, self._target.rows)
+        return self._kernels.distance(self._draft, self._lse_N, self._target.whole_rows())
+
+    @cached_property
+    def _tv_N(self) -> Tensor:
+        """The draft gives nothing to what the target gives to tokens outside a reduced vocabulary."""
+        if self._reduced is None:
+            return self._distance.tv
+        target = self._target.whole_rows()
+        assert target.whole_lse_U is not None
+        outside_U = (1.0 - (target.lse_U - target.whole_lse_U).exp()).clamp(min=0.0)
+        return self._distance.tv + outside_U[target.row_N]
 
     @cached_property
     def _divergence(self) -> Divergence:
         return self._kernels.divergence(self._draft, self._lse_N, self._target.rows)
 
-    def _label_logit(self, logits: Logits) -> Tensor:
-        at_N1 = self.target_ids[:, None]
+    @property
+    def _label_columns_N(self) -> Tensor:
+        """The column of each label; -1 for one that the draft does not know."""
+        return self.target_ids if self._reduced is None else self._reduced.columns(self.target_ids)
+
+    def _cross_entropy(self, logits: Logits, lse_N: Tensor) -> Tensor:
+        columns_N = self._label_columns_N
+        at_N1 = columns_N.clamp(min=0)[:, None]
         picked = logits._replace(
             product=logits.product.gather(1, at_N1),
             correction=None if logits.correction is None else logits.correction.gather(1, at_N1),
         )
-        return logit_values(picked)[:, 0]
+        return known(lse_N - logit_values(picked)[:, 0], None if self._reduced is None else columns_N >= 0)
 
 
 def _sum(one_N: Tensor | None, other_N: Tensor | None) -> Tensor | None:

@@ -3,7 +3,7 @@ logits themselves.
 
 Knows logits and labels. Does not know which terms read what, or how they are reduced.
 
-Legend: N rows of the chunk, U rows of the target window, V vocabulary.
+Legend: N rows of the chunk, U rows of the target window, V the draft's vocabulary.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from deepspec_core.rows.kernels.formulas import Logits, logit_values
+from deepspec_core.rows.reduced_vocabulary import ReducedVocabulary
 from deepspec_core.rows.statistics import ChunkStats
 from deepspec_core.rows.target_window import TargetWindow
 
@@ -30,6 +31,7 @@ class PlainStats(ChunkStats):
         extras: Mapping[str, Tensor],
         differentiable: bool,
         uncorrected: bool,
+        reduced: ReducedVocabulary | None = None,
     ) -> None:
         """`draft` is [N, V].
 
@@ -50,6 +52,8 @@ class PlainStats(ChunkStats):
             target_ids_N=target_ids_N,
             extras=extras,
             differentiable=differentiable,
+            reduced=reduced,
+            whole=None if target is None or reduced is None else target.of_whole,
         )
 
     def gradient(

@@ -4,7 +4,8 @@ Shapes are looked at on the host. Numbers are read back in one small tensor, whe
 device (weighted.py). Every check takes as many operations as there are rows, so it is made in every step. Knows rows
 and heads. Does not know which draft made them; whoever knows tells it (`RowsError.of`).
 
-Legend: N rows, P target positions, H hidden size, V vocabulary, r rank of the correction.
+Legend: N rows, P target positions, H hidden size, V the target's vocabulary, D the draft's, G slots, r rank of the
+correction.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from torch import Tensor
 from deepspec_core.contracts.rows import Heads, Rows
 from deepspec_core.errors import PluginError
 from deepspec_core.plugins.origin import component_of, package_of
+
+# Where one head serves all slots.
+_ANY_SLOT = 2**62
 
 
 class RowsError(PluginError):
@@ -40,14 +44,16 @@ def check_shapes(rows: Any, heads: Any) -> None:
         raise RowsError("forward()", type(rows).__name__, "contracts.rows.Rows")
     if not isinstance(heads, Heads):
         raise RowsError("heads()", type(heads).__name__, "contracts.rows.Heads")
-    _is("heads().draft", heads.draft, None, None)
-    _is("hidden", rows.hidden, None, heads.draft.shape[1])
-    count = len(rows.hidden)
-    _is("heads().target", heads.target, heads.draft.shape[0], None)
+    _is_head("heads().draft", heads.draft, None)
+    _is("hidden", rows.hidden, None, heads.draft.shape[-1])
+    count, known = len(rows.hidden), heads.draft.shape[-2]
+    _is("heads().target", heads.target, known if heads.draft_ids is None else None, None)
+    if heads.draft_ids is not None:
+        _is("heads().draft_ids", heads.draft_ids, known, dtype=torch.int64)
     if rows.correction is not None:
-        _is("heads().correction", heads.correction, heads.draft.shape[0], None)
+        _is_head("heads().correction", heads.correction, known)
         assert heads.correction is not None
-        _is("correction", rows.correction, count, heads.correction.shape[1])
+        _is("correction", rows.correction, count, heads.correction.shape[-1])
     if rows.target_hidden is None and rows.target_ids is None:
         raise RowsError("target_ids", None, "labels [N], or target_hidden, whose argmax is the label")
     if (rows.target_hidden is None) != (rows.target_index is None):
@@ -84,17 +90,21 @@ def check_numbers(rows: Rows, heads: Heads) -> None:
     right = {
         "weight": ((weight_N >= 0) & weight_N.isfinite()).all(),
         "block": (block_N[1:] >= block_N[:-1]).all(),
-        "slot": ((slot_N[1:] > slot_N[:-1]) | ~same_N).all() & (slot_N >= 0).all(),
+        "slot": ((slot_N[1:] > slot_N[:-1]) | ~same_N).all() & (slot_N >= 0).all() & (slot_N < _slots(heads)).all(),
     }
     if rows.target_index is not None and rows.target_hidden is not None:
         right["target_index"] = _within(rows.target_index, len(rows.target_hidden))
     if rows.target_ids is not None:
-        right["target_ids"] = _within(rows.target_ids, heads.draft.shape[0])
+        right["target_ids"] = _within(rows.target_ids, heads.target.shape[0])
+    if heads.draft_ids is not None:
+        ids_D = heads.draft_ids
+        right["heads().draft_ids"] = _within(ids_D, heads.target.shape[0]) & (ids_D[1:] > ids_D[:-1]).all()
     if rows.denominator is not None:
         right["denominator"] = (rows.denominator.isfinite() & (rows.denominator >= 0)).all()
     for field, is_right in zip(right, torch.stack(list(right.values())).tolist(), strict=True):
         if not is_right:
-            raise RowsError(field, _extent(getattr(rows, field)), _expected(field, rows, heads))
+            values: Any = heads.draft_ids if field == "heads().draft_ids" else getattr(rows, field)
+            raise RowsError(field, _extent(values), _expected(field, rows, heads))
 
 
 def _expected(field: str, rows: Rows, heads: Heads) -> str:
@@ -102,9 +112,11 @@ def _expected(field: str, rows: Rows, heads: Heads) -> str:
     return {
         "weight": "finite numbers, none below 0",
         "block": "numbers that do not decrease from row to row",
-        "slot": "numbers from 0 on that increase within a block",
+        "slot": "numbers from 0 on that increase within a block"
+        + (f", below {slots}, the number of heads" if (slots := _slots(heads)) < _ANY_SLOT else ""),
         "target_index": f"from 0 to below {positions}, the number of target positions",
-        "target_ids": f"token ids from 0 to below {heads.draft.shape[0]}",
+        "target_ids": f"token ids from 0 to below {heads.target.shape[0]}",
+        "heads().draft_ids": f"token ids from 0 to below {heads.target.shape[0]} that increase",
         "denominator": "a finite number, not below 0",
     }[field]
 
@@ -127,6 +139,17 @@ def _is(field: str, value: Any, *shape: int | None, dtype: torch.dtype | None = 
     if not fits or (value.dtype != dtype if dtype is not None else not value.is_floating_point()):
         sizes = ", ".join("any" if size is None else str(size) for size in shape)
         raise RowsError(field, _kind(value), f"[{sizes}], {dtype or 'of a floating-point type'}")
+
+
+def _is_head(field: str, value: Any, columns: int | None) -> None:
+    by_slot = isinstance(value, Tensor) and value.dim() == 3
+    _is(field, value, *((None,) if by_slot else ()), columns, None)
+
+
+def _slots(heads: Heads) -> int:
+    """How many slots there are heads for."""
+    by_slot = [head for head in (heads.draft, heads.correction) if head is not None and head.dim() == 3]
+    return min((len(head) for head in by_slot), default=_ANY_SLOT)
 
 
 def _one_device(rows: Rows) -> None:

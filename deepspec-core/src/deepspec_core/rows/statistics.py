@@ -2,12 +2,13 @@
 
 Knows logits and labels. Does not know how they were formed, which terms read them, or how they are reduced.
 
-Legend: N rows of the chunk, U distinct target positions among them, V vocabulary.
+Legend: N rows of the chunk, U distinct target positions among them, V the draft's vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from functools import cached_property
 
 import torch
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepspec_core.errors import ConfigError
+from deepspec_core.rows.reduced_vocabulary import ReducedVocabulary
 
 
 class Undeclared(ConfigError):
@@ -30,6 +32,13 @@ class Undeclared(ConfigError):
 
 
 TARGET = "the target's distribution"
+
+
+def known(ce_N: Tensor, inside_N: Tensor | None) -> Tensor:
+    """Cross-entropies, where labels that the draft does not know have that of the smallest normal number."""
+    if inside_N is None:
+        return ce_N
+    return torch.where(inside_N, ce_N, -math.log(torch.finfo(ce_N.dtype).tiny))
 
 
 class ChunkStats:
@@ -49,13 +58,18 @@ class ChunkStats:
         target_ids_N: Tensor | None,
         extras: Mapping[str, Tensor],
         differentiable: bool,
+        reduced: ReducedVocabulary | None = None,
+        whole: Callable[[], tuple[Tensor, Tensor]] | None = None,
     ) -> None:
         """`base` holds the capped logits before the correction; None if they may not be read. `draft` holds them with
         the correction, and is the same tensor where there is none.
 
         target_row_N is the row of `target_logits_UV` that each row is compared with. Both are None without a target. If
         target_ids_N is None, the target's argmax is the label.
+
+        With a vocabulary that is `reduced`, `whole` gives the normaliser and the argmax over the target's, [U] each.
         """
+        self._reduced, self._whole = reduced, whole
         self._base_logits_NV = base_logits_NV
         self._draft_logits_NV = draft_logits_NV
         self._target_logits_UV = target_logits_UV
@@ -99,7 +113,7 @@ class ChunkStats:
 
     @cached_property
     def overlap(self) -> Tensor:
-        target_NV = self._target(self._target_log_probs_UV.exp())
+        target_NV = self._target(self._whole_log_probs_UV.exp())
         with torch.set_grad_enabled(self._differentiable):
             return torch.minimum(self._draft_log_probs_NV.exp(), target_NV).sum(-1)
 
@@ -123,13 +137,14 @@ class ChunkStats:
 
     @cached_property
     def draft_argmax(self) -> Tensor:
-        return self._draft_logits_NV.detach().argmax(-1)
+        argmax_N = self._draft_logits_NV.detach().argmax(-1)
+        return argmax_N if self._reduced is None else self._reduced.tokens(argmax_N)
 
     @cached_property
     def target_argmax(self) -> Tensor:
         if self._target_logits_UV is None:
             raise Undeclared(TARGET, "needs_target")
-        return self._target(self._target_logits_UV.argmax(-1))
+        return self._target(self._target_logits_UV.argmax(-1) if self._whole is None else self._whole()[1])
 
     @cached_property
     def _draft_log_probs_NV(self) -> Tensor:
@@ -142,6 +157,13 @@ class ChunkStats:
             raise Undeclared(TARGET, "needs_target")
         return F.log_softmax(self._target_logits_UV, dim=-1)
 
+    @cached_property
+    def _whole_log_probs_UV(self) -> Tensor:
+        """Of the target's whole distribution, at the draft's tokens."""
+        if self._whole is None or self._target_logits_UV is None:
+            return self._target_log_probs_UV
+        return self._target_logits_UV - self._whole()[0][:, None]
+
     def _target(self, per_position: Tensor | None) -> Tensor:
         if per_position is None:
             raise Undeclared(TARGET, "needs_target")
@@ -150,9 +172,13 @@ class ChunkStats:
 
     def _cross_entropy(self, log_probs_NV: Tensor) -> Tensor:
         with torch.set_grad_enabled(self._differentiable):
-            return F.nll_loss(log_probs_NV, self.target_ids, reduction="none")
+            if self._reduced is None:
+                return F.nll_loss(log_probs_NV, self.target_ids, reduction="none")
+            columns_N = self._reduced.columns(self.target_ids)
+            return known(F.nll_loss(log_probs_NV, columns_N.clamp(min=0), reduction="none"), columns_N >= 0)
 
     def _total_variation(self, differentiable: bool) -> Tensor:
-        target_NV = self._target(self._target_log_probs_UV.exp())
+        target_NV = self._target(self._whole_log_probs_UV.exp())
         with torch.set_grad_enabled(differentiable):
-            return (self._draft_log_probs_NV.exp() - target_NV).abs().sum(-1)
+            tv_N = (self._draft_log_probs_NV.exp() - target_NV).abs().sum(-1)
+            return tv_N if self._whole is None else tv_N + (1.0 - target_NV.sum(-1)).clamp(min=0.0)

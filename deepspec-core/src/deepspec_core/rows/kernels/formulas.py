@@ -9,6 +9,7 @@ With z = cap(product) + correction, q = softmax(z), t = cap(target product), p =
 
     lse = log sum exp z        tv = sum |q - p|        overlap = sum min(p, q)
     soft_ce = -sum p log q     kl = sum p (log p - log q)
+    (columns may be part of the target's vocabulary: then sum p < 1 in tv, overlap and below, and 1 in soft_ce and kl)
     below = sum q (1 - sign(q - p)) / 2      (the draft's mass where it is below the target; ties count half)
 
     d ce / dz = q - [y]        d soft_ce / dz = d kl / dz = q - p
@@ -51,11 +52,16 @@ class Logits(NamedTuple):
 
 
 class TargetRows(NamedTuple):
-    """The target's logits that rows of a draft are compared with: row n with row row_N[n]."""
+    """The target's logits that rows of a draft are compared with: row n with row row_N[n].
+
+    whole_lse_U: The normaliser over the target's whole vocabulary, where the columns are part of it. It makes the p of
+        tv and overlap; lse_U, that over the columns, makes the p of soft_ce and kl.
+    """
 
     logits: Logits  # [U, V]
     lse_U: Tensor
     row_N: Tensor
+    whole_lse_U: Tensor | None = None
 
     def rows(self, span: slice) -> TargetRows:
         """The target rows that some of the draft's rows are compared with."""
@@ -255,13 +261,14 @@ def _argmax(logits: Logits) -> Tensor:
     return logit_values(logits).argmax(dim=-1)
 
 
-def _target_values(target: TargetRows) -> Tensor:
-    """log p for each row of the draft, [N, V]."""
-    return logit_values(target.logits.rows(target.row_N)) - target.lse_U[target.row_N][:, None]
+def _target_values(target: TargetRows, *, whole: bool) -> Tensor:
+    """log p for each row of the draft, [N, V]; of the whole distribution, or of its columns' alone."""
+    lse_U = target.whole_lse_U if whole and target.whole_lse_U is not None else target.lse_U
+    return logit_values(target.logits.rows(target.row_N)) - lse_U[target.row_N][:, None]
 
 
 def _distance(draft: Logits, lse_N: Tensor, target: TargetRows) -> tuple[Tensor, ...]:
-    q_NV, p_NV = (logit_values(draft) - lse_N[:, None]).exp(), _target_values(target).exp()
+    q_NV, p_NV = (logit_values(draft) - lse_N[:, None]).exp(), _target_values(target, whole=True).exp()
     difference_NV = q_NV - p_NV
     return (
         difference_NV.abs().sum(-1),
@@ -271,7 +278,7 @@ def _distance(draft: Logits, lse_N: Tensor, target: TargetRows) -> tuple[Tensor,
 
 
 def _divergence(draft: Logits, lse_N: Tensor, target: TargetRows) -> tuple[Tensor, ...]:
-    log_q_NV, log_p_NV = logit_values(draft) - lse_N[:, None], _target_values(target)
+    log_q_NV, log_p_NV = logit_values(draft) - lse_N[:, None], _target_values(target, whole=False)
     p_NV = log_p_NV.exp()
     return -(p_NV * log_q_NV).sum(-1), (p_NV * (log_p_NV - log_q_NV)).sum(-1)
 
@@ -293,12 +300,11 @@ def _gradient(
     if incoming.ce is not None:
         gradient_NV = gradient_NV + incoming.ce[:, None] * _less_one_at(label_N, q_NV)
     if target is not None:
-        p_NV = _target_values(target).exp()
         if incoming.soft is not None:
-            gradient_NV = gradient_NV + incoming.soft[:, None] * (q_NV - p_NV)
+            gradient_NV = gradient_NV + incoming.soft[:, None] * (q_NV - _target_values(target, whole=False).exp())
         if incoming.tv is not None:
             assert below_N is not None
-            sign_NV = (q_NV - p_NV).sign()
+            sign_NV = (q_NV - _target_values(target, whole=True).exp()).sign()
             gradient_NV = gradient_NV + incoming.tv[:, None] * q_NV * (sign_NV - 1.0 + 2.0 * below_N[:, None])
     if correction_NV is not None:
         correction_NV.copy_(gradient_NV)

@@ -111,13 +111,14 @@ def _pointers(logits: Logits) -> tuple[Any, ...]:
 
 
 def _target_pointers(target: TargetRows | None) -> tuple[Any, ...]:
-    """(product, its stride, softcap, lse_U, row_N), as kernels take them."""
+    """(product, its stride, softcap, lse_U, whole_lse_U, row_N), as kernels take them."""
     if target is None:
-        return None, 0, None, None, None
+        return None, 0, None, None, None, None
     product, correction, softcap = target.logits
     assert correction is None, "targets have no correction"
     assert product.stride(1) == 1
-    return product, product.stride(0), softcap, target.lse_U.contiguous(), target.row_N.contiguous()
+    whole_lse_U = None if target.whole_lse_U is None else target.whole_lse_U.contiguous()
+    return product, product.stride(0), softcap, target.lse_U.contiguous(), whole_lse_U, target.row_N.contiguous()
 
 
 def _partials(product_MV: Tensor, block: int, *planes: int) -> Tensor:

@@ -12,7 +12,7 @@ import triton.language as tl
 # One number a row, and often a slice. Compiling again for another alignment of the slice would gain nothing.
 _PER_ROW = (
     "lse_N", "label_N", "ce_N", "soft_N", "tv_N", "ce_without_correction_N", "below_N", "base_lse_N", "target_lse_U",
-    "target_row_N",
+    "target_whole_lse_U", "target_row_N",
 )  # fmt: skip
 
 
@@ -176,11 +176,14 @@ def distance(
     target_stride,
     TARGET_SOFTCAP: tl.constexpr,
     target_lse_U,
+    target_whole_lse_U,
     target_row_N,
     vocab_size,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0)
+    if target_whole_lse_U is not None:
+        target_lse_U = target_whole_lse_U
     log_q, log_p = _both(
         product,
         product_stride,
@@ -222,6 +225,7 @@ def divergence(
     target_stride,
     TARGET_SOFTCAP: tl.constexpr,
     target_lse_U,
+    target_whole_lse_U,
     target_row_N,
     vocab_size,
     BLOCK: tl.constexpr,
@@ -262,6 +266,7 @@ def gradient(
     target_stride,
     TARGET_SOFTCAP: tl.constexpr,
     target_lse_U,
+    target_whole_lse_U,
     target_row_N,
     label_N,
     ce_N,
@@ -300,6 +305,9 @@ def gradient(
         p = _exp(log_p)
         if soft_N is not None:
             gradient += tl.load(soft_N + row) * (q - p)
+        if target_whole_lse_U is not None:
+            target_row = tl.load(target_row_N + row)
+            p = _exp(log_p + (tl.load(target_lse_U + target_row) - tl.load(target_whole_lse_U + target_row)))
         if tv_N is not None:
             sign = tl.where(q > p, 1.0, tl.where(q < p, -1.0, 0.0))
             gradient += tl.load(tv_N + row) * q * ((sign - 1.0) + 2.0 * tl.load(below_N + row))
