@@ -1,7 +1,7 @@
 """What is inside a shard of a cache, and beside the shards: the part in which sharded formats differ.
 
-HDF5 datasets (hdf5.py) and raw arrays (binary_v2.py) are such layouts. Knows none of them; when a shard is begun, sealed
-or opened is sharded.py's.
+HDF5 datasets (hdf5.py) and raw arrays (binary_v2.py) are such layouts. Knows none of them; when a shard is begun,
+sealed or opened is sharded.py's.
 
 Legend: T tokens, C = taps * H, H hidden size.
 """
