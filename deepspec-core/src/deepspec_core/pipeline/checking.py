@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("deepspec")
 
+_ASKED = ({"role": "user", "content": "?"},)
+
 
 def check_before(run: Run, steps: Sequence[Step], *, may_write: bool = True) -> None:
     """Raise the errors that would stop a later stage. Does nothing if no stage is to run.
@@ -48,7 +50,7 @@ def check_before(run: Run, steps: Sequence[Step], *, may_write: bool = True) -> 
     _sources(run, todo, may_write=may_write)
     _ = run.target.adapter  # opening it raises its errors
     if todo - {"train", "export"} or run.file.features.mode != "cached":
-        _ = run.target.tokenizer
+        _system_prompt(run)
     if todo & {"regenerate", "cache", "train"}:
         _lengths(run)
     if _first_reader(run) in todo:
@@ -86,6 +88,26 @@ def check_before(run: Run, steps: Sequence[Step], *, may_write: bool = True) -> 
         check_servable(run, facts_of_finished(run) if draft is None else facts_before(run, draft))
 
 
+def _system_prompt(run: Run) -> None:
+    """ConfigError where the chat template refuses data.system_prompt or leaves it out. Opens the tokenizer in any case.
+
+    So it would be with every conversation.
+    """
+    tokenizer, prompt = run.target.tokenizer, run.file.data.system_prompt
+    if prompt is None:
+        return
+    try:
+        tokenizer.render_prompt(_ASKED, prompt)
+    except DataError as error:
+        raise ConfigError(
+            error.problem,
+            where=f"{run.path}: data.system_prompt",
+            found=error.found,
+            expected=error.expected or "a prompt that the chat template writes, as it is, before a user's message",
+            fix="Change data.system_prompt, or name another template in target.chat_template.",
+        ) from error
+
+
 def _lengths(run: Run) -> None:
     """ConfigError for samples longer than the target has positions: it was never trained for what comes after them."""
     asked, most = run.file.data.max_length, run.target.architecture.max_positions
@@ -102,9 +124,9 @@ def _lengths(run: Run) -> None:
 def _room_for_answers(run: Run) -> None:
     """ConfigError where the shortest prompt and the fewest supervised tokens are longer than any sample may be."""
     data, most = run.file.data, run.data.max_length
-    prompt = len(run.target.tokenizer.render_prompt([{"role": "user", "content": "?"}], data.system_prompt))
+    prompt = len(run.target.tokenizer.render_prompt(_ASKED, data.system_prompt))
     if prompt + data.min_supervised_tokens > most:
-        bare = len(run.target.tokenizer.render_prompt([{"role": "user", "content": "?"}], None))
+        bare = len(run.target.tokenizer.render_prompt(_ASKED, None))
         if data.min_supervised_tokens >= most:
             key, fix = "min_supervised_tokens", "Raise data.max_length, or lower data.min_supervised_tokens."
         elif data.system_prompt is not None and bare + data.min_supervised_tokens <= most:
