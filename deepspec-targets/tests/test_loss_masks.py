@@ -188,6 +188,22 @@ def test_tool_calls(family: str, tokenizers: dict[str, ChatTokenizer], formats: 
     assert _supervised(tokenizer, without) == _supervised(tokenizer, sample)
 
 
+@pytest.mark.parametrize("family", TOOLS)
+def test_a_tool_with_all_that_is_said_of_it(
+    family: str, tokenizers: dict[str, ChatTokenizer], formats: dict[str, ConversationFormat]
+) -> None:
+    """Beside a system message, in a conversation where calls, results and tools share their words."""
+    properties = {"city": {"type": "string", "description": "Paris, for instance"}, "days": {"type": "integer"}}
+    parameters = {"type": "object", "properties": properties, "required": ["city"]}
+    tool = {
+        "type": "function",
+        "function": {"name": "weather", "description": "The weather.", "parameters": parameters},
+    }
+    row = _row(_system("The weather in Paris."), *TOOL_ROW, tools=[tool])
+    (sample,) = tokenizers[family].samples(row, formats[family], None, 4096)
+    assert "It is sunny." in _supervised(tokenizers[family], sample)
+
+
 @pytest.mark.parametrize("inside", [True, False])
 def test_qwen3_thinking_is_an_answers_own(
     inside: bool, tokenizers: dict[str, ChatTokenizer], formats: dict[str, ConversationFormat]

@@ -251,14 +251,19 @@ def test_a_template_that_fits_no_conversation_is_said_where_it_is_opened(
 
 @pytest.mark.parametrize(
     ("prompt", "template", "says"),
-    [("Be rude.", _template(NO_SYSTEM), "leaves out the system prompt"), (EVIL, PLAIN, "control token")],
+    [
+        ("Be rude.", _template(NO_SYSTEM), "leaves out the system prompt"),
+        (EVIL, PLAIN, "control token"),
+        (None, "{{ 1 // 0 }}", "ZeroDivisionError"),
+    ],
 )
-def test_a_system_prompt_that_never_arrives_is_said_at_once(
-    run_file: Path, capsys: pytest.CaptureFixture[str], prompt: str, template: str, says: str
+def test_a_prompt_that_never_arrives_is_said_at_once(
+    run_file: Path, capsys: pytest.CaptureFixture[str], prompt: str | None, template: str, says: str
 ) -> None:
     (run_file.parent / "mine.jinja").write_text(template)
-    given = ["--set", 'target.chat_template="mine.jinja"', "--set", f"data.system_prompt={json.dumps(prompt)}"]
+    given = ["--set", 'target.chat_template="mine.jinja"']
+    given += ["--set", f"data.system_prompt={json.dumps(prompt)}"] if prompt else []
     assert main(["run", str(run_file), "--dry-run", *given]) == 2
     seen = capsys.readouterr().err
     assert says in seen
-    assert "data.system_prompt" in seen
+    assert ("data.system_prompt" if prompt else "train.toml: target.chat_template") in seen

@@ -228,9 +228,9 @@ class ChatTokenizer:
         ID#2, and so on. Tokens that came with the conversation are taken as they are. `original_length` counts tokens
         before that cut.
 
-        TemplateRefusal where a text or the id is not valid Unicode, or the template does not take the conversation, or
-        leaves out the thinking of an answer, a tool call, another's message or a tool on offer. ControlTokens where a
-        message contains one of the template's.
+        TemplateRefusal where a text or the id is not valid Unicode, the template does not take the conversation or
+        leaves something of it out (LeftOut), or an answer is nothing but its end marker. ControlTokens where a text
+        contains one of the template's.
         """
         if conversation.input_ids is not None and conversation.loss_mask is not None:
             _refuse_not_unicode(conversation.id)

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("deepspec")
 
-_ASKED = ({"role": "user", "content": "?"},)
-
 
 def check_before(run: Run, steps: Sequence[Step], *, may_write: bool = True) -> None:
     """Raise the errors that would stop a later stage. Does nothing if no stage is to run.
@@ -50,7 +48,9 @@ def check_before(run: Run, steps: Sequence[Step], *, may_write: bool = True) -> 
     _sources(run, todo, may_write=may_write)
     _ = run.target.adapter  # opening it raises its errors
     if todo - {"train", "export"} or run.file.features.mode != "cached":
-        _system_prompt(run)
+        _ = run.target.tokenizer
+        if run.file.data.system_prompt is not None:
+            _prompt_length(run, run.file.data.system_prompt)
     if todo & {"regenerate", "cache", "train"}:
         _lengths(run)
     if _first_reader(run) in todo:
@@ -88,23 +88,23 @@ def check_before(run: Run, steps: Sequence[Step], *, may_write: bool = True) -> 
         check_servable(run, facts_of_finished(run) if draft is None else facts_before(run, draft))
 
 
-def _system_prompt(run: Run) -> None:
-    """ConfigError where the chat template refuses data.system_prompt or leaves it out. Opens the tokenizer in any case.
+def _prompt_length(run: Run, system_prompt: str | None) -> int:
+    """How many tokens the shortest prompt has. ConfigError where the chat template refuses it, or leaves it out.
 
-    So it would be with every conversation.
+    So it would do with every conversation.
     """
-    tokenizer, prompt = run.target.tokenizer, run.file.data.system_prompt
-    if prompt is None:
-        return
     try:
-        tokenizer.render_prompt(_ASKED, prompt)
+        return len(run.target.tokenizer.render_prompt(({"role": "user", "content": "?"},), system_prompt))
     except DataError as error:
+        key = "target.chat_template" if run.file.target.chat_template is not None else "target.model"
         raise ConfigError(
             error.problem,
-            where=f"{run.path}: data.system_prompt",
+            where=f"{run.path}: {key if system_prompt is None else 'data.system_prompt'}",
             found=error.found,
-            expected=error.expected or "a prompt that the chat template writes, as it is, before a user's message",
-            fix="Change data.system_prompt, or name another template in target.chat_template.",
+            expected=error.expected or "a template that writes all of a prompt",
+            fix="Name another template in target.chat_template."
+            if system_prompt is None
+            else "Change data.system_prompt, or name another template in target.chat_template.",
         ) from error
 
 
@@ -124,9 +124,9 @@ def _lengths(run: Run) -> None:
 def _room_for_answers(run: Run) -> None:
     """ConfigError where the shortest prompt and the fewest supervised tokens are longer than any sample may be."""
     data, most = run.file.data, run.data.max_length
-    prompt = len(run.target.tokenizer.render_prompt(_ASKED, data.system_prompt))
+    prompt = _prompt_length(run, data.system_prompt)
     if prompt + data.min_supervised_tokens > most:
-        bare = len(run.target.tokenizer.render_prompt(_ASKED, None))
+        bare = _prompt_length(run, None)
         if data.min_supervised_tokens >= most:
             key, fix = "min_supervised_tokens", "Raise data.max_length, or lower data.min_supervised_tokens."
         elif data.system_prompt is not None and bare + data.min_supervised_tokens <= most:
