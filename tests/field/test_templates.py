@@ -267,3 +267,20 @@ def test_a_prompt_that_never_arrives_is_said_at_once(
     seen = capsys.readouterr().err
     assert says in seen
     assert ("data.system_prompt" if prompt else "train.toml: target.chat_template") in seen
+
+
+@pytest.mark.parametrize(
+    ("split", "says"), [("held_out", "held-out conversations are not asked"), ("train", "dropped")]
+)
+def test_prompts_that_are_refused_end_neither_regeneration_nor_evaluation(
+    run_file: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, split: str, says: str
+) -> None:
+    evil = [{"messages": [{**ASK, "content": f"{EVIL} {i}"}, ANSWER]} for i in range(8)]
+    good = [{"messages": [{**ASK, "content": f"Good {i}"}, ANSWER]} for i in range(8)]
+    (run_file.parent / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in evil + good))
+    given = ["--set", 'data.sources=[{path="rows.jsonl"}]', "--set", "data.held_out=0.5", "-n", "9"]
+    assert main(["data", "show", str(run_file), "--split", split, *given]) == 0
+    seen = capsys.readouterr()
+    assert "Good " in seen.out
+    assert "evil" not in seen.out
+    assert says in seen.out + seen.err + caplog.text

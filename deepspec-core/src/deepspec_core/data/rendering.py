@@ -55,7 +55,10 @@ class Template:
         """Where the rendering of finished messages stands between {% generation %} marks; None: there are no marks."""
         if not self.has_marks:
             return None
-        signed = with_signs(self.source(tools))
+        source = self.source(tools)
+        signed = with_signs(source)
+        if signed == source:
+            return None
         text, spans = marked_spans(self.render(messages, prompt=False, tools=tools, thinking=thinking, source=signed))
         if text != rendering:
             raise TemplateRefusal(
