@@ -35,7 +35,8 @@ MARKERS = [
     "<start_of_turn>", "<end_of_turn>", "<|turn>", "<turn|>", "<|channel>", "<channel|>", "<|tool_call>",
     "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>',
 ]  # fmt: skip
-WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+CITY = {"type": "object", "properties": {"city": {"type": "string", "description": "Which?"}}, "required": ["city"]}
+WEATHER = {"type": "function", "function": {"name": "weather", "description": "Sunny or not.", "parameters": CITY}}
 
 
 def _tokenizer(family: str, *, special: bool = True, thinking: bool = False) -> ChatTokenizer:
@@ -186,22 +187,6 @@ def test_tool_calls(family: str, tokenizers: dict[str, ChatTokenizer], formats: 
     (without,) = tokenizer.samples(_row(*TOOL_ROW), formats[family], None, 4096)
     assert len(without.input_ids) < len(sample.input_ids)
     assert _supervised(tokenizer, without) == _supervised(tokenizer, sample)
-
-
-@pytest.mark.parametrize("family", TOOLS)
-def test_a_tool_with_all_that_is_said_of_it(
-    family: str, tokenizers: dict[str, ChatTokenizer], formats: dict[str, ConversationFormat]
-) -> None:
-    """Beside a system message, in a conversation where calls, results and tools share their words."""
-    properties = {"city": {"type": "string", "description": "Paris, for instance"}, "days": {"type": "integer"}}
-    parameters = {"type": "object", "properties": properties, "required": ["city"]}
-    tool = {
-        "type": "function",
-        "function": {"name": "weather", "description": "The weather.", "parameters": parameters},
-    }
-    row = _row(_system("The weather in Paris."), *TOOL_ROW, tools=[tool])
-    (sample,) = tokenizers[family].samples(row, formats[family], None, 4096)
-    assert "It is sunny." in _supervised(tokenizers[family], sample)
 
 
 @pytest.mark.parametrize("inside", [True, False])

@@ -221,6 +221,12 @@ def test_generation_marks_say_what_is_supervised(target: Any, turn: str, supervi
     row = {"messages": [ASK, {**ANSWER, "content": "One."}, ASK, {**ANSWER, "content": "Two."}]}
     assert _read(target, chat, row)[:2] == (supervised, "")
     fmt, plain = target.adapter.conversation_format(), _chat(target, PLAIN)
+    (sample,) = chat.samples(from_row(row, "test"), fmt, None, 900)
+    theirs = chat.tokenizer.apply_chat_template(row["messages"], return_dict=True, return_assistant_tokens_mask=True)
+    mask = sample.loss_mask.int().tolist()
+    assert theirs["input_ids"][: len(mask)] == sample.input_ids.tolist()
+    # The marks of the third template stand around all messages, and no user's is supervised here.
+    assert (theirs["assistant_masks"][: len(mask)] == mask) == ("m.role == 'assistant'" in turn or "loop.last" in turn)
     assert chat.template_fingerprint(fmt, None) != plain.template_fingerprint(fmt, None)
 
 
