@@ -64,7 +64,6 @@ def test_golden(tokenizer: ChatTokenizer) -> None:
     [
         (("What?", "Xylophones."), ["Xylophones.<|end|>"]),
         (("same", "same", "same", "same"), ["same<|end|>", "same<|end|>"]),
-        (("What?", ""), ["<|end|>"]),
         (("assistant\n", "user\n", "What?", "\n\nlines\n\n"), ["user<|end|>", "lines<|end|>"]),
         (("ask", "b", "What?"), ["b<|end|>"]),
         (("ask 😀", "naïve 😀👍🏽 日本"), ["naïve 😀👍🏽 日本<|end|>"]),
@@ -129,7 +128,7 @@ def _random_text(rng: random.Random) -> str:
 def test_supervised_tokens_are_exactly_the_answers_and_their_markers(tokenizer: ChatTokenizer) -> None:
     rng = random.Random(0)
     for _ in range(150):
-        turns = [_random_text(rng) for _ in range(2 * rng.randint(1, 3))]
+        turns = [_random_text(rng).strip() or "x" for _ in range(2 * rng.randint(1, 3))]
         sample = _tokenize(tokenizer, _conversation(*turns))
         text = tokenizer.decode(sample.input_ids[sample.loss_mask])
         assert text == "".join(answer.strip() + "<|end|>" for answer in turns[1::2]), turns

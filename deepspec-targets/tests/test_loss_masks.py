@@ -35,7 +35,8 @@ MARKERS = [
     "<start_of_turn>", "<end_of_turn>", "<|turn>", "<turn|>", "<|channel>", "<channel|>", "<|tool_call>",
     "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>',
 ]  # fmt: skip
-WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+CITY = {"type": "object", "properties": {"city": {"type": "string", "description": "Which?"}}, "required": ["city"]}
+WEATHER = {"type": "function", "function": {"name": "weather", "description": "Sunny or not.", "parameters": CITY}}
 
 
 def _tokenizer(family: str, *, special: bool = True, thinking: bool = False) -> ChatTokenizer:

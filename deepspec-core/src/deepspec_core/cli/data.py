@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _LISTED = 10
 # counts of conversations that do not become one whole sample each, in words
 _WORDS = {
-    "unusable": "rows that say what no conversation here can hold, such as images",
+    "unusable": "rows that say what no conversation here can hold, such as images or empty answers",
     "malformed": "rows that are no conversation, or damaged",
     "refused": "not taken by the chat template, or not all of it, or not valid Unicode",
     "control_tokens": "with a control token of the chat template in their text",

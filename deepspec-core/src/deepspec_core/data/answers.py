@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from attrs import frozen
 
 from deepspec_core.contracts.target import ConversationFormat
+from deepspec_core.data.written import Written
 from deepspec_core.errors import DataError
 
 
@@ -69,7 +70,8 @@ class Reply:
     """One answer where it comes last: head + opening + text + marker + rest is the whole rendering.
 
     `head` ends with the assistant's header; `opening` is the template's (see Openings), `text` the assistant's.
-    `complete`: nothing of the message's own thinking is left out.
+    `added`: characters of the opening that the template leaves out when it looks back. `index`: which message it is.
+    `lost`: what the template leaves out of the message's own words, if anything.
     """
 
     head: str
@@ -77,7 +79,9 @@ class Reply:
     text: str
     marker: str
     rest: str
-    complete: bool = True
+    added: int
+    index: int
+    lost: str | None = None
 
     @property
     def rendering(self) -> str:
@@ -136,7 +140,7 @@ def replies(
         if asked and message["role"] == "assistant":
             prompt = render(messages[:index], prompt=True)
             whole = render(messages[: index + 1], prompt=False)
-            found.append(_reply(prompt, whole, message, fmt, openings, thinking))
+            found.append(_reply(prompt, whole, message, index, fmt, openings, thinking))
     return found
 
 
@@ -179,7 +183,13 @@ def last_run(mask: Sequence[int]) -> list[bool]:
 
 
 def _reply(
-    prompt: str, whole: str, message: Mapping[str, Any], fmt: ConversationFormat, openings: Openings, thinking: bool
+    prompt: str,
+    whole: str,
+    message: Mapping[str, Any],
+    index: int,
+    fmt: ConversationFormat,
+    openings: Openings,
+    thinking: bool,
 ) -> Reply:
     tail = openings.of(thinking=thinking)
     # A turn that goes on after a tool's result has no header of its own: the whole prompt comes before the answer.
@@ -192,9 +202,9 @@ def _reply(
         )
     own = whole[len(head) :]
     written = [each for each in (openings.without_thinking, openings.with_thinking) if own.startswith(each)]
-    opening = max(written, key=len, default="")
+    opening, added = max(written, key=len, default=""), 0
     if not opening and head is not prompt and _skips_thinking(own, message, openings, thinking):
-        opening = tail
+        opening, added = tail, len(tail)
     else:
         own = own[len(opening) :]
     text_end, end = _last_marker(own, fmt.assistant_ends)
@@ -210,21 +220,20 @@ def _reply(
         text=own[:text_end],
         marker=own[text_end:end],
         rest=own[end:],
-        complete=_has_thinking(own[:text_end].strip(), message, opening),
+        added=added,
+        index=index,
+        lost=_lost(own[:text_end], message, opening),
     )
 
 
-def _has_thinking(text: str, message: Mapping[str, Any], opening: str) -> bool:
-    """Whether the message's thinking is in the rendered text, be it a field of its own or the begin of its content."""
+def _lost(text: str, message: Mapping[str, Any], opening: str) -> str | None:
+    """What is missing of the message in the text, be its thinking a field of its own or the begin of its content."""
+    thinking, content = "the thinking of an answer", message["content"].strip()
     if message.get("reasoning_content", "").strip() not in text:
-        return False
-    content = message["content"].strip()
-    left_out = content[: len(content) - len(text)] if content.endswith(text) else ""
-    return _letters(left_out) in ("", _letters(opening))
-
-
-def _letters(text: str) -> str:
-    return "".join(filter(str.isalnum, text))
+        return thinking
+    if Written(opening + text).has_spelled(content):
+        return None
+    return thinking if text.strip() and content.endswith(text.strip()) else "the content of an answer"
 
 
 def _skips_thinking(own: str, message: Mapping[str, Any], openings: Openings, thinking: bool) -> bool:

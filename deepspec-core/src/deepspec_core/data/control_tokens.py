@@ -1,7 +1,7 @@
 """Texts that contain a marker of the chat template: the tokenizer would read it as the real one.
 
-An answer with the end marker and another user's header in it would become a turn that nobody took. Knows tokenizers and
-messages; not where conversations come from.
+An answer with the end marker and another user's header in it would become a turn that nobody took. Knows tokenizers,
+messages and tools; not where conversations come from.
 """
 
 from __future__ import annotations
@@ -10,21 +10,42 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 
-def control_tokens(tokenizer: Any, rendered: str) -> tuple[str, ...]:
-    """The special tokens that the chat template itself writes, as text: those in a conversation that it rendered."""
+def control_tokens(tokenizer: Any, written: str) -> tuple[str, ...]:
+    """The special tokens that the chat template itself writes, as text: those in its source and its renderings."""
     special = {str(token) for token in tokenizer.all_special_tokens}
     special |= {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return tuple(sorted(token for token in special if token and token in rendered))
+    return tuple(sorted(token for token in special if token and token in written))
 
 
-def found_in(messages: Sequence[Mapping[str, Any]], tokens: Sequence[str]) -> str | None:
-    """The first of these tokens in what the messages say, and where; None where there is none."""
-    for index, message in enumerate(messages):
-        for text in _texts({key: value for key, value in message.items() if key != "role"}):
-            for token in tokens:
-                if token in text:
-                    return f"{token!r} in message {index} ({message['role']})"
+def found_in(
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]],
+    system_prompt: str | None,
+    tokenizer: Any,
+    tokens: Sequence[str],
+) -> str | None:
+    """The first of these tokens in what is said, and where; None where there is none."""
+    said = [(f"message {i} ({each['role']})", {**each, "role": ""}) for i, each in enumerate(messages)]
+    for where, value in [("the system prompt", system_prompt), ("the tools on offer", tools), *said]:
+        for text in _texts(value):
+            found = _token_in(text, tokenizer, tokens)
+            if found is not None:
+                return f"{found!r} in {where}"
     return None
+
+
+def _token_in(text: str, tokenizer: Any, tokens: Sequence[str]) -> str | None:
+    for token in tokens:
+        if token in text:
+            return token
+    # A tokenizer may read signs that look alike, or capitals, as the same. Only its ids tell.
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    if normalizer is None or (read := normalizer.normalize_str(text)) == text:
+        return None
+    if not any(token in read or normalizer.normalize_str(token) in read for token in tokens):
+        return None
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return next((token for token in tokens if tokenizer.convert_tokens_to_ids(token) in ids), None)
 
 
 def _texts(value: Any) -> Iterator[str]:

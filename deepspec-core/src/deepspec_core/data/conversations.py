@@ -14,7 +14,7 @@ from attrs import frozen
 
 from deepspec_core.data.alpaca import FIELDS as ALPACA
 from deepspec_core.data.alpaca import INSTRUCTION, alpaca_messages, is_alpaca
-from deepspec_core.data.messages import listed, message_of, tools_of
+from deepspec_core.data.messages import UnusableRow, listed, message_of, tools_of
 from deepspec_core.errors import DataError, nearest
 
 # Fields that hold a conversation, in the order of preference: messages; texts of the user; one such text.
@@ -100,6 +100,8 @@ def from_row(row: Any, where: str) -> Conversation:
             expected=f"one of {', '.join(SHAPES)}, not empty, or {INSTRUCTION} with input or output",
             fix=f"Is {close!r} meant?" if close and close not in row else None,
         )
+    if input_ids is None:
+        _refuse_silence(messages, where)
     tools = tools_of(row.get("tools"), f"{where} tools")
     return Conversation(
         id=identity_of(row, where) or content_digest(messages, input_ids, loss_mask, tools),
@@ -142,6 +144,19 @@ def _messages(row: Mapping[str, Any], where: str) -> tuple[dict[str, Any], ...]:
     if name in _OF_TEXTS:
         return tuple(message_of({"role": "user", "content": item}, f"{where} {name}[{i}]") for i, item in items)
     return tuple(message_of(item, f"{where} {name}[{i}]") for i, item in items)
+
+
+def _refuse_silence(messages: Sequence[Mapping[str, Any]], where: str) -> None:
+    """UnusableRow for an answer of nothing: it would teach to end at once."""
+    for index, message in enumerate(messages):
+        silent = not (message["content"].strip() or message.get("tool_calls") or message.get("reasoning_content"))
+        if silent and message["role"] == "assistant":
+            raise UnusableRow(
+                "An answer says nothing",
+                where=f"{where} messages[{index}]",
+                found=repr(message["content"]),
+                expected="text, or a tool call",
+            )
 
 
 def _tokens(row: Mapping[str, Any], where: str) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:

@@ -1,33 +1,48 @@
 """What a chat template leaves out of a conversation without a word: messages, tool calls, the tools on offer.
 
-A template that knows no tools renders a call as an empty answer, and training would teach to answer nothing. Texts are
-compared by their letters and digits, because templates trim, indent and quote. A word that is looked for may stand
-elsewhere in the conversation: where tools are used, their parts are replaced by marks that stand nowhere, and the marks
-are looked for in a rendering of their own. Knows messages and rendered text; not how a template is run.
+A template that knows no tools renders a call as an empty answer, and training would teach to answer nothing. Two looks
+are taken. Each part's own words have to stand in the rendering (written.py), so that nothing is cut. But they may stand
+elsewhere in the conversation, so each part is also replaced by a mark that stands nowhere, and the marks are looked for
+in a rendering of their own. Knows messages and rendered text; not how a template is run.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
+from attrs import field, frozen
 
-def left_out(text: str, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> str | None:
+from deepspec_core.data.answers import TemplateRefusal
+from deepspec_core.data.written import Written
+
+Tools = Sequence[Mapping[str, Any]]
+
+
+class LeftOut(TemplateRefusal):
+    """The chat template writes a conversation without something that it says."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__("The chat template refuses a conversation", found=f"it leaves out {what}")
+
+
+def left_out(text: str, messages: Sequence[Mapping[str, Any]], tools: Tools, *, first: int = 0) -> str | None:
     """What of these messages and tools is not in their rendering `text`, in words; None where all of it is.
 
-    What the assistant said before may be shortened by a template, which is told elsewhere (answers.Reply.complete); its
+    `first` is the number of the first message: -1 where it is a system prompt that the row does not have.
+
+    What the assistant said before may be shortened by a template, which is told elsewhere (answers.Reply.lost); its
     calls may not.
     """
-    written = _Written(text)
+    written = Written(text)
     for tool in tools:
         name = _name_of(tool)
         if name is not None and not written.has(name):
             return f"the tool {name!r} that is on offer"
-    for index, message in enumerate(messages):
+    for index, message in enumerate(messages, first):
         if message["role"] != "assistant" and not written.has_spelled(message["content"]):
-            return f"the content of message {index} ({message['role']})"
+            return _content_of(index, message)
         for call in message.get("tool_calls", ()):
             function = call["function"]
             if not written.has(function["name"]):
@@ -38,47 +53,111 @@ def left_out(text: str, messages: Sequence[Mapping[str, Any]], tools: Sequence[M
     return None
 
 
-def marked(
-    messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, str]] | None:
-    """The conversation with a mark in place of each tool's name, call's name and argument, and tool's result.
+def unmarked(
+    render: Callable[[list[dict[str, Any]], list[dict[str, Any]]], str],
+    messages: Sequence[Mapping[str, Any]],
+    tools: Tools,
+    *,
+    first: int = 0,
+) -> str | None:
+    """What is left out of a rendering with a mark in place of each part, in words; None where nothing is.
 
-    Also returns what each mark stands for, in words. None where there is none of these.
+    A template may take only what it knows, a tool's name or a number, and refuse marks in its place. Each is then tried
+    alone. One that is refused alone has been read, and its words (left_out) have to do.
     """
+    whole = _marked(messages, tools, first)
+    with suppress(TemplateRefusal):
+        return whole.missing_in(render(whole.messages, whole.tools))
+    for mark in whole.what:
+        alone = _marked(messages, tools, first, only=mark)
+        with suppress(TemplateRefusal):
+            if mark not in render(alone.messages, alone.tools):
+                return whole.what[mark]
+    return None
+
+
+@frozen(kw_only=True)
+class _Marked:
+    """A conversation with marks in it, and what each stands for."""
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]]
+    what: dict[str, str] = field(repr=False)
+
+    def missing_in(self, text: str) -> str | None:
+        """What the first mark stands for that is not in the text."""
+        return next((what for mark, what in self.what.items() if mark not in text), None)
+
+
+def _marked(messages: Sequence[Mapping[str, Any]], tools: Tools, first: int, *, only: str | None = None) -> _Marked:
+    """Every part marked, or `only` the one of this mark."""
     marks: dict[str, str] = {}
 
-    def mark(what: str) -> str:
+    def mark(what: str, own: Any) -> Any:
         name = f"zq{len(marks)}qz"
         marks[name] = what
-        return name
+        return name if only in (None, name) else own
 
     def argument(value: Any, call: str) -> Any:
         if isinstance(value, Mapping):
-            return {mark(f"the argument {key!r} of the {call}"): argument(inner, call) for key, inner in value.items()}
+            return {
+                mark(f"the argument {key!r} of the {call}", key): argument(inner, call) for key, inner in value.items()
+            }
         if isinstance(value, list | tuple):
             return [argument(inner, call) for inner in value]
-        return value if value is None else mark(f"the argument {value!r} of the {call}")
+        return value if value is None else mark(f"the argument {value!r} of the {call}", value)
 
-    offered: list[dict[str, Any]] = []
-    for tool in tools:
-        name = _name_of(tool)
-        given = {"name": mark(f"the tool {name!r} that is on offer")} if name is not None else {}
-        inner = tool.get("function")
-        offered.append({**tool, "function": {**inner, **given}} if isinstance(inner, Mapping) else {**tool, **given})
-    said: list[dict[str, Any]] = []
-    for index, message in enumerate(messages):
-        changed = dict(message)
-        if message["role"] == "tool":
-            changed["content"] = mark(f"the content of message {index} (tool)")
+    def parameters(schema: Mapping[str, Any], tool: str) -> dict[str, Any]:
+        named, described = {}, {}
+        for name, about in schema["properties"].items():
+            what = f"the parameter {name!r} of {tool}"
+            named[name] = mark(what, name)
+            described[named[name]] = with_description(about, what)
+        required = schema.get("required")
+        asked = {"required": [named.get(name, name) for name in required]} if isinstance(required, list) else {}
+        return {**schema, "properties": described, **asked}
+
+    def with_description(about: Any, what: str) -> Any:
+        text = about.get("description") if isinstance(about, Mapping) else None
+        if not isinstance(text, str) or not text.strip():
+            return about
+        return {**about, "description": mark(f"the description of {what}", text)}
+
+    def offer(tool: Mapping[str, Any]) -> dict[str, Any]:
+        function, name = tool.get("function", tool), _name_of(tool)
+        if not isinstance(function, Mapping) or name is None:
+            kind = tool.get("type")
+            return {**tool, "type": mark(f"a tool of type {kind!r} that is on offer", kind)} if kind else dict(tool)
+        what = f"the tool {name!r} that is on offer"
+        own = with_description({**function, "name": mark(what, name)}, what)
+        schema = own.get("parameters")
+        if isinstance(schema, Mapping) and isinstance(schema.get("properties"), Mapping):
+            own["parameters"] = parameters(schema, what)
+        return {**tool, "function": own} if "function" in tool else own
+
+    def say(index: int, message: Mapping[str, Any]) -> dict[str, Any]:
+        said = dict(message)
+        if message["content"].strip():
+            said["content"] = mark(_content_of(index, message), message["content"])
+        # Earlier thinking is what templates leave out on purpose.
+        if message.get("reasoning_content") and message is messages[-1]:
+            said["reasoning_content"] = mark(f"the thinking of message {index}", message["reasoning_content"])
         if message.get("tool_calls"):
-            changed["tool_calls"] = []
-            for call in message["tool_calls"]:
-                function = call["function"]
-                what = f"call of {function['name']!r} in message {index}"
-                own = {"name": mark(f"the {what}"), "arguments": argument(function["arguments"], what)}
-                changed["tool_calls"].append({**call, "function": own})
-        said.append(changed)
-    return (said, offered, marks) if marks else None
+            said["tool_calls"] = [called(call, index) for call in message["tool_calls"]]
+        return said
+
+    def called(call: Mapping[str, Any], index: int) -> dict[str, Any]:
+        function = call["function"]
+        what = f"call of {function['name']!r} in message {index}"
+        own = {"name": mark(f"the {what}", function["name"]), "arguments": argument(function["arguments"], what)}
+        return {**call, "function": own}
+
+    offered = [offer(tool) for tool in tools]
+    return _Marked(messages=[say(index, each) for index, each in enumerate(messages, first)], tools=offered, what=marks)
+
+
+def _content_of(index: int, message: Mapping[str, Any]) -> str:
+    return "the system prompt" if index < 0 else f"the content of message {index} ({message['role']})"
 
 
 def _name_of(tool: Mapping[str, Any]) -> str | None:
@@ -98,26 +177,3 @@ def _leaves(value: Any) -> Iterator[str]:
             yield from _leaves(inner)
     elif not isinstance(value, float) and value is not None:
         yield str(value)
-
-
-class _Written:
-    """A rendered text, asked for parts. Most stand in it as they are; letters are looked at only where one does not."""
-
-    def __init__(self, text: str) -> None:
-        self._text = text
-
-    def has(self, part: str) -> bool:
-        """By its letters and digits."""
-        return part.strip() in self._text or _letters(part) in self._letters
-
-    def has_spelled(self, part: str) -> bool:
-        """As it is, or as JSON writes it, where line breaks become letters and letters may become numbers."""
-        return self.has(part) or self.has(json.dumps(part, ensure_ascii=False)) or self.has(json.dumps(part))
-
-    @cached_property
-    def _letters(self) -> str:
-        return _letters(self._text)
-
-
-def _letters(text: str) -> str:
-    return "".join(filter(str.isalnum, text)).casefold()

@@ -11,7 +11,6 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from attrs import asdict, evolve, frozen
 from deepspec_core.contracts.draft import Sample
 from deepspec_core.contracts.target import ConversationFormat
 from deepspec_core.data.answers import (
+    Answer,
     Messages,
     Openings,
     Reply,
@@ -33,12 +33,13 @@ from deepspec_core.data.answers import (
 )
 from deepspec_core.data.control_tokens import control_tokens, found_in
 from deepspec_core.data.conversations import Conversation
-from deepspec_core.data.left_out import left_out, marked
+from deepspec_core.data.generation_marks import within
+from deepspec_core.data.left_out import LeftOut, left_out, unmarked
+from deepspec_core.data.rendering import Template
 from deepspec_core.data.unicode_text import not_unicode, printable
 from deepspec_core.errors import DataError
 
 PLAIN = Supervision()
-_ANSWER = {"role": "assistant", "content": "!"}
 
 
 class ControlTokens(TemplateRefusal):
@@ -59,6 +60,7 @@ class ChatTokenizer:
     def __init__(self, tokenizer: Any, *, thinking: bool = False) -> None:
         self.tokenizer = tokenizer
         self.thinking = thinking
+        self._template = Template(tokenizer=tokenizer)
         self._other_mode: ChatTokenizer | None = None
         self._openings: dict[str, Openings] = {}
         self._control_tokens: tuple[str, ...] | None = None
@@ -95,31 +97,12 @@ class ChatTokenizer:
         `system_prompt` stands before messages without a system message of their own; `tools` are offered to the
         assistant; `thinking` is the tokenizer's own mode where left out.
         """
-        from jinja2 import TemplateError, TemplateSyntaxError
-
-        whole = [dict(message) for message in messages]
-        if system_prompt is not None and whole[0]["role"] != "system":
-            whole.insert(0, {"role": "system", "content": system_prompt})
-        try:
-            text = self.tokenizer.apply_chat_template(
-                whole,
-                tools=[dict(tool) for tool in tools] or None,
-                tokenize=False,
-                add_generation_prompt=prompt,
-                enable_thinking=self.thinking if thinking is None else thinking,
-            )
-        except TemplateSyntaxError as error:
-            raise DataError(
-                "The chat template is no Jinja template",
-                where=self.tokenizer.name_or_path or "tokenizer",
-                found=f"line {error.lineno}: {error.message}",
-            ) from error
-        except TemplateError as error:
-            roles = ", ".join(message["role"] for message in whole)
-            raise TemplateRefusal(
-                "The chat template refuses a conversation", found=f"{error} (roles: {roles})"
-            ) from error
-        return str(text)
+        return self._template.render(
+            _with_system(messages, system_prompt),
+            prompt=prompt,
+            tools=tools,
+            thinking=self.thinking if thinking is None else thinking,
+        )
 
     def render_prompt(
         self, messages: Messages, system_prompt: str | None = None, tools: Sequence[Mapping[str, Any]] = ()
@@ -130,7 +113,7 @@ class ChatTokenizer:
         is not valid Unicode.
         """
         _refuse_not_unicode(messages, tools, system_prompt)
-        self.refuse_control_tokens(messages)
+        self._refuse_control_tokens(messages, tools, system_prompt)
         text = self.render(messages, system_prompt, prompt=True, tools=tools)
         self._refuse_left_out(text, messages, tools, system_prompt, prompt=True)
         # verbose: the library would warn of a long prompt, which callers refuse or count in their own words.
@@ -145,16 +128,14 @@ class ChatTokenizer:
         *,
         prompt: bool,
     ) -> None:
-        missing = left_out(text, messages, tools)
-        with_marks = marked(messages, tools) if missing is None else None
-        if with_marks is not None:
-            said, offered, marks = with_marks
-            # A template may take only names it knows: then the words themselves, looked for above, have to do.
-            with suppress(TemplateRefusal):
-                rendering = self.render(said, system_prompt, prompt=prompt, tools=offered)
-                missing = next((what for mark, what in marks.items() if mark not in rendering), None)
+        def render(said: Messages, offered: Sequence[Mapping[str, Any]]) -> str:
+            return self.render(said, None, prompt=prompt, tools=offered)
+
+        whole = _with_system(messages, system_prompt)
+        first = len(messages) - len(whole)  # the system prompt has no number of its own
+        missing = left_out(text, whole, tools, first=first) or unmarked(render, whole, tools, first=first)
         if missing is not None:
-            raise TemplateRefusal("The chat template refuses a conversation", found=f"it leaves out {missing}")
+            raise LeftOut(missing)
 
     def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids of rendered text, and the characters each stands for."""
@@ -183,21 +164,20 @@ class ChatTokenizer:
     def control_tokens(self) -> tuple[str, ...]:
         """The special tokens that the chat template itself writes, as text."""
         if self._control_tokens is None:
-            asked = [{"role": "user", "content": "?"}]
-            texts = [self.render(asked, None, prompt=True), self.render([*asked, _ANSWER], None, prompt=False)]
-            self._control_tokens = control_tokens(self.tokenizer, "".join(texts))
+            self._control_tokens = control_tokens(self.tokenizer, self._template.all_it_writes())
         return self._control_tokens
 
     def control_token_ids(self) -> tuple[int, ...]:
         """Their ids."""
         return tuple(self.tokenizer.convert_tokens_to_ids(token) for token in self.control_tokens())
 
-    def refuse_control_tokens(self, messages: Messages) -> None:
-        """ControlTokens where a message contains one of them: the tokenizer would read it as the real one."""
-        found = found_in(messages, self.control_tokens())
+    def _refuse_control_tokens(
+        self, messages: Messages, tools: Sequence[Mapping[str, Any]], system_prompt: str | None
+    ) -> None:
+        found = found_in(messages, tools, system_prompt, self.tokenizer, self.control_tokens())
         if found is not None:
             raise ControlTokens(
-                "A message contains a control token of the chat template",
+                "A text contains a control token of the chat template",
                 found=found,
                 expected="text that does not encode to the template's own markers",
             )
@@ -210,6 +190,29 @@ class ChatTokenizer:
                 lambda thinking: self.render(question, None, prompt=True, thinking=thinking), fmt
             )
         return self._openings[fmt.assistant_start]
+
+    def answers(
+        self,
+        conversation: Conversation,
+        fmt: ConversationFormat,
+        system_prompt: str | None,
+        supervision: Supervision = PLAIN,
+    ) -> list[Reply]:
+        """The answers that are supervised, before they become tokens. Errors as of `samples`."""
+        _refuse_not_unicode(conversation.id, conversation.messages, conversation.tools)
+        self._refuse_control_tokens(conversation.messages, conversation.tools, system_prompt)
+        answers = self.replies(conversation.messages, fmt, system_prompt, conversation.tools)
+        if supervision.last_only:
+            answers = answers[-1:]
+        for answer in answers:
+            if answer.lost is not None:
+                raise LeftOut(answer.lost)
+        for last in answers[-1:]:
+            read = conversation.messages[: last.index + 1]
+            self._refuse_left_out(last.rendering, read, conversation.tools, system_prompt, prompt=False)
+        if not all(answer.text.strip() for answer in answers):
+            raise TemplateRefusal("An answer says nothing", found="an answer is nothing but its end marker")
+        return answers
 
     def samples(
         self,
@@ -225,9 +228,9 @@ class ChatTokenizer:
         ID#2, and so on. Tokens that came with the conversation are taken as they are. `original_length` counts tokens
         before that cut.
 
-        TemplateRefusal where a text or the id is not valid Unicode, or the template does not take the conversation, or
-        leaves out the thinking of an answer, a tool call, another's message or a tool on offer. ControlTokens where a
-        message contains one of the template's.
+        TemplateRefusal where a text or the id is not valid Unicode, the template does not take the conversation or
+        leaves something of it out (LeftOut), or an answer is nothing but its end marker. ControlTokens where a text
+        contains one of the template's.
         """
         if conversation.input_ids is not None and conversation.loss_mask is not None:
             _refuse_not_unicode(conversation.id)
@@ -235,24 +238,27 @@ class ChatTokenizer:
             if supervision.last_only:
                 given = [(ids, last_run(mask)) for ids, mask in given[-1:]]
         else:
-            _refuse_not_unicode(conversation.id, conversation.messages, conversation.tools)
-            self.refuse_control_tokens(conversation.messages)
-            answers = self.replies(conversation.messages, fmt, system_prompt, conversation.tools)
-            if supervision.last_only:
-                answers = answers[-1:]
-            if not all(answer.complete for answer in answers):
-                raise TemplateRefusal(
-                    "The chat template refuses a conversation", found="it leaves out the thinking of an answer"
-                )
-            for last in answers[-1:]:
-                read = _up_to_last_answer(conversation.messages)
-                self._refuse_left_out(last.rendering, read, conversation.tools, system_prompt, prompt=False)
+            answers = self.answers(conversation, fmt, system_prompt, supervision)
             given = []
-            for text, spans in rows(answers, supervision):
+            texts = rows(answers, supervision)
+            for (text, spans), answer in zip(texts, answers[len(answers) - len(texts) :], strict=True):
                 ids, offsets = self.encode(text)
+                spans = self._between_marks(spans, answer, text, conversation, system_prompt)
                 given.append((ids, supervised(offsets[:max_length], spans)))
         names = [conversation.id] if len(given) == 1 else [f"{conversation.id}#{i + 1}" for i in range(len(given))]
         return [_sample(name, ids, mask, max_length) for name, (ids, mask) in zip(names, given, strict=True)]
+
+    def _between_marks(
+        self, spans: list[Answer], last: Reply, text: str, conversation: Conversation, system_prompt: str | None
+    ) -> list[Answer]:
+        """What stands between {% generation %} marks of the spans of a text that ends with the answer `last`."""
+        begin = len(last.head)
+        own = text[:begin] + text[begin + last.added :]
+        said = _with_system(conversation.messages[: last.index + 1], system_prompt)
+        marks = self._template.marks(said, own, tools=conversation.tools, thinking=self.thinking)
+        if marks is None:
+            return spans
+        return within(spans, [(b + last.added * (b >= begin), e + last.added * (e > begin)) for b, e in marks])
 
     def template_fingerprint(
         self, fmt: ConversationFormat, system_prompt: str | None, supervision: Supervision = PLAIN
@@ -265,6 +271,7 @@ class ChatTokenizer:
             list(fmt.assistant_ends),
             self.thinking,
             *([asdict(supervision)] if supervision != PLAIN else []),
+            *(["between generation marks"] if self._template.has_marks else []),
         ]
         return _digest(json.dumps(facts))
 
@@ -344,10 +351,11 @@ def _refuse_not_unicode(*values: Any) -> None:
         raise TemplateRefusal("A conversation is not valid Unicode", found=f"it holds {found}")
 
 
-def _up_to_last_answer(messages: Messages) -> Messages:
-    """What the rendering of the last answer holds: messages after it are not read."""
-    last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
-    return messages[: last + 1]
+def _with_system(messages: Messages, system_prompt: str | None) -> list[Mapping[str, Any]]:
+    """The messages, after a system prompt where they have no system message of their own."""
+    if system_prompt is None or messages[0]["role"] == "system":
+        return list(messages)
+    return [{"role": "system", "content": system_prompt}, *messages]
 
 
 def _sample(identity: str, ids: list[int], mask: list[bool], max_length: int) -> Sample:

@@ -121,7 +121,7 @@ def evaluate(
         requests = {name: _own_requests(name, prompts, reader, options) for name, prompts in own.items()}
         too_long = dict.fromkeys(requests, 0)
     else:
-        tokenizer = ChatTokenizer(target.tokenizer, thinking=asked.thinking)
+        tokenizer = target.chat(thinking=asked.thinking)
         found = {task: _of_task(target, tokenizer, task, options, asked.system_prompt) for task in names}
         requests = {task: fitting for task, (fitting, _) in found.items()}
         too_long = {task: count for task, (_, count) in found.items()}

@@ -20,6 +20,8 @@ from deepspec_core.contracts.draft import DraftDescription, DraftModel
 from deepspec_core.contracts.proposer import Proposer
 from deepspec_core.contracts.target import TargetAdapter, TargetArchitecture, TargetModel
 from deepspec_core.contracts.untrained import UntrainedDescription, UntrainedDraft
+from deepspec_core.data.template_check import check_template
+from deepspec_core.data.tokenize import ChatTokenizer
 from deepspec_core.dtypes import dtype_name, torch_dtype
 from deepspec_core.errors import CheckpointError, ConfigError, nearest
 from deepspec_core.interface.arguments import flag_of, name_of, path_of
@@ -48,6 +50,12 @@ class Target:
     def architecture(self) -> TargetArchitecture:
         """Sizes and special tokens."""
         return self.adapter.architecture
+
+    def chat(self, *, thinking: bool) -> ChatTokenizer:
+        """The tokenizer with its chat template. DataError where it has none, or one that the family does not fit."""
+        chat = ChatTokenizer(self.tokenizer, thinking=thinking)
+        check_template(chat, self.adapter.conversation_format(), where=self.name)
+        return chat
 
     def __repr__(self) -> str:
         a = self.architecture
@@ -101,7 +109,7 @@ def load_target(
     `dtype` is "float32", "bfloat16" or "float16"; left out, it is float32 on a CPU, where results are exact, and
     bfloat16 elsewhere. `device` is PyTorch's name of a device; left out, the accelerator if there is one. `revision` is
     a branch, tag or commit on the Hub. `chat_template` is a Jinja file in place of the target's own template. Raises
-    DeepSpecError where there is no such target, no plugin covers it, or the file cannot be read.
+    DeepSpecError where there is no such target, no plugin covers it, or the file cannot be read or does not fit it.
     """
     trust_remote_code = flag_of(trust_remote_code, "trust_remote_code")
     plugins = load_plugins()
@@ -115,7 +123,9 @@ def load_target(
     # The tokenizer first: what is missing is said before gigabytes are read.
     tokenizer = tokenizer_for(where, trust_remote_code, revision=revision)
     if chat_template is not None:
-        tokenizer.chat_template = read_chat_template(path_of(chat_template, "chat_template", expected="a Jinja file"))
+        path = path_of(chat_template, "chat_template", expected="a Jinja file")
+        tokenizer.chat_template = read_chat_template(path)
+        check_template(ChatTokenizer(tokenizer), adapter.conversation_format(), where=path)
     model = load_weights(
         adapter, where, dtype=numbers, device=place, trust_remote_code=trust_remote_code, revision=revision
     )

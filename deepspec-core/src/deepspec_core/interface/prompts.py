@@ -73,7 +73,7 @@ class PromptReader:
 
     @cached_property
     def _tokenizer(self) -> ChatTokenizer:
-        return ChatTokenizer(self.target.tokenizer, thinking=self.thinking)
+        return self.target.chat(thinking=self.thinking)
 
     def _rendered(self, messages: list[Any], where: str) -> tuple[int, ...]:
         read = from_row({"messages": messages}, where).messages

@@ -50,6 +50,8 @@ def check_before(run: Run, steps: Sequence[Step], *, may_write: bool = True) -> 
     _ = run.target.adapter  # opening it raises its errors
     if todo - {"train", "export"} or run.file.features.mode != "cached":
         _ = run.target.tokenizer
+        if run.file.data.system_prompt is not None:
+            _prompt_length(run, run.file.data.system_prompt)
     if todo & {"regenerate", "cache", "train"}:
         _lengths(run)
     if _first_reader(run) in todo:
@@ -91,6 +93,26 @@ def check_before(run: Run, steps: Sequence[Step], *, may_write: bool = True) -> 
         check_servable(run, facts_of_finished(run) if draft is None else facts_before(run, draft))
 
 
+def _prompt_length(run: Run, system_prompt: str | None) -> int:
+    """How many tokens the shortest prompt has. ConfigError where the chat template refuses it, or leaves it out.
+
+    So it would do with every conversation.
+    """
+    try:
+        return len(run.target.tokenizer.render_prompt(({"role": "user", "content": "?"},), system_prompt))
+    except DataError as error:
+        key = "target.chat_template" if run.file.target.chat_template is not None else "target.model"
+        raise ConfigError(
+            error.problem,
+            where=f"{run.path}: {key if system_prompt is None else 'data.system_prompt'}",
+            found=error.found,
+            expected=error.expected or "a template that writes all of a prompt",
+            fix="Name another template in target.chat_template."
+            if system_prompt is None
+            else "Change data.system_prompt, or name another template in target.chat_template.",
+        ) from error
+
+
 def _lengths(run: Run) -> None:
     """ConfigError for samples longer than the target has positions: it was never trained for what comes after them."""
     asked, most = run.file.data.max_length, run.target.architecture.max_positions
@@ -107,9 +129,9 @@ def _lengths(run: Run) -> None:
 def _room_for_answers(run: Run) -> None:
     """ConfigError where the shortest prompt and the fewest supervised tokens are longer than any sample may be."""
     data, most = run.file.data, run.data.max_length
-    prompt = len(run.target.tokenizer.render_prompt([{"role": "user", "content": "?"}], data.system_prompt))
+    prompt = _prompt_length(run, data.system_prompt)
     if prompt + data.min_supervised_tokens > most:
-        bare = len(run.target.tokenizer.render_prompt([{"role": "user", "content": "?"}], None))
+        bare = _prompt_length(run, None)
         if data.min_supervised_tokens >= most:
             key, fix = "min_supervised_tokens", "Raise data.max_length, or lower data.min_supervised_tokens."
         elif data.system_prompt is not None and bare + data.min_supervised_tokens <= most:

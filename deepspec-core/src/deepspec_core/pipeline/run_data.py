@@ -6,9 +6,9 @@ or masked (data/), nor what a stage does with them.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from deepspec_core.data.conversations import Conversation
     from deepspec_core.data.split import Split
     from deepspec_core.data.tokenize import Dropped
+
+log = logging.getLogger("deepspec")
 
 # The file in a run's folder that keeps the rows of sources that cannot be used, with their places and the reasons.
 BAD_ROWS: Final = "bad-rows.jsonl"
@@ -160,12 +162,32 @@ class RunData:
     def held_out(self, limit: int) -> Iterator[dict[str, Any]]:
         """At most `limit` of the conversations that training never sees, as rows of an evaluation task.
 
-        Those that are not valid Unicode are left out, as training refuses them.
+        Those that are not valid Unicode, or whose prompt the chat template does not take, are left out as training
+        leaves them out. The latter are counted in a warning.
         """
+        from deepspec_core.data.answers import TemplateRefusal
         from deepspec_core.data.unicode_text import not_unicode
 
-        rows = ({"id": row.id, "messages": row.messages, "tools": row.tools} for row in self.conversations("held_out"))
-        return islice((row for row in rows if not_unicode(row) is None), limit)
+        asked, refused = 0, 0
+        for row in self.conversations("held_out"):
+            fields = {"id": row.id, "messages": row.messages, "tools": row.tools}
+            if not_unicode(fields) is not None:
+                continue
+            until = next((i + 1 for i, message in enumerate(row.messages) if message["role"] == "user"), None)
+            try:
+                self.target.tokenizer.render_prompt(row.messages[:until], self.options.system_prompt, row.tools)
+            except TemplateRefusal as error:
+                refused += 1
+                log.debug("held-out conversation %s is not asked: %s", row.id, error.found)
+                continue
+            yield fields
+            asked += 1
+            if asked == limit:
+                break
+        if refused:
+            log.warning(
+                "%d held-out conversations are not asked: the chat template does not take their prompts", refused
+            )
 
     def expected_conversations(self) -> int | None:
         """How many training conversations there are at most, None where a source has no limit."""

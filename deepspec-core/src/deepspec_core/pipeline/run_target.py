@@ -134,21 +134,24 @@ class RunTarget:
 
     @remembered
     def tokenizer(self) -> ChatTokenizer:
-        """The tokenizer with its chat template."""
+        """The tokenizer with its chat template, after a check that the family's answers are found in it."""
+        from deepspec_core.data.template_check import check_template
         from deepspec_core.data.tokenize import ChatTokenizer
         from deepspec_core.targets.chat_template import read_chat_template
         from deepspec_core.targets.opening import tokenizer_for
 
         self.reads.content(contents.TARGET, self.content_digest())
         tokenizer = tokenizer_for(self.where, self.options.trust_remote_code, revision=self.options.revision)
-        if self.options.chat_template is not None:
-            path = self.base / self.options.chat_template
+        path = None if self.options.chat_template is None else self.base / self.options.chat_template
+        if path is not None:
             read_chat_template(path)  # says what is wrong with the file, before its digest is taken
             # Before the text: of a file that changes in between, the results are refused at the next start.
             self.reads.content(contents.TEMPLATE, self.template_digest() or "")
             tokenizer.chat_template = read_chat_template(path)
         self._require_unchanged()
-        return ChatTokenizer(tokenizer, thinking=self.thinking)
+        chat = ChatTokenizer(tokenizer, thinking=self.thinking)
+        check_template(chat, self.family.conversation_format(), where=path or self.where)
+        return chat
 
     def template_digest(self) -> str | None:
         """The digest of the file of target.chat_template; None if the run file names none. OSError where it is gone."""

@@ -15,10 +15,12 @@ from attrs import field, frozen
 
 from deepspec_core.config.schema import HELD_OUT
 from deepspec_core.contracts.draft import Sample
+from deepspec_core.data.answers import TemplateRefusal
 from deepspec_core.data.bad_rows import BadRows
 from deepspec_core.data.conversations import Conversation
 from deepspec_core.data.split import Split
 from deepspec_core.data.tokenize import ChatTokenizer, Dropped
+from deepspec_core.data.unicode_text import printable
 from deepspec_core.evaluation.tasks import load_task
 from deepspec_core.json_lines import read_json_lines
 from deepspec_core.pipeline.run import Run
@@ -59,7 +61,9 @@ def view(run: Run, split: Split, count: int, *, on_drop: Callable[[Dropped], Non
     regenerated = run.data.regenerated
     if regenerated is not None and not regenerated.exists():
         prompts = (
-            shown for row in run.data.conversations("train", counts, bad_rows) if (shown := _first_prompt(run, row))
+            shown
+            for row in run.data.conversations("train", counts, bad_rows)
+            if (shown := _first_prompt(run, row, on_drop))
         )
         origin = "prompts of data.sources, as regeneration asks them (nothing is regenerated yet)"
         return View(origin=origin, shown=islice(prompts, count), counts=counts)
@@ -87,13 +91,18 @@ def _held_out(run: Run, count: int) -> Iterator[Shown]:
         yield _prompt(run, prompt.id, ids)
 
 
-def _first_prompt(run: Run, row: Conversation) -> Shown | None:
-    """The first prompt that the target is asked; None if there is none."""
+def _first_prompt(run: Run, row: Conversation, on_drop: Callable[[Dropped], None]) -> Shown | None:
+    """The first prompt that the target is asked; None if there is none, or regeneration cannot ask it."""
     asked = next((index for index, message in enumerate(row.messages) if message["role"] == "user"), None)
     if asked is None:
         return None
     said = [message for message in row.messages[: asked + 1] if message["role"] != "assistant"]
-    return _prompt(run, row.id, run.target.tokenizer.render_prompt(said, run.file.data.system_prompt, row.tools))
+    try:
+        ids = run.target.tokenizer.render_prompt(said, run.file.data.system_prompt, row.tools)
+    except TemplateRefusal as error:
+        on_drop(Dropped(id=printable(row.id), reason=f"{error.problem}: {error.found}"))
+        return None
+    return _prompt(run, row.id, ids)
 
 
 def _prompt(run: Run, identity: str, ids: tuple[int, ...]) -> Shown:

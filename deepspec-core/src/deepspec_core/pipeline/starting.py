@@ -19,6 +19,7 @@ from deepspec_core.config.starter import Start
 from deepspec_core.contracts.cache import CacheFormat, CacheHeader
 from deepspec_core.contracts.draft import DraftModel
 from deepspec_core.contracts.target import TargetAdapter
+from deepspec_core.data.template_check import check_template
 from deepspec_core.data.tokenize import ChatTokenizer
 from deepspec_core.disk import in_words
 from deepspec_core.errors import DataError
@@ -65,6 +66,7 @@ def start_of(model: str, draft_type: str, data: str | None, folder: Path, regist
     if any(attribute.name == MASK for attribute in fields(options)):
         values[MASK] = mask.value
     fmt = adapter.conversation_format()
+    check_template(tokenizer, fmt, where=where)
     return Start(
         name=re.sub(r"[^\w.-]+", "-", f"{draft_type}-{_last_name(model)}").lower(),
         model=_relative(model, folder) if isinstance(where, Path) and not model.startswith(BUILTIN) else model,

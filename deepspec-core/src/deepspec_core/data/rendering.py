@@ -1,0 +1,163 @@
+"""A target's chat template, run: messages to text, or a refusal in words.
+
+Templates come with targets, and rows from anywhere, so whatever goes wrong in one is the row's refusal and no end of a
+run. Knows transformers' way to run a template and what templates want; neither tokens nor what is supervised.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, Final
+
+from attrs import define
+
+from deepspec_core.data.answers import Messages, TemplateRefusal
+from deepspec_core.data.generation_marks import marked_spans, with_signs
+from deepspec_core.errors import DataError
+
+_ARGUMENTS: Final = {"key": "value"}
+_ASKED: Final = {"role": "user", "content": "?"}
+_ANSWER: Final = {"role": "assistant", "content": "!"}
+_TOOL: Final = {
+    "type": "function",
+    "function": {"name": "f", "description": "!", "parameters": {"type": "object", "properties": {}}},
+}
+
+
+@define(slots=False, kw_only=True)
+class Template:
+    """The chat template of a transformers tokenizer."""
+
+    tokenizer: Any
+
+    def render(
+        self,
+        messages: Messages,
+        *,
+        prompt: bool,
+        tools: Sequence[Mapping[str, Any]] = (),
+        thinking: bool = False,
+        source: str | None = None,
+    ) -> str:
+        """The text; with `prompt` it ends where the assistant is to begin. `source`: another template in its place.
+
+        TemplateRefusal where the template raises an error, of whatever kind. DataError where it is no template.
+        """
+        called = any(message.get("tool_calls") for message in messages)
+        said = [_with_text(message) for message in messages] if called and self._wants_text else messages
+        return self._run(said, prompt=prompt, tools=tools, thinking=thinking, source=source)
+
+    def marks(
+        self, messages: Messages, rendering: str, *, tools: Sequence[Mapping[str, Any]], thinking: bool
+    ) -> list[tuple[int, int]] | None:
+        """Where the rendering of finished messages stands between {% generation %} marks; None: there are no marks."""
+        if not self.has_marks:
+            return None
+        source = self.source(tools)
+        signed = with_signs(source)
+        if signed == source:
+            return None
+        text, spans = marked_spans(self.render(messages, prompt=False, tools=tools, thinking=thinking, source=signed))
+        if text != rendering:
+            raise TemplateRefusal(
+                "The chat template refuses a conversation", found="its {% generation %} marks cannot be followed"
+            )
+        return spans
+
+    @cached_property
+    def has_marks(self) -> bool:
+        """Whether it marks what is to be supervised."""
+        return any(with_signs(source) != source for source in (self.source(), self.source([_TOOL])))
+
+    def source(self, tools: Sequence[Mapping[str, Any]] = ()) -> str:
+        """The template's own text; some tokenizers have another one for tools. DataError where none is the default."""
+        try:
+            return str(self.tokenizer.get_chat_template(None, list(tools) or None))
+        except ValueError as error:
+            raise DataError(
+                "The tokenizer has no default chat template",
+                where=self.tokenizer.name_or_path or "tokenizer",
+                found=error,
+                fix="Name a template's file in target.chat_template.",
+            ) from error
+
+    def all_it_writes(self) -> str:
+        """Its source, and renderings of conversations with all that a template may ask for."""
+        call = {**_call(_ARGUMENTS), "reasoning_content": "!"}
+        whole = [{"role": "system", "content": "!"}, _ASKED, call, _result(), {**_ANSWER, "reasoning_content": "!"}]
+        texts = [self.source(), self.source([_TOOL])]
+        for messages, tools in (([_ASKED, _ANSWER], []), ([_ASKED], []), (whole, [_TOOL]), (whole[1:], [_TOOL])):
+            for thinking in (False, True):
+                prompt = messages[-1]["role"] == "user"
+                try:
+                    texts.append(self.render(messages, prompt=prompt, tools=tools, thinking=thinking))
+                except TemplateRefusal:
+                    continue  # it writes no such conversation, so nothing in one
+        return "\n".join(texts)
+
+    @cached_property
+    def _wants_text(self) -> bool:
+        """Whether it takes the arguments of a call as JSON text: it fails on an object, or writes it as Python does."""
+
+        def written(arguments: Any) -> str | None:
+            try:
+                return self._run([_ASKED, _call(arguments), _result(), _ANSWER], prompt=False)
+            except TemplateRefusal:
+                return None
+
+        text, of_object = json.dumps(_ARGUMENTS), written(_ARGUMENTS)
+        return (of_object is None or repr(_ARGUMENTS) in of_object) and text in (written(text) or "")
+
+    def _run(
+        self,
+        messages: Messages,
+        *,
+        prompt: bool,
+        tools: Sequence[Mapping[str, Any]] = (),
+        thinking: bool = False,
+        source: str | None = None,
+    ) -> str:
+        from jinja2 import TemplateError, TemplateSyntaxError
+
+        try:
+            text = self.tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                tools=[dict(tool) for tool in tools] or None,
+                chat_template=source,
+                tokenize=False,
+                add_generation_prompt=prompt,
+                enable_thinking=thinking,
+            )
+        except TemplateSyntaxError as error:
+            raise DataError(
+                "The chat template is no Jinja template",
+                where=self.tokenizer.name_or_path or "tokenizer",
+                found=f"line {error.lineno}: {error.message}",
+            ) from error
+        except Exception as error:  # a template computes with what a row says, and so fails as any program does
+            roles = ", ".join(message["role"] for message in messages)
+            said = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
+            raise TemplateRefusal(
+                "The chat template refuses a conversation", found=f"{said} (roles: {roles})"
+            ) from error
+        return str(text)
+
+
+def _call(arguments: Any) -> dict[str, Any]:
+    # Some templates ask for an identity of nine letters and digits.
+    call = {"id": "a12345678", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    return {"role": "assistant", "content": "", "tool_calls": [call]}
+
+
+def _result() -> dict[str, Any]:
+    return {"role": "tool", "name": "f", "content": "!", "tool_call_id": "a12345678"}
+
+
+def _with_text(message: Mapping[str, Any]) -> dict[str, Any]:
+    def as_text(function: Mapping[str, Any]) -> dict[str, Any]:
+        return {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}
+
+    calls = [{**call, "function": as_text(call["function"])} for call in message.get("tool_calls", ())]
+    return {**message, "tool_calls": calls} if calls else dict(message)
