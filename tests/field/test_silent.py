@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 import deepspec_core as ds
+from deepspec_core.cache.hdf5 import HDF5Format
 from deepspec_core.cli.main import main
 
 ASK = {"role": "user", "content": "What is the weather in Paris?"}
@@ -84,3 +85,23 @@ def test_a_mask_token_that_means_something(
     mask = target.tokenizer.convert_tokens_to_ids(token)
     assert main(["run", str(run_file), "--dry-run", "--set", f"draft.mask_token_id={mask}"]) == 2
     assert "the mask token means something to the target" in capsys.readouterr().err
+
+
+def test_a_mask_token_chosen_after_the_cache_was_made(finished_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whoever made the cache counted another one."""
+    folder = finished_copy.parent / "runs" / "quickstart-dflash-smoke"
+    cache = HDF5Format().open(folder / "cache", None)
+    ids = [cache.input_ids(index).tolist() for index in range(len(cache))]
+    assert ids == [cache[index].input_ids.tolist() for index in range(len(cache))]
+    ordinary = 228
+    meant = sum(ordinary in one for one in ids)
+    assert meant > 0
+    # The run's own cache, and the same as another run's.
+    own = ["--force", "train"]
+    other = ["--set", f'cache.path="{folder / "cache"}"', "--set", 'run.stages=["train"]', "--set", 'run.output="b"']
+    for command in (own, other):
+        mask = ["--set", f"draft.mask_token_id={ordinary}", "--set", "run.threads=1", "--stages", "train"]
+        assert main(["run", str(finished_copy), "--smoke", *command, *mask]) == 0
+        seen = capsys.readouterr()
+        assert f"{meant} samples of the cache contain the draft's mask token, {ordinary}" in seen.err
+        assert f"mask_token {meant}" in seen.out

@@ -281,19 +281,12 @@ class HDF5Reader:
     def __getitem__(self, index: int) -> Sample:
         """The sample, its features in the storage type (bfloat16 where that is float8)."""
         shard, row = self._places[index]
-        try:
+        with self._shard_errors(shard):
             file = self._open(shard)
             begin, end = (int(offset) for offset in file["offsets"][row : row + 2])
             ids, mask = file["input_ids"][begin:end], file["loss_mask"][begin:end]
             original_length = int(file["original_length"][row])
             hidden, last_hidden = (self._feature(file, name, begin, end) for name in ("hidden", "last_hidden"))
-        except (OSError, KeyError, RuntimeError) as error:
-            raise CacheError(
-                "A shard of the cache cannot be read",
-                where=self._path / self._shards[shard].file,
-                found=error,
-                fix="Make the cache again (--force cache).",
-            ) from error
         return Sample(
             id=self._shards[shard].ids[row],
             input_ids=torch.from_numpy(ids.astype(np.int64)),
@@ -301,6 +294,26 @@ class HDF5Reader:
             original_length=original_length,
             features=TargetFeatures(hidden=hidden, last_hidden=last_hidden),
         )
+
+    def input_ids(self, index: int) -> torch.Tensor:
+        """The token ids alone."""
+        shard, row = self._places[index]
+        with self._shard_errors(shard):
+            file = self._open(shard)
+            begin, end = (int(offset) for offset in file["offsets"][row : row + 2])
+            return torch.from_numpy(file["input_ids"][begin:end].astype(np.int64))
+
+    @contextmanager
+    def _shard_errors(self, shard: int) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, KeyError, RuntimeError) as error:
+            raise CacheError(
+                "A shard of the cache cannot be read",
+                where=self._path / self._shards[shard].file,
+                found=error,
+                fix="Make the cache again (--force cache).",
+            ) from error
 
     def problem_with(self, shard: Shard) -> CacheError | None:
         """What is wrong with a shard's datasets, None where they are as they must be. No feature is read."""

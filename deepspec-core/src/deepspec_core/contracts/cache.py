@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from attrs import asdict, field, frozen
 from attrs.validators import deep_iterable, deep_mapping, instance_of
+from torch import Tensor
 
 from deepspec_core.config.bounds import whole
 from deepspec_core.contracts.draft import Sample
@@ -84,6 +85,10 @@ class CacheReader(Protocol):
     def ids(self) -> list[str]: ...
 
     def lengths(self) -> list[int]: ...
+
+    def input_ids(self, index: int) -> Tensor:
+        """The token ids of a sample, [T] int64. Its features are not read."""
+        ...
 
     def __getitem__(self, index: int) -> Sample: ...
 

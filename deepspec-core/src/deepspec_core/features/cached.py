@@ -79,4 +79,6 @@ class CachedFeatures:
 
 def from_run(run: Any) -> CachedFeatures:
     """`[features] mode = "cached"`: the cache stage's result."""
-    return CachedFeatures(run.cache.open())
+    reader = run.cache.open()
+    run.data.count_mask_token(reader.input_ids(index) for index in range(len(reader)))
+    return CachedFeatures(reader)

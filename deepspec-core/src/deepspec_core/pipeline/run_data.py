@@ -6,6 +6,7 @@ or masked (data/), nor what a stage does with them.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
@@ -22,12 +23,16 @@ from deepspec_core.pipeline.run_target import RunTarget
 from deepspec_core.plugins.registry import Registry
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from deepspec_core.contracts.draft import Sample
     from deepspec_core.data.answers import Supervision
     from deepspec_core.data.bad_rows import BadRows
     from deepspec_core.data.conversations import Conversation
     from deepspec_core.data.split import Split
     from deepspec_core.data.tokenize import Dropped
+
+log = logging.getLogger("deepspec")
 
 # The file in a run's folder that keeps the rows of sources that cannot be used, with their places and the reasons.
 BAD_ROWS: Final = "bad-rows.jsonl"
@@ -249,6 +254,17 @@ class RunData:
                 fix="Give more data, or lower data.min_supervised_tokens.",
             )
         return samples
+
+    def count_mask_token(self, samples: Iterable[Tensor]) -> None:
+        """Count the stored samples (token ids) that contain the draft's mask token, which may be another by now."""
+        if self.mask_token is not None and workers.rank() == 0:
+            self.counts["mask_token"] = sum(bool((ids == self.mask_token).any()) for ids in samples)
+            if self.counts["mask_token"]:
+                log.warning(
+                    "%d samples of the cache contain the draft's mask token, %d",
+                    self.counts["mask_token"],
+                    self.mask_token,
+                )
 
     def losses(self) -> dict[str, int]:
         """What became of conversations that are not one whole sample each, by reason."""

@@ -60,6 +60,8 @@ def lost_by(cache_format: CacheFormat, header: CacheHeader) -> str | None:
         reader = cache_format.open(path, header)
         if (len(reader), reader.ids(), reader.lengths()) != (1, [sample.id], [_LENGTH]):
             return f"len, ids() and lengths(): {len(reader)}, {reader.ids()}, {reader.lengths()}"
+        if not torch.equal(reader.input_ids(0), sample.input_ids):
+            return f"input_ids(): {reader.input_ids(0)}"
         problem = _differs(reader[0], sample)
     size: Any = cache_format.bytes_per_token(header)
     return problem if type(size) is int and size > 0 else f"bytes_per_token(): {size!r}"
