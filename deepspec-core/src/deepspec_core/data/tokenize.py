@@ -237,15 +237,21 @@ class ChatTokenizer:
         else:
             _refuse_not_unicode(conversation.id, conversation.messages, conversation.tools)
             self.refuse_control_tokens(conversation.messages)
-            answers = self.replies(conversation.messages, fmt, system_prompt, conversation.tools)
+            messages = conversation.messages
+            found = self.replies(messages, fmt, system_prompt, conversation.tools)
+            chosen = list(zip(_answer_places(messages), found, strict=True))
             if supervision.last_only:
-                answers = answers[-1:]
+                chosen = chosen[-1:]
+            # Answers of weight 0 are there to be read.
+            chosen = [(place, answer) for place, answer in chosen if messages[place].get("weight") != 0]
+            answers = [answer for _, answer in chosen]
             if not all(answer.complete for answer in answers):
                 raise TemplateRefusal(
                     "The chat template refuses a conversation", found="it leaves out the thinking of an answer"
                 )
-            for last in answers[-1:]:
-                read = _up_to_last_answer(conversation.messages)
+            for place, last in chosen[-1:]:
+                # Messages after it are not read.
+                read = messages[: place + 1]
                 self._refuse_left_out(last.rendering, read, conversation.tools, system_prompt, prompt=False)
             given = []
             for text, spans in rows(answers, supervision):
@@ -344,10 +350,11 @@ def _refuse_not_unicode(*values: Any) -> None:
         raise TemplateRefusal("A conversation is not valid Unicode", found=f"it holds {found}")
 
 
-def _up_to_last_answer(messages: Messages) -> Messages:
-    """What the rendering of the last answer holds: messages after it are not read."""
-    last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
-    return messages[: last + 1]
+def _answer_places(messages: Messages) -> list[int]:
+    """Which messages are answers: the assistant's after the first of a user."""
+    roles = [message["role"] for message in messages]
+    asked = roles.index("user") if "user" in roles else len(roles)
+    return [index for index, role in enumerate(roles) if role == "assistant" and index > asked]
 
 
 def _sample(identity: str, ids: list[int], mask: list[bool], max_length: int) -> Sample:
