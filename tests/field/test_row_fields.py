@@ -15,7 +15,7 @@ from deepspec_core.data.conversations import Conversation, from_row
 from deepspec_core.data.messages import UnusableRow
 from deepspec_core.data.row_files import read_rows
 from deepspec_core.data.tokenize import PLAIN, ChatTokenizer, tokenize_all
-from deepspec_core.errors import DataError
+from deepspec_core.errors import DataError, PluginError
 from deepspec_core.evaluation.tasks import load_task
 from deepspec_core.plugins.registry import Registry
 
@@ -180,3 +180,10 @@ def test_a_tasks_row_is_told_by_its_own_fields(
         load_task("task.jsonl", limit=None, seed=1, base=tmp_path, registry=Registry(), held_out=list)
     assert found in str(problem.value.found)
     assert fix is None or fix in str(problem.value.fix)
+
+
+@pytest.mark.parametrize("name", ["Q.JSONL", "q.txt", "q.ndjson", "q.jsonl.bz2", "folder/q", "gsm8k:q.csv"])
+def test_a_tasks_file_of_another_ending(registry: Registry, name: str) -> None:
+    with pytest.raises(PluginError, match=r"has to end in \.jsonl or") as problem:
+        registry.get("task", name)
+    assert "install" not in str(problem.value.fix)

@@ -81,7 +81,8 @@ def from_row(row: Any, where: str) -> Conversation:
     user's only; `prompt` or `question`, one text of the user; `instruction` with `input` or `output` (alpaca.py). Where
     a row has several, the first of these that is not empty counts. `system` stands before messages that do not begin
     with one. A row has an `id` (text or a whole number) or none (a digest of the content then), and `tools`, a list of
-    function schemas (or the same as JSON text), or `functions`, as they were called before, or none. Tokens: `input_ids` with `loss_mask`, or what regeneration writes: `prompt_ids` and `output_ids`, with `prompt_answers`
+    function schemas (or the same as JSON text), or `functions`, as they were called before, or none. Tokens:
+    `input_ids` with `loss_mask`, or what regeneration writes: `prompt_ids` and `output_ids`, with `prompt_answers`
     [[begin, end]], the token spans of the prompt that are earlier answers as the target emitted them, and `rewritten`
     [[prompt ids, output ids]], those that the prompt rewrites.
     """

@@ -35,7 +35,7 @@ _ARGUMENTS: Final = ("arguments", "parameters", "input")
 _THINKING: Final = ("reasoning_content", "reasoning", "thinking")
 # Fields of a message or of a row that belong to its question, and are not text.
 _MEDIA: Final = ("images", "image", "videos", "video", "audios", "audio")
-_NOTHING: Final = (None, "", [], ())
+_NOTHING: Final[tuple[Any, ...]] = (None, "", [], ())
 _DEEPEST: Final = 64
 _NESTED: Final = (Mapping, list, tuple)
 
@@ -148,9 +148,8 @@ def _extras(item: Mapping[str, Any], role: str, where: str) -> dict[str, Any]:
             extras["name"] = _text(item["name"], f"{where} name")
         identity = item.get("tool_call_id")
         if identity:
-            extras["tool_call_id"] = (
-                str(identity) if type(identity) is int else _text(identity, f"{where} tool_call_id")
-            )
+            as_text = str(identity) if type(identity) is int else identity
+            extras["tool_call_id"] = _text(as_text, f"{where} tool_call_id")
     return extras
 
 

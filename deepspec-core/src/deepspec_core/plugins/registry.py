@@ -9,10 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal, overload
 
 from attrs import frozen
 
+from deepspec_core.config.schema import ROW_FILES
 from deepspec_core.errors import DeepSpecError, PluginError, TargetError, nearest
 from deepspec_core.plugins.guarded import Guarded
 from deepspec_core.plugins.records import CORE, PluginRecord, canonical
@@ -303,6 +305,11 @@ class Registry:
         fixes += self._explain_left_out(name, only_likely=close is not None)
         if not fixes and error is TargetError:
             fixes.append("install a package with an adapter for it" if known else "pip install deepspec-targets")
+        if title == KINDS["task"].title and ("/" in name or Path(name).suffix):
+            fixes = [
+                *fixes[: close is not None],
+                f"where a file of rows is meant: its name has to end in {' or '.join(ROW_FILES)}",
+            ]
         if not fixes and title == KINDS["task"].title and not known:
             fixes.append("pip install deepspec-tasks, or name a file of rows")
         if not fixes:
