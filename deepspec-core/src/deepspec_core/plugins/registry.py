@@ -229,7 +229,11 @@ class Registry:
         raise self._unknown(TargetError, "target model type", model_type, self.model_types())
 
     def recognise(self, config: Mapping[str, Any]) -> DraftModelSpec:
-        """The algorithm that recognises this config.json as its own. PluginError if none does, or more than one."""
+        """The algorithm that recognises this config.json as its own.
+
+        PluginError if none does, or more than one, or if it has a sign of another project's format.
+        """
+        self._refuse_other_formats(config)
         matches = sorted({offer.spec.name for offer in self._drafts() if _recognises(offer, config)})
         if len(matches) == 1:
             return self.get("draft", matches[0])
@@ -243,7 +247,6 @@ class Registry:
                 expected="one draft type that recognises it",
                 fix=f"leave out the plugins of the others, such as --no-plugin {last.package}, or uninstall them",
             )
-        self._refuse_other_formats(config)
         raise PluginError(
             "no installed algorithm recognises this checkpoint",
             where="config.json",
@@ -253,16 +256,16 @@ class Registry:
         )
 
     def _refuse_other_formats(self, config: Mapping[str, Any]) -> None:
-        for offer in self._drafts():
-            assert isinstance(offer.spec, DraftModelSpec)
-            for name in _class_names(config):
-                if name in offer.spec.elsewhere:
+        for sign in (*_class_names(config), *config):
+            for offer in self._drafts():
+                assert isinstance(offer.spec, DraftModelSpec)
+                if sign in offer.spec.elsewhere:
                     raise PluginError(
                         "this checkpoint is in another project's format",
                         where="config.json",
-                        found=f"{name}: {offer.spec.elsewhere[name]}",
-                        expected=f"a checkpoint as the algorithm {offer.spec.name!r} publishes it",
-                        fix="Train a draft here, or convert this one.",
+                        found=f"{sign}: {offer.spec.elsewhere[sign]}",
+                        expected=f"a checkpoint of {_one_of(self.names('draft'))}, as published from here",
+                        fix="Train a draft here: checkpoints of other formats are not converted.",
                     )
 
     def conflicts(self) -> list[Conflict]:
