@@ -21,8 +21,8 @@ def deepspec_draft_models() -> Iterable[DraftModelSpec]:
             recognise=is_dspark,
             options_of="deepspec_dspark.options:options_of",
             elsewhere={
-                "DSparkSpeculator": "speculators' layout; `sample_from_anchor` says whether the anchor's slot predicts; "
-                "it does not where the key is missing",
+                "DSparkSpeculator": "speculators' layout; `sample_from_anchor` says whether the anchor's slot predicts,"
+                " which it does not where the key is missing",
                 "DSparkDraftModel": "a layout of llama.cpp's converter, with other names of weights and layers",
                 "speculators_model_type": "a key of speculators' layout, with other names of weights and layers",
             },
