@@ -9,6 +9,7 @@ import pytest
 import deepspec_core as ds
 from deepspec_core.cache.hdf5 import HDF5Format
 from deepspec_core.cli.main import main
+from deepspec_core.config.named_files import most_positions
 
 ASK = {"role": "user", "content": "What is the weather in Paris?"}
 CALL = {"role": "assistant", "content": "", "tool_calls": [{"name": "weather", "arguments": {"city": "Paris"}}]}
@@ -76,6 +77,43 @@ def test_samples_longer_than_the_target_was_made_for(run_file: Path, capsys: pyt
     seen = capsys.readouterr().err
     assert "data.max_length" in seen
     assert "1,024" in seen
+
+
+def test_what_the_named_files_say_is_checked_at_once(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    long = ["--set", "data.max_length=4096"]
+    assert main(["config", "check", str(run_file), *long, "--set", 'target.chat_template="missing.jinja"']) == 2
+    seen = capsys.readouterr().err
+    assert "2 problems" in seen
+    assert "at most 1,024" in seen
+    assert "missing.jinja" in seen
+    for command in ("estimate", "data show"):
+        assert main([*command.split(), str(run_file), *long]) == 2
+        assert "at most 1,024" in capsys.readouterr().err
+    # What only the Hub could say is left to the run, and an evaluation has no samples.
+    for other in (["--set", 'target.model="nobody/nothing"'], ["--set", 'run.stages=["evaluate"]']):
+        assert main(["config", "check", str(run_file), *long, *other]) == 0
+
+
+@pytest.mark.parametrize(
+    ("config", "most"),
+    [
+        ({"max_position_embeddings": 1024}, 1024),
+        ({"text_config": {"max_position_embeddings": 1024}}, 1024),
+        ({"max_position_embeddings": 1024, "rope_scaling": {"factor": 4.0}}, 4096),
+        (
+            {
+                "max_position_embeddings": 1024,
+                "rope_parameters": {"full_attention": {"factor": 4.0, "original_max_position_embeddings": 2048}},
+            },
+            8192,
+        ),
+        ({"max_position_embeddings": 1024, "rope_scaling": {"factor": "4.0"}, "rope_parameters": None}, 1024),
+        ({"max_position_embeddings": None}, None),
+        ({}, None),
+    ],
+)
+def test_the_most_positions_a_config_can_mean(config: dict[str, Any], most: int | None) -> None:
+    assert most_positions(config) == most
 
 
 @pytest.mark.parametrize("token", ["<|im_end|>", "<|im_start|>"])

@@ -180,6 +180,13 @@ class ChatTokenizer:
 
         return replies(rendered, messages, fmt, self.openings(fmt), thinking=self.thinking)
 
+    def has_modes(self) -> bool:
+        """Whether prompts with thinking differ from those without."""
+        asked = [{"role": "user", "content": "?"}]
+        return self.render(asked, None, prompt=True, thinking=True) != self.render(
+            asked, None, prompt=True, thinking=False
+        )
+
     def control_tokens(self) -> tuple[str, ...]:
         """The special tokens that the chat template itself writes, as text."""
         if self._control_tokens is None:

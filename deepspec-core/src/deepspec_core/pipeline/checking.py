@@ -48,9 +48,9 @@ def check_before(run: Run, steps: Sequence[Step], *, may_write: bool = True) -> 
     _sources(run, todo, may_write=may_write)
     _ = run.target.adapter  # opening it raises its errors
     if todo - {"train", "export"} or run.file.features.mode != "cached":
-        _ = run.target.tokenizer
+        _thinking(run)
     if todo & {"regenerate", "cache", "train"}:
-        _lengths(run)
+        run.data.check_length()
     if _first_reader(run) in todo:
         _room_for_answers(run)
     confidence: bool | None = None
@@ -86,17 +86,21 @@ def check_before(run: Run, steps: Sequence[Step], *, may_write: bool = True) -> 
         check_servable(run, facts_of_finished(run) if draft is None else facts_before(run, draft))
 
 
-def _lengths(run: Run) -> None:
-    """ConfigError for samples longer than the target has positions: it was never trained for what comes after them."""
-    asked, most = run.file.data.max_length, run.target.architecture.max_positions
-    if asked > most:
-        raise ConfigError(
-            "samples would be longer than the target has positions",
-            where=f"{run.path}: data.max_length",
-            found=f"{asked:,}",
-            expected=f"at most {most:,}, the positions of {run.file.target.model}",
-            fix=f"Set data.max_length = {most}.",
-        )
+def _thinking(run: Run) -> None:
+    """ConfigError for a thinking mode that the chat template does not know: both modes would be the same prompts."""
+    asked, tokenizer = run.file.regenerate.thinking, run.target.tokenizer
+    if asked is False or tokenizer.has_modes():
+        return
+    opening = tokenizer.openings(run.target.adapter.conversation_format()).with_thinking
+    if asked is True and opening.strip():
+        return  # a target that always thinks: the prompt begins it
+    raise ConfigError(
+        "the chat template has no thinking mode: prompts are the same with and without it",
+        where=f"{run.path}: regenerate.thinking",
+        found=str(asked).lower(),
+        expected="false, or a template that reads `enable_thinking`",
+        fix="Leave it out, or name another template in target.chat_template.",
+    )
 
 
 def _room_for_answers(run: Run) -> None:

@@ -30,6 +30,7 @@ def estimate(run: Run, *, processes: int = 1) -> Estimate:
     accelerators may take less memory for attention. TargetError or ConfigError if the target, its taps or the draft's
     options would stop training too.
     """
+    run.data.check_length()
     options, on_cpu = run.file.train, run.target.device.type == "cpu"
     engine = build_engine(run.file.loss, run.plugins.registry)
     cache = _cache(run) if run.file.features.mode == CACHED else None

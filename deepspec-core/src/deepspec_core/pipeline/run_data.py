@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from attrs import define, field
 
+from deepspec_core.config.named_files import too_long
 from deepspec_core.config.schema import DataOptions, SourceOptions
 from deepspec_core.errors import DataError
 from deepspec_core.pipeline import contents, workers
@@ -79,6 +80,12 @@ class RunData:
     def max_length(self) -> int:
         """Tokens of the longest sample: data.max_length, or the target's positions where those are fewer."""
         return min(self.options.max_length, self.target.architecture.max_positions)
+
+    def check_length(self) -> None:
+        """ConfigError for samples longer than the target has positions: it was never trained for what comes after."""
+        asked, most = self.options.max_length, self.target.architecture.max_positions
+        if asked > most:
+            raise too_long(asked, most, self.target.options.model, where=f"{self.named_in}: data.max_length")
 
     @property
     def supervision(self) -> Supervision:
