@@ -29,7 +29,7 @@ _ALIASES: Final = {
 _TEXT_PARTS: Final = ("text", "input_text", "output_text")
 # Between the text parts of one message. Servers with OpenAI's interface join them so.
 _BETWEEN_PARTS: Final = "\n"
-# Where a call's arguments stand: OpenAI's name, Llama 3's, Anthropic's.
+# Where a call's arguments stand. The first that is not empty counts.
 _ARGUMENTS: Final = ("arguments", "parameters", "input")
 # Where an answer's thinking stands. The first that is not empty counts.
 _THINKING: Final = ("reasoning_content", "reasoning", "thinking")
