@@ -2,9 +2,11 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import deepspec_core as ds
 from deepspec_core.cli.main import main
 from deepspec_core.data.thinking import modes, thinks
 
@@ -78,3 +80,10 @@ def test_a_template_without_modes_has_no_thinking_to_choose(
     (run_file.parent / "always.jinja").write_text(always)
     expected = {"true": 0, "0.5": 2}[value]
     assert main([*command, "--set", 'target.chat_template="always.jinja"']) == expected
+
+
+def test_a_mode_that_is_not_there_is_refused_in_python_too(target: Any) -> None:
+    with pytest.raises(ds.DeepSpecError, match="no thinking mode"):
+        ds.generate(target, None, ["Hi"], thinking=True, max_new_tokens=1)
+    # Token ids are asked as they are.
+    assert ds.generate(target, None, [[5, 6]], thinking=True, max_new_tokens=1)

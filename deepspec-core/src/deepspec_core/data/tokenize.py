@@ -180,12 +180,16 @@ class ChatTokenizer:
 
         return replies(rendered, messages, fmt, self.openings(fmt), thinking=self.thinking)
 
-    def has_modes(self) -> bool:
-        """Whether prompts with thinking differ from those without."""
+    def can_ask(self, thinking: bool | float, fmt: ConversationFormat) -> bool:
+        """Whether the template has the mode: False always, True also where its prompts begin thinking in any case.
+
+        Other templates write the same prompts with thinking and without.
+        """
+        if thinking is False:
+            return True
         asked = [{"role": "user", "content": "?"}]
-        return self.render(asked, None, prompt=True, thinking=True) != self.render(
-            asked, None, prompt=True, thinking=False
-        )
+        without, with_thinking = (self.render(asked, None, prompt=True, thinking=mode) for mode in (False, True))
+        return without != with_thinking or (thinking is True and bool(self.openings(fmt).with_thinking.strip()))
 
     def control_tokens(self) -> tuple[str, ...]:
         """The special tokens that the chat template itself writes, as text."""

@@ -88,12 +88,9 @@ def check_before(run: Run, steps: Sequence[Step], *, may_write: bool = True) -> 
 
 def _thinking(run: Run) -> None:
     """ConfigError for a thinking mode that the chat template does not know: both modes would be the same prompts."""
-    asked, tokenizer = run.file.regenerate.thinking, run.target.tokenizer
-    if asked is False or tokenizer.has_modes():
+    asked = run.file.regenerate.thinking
+    if run.target.tokenizer.can_ask(asked, run.target.adapter.conversation_format()):
         return
-    opening = tokenizer.openings(run.target.adapter.conversation_format()).with_thinking
-    if asked is True and opening.strip():
-        return  # a target that always thinks: the prompt begins it
     raise ConfigError(
         "the chat template has no thinking mode: prompts are the same with and without it",
         where=f"{run.path}: regenerate.thinking",
