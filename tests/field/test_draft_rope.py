@@ -72,6 +72,17 @@ def test_a_run_trains_decodes_and_writes_it(run_file: Path) -> None:
         ("{factor=0}", "above 0"),
         ("{theta=1e4}", "theta"),
         ('{rope_theta="big"}', "above 0"),
+        ('{rope_type="default", factor=4.0}', "default does not read"),
+        ('{rope_type="linear", factor=4.0, beta_fast=16.0}', "beta_fast"),
+        ('{rope_type="yarn", factor=0.5, original_max_position_embeddings=1024}', ">= 1"),
+        ('{rope_type="yarn", factor=4.0, original_max_position_embeddings=1024.5}', "a whole number"),
+        ('{rope_type="yarn", factor=4.0, original_max_position_embeddings=0.5}', "a whole number"),
+        ('{rope_type="yarn", factor=4.0, original_max_position_embeddings=64, beta_slow=40.0}', "below beta_fast"),
+        (
+            '{rope_type="llama3", factor=4, original_max_position_embeddings=9, low_freq_factor=4, high_freq_factor=4}',
+            "below high_freq_factor",
+        ),
+        ("{rope_theta=1.0}", "above 1"),
     ],
 )
 def test_what_makes_no_sense_is_refused(
@@ -81,3 +92,52 @@ def test_what_makes_no_sense_is_refused(
     seen = capsys.readouterr().err
     assert "draft.layer.rope" in seen
     assert says in seen
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3"])
+@pytest.mark.parametrize("rope", [{"factor": 4.0}, {"beta_fast": 16.0}, {"original_max_position_embeddings": 64}])
+def test_what_the_targets_kind_does_not_read_is_refused(
+    registry: Registry, tiny_target: Any, family: str, rope: dict[str, Any]
+) -> None:
+    """It would change no angle, and stand in every config.json."""
+    with pytest.raises(TargetError, match="rope_type default does not read"):
+        open_adapter(tiny_target(family).where, registry=registry, draft_layer=LayerOptions(rope=rope))
+
+
+def _with_rope(target: Any, folder: Path, **entry: Any) -> Path:
+    config = json.loads((target.where / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "rope_parameters": {"rope_theta": 1e4, **entry}}))
+    return folder
+
+
+def test_one_parameter_of_a_yarn_target_may_change(registry: Registry, tiny_target: Any, tmp_path: Path) -> None:
+    folder = _with_rope(tiny_target("qwen3"), tmp_path, **YARN)
+    own = open_adapter(folder, registry=registry, draft_layer=LayerOptions(rope={"factor": 8.0}))
+    assert not torch.allclose(_angles(own), _angles(open_adapter(folder, registry=registry)))
+    with pytest.raises(TargetError, match="below beta_fast"):
+        open_adapter(folder, registry=registry, draft_layer=LayerOptions(rope={"beta_fast": 0.5}))
+
+
+@pytest.mark.parametrize("change", [{"factor": "4.0"}, {"factor": -4.0}, {"factor": 1e300}, {"factor": 0.5}])
+def test_a_target_whose_factor_makes_no_sense(
+    registry: Registry, tiny_target: Any, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    with pytest.raises(TargetError, match="the factor of the rotary embedding is"):
+        open_adapter(_with_rope(tiny_target("qwen3"), tmp_path, **{**YARN, **change}), registry=registry)
+
+
+@pytest.mark.parametrize(
+    ("entry", "positions"),
+    [
+        (YARN, 128),
+        # transformers takes max_position_embeddings, 128, for what the factor multiplies.
+        ({"rope_type": "yarn", "factor": 4.0}, 512),
+        # Gemma 3's config names the scaled number with this kind.
+        ({"rope_type": "linear", "factor": 4.0}, 128),
+    ],
+)
+def test_the_positions_of_a_stretched_target(
+    registry: Registry, tiny_target: Any, tmp_path: Path, entry: dict[str, Any], positions: int
+) -> None:
+    folder = _with_rope(tiny_target("qwen3"), tmp_path, **entry)
+    assert open_adapter(folder, registry=registry).architecture.max_positions == positions

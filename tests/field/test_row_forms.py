@@ -92,6 +92,11 @@ MAPPED = [
         {"dialog": [{"speaker": "user", "text": "a"}, {"speaker": "bot", "text": "b"}], "rules": "r"},
         [("system", "r"), ("user", "a"), ("assistant", "b")],
     ),
+    (
+        {"messages": "dialog", "system": "rules"},
+        {"dialog": [{"role": "system", "content": "own"}, {"role": "user", "content": "a"}], "rules": "r"},
+        [("system", "own"), ("user", "a")],
+    ),
     ({"prompt": "query", "answer": "response"}, {"query": "a", "response": "b"}, [("user", "a"), ("assistant", "b")]),
     ({"prompt": "query"}, {"query": "a", "response": "b", "messages": [{"role": "x"}]}, [("user", "a")]),
     (

@@ -2,9 +2,11 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import deepspec_core as ds
 from deepspec_core.cli.main import main
 from deepspec_core.data.thinking import modes, thinks
 
@@ -60,3 +62,28 @@ def test_a_share_needs_the_targets_own_answers(run_file: Path, capsys: pytest.Ca
     stages = ["--set", 'run.stages=["cache", "train"]', "--set", "regenerate.thinking=0.5"]
     assert main(["config", "check", str(run_file), *stages]) == 2
     assert "needs the target's own answers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["0.5", "true"])
+def test_a_template_without_modes_has_no_thinking_to_choose(
+    run_file: Path, capsys: pytest.CaptureFixture[str], value: str
+) -> None:
+    """Both modes would ask the same prompts."""
+    command = ["run", str(run_file), "--dry-run", "--set", f"regenerate.thinking={value}"]
+    assert main(command) == 2
+    assert "the chat template has no thinking mode" in capsys.readouterr().err
+    (run_file.parent / "modes.jinja").write_text(MODES)
+    assert main([*command, "--set", 'target.chat_template="modes.jinja"']) == 0
+    # A target that always thinks.
+    always = MODES.replace("{% if not enable_thinking %}<think>\n\n</think>\n\n{% endif %}", "<think>\n")
+    assert always != MODES
+    (run_file.parent / "always.jinja").write_text(always)
+    expected = {"true": 0, "0.5": 2}[value]
+    assert main([*command, "--set", 'target.chat_template="always.jinja"']) == expected
+
+
+def test_a_mode_that_is_not_there_is_refused_in_python_too(target: Any) -> None:
+    with pytest.raises(ds.DeepSpecError, match="no thinking mode"):
+        ds.generate(target, None, ["Hi"], thinking=True, max_new_tokens=1)
+    # Token ids are asked as they are.
+    assert ds.generate(target, None, [[5, 6]], thinking=True, max_new_tokens=1)

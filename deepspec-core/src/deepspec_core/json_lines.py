@@ -42,8 +42,8 @@ def lines_of(path: Path, *, most_bytes: int | None = None) -> Iterator[tuple[int
                 size = len(line)
                 if size == asked and not line.endswith(b"\n"):
                     size += _skip_line(file)
-                if number == 1:
-                    line = line.removeprefix(codecs.BOM_UTF8)
+                # Files that were joined may each bring a mark.
+                line = line.removeprefix(codecs.BOM_UTF8)
                 if line.strip():
                     yield number, line, size
     except UNREADABLE as error:

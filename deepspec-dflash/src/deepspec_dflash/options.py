@@ -50,12 +50,15 @@ class DFlashOptions:
 
 def is_dflash(config: Mapping[str, Any]) -> bool:
     """Whether a config.json is of a DFlash draft: published as a DSpark model without its two heads."""
-    names = config.get("architectures") or ()
     return (
-        any(str(name).endswith("DSparkModel") for name in names)
-        and not config.get("markov_rank")
-        and not config.get("enable_confidence_head")
+        has_class(config, "DSparkModel") and not config.get("markov_rank") and not config.get("enable_confidence_head")
     )
+
+
+def has_class(config: Mapping[str, Any], suffix: str) -> bool:
+    """Whether a config.json names classes that end so, and no other."""
+    names = config.get("architectures")
+    return isinstance(names, list) and bool(names) and all(str(name).endswith(suffix) for name in names)
 
 
 def options_of(config: Mapping[str, Any]) -> tuple[DFlashOptions, tuple[int, ...]]:

@@ -25,6 +25,7 @@ def deepspec_draft_models() -> Iterable[DraftModelSpec]:
                 "DFlashDraftModel": "z-lab's layout; a block's first slot is the anchor and predicts nothing",
                 "DFlash2DraftModel": "z-lab's second layout; a block's first slot is the anchor and predicts nothing",
                 "DFlashSpeculator": "speculators' layout; a block's first slot is the anchor and predicts nothing",
+                "speculators_model_type": "a key of speculators' layout, with other names of weights and layers",
             },
             default_loss={"terms": {"ce": 1.0}, "weighting": {"type": "decay", "gamma": 4.0}},
         )

@@ -12,7 +12,7 @@ from attrs import Attribute, field, frozen
 from attrs.validators import in_, instance_of
 
 from deepspec_core.config.bounds import whole
-from deepspec_dflash.options import DFlashOptions, backbone_keys, is_dflash, reading, taps_of
+from deepspec_dflash.options import DFlashOptions, backbone_keys, has_class, is_dflash, reading, taps_of
 
 HEADS = ("vanilla", "gated", "rnn")
 GRADIENTS = ("through", "stop")
@@ -60,8 +60,7 @@ class DSparkOptions(DFlashOptions):
 
 def is_dspark(config: Mapping[str, Any]) -> bool:
     """Whether a config.json is of a DSpark draft: the class name with at least one of the two heads."""
-    names = config.get("architectures") or ()
-    return any(str(name).endswith("DSparkModel") for name in names) and not is_dflash(config)
+    return has_class(config, "DSparkModel") and not is_dflash(config)
 
 
 def options_of(config: Mapping[str, Any]) -> tuple[DSparkOptions, tuple[int, ...]]:

@@ -22,9 +22,10 @@ def deepspec_draft_models() -> Iterable[DraftModelSpec]:
             proposes_trees=True,
             options_of="deepspec_dspark.options:options_of",
             elsewhere={
-                "DSparkSpeculator": "speculators' layout; without `sample_from_anchor` in its config the anchor's slot "
-                "predicts nothing",
+                "DSparkSpeculator": "speculators' layout; `sample_from_anchor` says whether the anchor's slot predicts,"
+                " which it does not where the key is missing",
                 "DSparkDraftModel": "a layout of llama.cpp's converter, with other names of weights and layers",
+                "speculators_model_type": "a key of speculators' layout, with other names of weights and layers",
             },
             default_loss={
                 "terms": {"ce": 0.1, "tv": 0.9, "confidence": 1.0},

@@ -52,7 +52,8 @@ class Eagle3Options:
 
 def is_eagle3(config: Mapping[str, Any]) -> bool:
     """Whether a config.json is of an Eagle3 draft, as this package publishes them."""
-    return any(str(name).endswith("Eagle3Model") for name in config.get("architectures") or ())
+    names = config.get("architectures")
+    return isinstance(names, list) and bool(names) and all(str(name).endswith("Eagle3Model") for name in names)
 
 
 def options_of(config: Mapping[str, Any]) -> tuple[Eagle3Options, tuple[int, ...]]:

@@ -26,6 +26,7 @@ def deepspec_draft_models() -> Iterable[DraftModelSpec]:
                 "Eagle3LlamaForCausalLM": "the engines' layout, with other names of weights and layers",
                 "Eagle3Qwen3ForCausalLM": "the engines' layout, with other names of weights and layers",
                 "Eagle3DraftModel": "an engine's layout, with other names of weights and layers",
+                "speculators_model_type": "a key of speculators' layout, with other names of weights and layers",
             },
             default_loss={"terms": {"soft_ce": 1.0}},
         )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import textwrap
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -14,6 +15,8 @@ from attrs import asdict
 
 from deepspec_core.cli.options import no_plugin, overrides, run_file
 from deepspec_core.config.load import RunFile, load_run_file
+from deepspec_core.config.named_files import problems_of_named_files
+from deepspec_core.errors import ConfigError
 from deepspec_core.plugins.discovery import load_plugins
 
 if TYPE_CHECKING:
@@ -41,8 +44,16 @@ def show(path: str, overrides: tuple[str, ...], blocked: tuple[str, ...]) -> Non
 @overrides
 @no_plugin
 def check(path: str, overrides: tuple[str, ...], blocked: tuple[str, ...]) -> None:
-    """Report every error at once, each with its key, what was found and expected, and the nearest valid name."""
-    _load(path, overrides, blocked)
+    """Report every error at once, each with its key, what was found and expected, and the nearest valid name.
+
+    The config of a target on this machine is read, and no weights.
+    """
+    plugins = load_plugins(blocked=blocked)
+    file = load_run_file(path, overrides=overrides, plugins=plugins)
+    problems = list(problems_of_named_files(file, Path(path).resolve().parent, plugins.registry))
+    if problems:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise ConfigError(f"{count} in {path}", problems=problems)
     click.echo(f"{path}: no problems found")
 
 

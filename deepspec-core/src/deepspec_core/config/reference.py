@@ -23,7 +23,8 @@ from deepspec_core.plugins.registry import Registry
 
 _PAGE = """# The run file
 
-A run is one TOML file. `deepspec config check FILE` reports everything that is wrong with it at once. `deepspec config
+A run is one TOML file. `deepspec config check FILE` reports everything that is wrong with it at once, and what the
+config of a target on this machine and the file of `target.chat_template` say against it. `deepspec config
 show FILE` prints it with every default filled in. Paths are relative to the file. Unknown keys are refused, and so is
 `"8"` for `8`.
 

@@ -166,6 +166,7 @@ class RegenerateOptions:
     servers: OpenAI-compatible servers that answer. Not there yet: the target answers in this process.
     thinking: Ask in the target's thinking mode, in regeneration and in evaluation. A number between 0 and 1 is the
         share of conversations that are asked so. Their ids decide which. Evaluation then reports both modes.
+        The chat template has to know the modes.
     max_tokens: New tokens of one answer at most.
     temperature: 0 is greedy. Left out: what the target's makers recommend.
     top_p: Sample from the smallest set of most probable tokens whose probabilities add up to this; 1 is off. Left out:

@@ -75,10 +75,7 @@ class CacheWriter(Protocol):
 
 @runtime_checkable
 class CacheReader(Protocol):
-    """A complete cache, opened for reading. It can be pickled and sent to loader workers.
-
-    It may also have `tokens_of(index)`, which gives a sample without reading its features.
-    """
+    """A complete cache, opened for reading. It can be pickled and sent to loader workers."""
 
     header: CacheHeader
 
@@ -89,6 +86,10 @@ class CacheReader(Protocol):
     def lengths(self) -> list[int]: ...
 
     def __getitem__(self, index: int) -> Sample: ...
+
+    def tokens_of(self, index: int) -> Sample:
+        """The sample without its features, which are not read."""
+        ...
 
 
 @runtime_checkable

@@ -14,7 +14,6 @@ from deepspec_core.errors import DataError
 INSTRUCTION: Final = "instruction"
 # An instruction alone may belong to another form, which says the rest of its question under other names.
 _BESIDE: Final = ("input", "output")
-FIELDS: Final = (INSTRUCTION, *_BESIDE, "system", "history")
 _BLANK_LINE: Final = "\n\n"
 
 
@@ -24,8 +23,8 @@ def is_alpaca(row: Mapping[str, Any]) -> bool:
 
 
 def alpaca_messages(row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
-    """The messages of such a row, `system` and `history` ([[question, answer], ...]) included. DataError for others."""
-    messages = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    """The messages of such a row, `history` ([[question, answer], ...]) included. DataError for others."""
+    messages: list[dict[str, Any]] = []
     for index, pair in enumerate(listed(row.get("history") or [], "history", where)):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise DataError(

@@ -29,7 +29,7 @@ class ColumnMap:
         self._unseen = set(columns) - {"role", "content"}
 
     def row(self, row: Any, where: str) -> Any:
-        """A row as `messages`, `tools` and `id`. DataError where it lacks a column, or the column holds no messages."""
+        """A row as `messages`, `system`, `tools`, `id`. DataError where it lacks a column, or one holds no messages."""
         if not self._columns or not isinstance(row, Mapping):
             return row
         found: dict[str, Any] = {}
@@ -42,7 +42,7 @@ class ColumnMap:
             elif name not in _MAY_LACK:
                 raise self._missing(name, where, row)
         kept = {name: row[name] for name in _OURS if name not in self._columns and name in row}
-        given = {name: found[name] for name in _OURS if name in found}
+        given = {name: found[name] for name in (*_OURS, "system") if name in found}
         return {**kept, **given, "messages": self._messages(found, where)}
 
     def _messages(self, found: Mapping[str, Any], where: str) -> list[Any]:
@@ -52,15 +52,13 @@ class ColumnMap:
                 "A row holds no conversation", where=where, found=f"nothing in its column {self._columns[base]!r}"
             )
         if base == "messages":
-            messages = [self._message(item) for item in listed(found[base], self._columns[base], where)]
-        elif base == "turns":
-            messages = [{"role": "user", "content": text} for text in listed(found[base], self._columns[base], where)]
-        elif isinstance(found[base], list | tuple):
+            return [self._message(item) for item in listed(found[base], self._columns[base], where)]
+        if base == "turns":
+            return [{"role": "user", "content": text} for text in listed(found[base], self._columns[base], where)]
+        if isinstance(found[base], list | tuple):
             answer = found.get("answer")
-            messages = [*found[base], *([{"role": "assistant", "content": answer}] if answer else [])]
-        else:
-            messages = asked_and_answered(found[base], found.get("input"), found.get("answer"))
-        return [*([{"role": "system", "content": found["system"]}] if found.get("system") else []), *messages]
+            return [*found[base], *([{"role": "assistant", "content": answer}] if answer else [])]
+        return asked_and_answered(found[base], found.get("input"), found.get("answer"))
 
     def _message(self, item: Any) -> Any:
         """A message with its role and its content under our names."""

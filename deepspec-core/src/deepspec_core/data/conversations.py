@@ -12,9 +12,8 @@ from typing import Any, Final
 
 from attrs import frozen
 
-from deepspec_core.data.alpaca import FIELDS as ALPACA
 from deepspec_core.data.alpaca import INSTRUCTION, alpaca_messages, is_alpaca
-from deepspec_core.data.messages import UnusableRow, listed, message_of, tools_of
+from deepspec_core.data.messages import UnusableRow, listed, message_of, refuse_media, tools_of
 from deepspec_core.errors import DataError, nearest
 
 # Fields that hold a conversation, in the order of preference: messages; texts of the user; one such text.
@@ -22,8 +21,8 @@ _OF_MESSAGES: Final = ("messages", "conversations")
 _OF_TEXTS: Final = ("turns",)
 _OF_ONE_TEXT: Final = ("prompt", "question")
 SHAPES: Final = (*_OF_MESSAGES, *_OF_TEXTS, *_OF_ONE_TEXT)
-# Every field that says what was said, and with which tools.
-SAID: Final = (*SHAPES, *ALPACA, "tools")
+# Fields of a row's tokens.
+TOKENS: Final = ("input_ids", "loss_mask", "prompt_ids", "output_ids", "prompt_answers", "rewritten")
 # A field's name this alike is likely one of those, misspelled.
 _MISSPELLED: Final = 0.75
 # Token ids are stored as 32-bit whole numbers.
@@ -80,8 +79,9 @@ def from_row(row: Any, where: str) -> Conversation:
 
     Accepted: `messages` [{role, content}]; `conversations` [{from, value}] (or role and content); `turns` [text], the
     user's only; `prompt` or `question`, one text of the user; `instruction` with `input` or `output` (alpaca.py). Where
-    a row has several, the first of these that is not empty counts. A row has an `id` (text or a whole number) or none
-    (a digest of the content then), and `tools`, a list of function schemas (or the same as JSON text), or none. Tokens:
+    a row has several, the first of these that is not empty counts. `system` stands before messages that do not begin
+    with one. A row has an `id` (text or a whole number) or none (a digest of the content then), and `tools`, a list of
+    function schemas (or the same as JSON text), or `functions`, as they were called before, or none. Tokens:
     `input_ids` with `loss_mask`, or what regeneration writes: `prompt_ids` and `output_ids`, with `prompt_answers`
     [[begin, end]], the token spans of the prompt that are earlier answers as the target emitted them, and `rewritten`
     [[prompt ids, output ids]], those that the prompt rewrites.
@@ -100,9 +100,10 @@ def from_row(row: Any, where: str) -> Conversation:
             expected=f"one of {', '.join(SHAPES)}, not empty, or {INSTRUCTION} with input or output",
             fix=f"Is {close!r} meant?" if close and close not in row else None,
         )
+    refuse_media(row, where)
     if input_ids is None:
         _refuse_silence(messages, where)
-    tools = tools_of(row.get("tools"), f"{where} tools")
+    tools = _tools(row, where)
     return Conversation(
         id=identity_of(row, where) or content_digest(messages, input_ids, loss_mask, tools),
         messages=messages,
@@ -128,7 +129,22 @@ def identity_of(row: Mapping[str, Any], where: str) -> str | None:
     return str(identity)
 
 
+def _tools(row: Mapping[str, Any], where: str) -> tuple[dict[str, Any], ...]:
+    """`tools`; else `functions`, OpenAI's older list of what a tool holds."""
+    if row.get("tools") or not row.get("functions"):
+        return tools_of(row.get("tools"), f"{where} tools")
+    return tuple({"type": "function", "function": one} for one in tools_of(row["functions"], f"{where} functions"))
+
+
 def _messages(row: Mapping[str, Any], where: str) -> tuple[dict[str, Any], ...]:
+    """What the row says. Its `system` comes first, unless its messages bring their own."""
+    said = _said(row, where)
+    if not row.get("system") or not said or said[0]["role"] == "system":
+        return said
+    return (message_of({"role": "system", "content": row["system"]}, f"{where} system"), *said)
+
+
+def _said(row: Mapping[str, Any], where: str) -> tuple[dict[str, Any], ...]:
     name = next((name for name in SHAPES if row.get(name) not in (None, "", [], ())), None)
     if name is None:
         said = alpaca_messages(row, where) if is_alpaca(row) else []

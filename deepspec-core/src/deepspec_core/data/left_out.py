@@ -40,6 +40,9 @@ def left_out(text: str, messages: Sequence[Mapping[str, Any]], tools: Tools, *, 
         name = _name_of(tool)
         if name is not None and not written.has(name):
             return f"the tool {name!r} that is on offer"
+        for part in _leaves(tool) if name is None else ():
+            if not written.has_spelled(part):
+                return f"{part!r} of a tool on offer, which has no name"
     for index, message in enumerate(messages, first):
         if message["role"] != "assistant" and not written.has_spelled(message["content"]):
             return _content_of(index, message)

@@ -29,6 +29,13 @@ _ALIASES: Final = {
 _TEXT_PARTS: Final = ("text", "input_text", "output_text")
 # Between the text parts of one message. Servers with OpenAI's interface join them so.
 _BETWEEN_PARTS: Final = "\n"
+# Where a call's arguments stand. The first that is not empty counts.
+_ARGUMENTS: Final = ("arguments", "parameters", "input")
+# Where an answer's thinking stands. The first that is not empty counts.
+_THINKING: Final = ("reasoning_content", "reasoning", "thinking")
+# Fields of a message or of a row that belong to its question, and are not text.
+_MEDIA: Final = ("images", "image", "videos", "video", "audios", "audio")
+_NOTHING: Final[tuple[Any, ...]] = (None, "", [], ())
 _DEEPEST: Final = 64
 _NESTED: Final = (Mapping, list, tuple)
 
@@ -69,10 +76,18 @@ def message_of(item: Any, where: str) -> dict[str, Any]:
             expected=", ".join((*ROLES, *_ALIASES)),
             fix=f"Is {near!r} meant?" if isinstance(role, str) and (near := nearest(role, ROLES)) else None,
         )
+    refuse_media(item, where)
     extras = _extras(item, role, where)
     if content is None and "tool_calls" in extras:
         content = ""
     return {"role": role, "content": _content(content, where), **extras}
+
+
+def refuse_media(item: Mapping[str, Any], where: str) -> None:
+    """UnusableRow where a message or a row has images and the like beside its text."""
+    name = next((name for name in _MEDIA if item.get(name)), None)
+    if name is not None:
+        raise UnusableRow("A conversation is about more than its text", where=where, found=name, expected="text alone")
 
 
 def _content(content: Any, where: str) -> str:
@@ -118,17 +133,54 @@ def _extras(item: Mapping[str, Any], role: str, where: str) -> dict[str, Any]:
     """What a message says beside its content; fields that are empty, as tables have them, are left out."""
     extras: dict[str, Any] = {}
     if role == "assistant":
-        reasoning = item.get("reasoning_content") or item.get("reasoning")
-        if reasoning:
-            extras["reasoning_content"] = _text(reasoning, f"{where} reasoning_content")
+        thinking = _thinking(item, where)
+        if thinking:
+            extras["reasoning_content"] = thinking
+        if _is_context(item, where):
+            extras["weight"] = 0
         # The older name holds a single call.
         calls = item.get("tool_calls") or ([item["function_call"]] if item.get("function_call") else ())
         if calls:
             several = enumerate(listed(calls, "tool_calls", where))
             extras["tool_calls"] = [_tool_call(call, f"{where} tool_calls[{i}]") for i, call in several]
     if role == "tool":
-        extras |= {key: _text(item[key], f"{where} {key}") for key in ("name", "tool_call_id") if item.get(key)}
+        if item.get("name"):
+            extras["name"] = _text(item["name"], f"{where} name")
+        identity = item.get("tool_call_id")
+        if identity:
+            as_text = str(identity) if type(identity) is int else identity
+            extras["tool_call_id"] = _text(as_text, f"{where} tool_call_id")
     return extras
+
+
+def _thinking(item: Mapping[str, Any], where: str) -> str:
+    """An answer's thinking, "" where it has none. UnusableRow where there is some that cannot be read."""
+    name = next((name for name in _THINKING if item.get(name)), None)
+    if name is not None:
+        return _text(item[name], f"{where} {name}")
+    parts = listed(item.get("reasoning_details") or (), "reasoning_details", where)
+    texts = [part.get("text") if isinstance(part, Mapping) else None for part in parts]
+    if not all(isinstance(text, str) for text in texts):
+        raise UnusableRow(
+            "An answer's thinking is not text",
+            where=f"{where} reasoning_details",
+            found=repr(parts)[:80],
+            expected=f'{{"text": ...}} in each part, or {", ".join(_THINKING)}',
+        )
+    return _BETWEEN_PARTS.join(map(str, texts))
+
+
+def _is_context(item: Mapping[str, Any], where: str) -> bool:
+    """Whether the row says that this answer is there to be read and not to be learned: weight 0, or train false."""
+    for name in ("weight", "train"):
+        if item.get(name) not in (None, 0, 1):
+            raise DataError(
+                f"A message's {name} cannot be used",
+                where=f"{where} {name}",
+                found=repr(item[name])[:80],
+                expected="0 or false, and the answer is not trained on; 1, true, or nothing",
+            )
+    return item.get("weight") == 0 or item.get("train") == 0
 
 
 def _text(value: Any, where: str) -> str:
@@ -148,19 +200,44 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
             found=repr(call)[:80],
             expected='{"function": {"name": ..., "arguments": {...}}}',
         )
-    arguments = _parsed(function.get("arguments") or {}, where)
-    if not isinstance(arguments, Mapping):
-        raise DataError(
-            "A tool call's arguments are not an object", where=where, found=repr(arguments)[:80], expected="{...}"
-        )
+    # Some put them beside the function.
+    beside = {key: call[key] for key in _ARGUMENTS if key in call} if function is not call else {}
+    arguments = _arguments({**beside, **function}, where)
     _require_shallow(arguments, where)
     identity = {"id": str(call["id"])} if call.get("id") else {}
     return {**identity, "type": "function", "function": {"name": name, "arguments": dict(arguments)}}
 
 
+def _arguments(function: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """A call's arguments, {} where it says none. DataError where they are no object, or stand under another name."""
+    name = next((name for name in _ARGUMENTS if function.get(name) not in _NOTHING), None)
+    if name is None:
+        others = [key for key, value in function.items() if key not in _ARGUMENTS and _may_be_arguments(value)]
+        if others:
+            raise DataError(
+                "A tool call's arguments stand under no known name",
+                where=where,
+                found=", ".join(map(str, others)),
+                expected=" or ".join(_ARGUMENTS),
+            )
+        return {}
+    arguments = _parsed(function[name], where)
+    if arguments in _NOTHING:
+        return {}
+    if not isinstance(arguments, Mapping):
+        raise DataError(
+            "A tool call's arguments are not an object", where=where, found=repr(arguments)[:80], expected="{...}"
+        )
+    return arguments
+
+
+def _may_be_arguments(value: Any) -> bool:
+    return bool(value) and (isinstance(value, Mapping) or (isinstance(value, str) and value.lstrip().startswith("{")))
+
+
 def tools_of(value: Any, where: str) -> tuple[dict[str, Any], ...]:
     """A row's tools: function schemas, or the same as JSON text. DataError, saying `where`, for anything else."""
-    tools = _parsed(value or [], where)
+    tools = _parsed(value or [], where) or []
     if not isinstance(tools, Sequence) or not all(isinstance(tool, Mapping) for tool in tools):
         raise DataError("tools is not a list of objects", where=where, found=repr(tools)[:80], expected="[{...}, ...]")
     _require_shallow(tools, where)

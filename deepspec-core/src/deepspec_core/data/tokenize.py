@@ -161,6 +161,17 @@ class ChatTokenizer:
 
         return replies(rendered, messages, fmt, self.openings(fmt), thinking=self.thinking)
 
+    def can_ask(self, thinking: bool | float, fmt: ConversationFormat) -> bool:
+        """Whether the template has the mode: False always, True also where its prompts begin thinking in any case.
+
+        Other templates write the same prompts with thinking and without.
+        """
+        if thinking is False:
+            return True
+        asked = [{"role": "user", "content": "?"}]
+        without, with_thinking = (self.render(asked, None, prompt=True, thinking=mode) for mode in (False, True))
+        return without != with_thinking or (thinking is True and bool(self.openings(fmt).with_thinking.strip()))
+
     def control_tokens(self) -> tuple[str, ...]:
         """The special tokens that the chat template itself writes, as text."""
         if self._control_tokens is None:
@@ -204,6 +215,8 @@ class ChatTokenizer:
         answers = self.replies(conversation.messages, fmt, system_prompt, conversation.tools)
         if supervision.last_only:
             answers = answers[-1:]
+        # Answers of weight 0 are there to be read.
+        answers = [answer for answer in answers if conversation.messages[answer.index].get("weight") != 0]
         for answer in answers:
             if answer.lost is not None:
                 raise LeftOut(answer.lost)

@@ -17,7 +17,7 @@ from attrs import evolve, frozen
 
 from deepspec_core.config.schema import HELD_OUT as HELD_OUT
 from deepspec_core.config.schema import ROW_FILES
-from deepspec_core.data.conversations import SAID, from_row, identity_of
+from deepspec_core.data.conversations import TOKENS, from_row, identity_of
 from deepspec_core.data.row_files import read_rows
 from deepspec_core.data.source_digest import file_digest
 from deepspec_core.data.unicode_text import not_unicode
@@ -167,8 +167,8 @@ def _read_file(path: Path, base: Path, name: str, mapped: Callable[[Any, str], A
 
 def _prompt(row: Any, index: int, name: str, where: str) -> Prompt:
     """The messages up to the first user turn. DataError if there is none, or if the row is malformed."""
-    fields = {key: row.get(key) for key in SAID if key in row} if isinstance(row, Mapping) else row
-    conversation = from_row(fields, where)
+    said = {key: row[key] for key in row if key not in TOKENS} if isinstance(row, Mapping) else row
+    conversation = from_row(said, where)
     roles = [message["role"] for message in conversation.messages]
     asked = roles.index("user") if "user" in roles else len(roles)
     if "user" not in roles or "assistant" in roles[:asked]:

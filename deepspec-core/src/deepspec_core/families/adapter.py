@@ -30,7 +30,7 @@ from deepspec_core.contracts.target import (
 )
 from deepspec_core.errors import TargetError
 from deepspec_core.families.masks import MaskBuilder
-from deepspec_core.families.rotary_kinds import positions, varying_rotary, with_rope
+from deepspec_core.families.rotary_kinds import positions, senseless_rotary, varying_rotary, with_rope
 from deepspec_core.layers.options import LayerOptions
 
 __all__ = ["FamilyAdapter"]
@@ -210,9 +210,9 @@ class FamilyAdapter(ABC):
         unknown = MaskBuilder.unknown_types(self.text)
         if unknown:
             return f"the target has layers of type {', '.join(sorted(unknown))}"
-        varying = varying_rotary(self.text)
-        if varying is not None:
-            return varying
+        rotary = varying_rotary(self.text) or senseless_rotary(self.text)
+        if rotary is not None:
+            return rotary
         beyond = self.not_dense()
         if beyond is not None and self.draft_layer.intermediate_size is None:
             return f"drafts are dense, and the target has {beyond}: give intermediate_size in [draft.layer]"

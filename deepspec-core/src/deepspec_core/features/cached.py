@@ -56,7 +56,7 @@ class CachedFeatures:
 
     def tokens_of(self, index: int) -> Sample:
         """The sample; its features are not looked at, and not read if the format can do without."""
-        sample: Sample = getattr(self.reader, "tokens_of", self.reader.__getitem__)(self._order[index])
+        sample = self.reader.tokens_of(self._order[index])
         self._check_ids(sample)
         return sample
 
@@ -85,4 +85,6 @@ class CachedFeatures:
 
 def from_run(run: Any) -> CachedFeatures:
     """`[features] mode = "cached"`: the cache stage's result."""
-    return CachedFeatures(run.cache.open())
+    reader = run.cache.open()
+    run.data.count_mask_token(reader.tokens_of(index).input_ids for index in range(len(reader)))
+    return CachedFeatures(reader)

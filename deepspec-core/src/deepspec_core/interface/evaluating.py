@@ -28,7 +28,7 @@ from deepspec_core.interface.arguments import names_of
 from deepspec_core.interface.generating import check_confidence
 from deepspec_core.interface.models import Draft, Target, check_models
 from deepspec_core.interface.options import GenerateOptions, checked
-from deepspec_core.interface.prompts import Prompt, PromptReader, listed
+from deepspec_core.interface.prompts import Prompt, PromptReader, chat_tokenizer, listed
 from deepspec_core.pipeline import threads
 
 Tasks = str | PathLike[str] | Sequence[str | PathLike[str]] | Mapping[str, Iterable[Prompt]]
@@ -121,7 +121,7 @@ def evaluate(
         requests = {name: _own_requests(name, prompts, reader, options) for name, prompts in own.items()}
         too_long = dict.fromkeys(requests, 0)
     else:
-        tokenizer = target.chat(thinking=asked.thinking)
+        tokenizer = chat_tokenizer(target, asked.thinking)
         found = {task: _of_task(target, tokenizer, task, options, asked.system_prompt) for task in names}
         requests = {task: fitting for task, (fitting, _) in found.items()}
         too_long = {task: count for task, (_, count) in found.items()}

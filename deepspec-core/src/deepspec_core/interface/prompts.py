@@ -73,7 +73,7 @@ class PromptReader:
 
     @cached_property
     def _tokenizer(self) -> ChatTokenizer:
-        return self.target.chat(thinking=self.thinking)
+        return chat_tokenizer(self.target, self.thinking)
 
     def _rendered(self, messages: list[Any], where: str) -> tuple[int, ...]:
         read = from_row({"messages": messages}, where).messages
@@ -111,6 +111,19 @@ class PromptReader:
                 expected=f"fewer than {architecture.max_positions:,}",
             )
         return ids
+
+
+def chat_tokenizer(target: Target, thinking: bool) -> ChatTokenizer:
+    """The target's tokenizer in a mode. DataError where its chat template does not know the mode."""
+    tokenizer = target.chat(thinking=thinking)
+    if not tokenizer.can_ask(thinking, target.adapter.conversation_format()):
+        raise DataError(
+            "the chat template has no thinking mode: prompts are the same with and without it",
+            where="the argument `thinking`",
+            found=thinking,
+            expected="False, or a template that reads `enable_thinking`",
+        )
+    return tokenizer
 
 
 def _is_list(value: Any) -> bool:

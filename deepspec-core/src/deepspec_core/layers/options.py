@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Final
 
 from attrs import Attribute, field, frozen
@@ -9,35 +10,34 @@ from attrs.validators import optional
 
 from deepspec_core.config.bounds import whole
 
-__all__ = ["LayerOptions"]
+__all__ = ["ROPE_READS", "LayerOptions", "rope_problem"]
 
 _SIZES = 2**20
 _HEADS = 2**12
+_MOST: Final = 1e15
 
 # What a model's config.json calls these keys, and people write by habit.
 CONFIG_NAMES: Final = {"num_attention_heads": "num_heads", "num_key_value_heads": "num_kv_heads"}
-# What each kind of rotary embedding needs to be told.
-_ROPE_NEEDS: Final = {
+ROPE_READS: Final[dict[str, tuple[str, ...]]] = {
+    "default": ("rope_theta",),
+    "linear": ("rope_theta", "factor"),
+    "yarn": ("rope_theta", "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow"),
+    "llama3": ("rope_theta", "factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+}
+"""The kinds of rotary embedding that a draft may be given, and the parameters that each reads."""
+_ROPE_NEEDS: Final[dict[str, tuple[str, ...]]] = {
     "default": (),
     "linear": ("factor",),
     "yarn": ("factor", "original_max_position_embeddings"),
     "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
 }
-_ROPE_NUMBERS: Final = (
-    "rope_theta",
-    "factor",
-    "original_max_position_embeddings",
-    "attention_factor",
-    "beta_fast",
-    "beta_slow",
-    "low_freq_factor",
-    "high_freq_factor",
-)
-_MOST: Final = 1e15
+_ROPE_NUMBERS: Final = tuple(dict.fromkeys(name for names in ROPE_READS.values() for name in names))
+# The frequencies between which an embedding is stretched in part: the name of the lower, of the higher, defaults.
+_ROPE_RANGES: Final = (("beta_slow", "beta_fast", 1.0, 32.0), ("low_freq_factor", "high_freq_factor", 0.0, _MOST))
 
 
 def _rotary(_options: object, attribute: Attribute[Any], given: dict[str, float | str]) -> None:
-    """Known names, finite positive numbers, and all that the kind needs."""
+    """Known names, numbers that make sense, and what the kind reads and needs, where it is given."""
     for name, value in given.items():
         if name == "rope_type":
             if value not in _ROPE_NEEDS:
@@ -46,9 +46,30 @@ def _rotary(_options: object, attribute: Attribute[Any], given: dict[str, float 
             raise ValueError(f"'{attribute.name}' must have names among rope_type, {', '.join(_ROPE_NUMBERS)}: {name}")
         elif type(value) not in (int, float) or not 0 < float(value) <= _MOST:
             raise ValueError(f"'{attribute.name}.{name}' must be a number above 0: {value}")
-    missing = [name for name in _ROPE_NEEDS.get(str(given.get("rope_type")), ()) if name not in given]
+        elif name == "factor" and float(value) < 1:
+            raise ValueError(f"'{attribute.name}.{name}' must be a number >= 1: {value}")
+        elif name == "rope_theta" and float(value) <= 1:
+            raise ValueError(f"'{attribute.name}.{name}' must be a number above 1: {value}")
+        elif name == "original_max_position_embeddings" and not float(value).is_integer():
+            raise ValueError(f"'{attribute.name}.{name}' must be a whole number: {value}")
+    problem = None if "rope_type" not in given else rope_problem(given)
+    if problem is not None:
+        raise ValueError(f"'{attribute.name}' must {problem}")
+
+
+def rope_problem(entry: Mapping[str, Any]) -> str | None:
+    """What `rope_parameters` must have instead, in words, where its kind is among ROPE_READS; None if all is well."""
+    kind = str(entry.get("rope_type", "default"))
+    missing = [name for name in _ROPE_NEEDS.get(kind, ()) if name not in entry]
     if missing:
-        raise ValueError(f"'{attribute.name}' must have {', '.join(missing)} for rope_type {given['rope_type']}")
+        return f"have {', '.join(missing)} for rope_type {kind}"
+    unread = [name for name in entry if name in _ROPE_NUMBERS and name not in ROPE_READS.get(kind, _ROPE_NUMBERS)]
+    if unread:
+        return f"not have {', '.join(unread)}, which rope_type {kind} does not read"
+    for slow, fast, lowest, highest in _ROPE_RANGES:
+        if not entry.get(slow, lowest) < entry.get(fast, highest):
+            return f"have a {slow} below {fast}: {entry.get(slow, lowest):g} and {entry.get(fast, highest):g}"
+    return None
 
 
 @frozen(kw_only=True)
@@ -61,7 +82,8 @@ class LayerOptions:
     head_dim: Size of a head.
     rope: Parameters of the rotary embedding that differ from the target's, by the names that config.json has in
         `rope_parameters`, such as {rope_type = "yarn", factor = 4.0, original_max_position_embeddings = 32768}. With a
-        `rope_type`, only the target's base (`rope_theta`) is kept.
+        `rope_type`, only the target's base (`rope_theta`) is kept. Without one, they have to be parameters that the
+        target's kind reads.
     window: Positions that each of the draft's attention layers sees, its own included. Earlier ones are not seen, in
         training as in decoding, so the draft's decoding cost and cache stop growing with the context. It must be at
         least as large as what the draft proposes in one round. Left out: the whole context.

@@ -52,8 +52,9 @@ def check_before(run: Run, steps: Sequence[Step], *, may_write: bool = True) -> 
         _ = run.target.tokenizer
         if run.file.data.system_prompt is not None:
             _prompt_length(run, run.file.data.system_prompt)
+        _thinking(run)
     if todo & {"regenerate", "cache", "train"}:
-        _lengths(run)
+        run.data.check_length()
     if _first_reader(run) in todo:
         _room_for_answers(run)
     confidence: bool | None = None
@@ -113,17 +114,18 @@ def _prompt_length(run: Run, system_prompt: str | None) -> int:
         ) from error
 
 
-def _lengths(run: Run) -> None:
-    """ConfigError for samples longer than the target has positions: it was never trained for what comes after them."""
-    asked, most = run.file.data.max_length, run.target.architecture.max_positions
-    if asked > most:
-        raise ConfigError(
-            "samples would be longer than the target has positions",
-            where=f"{run.path}: data.max_length",
-            found=f"{asked:,}",
-            expected=f"at most {most:,}, the positions of {run.file.target.model}",
-            fix=f"Set data.max_length = {most}.",
-        )
+def _thinking(run: Run) -> None:
+    """ConfigError for a thinking mode that the chat template does not know: both modes would be the same prompts."""
+    asked = run.file.regenerate.thinking
+    if run.target.tokenizer.can_ask(asked, run.target.adapter.conversation_format()):
+        return
+    raise ConfigError(
+        "the chat template has no thinking mode: prompts are the same with and without it",
+        where=f"{run.path}: regenerate.thinking",
+        found=str(asked).lower(),
+        expected="false, or a template that reads `enable_thinking`",
+        fix="Leave it out, or name another template in target.chat_template.",
+    )
 
 
 def _room_for_answers(run: Run) -> None:

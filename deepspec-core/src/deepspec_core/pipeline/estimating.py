@@ -31,6 +31,7 @@ def estimate(run: Run, *, processes: int = 1) -> Estimate:
     options would stop training too.
     """
     require_trained(run)
+    run.data.check_length()
     options, on_cpu = run.file.train, run.target.device.type == "cpu"
     engine = build_engine(run.file.loss, run.plugins.registry)
     cache = _cache(run) if run.file.features.mode == CACHED else None

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from attrs import define, field
 
+from deepspec_core.config.named_files import too_long
 from deepspec_core.config.schema import DataOptions, SourceOptions
 from deepspec_core.errors import DataError
 from deepspec_core.pipeline import contents, workers
@@ -22,6 +23,8 @@ from deepspec_core.pipeline.run_target import RunTarget
 from deepspec_core.plugins.registry import Registry
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from deepspec_core.contracts.draft import Sample
     from deepspec_core.data.answers import Supervision
     from deepspec_core.data.bad_rows import BadRows
@@ -76,6 +79,12 @@ class RunData:
     def max_length(self) -> int:
         """Tokens of the longest sample: data.max_length, or the target's positions where those are fewer."""
         return min(self.options.max_length, self.target.architecture.max_positions)
+
+    def check_length(self) -> None:
+        """ConfigError for samples longer than the target has positions: it was never trained for what comes after."""
+        asked, most = self.options.max_length, self.target.architecture.max_positions
+        if asked > most:
+            raise too_long(asked, most, self.target.options.model, where=f"{self.named_in}: data.max_length")
 
     @property
     def supervision(self) -> Supervision:
@@ -271,6 +280,17 @@ class RunData:
                 fix="Give more data, or lower data.min_supervised_tokens.",
             )
         return samples
+
+    def count_mask_token(self, samples: Iterable[Tensor]) -> None:
+        """Count the stored samples (token ids) that contain the draft's mask token, which may be another by now."""
+        if self.mask_token is not None and workers.rank() == 0:
+            self.counts["mask_token"] = sum(bool((ids == self.mask_token).any()) for ids in samples)
+            if self.counts["mask_token"]:
+                log.warning(
+                    "%d samples of the cache contain the draft's mask token, %d",
+                    self.counts["mask_token"],
+                    self.mask_token,
+                )
 
     def losses(self) -> dict[str, int]:
         """What became of conversations that are not one whole sample each, by reason."""

@@ -54,6 +54,7 @@ def view(run: Run, split: Split, count: int, *, on_drop: Callable[[Dropped], Non
     For "train" these are the samples that training reads, or the prompts of regeneration if the target has not answered
     yet. For "held_out" they are the prompts of evaluation.
     """
+    run.data.check_length()
     counts: Counter[str] = Counter()
     bad_rows = BadRows(tell=lambda bad: on_drop(Dropped(id=bad.where, reason=bad.reason)))
     if split == "held_out":

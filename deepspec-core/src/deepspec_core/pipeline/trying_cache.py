@@ -60,6 +60,9 @@ def lost_by(cache_format: CacheFormat, header: CacheHeader) -> str | None:
         reader = cache_format.open(path, header)
         if (len(reader), reader.ids(), reader.lengths()) != (1, [sample.id], [_LENGTH]):
             return f"len, ids() and lengths(): {len(reader)}, {reader.ids()}, {reader.lengths()}"
+        tokens = reader.tokens_of(0)
+        if tokens.features is not None or not torch.equal(tokens.input_ids, sample.input_ids):
+            return f"tokens_of(): {tokens}"
         problem = _differs(reader[0], sample)
     size: Any = cache_format.bytes_per_token(header)
     return problem if type(size) is int and size > 0 else f"bytes_per_token(): {size!r}"

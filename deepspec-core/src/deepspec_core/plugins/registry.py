@@ -9,10 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal, overload
 
 from attrs import frozen
 
+from deepspec_core.config.schema import ROW_FILES
 from deepspec_core.errors import DeepSpecError, PluginError, TargetError, nearest
 from deepspec_core.plugins.guarded import Guarded
 from deepspec_core.plugins.records import CORE, PluginRecord, canonical
@@ -240,7 +242,11 @@ class Registry:
         raise self._unknown(TargetError, "target model type", model_type, self.model_types())
 
     def recognise(self, config: Mapping[str, Any]) -> DraftModelSpec:
-        """The algorithm that recognises this config.json as its own. PluginError if none does, or more than one."""
+        """The algorithm that recognises this config.json as its own.
+
+        PluginError if none does, or more than one, or if it has a sign of another project's format.
+        """
+        self._refuse_other_formats(config)
         matches = sorted({offer.spec.name for offer in self._drafts() if _recognises(offer, config)})
         if len(matches) == 1:
             return self.get("draft", matches[0])
@@ -254,7 +260,6 @@ class Registry:
                 expected="one draft type that recognises it",
                 fix=f"leave out the plugins of the others, such as --no-plugin {last.package}, or uninstall them",
             )
-        self._refuse_other_formats(config)
         raise PluginError(
             "no installed algorithm recognises this checkpoint",
             where="config.json",
@@ -264,16 +269,16 @@ class Registry:
         )
 
     def _refuse_other_formats(self, config: Mapping[str, Any]) -> None:
-        for offer in self._drafts():
-            assert isinstance(offer.spec, DraftModelSpec)
-            for name in _class_names(config):
-                if name in offer.spec.elsewhere:
+        for sign in (*_class_names(config), *config):
+            for offer in self._drafts():
+                assert isinstance(offer.spec, DraftModelSpec)
+                if sign in offer.spec.elsewhere:
                     raise PluginError(
                         "this checkpoint is in another project's format",
                         where="config.json",
-                        found=f"{name}: {offer.spec.elsewhere[name]}",
-                        expected=f"a checkpoint as the algorithm {offer.spec.name!r} publishes it",
-                        fix="Train a draft here, or convert this one.",
+                        found=f"{sign}: {offer.spec.elsewhere[sign]}",
+                        expected=f"a checkpoint of {_one_of(self.names('draft'))}, as published from here",
+                        fix="Train a draft here: checkpoints of other formats are not converted.",
                     )
 
     def conflicts(self) -> list[Conflict]:
@@ -316,6 +321,11 @@ class Registry:
         fixes += self._explain_left_out(name, only_likely=close is not None)
         if not fixes and error is TargetError:
             fixes.append("install a package with an adapter for it" if known else "pip install deepspec-targets")
+        if title == KINDS["task"].title and ("/" in name or Path(name).suffix):
+            fixes = [
+                *fixes[: close is not None],
+                f"where a file of rows is meant: its name has to end in {' or '.join(ROW_FILES)}",
+            ]
         if not fixes and title == KINDS["task"].title and not known:
             fixes.append("pip install deepspec-tasks, or name a file of rows")
         if not fixes:

@@ -61,8 +61,9 @@ class DraftModelSpec(ComponentSpec):
     recognise: Called with the config.json of a checkpoint, as a mapping. Says whether it is one of this algorithm.
     options_of: Names a function that reads such a config.json back and returns (options, taps). Required of drafts
         that are trained.
-    elsewhere: Class names (`architectures`) of other projects' checkpoints of such drafts, each with a sentence for
-        users: whose format it is, and what differs. Such checkpoints are named in the error that refuses them.
+    elsewhere: Class names (`architectures`) of other projects' checkpoints of such drafts, or keys that only their
+        config.json has, each with a sentence for users: whose format it is, and what differs. A checkpoint with such a
+        name or key is refused, and named in the error, whatever else it says.
     proposes_trees: Whether the draft has a `tree_proposer`. Others are refused where a run file has [draft] tree.
     default_loss: Keys of [loss], as a run file writes them, for those that the run file leaves out. An example is
         {"terms": {"ce": 1.0}}.
