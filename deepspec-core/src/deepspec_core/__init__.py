@@ -7,7 +7,7 @@ they are first used, so that `import deepspec_core` is cheap. What they are is i
 from importlib import import_module
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = ["DeepSpecError", "RunFile", "evaluate", "generate", "load_draft", "load_target", "train"]
 

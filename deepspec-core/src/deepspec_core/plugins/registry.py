@@ -104,7 +104,7 @@ class Offer:
 
     @property
     def source(self) -> str:
-        """ "deepspec-core 0.1.0"."""
+        """ "deepspec-core 0.2.0"."""
         return f"{self.package} {self.version}"
 
 

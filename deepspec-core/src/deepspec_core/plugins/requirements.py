@@ -11,7 +11,7 @@ from deepspec_core.plugins.references import message_of
 
 
 def check_required(requirements: Sequence[str], plugins: Plugins) -> list[DeepSpecError]:
-    """One error for each of `required_plugins` that is not met, such as "deepspec-core>=0.1"."""
+    """One error for each of `required_plugins` that is not met, such as "deepspec-core>=0.2"."""
     from packaging.requirements import InvalidRequirement, Requirement
 
     errors: list[DeepSpecError] = []
