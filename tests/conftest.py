@@ -163,9 +163,10 @@ TINY = {
 OWN_LAYER = LayerOptions(intermediate_size=48)
 
 
-@pytest.fixture(scope="session")
+# Of a module, because modules may have registries of their own, and a fixture of the session would keep the first one.
+@pytest.fixture(scope="module")
 def tiny_target(tmp_path_factory: pytest.TempPathFactory, registry: Registry) -> Callable[..., TinyTarget]:
-    """tiny_target(family, **sizes): by the adapter's name, made once for each."""
+    """tiny_target(family, **sizes): by the adapter's name, made once for each in a module."""
 
     @cache
     def make(family: str, **sizes: int) -> TinyTarget:
@@ -184,7 +185,7 @@ def tiny_target(tmp_path_factory: pytest.TempPathFactory, registry: Registry) ->
     return make
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def tiny_draft(registry: Registry) -> Callable[..., DraftModel]:
     """tiny_draft(algorithm, target, **options): new weights, the target's embedding and head; taps 1 to 4 and -1.
 

@@ -100,6 +100,7 @@ def test_cores_own_format_keeps_all(dtype: str) -> None:
 
 class Other(HDF5Format):
     def __init__(self, **answers: Any) -> None:
+        super().__init__()
         for name, answer in answers.items():
             setattr(self, name, answer)
 

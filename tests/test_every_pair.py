@@ -132,8 +132,8 @@ def test_greedy_speculative_output_is_plain_greedy_output(pair: Pair) -> None:
     assert any(r.accepted_draft_length < r.proposal_length for r in rounds)
 
 
-def test_greedy_output_with_trees_is_plain_greedy_output(pair: Pair) -> None:
-    if not _INSTALLED.get("draft", pair.draft.describe().algorithm).proposes_trees:
+def test_greedy_output_with_trees_is_plain_greedy_output(pair: Pair, registry: Registry) -> None:
+    if not registry.get("draft", pair.draft.describe().algorithm).proposes_trees:
         with pytest.raises(NotImplementedError, match="chains only"):
             pair.draft.tree_proposer(12)
         return

@@ -1,13 +1,18 @@
 """The plugins under examples/plugins do what their READMEs say, found as installed ones are."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from deepspec_npz_cache.npz import NpzFormat
 
+from deepspec_core.cache.hdf5 import HDF5Format
 from deepspec_core.cli.main import main
+from deepspec_core.contracts.cache import CacheHeader
 from deepspec_core.contracts.rows import Heads, Rows
+from deepspec_core.pipeline.trying_cache import lost_by
 from deepspec_core.plugins.discovery import load_plugins
 from deepspec_core.rows.engine import RowEngine
 from deepspec_core.rows.weightings import Uniform
@@ -43,3 +48,36 @@ def test_the_loss_plugin_is_found_checked_and_right(run_file: Path) -> None:
     result.total.backward()
     assert states.grad is not None
     assert states.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3"])
+def test_the_cache_plugin_keeps_what_the_trial_writes(dtype: str) -> None:
+    header = CacheHeader(
+        target="t", revision="", adapter="tiny", taps=(0, 2), hidden_size=8, vocab_size=16, dtype=dtype, tokenizer="",
+        template="", max_length=64, source="", plugins={},
+    )  # fmt: skip
+    assert lost_by(NpzFormat(), header) is None
+
+
+def test_a_run_trains_on_the_cache_plugins_cache(
+    example_plugin: Callable[[str], None], finished_copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Samples and losses are those of a run with core's own format."""
+    example_plugin("deepspec-npz-cache")
+    folder = finished_copy.parent / "runs" / "quickstart-dflash-smoke"
+    own = HDF5Format().open(folder / "cache", None)
+    features, loss = [own[index].features for index in range(len(own))], _last_loss(folder)
+    again = ["--stages", "cache,train", "--force", "cache,train,evaluate"]
+    run = ["run", str(finished_copy), "--smoke", "--set", "run.threads=1", "--set", "cache.format=npz"]
+    assert main([*run, *again]) == 0, capsys.readouterr().err
+    assert [path.name for path in (folder / "cache").glob("shard-*")] == ["shard-00000.npz"]
+    assert main(["cache", "verify", str(folder / "cache")]) == 0
+    found = NpzFormat().open(folder / "cache", None)
+    assert found.ids() == own.ids()
+    for index, expected in enumerate(features):
+        assert torch.equal(found[index].features.hidden, expected.hidden)
+    assert _last_loss(folder) == pytest.approx(loss, rel=1e-4)
+
+
+def _last_loss(folder: Path) -> float:
+    return float(json.loads((folder / "train" / "metrics.jsonl").read_text().splitlines()[-1])["loss"])

@@ -14,7 +14,7 @@ from deepspec_core.plugins.registry import Registry
 
 OLMO = Path(__file__).parents[1] / "examples" / "plugins" / "deepspec-olmo"
 # Both config classes; drafts of both are of one.
-PAIRS = [*((algorithm, "olmo") for algorithm in load_plugins().registry.names("draft")), ("dflash", "olmo-3")]
+PAIRS = [*((algorithm, "olmo") for algorithm in load_plugins().registry.trained_drafts()), ("dflash", "olmo-3")]
 
 
 @pytest.fixture(scope="session")

@@ -92,4 +92,4 @@ def test_a_run_without_tapped_layers(
     assert re.search(r"^layers = \[\]", (tmp_path / "new.toml").read_text(), re.MULTILINE)
     capsys.readouterr()
     assert main([*arguments, "--set", "target.layers=[]"]) == 2
-    assert "these layers cannot be tapped" in capsys.readouterr().err
+    assert "drafts of this type need tapped layers" in capsys.readouterr().err

@@ -72,7 +72,8 @@ class LastHiddenDraft(DraftModel):
         initialise(self.down, 0.1)
         initialise(self.up, 0.1)
         self.class_name = f"{adapter.class_prefix}LastHiddenDraft"
-        self.preparation = AnchorPreparation(num_predictions=options.block_size, num_anchors=options.num_anchors)
+        predictions, anchors = options.block_size, options.num_anchors
+        self.preparation = AnchorPreparation(num_predictions=predictions, num_anchors=anchors, first=1)
 
     def blocks(self, last_NH: Tensor, anchor_ids_N: Tensor) -> Tensor:
         """[N, K, H]"""

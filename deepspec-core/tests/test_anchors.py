@@ -6,6 +6,7 @@ import pickle
 
 import numpy as np
 import torch
+from attrs import evolve
 
 from deepspec_core.contracts.draft import Preparation
 from deepspec_core.preparation.anchors import AnchorPreparation, anchor_candidates, counted_slots
@@ -62,6 +63,15 @@ def test_fewer_candidates_than_anchors_take_all_and_are_counted() -> None:
         "counted_slots": 4,
         "samples_without_anchors": 0,
     }
+
+
+def test_a_draft_that_reads_the_position_before_has_no_anchor_at_the_first() -> None:
+    """A text whose first token is supervised: features of a draft of last hidden states begin after it."""
+    sample = evolve(random_sample("a", 10), loss_mask=_mask(1, 1, 1, 0))
+    for first, expected in ((0, [0, 1]), (1, [1])):
+        prepared = evolve(PREPARATION, first=first).prepare(sample, np.random.default_rng(0))
+        assert prepared.tensors["anchors"].tolist() == expected
+        assert prepared.counts["anchor_candidates"] == len(expected)
 
 
 def test_the_draw_depends_on_the_generator_alone() -> None:

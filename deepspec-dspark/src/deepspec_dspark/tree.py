@@ -1,7 +1,7 @@
 """Decoding with trees: the most probable paths, where each token's distribution is corrected by the path before it.
 
-Legend: B slots in a call, W nodes of a level, K predictions of a block, H hidden size, V vocabulary, r rank of the
-correction.
+Legend: B slots in a call, W nodes of a level, K predictions of a block, H hidden size, D the draft's vocabulary,
+r rank of the correction.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class DSparkTreeProposer(DFlashTreeProposer):
         markov = self.model.markov_head
         if markov is None:
             return super().next_tokens(hidden_BKH, last_B, sampling)
-        base_BKV = self.model.logits(hidden_BKH)
+        base_BKD = self.model.known_logits(hidden_BKH)
         state_BWr: Tensor | None = None
 
         def given(level: int, tokens_BW: Tensor | None, parents_BW: Tensor | None) -> Tensor:
@@ -39,7 +39,7 @@ class DSparkTreeProposer(DFlashTreeProposer):
                 state_BWr = state_BWr.gather(1, parents_BW[..., None].expand_as(embedded_BWr))
             hidden_BWH = hidden_BKH[:, level, None].expand(-1, embedded_BWr.shape[1], -1)
             correction_BWr, state_BWr = markov.step(hidden_BWH, embedded_BWr, state_BWr)
-            corrected_BWV: Tensor = base_BKV[:, level, None] + markov.markov_w2(correction_BWr)
-            return log_probabilities(corrected_BWV, sampling)
+            corrected_BWD: Tensor = base_BKD[:, level, None] + markov.markov_w2(correction_BWr)
+            return log_probabilities(self.model.spread(corrected_BWD), sampling)
 
         return given

@@ -20,6 +20,8 @@ from deepspec_core.contracts.cache import CacheHeader
 from deepspec_core.digests import digests_of
 from deepspec_core.errors import CacheError
 
+__all__ = ["Manifest", "Shard"]
+
 NAME: Final = "manifest.json"
 # The published layout has a manifest.json of its own; ours then stands beside it.
 NAMES: Final = (NAME, "deepspec.json")

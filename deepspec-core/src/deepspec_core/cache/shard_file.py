@@ -15,7 +15,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from deepspec_core.errors import CacheError
+from deepspec_core.cache.shard_layout import not_as_written
 
 
 class ShardOutput:
@@ -106,9 +106,9 @@ def open_shard(path: Path, shapes: Mapping[str, tuple[Sequence[int], np.dtype[An
         for name, (shape, dtype) in shapes.items():
             problem = _problem(file, name, tuple(shape), dtype)
             if problem is not None:
-                raise _untrusted(path, f"{name}: {problem[0]}", problem[1])
+                raise not_as_written(path, f"{name}: {problem[0]}", problem[1])
         if not np.array_equal(file["offsets"][:], np.cumsum([0, *lengths])):
-            raise _untrusted(path, "offsets: other lengths of samples", "the lengths in manifest.json")
+            raise not_as_written(path, "offsets: other lengths of samples", "the lengths in manifest.json")
     except BaseException:
         file.close()
         raise
@@ -129,13 +129,3 @@ def _problem(file: Any, name: str, shape: tuple[int, ...], dtype: np.dtype[Any])
     if (dataset.shape, dataset.dtype) != (shape, dtype):
         return f"{dataset.dtype} {list(dataset.shape or ())}", f"{dtype} {list(shape)}"
     return None
-
-
-def _untrusted(path: Path, found: str, expected: str) -> CacheError:
-    return CacheError(
-        "A shard of the cache is not what its manifest says",
-        where=path,
-        found=found,
-        expected=expected,
-        fix="Make the cache again (--force cache), or get it again from where it came.",
-    )

@@ -1,7 +1,8 @@
 """What is inside a shard of a cache, and beside the shards: the part in which sharded formats differ.
 
-HDF5 datasets (hdf5.py) and raw arrays (binary_v2.py) are such layouts. Knows none of them; when a shard is begun,
-sealed or opened is sharded.py's.
+HDF5 datasets (hdf5.py) and raw arrays (binary_v2.py) are such layouts, and a plugin may have another: with
+sharded.ShardedFormat it is a whole cache format. Knows none of them; when a shard is begun, sealed or opened is
+sharded.py's.
 
 Legend: T tokens, C = taps * H, H hidden size.
 """
@@ -12,15 +13,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from deepspec_core.cache.manifest import Manifest, Shard
+from deepspec_core.cache import quantize
+from deepspec_core.cache.manifest import NAME, Manifest, Shard
 from deepspec_core.contracts.cache import CacheHeader
 from deepspec_core.contracts.draft import Sample
 from deepspec_core.contracts.target import TargetFeatures
 from deepspec_core.errors import CacheError
 
+__all__ = ["NewShard", "OpenShard", "ShardLayout", "not_as_written"]
+
 
 class NewShard(Protocol):
-    """A shard that is being written."""
+    """A shard that is being written. After an OSError it is closed, and its file removed."""
 
     def append(self, sample: Sample, features: TargetFeatures) -> None:
         """Add a sample. OSError where the disk refuses."""
@@ -31,12 +35,15 @@ class NewShard(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of an unfinished shard's file."""
+        """Let go of an unfinished shard's file, without an error."""
         ...
 
 
 class OpenShard(Protocol):
-    """A sealed shard, opened for reading."""
+    """A sealed shard, opened for reading.
+
+    What its methods raise, other than CacheError, becomes a CacheError that names the file.
+    """
 
     def tokens(self, row: int) -> tuple[Any, Any, int]:
         """input_ids [T] and loss_mask [T] as arrays, and the original length."""
@@ -52,7 +59,7 @@ class OpenShard(Protocol):
 
 
 class ShardLayout(Protocol):
-    """What is inside a shard, and beside the shards.
+    """What is inside a shard, and beside the shards. Subclasses give `format`, `suffix`, `new` and `open`.
 
     format: The name in run files and manifests.
     suffix: How shards' names end.
@@ -62,25 +69,41 @@ class ShardLayout(Protocol):
 
     format: str
     suffix: str
-    manifest: str
-    dtypes: tuple[str, ...]
+    manifest: str = NAME
+    dtypes: tuple[str, ...] = tuple(quantize.ARRAY_TYPES)
 
     def new(self, path: Path, header: CacheHeader) -> NewShard:
         """Begin a shard. The file is created: OSError where it is there."""
         ...
 
     def open(self, path: Path, header: CacheHeader, shard: Shard) -> OpenShard:
-        """CacheError where the file is not what header and manifest say. OSError where it cannot be read."""
+        """CacheError where the file is not what header and manifest say (`not_as_written`).
+
+        Another process may have written the file: what it says of its sizes is checked against theirs before memory is
+        taken. What else is raised becomes a CacheError that names the file.
+        """
         ...
 
     def write_index(self, folder: Path, manifest: Manifest) -> None:
-        """Write what the layout has beside its shards, once all of them are sealed."""
-        ...
+        """Write what the layout has beside its shards, once all of them are sealed: nothing."""
+        return
 
     def index_problems(self, folder: Path, manifest: Manifest) -> list[CacheError]:
         """What of that is not as it was written."""
-        ...
+        return []
 
     def bytes_per_token(self, header: CacheHeader) -> int:
-        """Bytes that one token takes."""
-        ...
+        """Bytes that one token takes: those of shard_arrays.arrays_of."""
+        size = header.hidden_size
+        return quantize.bytes_per_token(header.dtype, (len(header.taps) + 1) * size, size) + 4 + 1
+
+
+def not_as_written(path: Path, found: str, expected: str) -> CacheError:
+    """The error of a shard that is not what header and manifest say."""
+    return CacheError(
+        "A shard of the cache is not what its manifest says",
+        where=path,
+        found=found,
+        expected=expected,
+        fix="Make the cache again (--force cache), or get it again from where it came.",
+    )

@@ -37,13 +37,15 @@ from deepspec_core.digests import digest_of
 from deepspec_core.errors import CacheError
 from deepspec_core.locks import Lock, lock
 
+__all__ = ["ShardedFormat"]
+
 _PARTIAL: Final = ".partial"
 _LOCK: Final = "writer.lock"
 _OPEN_SHARDS: Final = 64
 
 
 class ShardedFormat:
-    """contracts.cache.CacheFormat, for one layout of shards."""
+    """A contracts.cache.CacheFormat, for one layout of shards: shard_layout.ShardLayout."""
 
     def __init__(self, layout: ShardLayout) -> None:
         self.layout = layout
@@ -289,13 +291,10 @@ class ShardedReader:
             file = self._open(shard)
             ids, mask, original_length = file.tokens(row)
             features = file.features(row) if with_features else None
-        except (OSError, KeyError, RuntimeError) as error:
-            raise CacheError(
-                "A shard of the cache cannot be read",
-                where=self._path / self._shards[shard].file,
-                found=error,
-                fix="Make the cache again (--force cache).",
-            ) from error
+        except CacheError:
+            raise
+        except Exception as error:  # what a layout's library raises on a damaged file is its own
+            raise self._unreadable(self._shards[shard], error) from error
         return Sample(
             id=self._shards[shard].ids[row],
             input_ids=torch.from_numpy(ids.astype(np.int64)),
@@ -310,9 +309,17 @@ class ShardedReader:
             self._layout.open(self._path / shard.file, self.header, shard).close()
         except CacheError as error:
             return error
-        except (OSError, KeyError, RuntimeError) as error:
-            return CacheError("A shard of the cache cannot be read", where=self._path / shard.file, found=error)
+        except Exception as error:  # as above
+            return self._unreadable(shard, error)
         return None
+
+    def _unreadable(self, shard: Shard, error: Exception) -> CacheError:
+        return CacheError(
+            "A shard of the cache cannot be read",
+            where=self._path / shard.file,
+            found=f"{type(error).__name__}: {error}",
+            fix="Make the cache again (--force cache).",
+        )
 
     def _open(self, shard: int) -> OpenShard:
         if self._owner != os.getpid():

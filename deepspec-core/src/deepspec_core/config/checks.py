@@ -251,7 +251,7 @@ def _layers(layers: tuple[int, ...], *, needs_taps: bool) -> Iterator[ConfigErro
     rising = all(lower < upper for lower, upper in pairwise(layers))
     if (not layers and needs_taps) or (layers and layers[0] < -1) or not rising:
         yield ConfigError(
-            "these layers cannot be tapped" if layers else "a draft that is trained needs tapped layers",
+            "these layers cannot be tapped" if layers else "drafts of this type need tapped layers",
             where="target.layers",
             found=list(layers),
             expected="strictly increasing layer numbers, -1 (the embedding) or above",

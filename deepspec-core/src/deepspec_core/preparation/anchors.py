@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from attrs import field, frozen
-from attrs.validators import gt
+from attrs.validators import ge, gt
 from torch import Tensor
 
 from deepspec_core.contracts.draft import DraftBatch, PreparedSample, Sample
@@ -49,15 +49,21 @@ def counted_slots(anchors_A: Tensor, loss_mask_T: Tensor, num_predictions: int) 
 class AnchorPreparation:
     """A contracts.draft.Preparation: draws at most `num_anchors` anchors a sample, uniformly without replacement.
 
-    Prediction k = 0..num_predictions-1 of a block anchored at a is of token a+1+k, whichever slot makes it.
+    Prediction k = 0..num_predictions-1 of a block anchored at a is of token a+1+k, whichever slot makes it. No anchor
+    is before position `first`: a draft that reads the features at a-1 says 1.
     """
 
     num_predictions: int = field(validator=gt(0))
     num_anchors: int = field(validator=gt(0))
+    first: int = field(default=0, validator=ge(0))
 
     def prepare(self, sample: Sample, rng: np.random.Generator) -> PreparedSample:
         """Draw anchors in increasing order. Where fewer candidates exist than anchors, all of them are taken."""
-        return self.at(sample, drawn(anchor_candidates(sample.loss_mask), self.num_anchors, rng))
+        return self.at(sample, drawn(self._candidates(sample), self.num_anchors, rng))
+
+    def _candidates(self, sample: Sample) -> Tensor:
+        candidates_A = anchor_candidates(sample.loss_mask)
+        return candidates_A[candidates_A >= self.first]
 
     def at(self, sample: Sample, anchors_A: Tensor) -> PreparedSample:
         """The sample with these anchors [A] int64, increasing, rather than drawn ones."""
@@ -67,7 +73,7 @@ class AnchorPreparation:
             sample=sample,
             tensors={"anchors": anchors_A, "counted": counted_AK, "labels": sample.input_ids[labels_AK]},
             counts={
-                "anchor_candidates": len(anchor_candidates(sample.loss_mask)),
+                "anchor_candidates": len(self._candidates(sample)),
                 "anchors": len(anchors_A),
                 "counted_slots": int(counted_AK.sum()),
                 "samples_without_anchors": int(len(anchors_A) == 0),
@@ -81,7 +87,8 @@ class AnchorPreparation:
         `target_sequence` and `target_position` [P], the distinct positions they are compared with, and `target_index`
         [R].
 
-        A batch without any anchor keeps one block that yields no row, so that every parameter stays in the graph.
+        A batch without any anchor keeps one block, at position 0, that yields no row, so that every parameter stays in
+        the graph.
         """
         anchors = [one.tensors["anchors"] for one in prepared]
         counted = [one.tensors["counted"] for one in prepared]

@@ -6,7 +6,6 @@ Knows rows, gradients and the contracts of drafts; which draft is tested is the 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from attrs import evolve
@@ -22,6 +21,7 @@ __all__ = [
     "check_near",
     "check_same_rows",
     "gradients_of",
+    "head_products",
     "rows_where",
     "trained",
 ]
@@ -55,6 +55,15 @@ def gradients_of(total: Tensor, draft: nn.Module) -> dict[str, Tensor]:
     return {name: part.grad.clone() for name, part in draft.named_parameters() if part.grad is not None}
 
 
+def head_products(draft: DraftModel, rows: Rows) -> Tensor:
+    """What the draft's head makes of rows, [N, D]: logits before the cap and the correction."""
+    head = draft.heads().draft
+    if head.dim() == 2:
+        return rows.hidden @ head.T
+    by_slot_NGD = torch.einsum("nh,gdh->ngd", rows.hidden, head)
+    return by_slot_NGD[torch.arange(len(rows.slot)), rows.slot]
+
+
 def rows_where(rows: Rows, keep: Tensor) -> Rows:
     """The rows that `keep` [N] selects."""
     return evolve(rows, **{name: getattr(rows, name)[keep] for name in _PER_ROW if getattr(rows, name) is not None})
@@ -74,22 +83,26 @@ def check_same_rows(found: Rows, expected: Rows, relative: float) -> None:
 
 
 def check_frozen_heads(draft: DraftModel) -> None:
-    """Check that embedding and heads hold the target's weights, as `adopt` copied them, and are not trained."""
+    """Check that embedding and lm_head hold the target's weights, as `adopt` copied them, and are not trained.
+
+    Heads of its own, one for each slot, begin as the target's.
+    """
     assert isinstance(draft, DraftModel)
     assert not any(part.requires_grad for part in (*draft.embed_tokens.parameters(), *draft.lm_head.parameters()))
     weight = draft.lm_head.weight
     draft.adopt(torch.ones_like(weight), torch.full_like(weight, 2.0))
     assert (draft.embed_tokens.weight == 1).all()  # type: ignore[union-attr]
     assert (draft.heads().draft == 2).all()
-    assert draft.heads().target is draft.heads().draft
+    heads = draft.heads()
+    assert heads.target is (heads.draft if heads.draft.dim() == 2 else draft.lm_head.weight)
 
 
-def check_autocast(draft: Any, batch: DraftBatch, *, mean: float) -> None:
+def check_autocast(draft: DraftModel, batch: DraftBatch, *, mean: float) -> None:
     """Check that bfloat16 changes hidden states, by `mean` on average at most, and that gradients are finite."""
     exact = draft(batch).hidden
     with torch.autocast("cpu", dtype=torch.bfloat16):
         rows = draft(batch)
-        logits = draft.logits(rows.hidden)
+        logits = head_products(draft, rows)
     difference = (rows.hidden - exact).abs()
     assert difference.max() > 0
     assert difference.mean() < mean

@@ -40,8 +40,8 @@ def with_large_weights(draft: _Draft) -> _Draft:
     """The draft with new random matrices, large enough that different inputs give clearly different outputs."""
     with torch.no_grad():
         for parameter in draft.parameters():
-            if parameter.dim() == 2:
-                parameter.normal_(std=parameter.shape[1] ** -0.5)
+            if parameter.dim() >= 2:
+                parameter.normal_(std=parameter.shape[-1] ** -0.5)
     return draft
 
 

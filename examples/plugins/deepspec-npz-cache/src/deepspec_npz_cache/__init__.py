@@ -1,0 +1,1 @@
+"""A feature cache whose shards are NumPy archives."""
