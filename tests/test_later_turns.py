@@ -93,7 +93,7 @@ def test_what_cannot_be_asked_is_not(target: Target, rows: Path) -> None:
 
 def _evaluate(draft: Path, rows: Path, out: Path, *options: str) -> dict[str, Any]:
     command = ["evaluate", "--draft", str(draft), "--target", "builtin:tiny-qwen3", "--out", str(out)]
-    command += ["--task", str(rows), "--temperature", "0", "--max-new-tokens", "24", *options]
+    command += ["--task", str(rows), "--temperature", "0", "--max-new-tokens", "6", *options]
     assert main(command) == 0
     report: dict[str, Any] = json.loads((out / "metrics.json").read_text())
     return report
@@ -106,9 +106,6 @@ def draft(finished: Path) -> Path:
 
 @pytest.mark.usefixtures("one_thread")
 def test_all_turns_are_decoded_alike_alone_and_together(draft: Path, rows: Path, tmp_path: Path) -> None:
-    first = _evaluate(draft, rows, tmp_path / "first")
-    assert first["results"][0]["samples"] == 3
-    assert "turns_not_asked" not in first["results"][0]
     report = _evaluate(draft, rows, tmp_path / "all", "--turns", "all")
     together = _evaluate(draft, rows, tmp_path / "together", "--turns", "all", "--batch-size", "3")
     for one in (report, together):
@@ -137,6 +134,6 @@ def test_a_changed_later_turn_is_another_prompt(
     again = _evaluate(draft, rows, tmp_path / "new", "--turns", "all")
     assert again["results"][0]["prompts_digest"] != report["results"][0]["prompts_digest"]
     command = ["evaluate", "--draft", str(draft), "--target", "builtin:tiny-qwen3", "--out", str(tmp_path / "out")]
-    command += ["--task", str(rows), "--temperature", "0", "--max-new-tokens", "24", "--turns", "all"]
+    command += ["--task", str(rows), "--temperature", "0", "--max-new-tokens", "6", "--turns", "all"]
     assert main(command) == 2
     assert "rows.jsonl" in capsys.readouterr().err

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from attrs import evolve
 
 from deepspec_core.decoding.engine import Completion, Round
 from deepspec_core.evaluation.metrics import loops, pool
@@ -47,13 +48,17 @@ def test_figures_equal_the_recorded_ones(case: str) -> None:
 
 
 def test_pooled_over_rounds_not_averaged_over_samples() -> None:
-    found = pool([_completion([(3, 3, 4)]), _completion([(3, 0, 1)] * 3)])
+    one, other = evolve(_completion([(3, 3, 4)]), id="one"), evolve(_completion([(3, 0, 1)] * 3), id="other")
+    found = pool([one, other])
     assert found.acceptance_length == pytest.approx(7 / 4)
     assert found.marginal == pytest.approx((0.25, 0.25, 0.25))
     assert found.conditional == pytest.approx((0.25, 1.0, 1.0))
     low, high = found.acceptance_length_interval
     assert low == pytest.approx(1.0)
     assert high == pytest.approx(4.0)
+    # Two turns of one prompt are not independent: together they are drawn or not.
+    turns = pool([one, evolve(other, id="one (turn 2)")])
+    assert (turns.samples, turns.acceptance_length_interval) == (2, pytest.approx((7 / 4, 7 / 4)))
 
 
 def test_conditional_acceptance_counts_only_rounds_that_reached_the_position() -> None:

@@ -40,7 +40,7 @@ def test_core_offers_its_own_components_like_any_plugin() -> None:
     assert core.offers == {
         "loss": ["ce", "soft_ce", "kl", "tv", "lk", "confidence"],
         "weighting": ["uniform", "decay", "d-pace"],
-        "cache": ["hdf5"],
+        "cache": ["hdf5", "deepspec-v2"],
         "features": ["cached", "online"],
     }
 

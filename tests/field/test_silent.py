@@ -129,7 +129,7 @@ def test_a_mask_token_chosen_after_the_cache_was_made(finished_copy: Path, capsy
     """Whoever made the cache counted another one."""
     folder = finished_copy.parent / "runs" / "quickstart-dflash-smoke"
     cache = HDF5Format().open(folder / "cache", None)
-    ids = [cache.input_ids(index).tolist() for index in range(len(cache))]
+    ids = [cache.tokens_of(index).input_ids.tolist() for index in range(len(cache))]
     assert ids == [cache[index].input_ids.tolist() for index in range(len(cache))]
     ordinary = 228
     meant = sum(ordinary in one for one in ids)

@@ -8,6 +8,7 @@ in a rendering of their own. Knows messages and rendered text; not how a templat
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -42,7 +43,7 @@ def left_out(text: str, messages: Sequence[Mapping[str, Any]], tools: Tools, *, 
             return f"the tool {name!r} that is on offer"
         for part in _leaves(tool) if name is None else ():
             if not written.has_spelled(part):
-                return f"{part!r} of a tool on offer, which has no name"
+                return f"the tool {json.dumps(tool)[:80]} that is on offer, which has no name"
     for index, message in enumerate(messages, first):
         if message["role"] != "assistant" and not written.has_spelled(message["content"]):
             return _content_of(index, message)

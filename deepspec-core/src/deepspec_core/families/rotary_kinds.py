@@ -42,7 +42,7 @@ def positions(text: Any) -> int:
 
 def _stretches(entry: object) -> Iterator[tuple[Any, Any]]:
     """Factors and the positions they multiply, by their kinds. Those of `linear` that name no positions are left out:
-    max_position_embeddings is the scaled number there (Gemma 3). transformers fills the positions in for the others.
+    max_position_embeddings is the scaled number there. transformers fills the positions in for the others.
     """
     if isinstance(entry, Mapping):
         factor, original = entry.get("factor"), entry.get("original_max_position_embeddings")
