@@ -18,6 +18,7 @@ import deepspec_targets.plugin
 from deepspec_core.checkpoints.published import load_draft, save_draft
 from deepspec_core.contracts.draft import DraftModel
 from deepspec_core.contracts.proposer import Sampling
+from deepspec_core.decoding.sampling import draw
 from deepspec_core.testing.core_registry import core_registry
 from deepspec_core.testing.draft_checks import (
     check_all_near,
@@ -141,11 +142,13 @@ def test_a_chain_has_a_token_of_each_head(draft: MedusaDraft) -> None:
         slot: by_hand(draft, features_of(sample).last_hidden[length - 1])
         for slot, (sample, length) in prompts().items()
     }
-    greedy, sampled = (started(draft).propose(range(4), sampling) for sampling in (GREEDY, SAMPLED))
+    driven = started(draft)
+    greedy, sampled = (driven.propose(range(4), sampling) for sampling in (GREEDY, SAMPLED))
     for slot, logits_KV in expected.items():
         assert greedy.tokens[slot].tolist() == logits_KV.argmax(-1).tolist()
         torch.testing.assert_close(sampled.probabilities[slot], logits_KV.softmax(-1), rtol=1e-4, atol=1e-6)
     assert greedy.probabilities is None, "chosen, not drawn"
+    assert torch.equal(sampled.tokens, draw(sampled.probabilities, driven.uniforms)), "a uniform number each"
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED, Sampling(temperature=0.7, top_k=20)], ids=str)

@@ -1,6 +1,7 @@
 """The format keeps what it is given, goes on after a stop, and trusts no file. Public names of core only."""
 
 import pickle
+import resource
 from contextlib import closing
 from pathlib import Path
 
@@ -130,6 +131,22 @@ def test_a_bit_that_flips(tmp_path: Path) -> None:
     assert "shard-00000.npz" in str(problem)
     with pytest.raises(CacheError, match="Bad CRC-32"):
         NpzFormat().open(path, None)[1]
+
+
+@pytest.mark.parametrize("most", [1_000, 40_000])
+def test_a_full_disk(tmp_path: Path, most: int) -> None:
+    """A file cannot grow further: one error, nothing half written is left, and a new writer goes on."""
+    samples = [random_sample(f"x{index}", 30, seed=index) for index in range(4)]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+    try:
+        with pytest.raises(CacheError, match="cannot be written"):
+            written(tmp_path / "cache", samples=samples)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.glob("cache/shard*"))
+    path = written(tmp_path / "cache", samples=samples)
+    assert NpzFormat().verify(path) == []
 
 
 def test_only_public_names_are_imported() -> None:
