@@ -20,6 +20,8 @@ from deepspec_core.decoding.engine import Request
 from deepspec_core.errors import CheckpointError, DataError
 from deepspec_core.evaluation.calibration_file import Calibration, read_calibration
 from deepspec_core.evaluation.evaluator import Decoding, Group, evaluate, summarise
+from deepspec_core.evaluation.metrics_file import NAME as METRICS
+from deepspec_core.evaluation.metrics_file import VERSION, write_metrics
 from deepspec_core.evaluation.report import markdown
 from deepspec_core.evaluation.requests import requests_of_prompts
 from deepspec_core.evaluation.tasks import HELD_OUT_QUOTA, Prompt, load_task, task_digest, task_label, task_name
@@ -66,7 +68,7 @@ def run_stage(run: Run) -> dict[str, Any]:
                 }
             )
     report = _report(run, draft, calibration, results)
-    _write(run.folder / "metrics.json", json.dumps(report, indent=1) + "\n")
+    write_metrics(run.folder / METRICS, report)
     _write(run.folder / "report.md", markdown(report))
     notify(run.plugins.manager, "deepspec_evaluation_finished", run=run, report=report)
     return {
@@ -236,6 +238,7 @@ def _report(
 ) -> dict[str, Any]:
     description, sizes, architecture = draft.description, draft.parameters, run.target.architecture
     return {
+        "version": VERSION,
         "run": run.file.run.name,
         "draft": {
             "algorithm": description.algorithm,
