@@ -14,6 +14,7 @@ from attrs import frozen
 from rich.table import Table
 
 from deepspec_core.evaluation import report as single
+from deepspec_core.evaluation.latex import latex_table
 
 HEADINGS = ("draft", "task", "T", "prompts", "accepted length", "speed-up", "conditional acceptance by position, %")
 MARK = " *"
@@ -102,6 +103,12 @@ class Comparison:
         lines = ["# Drafts compared", "", *single.markdown_table(HEADINGS, cells)]
         lines += [*warning, "", *notes, ""] if notes else [""]
         return "\n".join([*lines, single.NOTE, ""])
+
+    def latex(self) -> str:
+        """The table and its notes for LaTeX with the package booktabs."""
+        cells = [row.cells() for row in self.rows]
+        words = ("draft", "task", "accepted length", HEADINGS[-1])
+        return latex_table(HEADINGS, cells, left=words, notes=(*self.notes(), single.NOTE))
 
 
 def compare(runs: Sequence[Run]) -> Comparison:

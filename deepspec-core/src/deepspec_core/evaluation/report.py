@@ -165,6 +165,21 @@ def terminal_table(report: Mapping[str, Any]) -> Table:
     return table(title, HEADINGS, _rows(report), left=("task", "accepted length"))
 
 
+def checks(report: Mapping[str, Any]) -> list[str]:
+    """Sentences: whether greedy outputs are equal to plain decoding's, and what inflates the figures."""
+    lines = []
+    for result in report["results"]:
+        name = f"{task_of(result)} at temperature {result['temperature']:g}"
+        if result["temperature"] == 0 and "plain" in result:
+            same = result["samples"] - len(result["mismatches"])
+            lines.append(f"{name}: {same} of {result['samples']} outputs equal plain greedy decoding.")
+        lines.append(
+            f"{name}: {100 * result['limit_share']:.0f}% of prompts hit the token limit, "
+            f"{100 * result['loop_share']:.0f}% end in a loop."
+        )
+    return lines
+
+
 def markdown(report: Mapping[str, Any]) -> str:
     """The report as a Markdown page."""
     draft, target = report["draft"], report["target"]
@@ -190,16 +205,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         lines.append(f"| {task_of(result)} | {result['temperature']:g} | " + " | ".join(parts) + " |")
     lines += _by_context(report)
     lines += _reliability(report)
-    lines += ["", "## Checks", ""]
-    for result in report["results"]:
-        name = f"{task_of(result)} at temperature {result['temperature']:g}"
-        if result["temperature"] == 0 and "plain" in result:
-            same = result["samples"] - len(result["mismatches"])
-            lines.append(f"- {name}: {same} of {result['samples']} outputs equal plain greedy decoding.")
-        lines.append(
-            f"- {name}: {100 * result['limit_share']:.0f}% of prompts hit the token limit, "
-            f"{100 * result['loop_share']:.0f}% end in a loop."
-        )
+    lines += ["", "## Checks", "", *(f"- {line}" for line in checks(report))]
     lines += [
         "",
         "## Settings",

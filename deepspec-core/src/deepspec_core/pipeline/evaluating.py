@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -17,8 +18,9 @@ from deepspec_core.contracts.untrained import UntrainedDescription
 from deepspec_core.data.thinking import modes
 from deepspec_core.decoding.calibrated import CalibratedProposer
 from deepspec_core.decoding.engine import Request
-from deepspec_core.errors import CheckpointError, DataError
+from deepspec_core.errors import CheckpointError, ConfigError, DataError
 from deepspec_core.evaluation.calibration_file import Calibration, read_calibration
+from deepspec_core.evaluation.comparison import Run as Evaluated
 from deepspec_core.evaluation.evaluator import Decoding, Group, evaluate, summarise
 from deepspec_core.evaluation.metrics_file import NAME as METRICS
 from deepspec_core.evaluation.metrics_file import VERSION, write_metrics
@@ -31,6 +33,12 @@ from deepspec_core.pipeline.evaluated_draft import EvaluatedDraft, load_evaluate
 from deepspec_core.pipeline.machine import machine_of
 from deepspec_core.pipeline.run import Run
 from deepspec_core.plugins.notices import notify
+from deepspec_core.reporting.page import NAME as PAGE
+from deepspec_core.reporting.page import shown, write_page
+from deepspec_core.reporting.samples import NAME as SAMPLES
+from deepspec_core.reporting.samples import sample_of, write_samples
+
+log = logging.getLogger("deepspec")
 
 
 def run_stage(run: Run) -> dict[str, Any]:
@@ -39,7 +47,7 @@ def run_stage(run: Run) -> dict[str, Any]:
     draft = load_evaluated(run)
     calibration = calibration_of(run, draft.description, draft.revision)
     journal_names = journals(options.tasks)
-    results = []
+    results, samples = [], []
     for task, thinking in product(options.tasks, modes(run.file.regenerate.thinking)):
         prompts = prompts_of(run, task)
         requests, too_long = requests_of(run, task, prompts, thinking=thinking)
@@ -56,11 +64,11 @@ def run_stage(run: Run) -> dict[str, Any]:
                 what=f"evaluate {task} at temperature {temperature:g}{_mode(both, thinking)}",
                 machine=machine_of(run.target.device),
             )
+            about = {"task": task_label(task), "temperature": temperature, **({"thinking": thinking} if both else {})}
+            samples.append({**about, **sample_of(groups[0].completions[0], run.target.tokenizer.decode)})
             results.append(
                 {
-                    "task": task_label(task),
-                    "temperature": temperature,
-                    **({"thinking": thinking} if both else {}),
+                    **about,
                     **summarise(groups, seed=options.seed, confidence_threshold=options.confidence_threshold),
                     "prompts_too_long": too_long,
                     **({} if later is None else {"turns_not_asked": _not_asked(requests, groups, later)}),
@@ -70,6 +78,8 @@ def run_stage(run: Run) -> dict[str, Any]:
     report = _report(run, draft, calibration, results)
     write_metrics(run.folder / METRICS, report)
     _write(run.folder / "report.md", markdown(report))
+    write_samples(run.stage_folder("evaluate") / SAMPLES, samples)
+    _write_page(run.folder, report)
     notify(run.plugins.manager, "deepspec_evaluation_finished", run=run, report=report)
     return {
         f"accepted length on {result['task']} at T={result['temperature']:g}"
@@ -271,6 +281,13 @@ def _report(
         "plugins": run.plugins.versions(),
         "results": results,
     }
+
+
+def _write_page(folder: Path, report: dict[str, Any]) -> None:
+    try:
+        write_page(folder / PAGE, [shown(folder, Evaluated(label=report["run"], report=report))])
+    except ConfigError as error:  # there is no library that draws
+        log.warning("%s is left out: %s", PAGE, error)
 
 
 def _write(path: Path, text: str) -> None:
