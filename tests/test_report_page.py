@@ -1,4 +1,4 @@
-"""The HTML page of evaluations: whole, self-contained, escaped; the answers in it; and what is said without matplotlib."""
+"""The HTML page of evaluations: whole, self-contained, escaped; its answers; and what is said without matplotlib."""
 
 import json
 import re
