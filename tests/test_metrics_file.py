@@ -1,6 +1,7 @@
 """metrics.json: its JSON Schema is documented, old files are read, unknown versions are refused by every reader."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,13 @@ def test_readers_refuse_an_unknown_version(
 
 
 def test_files_of_before_there_were_versions_are_read(judged_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    changed(judged_copy, version=None)
-    assert main(["report", "run"]) == 0
+    """They have one batch size, among the settings, and are compared with those of today."""
+    shutil.copytree(judged_copy, "today")
+    report = json.loads((judged_copy / "metrics.json").read_text())
+    size = {one.pop("batch_size") for one in report["results"]}.pop()
+    changed(judged_copy, version=None, settings={**report["settings"], "batch_size": size}, results=report["results"])
+    assert main(["report", "today", "run", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["differences"] == []
+    assert [row["batch_size"] for row in found["rows"]] == [3] * 4
     assert main(["calibrate", "run"]) == 0

@@ -62,7 +62,8 @@ def test_the_stage_writes_a_whole_page(judged_run: Path) -> None:
     assert page.open == []
     assert page.headings == [
         "Figures", "Accepted length", "Acceptance by position", "Reliability of confidences",
-        "Accepted length by context", "Where the time goes", "Answers by round", "Checks", "To reproduce",
+        "Accepted length by context", "Where the time goes", "Size and memory", "Answers by round", "Checks",
+        "To reproduce",
     ]  # fmt: skip
     assert page.tags["svg"] == 1 + 3 * 2 + 1  # two temperatures of one task
     assert max(page.ids.values()) == 1

@@ -64,7 +64,7 @@ def read_metrics(path: Path) -> dict[str, Any]:
         missing = [name for name in _OF_A_RESULT if not isinstance(result, dict) or name not in result]
         if missing:
             raise _damaged(path, f"results[{index}] without {missing[0]}")
-    return report
+    return report if "version" in report else _as_of_today(report)
 
 
 def results_of(path: Path, revision: str) -> list[dict[str, Any]]:
@@ -74,6 +74,19 @@ def results_of(path: Path, revision: str) -> list[dict[str, Any]]:
     """
     report = read_metrics(path)
     return list(report["results"]) if report["draft"].get("revision") == revision else []
+
+
+def _as_of_today(report: dict[str, Any]) -> dict[str, Any]:
+    """A report of before there were versions.
+
+    It had one batch size, among its settings, and of outputs that differ from plain decoding's the id alone.
+    """
+    settings = dict(report["settings"])
+    size = {"batch_size": settings.pop("batch_size")} if "batch_size" in settings else {}
+    results = [
+        {**one, **size, "mismatches": [{"id": name} for name in one.get("mismatches", ())]} for one in report["results"]
+    ]
+    return {**report, "settings": settings, "results": results}
 
 
 def _damaged(path: Path, found: str) -> StageError:

@@ -54,21 +54,23 @@ def run_stage(run: Run) -> dict[str, Any]:
         later = _later_turns(run, prompts, thinking=thinking)
         digest = _digest(requests, later)
         both = not isinstance(run.file.regenerate.thinking, bool)
-        for temperature in options.temperature:
-            decoding = _decoding(run, draft, calibration, requests, later, temperature)
+        for temperature, batch_size in product(options.temperature, options.batch_sizes):
+            decoding = _decoding(run, draft, calibration, requests, later, temperature, batch_size)
             groups = evaluate(
                 requests,
                 decoding,
-                journal=_journal(run, journal_names[task], temperature, thinking),
+                journal=_journal(run, journal_names[task], temperature, thinking, batch_size),
                 prompts_digest=digest,
-                what=f"evaluate {task} at temperature {temperature:g}{_mode(both, thinking)}",
+                what=f"evaluate {task} at temperature {temperature:g}{_mode(both, thinking)}{_size(run, batch_size)}",
                 machine=machine_of(run.target.device),
             )
             about = {"task": task_label(task), "temperature": temperature, **({"thinking": thinking} if both else {})}
-            samples.append({**about, **sample_of(groups[0].completions[0], run.target.tokenizer.decode)})
+            if batch_size == options.batch_sizes[0]:
+                samples.append({**about, **sample_of(groups[0].completions[0], run.target.tokenizer.decode)})
             results.append(
                 {
                     **about,
+                    "batch_size": batch_size,
                     **summarise(groups, seed=options.seed, confidence_threshold=options.confidence_threshold),
                     "prompts_too_long": too_long,
                     **({} if later is None else {"turns_not_asked": _not_asked(requests, groups, later)}),
@@ -81,33 +83,44 @@ def run_stage(run: Run) -> dict[str, Any]:
     write_samples(run.stage_folder("evaluate") / SAMPLES, samples)
     _write_page(run.folder, report)
     notify(run.plugins.manager, "deepspec_evaluation_finished", run=run, report=report)
-    return {
-        f"accepted length on {result['task']} at T={result['temperature']:g}"
-        f"{_mode('thinking' in result, result.get('thinking', False))}": round(result["acceptance_length"], 3)
-        for result in results
-    }
+    return {f"accepted length on {_about(run, result)}": round(result["acceptance_length"], 3) for result in results}
+
+
+def _about(run: Run, result: Mapping[str, Any]) -> str:
+    mode = _mode("thinking" in result, result.get("thinking", False))
+    return f"{result['task']} at T={result['temperature']:g}{mode}{_size(run, result['batch_size'])}"
 
 
 def journal_files(run: Run) -> list[Path]:
-    """The journals of an evaluation, one for each task, mode and temperature."""
+    """The journals of an evaluation, one for each task, temperature, mode and batch size."""
     options = run.file.evaluate
-    several = product(journals(options.tasks).values(), options.temperature, modes(run.file.regenerate.thinking))
-    return [_journal(run, name, temperature, thinking) for name, temperature, thinking in several]
+    both = modes(run.file.regenerate.thinking)
+    several = product(journals(options.tasks).values(), options.temperature, both, options.batch_sizes)
+    return [_journal(run, *one) for one in several]
 
 
-def _journal(run: Run, name: str, temperature: float, thinking: bool) -> Path:
+def _journal(run: Run, name: str, temperature: float, thinking: bool, batch_size: int) -> Path:
     both = not isinstance(run.file.regenerate.thinking, bool)
-    return run.stage_folder("evaluate") / _journal_name(name, temperature, both and thinking)
+    apart = batch_size if len(run.file.evaluate.batch_sizes) > 1 else None
+    return run.stage_folder("evaluate") / _journal_name(name, temperature, both and thinking, apart)
 
 
 def journal_of(folder: Path, result: Mapping[str, Any]) -> Path:
     """The journal of one of the results of metrics.json, in a run's folder."""
-    name = _file_name(result["task"])
-    return folder / "evaluate" / _journal_name(name, result["temperature"], result.get("thinking", False))
+    about = (_file_name(result["task"]), result["temperature"], result.get("thinking", False))
+    apart = folder / "evaluate" / _journal_name(*about, result.get("batch_size"))
+    # Where there is one batch size, no name says it.
+    return apart if apart.is_file() else folder / "evaluate" / _journal_name(*about, None)
 
 
-def _journal_name(name: str, temperature: float, thinking: bool) -> str:
-    return f"{name}-t{_exact(temperature)}{'-thinking' if thinking else ''}.jsonl"
+def _journal_name(name: str, temperature: float, thinking: bool, batch_size: int | None) -> str:
+    size = "" if batch_size is None else f"-b{batch_size}"
+    return f"{name}-t{_exact(temperature)}{'-thinking' if thinking else ''}{size}.jsonl"
+
+
+def _size(run: Run, batch_size: int) -> str:
+    """The batch size in words, where there are several."""
+    return f", batch {batch_size}" if len(run.file.evaluate.batch_sizes) > 1 else ""
 
 
 def _mode(both: bool, thinking: bool) -> str:
@@ -223,6 +236,7 @@ def _decoding(
     requests: Sequence[Request],
     later: LaterTurns | None,
     temperature: float,
+    batch_size: int,
 ) -> Decoding:
     options, architecture = run.file.evaluate, run.target.architecture
     longest = max(len(request.prompt_ids) for request in requests)
@@ -236,7 +250,7 @@ def _decoding(
         stop_ids=architecture.stop_token_ids,
         max_new_tokens=options.max_new_tokens,
         max_length=min(architecture.max_positions, longest + options.max_new_tokens),
-        batch_size=options.batch_size,
+        batch_size=batch_size,
         plain=options.plain,
         confidence_threshold=options.confidence_threshold,
         later=later,
@@ -257,6 +271,7 @@ def _report(
             "calibration": None if calibration is None else calibration.digest,
             "parameters": sizes.trained + sizes.frozen,
             "trainable_parameters": sizes.trained,
+            "parameter_bytes": (sizes.trained + sizes.frozen) * run.target.dtype.itemsize,
             "num_layers": description.num_layers,
             "max_tokens": description.max_tokens,
             "taps": list(draft.proposer().taps),
@@ -270,7 +285,6 @@ def _report(
         "settings": {
             "turns": run.file.evaluate.turns,
             "max_new_tokens": run.file.evaluate.max_new_tokens,
-            "batch_size": run.file.evaluate.batch_size,
             "seed": run.file.evaluate.seed,
             "confidence_threshold": run.file.evaluate.confidence_threshold,
             **({"tree_nodes": run.file.draft.tree.nodes} if run.file.draft.tree is not None else {}),

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deepspec_core.evaluation.comparison import Run
-from deepspec_core.evaluation.report import task_of
+from deepspec_core.evaluation.report import once, task_of
 from deepspec_core.reporting.svg import COLOURS, INK, MARKS, MUTED, Chart, drawing
 
 # What is drawn together: the results of one task and temperature, with the number of their run.
@@ -101,6 +101,30 @@ def by_context(runs: Sequence[Run]) -> list[Chart]:
     return charts
 
 
+def throughput(runs: Sequence[Run]) -> list[Chart]:
+    """Tokens per second by batch size, where there are several, one chart for each task and temperature."""
+    charts = []
+    for title, panel in panels(runs):
+        key = (task_of(panel[0][1]), panel[0][1]["temperature"])
+        lines = [
+            (index, [one for one in run.report["results"] if (task_of(one), one["temperature"]) == key])
+            for index, run in enumerate(runs)
+        ]
+        sizes = sorted({one["batch_size"] for _, line in lines for one in line if "batch_size" in one})
+        if len(sizes) < 2:
+            continue
+        with drawing(width=_WIDTH, height=_HEIGHT, x="sequences at once", y="tokens per second") as drawn:
+            for index, line in lines:
+                for way, style in (("speculative", _line(index)), ("plain", _faint(index))):
+                    points = sorted((one["batch_size"], one[way]["tokens_per_second"]) for one in line if way in one)
+                    drawn.axes.plot([x for x, _ in points], [y for _, y in points], **style)
+            drawn.axes.set_xscale("log", base=2)
+            drawn.axes.set_xticks(sizes, [str(size) for size in sizes])
+            drawn.axes.set_ylim(bottom=0)
+            charts.append(Chart(title=title, svg=drawn.svg()))
+    return charts
+
+
 def time_split(runs: Sequence[Run]) -> list[Chart]:
     """Where the time of an output token goes, plain decoding beside speculative; one chart."""
     found: dict[tuple[object, ...], list[tuple[str, Mapping[str, float]]]] = {}
@@ -133,13 +157,11 @@ def time_split(runs: Sequence[Run]) -> list[Chart]:
 
 
 def panels(runs: Sequence[Run]) -> list[tuple[str, Panel]]:
-    """The results by task and temperature, each with its title; of each run those at its first batch size."""
+    """The results by task and temperature, each with its title; of each run one (report.once)."""
     found: dict[tuple[str, float], Panel] = {}
     for index, run in enumerate(runs):
-        for result in run.report["results"]:
-            panel = found.setdefault((task_of(result), result["temperature"]), [])
-            if all(number != index for number, _ in panel):
-                panel.append((index, result))
+        for result in once(run.report["results"]):
+            found.setdefault((task_of(result), result["temperature"]), []).append((index, result))
     return [(_title(panel[0][1]), panel) for panel in found.values()]
 
 

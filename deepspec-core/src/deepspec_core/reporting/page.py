@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from attrs import frozen
 
+from deepspec_core.disk import in_words
 from deepspec_core.evaluation import comparison, report
 from deepspec_core.evaluation.comparison import Run, compare
 from deepspec_core.reporting import charts
@@ -71,6 +72,11 @@ def page(runs: Sequence[Shown]) -> str:
         note=report.NOTE,
         sections=_sections(evaluated),
         parts=charts.PARTS,
+        size_headings=("draft", "parameters", "of its own", "size", "peak memory", "without the draft"),
+        sizes=[_sizes(run) for run in evaluated],
+        parting_headings=report.PARTING_HEADINGS,
+        parting_note=report.PARTING_NOTE,
+        partings=[(run.label, found) for run in evaluated if (found := report.partings(run.report))],
         answers=_answers(runs),
         checks=[line for run in evaluated for line in _checks(run, several=len(evaluated) > 1)],
     )
@@ -98,6 +104,11 @@ def _sections(runs: Sequence[Run]) -> list[dict[str, Any]]:
             "Accepted length by context",
             "Tokens that a round commits, by the tokens there are when it begins.",
             charts.by_context(runs),
+        ),
+        (
+            "Throughput by batch size",
+            "Tokens of output per second. Solid: with the draft. Dashed: without it. It depends on the machine.",
+            charts.throughput(runs),
         ),
         (
             "Where the time goes",
@@ -129,6 +140,18 @@ def _answers(runs: Sequence[Shown]) -> list[dict[str, Any]]:
                 }
             )
     return list(found.values())
+
+
+def _sizes(run: Run) -> list[str]:
+    """The size of the draft, and the most memory that decoding took with and without it."""
+    draft = run.report["draft"]
+    numbers = [f"{draft[name]:,}" if name in draft else "-" for name in ("parameters", "trainable_parameters")]
+    size = in_words(draft["parameter_bytes"]) if "parameter_bytes" in draft else "-"
+    peaks = []
+    for way in ("speculative", "plain"):
+        found = [one[way]["peak_bytes"] for one in run.report["results"] if one.get(way, {}).get("peak_bytes")]
+        peaks.append(in_words(max(found)) if found else "-")
+    return [run.label, *numbers, size, *peaks]
 
 
 def _facts(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
