@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +21,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 from deepspec_core.checkpoints.published import load_draft, save_draft
 from deepspec_core.contracts.draft import DraftModel
 from deepspec_core.contracts.target import TargetAdapter
+from deepspec_core.evaluation import metrics_file
 from deepspec_core.plugins.discovery import load_plugins
 from deepspec_core.plugins.registry import Registry
 from deepspec_core.testing.recorded import Recordings
@@ -30,6 +33,23 @@ def own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
     """Digests of weights are remembered in a folder of the test run's own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def metrics_files_are_as_documented() -> Iterator[None]:
+    """Every metrics.json that a test's own process writes is checked against the JSON Schema."""
+    from jsonschema import Draft202012Validator
+
+    validator = Draft202012Validator(metrics_file.schema())
+    write = metrics_file.write_json
+
+    def checked(path: Path, content: Mapping[str, Any]) -> None:
+        write(path, content)
+        validator.validate(json.loads(path.read_text(encoding="utf-8")))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics_file, "write_json", checked)
         yield
 
 

@@ -225,7 +225,7 @@ def test_the_report_command(copy: Path, finished: Path, capsys: pytest.CaptureFi
     shown = capsys.readouterr().out
     assert "mine (dflash)" in shown
     assert "quickstart-dflash (dflash) *" in shown
-    assert "held-out at T=0 was not evaluated in mine" in shown
+    assert "held-out at T=0, batch 1 was not evaluated in mine" in shown
     assert main(["report", mine, smoke, "--output", "table.md"]) == 0
     page = (copy / "table.md").read_text()
     assert "**Not all rows are comparable**" in page

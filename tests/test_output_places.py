@@ -27,6 +27,8 @@ from deepspec_core.pipeline.training import publish
         "metrics.json.partial",
         "report.md",
         "report.md.partial",
+        "report.html",
+        "evaluate/samples.json",
         "evaluate/held-out-t0.jsonl",
     ],
 )

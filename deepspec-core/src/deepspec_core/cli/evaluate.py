@@ -74,10 +74,12 @@ ALL = "all"
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=DEFAULTS.max_new_tokens, show_default=True)
 @click.option(
     "--batch-size",
+    "batch_sizes",
     type=click.IntRange(min=1),
-    default=DEFAULTS.batch_size,
+    multiple=True,
+    default=DEFAULTS.batch_sizes,
     show_default=True,
-    help="Sequences decoded at once.",
+    help="Sequences decoded at once. Repeatable: the speed-up at each.",
 )
 @click.option(
     "--confidence-threshold",
@@ -102,7 +104,7 @@ def evaluate(
     turns: str,
     limit: int | None,
     max_new_tokens: int,
-    batch_size: int,
+    batch_sizes: tuple[int, ...],
     confidence_threshold: float,
     tree_nodes: int | None,
     calibration: str | None,
@@ -132,7 +134,7 @@ def evaluate(
         turns=turns,
         temperature=temperatures,
         max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
+        batch_size=batch_sizes[0] if len(batch_sizes) == 1 else batch_sizes,
         limit=limit,
         confidence_threshold=confidence_threshold,
         draft=draft if untrained is None else None,

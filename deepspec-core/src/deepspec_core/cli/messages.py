@@ -7,7 +7,7 @@ import logging
 from deepspec_core.cli.output import say_error
 
 # Libraries that tell at INFO what a user of ours did not ask.
-_NOISY = ("httpx", "httpx2", "urllib3", "filelock", "fsspec")
+_NOISY = ("httpx", "httpx2", "urllib3", "filelock", "fsspec", "matplotlib")
 
 
 class _ToStandardError(logging.Handler):

@@ -21,22 +21,36 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("places", metavar="RUN...", nargs=-1, required=True)
-@click.option("--json", "as_json", is_flag=True, help="Machine-readable: one object.")
-@click.option("--output", metavar="FILE", help="Write there instead (Markdown, or JSON with --json).")
+@click.option("--json", "form", flag_value="json", help="Machine-readable: one object.")
+@click.option("--markdown", "form", flag_value="markdown", help="A Markdown page.")
+@click.option("--latex", "form", flag_value="latex", help="A LaTeX table, with the package booktabs.")
+@click.option("--html", metavar="FILE", help="Write a self-contained page there, with charts and sample answers.")
+@click.option("--output", metavar="FILE", help="Write there instead (Markdown, if no other format is asked for).")
 @no_plugin
-def report(places: tuple[str, ...], as_json: bool, output: str | None, blocked: tuple[str, ...]) -> None:
+def report(
+    places: tuple[str, ...], form: str | None, html: str | None, output: str | None, blocked: tuple[str, ...]
+) -> None:
     """Compare evaluated runs, given by their folders or their run files.
 
     Rows that cannot be compared with the first run (another target, other prompts, other settings) are marked.
     """
     from deepspec_core.evaluation.comparison import compare
 
-    comparison = compare(_runs([run_folder(place, blocked) for place in places]))
-    if as_json:
+    folders = [run_folder(place, blocked) for place in places]
+    runs = _runs(folders)
+    if html is not None:
+        from deepspec_core.reporting.page import shown, write_page
+
+        write_page(Path(html), [shown(folder, run) for folder, run in zip(folders, runs, strict=True)])
+        click.echo(f"written to {html}", err=output is None and form is not None)
+    comparison = compare(runs)
+    if form == "json":
         _put(json.dumps(comparison.as_json(), indent=1) + "\n", output)
-    elif output is not None:
+    elif form == "latex":
+        _put(comparison.latex(), output)
+    elif form == "markdown" or output is not None:
         _put(comparison.markdown(), output)
-    else:
+    elif html is None:
         _show(comparison)
 
 

@@ -108,4 +108,5 @@ def show_report(folder: Path) -> None:
     # Wide enough for the table also where the output is a file.
     console = Console(width=None if Console().is_terminal else 160)
     console.print(terminal_table(read_metrics(metrics)))
-    click.echo(f"report: {folder / 'report.md'}")
+    written = [folder / name for name in ("report.md", "report.html") if (folder / name).exists()]
+    click.echo(f"report: {', '.join(map(str, written))}")

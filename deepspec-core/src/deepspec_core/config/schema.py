@@ -154,6 +154,14 @@ class DataOptions:
     supervise_think_block: bool = False
 
 
+def _batch_sizes(_options: object, attribute: Attribute[Any], value: int | tuple[int, ...]) -> None:
+    sizes = value if isinstance(value, tuple) else (value,)
+    for size in sizes:
+        whole(1, _SEQUENCES)(None, attribute, size)
+    if not sizes or len(set(sizes)) < len(sizes):
+        raise ValueError(f"'{attribute.name}' must be one size, or several different ones: {value}")
+
+
 def _truth_or_share(_options: object, attribute: Attribute[Any], value: bool | float) -> None:
     if not isinstance(value, bool) and not 0 < value < 1:
         raise ValueError(f"'{attribute.name}' must be true, false or a share between 0 and 1: {value}")
@@ -358,7 +366,7 @@ class EvaluateOptions:
         model's own answers between.
     temperature: Each of these temperatures is evaluated; 0 is greedy.
     max_new_tokens: New tokens of one answer at most.
-    batch_size: Sequences decoded at once.
+    batch_size: Sequences decoded at once. A list evaluates at each of them, for the speed-up under load.
     limit: Prompts of each task at most. Left out: all, and 500 of held-out prompts.
     seed: Seeds sampling, and the choice of prompts where a task has more than `limit`.
     plain: Decode without the draft too: for the speed-up and the comparison of greedy outputs.
@@ -372,13 +380,18 @@ class EvaluateOptions:
     turns: str = field(default="first", validator=in_(("first", "all")))
     temperature: tuple[float, ...] = field(default=(1.0,), validator=deep_iterable(temperatures))
     max_new_tokens: int = field(default=2048, validator=whole(1, _TOKENS))
-    batch_size: int = field(default=1, validator=whole(1, _SEQUENCES))
+    batch_size: int | tuple[int, ...] = field(default=1, validator=_batch_sizes)
     limit: int | None = field(default=None, validator=optional(whole(1)))
     seed: int = field(default=980406, validator=whole(0, _SEEDS))
     plain: bool = True
     confidence_threshold: float = field(default=0.0, validator=real(0.0, 1.0))
     draft: str | None = None
     calibration: str | None = None
+
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        """All of them."""
+        return (self.batch_size,) if isinstance(self.batch_size, int) else self.batch_size
 
 
 @frozen(kw_only=True)

@@ -14,8 +14,19 @@ from attrs import frozen
 from rich.table import Table
 
 from deepspec_core.evaluation import report as single
+from deepspec_core.evaluation.latex import latex_table
 
-HEADINGS = ("draft", "task", "T", "prompts", "accepted length", "speed-up", "conditional acceptance by position, %")
+HEADINGS = (
+    "draft",
+    "task",
+    "T",
+    "batch",
+    "prompts",
+    "accepted length",
+    "tok/s",
+    "speed-up",
+    "conditional acceptance by position, %",
+)
 MARK = " *"
 # Settings that must be equal for figures to be compared. Taps and the draft's size may differ: they are compared.
 _TARGET = ("model", "revision", "dtype")
@@ -45,8 +56,10 @@ class Row:
             f"{self.run.label} ({self.run.report['draft']['algorithm']})" + (MARK if self.marked else ""),
             single.task_of(self.result),
             f"{self.result['temperature']:g}",
+            single.batch(self.result),
             str(self.result["samples"]),
             single.accepted(self.result),
+            f"{timing['tokens_per_second']:.0f}" if (timing := self.result.get("speculative")) else "-",
             single.speedup(self.result),
             single.positions(self.result["conditional"]),
         ]
@@ -59,6 +72,8 @@ class Row:
             "algorithm": self.run.report["draft"]["algorithm"],
             **{name: self.result[name] for name in names},
             **({"thinking": self.result["thinking"]} if "thinking" in self.result else {}),
+            "batch_size": self.result.get("batch_size"),
+            "tokens_per_second": self.result.get("speculative", {}).get("tokens_per_second"),
             "speedup": self.result.get("speedup"),
             "comparable": not self.marked,
         }
@@ -66,7 +81,7 @@ class Row:
 
 @frozen(kw_only=True)
 class Comparison:
-    """The rows of all runs, ordered by task and temperature, and how the runs differ.
+    """The rows of all runs, ordered by task, temperature and batch size, and how the runs differ.
 
     `differences` say in words what makes figures incomparable; empty if nothing does. `remarks` are differences that
     affect speed alone.
@@ -103,6 +118,12 @@ class Comparison:
         lines += [*warning, "", *notes, ""] if notes else [""]
         return "\n".join([*lines, single.NOTE, ""])
 
+    def latex(self) -> str:
+        """The table and its notes for LaTeX with the package booktabs."""
+        cells = [row.cells() for row in self.rows]
+        words = ("draft", "task", "accepted length", HEADINGS[-1])
+        return latex_table(HEADINGS, cells, left=words, notes=(*self.notes(), single.NOTE))
+
 
 def compare(runs: Sequence[Run]) -> Comparison:
     """Put runs into one table. The others are compared with the first."""
@@ -115,10 +136,12 @@ def compare(runs: Sequence[Run]) -> Comparison:
             unlike |= {index for index, value in enumerate(values) if value != values[0]}
             differences += _difference(f"{section}.{name}", runs, values)
     rows: list[Row] = []
-    for task, temperature in dict.fromkeys(key for run in runs for key in _results(run)):
-        found = [_results(run).get((task, temperature)) for run in runs]
+    keys = dict.fromkeys(key for run in runs for key in _results(run))
+    sizes = {size for _, _, size in keys}
+    for task, temperature, size in keys:
+        found = [_results(run).get((task, temperature, size)) for run in runs]
         have = [(index, result) for index, result in enumerate(found) if result is not None]
-        where = f"{task} at T={temperature:g}"
+        where = f"{task} at T={temperature:g}" + (f", batch {size}" if len(sizes) > 1 else "")
         if len(have) < len(runs):
             missing = ", ".join(run.label for run, result in zip(runs, found, strict=True) if result is None)
             differences.append(f"{where} was not evaluated in {missing}")
@@ -137,8 +160,11 @@ def compare(runs: Sequence[Run]) -> Comparison:
     return Comparison(rows=tuple(rows), differences=tuple(differences), remarks=tuple(remarks))
 
 
-def _results(run: Run) -> dict[tuple[str, float], Mapping[str, Any]]:
-    return {(single.task_of(result), result["temperature"]): result for result in run.report["results"]}
+def _results(run: Run) -> dict[tuple[str, float, int | None], Mapping[str, Any]]:
+    return {
+        (single.task_of(result), result["temperature"], result.get("batch_size")): result
+        for result in run.report["results"]
+    }
 
 
 def _is_digest(value: object) -> TypeGuard[str]:

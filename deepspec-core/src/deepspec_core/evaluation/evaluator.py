@@ -19,6 +19,8 @@ from deepspec_core.contracts.target import TargetModel
 from deepspec_core.decoding.engine import Clock, Completion, Request, Round, decode
 from deepspec_core.errors import DataError, StageError
 from deepspec_core.evaluation.metrics import pool
+from deepspec_core.evaluation.parting import Parting, differs, parting, recorded_parting
+from deepspec_core.evaluation.peak_memory import forget_peak, peak_bytes
 from deepspec_core.evaluation.reliability import judged, reliability
 from deepspec_core.evaluation.turns import LaterTurns, prompt_of
 from deepspec_core.journal import Journal
@@ -49,7 +51,10 @@ class Decoding:
 
 @frozen(kw_only=True)
 class Timing:
-    """The seconds of one decoding, by part, and the number of tokens in its output."""
+    """The seconds of one decoding, by part, and the number of tokens in its output.
+
+    peak_bytes: The most memory at once (peak_memory.py). None where it is not known, as in journals of before.
+    """
 
     tokens: int
     wall: float
@@ -57,6 +62,7 @@ class Timing:
     draft: float
     verify: float
     host: float
+    peak_bytes: int | None = None
 
 
 @frozen(kw_only=True)
@@ -66,7 +72,7 @@ class Group:
     completions: tuple[Completion, ...]
     speculative: Timing
     plain: Timing | None
-    mismatches: tuple[str, ...] = field(factory=tuple)
+    mismatches: tuple[Parting, ...] = field(factory=tuple)
 
 
 def evaluate(
@@ -169,7 +175,7 @@ def summarise(groups: Sequence[Group], *, seed: int, confidence_threshold: float
     rounds = judged(completions) if confidence_threshold == 0 else None
     if rounds is not None:
         summary["confidence"] = reliability(rounds).as_json()
-    summary["mismatches"] = [identifier for group in groups for identifier in group.mismatches]
+    summary["mismatches"] = [asdict(one) for group in groups for one in group.mismatches]
     return summary
 
 
@@ -177,28 +183,21 @@ def _decode_group(requests: Sequence[Request], decoding: Decoding, advance: Call
     plain_outputs, plain = _run(requests, decoding, None) if decoding.plain else ({}, None)
     completions, speculative = _run(requests, decoding, decoding.proposer)
     advance(len(requests))
-    greedy = decoding.sampling.temperature == 0 and plain is not None
+    greedy = decoding.sampling.temperature == 0
+    parted = [done for key, done in completions.items() if greedy and differs(done, plain_outputs.get(key))]
     return Group(
         completions=tuple(completions.values()),
         speculative=speculative,
         plain=plain,
-        mismatches=tuple(
-            identifier
-            for identifier, completion in completions.items()
-            if greedy and _differs(completion, plain_outputs.get(identifier))
-        ),
+        mismatches=tuple(parting(decoding.target, done, plain_outputs[done.id]) for done in parted),
     )
-
-
-def _differs(fast: Completion, plain: Completion | None) -> bool:
-    """Whether one prompt has two outputs. A later turn after different answers is another prompt."""
-    return plain is not None and fast.prompt_ids == plain.prompt_ids and fast.output_ids != plain.output_ids
 
 
 def _run(
     requests: Sequence[Request], decoding: Decoding, proposer: Proposer | None
 ) -> tuple[dict[str, Completion], Timing]:
-    clock, later = Clock(), decoding.later
+    clock, later, device = Clock(), decoding.later, decoding.target.device
+    forget_peak(device)
     answers: dict[str, list[Completion]] = {request.id: [] for request in requests}
     pending, max_length = {request.id: request for request in requests}, decoding.max_length
     while pending:
@@ -230,6 +229,7 @@ def _run(
         draft=clock.draft,
         verify=clock.verify,
         host=clock.host,
+        peak_bytes=peak_bytes(device),
     )
 
 
@@ -240,9 +240,11 @@ def _warm_up(requests: Sequence[Request], decoding: Decoding) -> None:
     _run(requests, decoding, decoding.proposer)
 
 
-def _total(timings: Sequence[Timing]) -> dict[str, float]:
-    total = {name: sum(getattr(timing, name) for timing in timings) for name in asdict(timings[0])}
-    return {**total, "tokens_per_second": total["tokens"] / total["wall"]}
+def _total(timings: Sequence[Timing]) -> dict[str, Any]:
+    counted = [name for name in asdict(timings[0]) if name != "peak_bytes"]
+    total = {name: sum(getattr(timing, name) for timing in timings) for name in counted}
+    peaks = [timing.peak_bytes for timing in timings if timing.peak_bytes is not None]
+    return {**total, "peak_bytes": max(peaks, default=None), "tokens_per_second": total["tokens"] / total["wall"]}
 
 
 def _speed(timing: Timing) -> float:
@@ -299,5 +301,5 @@ def _from_json(entry: dict[str, Any]) -> Group:
         completions=tuple(completion(row) for row in entry["completions"]),
         speculative=Timing(**entry["speculative"]),
         plain=None if entry["plain"] is None else Timing(**entry["plain"]),
-        mismatches=tuple(entry["mismatches"]),
+        mismatches=tuple(recorded_parting(one) for one in entry["mismatches"]),
     )

@@ -1,17 +1,23 @@
-"""metrics.json of a run: read as a file that somebody may have edited, or half written.
+"""metrics.json of a run: written, and read as a file that somebody may have edited, or half written.
 
-Knows what every reader of it needs to be there; not what is made of it.
+Knows its version and what every reader of it needs to be there. What each part means is in metrics.schema.json beside
+this file. Not what is made of it.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from deepspec_core.errors import StageError
+from deepspec_core.evaluation.sealed_json import write_json
 from deepspec_core.json_files import read_object
 
 NAME: Final = "metrics.json"
+VERSION: Final = 1
+SCHEMA: Final = Path(__file__).with_name("metrics.schema.json")
 _FIX: Final = "Evaluate again with --force evaluate."
 _PARTS: Final = {"run": str, "draft": dict, "target": dict, "settings": dict, "machine": dict, "results": list}
 _OF_A_RESULT: Final = (
@@ -25,9 +31,32 @@ _OF_A_RESULT: Final = (
 )
 
 
+def schema() -> dict[str, Any]:
+    """The JSON Schema of the files that are written."""
+    loaded: dict[str, Any] = json.loads(SCHEMA.read_text(encoding="utf-8"))
+    return loaded
+
+
+def write_metrics(path: Path, report: Mapping[str, Any]) -> None:
+    """Write the report, which has its version; the file appears when all of it is written."""
+    write_json(path, report)
+
+
 def read_metrics(path: Path) -> dict[str, Any]:
-    """The report in the file. StageError where it is damaged; FileNotFoundError where it is not there."""
+    """The report in the file. One that was written before files had versions is read as one of today.
+
+    StageError where it is damaged or of an unknown version; FileNotFoundError where it is not there.
+    """
     report = read_object(path, kind=StageError, strict=False, fix=_FIX)
+    version = report.get("version", VERSION)
+    if type(version) is not int or version != VERSION:
+        raise StageError(
+            f"{path.name} is of a version that this deepspec-core does not know",
+            where=path,
+            found=f"version {version!r}"[:80],
+            expected=f"version {VERSION}, or none, as files had before",
+            fix=f"Install the deepspec-core that wrote it, or: {_FIX}",
+        )
     for part, kind in _PARTS.items():
         if not isinstance(report.get(part), kind):
             raise _damaged(path, f"{part} = {report.get(part)!r}"[:80])
@@ -35,7 +64,7 @@ def read_metrics(path: Path) -> dict[str, Any]:
         missing = [name for name in _OF_A_RESULT if not isinstance(result, dict) or name not in result]
         if missing:
             raise _damaged(path, f"results[{index}] without {missing[0]}")
-    return report
+    return report if "version" in report else _as_of_today(report)
 
 
 def results_of(path: Path, revision: str) -> list[dict[str, Any]]:
@@ -45,6 +74,19 @@ def results_of(path: Path, revision: str) -> list[dict[str, Any]]:
     """
     report = read_metrics(path)
     return list(report["results"]) if report["draft"].get("revision") == revision else []
+
+
+def _as_of_today(report: dict[str, Any]) -> dict[str, Any]:
+    """A report of before there were versions.
+
+    It had one batch size, among its settings, and of outputs that differ from plain decoding's the id alone.
+    """
+    settings = dict(report["settings"])
+    size = {"batch_size": settings.pop("batch_size")} if "batch_size" in settings else {}
+    results = [
+        {**one, **size, "mismatches": [{"id": name} for name in one.get("mismatches", ())]} for one in report["results"]
+    ]
+    return {**report, "settings": settings, "results": results}
 
 
 def _damaged(path: Path, found: str) -> StageError:

@@ -10,6 +10,8 @@ from typing import Any
 
 from rich.table import Table
 
+from deepspec_core.disk import in_words
+
 NOTE = (
     "Accepted length counts tokens committed per round, the target's own token included, pooled over rounds; the "
     "interval is a 95% bootstrap over prompts. Speed is measured on this machine with plain decoding of the same "
@@ -23,6 +25,14 @@ def task_of(result: Mapping[str, Any]) -> str:
     return str(result["task"]) if mode is None else f"{result['task']} {'with' if mode else 'without'} thinking"
 
 
+def once(results: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """One result of each task and temperature, at its first batch size. What rounds accept does not depend on that."""
+    found: dict[tuple[str, float], Mapping[str, Any]] = {}
+    for result in results:
+        found.setdefault((task_of(result), result["temperature"]), result)
+    return list(found.values())
+
+
 def positions(values: Sequence[float | None]) -> str:
     """The acceptance rate of each position, in percent."""
     return " ".join("-" if value is None else f"{100 * value:.0f}" for value in values)
@@ -32,6 +42,11 @@ def accepted(result: Mapping[str, Any]) -> str:
     """The accepted length with its interval."""
     low, high = result["acceptance_length_interval"]
     return f"{result['acceptance_length']:.2f} ({low:.2f}-{high:.2f})"
+
+
+def batch(result: Mapping[str, Any]) -> str:
+    """The batch size; unknown where a file of before does not say it."""
+    return str(result.get("batch_size", "-"))
 
 
 def speedup(result: Mapping[str, Any]) -> str:
@@ -66,6 +81,7 @@ def _rows(report: Mapping[str, Any]) -> list[list[str]]:
             [
                 task_of(result),
                 f"{result['temperature']:g}",
+                batch(result),
                 str(result["samples"]),
                 accepted(result),
                 positions(result["marginal"]),
@@ -80,7 +96,7 @@ def _rows(report: Mapping[str, Any]) -> list[list[str]]:
 
 def _by_context(report: Mapping[str, Any]) -> list[str]:
     """A table of the accepted length by context length. Reports of older versions do not have the figures."""
-    results = [result for result in report["results"] if result.get("by_context")]
+    results = [result for result in once(report["results"]) if result.get("by_context")]
     spans = sorted({(bucket["start"], bucket["end"]) for result in results for bucket in result["by_context"]})
     if not spans:
         return []
@@ -122,7 +138,7 @@ def _reliability(report: Mapping[str, Any]) -> list[str]:
         return [*title, f"Not judged, because proposals were cut at a confidence of {threshold:g}."]
     rows = [
         row
-        for result in report["results"]
+        for result in once(report["results"])
         if result.get("confidence")
         for row in reliability_rows(task_of(result), result["temperature"], result["confidence"])
     ]
@@ -137,6 +153,10 @@ def _reliability(report: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _size(draft: Mapping[str, Any]) -> str:
+    return f"{in_words(draft['parameter_bytes'])}, " if "parameter_bytes" in draft else ""
+
+
 def figure(value: float | None) -> str:
     """Three decimals; a dash where there is no figure."""
     return "-" if value is None else f"{value:.3f}"
@@ -149,6 +169,7 @@ def _cell(bucket: Mapping[str, Any] | None) -> str:
 HEADINGS = (
     "task",
     "T",
+    "batch",
     "prompts",
     "accepted length",
     "acceptance by position, %",
@@ -165,6 +186,57 @@ def terminal_table(report: Mapping[str, Any]) -> Table:
     return table(title, HEADINGS, _rows(report), left=("task", "accepted length"))
 
 
+PARTING_HEADINGS = ("task", "batch", "prompt", "parts at token", "plain", "speculative", "logit gap")
+PARTING_NOTE = (
+    "The gap is the target's logit of the plain token minus that of the speculative one, where the outputs part. "
+    "Verification and plain decoding round sums differently, so a gap near 0 is rounding; a large one is a mistake."
+)
+_MOST_PARTINGS = 50
+
+
+def partings(report: Mapping[str, Any]) -> list[list[str]]:
+    """A row under PARTING_HEADINGS for each output that differs, the first ones where there are many."""
+    rows = [
+        [
+            task_of(result),
+            batch(result),
+            one["id"],
+            *(_or_dash(one.get(name)) for name in ("position", "plain_token", "speculative_token")),
+            "-" if (gap := one.get("logit_gap")) is None else f"{gap:+.4g}",
+        ]
+        for result in report["results"]
+        for one in result.get("mismatches", ())
+    ]
+    more = len(rows) - _MOST_PARTINGS
+    return rows[:_MOST_PARTINGS] + ([[f"and {more} more, in metrics.json", *[""] * 6]] if more > 0 else [])
+
+
+def memory(timing: Mapping[str, Any]) -> str:
+    """The most memory at once, where it is known."""
+    peak = timing.get("peak_bytes")
+    return "-" if peak is None else in_words(peak)
+
+
+def _or_dash(value: object) -> str:
+    return "-" if value is None else str(value)
+
+
+def checks(report: Mapping[str, Any]) -> list[str]:
+    """Sentences: whether greedy outputs are equal to plain decoding's, and what inflates the figures."""
+    lines = []
+    for result in report["results"]:
+        size = f", batch {batch(result)}" if len(once(report["results"])) < len(report["results"]) else ""
+        name = f"{task_of(result)} at temperature {result['temperature']:g}{size}"
+        if result["temperature"] == 0 and "plain" in result:
+            same = result["samples"] - len(result["mismatches"])
+            lines.append(f"{name}: {same} of {result['samples']} outputs equal plain greedy decoding.")
+        lines.append(
+            f"{name}: {100 * result['limit_share']:.0f}% of prompts hit the token limit, "
+            f"{100 * result['loop_share']:.0f}% end in a loop."
+        )
+    return lines
+
+
 def markdown(report: Mapping[str, Any]) -> str:
     """The report as a Markdown page."""
     draft, target = report["draft"], report["target"]
@@ -172,7 +244,8 @@ def markdown(report: Mapping[str, Any]) -> str:
         f"# {report['run']}",
         "",
         f"{draft['algorithm']} draft ({draft['parameters']:,} parameters, {draft['trainable_parameters']:,} trained, "
-        f"{draft['num_layers']} layers, at most {draft['max_tokens']} tokens a round, taps {list(draft['taps'])}) for "
+        f"{_size(draft)}{draft['num_layers']} layers, at most {draft['max_tokens']} tokens a round, "
+        f"taps {list(draft['taps'])}) for "
         f"{target['model']} ({target['num_layers']} layers, revision {target['revision'][:12]}).",
         "",
         *markdown_table(HEADINGS, _rows(report)),
@@ -181,25 +254,21 @@ def markdown(report: Mapping[str, Any]) -> str:
         "",
         "## Where the time goes (speculative, % of wall)",
         "",
-        "| task | T | prefill | draft | verify | host |",
-        "|---|---|---|---|---|---|",
+        "| task | T | batch | prefill | draft | verify | host | peak memory | plain |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for result in report["results"]:
         timing = result["speculative"]
         parts = [f"{100 * timing[part] / timing['wall']:.0f}" for part in ("prefill", "draft", "verify", "host")]
-        lines.append(f"| {task_of(result)} | {result['temperature']:g} | " + " | ".join(parts) + " |")
+        cells = [task_of(result), f"{result['temperature']:g}", batch(result), *parts]
+        cells += [memory(timing), memory(result.get("plain", {}))]
+        lines.append("| " + " | ".join(cells) + " |")
     lines += _by_context(report)
     lines += _reliability(report)
-    lines += ["", "## Checks", ""]
-    for result in report["results"]:
-        name = f"{task_of(result)} at temperature {result['temperature']:g}"
-        if result["temperature"] == 0 and "plain" in result:
-            same = result["samples"] - len(result["mismatches"])
-            lines.append(f"- {name}: {same} of {result['samples']} outputs equal plain greedy decoding.")
-        lines.append(
-            f"- {name}: {100 * result['limit_share']:.0f}% of prompts hit the token limit, "
-            f"{100 * result['loop_share']:.0f}% end in a loop."
-        )
+    if rows := partings(report):
+        lines += ["", "## Outputs that differ from plain greedy decoding", "", PARTING_NOTE, ""]
+        lines += markdown_table(PARTING_HEADINGS, rows)
+    lines += ["", "## Checks", "", *(f"- {line}" for line in checks(report))]
     lines += [
         "",
         "## Settings",

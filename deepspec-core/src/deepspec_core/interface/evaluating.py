@@ -38,7 +38,7 @@ DEFAULTS = EvaluateOptions()
 
 @frozen(kw_only=True)
 class Evaluation:
-    """The figures of one task at one temperature.
+    """The figures of one task at one temperature and batch size.
 
     `prompts` were decoded; `prompts_too_long` left the target no room to answer and were not. `speedup` is that of the
     draft over plain decoding, and `mismatches` has the ids of prompts whose greedy output differed from it; both are
@@ -48,6 +48,7 @@ class Evaluation:
 
     task: str
     temperature: float
+    batch_size: int
     prompts: int
     prompts_too_long: int
     accepted_length: float
@@ -65,14 +66,14 @@ def evaluate(
     temperature: float | Sequence[float] = DEFAULTS.temperature,
     limit: int | None = None,
     max_new_tokens: int = 512,
-    batch_size: int = 1,
+    batch_size: int | Sequence[int] = 1,
     plain: bool = True,
     thinking: bool = False,
     system_prompt: str | None = None,
     confidence_threshold: float = 0.0,
     seed: int = DEFAULTS.seed,
 ) -> list[Evaluation]:
-    """Decode the prompts of every task at every temperature; one result each, in that order.
+    """Decode the prompts of every task at every temperature and batch size; one result each, in that order.
 
     `tasks` are registered tasks or JSON-lines files with `turns` or `messages`, relative to the working directory; or a
     dictionary of names and lists of prompts, as `generate` takes them. `limit` caps the prompts of each task. Raises
@@ -126,9 +127,10 @@ def evaluate(
         requests = {task: fitting for task, (fitting, _) in found.items()}
         too_long = {task: count for task, (_, count) in found.items()}
     return [
-        _evaluation(target, draft, task, requests[task], too_long[task], value, options)
+        _evaluation(target, draft, task, requests[task], too_long[task], value, size, options)
         for task in requests
         for value in options.temperature
+        for size in options.batch_sizes
     ]
 
 
@@ -139,6 +141,7 @@ def _evaluation(
     requests: list[Request],
     too_long: int,
     temperature: float,
+    batch_size: int,
     options: EvaluateOptions,
 ) -> Evaluation:
     architecture = target.architecture
@@ -152,11 +155,11 @@ def _evaluation(
             architecture.max_positions,
             max(len(request.prompt_ids) for request in requests) + options.max_new_tokens,
         ),
-        batch_size=options.batch_size,
+        batch_size=batch_size,
         plain=options.plain,
         confidence_threshold=options.confidence_threshold,
     )
-    count = threads.for_decoding(architecture, target.model.device, batch_size=options.batch_size)
+    count = threads.for_decoding(architecture, target.model.device, batch_size=batch_size)
     with threads.using(count), TemporaryDirectory() as folder:
         groups = decode_groups(
             requests,
@@ -166,6 +169,7 @@ def _evaluation(
             what=f"evaluate {task} at temperature {temperature:g}",
         )
     figures = {
+        "batch_size": batch_size,
         **summarise(groups, seed=options.seed, confidence_threshold=options.confidence_threshold),
         "prompts_too_long": too_long,
     }
@@ -173,12 +177,13 @@ def _evaluation(
     return Evaluation(
         task=task,
         temperature=temperature,
+        batch_size=batch_size,
         prompts=len(requests),
         prompts_too_long=too_long,
         accepted_length=figures["acceptance_length"],
         accepted_length_interval=(low, high),
         speedup=figures.get("speedup"),
-        mismatches=tuple(figures["mismatches"]) if options.plain and temperature == 0 else None,
+        mismatches=tuple(one["id"] for one in figures["mismatches"]) if options.plain and temperature == 0 else None,
         figures=figures,
     )
 

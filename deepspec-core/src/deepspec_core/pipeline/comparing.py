@@ -33,7 +33,8 @@ from deepspec_core.untrained.named import untrained_of
 
 FOLDER = "compare"
 AHEAD = "run's draft ahead by"
-HEADINGS = (*comparison.HEADINGS[:5], AHEAD, *comparison.HEADINGS[5:])
+_AFTER = comparison.HEADINGS.index("accepted length") + 1
+HEADINGS = (*comparison.HEADINGS[:_AFTER], AHEAD, *comparison.HEADINGS[_AFTER:])
 
 
 @frozen(kw_only=True)
@@ -96,15 +97,14 @@ def compare_with(
     reports = {name: read_metrics(run.folder / METRICS) for name, run in runs.items()}
     whole = compare([comparison.Run(label=name, report=found) for name, found in reports.items()])
     completions = {
-        (name, report.task_of(result), result["temperature"]): _completions(runs[name].folder, result)
+        (name, *_key(result)): _completions(runs[name].folder, result)
         for name, found in reports.items()
         for result in found["results"]
     }
     ahead = []
     for row in whole.rows:
-        task, temperature = report.task_of(row.result), row.result["temperature"]
-        mine = completions.get((file.run.name, task, temperature))
-        other = completions[row.run.label, task, temperature]
+        mine = completions.get((file.run.name, *_key(row.result)))
+        other = completions[(row.run.label, *_key(row.result))]
         same = row.run.label == file.run.name or mine is None
         ahead.append(None if same else paired_difference(mine or (), other, seed=file.evaluate.seed))
     compared = Compared(comparison=whole, ahead=tuple(ahead), folder=own.folder / FOLDER)
@@ -141,6 +141,10 @@ def _baseline(file: RunFile, name: str, draft: DraftOptions) -> RunFile:
         # What concerns the run's own draft. A threshold for its confidence remains a difference that is told.
         evaluate=evolve(file.evaluate, draft=None, calibration=None, confidence_threshold=0.0),
     )
+
+
+def _key(result: Mapping[str, Any]) -> tuple[str, float, int | None]:
+    return report.task_of(result), result["temperature"], result.get("batch_size")
 
 
 def _completions(folder: Path, result: Mapping[str, Any]) -> list[Completion]:

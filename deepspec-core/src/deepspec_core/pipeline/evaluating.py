@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -17,9 +18,12 @@ from deepspec_core.contracts.untrained import UntrainedDescription
 from deepspec_core.data.thinking import modes
 from deepspec_core.decoding.calibrated import CalibratedProposer
 from deepspec_core.decoding.engine import Request
-from deepspec_core.errors import CheckpointError, DataError
+from deepspec_core.errors import CheckpointError, ConfigError, DataError
 from deepspec_core.evaluation.calibration_file import Calibration, read_calibration
+from deepspec_core.evaluation.comparison import Run as Evaluated
 from deepspec_core.evaluation.evaluator import Decoding, Group, evaluate, summarise
+from deepspec_core.evaluation.metrics_file import NAME as METRICS
+from deepspec_core.evaluation.metrics_file import VERSION, write_metrics
 from deepspec_core.evaluation.report import markdown
 from deepspec_core.evaluation.requests import requests_of_prompts
 from deepspec_core.evaluation.tasks import HELD_OUT_QUOTA, Prompt, load_task, task_digest, task_label, task_name
@@ -29,6 +33,12 @@ from deepspec_core.pipeline.evaluated_draft import EvaluatedDraft, load_evaluate
 from deepspec_core.pipeline.machine import machine_of
 from deepspec_core.pipeline.run import Run
 from deepspec_core.plugins.notices import notify
+from deepspec_core.reporting.page import NAME as PAGE
+from deepspec_core.reporting.page import shown, write_page
+from deepspec_core.reporting.samples import NAME as SAMPLES
+from deepspec_core.reporting.samples import sample_of, write_samples
+
+log = logging.getLogger("deepspec")
 
 
 def run_stage(run: Run) -> dict[str, Any]:
@@ -37,28 +47,30 @@ def run_stage(run: Run) -> dict[str, Any]:
     draft = load_evaluated(run)
     calibration = calibration_of(run, draft.description, draft.revision)
     journal_names = journals(options.tasks)
-    results = []
+    results, samples = [], []
     for task, thinking in product(options.tasks, modes(run.file.regenerate.thinking)):
         prompts = prompts_of(run, task)
         requests, too_long = requests_of(run, task, prompts, thinking=thinking)
         later = _later_turns(run, prompts, thinking=thinking)
         digest = _digest(requests, later)
         both = not isinstance(run.file.regenerate.thinking, bool)
-        for temperature in options.temperature:
-            decoding = _decoding(run, draft, calibration, requests, later, temperature)
+        for temperature, batch_size in product(options.temperature, options.batch_sizes):
+            decoding = _decoding(run, draft, calibration, requests, later, temperature, batch_size)
             groups = evaluate(
                 requests,
                 decoding,
-                journal=_journal(run, journal_names[task], temperature, thinking),
+                journal=_journal(run, journal_names[task], temperature, thinking, batch_size),
                 prompts_digest=digest,
-                what=f"evaluate {task} at temperature {temperature:g}{_mode(both, thinking)}",
+                what=f"evaluate {task} at temperature {temperature:g}{_mode(both, thinking)}{_size(run, batch_size)}",
                 machine=machine_of(run.target.device),
             )
+            about = {"task": task_label(task), "temperature": temperature, **({"thinking": thinking} if both else {})}
+            if batch_size == options.batch_sizes[0]:
+                samples.append({**about, **sample_of(groups[0].completions[0], run.target.tokenizer.decode)})
             results.append(
                 {
-                    "task": task_label(task),
-                    "temperature": temperature,
-                    **({"thinking": thinking} if both else {}),
+                    **about,
+                    "batch_size": batch_size,
                     **summarise(groups, seed=options.seed, confidence_threshold=options.confidence_threshold),
                     "prompts_too_long": too_long,
                     **({} if later is None else {"turns_not_asked": _not_asked(requests, groups, later)}),
@@ -66,36 +78,49 @@ def run_stage(run: Run) -> dict[str, Any]:
                 }
             )
     report = _report(run, draft, calibration, results)
-    _write(run.folder / "metrics.json", json.dumps(report, indent=1) + "\n")
+    write_metrics(run.folder / METRICS, report)
     _write(run.folder / "report.md", markdown(report))
+    write_samples(run.stage_folder("evaluate") / SAMPLES, samples)
+    _write_page(run.folder, report)
     notify(run.plugins.manager, "deepspec_evaluation_finished", run=run, report=report)
-    return {
-        f"accepted length on {result['task']} at T={result['temperature']:g}"
-        f"{_mode('thinking' in result, result.get('thinking', False))}": round(result["acceptance_length"], 3)
-        for result in results
-    }
+    return {f"accepted length on {_about(run, result)}": round(result["acceptance_length"], 3) for result in results}
+
+
+def _about(run: Run, result: Mapping[str, Any]) -> str:
+    mode = _mode("thinking" in result, result.get("thinking", False))
+    return f"{result['task']} at T={result['temperature']:g}{mode}{_size(run, result['batch_size'])}"
 
 
 def journal_files(run: Run) -> list[Path]:
-    """The journals of an evaluation, one for each task, mode and temperature."""
+    """The journals of an evaluation, one for each task, temperature, mode and batch size."""
     options = run.file.evaluate
-    several = product(journals(options.tasks).values(), options.temperature, modes(run.file.regenerate.thinking))
-    return [_journal(run, name, temperature, thinking) for name, temperature, thinking in several]
+    both = modes(run.file.regenerate.thinking)
+    several = product(journals(options.tasks).values(), options.temperature, both, options.batch_sizes)
+    return [_journal(run, *one) for one in several]
 
 
-def _journal(run: Run, name: str, temperature: float, thinking: bool) -> Path:
+def _journal(run: Run, name: str, temperature: float, thinking: bool, batch_size: int) -> Path:
     both = not isinstance(run.file.regenerate.thinking, bool)
-    return run.stage_folder("evaluate") / _journal_name(name, temperature, both and thinking)
+    apart = batch_size if len(run.file.evaluate.batch_sizes) > 1 else None
+    return run.stage_folder("evaluate") / _journal_name(name, temperature, both and thinking, apart)
 
 
 def journal_of(folder: Path, result: Mapping[str, Any]) -> Path:
     """The journal of one of the results of metrics.json, in a run's folder."""
-    name = _file_name(result["task"])
-    return folder / "evaluate" / _journal_name(name, result["temperature"], result.get("thinking", False))
+    about = (_file_name(result["task"]), result["temperature"], result.get("thinking", False))
+    apart = folder / "evaluate" / _journal_name(*about, result.get("batch_size"))
+    # Where there is one batch size, no name says it.
+    return apart if apart.is_file() else folder / "evaluate" / _journal_name(*about, None)
 
 
-def _journal_name(name: str, temperature: float, thinking: bool) -> str:
-    return f"{name}-t{_exact(temperature)}{'-thinking' if thinking else ''}.jsonl"
+def _journal_name(name: str, temperature: float, thinking: bool, batch_size: int | None) -> str:
+    size = "" if batch_size is None else f"-b{batch_size}"
+    return f"{name}-t{_exact(temperature)}{'-thinking' if thinking else ''}{size}.jsonl"
+
+
+def _size(run: Run, batch_size: int) -> str:
+    """The batch size in words, where there are several."""
+    return f", batch {batch_size}" if len(run.file.evaluate.batch_sizes) > 1 else ""
 
 
 def _mode(both: bool, thinking: bool) -> str:
@@ -211,6 +236,7 @@ def _decoding(
     requests: Sequence[Request],
     later: LaterTurns | None,
     temperature: float,
+    batch_size: int,
 ) -> Decoding:
     options, architecture = run.file.evaluate, run.target.architecture
     longest = max(len(request.prompt_ids) for request in requests)
@@ -224,7 +250,7 @@ def _decoding(
         stop_ids=architecture.stop_token_ids,
         max_new_tokens=options.max_new_tokens,
         max_length=min(architecture.max_positions, longest + options.max_new_tokens),
-        batch_size=options.batch_size,
+        batch_size=batch_size,
         plain=options.plain,
         confidence_threshold=options.confidence_threshold,
         later=later,
@@ -236,6 +262,7 @@ def _report(
 ) -> dict[str, Any]:
     description, sizes, architecture = draft.description, draft.parameters, run.target.architecture
     return {
+        "version": VERSION,
         "run": run.file.run.name,
         "draft": {
             "algorithm": description.algorithm,
@@ -244,6 +271,7 @@ def _report(
             "calibration": None if calibration is None else calibration.digest,
             "parameters": sizes.trained + sizes.frozen,
             "trainable_parameters": sizes.trained,
+            "parameter_bytes": (sizes.trained + sizes.frozen) * run.target.dtype.itemsize,
             "num_layers": description.num_layers,
             "max_tokens": description.max_tokens,
             "taps": list(draft.proposer().taps),
@@ -257,7 +285,6 @@ def _report(
         "settings": {
             "turns": run.file.evaluate.turns,
             "max_new_tokens": run.file.evaluate.max_new_tokens,
-            "batch_size": run.file.evaluate.batch_size,
             "seed": run.file.evaluate.seed,
             "confidence_threshold": run.file.evaluate.confidence_threshold,
             **({"tree_nodes": run.file.draft.tree.nodes} if run.file.draft.tree is not None else {}),
@@ -268,6 +295,13 @@ def _report(
         "plugins": run.plugins.versions(),
         "results": results,
     }
+
+
+def _write_page(folder: Path, report: dict[str, Any]) -> None:
+    try:
+        write_page(folder / PAGE, [shown(folder, Evaluated(label=report["run"], report=report))])
+    except ConfigError as error:  # there is no library that draws
+        log.warning("%s is left out: %s", PAGE, error)
 
 
 def _write(path: Path, text: str) -> None:

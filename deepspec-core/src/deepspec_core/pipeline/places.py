@@ -21,11 +21,14 @@ _OF_STAGES: Final[Mapping[str, tuple[str, ...]]] = {
     "regenerate": tuple(f"conversations.jsonl{end}" for end in ("", ".partial", ".ordered", ".failures.jsonl")),
     "cache": (LOCK,),
     "train": ("metrics.jsonl",),
+    "evaluate": ("samples.json", "samples.json.partial"),
 }
 # Files in the run's folder, by the stage that writes them; those of "" are written by every run.
 _OF_RUNS: Final[Mapping[str, tuple[str, ...]]] = {
     "": (LOCK, "config.toml"),
-    "evaluate": ("metrics.json", "metrics.json.partial", "report.md", "report.md.partial"),
+    "evaluate": tuple(
+        f"{name}{end}" for name in ("metrics.json", "report.md", "report.html") for end in ("", ".partial")
+    ),
 }
 
 

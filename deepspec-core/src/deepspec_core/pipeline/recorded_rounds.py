@@ -18,7 +18,7 @@ from deepspec_core.evaluation.evaluator import recorded
 from deepspec_core.evaluation.metrics_file import NAME as METRICS
 from deepspec_core.evaluation.metrics_file import read_metrics
 from deepspec_core.evaluation.reliability import Judged, judged
-from deepspec_core.evaluation.report import task_of
+from deepspec_core.evaluation.report import once, task_of
 from deepspec_core.evaluation.tasks import task_name
 from deepspec_core.pipeline.evaluating import journal_of
 from deepspec_core.targets.opening import fingerprint
@@ -100,6 +100,8 @@ class RecordedRounds:
 def recorded_rounds(folder: Path, *, tasks: Sequence[str] = (), temperature: float | None = None) -> RecordedRounds:
     """The rounds of some tasks (all if none are named) at a temperature (the highest if None), in both modes.
 
+    Of several batch sizes the first is read.
+
     StageError if there is no finished evaluation, or a journal is not that of metrics.json; ConfigError for a task or a
     temperature that was not evaluated; DataError for a damaged journal.
     """
@@ -112,7 +114,7 @@ def recorded_rounds(folder: Path, *, tasks: Sequence[str] = (), temperature: flo
             expected=f"a run's folder with {METRICS}, or its run file",
             fix="Run its evaluate stage first.",
         ) from None
-    results = _chosen(report["results"], tasks, temperature, folder / METRICS)
+    results = _chosen(once(report["results"]), tasks, temperature, folder / METRICS)
     completions = [completion for result in results for completion in _completions(folder, result)]
     return RecordedRounds(folder=folder, report=report, results=tuple(results), completions=tuple(completions))
 

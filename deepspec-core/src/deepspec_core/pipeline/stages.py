@@ -180,8 +180,8 @@ def discard(run: Run, force: Sequence[str]) -> list[Path]:
                         elif entry.name != LOCK:  # others may be waiting for it
                             entry.unlink()
                 if name == "evaluate":
-                    for report in (run.folder / "metrics.json", run.folder / "report.md"):
-                        report.unlink(missing_ok=True)
+                    for report in ("metrics.json", "report.md", "report.html"):
+                        (run.folder / report).unlink(missing_ok=True)
                 emptied.append(folder)
     return emptied
 

@@ -67,7 +67,7 @@ def operations_of_step(run: Run, stage: str) -> float:
         return of_token * file.regenerate.batch_size
     if stage == "evaluate":
         # A round verifies a handful of tokens in each sequence.
-        return of_token * file.evaluate.batch_size
+        return of_token * max(file.evaluate.batch_sizes)
     if stage == "export":
         return 0.0  # it copies weights
     if stage == "cache":

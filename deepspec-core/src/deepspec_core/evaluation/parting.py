@@ -1,0 +1,68 @@
+"""Where two greedy outputs of one prompt part, and how nearly equal the target's choice was there.
+
+Verification scores several tokens at once, plain decoding one. Their sums are rounded differently, in bfloat16
+coarsely. So where two tokens are almost equally likely, the two ways may choose differently. A small gap says that this
+happened; a large one says that something is wrong. Knows outputs and one pass of the target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from attrs import frozen
+
+from deepspec_core.contracts.target import TargetModel
+from deepspec_core.decoding.engine import Completion
+
+
+@frozen(kw_only=True)
+class Parting:
+    """An output that differs from plain decoding's.
+
+    position: The index, from 0, of the first output token that differs. None in journals of before it was recorded, as
+        everything below.
+    plain_token, speculative_token: The two tokens there; None where that output has ended.
+    logit_gap: The target's logit of the plain token minus that of the speculative one, in one pass over the prompt and
+        what both outputs share. Negative where that pass prefers the speculative token.
+    """
+
+    id: str
+    position: int | None = None
+    plain_token: int | None = None
+    speculative_token: int | None = None
+    logit_gap: float | None = None
+
+
+def differs(fast: Completion, plain: Completion | None) -> bool:
+    """Whether one prompt has two outputs. A later turn after different answers is another prompt."""
+    return plain is not None and fast.prompt_ids == plain.prompt_ids and fast.output_ids != plain.output_ids
+
+
+@torch.no_grad()
+def parting(target: TargetModel, fast: Completion, plain: Completion) -> Parting:
+    """Where they part; they do. The target forgets the sequences in its slots."""
+    pairs = zip(fast.output_ids, plain.output_ids, strict=False)
+    shortest = min(len(fast.output_ids), len(plain.output_ids))
+    position = next((index for index, (one, other) in enumerate(pairs) if one != other), shortest)
+    ours, own = _at(fast, position), _at(plain, position)
+    gap = None
+    if ours is not None and own is not None:
+        ids = (*plain.prompt_ids, *plain.output_ids[:position])
+        target.open_slots(1, len(ids) + 1)
+        slot = torch.zeros(1, dtype=torch.long, device=target.device)
+        ids_BT = torch.tensor([ids], device=target.device)
+        positions_BT = torch.arange(len(ids), device=target.device)[None]
+        logits_V = target.decode(slot, ids_BT, positions_BT, (), last_only=True).logits[0, 0].float()
+        gap = float(logits_V[own] - logits_V[ours])
+    return Parting(id=fast.id, position=position, plain_token=own, speculative_token=ours, logit_gap=gap)
+
+
+def recorded_parting(entry: str | Mapping[str, Any]) -> Parting:
+    """What a journal has of one. Journals of before have the id alone."""
+    return Parting(id=entry) if isinstance(entry, str) else Parting(**entry)
+
+
+def _at(completion: Completion, position: int) -> int | None:
+    return completion.output_ids[position] if position < len(completion.output_ids) else None

@@ -1,0 +1,186 @@
+"""One self-contained HTML page of one or several evaluations: tables, charts, answers, and what reproduces them.
+
+Needs no network and no script. Everything that comes from data is escaped by the template, except charts, which svg.py
+makes. Knows a run's folder by its files.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from attrs import frozen
+
+from deepspec_core.disk import in_words
+from deepspec_core.evaluation import comparison, report
+from deepspec_core.evaluation.comparison import Run, compare
+from deepspec_core.reporting import charts
+from deepspec_core.reporting.samples import NAME as SAMPLES
+from deepspec_core.reporting.samples import read_samples
+from deepspec_core.reporting.svg import COLOURS, page_wide
+
+NAME: Final = "report.html"
+_TEMPLATE: Final = Path(__file__).with_name("page.html.jinja")
+
+
+@frozen(kw_only=True)
+class Shown:
+    """An evaluated run with what the page shows beside its figures: sample answers, and its run file as text."""
+
+    run: Run
+    samples: Sequence[Mapping[str, Any]]
+    run_file: str | None
+
+
+def shown(folder: Path, run: Run) -> Shown:
+    """The run whose results lie in `folder`. StageError where its samples are damaged."""
+    config = folder / "config.toml"
+    return Shown(
+        run=run,
+        samples=read_samples(folder / "evaluate" / SAMPLES),
+        run_file=config.read_text(encoding="utf-8") if config.is_file() else None,
+    )
+
+
+def write_page(path: Path, runs: Sequence[Shown]) -> None:
+    """Write the page; it appears when all of it is written. ConfigError where matplotlib is missing."""
+    text = page(runs)
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def page(runs: Sequence[Shown]) -> str:
+    """The page's text. ConfigError where matplotlib is missing."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
+    evaluated = [one.run for one in runs]
+    compared = compare(evaluated)
+    return template.render(
+        title=", ".join(run.label for run in evaluated),
+        runs=[
+            {"label": one.run.label, "colour": index % len(COLOURS), "facts": _facts(one.run), "run_file": one.run_file}
+            for index, one in enumerate(runs)
+        ],
+        headings=comparison.HEADINGS,
+        rows=[row.cells() for row in compared.rows],
+        notes=compared.notes(),
+        note=report.NOTE,
+        sections=_sections(evaluated),
+        parts=charts.PARTS,
+        size_headings=("draft", "parameters", "of its own", "size", "peak memory", "without the draft"),
+        sizes=[_sizes(run) for run in evaluated],
+        parting_headings=report.PARTING_HEADINGS,
+        parting_note=report.PARTING_NOTE,
+        partings=[(run.label, found) for run in evaluated if (found := report.partings(run.report))],
+        answers=_answers(runs),
+        checks=[line for run in evaluated for line in _checks(run, several=len(evaluated) > 1)],
+    )
+
+
+def _sections(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """The charts under their headings; a heading without charts is left out."""
+    drawn = [
+        (
+            "Accepted length",
+            "Tokens that a round commits, the target's own included, with 95% intervals over prompts.",
+            charts.accepted_length(runs),
+        ),
+        (
+            "Acceptance by position",
+            "The share of proposed tokens that were accepted. Solid: among those after accepted ones. Dashed: of all.",
+            charts.acceptance(runs),
+        ),
+        (
+            "Reliability of confidences",
+            "The share of prefixes that were accepted, by the draft's confidence in them. The dotted line is perfect.",
+            charts.reliability(runs),
+        ),
+        (
+            "Accepted length by context",
+            "Tokens that a round commits, by the tokens there are when it begins.",
+            charts.by_context(runs),
+        ),
+        (
+            "Throughput by batch size",
+            "Tokens of output per second. Solid: with the draft. Dashed: without it. It depends on the machine.",
+            charts.throughput(runs),
+        ),
+        (
+            "Where the time goes",
+            "Wall time of an output token. Host is what neither model computes. It depends on the machine.",
+            charts.time_split(runs),
+        ),
+    ]
+    wide = iter(page_wide([chart for _, _, several in drawn for chart in several]))
+    sections = [(title, about, [next(wide) for _ in several]) for title, about, several in drawn]
+    return [{"title": title, "about": about, "charts": several} for title, about, several in sections if several]
+
+
+def _answers(runs: Sequence[Shown]) -> list[dict[str, Any]]:
+    """Sample answers by task and temperature, those of several runs below each other."""
+    found: dict[str, dict[str, Any]] = {}
+    for index, one in enumerate(runs):
+        for sample in one.samples:
+            title = f"{report.task_of(sample)}, T = {sample['temperature']:g}"
+            group = found.setdefault(title, {"title": title, "prompt": sample["prompt"], "answers": []})
+            pieces = sample["pieces"]
+            group["answers"].append(
+                {
+                    **sample,
+                    "label": one.run.label,
+                    "colour": index % len(COLOURS),
+                    "rounds": max((piece["round"] for piece in pieces), default=0),
+                    "tokens": sum(piece["tokens"] for piece in pieces),
+                    "other_prompt": sample["prompt"] != group["prompt"],
+                }
+            )
+    return list(found.values())
+
+
+def _sizes(run: Run) -> list[str]:
+    """The size of the draft, and the most memory that decoding took with and without it."""
+    draft = run.report["draft"]
+    numbers = [f"{draft[name]:,}" if name in draft else "-" for name in ("parameters", "trainable_parameters")]
+    size = in_words(draft["parameter_bytes"]) if "parameter_bytes" in draft else "-"
+    peaks = []
+    for way in ("speculative", "plain"):
+        found = [one[way]["peak_bytes"] for one in run.report["results"] if one.get(way, {}).get("peak_bytes")]
+        peaks.append(in_words(max(found)) if found else "-")
+    return [run.label, *numbers, size, *peaks]
+
+
+def _facts(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
+    """What says how the figures were made: titles with names and values."""
+    made, results = run.report, run.report["results"]
+    prompts = {
+        f"{report.task_of(one)}, T = {one['temperature']:g}": f"{one['samples']} answers, digest {digest}"
+        for one in results
+        if (digest := one.get("prompts_digest"))
+    }
+    sections = (
+        ("Draft", made["draft"]),
+        ("Target", made["target"]),
+        ("Settings", made["settings"]),
+        ("Prompts", prompts),
+        ("Machine", made["machine"]),
+        ("Plugins", made.get("plugins", {})),
+    )
+    return [(title, [(name, _value(value)) for name, value in values.items()]) for title, values in sections]
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "none"}[value]
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    return str(value)
+
+
+def _checks(run: Run, *, several: bool) -> list[str]:
+    lines = report.checks(run.report)
+    return [f"{run.label}: {line}" for line in lines] if several else lines

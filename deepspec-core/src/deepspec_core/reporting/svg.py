@@ -1,0 +1,129 @@
+"""Charts as inline SVG whose colours the page decides: the one place that knows matplotlib.
+
+A chart is drawn in placeholder colours, which become CSS variables: `--ink`, `--muted`, `--grid`, and `--c0` to `--c7`.
+Knows nothing of what is drawn.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Final
+
+from attrs import frozen
+
+from deepspec_core.errors import ConfigError
+
+INK: Final = "#010101"
+MUTED: Final = "#020202"
+GRID: Final = "#030303"
+COLOURS: Final = tuple(f"#04040{index}" for index in range(8))
+# Beside their colour, series differ in their marks.
+MARKS: Final = ("o", "s", "^", "D", "v", "P", "X", "*")
+_VARIABLES: Final = {
+    INK: "--ink",
+    MUTED: "--muted",
+    GRID: "--grid",
+    **{colour: f"--c{index}" for index, colour in enumerate(COLOURS)},
+}
+# Text stays text, in the page's font; a dollar sign in a name starts no formula; equal charts are equal bytes.
+_SETTINGS: Final = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "deepspec",
+    "text.parse_math": False,
+    "font.size": 10,
+    "axes.unicode_minus": False,
+}
+_POINT: Final = 4 / 3  # CSS pixels
+
+
+@frozen(kw_only=True)
+class Chart:
+    """A drawn chart: a title and a remark as text, and an SVG element."""
+
+    title: str
+    svg: str
+    remark: str = ""
+
+
+@frozen(kw_only=True, eq=False)
+class Drawing:
+    """A figure with one pair of axes, which are matplotlib's."""
+
+    axes: Any
+    _figure: Any
+
+    def svg(self) -> str:
+        """The chart as an SVG element."""
+        written = io.StringIO()
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        self._figure.savefig(written, format="svg", transparent=True, metadata=nothing)
+        return _inline(written.getvalue(), self._figure.get_figwidth() * 72 * _POINT)
+
+
+@contextmanager
+def drawing(*, width: float, height: float, x: str, y: str = "", names: bool = False) -> Iterator[Drawing]:
+    """A figure of `width` by `height` inches with labels at its axes. ConfigError where matplotlib is missing.
+
+    `names`: The rows have names of any length at the left. Margins are then measured; else they are fixed, which is
+    twice as fast.
+    """
+    with _matplotlib().rc_context(_SETTINGS):
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(width, height), layout="constrained" if names else "none")
+        if not names:
+            left, bottom, end = 0.62 / width, 0.5 / height, 0.12
+            figure.subplots_adjust(left=left, bottom=bottom, right=1 - end / width, top=1 - end / height)
+        axes = figure.add_subplot()
+        axes.set_axisbelow(True)
+        axes.grid(color=GRID, linewidth=0.8)
+        axes.tick_params(colors=MUTED, length=0)
+        for side, spine in axes.spines.items():
+            spine.set_visible(side in ("left", "bottom"))
+            spine.set_color(GRID)
+        axes.set_xlabel(x, color=MUTED)
+        axes.set_ylabel(y, color=MUTED)
+        yield Drawing(axes=axes, figure=figure)
+
+
+def page_wide(charts: Sequence[Chart]) -> list[Chart]:
+    """The charts with ids that no two of them share."""
+    return [
+        Chart(title=chart.title, remark=chart.remark, svg=_prefixed(chart.svg, f"chart{index}-"))
+        for index, chart in enumerate(charts)
+    ]
+
+
+def _matplotlib() -> Any:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ConfigError(
+            "a page's charts are drawn by matplotlib, which is not installed",
+            found=error,
+            fix="Install it: pip install 'deepspec-core[report]'.",
+        ) from None
+    return matplotlib
+
+
+def _inline(document: str, width: float) -> str:
+    svg = document[document.index("<svg") :].strip()
+    svg = re.sub(r"<metadata>.*?</metadata>|<defs>\s*<style.*?</style>\s*</defs>", "", svg, flags=re.DOTALL)
+    box = re.search(r'viewBox="[^"]+"', svg)
+    assert box is not None
+    svg = re.sub(r"<svg[^>]*>", f'<svg {box.group()} style="width: {width:.0f}px" aria-hidden="true">', svg, count=1)
+    svg = svg.replace("xlink:href", "href")
+    return re.sub(r"(fill|stroke): (#[0-9a-f]{6})", _themed, svg)
+
+
+def _themed(found: re.Match[str]) -> str:
+    variable = _VARIABLES.get(found.group(2))
+    return found.group() if variable is None else f"{found.group(1)}: var({variable})"
+
+
+def _prefixed(svg: str, prefix: str) -> str:
+    svg = re.sub(r'\bid="', f'id="{prefix}', svg)
+    return svg.replace('href="#', f'href="#{prefix}').replace("url(#", f"url(#{prefix}")
