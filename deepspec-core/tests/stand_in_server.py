@@ -38,7 +38,7 @@ class StandIn:
         self.faults: list[str] = []
         self.always: str | None = None
         self.asked: list[dict[str, Any]] = []
-        self.dead = False
+        self.dead, self.has_hub_cache = False, False
         self.at_once = self.most_at_once = 0
         self._released = threading.Event()
         self._listen(0)
@@ -94,7 +94,9 @@ class StandIn:
         elif self.key is not None and handler.headers["Authorization"] != f"Bearer {self.key}":
             _say(handler, b'{"error": "who are you?"}', status=401)
         elif self.dialect == "transformers":
-            _say_json(handler, {"object": "list", "data": [{"id": "some/other", "owned_by": "some"}]})
+            # It lists the user's Hub cache, or fails where there is none.
+            listed = {"object": "list", "data": [{"id": "some/other", "owned_by": "some"}]}
+            _say_json(handler, listed) if self.has_hub_cache else _say(handler, b"Internal", status=500)
         else:
             entry = {"id": self.model, "root": f"/models/{self.model}", "owned_by": self.dialect}
             _say_json(handler, {"object": "list", "data": [entry | {"max_model_len": self.max_model_len}]})

@@ -320,6 +320,8 @@ def test_servers_that_cannot_be_used_are_refused_at_once(tokenizer: ChatTokenize
     _farm(tokenizer, engine, text).check()
     assert "A server ignores a sampling setting" in refused(engine, deaf)
     assert deaf.address in refused(engine, deaf)
+    text.has_hub_cache = True
+    _farm(tokenizer, engine, text).check()
     for server in (engine, text):
         assert "regenerate.served_as" in refused(server, names=("another/model",))
     assert "no server answers" not in refused(engine, names=("another/model",))

@@ -102,7 +102,7 @@ class Connection:
         if status in _REFUSALS:
             raise Refusal(f"{status} {said}")
         if status in _NO_ENTRY:
-            raise Fault(Kind.WRONG, f"{status} {said}: it asks for a key (regenerate.api_key_env)")
+            raise Fault(Kind.WRONG, f"{status} {said}")
         if status in _BUSY:
             raise Fault(Kind.BUSY, f"{status} {said}", _seconds(answer.headers.get("retry-after")))
         if status != 200:

@@ -21,6 +21,7 @@ WHERE: Final = "regenerate.servers: "
 # A server may have to load the model first.
 _SECONDS: Final = 120.0
 _DIALECTS: Final[tuple[Dialect, ...]] = (TokenIds(), GenerationConfigText())
+_NOT_READY: Final = (Kind.DOWN, Kind.DIED, Kind.BUSY)
 _QUESTION: Final = [{"role": "user", "content": "?"}]
 
 
@@ -39,23 +40,12 @@ class Served:
 
 async def probe(connection: Connection, wanted: Wanted) -> Served:
     """How the server is spoken to. NotServed where it cannot be used, Fault where nobody answers or it is not ready."""
-    try:
-        listed = await connection.get("/models", seconds=min(_SECONDS, wanted.timeout))
-    except Refusal as error:
-        raise _not_served(connection, "It lists no models", error) from error
-    except Fault as error:
-        if error.kind in (Kind.DOWN, Kind.DIED, Kind.BUSY):
-            raise
-        raise _not_served(connection, "It is no OpenAI-compatible server", error) from error
-    models = listed.get("data")
-    if not isinstance(models, list) or not all(isinstance(model, dict) for model in models):
-        raise _not_served(connection, "It lists no models", shown(str(listed)))
+    models, said = await _listed(connection, wanted)
     entry = _entry(models, wanted.names)
     if entry is not None:
         _require_length(connection, entry, wanted)
     elif _is_engine(models):
         raise _other_model(connection, models, wanted)
-    said = []
     for dialect in _DIALECTS:
         for name in wanted.names if entry is None else (str(entry.get("id")),):
             served, refused = await _tried(connection, dialect, name, wanted)
@@ -65,7 +55,36 @@ async def probe(connection: Connection, wanted: Wanted) -> Served:
                 await _require_settings(connection, served, wanted)
                 return served
             said.append(f"{dialect.name}, as {name!r}: {refused}")
-    raise _not_served(connection, "It takes no completion request", "\n            ".join(said), asked_for=wanted)
+    raise NotServed(
+        "A server takes no completion request for the target",
+        where=WHERE + connection.address,
+        found="\n            ".join(said),
+        expected=f"an OpenAI-compatible server of {' or '.join(wanted.names)}, at an address like http://host:8000/v1",
+        fix="If it knows the target by another name, say so in regenerate.served_as.",
+    )
+
+
+async def _listed(connection: Connection, wanted: Wanted) -> tuple[list[dict[str, Any]], list[str]]:
+    """The models that it lists, or what it says in their place: not every server can list what it serves."""
+    try:
+        listed = await connection.get("/models", seconds=min(_SECONDS, wanted.timeout))
+    except Refusal as error:
+        return [], [f"/models: {error}"]
+    except Fault as error:
+        if error.kind in _NOT_READY:
+            raise
+        if error.kind is Kind.WRONG:
+            raise NotServed(
+                "A server lets nobody in without its key",
+                where=WHERE + connection.address,
+                found=error.reason,
+                fix="Name the environment variable that holds the key in regenerate.api_key_env.",
+            ) from error
+        return [], [f"/models: {error.reason}"]
+    models = listed.get("data")
+    if not isinstance(models, list) or not all(isinstance(model, dict) for model in models):
+        return [], [f"/models: {shown(str(listed))}"]
+    return models, []
 
 
 def _entry(models: list[dict[str, Any]], names: tuple[str, ...]) -> dict[str, Any] | None:
@@ -95,7 +114,7 @@ async def _tried(
     except Refusal as error:
         return None, str(error)
     except Fault as error:
-        if error.kind in (Kind.DOWN, Kind.DIED, Kind.BUSY):
+        if error.kind in _NOT_READY:
             raise
         return None, error.reason
     return Served(model=name, dialect=dialect, exact=exact), None
@@ -114,7 +133,7 @@ async def _require_settings(connection: Connection, served: Served, wanted: Want
         except Refusal:
             continue
         except Fault as error:
-            if error.kind in (Kind.DOWN, Kind.DIED, Kind.BUSY):
+            if error.kind in _NOT_READY:
                 raise
             continue
         raise NotServed(
@@ -145,16 +164,4 @@ def _other_model(connection: Connection, models: list[dict[str, Any]], wanted: W
         found=", ".join(str(model.get("id")) for model in models)[:200] or "no model",
         expected=" or ".join(wanted.names),
         fix="If it is this target by another name, say so in regenerate.served_as.",
-    )
-
-
-def _not_served(connection: Connection, problem: str, found: object, *, asked_for: Wanted | None = None) -> NotServed:
-    return NotServed(
-        problem,
-        where=WHERE + connection.address,
-        found=found,
-        expected="an OpenAI-compatible server's address, such as http://host:8000/v1"
-        if asked_for is None
-        else f"a server of {' or '.join(asked_for.names)}",
-        fix=None if asked_for is None else "If it knows the target by another name, say so in regenerate.served_as.",
     )
