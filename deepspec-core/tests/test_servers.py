@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -21,6 +23,7 @@ from deepspec_core.data.tokenize import ChatTokenizer
 from deepspec_core.errors import ConfigError, DataError
 from deepspec_core.servers.farm import Farm
 from deepspec_core.servers.wanted import Wanted
+from deepspec_core.stopping import stopped_by_sigterm
 from deepspec_core.testing.tiny_target import TinyTarget
 from deepspec_core.testing.tiny_tokenizer import tiny_format, tiny_tokenizer
 
@@ -241,6 +244,29 @@ def test_killed_and_resumed_elsewhere(
             _run(out, tokenizer, killed(_farm(tokenizer, server), at))
     assert not out.exists()
     _run(out, tokenizer, None)
+    assert out.read_bytes() == expected
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_by_a_signal_and_resumed(
+    tmp_path: Path, tokenizer: ChatTokenizer, servers: Servers, expected: bytes, number: signal.Signals
+) -> None:
+    (server,) = servers("sglang")
+    server.faults = [""] * 7 + ["hang"] * 4  # so that it cannot finish before the signal comes
+
+    def send() -> None:
+        wait_until(lambda: not server.faults)
+        os.kill(os.getpid(), number)
+
+    helper = threading.Thread(target=send)
+    out = tmp_path / "out.jsonl"
+    helper.start()
+    with pytest.raises(KeyboardInterrupt), stopped_by_sigterm():
+        _run(out, tokenizer, _farm(tokenizer, server))
+    helper.join()
+    server._released.set()
+    assert not out.exists()
+    assert _run(out, tokenizer, _farm(tokenizer, server)).skipped > 0
     assert out.read_bytes() == expected
 
 

@@ -60,7 +60,9 @@ def client(key: str | None) -> httpx2.AsyncClient:
         headers={} if key is None else {"Authorization": f"Bearer {key}"},
         # Answers take long: whoever asks sets the limit.
         timeout=httpx2.Timeout(None, connect=_CONNECT_SECONDS),
-        limits=httpx2.Limits(max_connections=None, max_keepalive_connections=None),
+        # A connection of its own for each request: a server may close an idle one just as it is used again, and beside
+        # an answer a new one costs nothing.
+        limits=httpx2.Limits(max_connections=None, max_keepalive_connections=0),
     )
 
 
