@@ -52,7 +52,11 @@ def test_a_loss_term_the_draft_cannot_serve(refused: Refused) -> None:
 
 
 def test_servers_to_regenerate_with(refused: Refused) -> None:
-    refused('regenerate.servers=["http://127.0.0.1:1"]', says=("in process only", "regenerate.servers"))
+    refused('regenerate.servers=["http://127.0.0.1:1"]', says=("no server answers", "regenerate.servers"))
+    refused('regenerate.servers=["127.0.0.1:1"]', says=("an address such as http://host:8000/v1",))
+    refused('regenerate.servers=["http://me:secret@host/v1"]', says=("an address alone", "api_key_env"))
+    key = 'regenerate.api_key_env="DEEPSPEC_NO_SUCH_KEY"'
+    refused('regenerate.servers=["http://127.0.0.1:1"]', key, says=("DEEPSPEC_NO_SUCH_KEY is not set",))
 
 
 def test_kernels_that_cannot_run(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:

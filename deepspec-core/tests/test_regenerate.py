@@ -254,8 +254,6 @@ def test_what_is_no_unicode_is_a_failure(tmp_path: Path, tokenizer: ChatTokenize
 
 def test_mistakes_are_told(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
     out = tmp_path / "out.jsonl"
-    with pytest.raises(DataError, match=r"(?s)in process.*Remove the key `servers`"):
-        _run(out, [], tokenizer, options={"servers": ("http://127.0.0.1:8000/v1",)})
     with pytest.raises(DataError, match="No conversation"):
         _run(out, [], tokenizer)
     partial = tmp_path / "out.jsonl.partial"

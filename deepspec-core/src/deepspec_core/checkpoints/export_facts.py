@@ -25,7 +25,7 @@ from deepspec_core.targets.opening import HUB_ID
 SECTIONS: Final = ("data", "regenerate", "draft", "loss", "train")
 """The sections of a run file that say how a draft came about."""
 # Servers are named by address; a prompt may begin as a path does.
-_LEFT_OUT: Final = ("servers", "api_key_env", "tree")
+_LEFT_OUT: Final = ("servers", "served_as", "api_key_env", "tree")
 _TEXT: Final = "system_prompt"
 _PATH_BEGINS: Final = ("/", "~", "./", "../")
 

@@ -13,6 +13,7 @@ from typing import Any
 from attrs import Attribute, field, frozen
 from attrs.validators import deep_iterable, deep_mapping, in_, instance_of, matches_re, optional
 
+from deepspec_core.config.addresses import address
 from deepspec_core.config.bounds import above, below, real, whole
 from deepspec_core.layers.options import LayerOptions
 from deepspec_core.rows.coefficient_schedule import CoefficientSchedule, coefficient
@@ -171,7 +172,9 @@ def _truth_or_share(_options: object, attribute: Attribute[Any], value: bool | f
 class RegenerateOptions:
     """[regenerate]: the target answers the prompts itself.
 
-    servers: OpenAI-compatible servers that answer. Not there yet: the target answers in this process.
+    servers: OpenAI-compatible servers of the target that answer, such as "http://host:8000/v1". Left out: the target
+        answers in this process.
+    served_as: The name by which the servers know the target. Left out: target.model, or its folder.
     thinking: Ask in the target's thinking mode, in regeneration and in evaluation. A number between 0 and 1 is the
         share of conversations that are asked so. Their ids decide which. Evaluation then reports both modes.
         The chat template has to know the modes.
@@ -182,19 +185,26 @@ class RegenerateOptions:
     top_k: Sample from so many most probable tokens; 0 is off. Left out: as recommended.
     min_p: Sample only tokens whose probability is at least this share of the most probable token's; 0 is off. Left out:
         as recommended.
-    batch_size: Conversations answered at once. It changes the order of the file and no answer.
+    unfinished: What becomes of an answer that meets max_tokens: "keep" it, without an end marker, or "drop" it.
+    batch_size: Conversations answered at once in this process. It changes no answer.
+    max_concurrency: Requests that one server has at once, at most. Fewer are sent where more bring no gain.
+    timeout: Seconds that a server may take for one answer, and that a run waits where no server is left.
     max_failures: The stage stops if a larger share of the conversations fails.
     api_key_env: The environment variable that holds the servers' key.
     """
 
-    servers: tuple[str, ...] = ()
+    servers: tuple[str, ...] = field(default=(), validator=deep_iterable(address), metadata=CHANGES_NOTHING)
+    served_as: str | None = field(default=None, metadata=CHANGES_NOTHING)
     thinking: bool | float = field(default=False, validator=_truth_or_share)
     max_tokens: int = field(default=4096, validator=whole(1, _TOKENS))
     temperature: float | None = field(default=None, validator=optional(temperatures))
     top_p: float | None = field(default=None, validator=optional(above(0.0, 1.0)))
     top_k: int | None = field(default=None, validator=optional(whole(0)))
     min_p: float | None = field(default=None, validator=optional(real(0.0, 1.0)))
+    unfinished: str = field(default="keep", validator=in_(("keep", "drop")))
     batch_size: int = field(default=32, validator=whole(1, _SEQUENCES), metadata=CHANGES_NOTHING)
+    max_concurrency: int = field(default=512, validator=whole(1, _SEQUENCES), metadata=CHANGES_NOTHING)
+    timeout: float = field(default=1800.0, validator=above(0.0, 1e6), metadata=CHANGES_NOTHING)
     max_failures: float = field(default=0.05, validator=real(0.0, 1.0), metadata=CHANGES_NOTHING)
     api_key_env: str | None = field(default=None, metadata=CHANGES_NOTHING)
 

@@ -1,8 +1,8 @@
-"""The target answers the prompts itself, in process: conversations in, the same with the target's own answers out.
+"""The target answers the prompts itself: conversations in, the same with the target's own answers out.
 
 Idempotent by id: finished conversations are appended to OUT.partial, one flushed line each, and a rerun does only what
-is missing; complete, they are put in the order of the input under the final name. Knows turns and files; how tokens are
-drawn is the engine's, where conversations come from is the caller's.
+is missing; complete, they are put in the order of the input under the final name. Knows turns and files; who answers is
+answering.py's, in this process or on servers, and where conversations come from is the caller's.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from attrs import define, field, frozen
 from deepspec_core.config.schema import RegenerateOptions
 from deepspec_core.contracts.proposer import Sampling
 from deepspec_core.contracts.target import ConversationFormat, SamplingDefaults, TargetModel
+from deepspec_core.data.answering import Answer, Answerer, Unanswered, in_process
 from deepspec_core.data.conversations import Conversation
-from deepspec_core.data.regenerated_file import beside, count_lines, finish, resume, tally_of, write_line
+from deepspec_core.data.regenerated_file import beside, count_lines, cut_answers, finish, resume, tally_of, write_line
 from deepspec_core.data.thinking import thinks
 from deepspec_core.data.tokenize import ChatTokenizer
 from deepspec_core.data.unicode_text import not_unicode
-from deepspec_core.decoding.engine import Completion, Request, decode
+from deepspec_core.decoding.engine import Completion, Request
 from deepspec_core.errors import DataError
 from deepspec_core.progress import Progress
 
@@ -40,10 +41,12 @@ class RegenerateReport:
     """Of the whole file, earlier runs included; `written` and `skipped` tell this run's share from theirs.
 
     `unfinished` conversations end in an answer that met the token limit, kept without an end marker; `empty` ones in an
-    answer without text. `dropped_turns` would have followed such an unfinished answer, did not fit max_length, or are
-    refused by the template or for a control token in their text.
+    answer without text. `cut` conversations were left out because their first answer met it. `dropped_turns` would have
+    followed such an unfinished answer or were answered so and taken back, did not fit max_length, or are refused by the
+    template or for a control token in their text.
     `rerendered_answers` are earlier answers whose tokens changed when the next prompt was rendered (thinking dropped,
-    other merges): each is kept as a row of its own, with the prompt it answered.
+    other merges): each is kept as a row of its own, with the prompt it answered. `mismatched_answers` have ids that
+    were made from a server's text and are not as many as it counted.
     """
 
     path: Path
@@ -57,6 +60,8 @@ class RegenerateReport:
     empty: int
     dropped_turns: int
     rerendered_answers: int
+    cut: int
+    mismatched_answers: int
 
 
 def sample_seed(seed: int, identity: str, turn: int = 0) -> int:
@@ -80,7 +85,7 @@ def sampling_of(options: RegenerateOptions, defaults: SamplingDefaults) -> Sampl
 def regenerate(
     conversations: Iterable[Conversation],
     *,
-    target: TargetModel,
+    target: TargetModel | None = None,
     tokenizer: ChatTokenizer,
     fmt: ConversationFormat,
     options: RegenerateOptions,
@@ -91,25 +96,42 @@ def regenerate(
     max_length: int,
     system_prompt: str | None = None,
     total: int | None = None,
+    answerer: Answerer | None = None,
 ) -> RegenerateReport:
     """Answer every user turn of every conversation, in order, each on top of the target's own earlier answers.
 
+    Whoever is `answerer` answers, or `target` in this process.
+
     Lines of `out`: id, messages, tools where it has any, thinking where options.thinking is a share, prompt_ids and
     output_ids of the last answered turn, finish_reason ("stop" or "length"), prompt_answers, the token spans of the
-    prompt that are earlier answers exactly as emitted, and rewritten, the prompt and output ids of those that are not.
+    prompt that are earlier answers exactly as emitted, and rewritten, the prompt and output ids of those that are not;
+    mismatched, the number of answers whose ids were made from text and are not as many as counted, where there are any.
     A finished `out` is left as it is. Failures go to OUT.failures.jsonl with their reason, and DataError ends the run
     where they are more than options.max_failures of all. `total`, where known, is for the progress shown. Ids are
     unique.
     """
-    require_in_process(options)
     partial, failures_path = beside(out, ".partial"), beside(out, ".failures.jsonl")
     if out.exists():
         partial.unlink(missing_ok=True)
-        tally = tally_of(out)
-        return _report(out, failures_path, tally, written=0, failures=count_lines(failures_path))
+        num_cut = len(cut_answers(failures_path))
+        failures = count_lines(failures_path) - num_cut
+        return _report(out, failures_path, tally_of(out), written=0, failures=failures, cut=num_cut)
+    if answerer is None:
+        assert target is not None, "somebody answers"
+        answerer = in_process(
+            target,
+            sampling=sampling,
+            stop_ids=stop_ids,
+            max_tokens=options.max_tokens,
+            batch_size=options.batch_size,
+            max_length=max_length,
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     finished = set(resume(partial))
-    with partial.open("ab") as lines, failures_path.open("wb") as failures:
+    cut = cut_answers(failures_path)
+    with partial.open("ab") as lines, failures_path.open("wb") as side:
+        for entry in cut.values():
+            write_line(side, entry)
         work = _Work(
             source=iter(conversations),
             tokenizer=tokenizer,
@@ -118,41 +140,21 @@ def regenerate(
             stop_ids=frozenset(stop_ids),
             seed=seed,
             max_length=max_length,
-            thinking=options.thinking,
-            max_failures=options.max_failures,
-            finished=finished,
-            failures=failures,
+            options=options,
+            finished=finished | cut.keys(),
+            failures=side,
+            num_cut=len(cut),
         )
-        with Progress(total, "regenerate", "conversations", done=len(finished)) as progress:
-            while not work.over:
-                for completion in decode(
-                    target,
-                    None,
-                    work.requests(),
-                    sampling=sampling,
-                    stop_ids=stop_ids,
-                    max_new_tokens=options.max_tokens,
-                    batch_size=options.batch_size,
-                    max_length=max_length,
-                ):
-                    line = work.settle(completion)
-                    if line is not None:
-                        write_line(lines, line)
-                        progress.advance(failures=work.num_failures)
+        with Progress(total, "regenerate", "conversations", done=len(work.finished)) as progress:
+            for outcome in answerer(work.requests):
+                if isinstance(outcome, Unanswered):
+                    work.give_up(outcome)
+                elif (line := work.settle(outcome)) is not None:
+                    write_line(lines, line)
+                    progress.advance(failures=work.num_failures)
     work.check_budget(final=True)
     tally = finish(partial, out, list(work.order))
-    return _report(out, failures_path, tally, written=work.num_written, failures=work.num_failures)
-
-
-def require_in_process(options: RegenerateOptions) -> None:
-    """DataError where the run file asks for servers, which this version does not know."""
-    if options.servers:
-        raise DataError(
-            "This version regenerates in process only",
-            where="regenerate.servers",
-            found=", ".join(options.servers),
-            fix="Remove the key `servers` from [regenerate].",
-        )
+    return _report(out, failures_path, tally, written=work.num_written, failures=work.num_failures, cut=work.num_cut)
 
 
 @define
@@ -163,11 +165,21 @@ class _Dialogue:
     ahead: deque[dict[str, Any]]
     history: list[dict[str, Any]] = field(factory=list)
     turns: list[Completion] = field(factory=list)
+    mismatched: int = 0
+
+    @property
+    def questions_ahead(self) -> int:
+        return sum(message["role"] == "user" for message in self.ahead)
+
+    def end_with_an_answer(self) -> None:
+        """Take back what was said after the last answer."""
+        while self.history[-1]["role"] != "assistant":
+            self.history.pop()
 
 
 @define
 class _Work:
-    """Hands out requests, takes completions back, and keeps the books."""
+    """Hands out requests, takes answers back, and keeps the books."""
 
     source: Iterator[Conversation]
     tokenizer: ChatTokenizer
@@ -176,20 +188,15 @@ class _Work:
     stop_ids: frozenset[int]
     seed: int
     max_length: int
-    thinking: bool | float
-    max_failures: float
+    options: RegenerateOptions
     finished: set[str]
     failures: IO[bytes]
     order: dict[str, None] = field(factory=dict)
     under_way: dict[str, _Dialogue] = field(factory=dict)
     next_turns: deque[Request] = field(factory=deque)
-    exhausted: bool = False
     num_failures: int = 0
+    num_cut: int = 0
     num_written: int = 0
-
-    @property
-    def over(self) -> bool:
-        return self.exhausted and not self.next_turns
 
     def requests(self) -> Iterator[Request]:
         """Next turns first. Ends when there is nothing to hand out now: turns that follow later need another call."""
@@ -199,7 +206,6 @@ class _Work:
                 continue
             conversation = next(self.source, None)
             if conversation is None:
-                self.exhausted = True
                 return
             assert conversation.id not in self.order, f"conversation {conversation.id} comes twice"
             self.order[conversation.id] = None
@@ -208,17 +214,19 @@ class _Work:
                 if request is not None:
                     yield request
 
-    def settle(self, completion: Completion) -> dict[str, Any] | None:
-        """The finished conversation's line, or None where it goes on with another turn."""
+    def settle(self, answer: Answer) -> dict[str, Any] | None:
+        """The finished conversation's line, or None where it goes on with another turn or is left out."""
+        completion = answer.completion
         dialogue = self.under_way[completion.id]
+        if completion.finish_reason == "length" and self.options.unfinished == "drop":
+            return self._without_the_cut(dialogue)
         output = completion.output_ids
         text_ids = output[:-1] if output[-1] in self.stop_ids else output
-        prompt_messages = list(dialogue.history)
         dialogue.history.append({"role": "assistant", "content": self.tokenizer.decode(text_ids)})
         dialogue.turns.append(completion)
-        goes_on = any(message["role"] == "user" for message in dialogue.ahead)
+        dialogue.mismatched += answer.mismatched
         dropped = 0
-        if goes_on and completion.finish_reason == "stop":
+        if dialogue.questions_ahead and completion.finish_reason == "stop":
             try:
                 request = self._turn(dialogue)
             except DataError as error:
@@ -228,37 +236,56 @@ class _Work:
                     self.next_turns.append(request)
                     return None
             dropped = 1
-            while dialogue.history[-1]["role"] != "assistant":
-                dialogue.history.pop()
-        dropped += sum(message["role"] == "user" for message in dialogue.ahead)
-        spans, rewritten = self._earlier_answers(dialogue, prompt_messages)
-        tools = dialogue.conversation.tools
-        del self.under_way[completion.id]
+            dialogue.end_with_an_answer()
+        return self._line(dialogue, dropped + dialogue.questions_ahead)
+
+    def give_up(self, unanswered: Unanswered) -> None:
+        """Its conversation is a failure."""
+        del self.under_way[unanswered.id]
+        self._fail(unanswered.id, unanswered.reason)
+
+    def _without_the_cut(self, dialogue: _Dialogue) -> dict[str, Any] | None:
+        """The line of the turns before the answer that met the limit. The side file has a conversation without any."""
+        if dialogue.turns:
+            dialogue.end_with_an_answer()
+            return self._line(dialogue, 1 + dialogue.questions_ahead)
+        identity = dialogue.conversation.id
+        del self.under_way[identity]
+        self.num_cut += 1
+        write_line(self.failures, {"id": identity, "reason": f"cut at {self.options.max_tokens} tokens", "cut": True})
+        return None
+
+    def _line(self, dialogue: _Dialogue, dropped: int) -> dict[str, Any]:
+        identity, tools, last = dialogue.conversation.id, dialogue.conversation.tools, dialogue.turns[-1]
+        spans, rewritten = self._earlier_answers(dialogue, dialogue.history[:-1])
+        del self.under_way[identity]
         self.num_written += 1
+        thinking = self.options.thinking
         return {
-            "id": completion.id,
+            "id": identity,
             "messages": dialogue.history,
             **({"tools": tools} if tools else {}),
-            **({} if isinstance(self.thinking, bool) else {"thinking": thinks(self.thinking, completion.id)}),
-            "prompt_ids": completion.prompt_ids,
+            **({} if isinstance(thinking, bool) else {"thinking": thinks(thinking, identity)}),
+            "prompt_ids": last.prompt_ids,
             "prompt_answers": spans,
-            "output_ids": output,
-            "finish_reason": completion.finish_reason,
+            "output_ids": last.output_ids,
+            "finish_reason": last.finish_reason,
             "dropped_turns": dropped,
             "rewritten": [(turn.prompt_ids, turn.output_ids) for turn in rewritten],
+            **({"mismatched": dialogue.mismatched} if dialogue.mismatched else {}),
         }
 
     def check_budget(self, *, final: bool = False) -> None:
         """DataError where more than the allowed share failed; one in a small set is always forgiven."""
         seen = len(self.order)
-        if self.max_failures > 0 and self.num_failures <= math.ceil(self.max_failures * seen):
+        if self.options.max_failures > 0 and self.num_failures <= math.ceil(self.options.max_failures * seen):
             return
-        if self.num_failures and (final or seen >= _BUDGET_AFTER or self.max_failures == 0):
+        if self.num_failures and (final or seen >= _BUDGET_AFTER or self.options.max_failures == 0):
             raise DataError(
                 "Too many conversations cannot be regenerated",
                 where=self.failures.name,
                 found=f"{self.num_failures} of {seen}",
-                expected=f"at most {self.max_failures:.1%} (regenerate.max_failures)",
+                expected=f"at most {self.options.max_failures:.1%} (regenerate.max_failures)",
                 fix="Read the reasons in that file; nothing that was regenerated is lost.",
             )
 
@@ -275,13 +302,16 @@ class _Work:
                     self.under_way[conversation.id] = dialogue
                     return request
                 reason = f"{len(request.prompt_ids)} prompt tokens do not fit {self.max_length}"
-        self.num_failures += 1
-        write_line(self.failures, {"id": conversation.id, "reason": reason})
-        self.check_budget()
+        self._fail(conversation.id, reason)
         return None
 
+    def _fail(self, identity: str, reason: str) -> None:
+        self.num_failures += 1
+        write_line(self.failures, {"id": identity, "reason": reason})
+        self.check_budget()
+
     def _tokenizer(self, identity: str) -> ChatTokenizer:
-        return self.tokenizer.in_mode(thinks(self.thinking, identity))
+        return self.tokenizer.in_mode(thinks(self.options.thinking, identity))
 
     def _unanswerable(self, conversation: Conversation) -> str | None:
         found = not_unicode(conversation.id, conversation.messages, conversation.tools)
@@ -330,7 +360,9 @@ class _Work:
         return spans, rewritten
 
 
-def _report(out: Path, failures_path: Path, tally: Counter[str], *, written: int, failures: int) -> RegenerateReport:
+def _report(
+    out: Path, failures_path: Path, tally: Counter[str], *, written: int, failures: int, cut: int
+) -> RegenerateReport:
     return RegenerateReport(
         path=out,
         conversations=tally["conversations"],
@@ -343,4 +375,6 @@ def _report(out: Path, failures_path: Path, tally: Counter[str], *, written: int
         empty=tally["empty"],
         dropped_turns=tally["dropped_turns"],
         rerendered_answers=tally["rerendered_answers"],
+        cut=cut,
+        mismatched_answers=tally["mismatched_answers"],
     )

@@ -117,9 +117,26 @@ def tally_of(path: Path) -> Counter[str]:
         tally["empty"] += not entry["messages"][-1]["content"]
         tally["dropped_turns"] += entry["dropped_turns"]
         tally["rerendered_answers"] += len(entry["rewritten"])
+        tally["mismatched_answers"] += entry.get("mismatched", 0)
     return tally
 
 
 def count_lines(path: Path) -> int:
     """How many lines a file has, none where it is not there."""
     return sum(1 for _ in path.open("rb")) if path.exists() else 0
+
+
+def cut_answers(failures: Path) -> dict[str, dict[str, Any]]:
+    """Of the side file, the conversations that were left out because their first answer met the token limit, by id.
+
+    They were answered: a rerun does not ask them again. Failures are tried again.
+    """
+    found = {}
+    for line in failures.open("rb") if failures.exists() else ():
+        try:
+            entry = json.loads(line.decode("utf-8", "surrogatepass"))
+        except ValueError:
+            continue  # torn by a kill
+        if entry.get("cut"):
+            found[entry["id"]] = entry
+    return found

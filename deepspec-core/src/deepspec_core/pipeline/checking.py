@@ -29,8 +29,8 @@ def check_before(run: Run, steps: Sequence[Step], *, may_write: bool = True) -> 
 
     Nothing is written, except that the bad rows of a source that has too many are kept if it `may_write`.
 
-    It checks folders, the feature source, the cache format, the target's config and tokenizer, taps, sources, the
-    draft's options and forward pass, the weights it asks the target for, its description, its config.json and
+    It checks folders, the feature source, the cache format, the target's config and tokenizer, taps, sources, servers,
+    the draft's options and forward pass, the weights it asks the target for, its description, its config.json and
     proposer, loss terms and kernels, room for a checkpoint, tasks and their prompts, the draft that is to be
     evaluated, and export formats.
     """
@@ -41,10 +41,6 @@ def check_before(run: Run, steps: Sequence[Step], *, may_write: bool = True) -> 
     check_inputs_survive(run, [step.stage.name for step in steps if step.forced])
     if "cache" in todo:
         check_cache_place(run)
-    if "regenerate" in todo:
-        from deepspec_core.data.regenerate import require_in_process
-
-        require_in_process(run.file.regenerate)
     _offered(run, todo)
     _sources(run, todo, may_write=may_write)
     _ = run.target.adapter  # opening it raises its errors
@@ -55,6 +51,10 @@ def check_before(run: Run, steps: Sequence[Step], *, may_write: bool = True) -> 
         _thinking(run)
     if todo & {"regenerate", "cache", "train"}:
         run.data.check_length()
+    if "regenerate" in todo and run.file.regenerate.servers:
+        from deepspec_core.pipeline.serving import farm_of
+
+        farm_of(run).check()
     if _first_reader(run) in todo:
         _room_for_answers(run)
     confidence: bool | None = None

@@ -31,7 +31,9 @@ def _size(run: Run, stage: str) -> str:
     file, count = run.file, run.data.expected_conversations()
     known = f"at most {count:,}" if count is not None else "all"
     if stage == "regenerate":
-        return f"{known} conversations of at most {file.regenerate.max_tokens:,} new tokens an answer"
+        servers = len(file.regenerate.servers)
+        answered = f", by {servers} server{'s' * (servers > 1)}" if servers else ""
+        return f"{known} conversations of at most {file.regenerate.max_tokens:,} new tokens an answer{answered}"
     if stage == "cache":
         per_token = run.cache.format.bytes_per_token(run.cache.bare_header())
         bound = f", at most {in_words(per_token * count * file.data.max_length)}" if count is not None else ""

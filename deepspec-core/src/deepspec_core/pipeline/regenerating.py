@@ -1,4 +1,4 @@
-"""The regenerate stage: the target answers the run's training prompts itself."""
+"""The regenerate stage: the target answers the run's training prompts itself, in this process or on servers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections import Counter
 from typing import Any
 
 from deepspec_core.data.regenerate import regenerate, sampling_of
+from deepspec_core.pipeline import contents
 from deepspec_core.pipeline.run import Run
+from deepspec_core.pipeline.serving import farm_of
 
 
 def run_stage(run: Run) -> dict[str, Any]:
@@ -14,9 +16,14 @@ def run_stage(run: Run) -> dict[str, Any]:
     assert run.data.regenerated is not None, "this stage is in the run"
     fmt = run.target.adapter.conversation_format()
     counts: Counter[str] = Counter()
+    farm = farm_of(run) if run.file.regenerate.servers else None
+    if farm is not None:
+        # The answers are this target's, although its weights are not read here.
+        run.reads.content(contents.TARGET, run.target.content_digest())
     report = regenerate(
         run.data.conversations("train", counts, keep=True),
-        target=run.target.model,
+        target=run.target.model if farm is None else None,
+        answerer=farm,
         tokenizer=run.target.tokenizer,
         fmt=fmt,
         options=run.file.regenerate,
@@ -33,9 +40,11 @@ def run_stage(run: Run) -> dict[str, Any]:
         "output_tokens": report.output_tokens,
         "failures": report.failures,
         "unfinished": report.unfinished,
+        "cut": report.cut,
         "empty": report.empty,
         "dropped_turns": report.dropped_turns,
         "rerendered_answers": report.rerendered_answers,
+        "mismatched_answers": report.mismatched_answers,
         "duplicates": counts["duplicates"],
         "same_prompt": counts["same_prompt"],
         "unusable": counts["unusable"],

@@ -1,0 +1,68 @@
+"""Who answers prompts: what regeneration hands out, and what it gets back.
+
+An answerer takes requests and gives back answers as they finish, in any order. The target in this process is one;
+servers (servers/farm.py) are another. Knows requests and completions; no conversations, no files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from attrs import frozen
+
+from deepspec_core.contracts.proposer import Sampling
+from deepspec_core.contracts.target import TargetModel
+from deepspec_core.decoding.engine import Completion, Request, decode
+
+
+@frozen(kw_only=True)
+class Answer:
+    """A finished answer. `mismatched`: its ids were made from text, and their number is not what the server counted."""
+
+    completion: Completion
+    mismatched: bool = False
+
+
+@frozen(kw_only=True)
+class Unanswered:
+    """A request that nobody could answer, and why in words."""
+
+    id: str
+    reason: str
+
+
+HandOut = Callable[[], Iterator[Request]]
+"""Gives the requests that can be handed out now; it is asked again after answers, which may bring further turns."""
+
+Answerer = Callable[[HandOut], Iterator[Answer | Unanswered]]
+
+
+def in_process(
+    target: TargetModel,
+    *,
+    sampling: Sampling,
+    stop_ids: Sequence[int],
+    max_tokens: int,
+    batch_size: int,
+    max_length: int,
+) -> Answerer:
+    """The target in this process answers, `batch_size` requests at once."""
+
+    def answer(hand_out: HandOut) -> Iterator[Answer]:
+        asked = True
+        while asked:
+            asked = False
+            for completion in decode(
+                target,
+                None,
+                hand_out(),
+                sampling=sampling,
+                stop_ids=stop_ids,
+                max_new_tokens=max_tokens,
+                batch_size=batch_size,
+                max_length=max_length,
+            ):
+                asked = True
+                yield Answer(completion=completion)
+
+    return answer

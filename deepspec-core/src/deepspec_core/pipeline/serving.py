@@ -1,0 +1,61 @@
+"""The servers of a run that regenerates through them: from its file to a farm (servers/farm.py).
+
+Knows [regenerate] and the run's target; not how servers are spoken to.
+"""
+
+from __future__ import annotations
+
+import os
+
+from deepspec_core.data.regenerate import sampling_of
+from deepspec_core.data.tokenize import ChatTokenizer
+from deepspec_core.errors import ConfigError
+from deepspec_core.pipeline.run import Run
+from deepspec_core.servers.farm import Farm
+from deepspec_core.servers.wanted import Wanted
+
+
+def farm_of(run: Run) -> Farm:
+    """The run's servers, nobody asked yet. ConfigError where their key is not in the environment."""
+    options, target = run.file.regenerate, run.target
+    stop_ids = tuple(target.architecture.stop_token_ids)
+    where = target.where
+    return Farm(
+        addresses=options.servers,
+        wanted=Wanted(
+            names=(options.served_as,)
+            if options.served_as is not None
+            else tuple(dict.fromkeys((run.file.target.model, str(where)))),
+            tokenizer=target.tokenizer,
+            vocab_size=target.architecture.vocab_size,
+            sampling=sampling_of(options, target.adapter.conversation_format().sampling),
+            stop_ids=stop_ids,
+            end_id=_end(target.tokenizer, stop_ids),
+            max_tokens=options.max_tokens,
+            max_length=run.data.max_length,
+            key=_key(run),
+            timeout=options.timeout,
+            max_concurrency=options.max_concurrency,
+        ),
+    )
+
+
+def _end(tokenizer: ChatTokenizer, stop_ids: tuple[int, ...]) -> int:
+    """The stop token that the chat template itself ends answers with."""
+    written = tokenizer.control_token_ids()
+    return next((token for token in stop_ids if token in written), stop_ids[0])
+
+
+def _key(run: Run) -> str | None:
+    name = run.file.regenerate.api_key_env
+    if name is None:
+        return None
+    key = os.environ.get(name, "").strip()
+    if not key or not key.isascii() or not key.isprintable():
+        raise ConfigError(
+            "The servers' key is not in the environment",
+            where=f"{run.path}: regenerate.api_key_env",
+            found=f"{name} is {'not a key' if key else 'not set, or empty'}",
+            fix=f"Set {name}, or remove regenerate.api_key_env.",
+        )
+    return key

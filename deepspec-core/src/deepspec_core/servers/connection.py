@@ -1,0 +1,129 @@
+"""One server over HTTP: what is sent to it, and what an exchange that fails says about it.
+
+Knows HTTP and JSON; not what a completion means, nor other servers. A key goes into a header and nowhere else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping
+from enum import Enum
+from typing import Any, Final
+
+import httpx2
+from attrs import field, frozen
+
+_CONNECT_SECONDS: Final = 10.0
+_SHOWN: Final = 160
+# The request cannot be answered, on this server or on another of its kind.
+_REFUSALS: Final = (400, 413, 422)
+_NO_ENTRY: Final = (401, 403)
+_BUSY: Final = (429, 503)
+
+
+class Kind(Enum):
+    """What a failed exchange says about the server.
+
+    DOWN: nobody answers. DIED: it broke off an answer. WRONG: it is not what it was taken for. BUSY: it has too much to
+    do. BAD: this answer cannot be used.
+    """
+
+    DOWN = "down"
+    DIED = "died"
+    WRONG = "wrong"
+    BUSY = "busy"
+    BAD = "bad"
+
+
+class Fault(Exception):
+    """An exchange that failed on the server's side. `wait`: seconds that the server asks to wait."""
+
+    def __init__(self, kind: Kind, reason: str, wait: float = 0.0) -> None:
+        self.kind, self.reason, self.wait = kind, reason, wait
+        super().__init__(reason)
+
+
+class Refusal(Exception):
+    """The server does not take this request."""
+
+
+def shown(text: str) -> str:
+    """The beginning of what a server said, on one line."""
+    line = " ".join(text.split())
+    return repr(line if len(line) <= _SHOWN else line[:_SHOWN] + "...")
+
+
+def client(key: str | None) -> httpx2.AsyncClient:
+    """What all connections share. Use it in an `async with` block."""
+    return httpx2.AsyncClient(
+        headers={} if key is None else {"Authorization": f"Bearer {key}"},
+        # Answers take long: whoever asks sets the limit.
+        timeout=httpx2.Timeout(None, connect=_CONNECT_SECONDS),
+        # A connection of its own for each request: a server may close an idle one just as it is used again, and beside
+        # an answer a new one costs nothing.
+        limits=httpx2.Limits(max_connections=None, max_keepalive_connections=0),
+    )
+
+
+@frozen
+class Connection:
+    """A server's address."""
+
+    address: str
+    _client: httpx2.AsyncClient = field(repr=False)
+
+    async def get(self, path: str, *, seconds: float) -> dict[str, Any]:
+        """The JSON object at a path under the address. Fault or Refusal where there is none."""
+        return _object(await self._exchange("GET", self.address.rstrip("/") + path, None, seconds))
+
+    async def complete(self, body: Mapping[str, Any], *, seconds: float) -> dict[str, Any]:
+        """The answer to a completion request, as it came. Fault or Refusal where there is none."""
+        return _object(await self._exchange("POST", self.address.rstrip("/") + "/completions", body, seconds))
+
+    async def alive(self, *, seconds: float) -> bool:
+        """Whether the server answers at all, with whatever status."""
+        root = self.address.rstrip("/").removesuffix("/v1")
+        try:
+            async with asyncio.timeout(seconds):
+                return bool((await self._client.get(f"{root}/health")).status_code < 500)
+        except (httpx2.HTTPError, TimeoutError):
+            return False
+
+    async def _exchange(self, method: str, url: str, body: Mapping[str, Any] | None, seconds: float) -> httpx2.Response:
+        try:
+            async with asyncio.timeout(seconds):
+                answer = await self._client.request(method, url, json=body)
+        except TimeoutError as error:
+            raise Fault(Kind.BAD, f"no answer within {seconds:g} s") from error
+        except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
+            raise Fault(Kind.DOWN, f"it cannot be reached: {error}") from error
+        except httpx2.HTTPError as error:
+            raise Fault(Kind.DIED, f"it broke off: {type(error).__name__} {error}".strip()) from error
+        status, said = answer.status_code, shown(answer.text)
+        if status in _REFUSALS:
+            raise Refusal(f"{status} {said}")
+        if status in _NO_ENTRY:
+            raise Fault(Kind.WRONG, f"{status} {said}")
+        if status in _BUSY:
+            raise Fault(Kind.BUSY, f"{status} {said}", _seconds(answer.headers.get("retry-after")))
+        if status != 200:
+            raise Fault(Kind.BAD, f"{status} {said}")
+        return answer
+
+
+def _object(answer: httpx2.Response) -> dict[str, Any]:
+    try:
+        content = json.loads(answer.content)
+    except (ValueError, RecursionError) as error:
+        raise Fault(Kind.BAD, f"no JSON: {shown(answer.text)}") from error
+    if not isinstance(content, dict):
+        raise Fault(Kind.BAD, f"no JSON object: {shown(answer.text)}")
+    return content
+
+
+def _seconds(header: str | None) -> float:
+    try:
+        return max(0.0, min(60.0, float(header or 0)))
+    except ValueError:  # a date
+        return 0.0

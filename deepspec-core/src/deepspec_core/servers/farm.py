@@ -1,0 +1,320 @@
+"""Many servers as one answerer: each request is answered once, by whichever server can.
+
+A request that fails on one is asked again, on another where there is one. A server that cannot answer is taken out, its
+requests go to the others, and it is probed until it can be let in again. Knows servers and requests; no dialects, no
+conversations.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import AsyncExitStack
+from typing import Any, Final
+
+from attrs import define, field
+
+from deepspec_core.data.answering import Answer, HandOut, Unanswered
+from deepspec_core.decoding.engine import Request
+from deepspec_core.errors import ConfigError, DataError
+from deepspec_core.servers.connection import Connection, Fault, Kind, Refusal, client
+from deepspec_core.servers.level import Level
+from deepspec_core.servers.probe import WHERE, NotServed, Served, probe
+from deepspec_core.servers.reading import read
+from deepspec_core.servers.wanted import Wanted
+
+log = logging.getLogger("deepspec")
+
+# Answers of one request that may fail before its conversation does. A server that is not there does not count.
+_ATTEMPTS: Final = 5
+# Unusable answers in a row after which a server is taken out.
+_STRIKES: Final = 3
+_LONGEST_PAUSE: Final = 60.0
+
+
+@define(eq=False)
+class _Job:
+    """A request under way, and what became of it so far."""
+
+    request: Request
+    attempts: int = 0
+    pauses: int = 0
+    wait: float = 0.0
+    last: _Server | None = None
+
+
+@define(eq=False)
+class _Server:
+    """A server. `served` is None while it is out."""
+
+    connection: Connection
+    level: Level
+    served: Served | None = None
+    jobs: dict[asyncio.Task[Answer], _Job] = field(factory=dict)
+    strikes: int = 0
+    answers: int = 0
+    faults: int = 0
+    mismatched: int = 0
+    heard: float = 0.0
+
+    @property
+    def room(self) -> int:
+        return 0 if self.served is None else self.level.value - len(self.jobs)
+
+
+@define(kw_only=True)
+class Farm:
+    """Servers by address. Called with a HandOut it is an Answerer; `check` says before any work whether they can serve.
+
+    pause: Seconds before a request or a server is tried again; doubled each time. health_every: seconds between looks
+    at a server that is silent.
+    """
+
+    addresses: Sequence[str]
+    wanted: Wanted
+    pause: float = 0.5
+    health_every: float = 30.0
+
+    def check(self) -> None:
+        """ConfigError where a server cannot be used, or none is there. One that is not there yet is a warning."""
+        with asyncio.Runner() as runner:
+            session = _Session(self, lambda: iter(()))
+            try:
+                runner.run(session.open())
+            finally:
+                runner.run(session.close())
+
+    def __call__(self, hand_out: HandOut) -> Iterator[Answer | Unanswered]:
+        """Answers, as they come. DataError where no server is left for `wanted.timeout` seconds."""
+        with asyncio.Runner() as runner:
+            session = _Session(self, hand_out)
+            try:
+                runner.run(session.open())
+                while outcomes := runner.run(session.some()):
+                    yield from outcomes
+                session.say()
+            finally:
+                runner.run(session.close())
+
+
+@define(eq=False)
+class _Session:
+    """One call of a farm: it runs on one event loop, which stands still while an answer is settled."""
+
+    farm: Farm
+    hand_out: HandOut
+    servers: list[_Server] = field(factory=list)
+    waiting: deque[_Job] = field(factory=deque)
+    revivals: dict[asyncio.Task[Served], _Server] = field(factory=dict)
+    watches: dict[asyncio.Task[None], _Server] = field(factory=dict)
+    _stack: AsyncExitStack = field(factory=AsyncExitStack)
+    _heard: float = field(factory=time.monotonic)
+
+    async def open(self) -> None:
+        """Probe all servers. ConfigError as Farm.check has it."""
+        wanted = self.farm.wanted
+        shared = await self._stack.enter_async_context(client(wanted.key))
+        for address in dict.fromkeys(self.farm.addresses):
+            self.servers.append(_Server(Connection(address, shared), Level(wanted.max_concurrency)))
+        found = await asyncio.gather(
+            *(probe(server.connection, wanted) for server in self.servers), return_exceptions=True
+        )
+        problems = [served for served in found if isinstance(served, NotServed)]
+        if problems:
+            raise ConfigError("servers cannot answer for this target", problems=problems)
+        away = []
+        for server, served in zip(self.servers, found, strict=True):
+            if isinstance(served, Fault):
+                away.append(f"{server.connection.address}: {served.reason}")
+            elif isinstance(served, BaseException):
+                raise served
+        if len(away) == len(self.servers):
+            raise ConfigError(
+                "no server answers", where=WHERE.rstrip(": "), found="; ".join(away), fix="Start them, or correct them."
+            )
+        for server, served in zip(self.servers, found, strict=True):
+            if isinstance(served, Served):
+                self._let_in(server, served)
+            else:
+                self._take_out(server, str(served))
+
+    async def close(self) -> None:
+        """End what is under way."""
+        tasks: list[asyncio.Task[Any]] = [task for server in self.servers for task in server.jobs]
+        tasks += [*self.revivals, *self.watches]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._stack.aclose()
+
+    async def some(self) -> list[Answer | Unanswered]:
+        """Outcomes that are there, at least one; none where everything has been answered."""
+        while True:
+            self._assign()
+            jobs = {task: server for server in self.servers for task in server.jobs}
+            if not jobs and not self.waiting:
+                return []
+            self._require_somebody()
+            tasks: list[asyncio.Task[Any]] = [*jobs, *self.revivals, *self.watches]
+            done, _ = await asyncio.wait(tasks, timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
+            outcomes = [
+                outcome
+                for task in done
+                # A server that was taken out a moment ago has no jobs any more.
+                if task in jobs and task in jobs[task].jobs and (outcome := self._outcome(jobs[task], task))
+            ]
+            for task in done & self.revivals.keys():
+                self._let_in(self.revivals.pop(task), task.result())
+            for task in done & self.watches.keys():
+                self._take_out(self.watches.pop(task), "it does not answer its health check")
+            if outcomes:
+                return outcomes
+
+    def say(self) -> None:
+        """Log what each server did."""
+        for server in self.servers:
+            log.info(
+                "%s: %d answers, %d of them with other token counts than the server's, %d failed exchanges, "
+                "%d requests at once",
+                server.connection.address,
+                server.answers,
+                server.mismatched,
+                server.faults,
+                server.level.value,
+            )
+
+    def _assign(self) -> None:
+        while free := [server for server in self.servers if server.room > 0]:
+            if self.waiting:
+                job = self.waiting.popleft()
+            elif (request := next(self.hand_out(), None)) is not None:
+                job = _Job(request)
+            else:
+                return
+            others = [server for server in free if server is not job.last] or free
+            server = min(others, key=lambda server: len(server.jobs) / server.level.value)
+            job.last = server
+            if not server.jobs:
+                server.heard = time.monotonic()
+            server.jobs[asyncio.create_task(self._ask(server, job))] = job
+
+    async def _ask(self, server: _Server, job: _Job) -> Answer:
+        served, wanted = server.served, self.farm.wanted
+        assert served is not None
+        await asyncio.sleep(job.wait)
+        request = job.request
+        body = served.dialect.body(
+            wanted,
+            model=served.model,
+            prompt_ids=request.prompt_ids,
+            limit=wanted.limit(request.prompt_ids),
+            seed=request.seed,
+        )
+        content = await server.connection.complete(body, seconds=wanted.timeout)
+        return read(content, request, wanted, model=served.model)
+
+    def _outcome(self, server: _Server, task: asyncio.Task[Answer]) -> Answer | Unanswered | None:
+        job = server.jobs.pop(task)
+        now = server.heard = time.monotonic()
+        try:
+            answer = task.result()
+        except Refusal as error:
+            return Unanswered(id=job.request.id, reason=f"{server.connection.address} does not take it: {error}")
+        except Fault as error:
+            return self._failed(server, job, error)
+        self._heard = now
+        server.strikes, server.answers = 0, server.answers + 1
+        server.mismatched += answer.mismatched
+        server.level.answered(len(answer.completion.output_ids), now)
+        return answer
+
+    def _failed(self, server: _Server, job: _Job, fault: Fault) -> Unanswered | None:
+        log.debug("%s: %s: %s", server.connection.address, job.request.id, fault.reason)
+        server.faults += 1
+        job.wait = max(fault.wait, self._pause(job.pauses))
+        job.pauses += 1
+        if fault.kind is Kind.BUSY:
+            server.level.busy()
+        elif fault.kind is not Kind.DOWN:
+            job.attempts += 1
+            server.strikes += 1
+        given_up = job.attempts >= _ATTEMPTS
+        if not given_up:
+            self.waiting.append(job)
+        if fault.kind in (Kind.DOWN, Kind.DIED, Kind.WRONG) or server.strikes >= _STRIKES:
+            self._take_out(server, fault.reason, died=fault.kind is Kind.DIED)
+        return Unanswered(id=job.request.id, reason=f"asked {_ATTEMPTS} times: {fault.reason}") if given_up else None
+
+    def _take_out(self, server: _Server, reason: str, *, died: bool = False) -> None:
+        if server not in self.revivals.values():
+            log.warning("%s is out: %s; it is let in again when it answers", server.connection.address, reason)
+        server.served, server.strikes = None, 0
+        for task, job in list(server.jobs.items()):
+            if not task.done():
+                task.cancel()
+                del server.jobs[task]
+                # One of these requests may be what ended the server.
+                job.attempts = min(job.attempts + died, _ATTEMPTS - 1)
+                job.wait = 0.0
+                self.waiting.append(job)
+        for watch in [watch for watch, watched in self.watches.items() if watched is server]:
+            watch.cancel()
+            del self.watches[watch]
+        if server not in self.revivals.values():
+            self.revivals[asyncio.create_task(self._revive(server))] = server
+
+    def _let_in(self, server: _Server, served: Served) -> None:
+        if server.answers or server.faults:
+            log.warning("%s is in again", server.connection.address)
+        log.info(
+            "%s serves %s: %s, %s",
+            server.connection.address,
+            served.model,
+            served.dialect.name,
+            "it returns token ids" if served.exact else "its texts are tokenised here",
+        )
+        server.served = served
+        server.level = Level(self.farm.wanted.max_concurrency)
+        self.watches[asyncio.create_task(self._watch(server))] = server
+
+    async def _revive(self, server: _Server) -> Served:
+        said, tries = "", 0
+        while True:
+            await asyncio.sleep(self._pause(tries))
+            tries += 1
+            try:
+                return await probe(server.connection, self.farm.wanted)
+            except (Fault, NotServed) as error:
+                if isinstance(error, NotServed) and str(error) != said:
+                    said = str(error)
+                    log.warning("%s stays out: %s", server.connection.address, error)
+
+    async def _watch(self, server: _Server) -> None:
+        """Returns when a server that has been silent fails two health checks."""
+        every, failed = self.farm.health_every, 0
+        while failed < 2:
+            await asyncio.sleep(every)
+            silent = server.jobs and time.monotonic() - server.heard >= every
+            failed = failed + 1 if silent and not await server.connection.alive(seconds=every) else 0
+
+    def _pause(self, tries: int) -> float:
+        """Doubled with each try, and spread, so that requests that failed together do not come back together."""
+        return min(_LONGEST_PAUSE, self.farm.pause * 2.0 ** min(tries, 16)) * random.uniform(0.5, 1.0)
+
+    def _require_somebody(self) -> None:
+        if any(server.served is not None for server in self.servers):
+            patience = 2 * self.farm.wanted.timeout + _LONGEST_PAUSE
+        else:
+            patience = self.farm.wanted.timeout
+        if time.monotonic() - self._heard > patience:
+            raise DataError(
+                "No server answers any more",
+                where=WHERE.rstrip(": "),
+                found=", ".join(server.connection.address for server in self.servers),
+                expected=f"an answer within {patience:g} s (regenerate.timeout)",
+                fix="Start them and run again: the answers that are there are kept.",
+            )

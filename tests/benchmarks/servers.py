@@ -1,0 +1,122 @@
+"""Regeneration through one server: its share of the tokens a second that the server makes when it is only asked.
+
+    vllm serve DIR --max-model-len 1024 ... &
+    python tests/benchmarks/servers.py --address http://127.0.0.1:8000/v1 --output runs/servers [--turns 3]
+
+DIR is the built-in target's folder, which --where prints. The same prompts are sent to the server at a fixed number of
+requests at once, and answered by regenerate() with a farm of that server that may have as many. Turns alternate. Writes
+servers.json and prints the medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import tempfile
+import time
+from itertools import islice
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import httpx2
+
+import deepspec_core as ds
+from deepspec_core.config.schema import RegenerateOptions
+from deepspec_core.contracts.proposer import Sampling
+from deepspec_core.data.conversations import from_row
+from deepspec_core.data.regenerate import regenerate
+from deepspec_core.data.tokenize import ChatTokenizer
+from deepspec_core.servers.farm import Farm
+from deepspec_core.servers.wanted import Wanted
+
+TARGET, MAX_TOKENS, MAX_LENGTH = "builtin:tiny-qwen3", 224, 384
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--where", action="store_true", help="print the folder to serve, and end")
+    parser.add_argument("--address")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--conversations", type=int, default=400)
+    parser.add_argument("--at-once", type=int, default=32)
+    parser.add_argument("--turns", type=int, default=3)
+    options = parser.parse_args()
+    target = ds.load_target(TARGET)
+    folder = str(Path(target.plugins.registry.load("builtin", "tiny-qwen3")()))
+    if options.where:
+        print(folder)
+        return
+    rows = islice(target.plugins.registry.load("builtin", "tiny-dialogues")("train", seed=1), options.conversations)
+    # One turn each, so that both ask the same.
+    conversations = [
+        from_row({"id": str(index), "turns": [row["messages"][0]["content"]]}, "benchmark")
+        for index, row in enumerate(rows)
+    ]
+    tokenizer = ChatTokenizer(target.tokenizer)
+    prompts = [tokenizer.render_prompt(one.messages[:1]) for one in conversations]
+    stop_ids = tuple(target.architecture.stop_token_ids)
+    wanted = Wanted(
+        names=(folder,),
+        tokenizer=tokenizer,
+        vocab_size=target.architecture.vocab_size,
+        sampling=Sampling(),
+        stop_ids=stop_ids,
+        end_id=stop_ids[0],
+        max_tokens=MAX_TOKENS,
+        max_length=MAX_LENGTH,
+        max_concurrency=options.at_once,
+    )
+
+    def regenerated() -> float:
+        with tempfile.TemporaryDirectory() as place:
+            start = time.perf_counter()
+            report = regenerate(
+                conversations,
+                answerer=Farm(addresses=[options.address], wanted=wanted),
+                tokenizer=tokenizer,
+                fmt=target.adapter.conversation_format(),
+                options=RegenerateOptions(max_tokens=MAX_TOKENS),
+                sampling=Sampling(),
+                stop_ids=stop_ids,
+                out=Path(place) / "out.jsonl",
+                seed=0,
+                max_length=MAX_LENGTH,
+            )
+            return report.output_tokens / (time.perf_counter() - start)
+
+    def asked() -> float:
+        return asyncio.run(ask(options.address, folder, prompts, stop_ids, options.at_once))
+
+    asked()  # the first requests compile
+    figures: dict[str, list[float]] = {"asked": [], "regenerated": []}
+    for _ in range(options.turns):
+        figures["asked"].append(asked())
+        figures["regenerated"].append(regenerated())
+    summary = {name: median(values) for name, values in figures.items()}
+    share = median(ours / theirs for ours, theirs in zip(figures["regenerated"], figures["asked"], strict=True))
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "servers.json").write_text(json.dumps({"turns": figures, "share": share}, indent=1))
+    print(f"asked {summary['asked']:.0f} tok/s, regenerated {summary['regenerated']:.0f} tok/s, share {share:.3f}")
+
+
+async def ask(address: str, model: str, prompts: list[tuple[int, ...]], stop_ids: tuple[int, ...], most: int) -> float:
+    """Tokens a second of the server, `most` requests at once."""
+    places, tokens = asyncio.Semaphore(most), 0
+    async with httpx2.AsyncClient(timeout=None, limits=httpx2.Limits(max_connections=None)) as client:
+
+        async def one(prompt: tuple[int, ...]) -> int:
+            body: dict[str, Any] = {"model": model, "prompt": list(prompt), "temperature": 0.0, "top_k": -1}
+            body |= {"max_tokens": min(MAX_TOKENS, MAX_LENGTH - len(prompt)), "stop_token_ids": list(stop_ids)}
+            async with places:
+                answer = await client.post(f"{address}/completions", json=body | {"return_token_ids": True})
+            return len(answer.json()["choices"][0]["token_ids"])
+
+        start = time.perf_counter()
+        tokens = sum(await asyncio.gather(*map(one, prompts)))
+        return tokens / (time.perf_counter() - start)
+
+
+if __name__ == "__main__":
+    main()
