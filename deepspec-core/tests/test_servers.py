@@ -252,7 +252,7 @@ def test_stopped_by_a_signal_and_resumed(
     tmp_path: Path, tokenizer: ChatTokenizer, servers: Servers, expected: bytes, number: signal.Signals
 ) -> None:
     (server,) = servers("sglang")
-    server.faults = [""] * 7 + ["hang"] * 4  # so that it cannot finish before the signal comes
+    server.faults = [""] * 12 + ["hang"] * 6  # so that it cannot finish before the signal comes
 
     def send() -> None:
         wait_until(lambda: not server.faults)

@@ -10,11 +10,11 @@ from typing import Final
 
 from attrs import define
 
-START: Final = 4
+START: Final = 8
 # Less than this is within the noise of answers of different length.
 _GAIN: Final = 1.05
 # Answers in a measurement, for each request at once. The first of them were begun at the level before.
-_WINDOW: Final = 3
+_WINDOW: Final = 2
 # Measurements after which a settled level is tried again: load and lengths change.
 _AGAIN: Final = 16
 
