@@ -156,8 +156,7 @@ class DataOptions:
 
 def _batch_sizes(_options: object, attribute: Attribute[Any], value: int | tuple[int, ...]) -> None:
     sizes = value if isinstance(value, tuple) else (value,)
-    for size in sizes:
-        whole(1, _SEQUENCES)(None, attribute, size)
+    deep_iterable(whole(1, _SEQUENCES))(None, attribute, sizes)
     if not sizes or len(set(sizes)) < len(sizes):
         raise ValueError(f"'{attribute.name}' must be one size, or several different ones: {value}")
 
@@ -306,16 +305,14 @@ class EvaluateOptions:
 
     tasks: "held-out" (prompts the run never trained on), registered tasks, or files of rows as data.sources takes them.
         NAME:FILE is a registered task, asked from a file.
-    turns: "first" asks the first user turn of a prompt, as in the published evaluation; "all" asks every one, with the
-        model's own answers between.
+    turns: "first" asks the first user turn of a prompt, as published; "all" every one, the model's answers between.
     temperature: Each of these temperatures is evaluated; 0 is greedy.
     max_new_tokens: New tokens of one answer at most.
     batch_size: Sequences decoded at once. A list evaluates at each of them, for the speed-up under load.
     limit: Prompts of each task at most. Left out: all, and 500 of held-out prompts.
     seed: Seeds sampling, and the choice of prompts where a task has more than `limit`.
     plain: Decode without the draft too: for the speed-up and the comparison of greedy outputs.
-    confidence_threshold: A proposal ends before its first token whose confidence is lower; 0 cuts nothing. For drafts
-        with a confidence head.
+    confidence_threshold: A proposal ends before its first token of lower confidence, if the draft gives any; 0: not.
     draft: A draft checkpoint to evaluate (directory or Hub id) in place of the run's own.
     calibration: A file that `deepspec calibrate` wrote for this draft. The draft's confidences are scaled by it.
     """

@@ -77,7 +77,7 @@ def accepted_length(runs: Sequence[Run]) -> list[Chart]:
         drawn.axes.set_yticks(ticks, [title for title, _ in found])
         drawn.axes.tick_params(axis="y", colors=INK)
         drawn.axes.grid(visible=False, axis="y")
-        drawn.axes.invert_yaxis()
+        drawn.axes.set_ylim(at - 0.8, -0.6)
         drawn.axes.set_xlim(left=1, right=1 + 1.12 * max(drawn.axes.get_xlim()[1] - 1, 0.5))
         return [Chart(title="", svg=drawn.svg())]
 
