@@ -73,7 +73,7 @@ def drawing(*, width: float, height: float, x: str, y: str = "", names: bool = F
     with _matplotlib().rc_context(_SETTINGS):
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(width, height), layout="constrained" if names else "none")
+        figure = Figure(figsize=(width, height), layout="constrained" if names else None)
         if not names:
             left, bottom, end = 0.62 / width, 0.5 / height, 0.12
             figure.subplots_adjust(left=left, bottom=bottom, right=1 - end / width, top=1 - end / height)
