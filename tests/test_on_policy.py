@@ -163,6 +163,7 @@ BAD: dict[str, Callable[[Texts], Any]] = {
     "input_ids": lambda texts: evolve(texts, input_ids=texts.input_ids[:, :-1]),
     "loss_mask": lambda texts: evolve(texts, loss_mask=texts.loss_mask.float()),
     "input_ids ": lambda texts: evolve(texts, input_ids=texts.input_ids + VOCAB),
+    "rollout() ": lambda texts: texts.input_ids.tolist()[0]["no"],
 }
 
 

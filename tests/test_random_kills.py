@@ -89,7 +89,7 @@ def _compare(found: Path, expected: Path) -> int:
         elif name.endswith("config.json"):
             assert json.loads(one.read_text()) == json.loads(other.read_text())
         else:
-            assert one.suffix in (".h5", ".toml", ".json", ".md"), f"{name} is compared with nothing"
+            assert one.suffix in (".h5", ".toml", ".json", ".md", ".html"), f"{name} is compared with nothing"
     readers = [HDF5Format().open(folder / "cache", None) for folder in (found, expected)]
     assert readers[0].ids() == readers[1].ids()
     for index in range(len(readers[0])):

@@ -223,3 +223,5 @@ def test_baselines_beside_a_runs_draft(small_lm: Path, capsys: pytest.CaptureFix
     assert main([*command, "--with", "lookup"]) == 0
     assert capsys.readouterr().out.count("already complete") == 2
     refused(capsys, [*command, "--with", "dflash"], "--with", "lookup or small-lm")
+    refused(capsys, [*command, "--with", "baseline"], "--with", "the name of the run")
+    refused(capsys, [*command, "--with", "small-lm:model=a/b,small-lm:model=a_b"], "--with", "share one folder")

@@ -12,7 +12,6 @@ from attrs import evolve
 from torch import Tensor
 
 from deepspec_core.contracts.proposer import Proposal, Sampling
-from deepspec_core.decoding import proposal_check
 from deepspec_core.decoding.engine import Committed, Request, decode
 from deepspec_core.errors import PluginError
 from deepspec_core.testing.table_proposer import TableProposer
@@ -140,15 +139,16 @@ def test_what_is_no_distribution_of_the_tokens_is_refused_where_it_would_count(n
 def test_numbers_are_looked_at_in_every_round(name: str) -> None:
     change, field, _ = NUMBERS[name]
     with pytest.raises(PluginError, match=field):
-        _outputs(Odd(change, since=proposal_check.FULL_ROUNDS + 1), 0.0)
+        _outputs(Odd(change, since=5), 0.0)
 
 
-def test_logarithms_are_found_in_every_round(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proposal_check, "FULL_ROUNDS", 0)
-    monkeypatch.setattr(proposal_check, "FULL_EVERY", 10**9)
-    change, _ = DISTRIBUTIONS["logarithms"]
-    with pytest.raises(PluginError, match="`probabilities`"):
-        _outputs(Odd(change, since=2), 1.0)
+@pytest.mark.parametrize("name", list(DISTRIBUTIONS))
+def test_distributions_are_looked_at_in_every_round(name: str) -> None:
+    """A proposer that is honest for a while would change outputs from then on."""
+    change, says = DISTRIBUTIONS[name]
+    with pytest.raises(PluginError) as caught:
+        _outputs(Odd(change, since=5), 1.0)
+    assert says in f"{caught.value.found} {caught.value.expected}"
 
 
 def test_a_length_that_is_no_length_is_refused_where_proposals_are_cut() -> None:

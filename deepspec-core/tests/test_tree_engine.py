@@ -17,6 +17,7 @@ import deepspec_core.decoding.tree as tree_module
 from deepspec_core.contracts.proposer import Proposal, Proposer, Sampling
 from deepspec_core.decoding.engine import Completion, Request, decode
 from deepspec_core.errors import PluginError
+from deepspec_core.testing.table_proposer import TableProposer
 from deepspec_core.testing.table_trees import TreeTableProposer
 from deepspec_core.testing.tiny_target import TinyTarget
 
@@ -248,3 +249,20 @@ def test_a_number_of_nodes_that_is_none_is_refused(value: Any) -> None:
     proposer.max_nodes = value
     with pytest.raises(PluginError, match="`max_nodes`"):
         _decode(_requests(1), proposer, 0.0)
+
+
+def test_a_chain_longer_than_a_tree_is_wide_has_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The target and the draft are told of room for max_length tokens, and for the widest proposal behind them."""
+    rooms: list[int] = []
+    open_slots = TinyTarget.open_slots
+
+    class Narrow(TableProposer):
+        max_nodes = 1
+
+    def told(self: TinyTarget, num_slots: int, max_length: int) -> None:
+        rooms.append(max_length)
+        open_slots(self, num_slots, max_length)
+
+    monkeypatch.setattr(TinyTarget, "open_slots", told)
+    _decode(_requests(2), Narrow(vocab_size=VOCAB, max_tokens=DEPTH, seed=3), 0.0, max_length=24)
+    assert rooms == [24 + DEPTH + 1]

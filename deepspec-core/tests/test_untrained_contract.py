@@ -16,7 +16,7 @@ from deepspec_core.plugins import DraftModelSpec
 from deepspec_core.plugins.registry import Offer, Registry
 from deepspec_core.testing.table_proposer import TableProposer
 from deepspec_core.testing.tiny_target import TinyTarget
-from deepspec_core.untrained.making import make_untrained, revision_of
+from deepspec_core.untrained.making import make_untrained, proposer_of, revision_of
 
 
 @frozen
@@ -89,6 +89,7 @@ def test_it_is_told_about_the_target(make: Make) -> None:
         (UntrainedDescription(algorithm="even", max_tokens=2), "algorithm = 'even'"),
         (UntrainedDescription(algorithm="odd", max_tokens=0), "max_tokens = 0"),
         (UntrainedDescription(algorithm="odd", max_tokens=True), "max_tokens = True"),
+        (UntrainedDescription(algorithm="odd", max_tokens=2, remarks=(3,)), "remarks = (3,)"),  # type: ignore[arg-type]
         ({"algorithm": "odd"}, "dict"),
     ],
 )
@@ -106,6 +107,42 @@ def test_what_is_no_draft_or_fails_is_the_plugins_mistake(make: Make) -> None:
     assert (refused.value.where, refused.value.found) == ("odd-package", "int")
     with pytest.raises(PluginError, match="odd-package 1 failed"):
         make(lambda options, surroundings: surroundings.nothing)
+
+
+@pytest.mark.parametrize("method", ["describe", "digest", "parameters"])
+def test_what_fails_or_gives_nothing_is_named_before_anything_runs(
+    make: Make, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    def fails(self: Odd) -> None:
+        raise RuntimeError("no luck")
+
+    monkeypatch.setattr(Odd, method, fails)
+    with pytest.raises(PluginError, match="odd-package 1 failed"):
+        make(Odd)
+    monkeypatch.setattr(Odd, method, lambda self: None)
+    with pytest.raises(PluginError, match="describes itself wrongly"):
+        make(Odd)
+
+
+@pytest.mark.parametrize(
+    ("proposer", "says"),
+    [
+        (lambda: None, "None"),
+        (lambda: TableProposer(vocab_size=64, max_tokens=7, taps=()), "max_tokens = 7"),
+        (lambda: TableProposer(vocab_size=64, max_tokens=2, taps=(99,)), r"taps = \(99,\)"),
+        (lambda: 1 // 0, "failed"),
+    ],
+)
+def test_a_proposer_that_does_not_fit_is_named(
+    make: Make, monkeypatch: pytest.MonkeyPatch, proposer: Callable[[], Any], says: str
+) -> None:
+    registry = Registry([Offer(kind="draft", spec=spec(), plugin="odd", package="odd-package", version="1")])
+    draft = make(Odd)
+    assert proposer_of("odd", draft, registry).max_tokens == 2
+    monkeypatch.setattr(Odd, "proposer", lambda self: proposer())
+    with pytest.raises(PluginError, match=says) as caught:
+        proposer_of("odd", draft, registry)
+    assert "odd-package" in str(caught.value)
 
 
 def test_type_options_and_files_tell_drafts_apart(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from deepspec_core.config.paths import no_path
 from deepspec_core.config.schema import (
     DTYPES,
     HELD_OUT,
+    MOST_NODES,
     DataOptions,
     DraftOptions,
     EvaluateOptions,
@@ -88,7 +89,7 @@ ALL = "all"
     show_default=True,
     help="End a proposal before its first token whose confidence is below this.",
 )
-@click.option("--tree-nodes", type=click.IntRange(min=1), help="Propose trees of so many tokens, not chains.")
+@click.option("--tree-nodes", type=click.IntRange(1, MOST_NODES), help="Propose trees of so many tokens, not chains.")
 @click.option("--calibration", metavar="FILE", help="What `deepspec calibrate` wrote for this draft.")
 @click.option("--thinking", is_flag=True, help="Ask in the target's thinking mode.")
 @click.option("--chat-template", metavar="FILE", help="A Jinja file in place of the target's own chat template.")

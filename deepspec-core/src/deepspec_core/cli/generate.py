@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from deepspec_core.config.schema import DTYPES
+from deepspec_core.config.schema import DTYPES, MOST_NODES
 from deepspec_core.errors import DataError
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ _COLOURS = ("green", "cyan")
     show_default=True,
     help="End a proposal before its first token whose confidence is below this.",
 )
-@click.option("--tree-nodes", type=click.IntRange(min=1), help="Propose trees of so many tokens, not chains.")
+@click.option("--tree-nodes", type=click.IntRange(1, MOST_NODES), help="Propose trees of so many tokens, not chains.")
 @click.option("--chat-template", metavar="FILE", help="A Jinja file in place of the target's own chat template.")
 @click.option("--dtype", type=click.Choice(DTYPES), help="Default: float32 on CPU, bfloat16 elsewhere.")
 @click.option("--plain/--no-plain", default=True, show_default=True, help="With a draft: time plain decoding too.")

@@ -38,6 +38,8 @@ COLDEST = 1e-6
 BUILTIN = "builtin:"
 # How the names of files end that hold conversations or prompts: JSON lines, JSON arrays, Parquet.
 ROW_FILES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst", ".parquet")
+# A wider tree than this costs the target more than it can gain.
+MOST_NODES = 1024
 # More than any context, batch or generator of random numbers takes.
 _TOKENS = 2**27
 _SEQUENCES = 2**20
@@ -244,7 +246,7 @@ class TreeOptions:
         more tokens than a chain has.
     """
 
-    nodes: int = field(validator=whole(1, 2**14))
+    nodes: int = field(validator=whole(1, MOST_NODES))
 
 
 @frozen(kw_only=True)

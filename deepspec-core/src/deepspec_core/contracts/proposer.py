@@ -5,8 +5,9 @@ verifies, watches for stop tokens and refills slots. A proposer owns only the dr
 tokens, or a tree of them: then each token names its parent, and verification commits one path from the root.
 
 The engine checks every proposal (decoding/proposal_check.py) and ends with an error that names the proposer before it
-commits a token of one that breaks this contract. Two things it cannot see, and trusts: how many tokens are proposed,
-and the confidence in a token, depend on the tokens before it only, never on those that are left out.
+commits a token of one that breaks this contract. Two things it cannot see, and trusts when it samples: how many tokens
+are proposed, and the confidence in a token, follow from the tokens before it and the draft's distributions, never from
+the tokens that are left out.
 
 Legend: B slots in this call, T tokens, K tokens of a path at most, M proposed tokens at most (K in a chain),
 C = taps * H (with `reads_last_hidden`, (taps + 1) * H), V vocabulary.

@@ -177,8 +177,8 @@ class _Engine:
         return self.check.taps if self.check else ()
 
     def run(self, requests: Iterator[Request]) -> Iterator[Completion]:
-        # The last round may start with max_length committed tokens, and verifies M more.
-        capacity = self.max_length + (self.check.max_nodes if self.check else 0) + 1
+        # The last round may start with max_length committed tokens, and verifies the widest proposal there can be.
+        capacity = self.max_length + (max(self.check.max_nodes, self.num_draft) if self.check else 0) + 1
         self.target.open_slots(self.batch_size, capacity)
         if self.proposer and self.check:
             with self.check.calling("open_slots"):

@@ -24,9 +24,6 @@ from deepspec_core.errors import DeepSpecError, PluginError
 from deepspec_core.plugins.origin import component_of, package_of
 from deepspec_core.plugins.references import blame
 
-# Sums over the vocabulary are looked at in the first rounds of a decoding, and now and then later.
-FULL_ROUNDS = 4
-FULL_EVERY = 64
 # Of probabilities in fp32 whose sum over a large vocabulary, or whose cumulative sum, was formed in another order.
 _TOLERANCE = 1e-3
 
@@ -51,7 +48,6 @@ class ProposalCheck:
         self.proposer, self.vocab_size = proposer, vocab_size
         self.max_tokens, self.taps = proposer.max_tokens, tuple(proposer.taps)
         self.max_nodes = getattr(proposer, "max_nodes", self.max_tokens)
-        self._rounds = 0
         for name in ("max_tokens", "max_nodes"):
             if type(number := getattr(self, name)) is not int or number < 0:
                 raise self._refused(name, repr(number), "a whole number, 0 or above")
@@ -64,8 +60,6 @@ class ProposalCheck:
         PluginError where its shapes or kinds of numbers are not those of the contract.
         """
         self._shapes(proposal, slots_B)
-        full = self._rounds < FULL_ROUNDS or self._rounds % FULL_EVERY == 0
-        self._rounds += 1
         num_draft = proposal.tokens.shape[1]
         tokens_BK = proposal.tokens.clamp(0, self.vocab_size - 1)
         to_read = [proposal.lengths[:, None], proposal.tokens]
@@ -77,12 +71,13 @@ class ProposalCheck:
         # At temperature 0 probabilities are not read. Without any, each token stands for itself.
         if proposal.probabilities is not None and sampling.temperature > 0:
             q_BK = proposal.probabilities.gather(2, tokens_BK[..., None])[..., 0]
-            to_read.append((q_BK > 0) & (q_BK <= 1 + _TOLERANCE))
-            if full:
-                total_BK = proposal.probabilities.sum(2, dtype=torch.float64)
-                to_read.append((total_BK - 1).abs() <= _TOLERANCE)
-                to_read.append((proposal.probabilities >= 0).all(2))
-                to_read.append(_drawn(proposal.probabilities, tokens_BK, q_BK, uniforms_BK[:, :num_draft]))
+            total_BK = proposal.probabilities.sum(2, dtype=torch.float64)
+            to_read += [
+                (q_BK > 0) & (q_BK <= 1 + _TOLERANCE),
+                (total_BK - 1).abs() <= _TOLERANCE,
+                (proposal.probabilities >= 0).all(2),
+                _drawn(proposal.probabilities, tokens_BK, q_BK, uniforms_BK[:, :num_draft]),
+            ]
         return Checked(
             proposal=evolve(
                 proposal, tokens=tokens_BK, lengths=proposal.lengths.clamp(0, num_draft), parents=parents_BK

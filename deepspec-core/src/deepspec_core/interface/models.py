@@ -30,7 +30,7 @@ from deepspec_core.plugins.discovery import Plugins, load_plugins
 from deepspec_core.targets.chat_template import read_chat_template
 from deepspec_core.targets.opening import load_target as load_weights
 from deepspec_core.targets.opening import open_target_alone, resolve_model, tokenizer_for
-from deepspec_core.untrained.making import make_untrained
+from deepspec_core.untrained.making import make_untrained, proposer_of
 from deepspec_core.untrained.named import untrained_of
 
 log = logging.getLogger("deepspec")
@@ -161,7 +161,7 @@ def load_draft(name: str | Path, target: Target, *, tree_nodes: int | None = Non
         )
         for remark in made.describe().remarks:
             log.warning("%s: %s", name, remark)
-        made.proposer()  # reads the weights
+        proposer_of(untrained.type, made, registry)  # reads the weights
         return Draft(
             path=name, model=made, description=made.describe(), target=target.architecture, dtype=numbers, device=device
         )

@@ -87,6 +87,7 @@ def compare_with(
     ConfigError for a name that is no draft without training. DeepSpecError where an evaluation fails.
     """
     own = Run(file=file, path=path, plugins=plugins)
+    _refuse_shared_names(file.run.name, names)
     drafts = {name: _draft(name, own) for name in names}
     runs = {file.run.name: own}
     for name, draft in drafts.items():
@@ -116,6 +117,32 @@ def compare_with(
     return compared
 
 
+def _refuse_shared_names(own: str, names: Sequence[str]) -> None:
+    """ConfigError where two of what is compared would have one name, or one folder."""
+    slugs = [_slug(name) for name in names]
+    for index, name in enumerate(names):
+        if name == own:
+            raise ConfigError(
+                "a baseline has the name of the run",
+                where="--with",
+                found=name,
+                expected="a name that differs from run.name",
+                fix=f"Write an option too, such as {name}:max_tokens=7, or give the run another name.",
+            )
+        if slugs[index] in slugs[:index]:
+            raise ConfigError(
+                "two baselines would share one folder",
+                where="--with",
+                found=f"{names[slugs.index(slugs[index])]} and {name}",
+                expected="names that differ in letters and digits",
+                fix="Compare them in two commands, each with an output of its own: --set run.output=...",
+            )
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^\w.-]", "_", name)
+
+
 def _draft(name: str, run: Run) -> DraftOptions:
     found = untrained_of(name, base=run.base, registry=run.plugins.registry)
     if found is None:
@@ -132,7 +159,7 @@ def _draft(name: str, run: Run) -> DraftOptions:
 
 
 def _baseline(file: RunFile, name: str, draft: DraftOptions) -> RunFile:
-    slug = re.sub(r"[^\w.-]", "_", name)
+    slug = _slug(name)
     return evolve(
         file,
         run=evolve(file.run, name=slug, output=f"{file.run.output}/{FOLDER}/{slug}", stages=("evaluate",)),

@@ -23,7 +23,7 @@ from deepspec_core.errors import StageError
 from deepspec_core.pipeline import contents
 from deepspec_core.pipeline.run import Run
 from deepspec_core.targets.opening import fingerprint
-from deepspec_core.untrained.making import revision_of
+from deepspec_core.untrained.making import proposer_of, revision_of
 
 
 @frozen(kw_only=True, eq=False)
@@ -61,7 +61,7 @@ def load_evaluated(run: Run) -> EvaluatedDraft:
 
 def _untrained(run: Run) -> EvaluatedDraft:
     description, revision = describe_evaluated(run)
-    proposer = run.untrained.proposer()
+    proposer = proposer_of(run.file.draft.type, run.untrained, run.plugins.registry)
     _require_unchanged(draft_digest(run), revision, f"draft type {run.file.draft.type!r}")
     return EvaluatedDraft(
         description=description,

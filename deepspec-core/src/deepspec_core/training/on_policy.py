@@ -18,8 +18,9 @@ from torch import Tensor
 from deepspec_core.contracts.draft import DraftModel, PreparedSample, Sample, Texts
 from deepspec_core.contracts.features import FeatureSource
 from deepspec_core.data.collate import pad
-from deepspec_core.errors import ConfigError, PluginError
+from deepspec_core.errors import ConfigError, DeepSpecError, PluginError
 from deepspec_core.plugins.origin import component_of, package_of
+from deepspec_core.plugins.references import blame
 from deepspec_core.training.host_batch import HostBatch, host_batch
 from deepspec_core.training.sampler import sample_rng
 
@@ -79,7 +80,7 @@ class Rollouts:
         bf16 = self.compute_dtype == torch.bfloat16
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16):
             # Copies: a draft that writes into what it is given still gives back what is to be checked.
-            returned = self.draft.rollout(evolve(given, input_ids=given.input_ids.clone()), uniforms_BT)
+            returned = self._rollout(evolve(given, input_ids=given.input_ids.clone()), uniforms_BT)
         check_shapes(self.draft, returned, given)
         ids_BT, mask_BT = returned.input_ids.cpu(), returned.loss_mask.cpu()
         outside = (ids_BT < 0) | (ids_BT >= self.vocab_size)
@@ -95,6 +96,15 @@ class Rollouts:
         preparation = self.draft.preparation
         prepared = [preparation.prepare(sample, sample_rng(self.seed, epoch, sample.id)) for sample in samples]
         return host_batch(prepared, preparation)
+
+    def _rollout(self, given: Texts, uniforms_BT: Tensor) -> Texts:
+        """What the draft returns. PluginError, with the draft's name, if it raises anything but our errors."""
+        try:
+            return self.draft.rollout(given, uniforms_BT)
+        except (DeepSpecError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise refused(self.draft, "rollout()", blame(error), "contracts.draft.Texts") from error
 
     def _uniforms(self, sample: Sample, epoch: int) -> Tensor:
         # Other numbers than the preparation's of the same sample.

@@ -14,6 +14,7 @@ from typing import Any
 import attrs
 import torch
 
+from deepspec_core.contracts.proposer import Proposer
 from deepspec_core.contracts.target import TargetArchitecture
 from deepspec_core.contracts.untrained import Surroundings, UntrainedDescription, UntrainedDraft
 from deepspec_core.errors import PluginError
@@ -54,13 +55,20 @@ def make_untrained(
         )
     with registry.blaming("draft", kind):
         said: Any = draft.describe()
+        count: Any = draft.parameters()
+        digest: Any = draft.digest()
     problem = _wrong(said, kind)
+    if problem is None and not (type(count) is int and count >= 0):
+        problem = f"parameters() = {count!r}"
+    if problem is None and not isinstance(digest, str):
+        problem = f"digest() = {digest!r}"
     if problem is not None:
         raise PluginError(
             f"draft type {kind!r} describes itself wrongly",
             where=package,
             found=problem,
-            expected=f"an UntrainedDescription of the algorithm {kind!r} with max_tokens of 1 or more",
+            expected=f"an UntrainedDescription of the algorithm {kind!r} with max_tokens of 1 or more, a number of "
+            "parameters, and a digest that is text",
         )
     return draft
 
@@ -70,8 +78,27 @@ def _wrong(said: Any, kind: str) -> str | None:
         return type(said).__name__
     if said.algorithm != kind:
         return f"algorithm = {said.algorithm!r}"
-    counts = type(said.max_tokens) is int and said.max_tokens > 0
-    return None if counts else f"max_tokens = {said.max_tokens!r}"
+    if not (type(said.max_tokens) is int and said.max_tokens > 0):
+        return f"max_tokens = {said.max_tokens!r}"
+    remarks = isinstance(said.remarks, tuple) and all(isinstance(remark, str) for remark in said.remarks)
+    return None if remarks else f"remarks = {said.remarks!r}"
+
+
+def proposer_of(kind: str, draft: UntrainedDraft, registry: Registry) -> Proposer:
+    """Its proposer, with its weights. PluginError where there is none, or it is not what the draft says of itself."""
+    with registry.blaming("draft", kind):
+        proposer: Any = draft.proposer()
+        most, taps = getattr(proposer, "max_tokens", None), getattr(proposer, "taps", None)
+        said = draft.describe().max_tokens
+    if most != said or taps != ():
+        raise PluginError(
+            f"draft type {kind!r} has a proposer that does not fit",
+            where=registry.provider("draft", kind),
+            found=f"max_tokens = {most!r}, taps = {taps!r}" if proposer is not None else "None",
+            expected=f"max_tokens = {said}, as described, and taps = (): it sees no layer of the target",
+        )
+    found: Proposer = proposer
+    return found
 
 
 def revision_of(kind: str, options: Any, draft: UntrainedDraft) -> str:
