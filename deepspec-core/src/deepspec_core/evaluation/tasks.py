@@ -129,13 +129,16 @@ def _mapped(task: str, registry: Registry) -> Callable[[Any, str], Any]:
         return lambda row, where: row
     spec = registry.get("task", name)
     assert isinstance(spec, TaskSpec)
+    if spec.from_row is None:
+        return lambda row, where: row
+    from_row = resolve(spec.from_row)
 
     def mapped(row: Any, where: str) -> Any:
-        if not isinstance(row, Mapping) or spec.from_row is None or any(row.get(field) for field in _CONVERSATIONS):
+        if not isinstance(row, Mapping) or any(row.get(field) for field in _CONVERSATIONS):
             return row
         with registry.blaming("task", name):
             try:
-                return resolve(spec.from_row)(row)
+                return from_row(row)
             except DataError as error:
                 raise DataError(
                     error.problem, where=where, found=error.found, expected=error.expected, fix=error.fix
