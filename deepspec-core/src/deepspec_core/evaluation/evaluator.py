@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from attrs import asdict, field, frozen
+from attrs import asdict, evolve, field, frozen
 
 from deepspec_core.contracts.proposer import Proposer, Sampling
 from deepspec_core.contracts.target import TargetModel
@@ -28,6 +28,7 @@ from deepspec_core.json_lines import read_json_lines
 from deepspec_core.progress import Progress
 
 MIN_GROUPS = 5
+WARM_UP_TOKENS = 16
 
 
 @frozen(kw_only=True)
@@ -234,10 +235,14 @@ def _run(
 
 
 def _warm_up(requests: Sequence[Request], decoding: Decoding) -> None:
-    """Decode both ways once without measuring, because first calls also allocate memory and select kernels."""
-    if decoding.plain:
-        _run(requests, decoding, None)
-    _run(requests, decoding, decoding.proposer)
+    """Decode a little both ways without measuring, because first calls also allocate memory and select kernels.
+
+    The key-value caches are allocated for all of `decoding.max_length`, so a few tokens touch everything.
+    """
+    brief = evolve(decoding, max_new_tokens=min(decoding.max_new_tokens, WARM_UP_TOKENS), later=None)
+    if brief.plain:
+        _run(requests, brief, None)
+    _run(requests, brief, brief.proposer)
 
 
 def _total(timings: Sequence[Timing]) -> dict[str, Any]:

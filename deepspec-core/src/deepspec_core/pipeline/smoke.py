@@ -9,7 +9,7 @@ from deepspec_core.config.load import RunFile
 SAMPLES = 16
 STEPS = 10
 PROMPTS = 4
-NEW_TOKENS = 64
+NEW_TOKENS = 32
 
 
 def smoke(file: RunFile) -> RunFile:
