@@ -30,14 +30,8 @@ def _results(folder: Path) -> tuple[bytes, list[int]]:
     return (folder / "regenerate" / "conversations.jsonl").read_bytes(), [one["rounds"] for one in report["results"]]
 
 
-@pytest.mark.parametrize(
-    ("stage", "limit"),
-    [
-        ("regenerate", 9000),
-        pytest.param("train", 200_000, marks=pytest.mark.slow),
-        pytest.param("evaluate", 9000, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "limit"), [("regenerate", 9000), ("train", 200_000), ("evaluate", 9000)])
 def test_a_stage_without_room_ends_in_one_error_and_goes_on_with_room(
     finished: Path, finished_copy: Path, stage: str, limit: int
 ) -> None:

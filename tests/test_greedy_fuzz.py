@@ -165,14 +165,23 @@ def _differs_at_a_tie(target: Any, plain: Completion, fast: Completion) -> bool:
 
 
 def _all(
-    tiny_target: Any, tiny_draft: Any, *, seed: int, prompts: int, turns: int, kinds: Sequence[str] = DRAFTS
+    tiny_target: Any,
+    tiny_draft: Any,
+    *,
+    seed: int,
+    prompts: int,
+    turns: int,
+    kinds: Sequence[str] = DRAFTS,
+    every: int = 3,
 ) -> tuple[int, int]:
-    """Every family with every draft; sequences compared, and those that differ at a tie."""
+    """Every family and every draft; sequences compared, and those that differ at a tie.
+
+    every: One pair of a family and a draft in so many is tried.
+    """
     compared = ties = 0
     for number, family in enumerate(FAMILIES):
         made = tiny_target(family)
-        # Lookup knows tokens only: one family tells as much as all.
-        for kind in kinds if number == 0 else [kind for kind in kinds if kind != "lookup"]:
+        for kind in [kind for at, kind in enumerate(kinds) if (number + at) % every == 0]:
             draw = random.Random(f"{seed}/{number}/{kind}")
             for _ in range(turns):
                 proposer_of = _proposers(kind, made, tiny_draft, draw)
@@ -214,19 +223,19 @@ def _like(target: Any) -> TargetModel:
 
 def test_no_token_changes(tiny_target: Any, tiny_draft: Any) -> None:
     compared, ties = _all(tiny_target, tiny_draft, seed=1, prompts=8, turns=1)
-    assert compared >= 280
+    assert compared >= 120
     assert ties <= 1 + MOST_TIES * compared
 
 
 def test_no_token_changes_with_trees(tiny_target: Any, tiny_draft: Any) -> None:
-    compared, ties = _all(tiny_target, tiny_draft, seed=1, prompts=4, turns=1, kinds=TREES)
-    assert compared >= 110
+    compared, ties = _all(tiny_target, tiny_draft, seed=1, prompts=6, turns=1, kinds=TREES)
+    assert compared >= 50
     assert ties <= 1 + MOST_TIES * compared
 
 
 @pytest.mark.slow
 def test_no_token_changes_in_thousands(tiny_target: Any, tiny_draft: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    compared, ties = _all(tiny_target, tiny_draft, seed=2, prompts=30, turns=4, kinds=[*DRAFTS, *TREES])
+    compared, ties = _all(tiny_target, tiny_draft, seed=2, prompts=30, turns=4, kinds=[*DRAFTS, *TREES], every=1)
     with capsys.disabled():
         sys.stdout.write(f"\ngreedy fuzz: {compared} prompts, {ties} differ at a tie\n")
     assert compared >= 4000

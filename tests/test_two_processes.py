@@ -43,6 +43,7 @@ def _texts(folder: Path) -> bytes:
     return (folder / "regenerate" / "conversations.jsonl").read_bytes()
 
 
+@pytest.mark.slow
 def test_one_run_folder(run_file: Path, finished: Path) -> None:
     command = [*COMMAND, "run", str(run_file), "--smoke", *ONE_THREAD]
     _one_of(_together(command, command), "Another process is working on this run")

@@ -30,7 +30,7 @@ def test_the_id_alone_decides() -> None:
 def test_answers_and_evaluation_in_both_modes(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run_file.parent / "modes.jinja").write_text(MODES)
     command = ["run", str(run_file), "--smoke", "--set", 'target.chat_template="modes.jinja"', "--set", "run.threads=1"]
-    assert main([*command, "--set", "regenerate.thinking=0.5"]) == 0
+    assert main([*command, "--set", "regenerate.thinking=0.5", "--set", "evaluate.temperature=0"]) == 0
     folder = run_file.parent / "runs" / "quickstart-dflash-smoke"
     rows = [json.loads(line) for line in (folder / "regenerate" / "conversations.jsonl").read_text().splitlines()]
     assert {row["thinking"] for row in rows} == {True, False}
@@ -39,9 +39,7 @@ def test_answers_and_evaluation_in_both_modes(run_file: Path, capsys: pytest.Cap
     lengths = {mode: {len(row["prompt_ids"]) for row in rows if row["thinking"] is mode} for mode in (True, False)}
     assert max(lengths[False]) > max(lengths[True])
     results = json.loads((folder / "metrics.json").read_text())["results"]
-    assert [(one["thinking"], one["temperature"]) for one in results] == [
-        (False, 0.0), (False, 1.0), (True, 0.0), (True, 1.0),
-    ]  # fmt: skip
+    assert [one["thinking"] for one in results] == [False, True]
     assert len({one["prompts_digest"] for one in results}) == 2
     assert all(not one["mismatches"] for one in results)
     report = (folder / "report.md").read_text()
