@@ -96,11 +96,29 @@ class Crew:
         return self._figures.get(name, 0) + others
 
     @contextmanager
-    def progress(self, total: int | None, what: str, unit: str, *, done: int = 0) -> Iterator[SharedProgress]:
-        """Progress of all workers together, shown by the first. `done` is what an earlier run finished."""
+    def progress(
+        self,
+        total: int | None,
+        what: str,
+        unit: str,
+        *,
+        done: int = 0,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> Iterator[SharedProgress]:
+        """Progress of all workers together, shown by the first. `done` is what an earlier run finished.
+
+        A worker leaves the block when all have done their work in it; `meanwhile` is called now and then.
+        """
+
+        def waiting() -> None:
+            meanwhile()
+            progress.refresh()
+
         with Progress(total, what, unit, done=done, enabled=self.first) as shown:
             self.post(what, 0)
-            yield SharedProgress(self, shown, done)
+            progress = SharedProgress(self, shown, done)
+            yield progress
+            progress.end(self.gather(f"done: {what}", progress.own, meanwhile=waiting))
 
     def require_shared(self, folder: Path) -> None:
         """StageError where `folder` of this worker is another one than that of the first."""
@@ -123,6 +141,16 @@ class Crew:
         finally:
             if self.first:
                 token.unlink(missing_ok=True)
+
+    def require_seen(self, path: Path, size: int = 0) -> None:
+        """StageError where this worker does not see what another one wrote: a file of at least so many bytes."""
+        if not appears(path, size=size):
+            raise StageError(
+                f"Worker {self.rank} does not see what another worker wrote",
+                where=path,
+                found=f"{path.stat().st_size:,} bytes" if path.exists() else "nothing",
+                expected="a folder on a file system that all machines share",
+            )
 
     def _tell(self, name: str, value: Any) -> None:
         if self._store is not None:
@@ -182,21 +210,25 @@ ALONE: Final = Crew()
 
 
 class SharedProgress:
-    """What `Crew.progress` gives."""
+    """What `Crew.progress` gives. `own` is what this worker has done."""
 
     def __init__(self, crew: Crew, shown: Progress, before: int) -> None:
-        self._crew, self._shown, self._before, self._done = crew, shown, before, 0
+        self._crew, self._shown, self._before, self.own = crew, shown, before, 0
 
     def advance(self, n: int = 1, **figures: float) -> None:
         """This worker has done n more units. `figures` are shown until replaced."""
-        self._done += n
-        self._crew.post(self._shown.what, self._done)
+        self.own += n
+        self._crew.post(self._shown.what, self.own)
         self.refresh(**figures)
 
     def refresh(self, **figures: float) -> None:
         """Show what the others have done meanwhile."""
         total = self._before + int(self._crew.total(self._shown.what))
         self._shown.advance(total - self._shown.done, **figures)
+
+    def end(self, done: list[int]) -> None:
+        """Show what each worker has done in the end."""
+        self._shown.advance(self._before + sum(done) - self._shown.done)
 
 
 class Watch:
@@ -263,9 +295,9 @@ class Watch:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def appears(path: Path, *, size: int = 0, seconds: float = _VISIBLE_SECONDS) -> bool:
+def appears(path: Path, *, size: int = 0) -> bool:
     """Whether a file that another worker has written, of `size` bytes at least, is seen here within some time."""
-    until = time.monotonic() + seconds
+    until = time.monotonic() + _VISIBLE_SECONDS
     while True:
         try:
             if path.stat().st_size >= size:

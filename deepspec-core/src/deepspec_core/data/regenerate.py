@@ -155,7 +155,8 @@ def regenerate(
             budget=budget,
             crew=crew,
         )
-        with crew.progress(total, "regenerate", "conversations", done=len(work.finished)) as progress:
+        done = len(files.finished)
+        with crew.progress(total, "regenerate", "conversations", done=done, meanwhile=budget.check) as progress:
             for outcome in answerer(work.requests):
                 crew.check()
                 if isinstance(outcome, Unanswered):
@@ -163,8 +164,8 @@ def regenerate(
                 elif (line := work.settle(outcome)) is not None:
                     write_line(lines, line)
                     progress.advance(failures=budget.failures)
-            counts = {"written": work.num_written, "failures": budget.own, "cut": work.num_cut}
-            told = files.collect(counts, work.order, budget.check)
+        counts = {"written": work.num_written, "failures": budget.own, "cut": work.num_cut}
+        told = files.collect(counts, work.order)
     if not crew.first:
         return _report(out, failures_path, Counter(conversations=work.num_written), **counts)
     budget.check_all(told["failures"], len(work.order))

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from deepspec_core.crew import Crew, appears
+from deepspec_core.crew import Crew
 from deepspec_core.data.regenerated_file import beside, cut_answers, resume, write_line
 from deepspec_core.errors import DataError
 from deepspec_core.json_lines import json_value
@@ -43,13 +43,15 @@ class WorkerFiles:
             sizes = [path.stat().st_size if path.exists() else 0 for path in (partial, failures)]
         sizes = crew.told_by_first("regenerate begins", sizes)
         if not crew.first:
-            _require(zip((partial, failures), sizes, strict=True))
+            for path, size in zip((partial, failures), sizes, strict=True):
+                if size:
+                    crew.require_seen(path, size)
             done, cut = resume(partial).keys(), cut_answers(failures)
         self.finished, self.cut = done | cut.keys(), len(cut)
         alone = crew.count == 1
         self.lines, self.failures = (path if alone else _part(path, crew.rank) for path in (partial, failures))
 
-    def collect(self, counts: dict[str, int], order: Iterable[str], progress: Any) -> Counter[str]:
+    def collect(self, counts: dict[str, int], order: Iterable[str]) -> Counter[str]:
         """The sum of all workers' counts, when all are done. The first one adds their files to the whole.
 
         `order` has the ids of all conversations: DataError where workers read others.
@@ -58,7 +60,7 @@ class WorkerFiles:
             return Counter(counts)
         read = hashlib.sha256(json.dumps(list(order)).encode()).hexdigest()
         sizes = [path.stat().st_size for path in (self.lines, self.failures)]
-        told = self._crew.gather("regenerate done", [counts, read, sizes], meanwhile=progress)
+        told = self._crew.gather("regenerate done", [counts, read, sizes])
         if self._crew.first:
             for rank, (_, theirs, written) in enumerate(told):
                 if theirs != read:
@@ -67,7 +69,8 @@ class WorkerFiles:
                         where="data.sources",
                         expected="the same sources on every machine",
                     )
-                _require(zip((_part(path, rank) for path in (self._partial, self._failures)), written, strict=True))
+                for path, size in zip((self._partial, self._failures), written, strict=True):
+                    self._crew.require_seen(_part(path, rank), size)
             with self._failures.open("ab") as side:
                 for part in _parts(self._failures):
                     for entry in _entries(part):
@@ -116,14 +119,3 @@ def _entries(part: Path) -> Iterator[dict[str, Any]]:
     with part.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             yield json_value(line, f"{part}:{number}")
-
-
-def _require(files: Iterable[tuple[Path, int]]) -> None:
-    """DataError where a file that another worker wrote is not seen here as long as it is."""
-    for path, size in files:
-        if size and not appears(path, size=size):
-            raise DataError(
-                "A worker does not see what another one wrote",
-                where=path,
-                expected="a folder on a file system that all machines share",
-            )

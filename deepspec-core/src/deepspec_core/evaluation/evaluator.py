@@ -110,7 +110,7 @@ def evaluate(
                 crew.check()
                 done[number] = evolve(_decode_group(groups[number], decoding, progress.advance), workers=crew.count)
                 journals.append(number, asdict(done[number]))
-            journals.collect(progress.refresh)
+        journals.collect()
     for number, (entry, where) in journals.done.items():
         if number not in done:
             done[number] = _group_of(entry, groups[number : number + 1], where)

@@ -7,11 +7,11 @@ evaluation goes on, with whatever number of workers. Knows lines; not what a gro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from deepspec_core.crew import Crew, appears
+from deepspec_core.crew import Crew
 from deepspec_core.errors import DataError, StageError
 from deepspec_core.journal import Journal
 
@@ -29,7 +29,7 @@ class GroupJournals:
 
     def __init__(self, path: Path, *, prompts: str, machine: Mapping[str, Any], count: int, crew: Crew) -> None:
         self._path, self._count, self._crew = path, count, crew
-        self._head = {"prompts": prompts, "machine": dict(machine), "workers": crew.count}
+        self._head: dict[str, Any] = {"prompts": prompts, "machine": dict(machine), "workers": crew.count}
         self._open: list[Journal] = []
         self.done: dict[int, tuple[dict[str, Any], str]] = {}
         try:
@@ -63,23 +63,15 @@ class GroupJournals:
         self._whole.append(entry)
         self._written += 1
 
-    def collect(self, meanwhile: Callable[[], None]) -> None:
-        """Wait for all workers. Then the first one has all groups in the finished journal, and in `done` the others'.
-
-        `meanwhile` is called now and then.
-        """
+    def collect(self) -> None:
+        """When all are done: the first worker puts all groups into the finished journal, the others' into `done`."""
         if self._crew.count > 1:
             size = self._own.path.stat().st_size
-            sizes = self._crew.gather(f"all of {self._path.name}", size, meanwhile=meanwhile)
+            sizes = self._crew.gather(f"all of {self._path.name}", size)
             if not self._crew.first:
                 return
             for rank, size in enumerate(sizes):
-                if not appears(_part(self._path, rank), size=size):
-                    raise StageError(
-                        "The first worker does not see what another one wrote",
-                        where=_part(self._path, rank),
-                        expected="a folder on a file system that all machines share",
-                    )
+                self._crew.require_seen(_part(self._path, rank), size)
             self._read_parts()
         self._fill(self._count)
         for part in _parts(self._path):
