@@ -66,6 +66,10 @@ class Manifest:
         """One more sealed shard."""
         return evolve(self, shards=(*self.shards, shard))
 
+    def arranged(self, order: Mapping[str, int]) -> Manifest:
+        """The same, shards in the order of their first samples' numbers."""
+        return evolve(self, shards=tuple(sorted(self.shards, key=lambda shard: order[shard.ids[0]])))
+
     def save(self, folder: Path, *, name: str = NAME) -> None:
         """Replace the manifest of `folder`."""
         content = {

@@ -8,9 +8,10 @@ locks and manifests; not where features come from.
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -155,7 +156,7 @@ class ShardedFormat:
 
 
 class ShardedWriter:
-    """contracts.cache.CacheWriter. Every `shard_samples` samples are sealed; samples go to disk as they come.
+    """contracts.cache.MergingWriter. Every `shard_samples` samples are sealed; samples go to disk as they come.
 
     `held` is the lock on the cache; it is let go by `finish`, `close`, or an error of writing.
     """
@@ -205,6 +206,34 @@ class ShardedWriter:
             self._manifest = evolve(self._manifest, complete=True)
             self._save()
         self.close()
+
+    def absorb(self, part: Path) -> None:
+        """Shard by shard: a kill between two loses none that is in either manifest, or costs one."""
+        assert self._shard is None, "a shard is open"
+        layout = self._layout
+        theirs = load(part, format=layout.format, name=layout.manifest)
+        if theirs is None or not theirs.complete:
+            raise CacheError("A worker's part of the cache is unfinished", where=part, fix="Remove it and run again.")
+        check_header(part, theirs.header, self._manifest.header)
+        check_sizes(part, theirs)
+        if not self._seen.isdisjoint(name for shard in theirs.shards for name in shard.ids):
+            raise CacheError("A worker's part of the cache is there twice", where=part, fix="Remove it and run again.")
+        with storage_errors(self._path), self._closed_by_errors():
+            for shard in theirs.shards:
+                name = self._shard_name
+                os.replace(part / shard.file, self._path / name)
+                sync_folder(self._path)
+                self._manifest = evolve(self._manifest.with_shard(evolve(shard, file=name)), complete=False)
+                self._save()
+                self._written.update(shard.ids)
+                self._seen.update(shard.ids)
+        shutil.rmtree(part, ignore_errors=True)
+
+    def arrange(self, order: Mapping[str, int]) -> None:
+        """The manifest's order is the cache's."""
+        with storage_errors(self._path), self._closed_by_errors():
+            self._manifest = self._manifest.arranged(order)
+            self._save()
 
     def close(self) -> None:
         """Let go of the cache. Samples that are not in a sealed shard are lost."""

@@ -53,7 +53,7 @@ def run(
     from deepspec_core.pipeline.checking import check_before
     from deepspec_core.pipeline.local_workers import start, started_here, stop_with_starter
     from deepspec_core.pipeline.run import Run
-    from deepspec_core.pipeline.running import begin, do
+    from deepspec_core.pipeline.running import begin, do, join
     from deepspec_core.pipeline.smoke import smoke as made_small
     from deepspec_core.plugins.discovery import load_plugins
 
@@ -76,13 +76,16 @@ def run(
         count = (processes.visible_devices() if workers is None else workers) or 1
     if not started_here():
         # Workers that this command starts itself need not look again.
-        begin(the_run, steps, say=click.echo if processes.rank() == 0 else _nothing, processes=count)
+        begin(
+            the_run,
+            steps,
+            say=click.echo if processes.rank() == 0 else _nothing,
+            processes=max(count, processes.on_this_machine()),
+        )
     if count > 1:
         return start(count, ["run", *click.get_current_context().meta[ARGUMENTS]])
     if processes.rank() > 0:
-        processes.meet()
-        pipeline.follow(the_run, steps)
-        processes.part()
+        join(the_run, steps)
         return None
     do(the_run, steps, only=stages, force=force, say=click.echo)
     if all(step.action == "skip" for step in steps):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -13,7 +13,7 @@ from deepspec_core.config.bounds import whole
 from deepspec_core.contracts.draft import Sample
 from deepspec_core.errors import CacheError
 
-__all__ = ["CacheFormat", "CacheHeader", "CacheReader", "CacheWriter"]
+__all__ = ["CacheFormat", "CacheHeader", "CacheReader", "CacheWriter", "MergingWriter"]
 
 
 @frozen(kw_only=True)
@@ -70,6 +70,26 @@ class CacheWriter(Protocol):
 
     def close(self) -> None:
         """Release the cache, whether finished or not. Samples outside sealed shards are lost. May be called twice."""
+        ...
+
+
+@runtime_checkable
+class MergingWriter(CacheWriter, Protocol):
+    """A writer that takes over what other writers wrote in folders of their own.
+
+    Several workers fill a cache where its format's writer is one of these. The first worker fills it alone where it is
+    not.
+    """
+
+    def absorb(self, part: Path) -> None:
+        """Move the sealed shards of the finished cache at `part`, which has the same header, into this one.
+
+        `part` is removed. CacheError if it is damaged or unfinished.
+        """
+        ...
+
+    def arrange(self, order: Mapping[str, int]) -> None:
+        """Put the sealed shards in the order of their first samples' numbers in `order`."""
         ...
 
 

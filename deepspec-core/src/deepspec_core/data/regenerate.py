@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -20,20 +19,26 @@ from attrs import define, field, frozen
 from deepspec_core.config.schema import RegenerateOptions
 from deepspec_core.contracts.proposer import Sampling
 from deepspec_core.contracts.target import ConversationFormat, SamplingDefaults, TargetModel
+from deepspec_core.crew import ALONE, Crew
 from deepspec_core.data.answering import Answer, Answerer, Unanswered, in_process
 from deepspec_core.data.conversations import Conversation
-from deepspec_core.data.regenerated_file import beside, count_lines, cut_answers, finish, resume, tally_of, write_line
+from deepspec_core.data.failure_budget import FailureBudget
+from deepspec_core.data.regenerated_file import (
+    beside,
+    count_lines,
+    cut_answers,
+    finish,
+    tally_of,
+    write_line,
+)
+from deepspec_core.data.regenerated_parts import WorkerFiles
 from deepspec_core.data.thinking import thinks
 from deepspec_core.data.tokenize import ChatTokenizer
 from deepspec_core.data.unicode_text import not_unicode
 from deepspec_core.decoding.engine import Completion, Request
 from deepspec_core.errors import DataError
-from deepspec_core.progress import Progress
 
 log = logging.getLogger("deepspec")
-
-# Below this many conversations a share says little: the budget is then checked at the end only.
-_BUDGET_AFTER = 200
 
 
 @frozen(kw_only=True)
@@ -97,6 +102,7 @@ def regenerate(
     system_prompt: str | None = None,
     total: int | None = None,
     answerer: Answerer | None = None,
+    crew: Crew = ALONE,
 ) -> RegenerateReport:
     """Answer every user turn of every conversation, in order, each on top of the target's own earlier answers.
 
@@ -109,9 +115,14 @@ def regenerate(
     A finished `out` is left as it is. Failures go to OUT.failures.jsonl with their reason, and DataError ends the run
     where they are more than options.max_failures of all. `total`, where known, is for the progress shown. Ids are
     unique.
+
+    The conversations that are missing are dealt out to the workers of `crew` in turn. The report of a worker other than
+    the first is of its own share.
     """
     partial, failures_path = beside(out, ".partial"), beside(out, ".failures.jsonl")
-    if out.exists():
+    if crew.told_by_first("regenerated before", out.exists()):
+        if not crew.first:
+            return _report(out, failures_path, Counter(), written=0, failures=0, cut=0)
         partial.unlink(missing_ok=True)
         num_cut = len(cut_answers(failures_path))
         failures = count_lines(failures_path) - num_cut
@@ -127,11 +138,9 @@ def regenerate(
             max_length=max_length,
         )
     out.parent.mkdir(parents=True, exist_ok=True)
-    finished = set(resume(partial))
-    cut = cut_answers(failures_path)
-    with partial.open("ab") as lines, failures_path.open("wb") as side:
-        for entry in cut.values():
-            write_line(side, entry)
+    files = WorkerFiles(partial, failures_path, crew)
+    budget = FailureBudget(crew, options.max_failures, failures_path, done=len(files.finished))
+    with files.lines.open("ab") as lines, files.failures.open("ab") as side:
         work = _Work(
             source=iter(conversations),
             tokenizer=tokenizer,
@@ -141,20 +150,28 @@ def regenerate(
             seed=seed,
             max_length=max_length,
             options=options,
-            finished=finished | cut.keys(),
+            finished=files.finished,
             failures=side,
-            num_cut=len(cut),
+            budget=budget,
+            crew=crew,
         )
-        with Progress(total, "regenerate", "conversations", done=len(work.finished)) as progress:
+        done = len(files.finished)
+        with crew.progress(total, "regenerate", "conversations", done=done, meanwhile=budget.check) as progress:
             for outcome in answerer(work.requests):
+                crew.check()
                 if isinstance(outcome, Unanswered):
                     work.give_up(outcome)
                 elif (line := work.settle(outcome)) is not None:
                     write_line(lines, line)
-                    progress.advance(failures=work.num_failures)
-    work.check_budget(final=True)
+                    progress.advance(failures=budget.failures)
+        counts = {"written": work.num_written, "failures": budget.own, "cut": work.num_cut}
+        told = files.collect(counts, work.order)
+    if not crew.first:
+        return _report(out, failures_path, Counter(conversations=work.num_written), **counts)
+    budget.check_all(told["failures"], len(work.order))
     tally = finish(partial, out, list(work.order))
-    return _report(out, failures_path, tally, written=work.num_written, failures=work.num_failures, cut=work.num_cut)
+    numbers = {**told, "cut": files.cut + told["cut"]}
+    return _report(out, failures_path, tally, **{name: numbers.get(name, 0) for name in counts})
 
 
 @define
@@ -191,12 +208,14 @@ class _Work:
     options: RegenerateOptions
     finished: set[str]
     failures: IO[bytes]
+    budget: FailureBudget
+    crew: Crew
     order: dict[str, None] = field(factory=dict)
     under_way: dict[str, _Dialogue] = field(factory=dict)
     next_turns: deque[Request] = field(factory=deque)
-    num_failures: int = 0
     num_cut: int = 0
     num_written: int = 0
+    num_missing: int = 0
 
     def requests(self) -> Iterator[Request]:
         """Next turns first. Ends when there is nothing to hand out now: turns that follow later need another call."""
@@ -209,9 +228,13 @@ class _Work:
                 return
             assert conversation.id not in self.order, f"conversation {conversation.id} comes twice"
             self.order[conversation.id] = None
-            if conversation.id not in self.finished:
-                request = self._first_turn(conversation)
-                if request is not None:
+            if conversation.id in self.finished:
+                continue
+            own = self.num_missing % self.crew.count == self.crew.rank
+            self.num_missing += 1
+            if own:
+                self.budget.seen()
+                if (request := self._first_turn(conversation)) is not None:
                     yield request
 
     def settle(self, answer: Answer) -> dict[str, Any] | None:
@@ -275,20 +298,6 @@ class _Work:
             **({"mismatched": dialogue.mismatched} if dialogue.mismatched else {}),
         }
 
-    def check_budget(self, *, final: bool = False) -> None:
-        """DataError where more than the allowed share failed; one in a small set is always forgiven."""
-        seen = len(self.order)
-        if self.options.max_failures > 0 and self.num_failures <= math.ceil(self.options.max_failures * seen):
-            return
-        if self.num_failures and (final or seen >= _BUDGET_AFTER or self.options.max_failures == 0):
-            raise DataError(
-                "Too many conversations cannot be regenerated",
-                where=self.failures.name,
-                found=f"{self.num_failures} of {seen}",
-                expected=f"at most {self.options.max_failures:.1%} (regenerate.max_failures)",
-                fix="Read the reasons in that file; nothing that was regenerated is lost.",
-            )
-
     def _first_turn(self, conversation: Conversation) -> Request | None:
         reason = self._unanswerable(conversation)
         if reason is None:
@@ -306,9 +315,8 @@ class _Work:
         return None
 
     def _fail(self, identity: str, reason: str) -> None:
-        self.num_failures += 1
         write_line(self.failures, {"id": identity, "reason": reason})
-        self.check_budget()
+        self.budget.failed()
 
     def _tokenizer(self, identity: str) -> ChatTokenizer:
         return self.tokenizer.in_mode(thinks(self.options.thinking, identity))

@@ -157,6 +157,10 @@ def compare(runs: Sequence[Run]) -> Comparison:
         for name in _MACHINE
         for line in _difference(f"machine.{name}", runs, [run.report["machine"].get(name) for run in runs])
     ]
+    remarks += [
+        f"speed-ups were measured by another number of workers at once: {line}"
+        for line in _difference("workers", runs, [single.most_workers(run.report) for run in runs])
+    ]
     return Comparison(rows=tuple(rows), differences=tuple(differences), remarks=tuple(remarks))
 
 

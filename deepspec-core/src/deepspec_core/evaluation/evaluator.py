@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,16 @@ from attrs import asdict, evolve, field, frozen
 
 from deepspec_core.contracts.proposer import Proposer, Sampling
 from deepspec_core.contracts.target import TargetModel
+from deepspec_core.crew import ALONE, Crew
 from deepspec_core.decoding.engine import Clock, Completion, Request, Round, decode
 from deepspec_core.errors import DataError, StageError
+from deepspec_core.evaluation.group_journals import GroupJournals
 from deepspec_core.evaluation.metrics import pool
 from deepspec_core.evaluation.parting import Parting, differs, parting, recorded_parting
 from deepspec_core.evaluation.peak_memory import forget_peak, peak_bytes
 from deepspec_core.evaluation.reliability import judged, reliability
 from deepspec_core.evaluation.turns import LaterTurns, prompt_of
-from deepspec_core.journal import Journal
 from deepspec_core.json_lines import read_json_lines
-from deepspec_core.progress import Progress
 
 MIN_GROUPS = 5
 WARM_UP_TOKENS = 16
@@ -68,12 +69,14 @@ class Timing:
 
 @frozen(kw_only=True)
 class Group:
-    """The results of one group of prompts. `plain` is None if plain decoding is off."""
+    """The results of one group of prompts. `plain` is None if plain decoding is off. So many `workers` decoded groups
+    at the same time."""
 
     completions: tuple[Completion, ...]
     speculative: Timing
     plain: Timing | None
     mismatches: tuple[Parting, ...] = field(factory=tuple)
+    workers: int = 1
 
 
 def evaluate(
@@ -84,35 +87,35 @@ def evaluate(
     prompts_digest: str,
     what: str,
     machine: Mapping[str, Any] | None = None,
+    crew: Crew = ALONE,
 ) -> list[Group]:
     """Decode every request. Groups that are in the journal are taken from there.
 
+    The workers of `crew` share the groups. The first one returns all of them, the others return their own.
     `machine` says what decides how fast this process decodes. StageError if the journal was begun with other prompts
     than those of `prompts_digest`, or on another machine. DataError if a line of it is damaged.
     """
-    log = Journal(journal)
-    own = {"prompts": prompts_digest, "machine": dict(machine or {})}
-    head, entries = (log.entries[0], log.entries[1:]) if log.entries else (own, [])
-    if not log.entries:
-        log.append(head)
-    problem = _of_other_results(head, own, journal)
-    if problem is not None:
-        log.close()
-        raise problem
     size = max(decoding.batch_size, -(-len(requests) // MIN_GROUPS))
     groups = [requests[start : start + size] for start in range(0, len(requests), size)]
-    done = [
-        _group_of(entry, groups[index : index + 1], f"{journal}:{index + 2}") for index, entry in enumerate(entries)
-    ]
-    finished = sum(len(group) for group in groups[: len(done)])
-    with Progress(len(requests), what, "prompts", done=finished) as progress:
-        if not done and groups:
-            _warm_up(groups[0][: decoding.batch_size], decoding)
-        for group in groups[len(done) :]:
-            done.append(_decode_group(group, decoding, progress.advance))
-            log.append(asdict(done[-1]))
-    log.close()
-    return done
+    journals = GroupJournals(journal, prompts=prompts_digest, machine=machine or {}, count=len(groups), crew=crew)
+    with closing(journals):
+        done = {
+            number: _group_of(entry, groups[number : number + 1], where)
+            for number, (entry, where) in journals.done.items()
+        }
+        finished = sum(len(groups[number]) for number in done)
+        with crew.progress(len(requests), what, "prompts", done=finished) as progress:
+            if journals.mine:
+                _warm_up(groups[journals.mine[0]][: decoding.batch_size], decoding)
+            for number in journals.mine:
+                crew.check()
+                done[number] = evolve(_decode_group(groups[number], decoding, progress.advance), workers=crew.count)
+                journals.append(number, asdict(done[number]))
+        journals.collect()
+    for number, (entry, where) in journals.done.items():
+        if number not in done:
+            done[number] = _group_of(entry, groups[number : number + 1], where)
+    return [done[number] for number in sorted(done)]
 
 
 def recorded(journal: Path) -> tuple[str, list[Group]]:
@@ -136,27 +139,6 @@ def recorded(journal: Path) -> tuple[str, list[Group]]:
     return head["prompts"], [_group_of(entry, None, where) for where, entry in rows[1:]]
 
 
-def _of_other_results(head: Mapping[str, Any], own: Mapping[str, Any], journal: Path) -> StageError | None:
-    """Why the groups of a journal with this head cannot stand beside this process's own."""
-    if head.get("prompts") != own["prompts"]:
-        return StageError(
-            "The prompts are not those of the results that are there",
-            where=journal,
-            found=own["prompts"][:16],
-            expected=str(head.get("prompts", "prompts without a digest"))[:32],
-            fix="Put the prompts back as they were, or discard the results with --force evaluate.",
-        )
-    if head.get("machine") != own["machine"]:
-        return StageError(
-            "An evaluation cannot go on with another speed: its timings would be mixed",
-            where=journal,
-            found=own["machine"],
-            expected=head.get("machine"),
-            fix="Go on as it was begun (run.threads, the machine), or discard the results with --force evaluate.",
-        )
-    return None
-
-
 def summarise(groups: Sequence[Group], *, seed: int, confidence_threshold: float = 0.0) -> dict[str, Any]:
     """The figures of one task at one temperature: pooled metrics, times, speed-up, and prompts whose outputs differ.
 
@@ -176,6 +158,7 @@ def summarise(groups: Sequence[Group], *, seed: int, confidence_threshold: float
     rounds = judged(completions) if confidence_threshold == 0 else None
     if rounds is not None:
         summary["confidence"] = reliability(rounds).as_json()
+    summary["workers"] = max(group.workers for group in groups)
     summary["mismatches"] = [asdict(one) for group in groups for one in group.mismatches]
     return summary
 
@@ -272,7 +255,9 @@ def _group_of(entry: dict[str, Any], expected: Sequence[Sequence[Request]] | Non
         ]
         ids = [token for done in group.completions for token in done.output_ids]
         logits = [logit for done in group.completions for r in done.rounds for logit in r.confidence or ()]
-        numbers = all(type(number) is int for number in (*counts, *ids)) and all(type(one) is float for one in logits)
+        numbers = all(type(number) is int for number in (*counts, *ids, group.workers)) and all(
+            type(one) is float for one in logits
+        )
         problem = None if numbers else "numbers that are none"
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         problem = f"{type(error).__name__}: {error}"
@@ -307,4 +292,5 @@ def _from_json(entry: dict[str, Any]) -> Group:
         speculative=Timing(**entry["speculative"]),
         plain=None if entry["plain"] is None else Timing(**entry["plain"]),
         mismatches=tuple(recorded_parting(one) for one in entry["mismatches"]),
+        workers=entry.get("workers", 1),
     )

@@ -222,7 +222,7 @@ def _or_dash(value: object) -> str:
 
 
 def checks(report: Mapping[str, Any]) -> list[str]:
-    """Sentences: whether greedy outputs are equal to plain decoding's, and what inflates the figures."""
+    """Sentences: whether greedy outputs are equal to plain decoding's, and what inflates or slows the figures."""
     lines = []
     for result in report["results"]:
         size = f", batch {batch(result)}" if len(once(report["results"])) < len(report["results"]) else ""
@@ -234,7 +234,17 @@ def checks(report: Mapping[str, Any]) -> list[str]:
             f"{name}: {100 * result['limit_share']:.0f}% of prompts hit the token limit, "
             f"{100 * result['loop_share']:.0f}% end in a loop."
         )
+    if (workers := most_workers(report)) > 1:
+        lines.append(
+            f"Up to {workers} workers decoded at the same time: times, tokens per second and speed-ups are of one "
+            "worker beside the others. To measure speed, evaluate with one worker alone."
+        )
     return lines
+
+
+def most_workers(report: Mapping[str, Any]) -> int:
+    """How many workers decoded at the same time, at most."""
+    return max((result.get("workers", 1) for result in report["results"]), default=1)
 
 
 def markdown(report: Mapping[str, Any]) -> str:

@@ -36,7 +36,7 @@ def capture(
     CacheError where a feature is not finite in `dtype`: float16 ends at 65,504.
     """
     dtype = target.dtype if dtype is None else dtype
-    order = sorted(samples, key=lambda sample: (-len(sample.input_ids), sample.id))
+    order = in_order(samples)
     for first in range(0, len(order), batch_size):
         batch = order[first : first + batch_size]
         if all(sample.id in done for sample in batch):
@@ -60,6 +60,11 @@ def capture(
                 ):
                     _require_finite(kept_TC, computed_TC, layers, sample.id)
                 yield evolve(sample, features=stored)
+
+
+def in_order(samples: Sequence[Sample]) -> list[Sample]:
+    """The samples as `capture` gives them: longest first."""
+    return sorted(samples, key=lambda sample: (-len(sample.input_ids), sample.id))
 
 
 def _require_finite(kept_TC: Tensor, computed_TC: Tensor, layers: Sequence[str], sample: str) -> None:

@@ -2,29 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from deepspec_core.cache.estimate import cache_bytes, require_space
-from deepspec_core.contracts.cache import CacheWriter
+from deepspec_core.cache.filling import Filling, fill
 from deepspec_core.contracts.draft import Sample
 from deepspec_core.dtypes import torch_dtype
-from deepspec_core.features.capture import capture
+from deepspec_core.features.capture import capture, in_order
+from deepspec_core.pipeline import workers
 from deepspec_core.pipeline.fingerprint import RECORD
 from deepspec_core.pipeline.run import Run
-from deepspec_core.progress import Progress
-from deepspec_core.stopping import StopRequest
 
 
 def run_stage(run: Run) -> dict[str, Any]:
     """Write the cache. Sealed shards of an interrupted run are kept. CacheError if the disk has no room for it."""
-    options = run.file.cache
+    options, cache_format, folder = run.file.cache, run.cache.format, run.cache.folder
     samples = run.data.training_samples()
-    header = run.cache.header()
-    cache_format, folder = run.cache.format, run.cache.folder
-    with closing(cache_format.create(folder, header, shard_samples=options.shard_samples)) as writer:
-        _write(run, writer, samples)
+    # Eight-bit features need scales, which the format computes from full precision.
+    dtype = None if options.dtype == "float8_e4m3" else torch_dtype(options.dtype)
+
+    def captured(done: Collection[str]) -> Iterator[Sample]:
+        taps = run.file.target.layers
+        return capture(samples, run.target.model, taps, batch_size=options.batch_size, dtype=dtype, done=done)
+
+    def room(tokens: int, shards: int) -> None:
+        require_space(folder, cache_bytes(cache_format, run.cache.bare_header(), tokens, shards=shards))
+
+    work = Filling(
+        cache_format=cache_format,
+        folder=folder,
+        header=run.cache.header(),
+        order=in_order(samples),
+        captured=captured,
+        require_space=room,
+        shard_samples=options.shard_samples,
+    )
+    crew = workers.crew()
+    fill(work, crew)
+    if not crew.first:
+        return {}
     run.cache.written()
     return {
         "samples": len(samples),
@@ -32,21 +49,3 @@ def run_stage(run: Run) -> dict[str, Any]:
         "bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and path.name != RECORD),
         **run.data.losses(),
     }
-
-
-def _write(run: Run, writer: CacheWriter, samples: Sequence[Sample]) -> None:
-    options, cache_format, folder = run.file.cache, run.cache.format, run.cache.folder
-    done = writer.written()
-    missing = [len(sample.input_ids) for sample in samples if sample.id not in done]
-    shards = -(-len(missing) // options.shard_samples)
-    require_space(folder, cache_bytes(cache_format, run.cache.bare_header(), sum(missing), shards=shards))
-    # Eight-bit features need scales, which the format computes from full precision.
-    dtype = None if options.dtype == "float8_e4m3" else torch_dtype(options.dtype)
-    with StopRequest() as request, Progress(len(samples), "cache", "samples", done=len(done)) as progress:
-        for sample in capture(
-            samples, run.target.model, run.file.target.layers, batch_size=options.batch_size, dtype=dtype, done=done
-        ):
-            writer.write(sample)
-            progress.advance()
-            request.check()  # here and not inside HDF5, which cannot take an exception
-    writer.finish()

@@ -28,7 +28,7 @@ from deepspec_core.evaluation.report import markdown
 from deepspec_core.evaluation.requests import requests_of_prompts
 from deepspec_core.evaluation.tasks import HELD_OUT_QUOTA, Prompt, load_task, task_digest, task_label, task_name
 from deepspec_core.evaluation.turns import LaterTurns
-from deepspec_core.pipeline import contents
+from deepspec_core.pipeline import contents, workers
 from deepspec_core.pipeline.evaluated_draft import EvaluatedDraft, load_evaluated
 from deepspec_core.pipeline.machine import machine_of
 from deepspec_core.pipeline.run import Run
@@ -47,6 +47,7 @@ def run_stage(run: Run) -> dict[str, Any]:
     draft = load_evaluated(run)
     calibration = calibration_of(run, draft.description, draft.revision)
     journal_names = journals(options.tasks)
+    crew = workers.crew()
     results, samples = [], []
     for task, thinking in product(options.tasks, modes(run.file.regenerate.thinking)):
         prompts = prompts_of(run, task)
@@ -63,7 +64,10 @@ def run_stage(run: Run) -> dict[str, Any]:
                 prompts_digest=digest,
                 what=f"evaluate {task} at temperature {temperature:g}{_mode(both, thinking)}{_size(run, batch_size)}",
                 machine=machine_of(run.target.device),
+                crew=crew,
             )
+            if not crew.first:
+                continue
             about = {"task": task_label(task), "temperature": temperature, **({"thinking": thinking} if both else {})}
             if batch_size == options.batch_sizes[0]:
                 samples.append({**about, **sample_of(groups[0].completions[0], run.target.tokenizer.decode)})
@@ -77,6 +81,8 @@ def run_stage(run: Run) -> dict[str, Any]:
                     "prompts_digest": digest,
                 }
             )
+    if not crew.first:
+        return {}
     report = _report(run, draft, calibration, results)
     write_metrics(run.folder / METRICS, report)
     _write(run.folder / "report.md", markdown(report))

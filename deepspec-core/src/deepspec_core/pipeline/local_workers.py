@@ -6,6 +6,7 @@ the others. Should it be killed, its workers notice and stop by themselves. Know
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
@@ -18,6 +19,8 @@ from contextlib import suppress
 from typing import Final
 
 from deepspec_core.stopping import StopRequest
+
+log = logging.getLogger("deepspec")
 
 # A worker that is asked to stop finishes its step and saves a checkpoint.
 # One whose neighbour failed has nothing to save.
@@ -96,10 +99,13 @@ def _start_one(rank: int, count: int, port: int, arguments: Sequence[str]) -> su
 def _watch(workers: Sequence[subprocess.Popen[bytes]], request: StopRequest) -> int:
     code, asked, until = 0, False, float("inf")
     while alive := [worker for worker in workers if worker.poll() is None]:
-        ended_badly = [worker.returncode for worker in workers if worker.returncode]
+        ended_badly = [(rank, worker.returncode) for rank, worker in enumerate(workers) if worker.returncode]
         if not asked and (request.number is not None or ended_badly):
             asked = True
-            code = ended_badly[0] if ended_badly else 0
+            if ended_badly:
+                rank, code = ended_badly[0]
+                if request.number is None:
+                    log.error("worker %d of %d ended first, %s; the others are ended", rank, len(workers), _how(code))
             until = time.monotonic() + (_SECONDS_AFTER_FAILURE if ended_badly else SECONDS_TO_STOP)
             for worker in alive:
                 with suppress(ProcessLookupError):
@@ -111,6 +117,11 @@ def _watch(workers: Sequence[subprocess.Popen[bytes]], request: StopRequest) -> 
         return 128 + request.number
     code = code or next((worker.returncode for worker in workers if worker.returncode), 0)
     return 128 - code if code < 0 else code
+
+
+def _how(code: int) -> str:
+    """A worker that failed has said why."""
+    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
 
 
 def _kill(worker: subprocess.Popen[bytes]) -> None:

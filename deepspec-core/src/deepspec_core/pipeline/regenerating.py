@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+from deepspec_core.crew import ALONE
 from deepspec_core.data.regenerate import regenerate, sampling_of
-from deepspec_core.pipeline import contents
+from deepspec_core.pipeline import contents, workers
 from deepspec_core.pipeline.run import Run
 from deepspec_core.pipeline.serving import farm_of
 
@@ -16,6 +17,9 @@ def run_stage(run: Run) -> dict[str, Any]:
     assert run.data.regenerated is not None, "this stage is in the run"
     fmt = run.target.adapter.conversation_format()
     counts: Counter[str] = Counter()
+    crew = workers.crew()
+    if run.file.regenerate.servers and not crew.first:
+        return {}  # one process keeps all servers busy
     farm = farm_of(run) if run.file.regenerate.servers else None
     if farm is not None:
         # The answers are this target's, although its weights are not read here.
@@ -34,6 +38,7 @@ def run_stage(run: Run) -> dict[str, Any]:
         max_length=run.data.max_length,
         system_prompt=run.file.data.system_prompt,
         total=run.data.expected_conversations(),
+        crew=crew if farm is None else ALONE,
     )
     return {
         "conversations": report.conversations,

@@ -1,10 +1,12 @@
 """Doing a run in this process: plan it, try it out, lock its folder, discard forced results, do the stages in order.
 
-The command line and the Python interface both use this file. It knows no stage and starts no other process.
+The other workers of the run join it. The command line and the Python interface both use this file. It knows no stage
+and starts no other process.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +14,7 @@ from deepspec_core.disk import full_disk_is_an_error
 from deepspec_core.errors import StageError
 from deepspec_core.pipeline import stages, threads, workers
 from deepspec_core.pipeline.checking import check_before
+from deepspec_core.pipeline.fingerprint import flatten
 from deepspec_core.pipeline.run import Run
 from deepspec_core.pipeline.stages import Step
 
@@ -48,7 +51,8 @@ def do(
     `only` and `force` are those of the plan. It is made again under the lock: StageError where it is another by now,
     because another process worked on the run since.
     """
-    with run.locked(), full_disk_is_an_error(run.folder):
+    with workers.together() as crew, run.locked(), full_disk_is_an_error(run.folder):
+        workers.lock_for_workers(run.folder)
         for now, before in zip(stages.plan(run, only=only, force=force), steps, strict=True):
             if now != before:
                 raise StageError(
@@ -59,7 +63,26 @@ def do(
         for folder in stages.discard(run, force):
             say(f"discarded {folder}")
         run.save_config()
-        workers.meet()
-        summaries = stages.execute(run, steps, say=say)
-        workers.part()
-    return summaries
+        crew.told_by_first("plan", _plan(run, steps))
+        crew.require_shared(run.folder)
+        return stages.execute(run, steps, say=say)
+
+
+def join(run: Run, steps: Sequence[Step]) -> None:
+    """Do what the plan says, as a worker other than the first one. StageError where this worker's plan is another."""
+    with workers.together() as crew:
+        if crew.told_by_first("plan") != _plan(run, steps):
+            raise StageError(
+                f"Worker {crew.rank} has another run file, or sees other results, than the first worker",
+                where=run.path,
+                expected="the same run file, and one output folder on a file system that all machines share",
+            )
+        crew.require_shared(run.folder)
+        with workers.held_by_worker(run.folder), full_disk_is_an_error(run.folder):
+            stages.follow(run, steps)
+
+
+def _plan(run: Run, steps: Sequence[Step]) -> list[str]:
+    """What all workers have to agree on before they begin, in JSON types."""
+    keys = json.dumps(flatten(run.file), sort_keys=True)
+    return [keys, *(f"{step.action} {step.stage.name}" for step in steps)]

@@ -36,7 +36,8 @@ class Stage:
     makes: The names of what it leaves for later stages (contents.py). Their digests are kept when the stage has ended,
         and compared before another stage builds on them. A cache has checksums of its own.
     body: Names the function that does the stage. It is called with the run and returns a summary in JSON types.
-    shared: Whether all workers of a run take part. If not, the first worker does the stage alone.
+    shared: Whether all workers of a run take part. If not, the first worker does the stage alone. Only the first one's
+        summary counts.
     """
 
     name: str
@@ -54,8 +55,9 @@ STAGES = {
             uses=(),
             body="deepspec_core.pipeline.regenerating:run_stage",
             makes=(contents.REGENERATED,),
+            shared=True,
         ),
-        Stage(name="cache", uses=("regenerate",), body="deepspec_core.pipeline.caching:run_stage"),
+        Stage(name="cache", uses=("regenerate",), body="deepspec_core.pipeline.caching:run_stage", shared=True),
         Stage(
             name="train",
             uses=("regenerate", "cache"),
@@ -63,7 +65,7 @@ STAGES = {
             makes=(contents.OWN_DRAFT,),
             shared=True,
         ),
-        Stage(name="evaluate", uses=("train",), body="deepspec_core.pipeline.evaluating:run_stage"),
+        Stage(name="evaluate", uses=("train",), body="deepspec_core.pipeline.evaluating:run_stage", shared=True),
         Stage(name="export", uses=("train", "evaluate"), body="deepspec_core.pipeline.exporting:run_stage"),
     )
 }
@@ -245,6 +247,8 @@ def _do(run: Run, step: Step, say: Callable[[str], None]) -> StageRecord:
                 with suppress(OSError):  # a full disk, perhaps; the record that names these keys is there
                     keep(read)
                 raise
+            if step.stage.shared:
+                _require_same_reading(name, read)
     finally:
         run.cache.let_go()
     record = record_of(read, complete=True, summary=summary)
@@ -274,7 +278,7 @@ def _alone(run: Run, name: str) -> AbstractContextManager[object]:
 
 
 def follow(run: Run, steps: Sequence[Step]) -> None:
-    """Do what workers other than the first do: take part in shared stages, and wait for the others."""
+    """Do what workers other than the first do: take part in shared stages, and wait for the first to end each one."""
     counts = _threads(run, steps)
     for step in steps:
         if step.action == "skip":
@@ -282,13 +286,33 @@ def follow(run: Run, steps: Sequence[Step]) -> None:
         if step.stage.shared:
             for ancestor in ancestors(step.stage, run.file.run.stages):
                 workers.wait_for(run.stage_folder(ancestor.name))
-            with threads.using(counts[step.stage.name]):
-                resolve(step.stage.body)(run)
+            try:
+                with threads.using(counts[step.stage.name]), run.reads.traced() as read:
+                    resolve(step.stage.body)(run)
+                    _require_same_reading(step.stage.name, read)
+            finally:
+                run.cache.let_go()
         workers.wait_for(run.stage_folder(step.stage.name))
 
 
 def _threads(run: Run, steps: Sequence[Step]) -> dict[str, int]:
-    return threads.choose(run, [step.stage.name for step in steps if step.action != "skip"])
+    names = [step.stage.name for step in steps if step.action != "skip"]
+    return threads.choose(run, names, processes=workers.on_this_machine())
+
+
+def _require_same_reading(name: str, read: Trace) -> None:
+    """StageError where workers read different content under one name: on another machine a file may be another one."""
+    crew = workers.crew()
+    for rank, content in enumerate(crew.gather(f"{name} read", read.content)):
+        for what, digest in content.items():
+            if digest != read.content.get(what, digest):
+                raise StageError(
+                    f"The workers of this run do not read the same: {what} differs",
+                    where=f"workers {crew.rank} and {rank}, stage `{name}`",
+                    found=digest[:16],
+                    expected=read.content[what][:16],
+                    fix="Give all machines the same files, then discard the stage's results: --force " + name,
+                )
 
 
 def _require_ancestors(run: Run, stage: Stage) -> None:

@@ -1,0 +1,155 @@
+"""Filling a cache, alone or by several workers.
+
+Several workers write parts: caches of one shard each, in folders of their own inside the cache's, which the first
+worker moves into the cache. Which samples a part has follows from their order, not from who writes it, so a finished
+part counts whatever the number of workers is when an interrupted filling goes on. Knows caches and samples; not how
+features are computed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Final
+
+from attrs import frozen
+
+from deepspec_core.contracts.cache import CacheFormat, CacheHeader, MergingWriter
+from deepspec_core.contracts.draft import Sample
+from deepspec_core.crew import Crew, SharedProgress
+from deepspec_core.errors import CacheError
+from deepspec_core.stopping import StopRequest
+
+log = logging.getLogger("deepspec")
+
+_PART: Final = "part-"
+
+Part = tuple[int, int]
+"""The number of its first sample in the order of capture, and how many follow: the samples of one shard."""
+
+
+@frozen(kw_only=True)
+class Filling:
+    """What is written, and where.
+
+    order: All samples, without features, in the order in which the cache has them.
+    captured: captured(done) gives them with features, in that order, those left out whose ids are in `done`.
+    require_space: require_space(tokens, shards) raises where the disk has no room for so many.
+    """
+
+    cache_format: CacheFormat
+    folder: Path
+    header: CacheHeader
+    order: Sequence[Sample]
+    captured: Callable[[Collection[str]], Iterator[Sample]]
+    require_space: Callable[[int, int], None]
+    shard_samples: int
+
+    def place(self, part: Part) -> Path:
+        """The folder of a part."""
+        return self.folder / f"{_PART}{part[0]:09d}"
+
+    def digest(self) -> str:
+        """Tells what one worker writes from what another does. Sources, template and tokenizer are in the header."""
+        digest = hashlib.sha256(json.dumps(self.header.as_json(), sort_keys=True).encode("utf-8", "surrogatepass"))
+        for sample in self.order:
+            digest.update(json.dumps([sample.id, len(sample.input_ids)]).encode())
+        return digest.hexdigest()
+
+    def parts(self, done: Collection[str]) -> list[Part]:
+        """The samples that are not done, in runs without a gap."""
+        parts: list[Part] = []
+        for number, sample in enumerate(self.order):
+            if sample.id in done:
+                continue
+            if parts and sum(parts[-1]) == number and parts[-1][1] < self.shard_samples:
+                parts[-1] = (parts[-1][0], parts[-1][1] + 1)
+            else:
+                parts.append((number, 1))
+        return parts
+
+
+def fill(work: Filling, crew: Crew) -> None:
+    """Write what is missing, and finish the cache. The samples are in the same order whoever wrote them."""
+    crew.require_shared(work.folder)
+    if crew.first:
+        _lead(work, crew)
+        return
+    digest, parts, done = crew.told_by_first("cache parts")
+    if digest != work.digest():
+        raise CacheError(
+            f"Worker {crew.rank} caches something else than the first worker",
+            where=work.folder,
+            expected="the same target, sources, tokenizer and versions on every machine",
+        )
+    with crew.progress(len(work.order), "cache", "samples", done=done) as progress:
+        _write_parts(work, crew.share([(first, count) for first, count in parts]), crew, progress)
+
+
+def _lead(work: Filling, crew: Crew) -> None:
+    with closing(work.cache_format.create(work.folder, work.header, shard_samples=work.shard_samples)) as writer:
+        merging = writer if isinstance(writer, MergingWriter) else None
+        if merging is not None:
+            _absorb_finished(work, merging)
+        elif crew.count > 1:
+            log.warning("several workers cannot write a cache of this format: the first one does it alone")
+        done = writer.written()
+        parts = work.parts(done)
+        missing = [sample for sample in work.order if sample.id not in done]
+        work.require_space(sum(len(sample.input_ids) for sample in missing), len(parts))
+        # Samples that are done behind missing ones, as after several workers: written at the end, those would be out of
+        # order.
+        gaps = bool(missing) and missing[0] is not work.order[len(work.order) - len(missing)]
+        in_parts = merging is not None and (crew.count > 1 or gaps)
+        crew.told_by_first("cache parts", [work.digest(), parts if in_parts else [], len(done)])
+        with crew.progress(len(work.order), "cache", "samples", done=len(done)) as progress:
+            if in_parts:
+                _write_parts(work, crew.share(parts), crew, progress)
+            else:
+                with StopRequest() as request:
+                    for sample in work.captured(done):
+                        writer.write(sample)
+                        progress.advance()
+                        request.check()  # here and not inside HDF5, which cannot take an exception
+        if in_parts:
+            assert merging is not None, "as asked above"
+            for part in parts:
+                crew.require_seen(work.place(part))
+                merging.absorb(work.place(part))
+            merging.arrange({sample.id: number for number, sample in enumerate(work.order)})
+        writer.finish()
+
+
+def _write_parts(work: Filling, parts: Sequence[Part], crew: Crew, progress: SharedProgress) -> None:
+    """Each part as a finished cache of its own."""
+    own = {work.order[number].id for first, count in parts for number in range(first, first + count)}
+    captured = work.captured({sample.id for sample in work.order} - own)
+    with StopRequest() as request:
+        for part in parts:
+            with closing(
+                work.cache_format.create(work.place(part), work.header, shard_samples=work.shard_samples)
+            ) as writer:
+                for _ in range(part[1]):
+                    writer.write(next(captured))
+                    progress.advance()
+                    request.check()
+                    crew.check()
+                writer.finish()
+
+
+def _absorb_finished(work: Filling, writer: MergingWriter) -> None:
+    """Take over the parts that earlier workers finished, and remove the others."""
+    for place in sorted(work.folder.glob(f"{_PART}*")):
+        try:
+            finished = set(work.cache_format.open(place, work.header).ids())
+        except CacheError:  # its samples are captured again
+            finished = set()
+        if finished and finished.isdisjoint(writer.written()):
+            writer.absorb(place)
+        else:
+            shutil.rmtree(place)
