@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from attrs import asdict, evolve, frozen
+from attrs import asdict, frozen
 
 from deepspec_core.contracts.draft import Sample
 from deepspec_core.contracts.target import ConversationFormat
@@ -36,7 +35,7 @@ from deepspec_core.data.conversations import Conversation
 from deepspec_core.data.generation_marks import within
 from deepspec_core.data.left_out import LeftOut, left_out, unmarked
 from deepspec_core.data.rendering import Template
-from deepspec_core.data.unicode_text import not_unicode, printable
+from deepspec_core.data.unicode_text import not_unicode
 from deepspec_core.errors import DataError
 
 PLAIN = Supervision()
@@ -291,71 +290,6 @@ class ChatTokenizer:
     def tokenizer_fingerprint(self) -> str:
         """Digest of the vocabulary, the merges and the normalisation."""
         return _digest(str(self.tokenizer.backend_tokenizer.to_str()))
-
-
-def tokenize_all(
-    conversations: Iterable[Conversation],
-    tokenizer: ChatTokenizer,
-    fmt: ConversationFormat,
-    *,
-    system_prompt: str | None,
-    max_length: int,
-    min_supervised_tokens: int,
-    supervision: Supervision = PLAIN,
-    counts: Counter[str] | None = None,
-    on_drop: Callable[[Dropped], None] = lambda _: None,
-    mask_token: int | None = None,
-) -> Iterator[Sample]:
-    """The samples worth training on, under unique ids.
-
-    `counts` receives samples, tokens, supervised_tokens; `truncated`: kept ones that reach max_length; `given_tokens`:
-    conversations that came with their tokens; `split`: conversations of several samples, since their template rewrites
-    earlier answers. Dropped, and told to `on_drop`: `too_short`, samples with fewer than min_supervised_tokens
-    supervised tokens within max_length; `no_answer`, conversations where nobody answers; `refused`, those the template
-    does not take, or not all of; `control_tokens`, those whose text contains the template's own markers. Kept, and
-    counted as `mask_token`: samples that contain the draft's mask token. DataError where the template does not fit
-    `fmt` at all.
-    """
-    counts = Counter() if counts is None else counts
-    seen: set[str] = set()
-
-    def drop(kind: str, identity: str, reason: str) -> None:
-        counts[kind] += 1
-        on_drop(Dropped(id=printable(identity), reason=reason))
-
-    for conversation in conversations:
-        try:
-            samples = tokenizer.samples(conversation, fmt, system_prompt, max_length, supervision)
-        except ControlTokens as error:
-            drop("control_tokens", conversation.id, f"it contains a control token of the template: {error.found}")
-            continue
-        except TemplateRefusal as error:
-            drop("refused", conversation.id, f"the chat template does not take it: {error.found}")
-            continue
-        except DataError as error:
-            raise DataError(
-                error.problem, where=f"conversation {conversation.id}", found=error.found, expected=error.expected
-            ) from error
-        counts["given_tokens"] += conversation.input_ids is not None
-        counts["split"] += len(samples) > 1
-        if not samples:
-            drop("no_answer", conversation.id, "no answer to a user's message")
-        for sample in samples:
-            num_supervised = int(sample.loss_mask.sum())
-            if num_supervised < min_supervised_tokens:
-                reason = f"{num_supervised} supervised tokens of at least {min_supervised_tokens}"
-                cut = f" (cut at {max_length} tokens)" if sample.original_length == max_length else ""
-                drop("too_short", sample.id, reason + cut)
-                continue
-            if sample.id in seen:
-                sample = evolve(sample, id=f"{sample.id}-{conversation.digest[:12]}")
-            seen.add(sample.id)
-            counts["samples"] += 1
-            counts["tokens"] += len(sample.input_ids)
-            counts["supervised_tokens"] += num_supervised
-            counts["truncated"] += sample.original_length == max_length
-            counts["mask_token"] += mask_token is not None and bool((sample.input_ids == mask_token).any())
-            yield sample
 
 
 def _refuse_not_unicode(*values: Any) -> None:

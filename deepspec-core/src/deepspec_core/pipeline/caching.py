@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import closing
 from typing import Any
 
 from deepspec_core.cache.estimate import cache_bytes, require_space
 from deepspec_core.contracts.cache import CacheWriter
-from deepspec_core.contracts.draft import Sample
+from deepspec_core.data.samples import Samples
 from deepspec_core.dtypes import torch_dtype
 from deepspec_core.features.capture import capture
 from deepspec_core.pipeline.fingerprint import RECORD
@@ -28,16 +27,17 @@ def run_stage(run: Run) -> dict[str, Any]:
     run.cache.written()
     return {
         "samples": len(samples),
-        "tokens": sum(len(sample.input_ids) for sample in samples),
+        "tokens": int(samples.lengths().sum()),
         "bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and path.name != RECORD),
         **run.data.losses(),
     }
 
 
-def _write(run: Run, writer: CacheWriter, samples: Sequence[Sample]) -> None:
+def _write(run: Run, writer: CacheWriter, samples: Samples) -> None:
     options, cache_format, folder = run.file.cache, run.cache.format, run.cache.folder
     done = writer.written()
-    missing = [len(sample.input_ids) for sample in samples if sample.id not in done]
+    lengths = zip(samples.ids(), samples.lengths().tolist(), strict=True)
+    missing = [length for name, length in lengths if name not in done]
     shards = -(-len(missing) // options.shard_samples)
     require_space(folder, cache_bytes(cache_format, run.cache.bare_header(), sum(missing), shards=shards))
     # Eight-bit features need scales, which the format computes from full precision.
