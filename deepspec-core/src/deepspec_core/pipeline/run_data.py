@@ -37,6 +37,8 @@ log = logging.getLogger("deepspec")
 
 # The file in a run's folder that keeps the rows of sources that cannot be used, with their places and the reasons.
 BAD_ROWS: Final = "bad-rows.jsonl"
+# The folder in a run's folder that keeps its tokenised conversations (data/token_store.py).
+TOKENS: Final = "tokens"
 # Counts of conversations that do not become one whole sample each, or ask what another one asks.
 LOSSES = (
     "unusable",
@@ -75,6 +77,11 @@ class RunData:
     reads: Reads
     mask_token: int | None = None
     counts: Counter[str] = field(factory=Counter)
+
+    @property
+    def tokens_folder(self) -> Path:
+        """Where the samples are stored."""
+        return self.folder / TOKENS
 
     @property
     def max_length(self) -> int:

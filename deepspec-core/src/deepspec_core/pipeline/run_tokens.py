@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any
 
 import attrs
 import jinja2
@@ -33,10 +33,8 @@ from deepspec_core.errors import DataError
 from deepspec_core.pipeline import workers
 from deepspec_core.progress import Progress
 
-if TYPE_CHECKING:
-    from deepspec_core.pipeline.run_data import RunData
-
-FOLDER: Final = "tokens"
+# run_data.RunData, which imports this module.
+RunData = Any
 
 
 def stored_samples(data: RunData) -> tuple[StoredSamples, Counter[str]]:
@@ -44,7 +42,7 @@ def stored_samples(data: RunData) -> tuple[StoredSamples, Counter[str]]:
 
     DataError where a conversation, a source or the chat template cannot be used at all.
     """
-    store = TokenStore(data.folder / FOLDER, made_from(data))
+    store = TokenStore(data.tokens_folder, made_from(data))
     ready = store.ready()
     if ready is None and workers.rank() == 0:
         read = Counter[str]()
@@ -111,7 +109,7 @@ def _made(data: RunData, read: Counter[str], manifest: Manifest) -> Iterator[tup
     last = manifest.shards[-1] if manifest.shards else None
     done, seen = (last.conversations if last else 0), DigestSet()
     if last is not None:
-        for identity in StoredSamples([data.folder / FOLDER / shard.file for shard in manifest.shards]).ids():
+        for identity in StoredSamples([data.tokens_folder / shard.file for shard in manifest.shards]).ids():
             seen.add(digest16(identity))
     options = data.options
     tokenisation = Tokenisation(
