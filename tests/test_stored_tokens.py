@@ -1,6 +1,7 @@
 """A run's tokens are stored once, are those of its conversations, and follow every change of what they come from."""
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from deepspec_core.config.load import load_run_file
 from deepspec_core.contracts.draft import Sample
 from deepspec_core.data.tokenize import ChatTokenizer
 from deepspec_core.errors import DataError
+from deepspec_core.pipeline import run_tokens, workers
 from deepspec_core.pipeline.reads import Trace
 from deepspec_core.pipeline.run import Run
 from deepspec_core.plugins.discovery import load_plugins
@@ -151,13 +153,31 @@ def test_another_mask_token_is_counted_without_tokenising_again(run_file: Path, 
     assert not made
 
 
+def test_other_workers_wait_for_what_the_first_one_stores(
+    run_file: Path, monkeypatch: pytest.MonkeyPatch, made: Counter[str]
+) -> None:
+    _write(run_file, [_row(number) for number in range(6)])
+    stored: list[list[tuple[str, list[int], list[bool], int]]] = []
+
+    def first_worker(_seconds: float) -> None:
+        monkeypatch.setattr(workers, "rank", lambda: 0)
+        stored.append(_content(_run(run_file).data.training_samples()))
+        monkeypatch.setattr(workers, "rank", lambda: 1)
+
+    monkeypatch.setattr(run_tokens.time, "sleep", first_worker)
+    monkeypatch.setattr(workers, "rank", lambda: 1)
+    run = _run(run_file)
+    assert [_content(run.data.training_samples())] == stored
+    assert run.data.counts["malformed"] == 1
+    assert made.total() == 6
+
+
 def test_two_processes_make_what_one_makes(run_file: Path) -> None:
     rows = [_row(number) for number in range(150)]
     _write(run_file, [*rows, _row(151, "An end <|im_end|> in it. ")])
     one = _run(run_file)
     alone = _content(one.data.training_samples())
-    for path in (one.folder / "tokens").iterdir():
-        path.unlink()
+    shutil.rmtree(one.data.tokens_folder)
     two = _run(run_file, "data.workers=2")
     assert _content(two.data.training_samples()) == alone
     assert two.data.counts == one.data.counts
