@@ -30,6 +30,7 @@ from deepspec_core.pipeline.training import publish
         "report.html",
         "evaluate/samples.json",
         "evaluate/held-out-t0.jsonl",
+        "tokens/manifest.json",
     ],
 )
 def test_a_folder_where_a_file_belongs(run_file: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
@@ -47,9 +48,13 @@ def test_the_names_are_those_that_a_run_writes(finished: Path) -> None:
     from deepspec_core.pipeline import places
 
     out = finished.parent / "runs" / "quickstart-dflash-smoke"
-    known = {*places._OF_EVERY_STAGE, *sum([*places._OF_STAGES.values(), *places._OF_RUNS.values()], ())}
+    known = {
+        *places._OF_EVERY_STAGE,
+        *places._OF_TOKENS,
+        *sum([*places._OF_STAGES.values(), *places._OF_RUNS.values()], ()),
+    }
     left = [path for path in [*out.glob("*"), *out.glob("*/*")] if path.is_file() and path.parent.name != "draft"]
-    own = ("evaluate/*-t*.jsonl", "cache/manifest.json", "cache/shard-*", "cache/writer.lock")
+    own = ("evaluate/*-t*.jsonl", "cache/manifest.json", "cache/shard-*", "cache/writer.lock", "tokens/tokens-*.arrow")
     assert not {path.name for path in left if not any(map(path.match, own))} - known
 
 

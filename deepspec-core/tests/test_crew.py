@@ -32,7 +32,7 @@ from deepspec_core.data.tokenize import ChatTokenizer
 from deepspec_core.decoding.engine import Request
 from deepspec_core.errors import CacheError, DataError, StageError
 from deepspec_core.evaluation.evaluator import Decoding, Group, evaluate, recorded, summarise
-from deepspec_core.features.capture import capture, in_order
+from deepspec_core.features.capture import capture
 from deepspec_core.testing.table_proposer import TableProposer
 from deepspec_core.testing.tiny_target import TinyTarget
 from deepspec_core.testing.tiny_tokenizer import tiny_format, tiny_tokenizer
@@ -247,6 +247,7 @@ def filled(
         )
         for i in range(20)
     ]
+    order = sorted(samples, key=lambda sample: (-len(sample.input_ids), sample.id))
 
     def work(crew: Crew) -> None:
         target = TinyTarget(hidden_size=16)
@@ -263,7 +264,8 @@ def filled(
                 cache_format=cache_format,
                 folder=folder,
                 header=HEADER,
-                order=in_order(samples),
+                ids=[sample.id for sample in order],
+                lengths=[len(sample.input_ids) for sample in order],
                 captured=captured,
                 require_space=lambda tokens, shards: None,
                 shard_samples=shard,

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from deepspec_core.config.schema import SourceOptions
+from deepspec_core.data.bad_rows import BadRows
 from deepspec_core.data.sources import read_sources
 from deepspec_core.errors import DataError
 
@@ -181,5 +182,28 @@ def test_a_dataset_folder_that_was_edited_is_read_anew(tmp_path: Path) -> None:
         os.utime(file, ns=(10**18, 10**18))
         assert _ids(tmp_path, SourceOptions(path="data")) == [text]
     file.write_text("{broken\n")
-    with pytest.raises(DataError, match="A dataset cannot be read"):
+    with pytest.raises(DataError, match="A line is not JSON"):
         _ids(tmp_path, SourceOptions(path="data"))
+
+
+def test_a_broken_row_of_a_dataset_folder_is_left_out_and_kept(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    folder = tmp_path / "data"
+    folder.mkdir()
+    _write(folder / "train-0.jsonl", [_row(str(number)) for number in range(9)])
+    (folder / "train-1.jsonl").write_bytes(b'{"turns": ["\xff"]}\n{"id": "last", "turns": ["b"]}\n')
+    (folder / "test.jsonl").write_text("{broken\n")
+    with (folder / "train-0.jsonl").open("a") as file:
+        file.write('{"turns": ["torn"\n')
+    counts, kept = Counter[str](), tmp_path / "bad.jsonl"
+    bad_rows = BadRows(most=0.5, keep_in=kept)
+    options = {"held_out": 0.0, "seed": 1, "base": tmp_path, "registry": Registry(), "counts": counts}
+    source = SourceOptions(path="data")
+    found = [one.id for one in read_sources([source], split="train", bad_rows=bad_rows, **options)]
+    bad_rows.finish()
+    assert found == [*map(str, range(9)), "last"]
+    assert +counts == {"conversations": 10, "malformed": 2}
+    places = [json.loads(line)["where"] for line in kept.read_text().splitlines()]
+    assert places == [f"{folder / 'train-0.jsonl'}:10", f"{folder / 'train-1.jsonl'}:1"]
+    with pytest.raises(DataError, match="2 of 12 rows"):
+        list(read_sources([source], split="train", bad_rows=BadRows(most=0.1), **options))

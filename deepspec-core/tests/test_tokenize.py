@@ -10,7 +10,8 @@ from attrs import evolve
 from deepspec_core.contracts.target import ConversationFormat
 from deepspec_core.data.answers import Supervision
 from deepspec_core.data.conversations import Conversation
-from deepspec_core.data.tokenize import ChatTokenizer, Dropped, tokenize_all
+from deepspec_core.data.tokenize import ChatTokenizer, Dropped
+from deepspec_core.data.tokenizing import tokenize_all
 from deepspec_core.errors import DataError
 from deepspec_core.testing.tiny_tokenizer import tiny_format, tiny_tokenizer
 

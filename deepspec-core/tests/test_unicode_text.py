@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from deepspec_core.data.conversations import from_row
-from deepspec_core.data.tokenize import ChatTokenizer, Dropped, TemplateRefusal, tokenize_all
+from deepspec_core.data.tokenize import ChatTokenizer, Dropped, TemplateRefusal
+from deepspec_core.data.tokenizing import tokenize_all
 from deepspec_core.data.unicode_text import not_unicode
 from deepspec_core.errors import DataError
 from deepspec_core.evaluation.tasks import load_task

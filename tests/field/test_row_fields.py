@@ -14,7 +14,8 @@ from deepspec_core.data.answers import Supervision
 from deepspec_core.data.conversations import Conversation, from_row
 from deepspec_core.data.messages import UnusableRow
 from deepspec_core.data.row_files import read_rows
-from deepspec_core.data.tokenize import PLAIN, ChatTokenizer, tokenize_all
+from deepspec_core.data.tokenize import PLAIN, ChatTokenizer
+from deepspec_core.data.tokenizing import tokenize_all
 from deepspec_core.errors import DataError, PluginError
 from deepspec_core.evaluation.tasks import load_task
 from deepspec_core.plugins.registry import Registry

@@ -13,7 +13,8 @@ import deepspec_core as ds
 from deepspec_core.cli.main import main
 from deepspec_core.data.conversations import from_row
 from deepspec_core.data.messages import UnusableRow
-from deepspec_core.data.tokenize import ChatTokenizer, Dropped, tokenize_all
+from deepspec_core.data.tokenize import ChatTokenizer, Dropped
+from deepspec_core.data.tokenizing import tokenize_all
 from deepspec_core.errors import DataError
 
 SYSTEM = {"role": "system", "content": "Be rude."}

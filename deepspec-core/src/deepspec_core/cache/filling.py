@@ -37,7 +37,7 @@ Part = tuple[int, int]
 class Filling:
     """What is written, and where.
 
-    order: All samples, without features, in the order in which the cache has them.
+    ids, lengths: The ids and the tokens of all samples, in the order in which the cache has them.
     captured: captured(done) gives them with features, in that order, those left out whose ids are in `done`.
     require_space: require_space(tokens, shards) raises where the disk has no room for so many.
     """
@@ -45,7 +45,8 @@ class Filling:
     cache_format: CacheFormat
     folder: Path
     header: CacheHeader
-    order: Sequence[Sample]
+    ids: Sequence[str]
+    lengths: Sequence[int]
     captured: Callable[[Collection[str]], Iterator[Sample]]
     require_space: Callable[[int, int], None]
     shard_samples: int
@@ -57,15 +58,15 @@ class Filling:
     def digest(self) -> str:
         """Tells what one worker writes from what another does. Sources, template and tokenizer are in the header."""
         digest = hashlib.sha256(json.dumps(self.header.as_json(), sort_keys=True).encode("utf-8", "surrogatepass"))
-        for sample in self.order:
-            digest.update(json.dumps([sample.id, len(sample.input_ids)]).encode())
+        for one in zip(self.ids, self.lengths, strict=True):
+            digest.update(json.dumps(one).encode())
         return digest.hexdigest()
 
     def parts(self, done: Collection[str]) -> list[Part]:
         """The samples that are not done, in runs without a gap."""
         parts: list[Part] = []
-        for number, sample in enumerate(self.order):
-            if sample.id in done:
+        for number, name in enumerate(self.ids):
+            if name in done:
                 continue
             if parts and sum(parts[-1]) == number and parts[-1][1] < self.shard_samples:
                 parts[-1] = (parts[-1][0], parts[-1][1] + 1)
@@ -87,7 +88,7 @@ def fill(work: Filling, crew: Crew) -> None:
             where=work.folder,
             expected="the same target, sources, tokenizer and versions on every machine",
         )
-    with crew.progress(len(work.order), "cache", "samples", done=done) as progress:
+    with crew.progress(len(work.ids), "cache", "samples", done=done) as progress:
         _write_parts(work, crew.share([(first, count) for first, count in parts]), crew, progress)
 
 
@@ -100,14 +101,14 @@ def _lead(work: Filling, crew: Crew) -> None:
             log.warning("several workers cannot write a cache of this format: the first one does it alone")
         done = writer.written()
         parts = work.parts(done)
-        missing = [sample for sample in work.order if sample.id not in done]
-        work.require_space(sum(len(sample.input_ids) for sample in missing), len(parts))
+        missing = [number for number, name in enumerate(work.ids) if name not in done]
+        work.require_space(sum(work.lengths[number] for number in missing), len(parts))
         # Samples that are done behind missing ones, as after several workers: written at the end, those would be out of
         # order.
-        gaps = bool(missing) and missing[0] is not work.order[len(work.order) - len(missing)]
+        gaps = bool(missing) and missing[0] != len(work.ids) - len(missing)
         in_parts = merging is not None and (crew.count > 1 or gaps)
         crew.told_by_first("cache parts", [work.digest(), parts if in_parts else [], len(done)])
-        with crew.progress(len(work.order), "cache", "samples", done=len(done)) as progress:
+        with crew.progress(len(work.ids), "cache", "samples", done=len(done)) as progress:
             if in_parts:
                 _write_parts(work, crew.share(parts), crew, progress)
             else:
@@ -121,14 +122,14 @@ def _lead(work: Filling, crew: Crew) -> None:
             for part in parts:
                 crew.require_seen(work.place(part))
                 merging.absorb(work.place(part))
-            merging.arrange({sample.id: number for number, sample in enumerate(work.order)})
+            merging.arrange({name: number for number, name in enumerate(work.ids)})
         writer.finish()
 
 
 def _write_parts(work: Filling, parts: Sequence[Part], crew: Crew, progress: SharedProgress) -> None:
     """Each part as a finished cache of its own."""
-    own = {work.order[number].id for first, count in parts for number in range(first, first + count)}
-    captured = work.captured({sample.id for sample in work.order} - own)
+    own = {work.ids[number] for first, count in parts for number in range(first, first + count)}
+    captured = work.captured(set(work.ids) - own)
     with StopRequest() as request:
         for part in parts:
             with closing(

@@ -142,6 +142,7 @@ class DataOptions:
     supervise_newline: Supervise the newline after an answer's end marker too. Not for runs that regenerate.
     supervise_think_block: Supervise what the chat template itself puts before an answer too, such as an empty think
         block. Not for runs that regenerate.
+    workers: Processes that render and tokenise. They change no sample.
     """
 
     sources: tuple[SourceOptions, ...]
@@ -154,6 +155,7 @@ class DataOptions:
     supervise: str = field(default="all", validator=in_(("all", "last")))
     supervise_newline: bool = False
     supervise_think_block: bool = False
+    workers: int = field(default=1, validator=whole(1, 512), metadata=CHANGES_NOTHING)
 
 
 def _batch_sizes(_options: object, attribute: Attribute[Any], value: int | tuple[int, ...]) -> None:

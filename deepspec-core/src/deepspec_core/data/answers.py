@@ -8,8 +8,10 @@ channel) belongs to the template. Knows renderings; neither tokens nor how a tem
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from operator import itemgetter
+from typing import Any, Final, Protocol
 
 from attrs import frozen
 
@@ -23,6 +25,7 @@ class TemplateRefusal(DataError):
 
 
 Messages = Sequence[Mapping[str, Any]]
+_BEGIN: Final = itemgetter(0)
 
 
 class Render(Protocol):
@@ -166,12 +169,12 @@ def rows(answers: Sequence[Reply], supervision: Supervision) -> list[tuple[str, 
 def supervised(offsets: Sequence[tuple[int, int]], answers: Sequence[Answer]) -> list[bool]:
     """Per token, whether it lies within an answer. Of a marker that is cut off, no token counts."""
     seen = offsets[-1][1] if offsets else 0
-    spans = iter([(answer.start, answer.end if answer.end <= seen else answer.text_end) for answer in answers])
-    mask, (start, end) = [], next(spans, (seen, seen))
-    for begin, stop in offsets:
-        while begin >= end and end < seen:
-            start, end = next(spans, (seen, seen))
-        mask.append(start <= begin < stop <= end)
+    mask = [False] * len(offsets)
+    for answer in answers:
+        start, end = answer.start, answer.end if answer.end <= seen else answer.text_end
+        # Tokens begin one after the other in the text.
+        first, last = (bisect_left(offsets, place, key=_BEGIN) for place in (start, end))
+        mask[first:last] = [begin < stop <= end for begin, stop in offsets[first:last]]
     return mask
 
 

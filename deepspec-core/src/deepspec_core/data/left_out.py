@@ -11,14 +11,18 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, Final
 
 from attrs import field, frozen
 
 from deepspec_core.data.answers import TemplateRefusal
+from deepspec_core.data.digest_set import digest16
 from deepspec_core.data.written import Written
 
 Tools = Sequence[Mapping[str, Any]]
+_TEXT: Final = json.JSONEncoder()
+# Forms of conversations remembered: those of most data are a few hundred.
+_MOST_KNOWN: Final = 1 << 14
 
 
 class LeftOut(TemplateRefusal):
@@ -63,15 +67,26 @@ def unmarked(
     tools: Tools,
     *,
     first: int = 0,
+    known: dict[bytes, str | None] | None = None,
 ) -> str | None:
     """What is left out of a rendering with a mark in place of each part, in words; None where nothing is.
+
+    With marks in place of words, conversations of one form are the same. `known` remembers, by form, the mark that is
+    missing, so that each form is rendered once. It belongs to one `render`.
 
     A template may take only what it knows, a tool's name or a number, and refuse marks in its place. Each is then tried
     alone. One that is refused alone has been read, and its words (left_out) have to do.
     """
-    whole = _marked(messages, tools, first)
+    whole, known = _marked(messages, tools, first), {} if known is None else known
+    form = digest16(_TEXT.encode([whole.messages, whole.tools]))
     with suppress(TemplateRefusal):
-        return whole.missing_in(render(whole.messages, whole.tools))
+        if form not in known:
+            missing = whole.missing_in(render(whole.messages, whole.tools))
+            if len(known) >= _MOST_KNOWN:
+                known.clear()
+            known[form] = missing
+        mark = known[form]
+        return None if mark is None else whole.what[mark]
     for mark in whole.what:
         alone = _marked(messages, tools, first, only=mark)
         with suppress(TemplateRefusal):
@@ -89,8 +104,8 @@ class _Marked:
     what: dict[str, str] = field(repr=False)
 
     def missing_in(self, text: str) -> str | None:
-        """What the first mark stands for that is not in the text."""
-        return next((what for mark, what in self.what.items() if mark not in text), None)
+        """The first mark that is not in the text."""
+        return next((mark for mark in self.what if mark not in text), None)
 
 
 def _marked(messages: Sequence[Mapping[str, Any]], tools: Tools, first: int, *, only: str | None = None) -> _Marked:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from deepspec_core.config.schema import BUILTIN, ROW_FILES, SourceOptions
 from deepspec_core.data.columns import ColumnMap
@@ -21,6 +21,11 @@ from deepspec_core.data.source_row import MOST_BYTES, SourceRow
 from deepspec_core.data.split import Split
 from deepspec_core.errors import DataError, nearest
 from deepspec_core.hub import say_local_copy, why_unreachable
+
+# What `save_to_disk` writes into a folder.
+_SAVED: Final = ("dataset_dict.json", "dataset_info.json")
+# The readers of `datasets` whose rows are those of the files.
+_OF_ROWS: Final = ("json", "parquet")
 
 
 class Registry(Protocol):
@@ -140,7 +145,15 @@ def _missing(path: Path) -> DataError:
 
 
 def _dataset(source: SourceOptions, base: Path) -> Iterator[SourceRow]:
-    """A dataset folder, or a dataset on the Hub."""
+    """A dataset folder, or a dataset on the Hub.
+
+    The files of a folder are read here where they can be: `datasets` ends at the first row that it cannot read.
+    """
+    files = _files_of_rows(source, base)
+    for file in files:
+        yield from _file(file, MOST_BYTES)
+    if files:
+        return
     rows = iter(_open_dataset(source, base))
     for number in count(1):
         with _dataset_errors(source):
@@ -148,6 +161,17 @@ def _dataset(source: SourceOptions, base: Path) -> Iterator[SourceRow]:
         if row is None:
             return
         yield SourceRow(f"{source.path}:{number}", row)
+
+
+def _files_of_rows(source: SourceOptions, base: Path) -> list[Path]:
+    """The files of a folder's split, as `datasets` finds them; empty where it is needed to read them too."""
+    local = base / source.path
+    if not local.is_dir() or any((local / name).is_file() for name in _SAVED):
+        return []
+    builder = _open_dataset(source, base, look_only=True)
+    paths = [str(path) for path in (builder.config.data_files or {}).get(source.split or "train", ())]
+    plain = builder.name in _OF_ROWS and getattr(builder.config, "field", None) is None
+    return list(map(Path, paths)) if plain and all(path.endswith(ROW_FILES) for path in paths) else []
 
 
 def _open_dataset(source: SourceOptions, base: Path, *, look_only: bool = False) -> Any:
@@ -217,5 +241,6 @@ def _dataset_errors(source: SourceOptions, problem: str | None = None) -> Iterat
             where=f"data.sources: {source.path}",
             found=problem or f"{type(error).__name__}: {error}",
             expected=f"split {source.split or 'train'!r} of a dataset folder or of a dataset on the Hub",
-            fix="Check the name, the split and the connection; offline, download it first and give its folder.",
+            fix="Check the name, the split and the connection. Where one row is the reason, or offline, download the "
+            "dataset and give its folder: rows of JSON and Parquet files that cannot be read are left out there.",
         ) from error

@@ -18,6 +18,7 @@ from deepspec_core.config.schema import BUILTIN, SourceOptions
 from deepspec_core.data.bad_rows import BadRow, BadRows, OfOneSource
 from deepspec_core.data.columns import ColumnMap
 from deepspec_core.data.conversations import Conversation, from_row
+from deepspec_core.data.digest_set import DigestSet, digest16
 from deepspec_core.data.prepared import is_prepared, manifest_of
 from deepspec_core.data.source_row import SourceRow
 from deepspec_core.data.source_rows import Registry, check_source, columns_of, has_splits, on_hub, rows_of
@@ -72,31 +73,31 @@ def read_sources(
         _of_split(source, split, held_out, seed, base, registry, counts, bad_rows, alone=alone, own=own)
         for source in sources
     ]
-    seen: dict[str, str] = {}
-    asked: set[bytes] = set()
-    prompts: set[bytes] = set()
+    # Digests only: 100 to 200 bytes a conversation, however long it is.
+    ids, contents, asked, prompts = DigestSet(), DigestSet(), DigestSet(), DigestSet()
     for conversation in _interleave(streams, [source.weight for source in sources]):
         digest = conversation.digest
         renamed = f"{conversation.id}-{digest[:12]}"
-        known = conversation.id in seen
-        if known and (seen[conversation.id] == digest or renamed in seen):
+        known = digest16(conversation.id) in ids
+        if known and (_named(conversation.id, digest) in contents or digest16(renamed) in ids):
             counts["duplicates"] += 1
             continue
-        if duplicates == "drop":
-            prompt = whole_prompt_digest(conversation)
-            if prompt in prompts:
-                counts["same_prompt"] += 1
-                continue
-            prompts.add(prompt)
+        if duplicates == "drop" and not prompts.add(whole_prompt_digest(conversation)):
+            counts["same_prompt"] += 1
+            continue
         if known:
             counts["renamed"] += 1
             conversation = evolve(conversation, id=renamed)
-        seen[conversation.id] = digest
-        question = prompt_digest(conversation)
-        counts["same_question"] += question in asked
-        asked.add(question)
+        ids.add(digest16(conversation.id))
+        contents.add(_named(conversation.id, digest))
+        counts["same_question"] += not asked.add(prompt_digest(conversation))
         counts["conversations"] += 1
         yield conversation
+
+
+def _named(identity: str, digest: str) -> bytes:
+    """A digest of what a conversation is called and says. `digest` is of fixed length."""
+    return digest16(digest + identity)
 
 
 def check_sources(sources: Sequence[SourceOptions], *, base: Path, registry: Registry) -> None:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
-from attrs import asdict, evolve, frozen
+from attrs import asdict, frozen
+from transformers import PreTrainedTokenizerFast
 
 from deepspec_core.contracts.draft import Sample
 from deepspec_core.contracts.target import ConversationFormat
@@ -36,7 +37,7 @@ from deepspec_core.data.conversations import Conversation
 from deepspec_core.data.generation_marks import within
 from deepspec_core.data.left_out import LeftOut, left_out, unmarked
 from deepspec_core.data.rendering import Template
-from deepspec_core.data.unicode_text import not_unicode, printable
+from deepspec_core.data.unicode_text import not_unicode
 from deepspec_core.errors import DataError
 
 PLAIN = Supervision()
@@ -64,6 +65,11 @@ class ChatTokenizer:
         self._other_mode: ChatTokenizer | None = None
         self._openings: dict[str, Openings] = {}
         self._control_tokens: tuple[str, ...] | None = None
+        self._known_forms: dict[bool, dict[bytes, str | None]] = {False: {}, True: {}}
+        self._has_own_ways = any(
+            getattr(type(tokenizer), name, None) is not getattr(PreTrainedTokenizerFast, name, None)
+            for name in ("__call__", "_encode_plus")
+        )
         name = tokenizer.name_or_path or "tokenizer"
         if not tokenizer.is_fast:
             raise DataError("The tokenizer has no offsets", where=name, expected="a fast tokenizer (tokenizer.json)")
@@ -133,15 +139,32 @@ class ChatTokenizer:
 
         whole = _with_system(messages, system_prompt)
         first = len(messages) - len(whole)  # the system prompt has no number of its own
-        missing = left_out(text, whole, tools, first=first) or unmarked(render, whole, tools, first=first)
+        missing = left_out(text, whole, tools, first=first) or unmarked(
+            render, whole, tools, first=first, known=self._known_forms[prompt]
+        )
         if missing is not None:
             raise LeftOut(missing)
 
     def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids of rendered text, and the characters each stands for."""
+        if not self._has_own_ways:
+            # What is around the Rust tokenizer takes a third of the time, and does nothing for one text.
+            read = self._undisturbed().encode(text, add_special_tokens=False)
+            return read.ids, read.offsets
         # verbose: samples are cut at the target's positions, so the library's warning of long ones means nothing here.
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         return encoded["input_ids"], encoded["offset_mapping"]
+
+    def _undisturbed(self) -> Any:
+        """The Rust tokenizer, as every call of transformers sets it: an earlier call may have left it otherwise."""
+        backend = self.tokenizer.backend_tokenizer
+        if backend.truncation is not None:
+            backend.no_truncation()
+        if backend.padding is not None:
+            backend.no_padding()
+        if backend.encode_special_tokens != self.tokenizer.split_special_tokens:
+            backend.encode_special_tokens = self.tokenizer.split_special_tokens
+        return backend
 
     def decode(self, token_ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
         """The text of token ids."""
@@ -293,71 +316,6 @@ class ChatTokenizer:
         return _digest(str(self.tokenizer.backend_tokenizer.to_str()))
 
 
-def tokenize_all(
-    conversations: Iterable[Conversation],
-    tokenizer: ChatTokenizer,
-    fmt: ConversationFormat,
-    *,
-    system_prompt: str | None,
-    max_length: int,
-    min_supervised_tokens: int,
-    supervision: Supervision = PLAIN,
-    counts: Counter[str] | None = None,
-    on_drop: Callable[[Dropped], None] = lambda _: None,
-    mask_token: int | None = None,
-) -> Iterator[Sample]:
-    """The samples worth training on, under unique ids.
-
-    `counts` receives samples, tokens, supervised_tokens; `truncated`: kept ones that reach max_length; `given_tokens`:
-    conversations that came with their tokens; `split`: conversations of several samples, since their template rewrites
-    earlier answers. Dropped, and told to `on_drop`: `too_short`, samples with fewer than min_supervised_tokens
-    supervised tokens within max_length; `no_answer`, conversations where nobody answers; `refused`, those the template
-    does not take, or not all of; `control_tokens`, those whose text contains the template's own markers. Kept, and
-    counted as `mask_token`: samples that contain the draft's mask token. DataError where the template does not fit
-    `fmt` at all.
-    """
-    counts = Counter() if counts is None else counts
-    seen: set[str] = set()
-
-    def drop(kind: str, identity: str, reason: str) -> None:
-        counts[kind] += 1
-        on_drop(Dropped(id=printable(identity), reason=reason))
-
-    for conversation in conversations:
-        try:
-            samples = tokenizer.samples(conversation, fmt, system_prompt, max_length, supervision)
-        except ControlTokens as error:
-            drop("control_tokens", conversation.id, f"it contains a control token of the template: {error.found}")
-            continue
-        except TemplateRefusal as error:
-            drop("refused", conversation.id, f"the chat template does not take it: {error.found}")
-            continue
-        except DataError as error:
-            raise DataError(
-                error.problem, where=f"conversation {conversation.id}", found=error.found, expected=error.expected
-            ) from error
-        counts["given_tokens"] += conversation.input_ids is not None
-        counts["split"] += len(samples) > 1
-        if not samples:
-            drop("no_answer", conversation.id, "no answer to a user's message")
-        for sample in samples:
-            num_supervised = int(sample.loss_mask.sum())
-            if num_supervised < min_supervised_tokens:
-                reason = f"{num_supervised} supervised tokens of at least {min_supervised_tokens}"
-                cut = f" (cut at {max_length} tokens)" if sample.original_length == max_length else ""
-                drop("too_short", sample.id, reason + cut)
-                continue
-            if sample.id in seen:
-                sample = evolve(sample, id=f"{sample.id}-{conversation.digest[:12]}")
-            seen.add(sample.id)
-            counts["samples"] += 1
-            counts["tokens"] += len(sample.input_ids)
-            counts["supervised_tokens"] += num_supervised
-            counts["truncated"] += sample.original_length == max_length
-            counts["mask_token"] += mask_token is not None and bool((sample.input_ids == mask_token).any())
-            yield sample
-
-
 def _refuse_not_unicode(*values: Any) -> None:
     found = not_unicode(*values)
     if found is not None:
@@ -373,12 +331,13 @@ def _with_system(messages: Messages, system_prompt: str | None) -> list[Mapping[
 
 def _sample(identity: str, ids: list[int], mask: list[bool], max_length: int) -> Sample:
     ids, mask = ids[:max_length], mask[:max_length]
-    last = max((index for index, flag in enumerate(mask) if flag), default=-1)
-    keep = min(last + 2, len(ids))
+    ids_T, mask_T = np.array(ids, dtype=np.int64), np.array(mask, dtype=np.bool_)
+    supervised_tokens = np.flatnonzero(mask_T)
+    keep = min(int(supervised_tokens[-1]) + 2, len(ids)) if len(supervised_tokens) else min(1, len(ids))
     return Sample(
         id=identity,
-        input_ids=torch.tensor(ids[:keep], dtype=torch.long),
-        loss_mask=torch.tensor(mask[:keep], dtype=torch.bool),
+        input_ids=torch.from_numpy(ids_T[:keep].copy()),
+        loss_mask=torch.from_numpy(mask_T[:keep].copy()),
         original_length=len(ids),
     )
 

@@ -6,13 +6,15 @@ Knows values that JSON can hold. Does not know rows, templates or tokenizers.
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, Final
+
+_TEXT: Final = json.JSONEncoder(ensure_ascii=False)
 
 
 def not_unicode(*values: Any) -> str | None:
     """What in the texts of these values is no character, in words; None where they can be written as UTF-8."""
     try:
-        json.dumps(values, ensure_ascii=False).encode("utf-8")
+        _TEXT.encode(values).encode("utf-8")
     except UnicodeEncodeError as error:
         return f"half of a surrogate pair, {error.object[error.start]!r}"
     return None

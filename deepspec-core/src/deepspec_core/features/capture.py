@@ -17,6 +17,7 @@ from torch import Tensor
 from deepspec_core.contracts.draft import Sample
 from deepspec_core.contracts.target import TargetFeatures, TargetModel
 from deepspec_core.data.collate import pad_ids
+from deepspec_core.data.samples import as_samples
 from deepspec_core.errors import CacheError
 
 
@@ -36,9 +37,10 @@ def capture(
     CacheError where a feature is not finite in `dtype`: float16 ends at 65,504.
     """
     dtype = target.dtype if dtype is None else dtype
-    order = in_order(samples)
+    samples = as_samples(samples)
+    order = samples.longest_first()
     for first in range(0, len(order), batch_size):
-        batch = order[first : first + batch_size]
+        batch = [samples.sample(int(number)) for number in order[first : first + batch_size]]
         if all(sample.id in done for sample in batch):
             continue
         input_ids, attention_mask = pad_ids(batch)
@@ -60,11 +62,6 @@ def capture(
                 ):
                     _require_finite(kept_TC, computed_TC, layers, sample.id)
                 yield evolve(sample, features=stored)
-
-
-def in_order(samples: Sequence[Sample]) -> list[Sample]:
-    """The samples as `capture` gives them: longest first."""
-    return sorted(samples, key=lambda sample: (-len(sample.input_ids), sample.id))
 
 
 def _require_finite(kept_TC: Tensor, computed_TC: Tensor, layers: Sequence[str], sample: str) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from deepspec_core.contracts.draft import Sample
 from deepspec_core.contracts.target import TargetFeatures, TargetModel
+from deepspec_core.data.samples import as_samples
 
 
 class OnlineFeatures:
@@ -21,7 +22,8 @@ class OnlineFeatures:
     of_given_texts = True
 
     def __init__(self, samples: Sequence[Sample], target: TargetModel, taps: Sequence[int]) -> None:
-        self._samples = sorted(samples, key=lambda sample: sample.id)
+        self._samples = as_samples(samples)
+        self._order = self._samples.by_id()
         self._target: TargetModel | None = target
         self._taps = tuple(taps)
 
@@ -29,15 +31,16 @@ class OnlineFeatures:
         return {**self.__dict__, "_target": None}
 
     def __len__(self) -> int:
-        return len(self._samples)
+        return len(self._order)
 
     def lengths(self) -> Sequence[int]:
         """Tokens of each sample."""
-        return [len(sample.input_ids) for sample in self._samples]
+        lengths: list[int] = self._samples.lengths()[self._order].tolist()
+        return lengths
 
     def __getitem__(self, index: int) -> Sample:
         """The sample, without features."""
-        return self._samples[index]
+        return self._samples.sample(int(self._order[index]))
 
     def features(self, samples: Sequence[Sample], input_ids: Tensor, attention_mask: Tensor) -> TargetFeatures:
         """One forward of the target over the batch. Positions past a sequence's end are set to 0."""

@@ -9,7 +9,7 @@ from deepspec_core.cache.estimate import cache_bytes, require_space
 from deepspec_core.cache.filling import Filling, fill
 from deepspec_core.contracts.draft import Sample
 from deepspec_core.dtypes import torch_dtype
-from deepspec_core.features.capture import capture, in_order
+from deepspec_core.features.capture import capture
 from deepspec_core.pipeline import workers
 from deepspec_core.pipeline.fingerprint import RECORD
 from deepspec_core.pipeline.run import Run
@@ -19,6 +19,8 @@ def run_stage(run: Run) -> dict[str, Any]:
     """Write the cache. Sealed shards of an interrupted run are kept. CacheError if the disk has no room for it."""
     options, cache_format, folder = run.file.cache, run.cache.format, run.cache.folder
     samples = run.data.training_samples()
+    order = samples.longest_first()  # as `capture` goes through them
+    ids = list(samples.ids())
     # Eight-bit features need scales, which the format computes from full precision.
     dtype = None if options.dtype == "float8_e4m3" else torch_dtype(options.dtype)
 
@@ -33,7 +35,8 @@ def run_stage(run: Run) -> dict[str, Any]:
         cache_format=cache_format,
         folder=folder,
         header=run.cache.header(),
-        order=in_order(samples),
+        ids=[ids[number] for number in order],
+        lengths=samples.lengths()[order].tolist(),
         captured=captured,
         require_space=room,
         shard_samples=options.shard_samples,
@@ -45,7 +48,7 @@ def run_stage(run: Run) -> dict[str, Any]:
     run.cache.written()
     return {
         "samples": len(samples),
-        "tokens": sum(len(sample.input_ids) for sample in samples),
+        "tokens": int(samples.lengths().sum()),
         "bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and path.name != RECORD),
         **run.data.losses(),
     }

@@ -14,6 +14,7 @@ from deepspec_core.errors import StageError
 from deepspec_core.locks import LOCK
 from deepspec_core.pipeline.fingerprint import RECORD
 from deepspec_core.pipeline.run import Run
+from deepspec_core.pipeline.run_data import TOKENS
 
 _OF_EVERY_STAGE: Final = (RECORD, f"{RECORD}.partial")
 # Files of stages in their own folders. Those of a cache beside its lock are its format's.
@@ -23,6 +24,9 @@ _OF_STAGES: Final[Mapping[str, tuple[str, ...]]] = {
     "train": ("metrics.jsonl",),
     "evaluate": ("samples.json", "samples.json.partial"),
 }
+# Files of stored tokens in a folder of their own, beside its shards. These stages write them, whichever comes first.
+_OF_TOKENS: Final = (LOCK, "manifest.json", "manifest.json.tmp")
+_STORE_TOKENS: Final = ("cache", "train")
 # Files in the run's folder, by the stage that writes them; those of "" are written by every run.
 _OF_RUNS: Final[Mapping[str, tuple[str, ...]]] = {
     "": (LOCK, "config.toml"),
@@ -59,6 +63,8 @@ def check_places(run: Run, todo: Collection[str]) -> None:
 def _folders(run: Run, todo: Collection[str]) -> Iterator[Path]:
     yield run.folder
     yield from (run.stage_folder(stage) for stage in sorted(todo))
+    if any(stage in todo for stage in _STORE_TOKENS):
+        yield run.folder / TOKENS
     if "train" in todo:
         from deepspec_core.training.checkpoint import CHECKPOINTS
 
@@ -69,6 +75,8 @@ def _files(run: Run, todo: Collection[str]) -> Iterator[Path]:
     yield from (run.folder / name for stage in ("", *sorted(todo)) for name in _OF_RUNS.get(stage, ()))
     for stage in sorted(todo):
         yield from (run.stage_folder(stage) / name for name in (*_OF_EVERY_STAGE, *_OF_STAGES.get(stage, ())))
+    if any(stage in todo for stage in _STORE_TOKENS):
+        yield from (run.folder / TOKENS / name for name in _OF_TOKENS)
     if "evaluate" in todo:
         from deepspec_core.pipeline.evaluating import journal_files
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from deepspec_core.data.answers import Supervision
     from deepspec_core.data.bad_rows import BadRows
     from deepspec_core.data.conversations import Conversation
+    from deepspec_core.data.samples import Samples
     from deepspec_core.data.split import Split
     from deepspec_core.data.tokenize import Dropped
 
@@ -36,6 +37,8 @@ log = logging.getLogger("deepspec")
 
 # The file in a run's folder that keeps the rows of sources that cannot be used, with their places and the reasons.
 BAD_ROWS: Final = "bad-rows.jsonl"
+# The folder in a run's folder that keeps its tokenised conversations (data/token_store.py).
+TOKENS: Final = "tokens"
 # Counts of conversations that do not become one whole sample each, or ask what another one asks.
 LOSSES = (
     "unusable",
@@ -76,6 +79,11 @@ class RunData:
     counts: Counter[str] = field(factory=Counter)
 
     @property
+    def tokens_folder(self) -> Path:
+        """Where the samples are stored."""
+        return self.folder / TOKENS
+
+    @property
     def max_length(self) -> int:
         """Tokens of the longest sample: data.max_length, or the target's positions where those are fewer."""
         return min(self.options.max_length, self.target.architecture.max_positions)
@@ -111,13 +119,8 @@ class RunData:
         first process of the run also keeps them in the run's folder.
         """
         from deepspec_core.data.bad_rows import BadRows
-        from deepspec_core.data.split import RULE
 
-        self.reads.content(contents.SPLIT, RULE)
-        digests = [self.source_digest(index, ask_hub=True) for index in range(len(self.options.sources))]
-        for index, digest in enumerate(digests):
-            if digest is not None:
-                self.reads.content(contents.source(index), digest)
+        digests = self.noted_sources()
         if bad_rows is None:
             kept = self.folder / BAD_ROWS if keep and workers.rank() == 0 else None
             bad_rows = BadRows(most=self.options.max_bad_rows, keep_in=kept)
@@ -130,6 +133,17 @@ class RunData:
             duplicates=self.options.duplicates,
         )
         return self._read_unchanged(digests, read, bad_rows)
+
+    def noted_sources(self) -> list[str | None]:
+        """The digest of each source, None of what a plugin ships. The rule of the split and they count as read."""
+        from deepspec_core.data.split import RULE
+
+        self.reads.content(contents.SPLIT, RULE)
+        digests = [self.source_digest(index, ask_hub=True) for index in range(len(self.options.sources))]
+        for index, digest in enumerate(digests):
+            if digest is not None:
+                self.reads.content(contents.source(index), digest)
+        return digests
 
     def _read_unchanged(
         self, digests: Sequence[str | None], conversations: Iterable[Conversation], bad_rows: BadRows
@@ -167,6 +181,12 @@ class RunData:
 
         assert self.regenerated is not None, "the run has the regenerate stage"
         return file_digest(self.regenerated)
+
+    def noted_regenerated(self) -> str:
+        """The same digest. The file counts as read."""
+        digest = self.regenerated_digest()
+        self.reads.content(contents.REGENERATED, digest)
+        return digest
 
     def held_out(self, limit: int) -> Iterator[dict[str, Any]]:
         """At most `limit` of the conversations that training never sees, as rows of an evaluation task.
@@ -216,7 +236,7 @@ class RunData:
         """
         if self.regenerated is None:
             return self.conversations("train", counts, bad_rows, keep=keep)
-        self.reads.content(contents.REGENERATED, self.regenerated_digest())
+        self.noted_regenerated()
         # Held-out conversations were never regenerated: nothing is left to hold out.
         return self._read([SourceOptions(path=str(self.regenerated.resolve()))], "train", 0.0, counts, None, own=True)
 
@@ -253,7 +273,7 @@ class RunData:
         on_drop: Callable[[Dropped], None] = lambda _: None,
     ) -> Iterator[Sample]:
         """Conversations as training reads them: rendered, masked, cut, and short ones dropped."""
-        from deepspec_core.data.tokenize import tokenize_all
+        from deepspec_core.data.tokenizing import tokenize_all
 
         return tokenize_all(
             conversations,
@@ -268,10 +288,15 @@ class RunData:
             mask_token=self.mask_token,
         )
 
-    def training_samples(self) -> Sequence[Sample]:
-        """The training conversations, tokenised. What was dropped is counted in `counts`."""
-        samples = list(self.tokenized(self.training_conversations(self.counts, keep=True), self.counts))
-        if not samples:
+    def training_samples(self) -> Samples:
+        """The training conversations, tokenised, stored in the run's folder. `counts` says what was dropped."""
+        from deepspec_core.pipeline.run_tokens import stored_samples
+
+        samples, counts = stored_samples(self)
+        self.counts.clear()
+        self.counts.update(counts)
+        self.counts["mask_token"] = 0 if self.mask_token is None else samples.containing(self.mask_token)
+        if not len(samples):
             raise DataError(
                 "No conversation is left to train on",
                 where=f"{self.named_in}: data",

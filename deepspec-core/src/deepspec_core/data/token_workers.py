@@ -1,0 +1,116 @@
+"""Several processes that tokenise conversations, a chunk at a time, with a bounded number of chunks on their way.
+
+A process ends with the one that started it, however that one ends. Knows processes and chunks; not how a conversation
+becomes tokens.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
+from typing import Any, Final
+
+import torch
+
+from deepspec_core.contracts.draft import Sample
+from deepspec_core.data.conversations import Conversation
+from deepspec_core.data.tokenizing import Outcome, Tokenisation
+from deepspec_core.errors import DataError
+
+_CHUNK: Final = 64
+_AHEAD: Final = 3  # chunks a process: one in work, one waiting, one on its way back
+
+_ours: Tokenisation | None = None
+
+# A sample as it is sent: tensors would be sent as open files, of which a process may not have so many.
+_Sent = tuple[tuple[tuple[str, Any, Any, int], ...], tuple[str, str] | None, tuple[Any, ...] | None]
+
+
+def in_processes(
+    conversations: Iterable[Conversation], tokenisation: Tokenisation, processes: int
+) -> Iterator[tuple[Conversation, Outcome]]:
+    """Each conversation with its outcome, in order. DataError where a process dies."""
+    rest = iter(conversations)
+    pool = ProcessPoolExecutor(
+        processes,
+        # A fork would copy the threads' locks of torch and of the tokenizer as they happen to be.
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_begin,
+        initargs=(tokenisation,),
+    )
+    try:
+        pending: deque[tuple[list[Conversation], Future[list[_Sent]]]] = deque()
+        while True:
+            while len(pending) < _AHEAD * processes and (chunk := list(islice(rest, _CHUNK))):
+                pending.append((chunk, pool.submit(_tokenise, chunk)))
+            if not pending:
+                return
+            chunk, future = pending.popleft()
+            for conversation, sent in zip(chunk, future.result(), strict=True):
+                yield conversation, _received(sent)
+    except BrokenProcessPool as error:
+        raise DataError(
+            "A process that tokenised conversations has died",
+            found="it was killed, or had no memory left",
+            fix="Run again: it goes on from what is stored. Lower data.workers if memory is short.",
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _begin(tokenisation: Tokenisation) -> None:
+    global _ours
+    _ours = tokenisation
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends its processes
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a spawned process"
+
+    def end_with_it() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_it, daemon=True).start()
+
+
+def _tokenise(chunk: list[Conversation]) -> list[_Sent]:
+    assert _ours is not None, "_begin comes first"
+    return [_sent(_ours(conversation)) for conversation in chunk]
+
+
+def _sent(outcome: Outcome) -> _Sent:
+    error = outcome.error
+    samples = tuple(
+        (one.id, one.input_ids.to(torch.int32).numpy(), one.loss_mask.numpy(), one.original_length)
+        for one in outcome.samples
+    )
+    told = None if error is None else (error.problem, _text(error.found), _text(error.expected))
+    return samples, outcome.dropped, told
+
+
+def _text(part: object) -> str | None:
+    return None if part is None else str(part)
+
+
+def _received(sent: _Sent) -> Outcome:
+    samples, dropped, error = sent
+    return Outcome(
+        samples=tuple(
+            Sample(
+                id=identity,
+                input_ids=torch.from_numpy(ids).to(torch.int64),
+                loss_mask=torch.from_numpy(mask),
+                original_length=original_length,
+            )
+            for identity, ids, mask, original_length in samples
+        ),
+        dropped=dropped,
+        error=None if error is None else DataError(error[0], found=error[1], expected=error[2]),
+    )
