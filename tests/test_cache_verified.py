@@ -119,3 +119,17 @@ def test_features_of_the_embedding_can_be_cached(run_file: Path) -> None:
         (run_file.parent / "runs" / "quickstart-dflash-smoke" / "cache" / "manifest.json").read_text()
     )
     assert manifest["header"]["taps"] == [-1, 4]
+
+
+def test_a_draft_with_fewer_taps_trains_from_a_cache_that_has_more(
+    run_file: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = tmp_path / "cache"
+    shutil.copytree(finished.parent / "runs" / "quickstart-dflash-smoke" / "cache", cache)
+    (cache / "stage.json").unlink()
+    asked = ["run", str(run_file), "--smoke", "--set", f"cache.path={json.dumps(str(cache))}"]
+    asked += ["--set", 'run.stages=["train"]', "--set", "train.max_steps=2"]
+    assert main([*asked, "--set", "target.layers=[4, 10]"]) == 0
+    assert "of the cache's taps [2, 4, 6, 8, 10], [4, 10] are read" in capsys.readouterr().err
+    assert main([*asked, "--force", "train", "--set", "target.layers=[3, 4]"]) == 2
+    assert "made for another taps" in capsys.readouterr().err

@@ -153,7 +153,10 @@ def test_training_does_not_depend_on_how_a_batch_is_cut_or_on_a_stop(tmp_path: P
         shutil.rmtree(tmp_path / "whole" / "checkpoints" / f"step-{step:06d}")
     resumed, result, _ = trained(tmp_path / "whole", evolve(few, micro_batch_size=5))
     assert result.resumed_from == 1
-    for one, *others in zip(whole.parameters(), parts.parameters(), resumed.parameters(), strict=True):
+    packed, result, _ = trained(tmp_path / "packed", evolve(few, batching="packed"))
+    assert result.counts["padding"] < 0.1 * result.counts["positions"]
+    made = (whole, parts, resumed, packed)
+    for one, *others in zip(*(draft.parameters() for draft in made), strict=True):
         for other in others:
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)  # sums in another order
 

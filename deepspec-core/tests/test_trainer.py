@@ -20,7 +20,7 @@ from torch import Tensor
 
 from deepspec_core.config.schema import LossOptions, TrainOptions, WeightingOptions
 from deepspec_core.contracts.draft import Sample
-from deepspec_core.errors import CheckpointError, DataError, TrainingError
+from deepspec_core.errors import CheckpointError, DataError, PluginError, TrainingError
 from deepspec_core.rows.weighting_options import DecayOptions
 from deepspec_core.testing.core_registry import core_registry
 from deepspec_core.testing.tiny_draft import TinyDraft, TinySource
@@ -300,6 +300,13 @@ def test_an_epoch_with_nothing_to_supervise_ends_training(tmp_path: Path) -> Non
     # Until then its steps are steps of zeros.
     assert_same(draft, before, rtol=0, atol=0)
     assert all(line["grad_norm"] == 0.0 and "loss" not in line for line in lines(tmp_path))
+
+
+def test_a_draft_that_does_not_keep_packed_conversations_apart_is_refused(tmp_path: Path) -> None:
+    """TinyPreparation lays its anchors out as if each sample had a row of its own."""
+    with pytest.raises(PluginError, match="does not keep the conversations of a packed row") as caught:
+        run(tmp_path, evolve(OPTIONS, batching="packed"))
+    assert "bucketed" in str(caught.value.fix)
 
 
 def test_refusals(tmp_path: Path) -> None:

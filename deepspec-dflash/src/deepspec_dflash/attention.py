@@ -10,10 +10,11 @@ Knows this pattern only; projections, norms and caches are others'. One interfac
   backward, so memory does not grow with queries times tokens. Exact on any device.
 - `flex`: the same split with the context part by flex_attention, whose block mask follows from the anchors directly.
 
-Dummy entries of the grid (sequences with fewer blocks) have no context, and take part in context scores only.
+Dummy entries of the grid (rows with fewer blocks) have no context, and take part in context scores only. In a packed
+row a block sees nothing before the column in which its conversation begins.
 
-Legend: B sequences, A most blocks in one sequence, K block size, N live blocks, Q = A * K queries, T context tokens,
-h query heads, G kv heads, D head size.
+Legend: B sequences or packed rows, A most blocks in one of them, K block size, N live blocks, Q = A * K queries,
+T context tokens, h query heads, G kv heads, D head size.
 """
 
 from __future__ import annotations
@@ -41,13 +42,22 @@ class BlockLayout:
     """Where the blocks of a batch stand: tensors as grid.GridPreparation.collate describes them.
 
     `window`: how many positions a slot sees, its own included; None: the whole context.
+    `grid_begins_BA`: where each block's context begins; None: at column 0.
     """
 
     def __init__(
-        self, *, grid_BA: Tensor, grid_anchors_BA: Tensor, place_N: Tensor, block_size: int, window: int | None = None
+        self,
+        *,
+        grid_BA: Tensor,
+        grid_anchors_BA: Tensor,
+        place_N: Tensor,
+        block_size: int,
+        window: int | None = None,
+        grid_begins_BA: Tensor | None = None,
     ) -> None:
         assert window is None or window >= block_size
         self.grid_BA, self.grid_anchors_BA, self.place_N = grid_BA, grid_anchors_BA, place_N
+        self.grid_begins_BA = grid_begins_BA
         self.block_size, self.window = block_size, window
         # Every layer of a pass asks for the same mask.
         self._flex_masks: dict[int, BlockMask] = {}
@@ -77,12 +87,14 @@ class BlockLayout:
 
     @cached_property
     def first_BQ(self) -> Tensor | None:
-        """Where it begins; None without a window, at 0."""
+        """Where it begins; None where it does at column 0, for every query."""
+        begins_BA = self.grid_begins_BA
         if self.window is None:
-            return None
+            return None if begins_BA is None else begins_BA.repeat_interleave(self.block_size, dim=1)
         slots_K = torch.arange(self.block_size, device=self.grid_anchors_BA.device)
-        positions_BAK = self.grid_anchors_BA[..., None] + slots_K
-        return (positions_BAK - self.window + 1).clamp(min=0).flatten(1)
+        reached_BAK = self.grid_anchors_BA[..., None] + slots_K - self.window + 1
+        least_BAK = torch.zeros_like(reached_BAK) if begins_BA is None else begins_BA[..., None]
+        return torch.maximum(reached_BAK, least_BAK).flatten(1)
 
     def gather(self, blocks_NhKD: Tensor) -> Tensor:
         """[N, h, K, D] -> [B, h, Q, D], grouped by sequence."""

@@ -3,9 +3,9 @@
 `forward` is pure: which blocks and slots there are was decided by grid.GridPreparation. Drafts that add heads
 to the same backbone subclass DFlashModel, extend `rows`, and say so in `config` and their description.
 
-Legend: B sequences, T tokens, C = taps * H, H hidden size, V the target's vocabulary, D the draft's, N live blocks,
-S slots of a block, K predictions of a block (S, or S - 1 where the anchor's slot predicts nothing), R rows, P distinct
-target positions.
+Legend: B sequences or packed rows, T tokens, C = taps * H, H hidden size, V the target's vocabulary, D the draft's,
+N live blocks, S slots of a block, K predictions of a block (S, or S - 1 where the anchor's slot predicts nothing),
+R rows, P distinct target positions.
 """
 
 from __future__ import annotations
@@ -64,21 +64,25 @@ class DFlashModel(DraftModel):
 
     def block_hidden(self, batch: DraftBatch) -> Tensor:
         """The backbone's output at every live block's predicting slots, [N, K, H]."""
-        assert batch.document_ids is None, "packed rows"
         prepared, num_tokens = batch.prepared, batch.input_ids.shape[1]
         # What stands past a sequence's end is undefined, and 0 * inf in a masked sum is not 0.
         features_BTC = batch.features.hidden.masked_fill(~batch.attention_mask.bool()[..., None], 0.0)
-        positions_1T = torch.arange(num_tokens, device=batch.input_ids.device)[None]
-        context = self.backbone.context_keys_values(self.backbone.context(features_BTC), positions_1T)
+        positions_BT = batch.position_ids
+        if positions_BT is None:
+            positions_BT = torch.arange(num_tokens, device=batch.input_ids.device)[None]
+        context = self.backbone.context_keys_values(self.backbone.context(features_BTC), positions_BT)
         layout = BlockLayout(
             grid_BA=prepared["grid"],
             grid_anchors_BA=prepared["grid_anchors"],
             place_N=prepared["place"],
             block_size=self.options.block_size,
             window=self.window,
+            grid_begins_BA=prepared.get("grid_begins"),
         )
-        anchor_ids_N = batch.input_ids[prepared["sequence"], prepared["anchors"]]
-        return self.run_blocks(anchor_ids_N, prepared["anchors"], context, layout)
+        columns_N = prepared["anchors"]
+        anchor_ids_N = batch.input_ids[prepared["sequence"], columns_N]
+        anchors_N = columns_N - prepared["begins"] if "begins" in prepared else columns_N
+        return self.run_blocks(anchor_ids_N, anchors_N, context, layout)
 
     def rows(self, batch: DraftBatch, hidden_NKH: Tensor) -> Rows:
         """Counted slots only, each with weight 1; how slots of a block weigh is the run's weighting."""

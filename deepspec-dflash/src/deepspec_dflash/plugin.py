@@ -20,6 +20,7 @@ def deepspec_draft_models() -> Iterable[DraftModelSpec]:
             class_suffix="DSparkModel",
             recognise=is_dflash,
             proposes_trees=True,
+            takes_packed=True,
             options_of="deepspec_dflash.options:options_of",
             elsewhere={
                 "DFlashDraftModel": "z-lab's layout; a block's first slot is the anchor and predicts nothing",

@@ -20,6 +20,7 @@ def deepspec_draft_models() -> Iterable[DraftModelSpec]:
             class_suffix="DSparkModel",
             recognise=is_dspark,
             proposes_trees=True,
+            takes_packed=True,
             options_of="deepspec_dspark.options:options_of",
             elsewhere={
                 "DSparkSpeculator": "speculators' layout; `sample_from_anchor` says whether the anchor's slot predicts,"

@@ -28,6 +28,7 @@ def deepspec_draft_models() -> Iterable[DraftModelSpec]:
                 "Eagle3DraftModel": "an engine's layout, with other names of weights and layers",
                 "speculators_model_type": "a key of speculators' layout, with other names of weights and layers",
             },
+            takes_packed=True,
             default_loss={"terms": {"soft_ce": 1.0}},
         )
     ]

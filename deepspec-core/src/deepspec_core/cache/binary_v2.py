@@ -26,6 +26,7 @@ import torch
 
 from deepspec_core.cache.manifest import Manifest, Shard, sync_folder
 from deepspec_core.cache.sharded import ShardedFormat
+from deepspec_core.cache.taps import runs
 from deepspec_core.contracts.cache import CacheHeader
 from deepspec_core.contracts.draft import Sample
 from deepspec_core.contracts.target import TargetFeatures
@@ -163,17 +164,31 @@ class OpenShard:
 
     def features(self, row: int) -> TargetFeatures:
         """The last two."""
-        hidden, last_hidden = (
-            torch.from_numpy(self._part(row, array)).view(torch.bfloat16).reshape(self._lengths[row], -1)
-            for array in (3, 4)
-        )
+        hidden, last_hidden = (self._bfloat16(self._part(row, array), row) for array in (3, 4))
         return TargetFeatures(hidden=hidden, last_hidden=last_hidden)
+
+    def features_of(self, row: int, layers: Sequence[int]) -> TargetFeatures:
+        """The same with some of the layers."""
+        width, length = self._widths[4], self._lengths[row]
+        hidden_TB = self._mapped(row, 3).reshape(length, self._widths[3])
+        parts = [hidden_TB[:, first * width : last * width] for first, last in runs(layers)]
+        return TargetFeatures(
+            hidden=self._bfloat16(np.concatenate(parts, axis=1).flatten(), row),
+            last_hidden=self._bfloat16(self._part(row, 4), row),
+        )
+
+    def _bfloat16(self, of_bytes: Any, row: int) -> torch.Tensor:
+        # By way of numbers of the same size: torch cannot view no bytes, those of no taps, as larger numbers.
+        return torch.from_numpy(of_bytes.view("<u2")).view(torch.bfloat16).reshape(self._lengths[row], -1)
 
     def _part(self, row: int, array: int) -> Any:
         """One array of a sample as bytes. Copied: it may begin at an odd byte, and must outlive the mapping."""
+        return np.array(self._mapped(row, array))
+
+    def _mapped(self, row: int, array: int) -> Any:
         length = self._lengths[row]
         begin = int(self._begins[row]) + length * sum(self._widths[:array])
-        return np.array(self._bytes[begin : begin + length * self._widths[array]])
+        return self._bytes[begin : begin + length * self._widths[array]]
 
     def close(self) -> None:
         """Let go of the mapping."""

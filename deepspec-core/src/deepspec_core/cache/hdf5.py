@@ -22,6 +22,7 @@ from deepspec_core.cache.shard_arrays import array_shapes, arrays_of, features_f
 from deepspec_core.cache.shard_file import ShardOutput, open_shard
 from deepspec_core.cache.shard_layout import ShardLayout
 from deepspec_core.cache.sharded import ShardedFormat
+from deepspec_core.cache.taps import runs
 from deepspec_core.contracts.cache import CacheHeader
 from deepspec_core.contracts.draft import Sample
 from deepspec_core.contracts.target import TargetFeatures
@@ -98,6 +99,20 @@ class _OpenShard:
         """Its part of the others."""
         begin, end = self._span(row)
         return features_from(lambda name: self._file[name][begin:end], self._header)
+
+    def features_of(self, row: int, layers: Sequence[int]) -> TargetFeatures:
+        """The same with some of the layers."""
+        begin, end = self._span(row)
+
+        def read(name: str) -> Any:
+            dataset = self._file[name]
+            if not name.startswith("hidden"):
+                return dataset[begin:end]
+            width = dataset.shape[1] // len(self._header.taps)
+            parts = [dataset[begin:end, first * width : last * width] for first, last in runs(layers)]
+            return np.concatenate(parts, axis=1)
+
+        return features_from(read, self._header)
 
     def close(self) -> None:
         """Close the file."""

@@ -101,7 +101,12 @@ def open_shard(path: Path, shapes: Mapping[str, tuple[Sequence[int], np.dtype[An
 
     CacheError for links, for data outside the file, and for other sizes. OSError where it is no HDF5 file.
     """
-    file = h5py.File(path, "r")
+    access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
+    access.set_fclose_degree(h5py.h5f.CLOSE_STRONG)
+    # Without a cache of chunks, what is asked for is read and nothing else. With one, whole chunks of all layers are,
+    # and it is emptied whenever a dataset is opened again.
+    access.set_cache(0, 0, 0, 0.0)
+    file = h5py.File(h5py.h5f.open(os.fsencode(path), h5py.h5f.ACC_RDONLY, access))
     try:
         for name, (shape, dtype) in shapes.items():
             problem = _problem(file, name, tuple(shape), dtype)

@@ -43,6 +43,9 @@ class OpenShard(Protocol):
     """A sealed shard, opened for reading.
 
     What its methods raise, other than CacheError, becomes a CacheError that names the file.
+
+    It may have `features_of(row, layers)`: the features with some of the header's taps alone, which are counted from 0
+    and increase. The others are not read. Without it, all are read.
     """
 
     def tokens(self, row: int) -> tuple[Any, Any, int]:

@@ -13,6 +13,7 @@ import socket
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,8 +33,10 @@ from deepspec_core.cache.manifest import (
     sync_folder,
 )
 from deepspec_core.cache.shard_layout import NewShard, OpenShard, ShardLayout
+from deepspec_core.cache.taps import of_layers, places
 from deepspec_core.contracts.cache import CacheHeader
 from deepspec_core.contracts.draft import Sample
+from deepspec_core.contracts.target import TargetFeatures
 from deepspec_core.digests import digest_of
 from deepspec_core.errors import CacheError
 from deepspec_core.locks import Lock, lock
@@ -285,7 +288,8 @@ class ShardedReader:
     """contracts.cache.CacheReader. Files are opened when first read, once a process: it may be pickled and forked."""
 
     def __init__(self, path: Path, layout: ShardLayout, manifest: Manifest) -> None:
-        self.header = manifest.header
+        self.header = self._stored = manifest.header
+        self._layers: tuple[int, ...] | None = None
         self._path, self._layout = path, layout
         self._shards = manifest.shards
         self._places = [(shard, row) for shard, sealed in enumerate(manifest.shards) for row in range(len(sealed.ids))]
@@ -314,12 +318,28 @@ class ShardedReader:
         """The sample without its features, which are not read."""
         return self._read(index, with_features=False)
 
+    def of_taps(self, taps: tuple[int, ...]) -> ShardedReader:
+        """The same cache with some of its taps. The others are not read where the layout can do so."""
+        narrowed = copy(self)
+        narrowed._files = OrderedDict()
+        narrowed.header, narrowed._layers = evolve(self._stored, taps=taps), places(self._stored, taps)
+        return narrowed
+
+    def _features(self, file: OpenShard, row: int) -> TargetFeatures:
+        if self._layers is None:
+            return file.features(row)
+        narrow = getattr(file, "features_of", None)
+        if narrow is None:
+            return of_layers(file.features(row), self._layers, self.header.hidden_size)
+        features: TargetFeatures = narrow(row, self._layers)
+        return features
+
     def _read(self, index: int, *, with_features: bool) -> Sample:
         shard, row = self._places[index]
         try:
             file = self._open(shard)
             ids, mask, original_length = file.tokens(row)
-            features = file.features(row) if with_features else None
+            features = self._features(file, row) if with_features else None
         except CacheError:
             raise
         except Exception as error:  # what a layout's library raises on a damaged file is its own
@@ -335,7 +355,7 @@ class ShardedReader:
     def problem_with(self, shard: Shard) -> CacheError | None:
         """What is wrong with a shard's content, None where it is as it must be. No feature is read."""
         try:
-            self._layout.open(self._path / shard.file, self.header, shard).close()
+            self._layout.open(self._path / shard.file, self._stored, shard).close()
         except CacheError as error:
             return error
         except Exception as error:  # as above
@@ -358,7 +378,7 @@ class ShardedReader:
             if len(self._files) == _OPEN_SHARDS:
                 self._files.popitem(last=False)[1].close()
             sealed = self._shards[shard]
-            self._files[shard] = self._layout.open(self._path / sealed.file, self.header, sealed)
+            self._files[shard] = self._layout.open(self._path / sealed.file, self._stored, sealed)
         self._files.move_to_end(shard)
         return self._files[shard]
 

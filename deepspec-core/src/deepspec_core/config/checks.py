@@ -10,12 +10,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from deepspec_core.config.batching import require_packed_draft
 from deepspec_core.config.columns import column_mistakes
 from deepspec_core.config.paths import no_path
 from deepspec_core.config.schema import (
     BUILTIN,
     HELD_OUT,
     KNOWN_STAGES,
+    PACKED,
     ROW_FILES,
     DataOptions,
     RunOptions,
@@ -52,6 +54,11 @@ def check_sections(sections: Mapping[str, Any], folder: Path, registry: Registry
         yield from _layers(sections["target"].layers, needs_taps=spec is None or spec.needs_taps)
     if spec is not None and not spec.trained:
         yield from _untrained(sections)
+    elif spec is not None and sections.get("train") and sections["train"].batching == PACKED:
+        try:
+            require_packed_draft(spec.name, registry)
+        except ConfigError as error:
+            yield error
     if sections.get("data") and not sections["data"].sources and _reads_data(sections):
         yield ConfigError("no data", where="data.sources", found="[]", expected="at least one source")
     if sections.get("data"):

@@ -28,6 +28,8 @@ KNOWN_STAGES = ("regenerate", "cache", "train", "evaluate", "export")
 # a plugin's options are read as a whole.
 READ_ALONE = ("draft.tree",)
 DTYPES = ("float32", "bfloat16", "float16")
+PACKED = "packed"
+BATCHING = ("padded", "bucketed", PACKED)
 # The task that asks the prompts a run never trained on.
 HELD_OUT = "held-out"
 # The option of a draft type that names the token which stands for what is to be proposed.
@@ -273,7 +275,12 @@ class TrainOptions:
 
     lr: The peak learning rate of AdamW.
     global_batch_size: Sequences of one optimizer step, over all processes.
-    micro_batch_size: Sequences a process computes at once. Changes results by rounding only.
+    micro_batch_size: Sequences a process computes at once, or rows if they are packed. Changes results by rounding
+        only.
+    batching: What is done about different lengths. "padded": each sequence has a row, filled up to the longest beside
+        it. "bucketed": the same, with steps of sequences of like length, so less is padding, and steps are others.
+        "packed": a row holds several sequences, none longer than the longest alone, and each is computed as if alone.
+        Steps are those of "padded", so results change by rounding only. Not every draft type takes packed rows.
     epochs: Passes over the training samples.
     max_steps: Training ends after so many optimizer steps at most. The learning-rate schedule ends with it.
     warmup: The share of all steps over which the learning rate rises; after it, it falls to 0 along a cosine.
@@ -290,6 +297,7 @@ class TrainOptions:
     lr: float = field(default=6e-4, validator=above(0.0, 1e3))
     global_batch_size: int = field(default=512, validator=whole(1, _SEQUENCES))
     micro_batch_size: int = field(default=1, validator=whole(1, _SEQUENCES), metadata=CHANGES_NOTHING)
+    batching: str = field(default="padded", validator=in_(BATCHING))
     epochs: int = field(default=10, validator=whole(1))
     max_steps: int | None = field(default=None, validator=optional(whole(1)))
     warmup: float = field(default=0.04, validator=real(0.0, 1.0))

@@ -95,7 +95,11 @@ class MergingWriter(CacheWriter, Protocol):
 
 @runtime_checkable
 class CacheReader(Protocol):
-    """A complete cache, opened for reading. It can be pickled and sent to loader workers."""
+    """A complete cache, opened for reading. It can be pickled and sent to loader workers.
+
+    A reader may have `of_taps(taps)`: a reader of the same cache with some of its taps, in their order, which does not
+    read the others. Its header has these taps. Without it, core reads all taps and throws the others away.
+    """
 
     header: CacheHeader
 

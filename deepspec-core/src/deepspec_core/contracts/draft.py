@@ -48,11 +48,16 @@ class PreparedSample:
     """A sample and what the algorithm drew for it.
 
     The algorithm defines `tensors` and collates them itself. `counts` are summed up in the run's report.
+
+    row, start: Where core lays the sample in a packed batch, said before `collate` is called: its row, and the column
+        of its first token. `row` is None where samples are not packed; then each has a row of its own, from column 0.
     """
 
     sample: Sample
     tensors: Mapping[str, Tensor]
     counts: Mapping[str, int] = field(factory=dict)
+    row: int | None = None
+    start: int = 0
 
 
 @runtime_checkable
@@ -64,7 +69,10 @@ class Preparation(Protocol):
         ...
 
     def collate(self, prepared: Sequence[PreparedSample]) -> Mapping[str, Tensor]:
-        """The algorithm's own tensors of a batch, in the order of `prepared`. Core pads ids, masks and features."""
+        """The algorithm's own tensors of a batch, in the order of `prepared`. Core pads ids, masks and features.
+
+        Where samples are packed, rows follow each other in `prepared`, and in a row its samples from left to right.
+        """
         ...
 
 
@@ -72,9 +80,14 @@ class Preparation(Protocol):
 class DraftBatch:
     """The right-padded sequences of one micro-batch, on the device.
 
-    input_ids, loss_mask and attention_mask are [B, T]. position_ids and document_ids are [B, T] if sequences are
-    packed, else None. features are [B, T, C] and [B, T, H], in the dtype they were captured in. `prepared` is what
-    `Preparation.collate` returned.
+    input_ids, loss_mask and attention_mask are [B, T]. features are [B, T, C] and [B, T, H], in the dtype they were
+    captured in. `prepared` is what `Preparation.collate` returned.
+
+    If sequences are packed, a row holds several conversations one after another, and position_ids and document_ids are
+    [B, T]: a token's position in its own conversation, and the conversation's number in the order of `prepared`, -1 on
+    padding. Otherwise they are None. Core packs only for draft types whose DraftModelSpec says `takes_packed`. Such a
+    draft's rows are the same as without packing: no token attends to another conversation, and no label, correction or
+    target position comes from one.
     """
 
     input_ids: Tensor

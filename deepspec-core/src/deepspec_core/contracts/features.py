@@ -25,6 +25,10 @@ class FeatureSource(Protocol):
 
     A source may also have `tokens_of(index)`, which gives a sample without reading its features. It is called for every
     sample before a draft with a reduced vocabulary is trained.
+
+    A source of features that are not stored may have `packed_features(input_ids, attention_mask, position_ids,
+    document_ids)`, for rows [B, T] that hold several conversations each, as in contracts.draft.DraftBatch. Without it,
+    `features` is called with a row for each conversation, and core packs what it returns.
     """
 
     def __len__(self) -> int: ...

@@ -9,7 +9,8 @@ import logging
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
-from deepspec_core.config.schema import HELD_OUT, MASK
+from deepspec_core.config.batching import require_packed_target
+from deepspec_core.config.schema import HELD_OUT, MASK, PACKED
 from deepspec_core.disk import free_bytes, in_words
 from deepspec_core.errors import CheckpointError, ConfigError, DataError
 from deepspec_core.pipeline.apart import check_cache_place, check_inputs_survive
@@ -29,10 +30,10 @@ def check_before(run: Run, steps: Sequence[Step], *, may_write: bool = True) -> 
 
     Nothing is written, except that the bad rows of a source that has too many are kept if it `may_write`.
 
-    It checks folders, the feature source, the cache format, the target's config and tokenizer, taps, sources, servers,
-    the draft's options and forward pass, the weights it asks the target for, its description, its config.json and
-    proposer, loss terms and kernels, room for a checkpoint, tasks and their prompts, the draft that is to be
-    evaluated, and export formats.
+    It checks folders, the feature source, the cache format, the target's config and tokenizer, taps, packed rows,
+    sources, servers, the draft's options and forward pass, the weights it asks the target for, its description, its
+    config.json and proposer, loss terms and kernels, room for a checkpoint, tasks and their prompts, the draft that is
+    to be evaluated, and export formats.
     """
     todo = {step.stage.name for step in steps if step.action != "skip"}
     if not todo:
@@ -44,6 +45,8 @@ def check_before(run: Run, steps: Sequence[Step], *, may_write: bool = True) -> 
     _offered(run, todo)
     _sources(run, todo, may_write=may_write)
     _ = run.target.adapter  # opening it raises its errors
+    if "train" in todo and run.file.features.mode == "online" and run.file.train.batching == PACKED:
+        require_packed_target(run.target.architecture.model_type, run.plugins.registry)
     if todo - {"train", "export"} or run.file.features.mode != "cached":
         _ = run.target.tokenizer
         if run.file.data.system_prompt is not None:

@@ -8,6 +8,7 @@ know how bytes and operations are counted.
 from __future__ import annotations
 
 from deepspec_core.cache.estimate import cache_bytes
+from deepspec_core.config.schema import PACKED
 from deepspec_core.dtypes import torch_dtype
 from deepspec_core.estimating.estimate import CacheSize, Estimate, Memory, MicroBatch
 from deepspec_core.estimating.features import TriedFeatures
@@ -86,8 +87,15 @@ def estimate(run: Run, *, processes: int = 1) -> Estimate:
             part: 0 if part == "features" and source.problem else count * options.global_batch_size // sequences
             for part, count in step.flops.items()
         },
-        not_counted=() if source.problem is None else (f"the target's forward pass: {source.problem}",),
+        not_counted=_not_counted(run, source.problem),
     )
+
+
+def _not_counted(run: Run, problem: str | None) -> tuple[str, ...]:
+    left_out = [] if problem is None else [f"the target's forward pass: {problem}"]
+    if run.file.train.batching == PACKED:
+        left_out.append("packed rows: a row is taken to hold one sequence, and several have more anchors")
+    return tuple(left_out)
 
 
 def _process_bytes(run: Run, engine: RowEngine) -> int:

@@ -43,8 +43,8 @@ def made_up_samples(count: int, length: int, features: TargetFeatures | None) ->
     ]
 
 
-def made_up_batch(draft: DraftModel, samples: Sequence[Sample], seed: int) -> HostBatch:
-    """These samples as a micro-batch of this draft."""
+def made_up_batch(draft: DraftModel, samples: Sequence[Sample], seed: int, *, packed: bool = False) -> HostBatch:
+    """These samples as a micro-batch of this draft, a row for each of them or all in one."""
     preparation = draft.preparation
     prepared = [preparation.prepare(sample, sample_rng(seed, 0, sample.id)) for sample in samples]
-    return host_batch(prepared, preparation)
+    return host_batch(prepared, preparation, row_sizes=(len(prepared),) if packed else None)

@@ -14,6 +14,7 @@ from pathlib import Path
 from attrs import define, evolve, field
 
 from deepspec_core.cache.manifest import check_header
+from deepspec_core.cache.taps import covers, of_taps
 from deepspec_core.config.schema import CacheOptions
 from deepspec_core.contracts.cache import CacheFormat, CacheHeader, CacheReader
 from deepspec_core.data.split import RULE
@@ -103,17 +104,28 @@ class RunCache:
         )
 
     def open(self) -> CacheReader:
-        """The finished cache; CacheError where it is missing, unfinished, or made for something else."""
-        cache_format = self.format
-        # Another run's cache may be made of conversations that this run does not have: those are not compared.
-        source = None if self.made_here else cache_format.open(self.folder, None).header.source
-        expected = self.header() if source is None else self._header(source)
+        """The finished cache; CacheError where it is missing, unfinished, or made for something else.
+
+        Another run's cache may have more taps than this run asks for. Those are not read.
+        """
+        cache_format, taps = self.format, self.target.options.layers
+        expected = self.header() if self.made_here else self._like(cache_format.open(self.folder, None).header)
         self._held = self.locked(shared=True)
         reader = cache_format.open(self.folder, expected)
         if not self._written_now:
             self._verify()
         self.reads.content(contents.CACHE, self.digest())
-        return reader
+        if reader.header.taps != taps:
+            log.info("of the cache's taps %s, %s are read", list(reader.header.taps), list(taps))
+        return of_taps(reader, taps)
+
+    def _like(self, found: CacheHeader) -> CacheHeader:
+        """What this run expects of a cache that another run made.
+
+        It may be made of conversations that this run does not have, which are not compared, and have more taps.
+        """
+        expected = self._header(found.source)
+        return evolve(expected, taps=found.taps) if covers(found, expected) else expected
 
     def written(self) -> None:
         """This process has just written the cache, and need not read it to believe it."""
@@ -143,7 +155,7 @@ class RunCache:
     def require(self) -> None:
         """CacheError where the cache that another run made is not there, not finished, or not for this run."""
         reader = self.format.open(self.folder, None)
-        check_header(self.folder, reader.header, self._header(reader.header.source))
+        check_header(self.folder, reader.header, self._like(reader.header))
 
     def require_same_split(self) -> None:
         """CacheError where held-out prompts of this run may stand in the cache that another run made."""

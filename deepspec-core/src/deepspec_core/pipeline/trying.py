@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
 )
 
+from deepspec_core.config.schema import PACKED
 from deepspec_core.contracts.draft import DraftBatch, DraftDescription, DraftModel
 from deepspec_core.contracts.loss import LossTerm, RowStats, Weighting
 from deepspec_core.contracts.rows import Heads, Rows
@@ -81,12 +82,13 @@ def try_training(run: Run, draft: DraftModel) -> None:
 
 
 def _rows(run: Run, draft: DraftModel) -> Rows | None:
-    """Rows of one made-up sample; None if the draft cannot run on fake tensors."""
-    length = min(_LENGTH, run.data.max_length)
+    """Rows of a made-up sample, or of two packed ones; None if the draft cannot run on fake tensors."""
+    length, packs = min(_LENGTH, run.data.max_length), run.file.train.batching == PACKED
     try:
         with fake_tensors():
             features = made_up_features(run, length)
-        host = made_up_batch(draft, made_up_samples(1, length, features), run.file.run.seed)
+        samples = made_up_samples(2 if packs else 1, length, features)
+        host = made_up_batch(draft, samples, run.file.run.seed, packed=packs)
         assert host.features is not None
         batch = DraftBatch(
             input_ids=host.input_ids,
@@ -94,6 +96,8 @@ def _rows(run: Run, draft: DraftModel) -> Rows | None:
             attention_mask=host.attention_mask,
             features=host.features,
             prepared=host.prepared,
+            position_ids=host.position_ids,
+            document_ids=host.document_ids,
         )
         bf16 = run.file.train.precision == "bfloat16"
         autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16)

@@ -69,6 +69,8 @@ class DraftModelSpec(ComponentSpec):
         {"terms": {"ce": 1.0}}.
     needs_taps: False if the draft works without tapped layers, as one does that reads only the target's last hidden
         state. Then [target] layers may be [].
+    takes_packed: Whether the draft can be trained on rows that hold several conversations (contracts.draft.DraftBatch).
+        Others are refused where a run file has [train] batching = "packed".
     """
 
     trained: bool = field(default=True, validator=instance_of(bool))
@@ -81,6 +83,7 @@ class DraftModelSpec(ComponentSpec):
     proposes_trees: bool = field(default=False, validator=instance_of(bool))
     default_loss: Mapping[str, Any] = field(factory=dict, hash=False)
     needs_taps: bool = field(default=True, validator=instance_of(bool))
+    takes_packed: bool = field(default=False, validator=instance_of(bool))
 
 
 @frozen(kw_only=True)
@@ -88,6 +91,8 @@ class TargetAdapterSpec(ComponentSpec):
     """A target family. `build(config, draft_layer, tokens)` returns a contracts.target.TargetAdapter.
 
     model_types: The values of config.model_type that the family covers.
+    takes_packed: Whether the `features` of its targets keep the conversations of a packed row apart, as the contract
+        asks (`document_ids`). If not, a run that packs and computes features while training is refused.
 
     `config` is a transformers config. Two arguments are optional. `draft_layer` holds the draft's own shape as the run
     file gives it ([draft.layer]), or is None. `tokens` (contracts.target.SpecialTokens) holds the ids read from the
@@ -95,6 +100,7 @@ class TargetAdapterSpec(ComponentSpec):
     """
 
     model_types: tuple[str, ...] = field(validator=deep_iterable(instance_of(str), instance_of(tuple)))
+    takes_packed: bool = field(default=True, validator=instance_of(bool))
 
 
 @frozen(kw_only=True)

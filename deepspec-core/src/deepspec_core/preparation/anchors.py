@@ -4,7 +4,7 @@ A block is anchored at a token that is known, and predicts the tokens after it. 
 on the host, so that networks need no host work: only live blocks and counted slots are listed. Knows token ids and loss
 masks; not the network that fills the blocks.
 
-Legend: T tokens of one sample, B sequences, A anchors of one sample, K predictions of a block, N live blocks,
+Legend: T tokens of one sample, M samples, A anchors of one sample, K predictions of a block, N live blocks,
 R counted slots (rows), P distinct target positions, H hidden size.
 """
 
@@ -81,11 +81,13 @@ class AnchorPreparation:
         )
 
     def collate(self, prepared: Sequence[PreparedSample]) -> dict[str, Tensor]:
-        """The batch's live blocks and rows, as indices.
+        """The batch's live blocks and rows, as indices into tensors of the batch, packed or not.
 
-        Blocks, sequence by sequence: `anchors` [N] and `sequence` [N]. Rows: `block`, `slot` and `labels` [R];
-        `target_sequence` and `target_position` [P], the distinct positions they are compared with, and `target_index`
-        [R].
+        Blocks, sequence by sequence: `sequence` [N] is a block's row of the batch, `anchors` [N] its anchor's column.
+        Rows: `block`, `slot` and `labels` [R]; `target_sequence` and `target_position` [P], the distinct places they
+        are compared with, and `target_index` [R]. If samples are packed there is `begins` [N]: the column in which the
+        block's conversation begins, and before which it sees nothing. An anchor's position in its conversation is
+        anchors - begins.
 
         A batch without any anchor keeps one block, at position 0, that yields no row, so that every parameter stays in
         the graph.
@@ -97,9 +99,11 @@ class AnchorPreparation:
             anchors[0] = torch.zeros(1, dtype=torch.long)
             counted[0] = torch.zeros(1, self.num_predictions, dtype=torch.bool)
             labels[0] = torch.zeros(1, self.num_predictions, dtype=torch.long)
-        anchors_N, counted_NK = torch.cat(anchors), torch.cat(counted)
-        sizes_B = torch.tensor([len(part) for part in anchors])
-        sequence_N = torch.arange(len(prepared)).repeat_interleave(sizes_B)
+        counted_NK = torch.cat(counted)
+        sizes_M = torch.tensor([len(part) for part in anchors])
+        rows_M = torch.tensor([index if one.row is None else one.row for index, one in enumerate(prepared)])
+        begins_N = torch.tensor([one.start for one in prepared]).repeat_interleave(sizes_M)
+        sequence_N, anchors_N = rows_M.repeat_interleave(sizes_M), torch.cat(anchors) + begins_N
         block_R, slot_R = counted_NK.nonzero(as_tuple=True)
         sequence_P, position_P, index_R = distinct_positions(sequence_N[block_R], anchors_N[block_R] + slot_R)
         return {
@@ -111,6 +115,7 @@ class AnchorPreparation:
             "target_sequence": sequence_P,
             "target_position": position_P,
             "target_index": index_R,
+            **({} if prepared[0].row is None else {"begins": begins_N}),
         }
 
 

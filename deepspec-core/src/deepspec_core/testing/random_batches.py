@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from deepspec_core.contracts.draft import DraftBatch, DraftModel, PreparedSample, Sample
 from deepspec_core.contracts.target import TargetFeatures
+from deepspec_core.training.host_batch import placed
 
 __all__ = [
     "TAPS",
@@ -99,7 +100,10 @@ def padded_batch(
         full_T = joined_B[0].new_zeros(width, *joined_B[0].shape[1:])
         return pad_sequence([*joined_B, full_T], batch_first=True, padding_value=value)[:-1]
 
-    number = {id(one.sample): index for row in grouped for index, one in enumerate(row)}
+    joined = [one for row in grouped for one in row]
+    if rows is not None:
+        joined = placed(joined, [len(row) for row in grouped])
+    number = {id(one.sample): index for index, one in enumerate(joined)}
     return DraftBatch(
         input_ids=padded(lambda sample: sample.input_ids),
         loss_mask=padded(lambda sample: sample.loss_mask),
@@ -108,11 +112,11 @@ def padded_batch(
             hidden=padded(lambda sample: features_of(sample).hidden, filler),
             last_hidden=padded(lambda sample: features_of(sample).last_hidden, filler),
         ),
-        prepared=draft.preparation.collate([one for row in grouped for one in row]),
+        prepared=draft.preparation.collate(joined),
         position_ids=None if rows is None else padded(lambda sample: torch.arange(len(sample.input_ids))),
         document_ids=None
         if rows is None
-        else padded(lambda sample: torch.full_like(sample.input_ids, number[id(sample)])),
+        else padded(lambda sample: torch.full_like(sample.input_ids, number[id(sample)]), -1),
     )
 
 

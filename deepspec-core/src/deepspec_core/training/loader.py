@@ -1,6 +1,6 @@
 """Micro-batches on the host, in order. Samples are read, prepared and collated in this process or in workers.
 
-Knows plans, sources and preparations. Does not know devices, features of an online target, or optimizers.
+Knows plans, sources, rows and preparations. Does not know devices, features of an online target, or optimizers.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from deepspec_core.contracts.draft import Preparation
 from deepspec_core.contracts.features import FeatureSource
 from deepspec_core.training.host_batch import HostBatch, host_batch
+from deepspec_core.training.packing import micro_batches, packed_rows
 from deepspec_core.training.sampler import GlobalBatches, sample_rng
 
 _READ_AHEAD = 4  # micro-batches of each worker
@@ -22,11 +23,15 @@ _READ_AHEAD = 4  # micro-batches of each worker
 
 @frozen(kw_only=True)
 class Plan:
-    """The samples of one micro-batch. If `live` is false, its rank has no share of the step, and the batch counts 0."""
+    """The samples of one micro-batch. If `live` is false, its rank has no share of the step, and the batch counts 0.
+
+    row_sizes: How many samples each row has, in order; None: each sample has a row, and nothing is packed.
+    """
 
     epoch: int
     indices: tuple[int, ...]
     live: bool = True
+    row_sizes: tuple[int, ...] | None = None
 
 
 class MicroBatches(Dataset[HostBatch]):
@@ -39,26 +44,46 @@ class MicroBatches(Dataset[HostBatch]):
         samples = [self.source[index] for index in plan.indices]
         rngs = [sample_rng(self.seed, plan.epoch, sample.id) for sample in samples]
         prepared = [self.preparation.prepare(sample, rng) for sample, rng in zip(samples, rngs, strict=True)]
-        return host_batch(prepared, self.preparation)
+        return host_batch(prepared, self.preparation, row_sizes=plan.row_sizes)
 
 
 class StepPlans(Sampler[Plan]):
-    """The plans of one rank's micro-batches from a step onwards, in order."""
+    """The plans of one rank's micro-batches from a step onwards, in order, each of at most `micro_batch_size` rows.
+
+    row_tokens: A row holds samples of at most so many tokens together; None: each sample has a row.
+    """
 
     def __init__(
-        self, batches: GlobalBatches, steps: range, *, rank: int, world_size: int, micro_batch_size: int
+        self,
+        batches: GlobalBatches,
+        steps: range,
+        *,
+        rank: int,
+        world_size: int,
+        micro_batch_size: int,
+        row_tokens: int | None = None,
     ) -> None:
-        self.batches, self.steps = batches, steps
+        self.batches, self.steps, self.row_tokens = batches, steps, row_tokens
         self.rank, self.world_size, self.micro_batch_size = rank, world_size, micro_batch_size
 
     def of_step(self, step: int) -> list[Plan]:
         """The plans of a step. There is at least one, because every rank takes part in the reduction of every step."""
-        epoch = self.batches.epoch(step)
-        share = self.batches.share(
-            step, rank=self.rank, world_size=self.world_size, micro_batch_size=self.micro_batch_size
-        )
-        plans = [Plan(epoch=epoch, indices=tuple(indices)) for indices in share]
-        return plans or [Plan(epoch=epoch, indices=tuple(self.batches.indices(step)[:1]), live=False)]
+        share = self.batches.share(step, rank=self.rank, world_size=self.world_size)
+        live = bool(share)
+        epoch, indices = self.batches.epoch(step), share or self.batches.indices(step)[:1]
+        size, lengths = self.micro_batch_size, self.batches.lengths
+        if self.row_tokens is None:
+            cut = (indices[start : start + size] for start in range(0, len(indices), size))
+            return [Plan(epoch=epoch, indices=tuple(part), live=live) for part in cut]
+        return [
+            Plan(
+                epoch=epoch,
+                indices=tuple(index for row in rows for index in row),
+                live=live,
+                row_sizes=tuple(map(len, rows)),
+            )
+            for rows in micro_batches(packed_rows(indices, lengths, self.row_tokens), lengths, size)
+        ]
 
     def __iter__(self) -> Iterator[Plan]:
         for step in self.steps:

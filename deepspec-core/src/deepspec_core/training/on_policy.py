@@ -17,7 +17,7 @@ from torch import Tensor
 
 from deepspec_core.contracts.draft import DraftModel, PreparedSample, Sample, Texts
 from deepspec_core.contracts.features import FeatureSource
-from deepspec_core.data.collate import pad
+from deepspec_core.data.collate import pad, pad_ids
 from deepspec_core.errors import ConfigError, DeepSpecError, PluginError
 from deepspec_core.plugins.origin import component_of, package_of
 from deepspec_core.plugins.references import blame
@@ -71,10 +71,12 @@ class Rollouts:
     @torch.no_grad()
     def __call__(self, micro: HostBatch, epoch: int) -> HostBatch:
         """The samples with the draft's texts, prepared. PluginError, with the package, if these break the contract."""
+        # Texts are rolled out one a row, also where they are packed afterwards.
+        given_ids_MT, real_MT = pad_ids(micro.samples)
         given = Texts(
-            input_ids=micro.input_ids.to(self.device),
-            loss_mask=micro.loss_mask.to(self.device),
-            attention_mask=micro.attention_mask.to(self.device),
+            input_ids=given_ids_MT.to(self.device),
+            loss_mask=pad([sample.loss_mask for sample in micro.samples]).to(self.device),
+            attention_mask=real_MT.to(self.device),
         )
         uniforms_BT = pad([self._uniforms(sample, epoch) for sample in micro.samples]).to(self.device)
         bf16 = self.compute_dtype == torch.bfloat16
@@ -84,9 +86,9 @@ class Rollouts:
         check_shapes(self.draft, returned, given)
         ids_BT, mask_BT = returned.input_ids.cpu(), returned.loss_mask.cpu()
         outside = (ids_BT < 0) | (ids_BT >= self.vocab_size)
-        if bool((outside & micro.attention_mask).any()):
+        if bool((outside & real_MT).any()):
             expected = f"token ids from 0 to below {self.vocab_size}"
-            raise refused(self.draft, "input_ids", int(ids_BT[outside & micro.attention_mask][0]), expected)
+            raise refused(self.draft, "input_ids", int(ids_BT[outside & real_MT][0]), expected)
         samples = [
             evolve(
                 sample, input_ids=ids_BT[row, : len(sample.input_ids)], loss_mask=mask_BT[row, : len(sample.input_ids)]
@@ -95,7 +97,7 @@ class Rollouts:
         ]
         preparation = self.draft.preparation
         prepared = [preparation.prepare(sample, sample_rng(self.seed, epoch, sample.id)) for sample in samples]
-        return host_batch(prepared, preparation)
+        return host_batch(prepared, preparation, row_sizes=micro.row_sizes)
 
     def _rollout(self, given: Texts, uniforms_BT: Tensor) -> Texts:
         """What the draft returns. PluginError, with the draft's name, if it raises anything but our errors."""

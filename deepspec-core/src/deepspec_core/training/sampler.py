@@ -1,7 +1,7 @@
 """Which samples belong to which optimizer step, and each sample's random numbers.
 
 Both follow from the seed, the epoch and the step (or the sample's id). Ranks, micro-batches and workers do not matter,
-so their numbers may change when a run resumes. Knows indices and lengths. Does not know samples.
+so their numbers may change when a run resumes. Knows indices, lengths and orders. Does not know samples.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from deepspec_core.training.epoch_order import Order, shuffled
+
 
 class GlobalBatches:
     """The samples of every optimizer step. Each epoch is a permutation, cut into steps of `global_batch_size`
@@ -19,12 +21,15 @@ class GlobalBatches:
 
     Every epoch visits every sample once. Its last step is smaller if the number of samples is not a multiple of the
     batch size. A step is divided by its own denominator, so the gradient of a smaller step is noisier but not biased.
-    The permutation of epoch e is torch.randperm seeded with seed + e.
+    The permutation of epoch e is drawn by `order` from a generator seeded with seed + e.
     """
 
-    def __init__(self, lengths: Sequence[int], *, global_batch_size: int, epochs: int, seed: int) -> None:
+    def __init__(
+        self, lengths: Sequence[int], *, global_batch_size: int, epochs: int, seed: int, order: Order = shuffled
+    ) -> None:
         assert len(lengths) > 0, "nothing to train on"
         self.lengths = lengths
+        self.order = order
         self.global_batch_size = global_batch_size
         self.seed = seed
         self.steps_per_epoch = -(-len(lengths) // global_batch_size)
@@ -40,15 +45,14 @@ class GlobalBatches:
         epoch = self.epoch(step)
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(self.seed + epoch)
-            self._epoch, self._order = epoch, torch.randperm(len(self.lengths), generator=generator).numpy()
+            self._epoch, self._order = epoch, self.order(self.lengths, self.global_batch_size, generator)
         start = (step % self.steps_per_epoch) * self.global_batch_size
         chosen = self._order[start : start + self.global_batch_size].tolist()
         return sorted(chosen, key=lambda index: (-self.lengths[index], index))
 
-    def share(self, step: int, *, rank: int, world_size: int, micro_batch_size: int) -> list[list[int]]:
-        """A rank's micro-batches of a step. It is empty for some ranks if the step has fewer samples than ranks."""
-        own = self.indices(step)[rank::world_size]
-        return [own[start : start + micro_batch_size] for start in range(0, len(own), micro_batch_size)]
+    def share(self, step: int, *, rank: int, world_size: int) -> list[int]:
+        """A rank's samples of a step, longest first. Some ranks have none if the step has fewer samples than ranks."""
+        return self.indices(step)[rank::world_size]
 
 
 def sample_rng(seed: int, epoch: int, sample_id: str) -> np.random.Generator:

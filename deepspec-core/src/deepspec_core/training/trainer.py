@@ -21,7 +21,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from attrs import field, frozen
 from torch import Tensor
 
-from deepspec_core.config.schema import LossOptions, TrainOptions
+from deepspec_core.config.schema import PACKED, LossOptions, TrainOptions
 from deepspec_core.contracts.draft import DraftModel, Preparation
 from deepspec_core.contracts.features import FeatureSource
 from deepspec_core.dtypes import torch_dtype
@@ -31,10 +31,12 @@ from deepspec_core.progress import Progress
 from deepspec_core.rows.engine import build_engine
 from deepspec_core.stopping import Stopped, StopRequest
 from deepspec_core.training import checkpoint as checkpoints
+from deepspec_core.training.epoch_order import ORDERS
 from deepspec_core.training.host_batch import HostBatch
 from deepspec_core.training.loader import StepPlans, iterate
 from deepspec_core.training.metrics import Clock, Figures, MetricsLog
 from deepspec_core.training.on_policy import Rollouts, Unprepared, rolls_out
+from deepspec_core.training.packed_check import check_draft_apart
 from deepspec_core.training.reduction import StepSums, gathered, normalise
 from deepspec_core.training.sampler import GlobalBatches
 from deepspec_core.training.schedule import learning_rate
@@ -138,10 +140,17 @@ class _Trainer:
         self.device: torch.device = self.accelerator.device
         self.is_main: bool = self.accelerator.is_main_process
         self.batches = GlobalBatches(
-            list(source.lengths()), global_batch_size=options.global_batch_size, epochs=options.epochs, seed=seed
+            list(source.lengths()),
+            global_batch_size=options.global_batch_size,
+            epochs=options.epochs,
+            seed=seed,
+            order=ORDERS[options.batching],
         )
+        self.row_tokens = max(self.batches.lengths) if options.batching == PACKED else None
         self.total_steps = min(self.batches.total_steps, options.max_steps or self.batches.total_steps)
         self.model = self._wrap(draft, loss, registry)
+        if self.row_tokens is not None:
+            check_draft_apart(draft, device=self.device, compute_dtype=torch_dtype(options.precision))
         self.rollouts: Rollouts | None = None
         if rolls_out(draft):
             dtype = torch_dtype(options.precision)
@@ -216,6 +225,7 @@ class _Trainer:
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
             micro_batch_size=self.options.micro_batch_size,
+            row_tokens=self.row_tokens,
         )
         micro_batches = iterate(
             self.source, self.preparation, plans, seed=self.seed, workers=self.options.loader_workers
@@ -269,6 +279,8 @@ class _Trainer:
             if plan.live:
                 sums.add(result.denominator, result.metrics)
                 self.counts.update(micro.counts)
+                self.counts["positions"] += micro.attention_mask.numel()
+                self.counts["padding"] += int((~micro.attention_mask).sum())
             done.append(([sample.id for sample in micro.samples], result.total.detach()))
         names = _union(gathered(list(sums.ratios))) if with_metrics else self.loss_names
         vector = sums.reduce(names, interrupted)

@@ -15,6 +15,7 @@ def deepspec_draft_models():
         recognise=is_medusa,
         options_of="deepspec_medusa.options:options_of",
         proposes_trees=True,
+        takes_packed=True,
         needs_taps=False,
         # The paper weighs head k by 0.8 ** k, and 0.8 is exp(-1 / 4.4814).
         default_loss={"terms": {"ce": 1.0}, "weighting": {"type": "decay", "gamma": 4.4814}},
