@@ -170,19 +170,25 @@ def _most_probable(probs_NV: Tensor, p: float) -> Tensor:
     """Which tokens are the fewest most probable ones whose sum reaches p, [N, V]; of equals, the first."""
     vocab_size = probs_NV.shape[1]
     most = min(_CANDIDATES, vocab_size)
-    count_N, least_N = _border(probs_NV.topk(most, dim=1).values, p)
+    count_N, least_N, at_least_N = _border(probs_NV.topk(most, dim=1).values, p)
     if most < vocab_size and len(flat := (count_N == most).nonzero()[:, 0]):
         # So flat a row needs more than the candidates, or may.
-        count_N[flat], least_N[flat] = _border(probs_NV[flat].sort(dim=1, descending=True).values, p)
-    above_NV, at_NV = probs_NV > least_N[:, None], probs_NV == least_N[:, None]
-    wanted_N = count_N - above_NV.sum(1)
-    if (at_NV.sum(1) > wanted_N).any():
-        at_NV = at_NV & (at_NV.cumsum(1, dtype=torch.int32) <= wanted_N[:, None])
-    return above_NV | at_NV
+        found = _border(probs_NV[flat].sort(dim=1, descending=True).values, p)
+        count_N[flat], least_N[flat], at_least_N[flat] = found
+    kept_NV = probs_NV >= least_N[:, None]
+    if len(tied := (at_least_N > count_N).nonzero()[:, 0]):
+        equal_RV = probs_NV[tied] == least_N[tied, None]
+        above_R1 = kept_NV[tied].sum(1, keepdim=True) - equal_RV.sum(1, keepdim=True)
+        beyond_RV = equal_RV & (equal_RV.cumsum(1, dtype=torch.int32) > count_N[tied, None] - above_R1)
+        kept_NV[tied] &= ~beyond_RV
+    return kept_NV
 
 
-def _border(sorted_NE: Tensor, p: float) -> tuple[Tensor, Tensor]:
-    """How many of the greatest probabilities, in descending order, it takes to reach p, and the least of these."""
+def _border(sorted_NE: Tensor, p: float) -> tuple[Tensor, Tensor, Tensor]:
+    """How many of the probabilities, in descending order, it takes to reach p, the least of these, and how many of all
+    given ones are not below it.
+    """
     mass_before_NE = sorted_NE.cumsum(dim=1, dtype=torch.float64) - sorted_NE
     count_N = (mass_before_NE < p).sum(1)
-    return count_N, sorted_NE.gather(1, count_N[:, None] - 1)[:, 0]
+    least_N = sorted_NE.gather(1, count_N[:, None] - 1)[:, 0]
+    return count_N, least_N, (sorted_NE >= least_N[:, None]).sum(1)
