@@ -1,6 +1,6 @@
 """Speculative sampling against probabilities that are summed up exactly, not drawn: every sequence of the first tokens,
-at six settings of sampling, with drafts that know nothing, everything, or the opposite, with trees, and with two drafts
-that need no training.
+at seven settings of sampling, with drafts that know nothing, everything, or the opposite, with trees, with two drafts
+that need no training, and with a repetition penalty for every algorithm.
 """
 
 import math
@@ -38,7 +38,8 @@ SETTINGS = [
     Sampling(temperature=1.7),
     Sampling(temperature=1.0, top_k=3),
     Sampling(temperature=1.2, top_p=0.8),
-    Sampling(temperature=0.9, top_k=5, top_p=0.9, min_p=0.1),
+    Sampling(temperature=1.0, repetition_penalty=2.5),
+    Sampling(temperature=0.9, top_k=5, top_p=0.9, min_p=0.1, repetition_penalty=0.6),
 ]
 DRAFTS = ("table", "knows", "contrary", "certain", "lookup", "small-lm", "trees")
 _INSTALLED = load_plugins().registry
@@ -47,9 +48,11 @@ TREES = [name for name in _INSTALLED.names("draft") if _INSTALLED.get("draft", n
 Table = dict[tuple[int, ...], np.ndarray[Any, np.dtype[np.float64]]]
 
 
-def reference(logits: np.ndarray[Any, Any], sampling: Sampling) -> np.ndarray[Any, Any]:
-    """The distribution by its definition, in float64, written apart from the one under test."""
-    scaled = logits.astype(np.float64) / sampling.temperature
+def reference(logits: np.ndarray[Any, Any], sampling: Sampling, before: tuple[int, ...]) -> np.ndarray[Any, Any]:
+    """The distribution after `before` by its definition, in float64, written apart from the one under test."""
+    penalty = [sampling.repetition_penalty if token in before else 1.0 for token in range(VOCAB)]
+    scaled = np.array([x / one if x > 0 else x * one for x, one in zip(logits, penalty, strict=True)])
+    scaled = scaled / sampling.temperature
     order = np.argsort(-scaled, kind="stable")
     allowed = set(order[: sampling.top_k] if sampling.top_k else order)
     p = np.array([math.exp(scaled[i] - scaled.max()) if i in allowed else 0.0 for i in range(len(scaled))])
@@ -163,7 +166,7 @@ def _sigmas(observed: Counter[tuple[int, ...]], expected: dict[tuple[int, ...], 
 
 
 def _compare(target: Any, small: Any, logits: Table, sampling: Sampling, kind: str | Proposer | None) -> float:
-    tables = {prefix: reference(values, sampling) for prefix, values in logits.items()}
+    tables = {prefix: reference(values, sampling, PROMPT + prefix) for prefix, values in logits.items()}
     expected = {
         sequence: float(np.prod([tables[sequence[:k]][sequence[k]] for k in range(TOKENS)]))
         for sequence in product(range(VOCAB), repeat=TOKENS)
@@ -188,19 +191,42 @@ def test_sampling_has_the_exact_probabilities(target: Any, small: Any, logits: T
 
 
 @pytest.mark.parametrize("algorithm", TREES)
+@pytest.mark.parametrize("sampling", [SETTINGS[0], pytest.param(SETTINGS[-1], marks=pytest.mark.slow)], ids=str)
 def test_trees_of_a_draft_have_the_exact_probabilities(
-    target: Any, small: Any, logits: Table, tiny_draft: Callable[..., DraftModel], algorithm: str
+    target: Any, small: Any, logits: Table, tiny_draft: Callable[..., DraftModel], algorithm: str, sampling: Sampling
 ) -> None:
-    draft = tiny_draft(algorithm, target).eval()
+    proposer = _of_opinions(tiny_draft(algorithm, target)).tree_proposer(9)
+    assert _compare(target, small, logits, sampling, proposer) < MOST_SIGMAS
+
+
+@pytest.mark.parametrize("algorithm", _INSTALLED.trained_drafts())
+@pytest.mark.parametrize("sampling", [SETTINGS[-2], pytest.param(SETTINGS[-1], marks=pytest.mark.slow)], ids=str)
+def test_a_draft_has_the_exact_probabilities_with_a_penalty(
+    target: Any, small: Any, logits: Table, tiny_draft: Callable[..., DraftModel], algorithm: str, sampling: Sampling
+) -> None:
+    proposer = _of_opinions(tiny_draft(algorithm, target)).proposer()
+    assert _compare(target, small, logits, sampling, proposer) < MOST_SIGMAS
+
+
+def _of_opinions(draft: DraftModel) -> DraftModel:
+    """The draft with opinions, other ones than the target's."""
+    draft = draft.eval()
     with torch.no_grad():
         for parameter in draft.parameters():
             if parameter.requires_grad and parameter.dim() == 2:
-                parameter.normal_(std=parameter.shape[1] ** -0.5)  # a draft of opinions, other ones than the target's
-    assert _compare(target, small, logits, SETTINGS[0], draft.tree_proposer(9)) < MOST_SIGMAS
+                parameter.normal_(std=parameter.shape[1] ** -0.5)
+    return draft
 
 
-def _without_residual(target_BKV: Tensor, proposal: Proposal, accepted_B: Tensor) -> Tensor:
-    return target_BKV.gather(1, accepted_B[:, None, None].expand(-1, 1, target_BKV.shape[2]))[:, 0]
+def _without_residual(p_RV: Tensor, q_RV: Tensor) -> Tensor:
+    return p_RV
+
+
+def test_a_penalty_that_forgets_the_proposed_tokens_is_found(
+    target: Any, small: Any, logits: Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Sampling, "after", lambda self, tokens, counted=None: self)
+    assert _compare(target, small, logits, SETTINGS[-2], "table") > MOST_SIGMAS
 
 
 @pytest.mark.parametrize("kind", ["contrary", "table"])

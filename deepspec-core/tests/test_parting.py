@@ -51,7 +51,7 @@ def logits_after(ids: tuple[int, ...]) -> list[float]:
 
 
 def test_the_gap_is_that_of_the_target_where_outputs_part() -> None:
-    found = parting(made(), completion(5, 6, 8, 2), completion(5, 6, 9, 2))
+    found = parting(made(), completion(5, 6, 8, 2), completion(5, 6, 9, 2), Sampling())
     logits = logits_after((*PROMPT, 5, 6))
     # Both passes compute the same sums in other products.
     expected = pytest.approx(logits[9] - logits[8], abs=1e-5)
@@ -59,7 +59,7 @@ def test_the_gap_is_that_of_the_target_where_outputs_part() -> None:
 
 
 def test_an_output_that_ends_earlier_parts_at_its_end() -> None:
-    found = parting(made(), completion(5, 6), completion(5, 6, 9))
+    found = parting(made(), completion(5, 6), completion(5, 6, 9), Sampling())
     assert found == Parting(id="x", position=2, plain_token=9, speculative_token=None, logit_gap=None)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from deepspec_core.contracts.proposer import Sampling
-from deepspec_core.decoding.sampling import distribution, draw
+from deepspec_core.decoding.sampling import distribution, draw, draw_tokens, mass_before, next_token, penalised
 
 
 def _logits(*probs: float) -> torch.Tensor:
@@ -89,3 +89,85 @@ def test_rows_do_not_depend_on_their_neighbours() -> None:
         # A row inside a batch begins at another address.
         torch.testing.assert_close(alone, together[row], rtol=1e-6, atol=1e-7)
         assert torch.equal(draw(alone, uniforms[row]), drawn[row])
+
+
+def _steep_and_flat(rows: int, vocab_size: int) -> torch.Tensor:
+    """Rows from nearly certain to nearly uniform, with many equal logits among them."""
+    generator = torch.Generator().manual_seed(4)
+    logits = torch.randn(rows, vocab_size, generator=generator) * torch.linspace(0.01, 8, rows)[:, None]
+    return (logits * 4).round() / 4
+
+
+@pytest.mark.parametrize("top_p", [0.3, 0.9, 0.999])
+def test_top_p_keeps_what_a_full_sort_keeps(top_p: float) -> None:
+    logits = _steep_and_flat(24, 3000)
+    probs = logits.softmax(-1)
+    sorted_, order = probs.sort(dim=-1, descending=True, stable=True)
+    beyond = sorted_.cumsum(-1, dtype=torch.float64) - sorted_ >= top_p
+    kept = torch.empty_like(beyond).scatter_(-1, order, ~beyond)
+    assert kept.sum(1).min() < 256 < kept.sum(1).max(), "both by candidates and by the fall-back"
+    assert torch.equal(distribution(logits, Sampling(temperature=1.0, top_p=top_p)) > 0, kept)
+
+
+@pytest.mark.parametrize("vocab_size", [512, 513, 1024, 3000])
+def test_draws_in_blocks_are_those_of_one_cumulative_sum(vocab_size: int) -> None:
+    probs = _steep_and_flat(16, vocab_size).softmax(-1)
+    probs[::2, : vocab_size // 3] = 0
+    uniforms = torch.rand(16, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    uniforms[:, :2] = torch.tensor([0.0, 1 - 2**-53])
+    drawn = draw(probs[:, None].expand(-1, 64, -1), uniforms)
+    mass = probs.double().cumsum(-1)
+    point = uniforms * mass[:, -1:]
+    at, before = mass.gather(1, drawn), mass.gather(1, drawn) - probs.double().gather(1, drawn)
+    # Sums of a block are rounded to fp32.
+    assert (point < at + 1e-6).all()
+    assert (before - 1e-6 <= point).all()
+    assert (probs.gather(1, drawn) > 0).all()
+    below, total = mass_before(probs[:, None].expand(-1, 64, -1), drawn)
+    torch.testing.assert_close(below, before, rtol=0, atol=1e-6)
+    torch.testing.assert_close(total, mass[:, -1:].expand_as(total), rtol=1e-6, atol=0)
+
+
+def _seen(*rows: set[int], vocab_size: int) -> torch.Tensor:
+    return torch.tensor([[token in row for token in range(vocab_size)] for row in rows])
+
+
+def test_the_order_of_the_settings_is_that_of_transformers() -> None:
+    from transformers import generation
+
+    generator = torch.Generator().manual_seed(6)
+    logits = 3 * torch.randn(5, 40, generator=generator)
+    ids = torch.randint(40, (5, 9), generator=generator)
+    processors = generation.LogitsProcessorList(
+        [
+            generation.RepetitionPenaltyLogitsProcessor(1.7),
+            generation.TemperatureLogitsWarper(0.8),
+            generation.TopKLogitsWarper(20),
+            generation.TopPLogitsWarper(0.9),
+            generation.MinPLogitsWarper(0.02),
+        ]
+    )
+    expected = processors(ids, logits).softmax(-1)
+    sampling = Sampling(
+        temperature=0.8, top_k=20, top_p=0.9, min_p=0.02, repetition_penalty=1.7,
+        seen=_seen(*(set(row) for row in ids.tolist()), vocab_size=40),
+    )  # fmt: skip
+    torch.testing.assert_close(distribution(penalised(logits, sampling), sampling), expected)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_penalty_counts_the_tokens_that_were_just_drawn(temperature: float) -> None:
+    logits = torch.randn(3, 4, 12, generator=torch.Generator().manual_seed(7)) * 2
+    uniforms = torch.rand(3, 4, generator=torch.Generator().manual_seed(8))
+    seen = ({1, 2}, {3}, {4, 5, 6})
+    sampling = Sampling(temperature=temperature, repetition_penalty=3.0, seen=_seen(*seen, vocab_size=12))
+    tokens, _ = draw_tokens(logits, sampling, uniforms)
+    for row in range(3):
+        known = set(seen[row])
+        for k in range(4):
+            own = Sampling(temperature=temperature, repetition_penalty=3.0, seen=_seen(known, vocab_size=12))
+            token, _ = next_token(logits[row, k][None], own, uniforms[row, k][None])
+            assert token.item() == tokens[row, k]
+            known.add(int(token))
+    assert sampling.seen is not None
+    assert sampling.seen.sum() == 6, "what was given stays as it is"

@@ -1,10 +1,16 @@
 """Verification against the definition: distributions of what is committed, stop tokens, ragged proposals."""
 
+import pytest
 import torch
+from attrs import evolve
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+import deepspec_core.decoding.sampling as sampling_module
 from deepspec_core.contracts.proposer import Proposal, Sampling
 from deepspec_core.decoding.sampling import draw
-from deepspec_core.decoding.verify import verify
+from deepspec_core.decoding.tree import seen_columns, verify_tree
+from deepspec_core.decoding.verify import Verdict, verify
 
 SAMPLED = Sampling(temperature=1.0)
 GREEDY = Sampling(temperature=0.0)
@@ -64,3 +70,70 @@ def test_an_accepted_stop_token_ends_the_round_without_an_extra_token() -> None:
     assert _greedy([3, 4, 5, 6], [3, 9, 5], 3, stop_ids=(9,)) == ([3, 4], 1, 3)
     # The target's own token may be a stop token: it is the extra token.
     assert _greedy([3, 4, 5, 6], [3, 9, 5], 3, stop_ids=(4,)) == ([3, 4], 1, 3)
+
+
+def _case(sampling: Sampling, *, tree: bool = False) -> tuple[torch.Tensor, Proposal, Sampling, torch.Tensor]:
+    """bf16 logits of 6 sequences, 4 draft tokens and 900 ids, and a proposal that is often right."""
+    generator = torch.Generator().manual_seed(7)
+    logits = (4 * torch.randn(6, 5, 900, generator=generator)).bfloat16()
+    uniforms = torch.rand(6, 9, generator=generator, dtype=torch.float64)
+    seen = torch.rand(6, 900, generator=generator) < 0.1
+    sampling = evolve(sampling, seen=seen) if sampling.repetition_penalty != 1 else sampling
+    q = (logits[:, :4].float() + torch.randn(6, 4, 900, generator=generator)).softmax(-1)
+    tokens = draw(q, uniforms[:, :4])
+    lengths = torch.tensor([4, 4, 3, 4, 0, 2])
+    if tree:
+        parents = torch.tensor([[-1, -1, 0, 2]]).expand(6, -1)
+        return logits, Proposal(tokens=logits[:, :4].argmax(-1), lengths=lengths, parents=parents), sampling, uniforms
+    return logits, Proposal(tokens=tokens, lengths=lengths, probabilities=q), sampling, uniforms[:, 4:]
+
+
+class _Largest(TorchDispatchMode):
+    """The most numbers of a new tensor of 32 or 64 bits a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        known = {
+            one.untyped_storage().data_ptr() for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)
+        }
+        for one in tree_leaves(found):
+            if isinstance(one, torch.Tensor) and one.untyped_storage().data_ptr() not in known and one.itemsize >= 4:
+                self.numel = max(self.numel, one.numel())
+        return found
+
+
+@pytest.mark.parametrize("tree", [False, True])
+@pytest.mark.parametrize(
+    "sampling",
+    [GREEDY, SAMPLED, Sampling(repetition_penalty=1.5), Sampling(temperature=0.7, top_p=0.9, repetition_penalty=1.5)],
+    ids=str,
+)
+def test_rows_are_taken_in_turns_with_equal_results(
+    sampling: Sampling, tree: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits, proposal, sampling, uniforms = _case(sampling, tree=tree)
+
+    def decided() -> tuple[Verdict, int]:
+        with _Largest() as largest:
+            if tree:
+                depths = seen_columns(proposal.parents).sum(2) - 1
+                found = verify_tree(
+                    logits, proposal, depths, sampling=sampling, uniforms=uniforms[:, :4], stop_ids=(3,)
+                )
+            else:
+                found = verify(logits, proposal, sampling=sampling, uniforms=uniforms, stop_ids=(3,))
+        return found, largest.numel
+
+    whole, _ = decided()
+    monkeypatch.setattr(sampling_module, "_CHUNK", 1800)
+    parts, most = decided()
+    assert most <= 1800 < logits.numel()
+    assert torch.equal(parts.accepted, whole.accepted)
+    assert torch.equal(parts.committed, whole.committed)
+    for row, count in enumerate(whole.committed.tolist()):
+        assert torch.equal(parts.tokens[row, :count], whole.tokens[row, :count])
+    assert whole.accepted.sum() > 0

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from deepspec_core.contracts.proposer import Proposal, Sampling
 from deepspec_core.decoding.kv_cache import SlotKVCache
-from deepspec_core.decoding.sampling import distribution, draw
+from deepspec_core.decoding.sampling import draw_tokens
 from deepspec_dflash.attention import BlockLayout, KeysValues
 from deepspec_dflash.backbone import DFlashBackbone
 from deepspec_dflash.options import DFlashOptions
@@ -101,10 +101,7 @@ class DFlashProposer:
         """Every slot's token from its own output, all at once; `last_B` is the anchor token, for heads that want it."""
         logits_BKV = self.model.logits(hidden_BKH)
         lengths_B = limits_B.clamp(max=self.max_tokens)
-        if sampling.temperature == 0:
-            return Proposal(tokens=logits_BKV.argmax(-1), lengths=lengths_B)
-        probs_BKV = distribution(logits_BKV, sampling)
-        drawn_BK = draw(probs_BKV, uniforms_BK[:, : self.max_tokens])
+        drawn_BK, probs_BKV = draw_tokens(logits_BKV, sampling, uniforms_BK)
         return Proposal(tokens=drawn_BK, lengths=lengths_B, probabilities=probs_BKV)
 
     @torch.no_grad()

@@ -13,7 +13,7 @@ from attrs import evolve
 from torch import Tensor
 
 from deepspec_core.contracts.proposer import Proposal, Sampling
-from deepspec_core.decoding.sampling import distribution, draw
+from deepspec_core.decoding.sampling import next_token
 from deepspec_dflash.proposer import BlockDraft, DFlashProposer
 from deepspec_dspark.heads import MarkovHead
 
@@ -71,18 +71,17 @@ class DSparkProposer(DFlashProposer):
     ) -> Proposal:
         base_BKD = self.model.known_logits(hidden_BKH)
         previous_B, state_Br = last_B, None
-        tokens, probabilities = [], []
+        tokens: list[Tensor] = []
+        probabilities: list[Tensor] = []
         for slot in range(self.max_tokens):
             embedded_Br = markov.markov_w1(previous_B)
             state_Br = markov.start(embedded_Br) if state_Br is None else state_Br
             correction_Br, state_Br = markov.step(hidden_BKH[:, slot], embedded_Br, state_Br)
             logits_BV = self.model.spread(base_BKD[:, slot] + markov.markov_w2(correction_Br))
-            if sampling.temperature == 0:
-                previous_B = logits_BV.argmax(-1)
-            else:
-                probabilities.append(distribution(logits_BV, sampling))
-                previous_B = draw(probabilities[-1], uniforms_BK[:, slot])
+            previous_B, q_BV = next_token(logits_BV, sampling, uniforms_BK[:, slot])
+            sampling = sampling.after(previous_B)
             tokens.append(previous_B)
+            probabilities += [] if q_BV is None else [q_BV]
         return Proposal(
             tokens=torch.stack(tokens, dim=1),
             lengths=limits_B.clamp(max=self.max_tokens),

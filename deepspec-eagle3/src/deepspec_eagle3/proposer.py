@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from deepspec_core.contracts.proposer import Proposal, Sampling
 from deepspec_core.decoding.kv_cache import SlotKVCache
-from deepspec_core.decoding.sampling import distribution, draw
+from deepspec_core.decoding.sampling import next_token
 from deepspec_eagle3.drafter import Eagle3Drafter
 from deepspec_eagle3.options import Eagle3Options
 
@@ -105,11 +105,10 @@ class Eagle3Proposer:
                 )
                 hidden_BH = hidden_B1H[:, 0]
             logits_BV = self.model.logits(drafter.norm(hidden_BH))
-            if sampling.temperature == 0:
-                tokens.append(logits_BV.argmax(-1))
-            else:
-                probabilities.append(distribution(logits_BV, sampling))
-                tokens.append(draw(probabilities[-1], uniforms[:, step]))
+            token_B, q_BV = next_token(logits_BV, sampling, uniforms[:, step])
+            sampling = sampling.after(token_B)
+            tokens.append(token_B)
+            probabilities += [] if q_BV is None else [q_BV]
             proposing_B = proposing_B & (step < limits)
             lengths_B = lengths_B + proposing_B
             for stop_id in stop_ids:

@@ -14,7 +14,7 @@ import click
 from attrs import evolve
 
 from deepspec_core.cli.messages import show_messages
-from deepspec_core.cli.options import no_plugin
+from deepspec_core.cli.options import no_plugin, sampling
 from deepspec_core.config.load import RunFile
 from deepspec_core.config.paths import no_path
 from deepspec_core.config.schema import (
@@ -64,6 +64,14 @@ ALL = "all"
     show_default=True,
     help="Repeatable.",
 )
+@sampling
+@click.option(
+    "--samples",
+    type=click.IntRange(1, 2**16),
+    default=DEFAULTS.samples,
+    show_default=True,
+    help="Answers to each prompt above temperature 0.",
+)
 @click.option(
     "--turns",
     type=click.Choice(["first", "all"]),
@@ -102,6 +110,12 @@ def evaluate(
     target: str,
     tasks: tuple[str, ...],
     temperatures: tuple[float, ...],
+    top_p: float,
+    top_k: int,
+    min_p: float,
+    repetition_penalty: float,
+    stop: tuple[str, ...],
+    samples: int,
     turns: str,
     limit: int | None,
     max_new_tokens: int,
@@ -134,6 +148,12 @@ def evaluate(
         tasks=_tasks(tasks, plugins.registry.names("task")),
         turns=turns,
         temperature=temperatures,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        stop=stop,
+        samples=samples,
         max_new_tokens=max_new_tokens,
         batch_size=batch_sizes[0] if len(batch_sizes) == 1 else batch_sizes,
         limit=limit,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from deepspec_core.cli.options import sampling
 from deepspec_core.config.schema import DTYPES, MOST_NODES
 from deepspec_core.errors import DataError
 
@@ -29,6 +30,7 @@ _COLOURS = ("green", "cyan")
 )
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True)
 @click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy.")
+@sampling
 @click.option("--thinking", is_flag=True, help="Ask in the target's thinking mode.")
 @click.option("--system", metavar="TEXT", help="A system prompt.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
@@ -50,6 +52,11 @@ def generate(
     draft: str | None,
     max_new_tokens: int,
     temperature: float,
+    top_p: float,
+    top_k: int,
+    min_p: float,
+    repetition_penalty: float,
+    stop: tuple[str, ...],
     thinking: bool,
     system: str | None,
     seed: int,
@@ -75,6 +82,11 @@ def generate(
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "stop": stop,
         "thinking": thinking,
         "system_prompt": system,
         "seed": seed,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 no_plugin = click.option(
@@ -19,3 +21,42 @@ overrides = click.option(
     help="Set one key of the run file, as in train.lr=3e-4. Repeatable.",
 )
 run_file = click.argument("path", metavar="RUN.toml", type=click.Path(path_type=str))
+
+
+def sampling(command: Any) -> Any:
+    """The options of how tokens are drawn, beside the temperature, and of what ends an answer."""
+    for option in reversed(
+        (
+            click.option(
+                "--top-p",
+                type=click.FloatRange(0, 1, min_open=True),
+                default=1.0,
+                show_default=True,
+                help="Draw from the smallest set of most probable tokens whose probabilities add up to this.",
+            ),
+            click.option(
+                "--top-k",
+                type=click.IntRange(min=0),
+                default=0,
+                show_default=True,
+                help="Draw from so many most probable tokens; 0: all.",
+            ),
+            click.option(
+                "--min-p",
+                type=click.FloatRange(0, 1),
+                default=0.0,
+                show_default=True,
+                help="Draw only tokens of at least this share of the greatest probability.",
+            ),
+            click.option(
+                "--repetition-penalty",
+                type=click.FloatRange(0.01, 100),
+                default=1.0,
+                show_default=True,
+                help="Above 1, tokens that stand already become less probable, also at temperature 0.",
+            ),
+            click.option("--stop", multiple=True, metavar="TEXT", help="A text that ends an answer. Repeatable."),
+        )
+    ):
+        command = option(command)
+    return command

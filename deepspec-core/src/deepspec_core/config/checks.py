@@ -20,6 +20,7 @@ from deepspec_core.config.schema import (
     PACKED,
     ROW_FILES,
     DataOptions,
+    EvaluateOptions,
     RunOptions,
     TermOptions,
 )
@@ -47,6 +48,7 @@ def check_sections(sections: Mapping[str, Any], folder: Path, registry: Registry
             yield from _tasks(sections["evaluate"].tasks, sections.get("data"))
             if not sections["evaluate"].temperature:
                 yield no_temperature("evaluate.temperature")
+            yield from samples_mistakes(sections["evaluate"], "evaluate.samples")
         if "regenerate" not in run.stages and sections.get("regenerate"):
             yield from _share(sections["regenerate"].thinking, run)
     spec = registry.get("draft", sections["draft"].type) if sections.get("draft") else None
@@ -147,6 +149,17 @@ def no_temperature(where: str) -> ConfigError:
     return ConfigError(
         "there is no temperature to evaluate at", where=where, found="[]", expected="at least one, such as 0 for greedy"
     )
+
+
+def samples_mistakes(evaluate: EvaluateOptions, where: str) -> Iterator[ConfigError]:
+    """Several answers to a prompt are of use only where they differ. `where` is the key or the argument."""
+    if evaluate.samples > 1 and evaluate.temperature and not any(evaluate.temperature):
+        yield ConfigError(
+            "greedy answers to one prompt are all the same",
+            where=where,
+            found=f"{evaluate.samples}, at temperature 0 alone",
+            expected="1, or a temperature above 0",
+        )
 
 
 def _tasks(tasks: tuple[str, ...], data: DataOptions | None) -> Iterator[ConfigError]:

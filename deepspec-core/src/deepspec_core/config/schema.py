@@ -55,6 +55,12 @@ def temperatures(_options: object, attribute: Attribute[Any], value: float) -> N
         raise ValueError(f"'{attribute.name}' must be 0 for greedy decoding, or at least {COLDEST:g}: {value}")
 
 
+def stop_string(_options: object, attribute: Attribute[Any], value: str) -> None:
+    """A validator: a text that an answer can have."""
+    if not value:
+        raise ValueError(f"'{attribute.name}' must be a text that is not empty: {value!r}")
+
+
 def changes_results(key: Attribute[Any]) -> bool:
     """Whether results made with another value of this key are other results."""
     return key.metadata != CHANGES_NOTHING
@@ -319,6 +325,13 @@ class EvaluateOptions:
         NAME:FILE is a registered task, asked from a file.
     turns: "first" asks the first user turn of a prompt, as published; "all" every one, the model's answers between.
     temperature: Each of these temperatures is evaluated; 0 is greedy.
+    top_p: Sample from the smallest set of most probable tokens whose probabilities add up to this; 1 is off.
+    top_k: Sample from so many most probable tokens; 0 is off.
+    min_p: Sample only tokens whose probability is at least this share of the most probable token's; 0 is off.
+    repetition_penalty: Divides the positive logits, and multiplies the others, of tokens that the prompt or the answer
+        has already, also at temperature 0; 1 is off. The order is: this, temperature, top_k, top_p, min_p.
+    stop: An answer ends with the token that completes one of these strings in its text.
+    samples: Answers to each prompt, with seeds of their own. At temperature 0 there is one.
     max_new_tokens: New tokens of one answer at most.
     batch_size: Sequences decoded at once. A list evaluates at each of them, for the speed-up under load.
     limit: Prompts of each task at most. Left out: all, and 500 of held-out prompts.
@@ -332,6 +345,12 @@ class EvaluateOptions:
     tasks: tuple[str, ...] = (HELD_OUT,)
     turns: str = field(default="first", validator=in_(("first", "all")))
     temperature: tuple[float, ...] = field(default=(1.0,), validator=deep_iterable(temperatures))
+    top_p: float = field(default=1.0, validator=above(0.0, 1.0))
+    top_k: int = field(default=0, validator=whole(0))
+    min_p: float = field(default=0.0, validator=real(0.0, 1.0))
+    repetition_penalty: float = field(default=1.0, validator=real(0.01, 100.0))
+    stop: tuple[str, ...] = field(default=(), validator=deep_iterable(stop_string))
+    samples: int = field(default=1, validator=whole(1, 2**16))
     max_new_tokens: int = field(default=2048, validator=whole(1, _TOKENS))
     batch_size: int | tuple[int, ...] = field(default=1, validator=_batch_sizes)
     limit: int | None = field(default=None, validator=optional(whole(1)))

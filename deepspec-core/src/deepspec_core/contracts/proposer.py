@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
-from attrs import frozen
+from attrs import evolve, field, frozen
 from torch import Tensor
 
 from deepspec_core.contracts.target import TargetFeatures, TargetStep
@@ -29,12 +29,37 @@ __all__ = ["Proposal", "Proposer", "Sampling", "features_for", "reads_last_hidde
 
 @frozen(kw_only=True)
 class Sampling:
-    """How tokens are drawn. Temperature 0 is greedy. top_k 0, top_p 1 and min_p 0 mean that the filter is off."""
+    """How tokens are drawn. Temperature 0 is greedy. top_k 0, top_p 1 and min_p 0 mean that the filter is off.
+
+    repetition_penalty: Divides the positive logits, and multiplies the others, of every token that the prompt or the
+        output has already, before the temperature; 1 is off.
+    seen: [B, V] bool, those tokens in each slot of a call, where there is a penalty. Only the engine, and what it
+        calls, has them: a proposal's own tokens count too, once `after` is told of them.
+    """
 
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seen: Tensor | None = field(default=None, eq=False, repr=False)
+
+    def after(self, tokens_BK: Tensor, counted_BK: Tensor | None = None) -> Sampling:
+        """The sampling when these tokens, [B] or [B, K], stand in the slots too.
+
+        `counted` [B, K] says which of them do; None: all.
+        """
+        if self.seen is None:
+            return self
+        tokens_BK = tokens_BK.reshape(len(tokens_BK), -1)
+        if counted_BK is not None:
+            # In place of a token that does not count stands one that was seen before, such as a prompt's.
+            tokens_BK = tokens_BK.where(counted_BK, self.seen.to(torch.uint8).argmax(1, keepdim=True))
+        return evolve(self, seen=self.seen.scatter(1, tokens_BK, True))
+
+    def of(self, rows: Tensor | slice) -> Sampling:
+        """The sampling of some of the slots."""
+        return self if self.seen is None else evolve(self, seen=self.seen[rows])
 
 
 @frozen(kw_only=True, eq=False)

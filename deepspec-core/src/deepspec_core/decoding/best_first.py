@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from deepspec_core.contracts.proposer import Proposal, Sampling
-from deepspec_core.decoding.sampling import distribution
+from deepspec_core.decoding.sampling import distribution, penalised
 
 __all__ = ["NextTokens", "best_first", "log_probabilities"]
 
@@ -69,8 +69,11 @@ def best_first(next_tokens: NextTokens, *, nodes: int, longest: int, limits: Ten
 def log_probabilities(logits_V: Tensor, sampling: Sampling) -> Tensor:
     """Logarithms of the draft's probabilities, [..., V] fp32: as it would draw; at temperature 0, as at temperature 1.
 
-    A greedy target takes one token, and how likely a token is to be that one, only the softmax tells.
+    A greedy target takes one token, and how likely a token is to be that one, only the softmax tells. A repetition
+    penalty is on the tokens that are committed, [B, ..., V]. Those of a path itself are left as they are: that changes
+    which tree is best, never what is drawn.
     """
+    logits_V = penalised(logits_V, sampling)
     if sampling.temperature == 0:
         return logits_V.float().log_softmax(-1)
     if sampling.top_k == 0 and sampling.top_p == 1 and sampling.min_p == 0:

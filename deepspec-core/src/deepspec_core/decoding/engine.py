@@ -12,103 +12,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 
 import numpy as np
 import torch
-from attrs import define, field, frozen
+from attrs import define, evolve, field
 from torch import Tensor
 
 from deepspec_core.contracts.proposer import Proposal, Proposer, Sampling, features_for
 from deepspec_core.contracts.target import TargetModel, TargetStep
+from deepspec_core.decoding.clock import Clock as Clock
 from deepspec_core.decoding.confidence import cut
 from deepspec_core.decoding.proposal_check import Checked, ProposalCheck
-from deepspec_core.decoding.sampling import distribution, draw
+from deepspec_core.decoding.sampling import pick
+from deepspec_core.decoding.sequences import Committed as Committed
+from deepspec_core.decoding.sequences import Completion as Completion
+from deepspec_core.decoding.sequences import Request as Request
+from deepspec_core.decoding.sequences import Round as Round
+from deepspec_core.decoding.sequences import Underway
+from deepspec_core.decoding.stop_text import StopText
 from deepspec_core.decoding.tree import score_tree
 from deepspec_core.decoding.verify import Verdict, verify
-
-
-@frozen(kw_only=True)
-class Request:
-    """A prompt to continue. All randomness of the sequence follows from `seed`."""
-
-    id: str
-    prompt_ids: tuple[int, ...]
-    seed: int
-
-
-@frozen
-class Round:
-    """One proposal and its verification, before trimming.
-
-    `confidence` holds the tokens' logits of acceptance, if any. Of a tree, `proposal_length` is that of its longest
-    path and `nodes` the number of its tokens; None: a chain.
-    """
-
-    proposal_length: int
-    accepted_draft_length: int
-    acceptance_length: int
-    confidence: tuple[float, ...] | None = None
-    nodes: int | None = None
-
-
-@frozen(kw_only=True)
-class Completion:
-    """A finished sequence. output_ids have no prompt, are trimmed to the limit, and include the stop token."""
-
-    id: str
-    prompt_ids: tuple[int, ...]
-    output_ids: tuple[int, ...]
-    finish_reason: str
-    rounds: tuple[Round, ...]
-
-
-@frozen
-class Committed:
-    """The ids that a round added to a sequence's output. The draft proposed the first `accepted` of them."""
-
-    id: str
-    ids: tuple[int, ...]
-    accepted: int
-
-
-@define
-class Clock:
-    """Seconds spent in each part of decoding. `host` is the rest of the engine's wall time."""
-
-    prefill: float = 0.0
-    draft: float = 0.0
-    verify: float = 0.0
-    wall: float = 0.0
-
-    @property
-    def host(self) -> float:
-        """Seconds spent in none of the parts."""
-        return self.wall - self.prefill - self.draft - self.verify
-
-    @contextmanager
-    def measure(self, part: str, device: torch.device) -> Iterator[None]:
-        """Add the time of the block to `part`. Waits for the device before and after the block."""
-        _synchronize(device)
-        start = time.perf_counter()
-        yield
-        _synchronize(device)
-        setattr(self, part, getattr(self, part) + time.perf_counter() - start)
-
-
-@define
-class _Sequence:
-    """A sequence in a slot. `position` is that of its last committed token, which the target has not read yet."""
-
-    request: Request
-    limit: int
-    output: list[int]
-    random: np.random.Generator
-    rounds: list[Round] = field(factory=list)
-
-    @property
-    def position(self) -> int:
-        return len(self.request.prompt_ids) + len(self.output) - 1
 
 
 @torch.no_grad()  # of a generator: while it runs, not while its caller does
@@ -123,6 +46,7 @@ def decode(
     batch_size: int,
     max_length: int,
     confidence_threshold: float = 0.0,
+    stop_text: StopText | None = None,
     clock: Clock | None = None,
     on_round: Callable[[Committed], None] | None = None,
 ) -> Iterator[Completion]:
@@ -132,7 +56,8 @@ def decode(
     that leaves room for fewer than max_new_tokens gets as many as fit; a prompt that leaves no room is a ValueError.
     Another round starts while fewer than limit + 1 tokens are committed, as in the published loop; then the output is
     trimmed. With a `confidence_threshold` above 0, each proposal ends before its first token of lower confidence.
-    `on_round` gets every token of the output once, in the order of the sequence.
+    `on_round` gets every token of the output once, in the order of the sequence. With `stop_text`, an output ends with
+    the token that completes one of its strings; its last round counts whole, as at the limit.
 
     PluginError if the proposer returns what cannot be verified (proposal_check.py). What it returns can cost speed, and
     never changes an output: tokens of such a round are not committed.
@@ -147,6 +72,7 @@ def decode(
         batch_size,
         max_length,
         confidence_threshold,
+        stop_text,
         clock or Clock(),
         on_round,
     )
@@ -164,9 +90,11 @@ class _Engine:
     batch_size: int
     max_length: int
     confidence_threshold: float
+    stop_text: StopText | None
     clock: Clock
     on_round: Callable[[Committed], None] | None
-    active: dict[int, _Sequence] = field(factory=dict)
+    active: dict[int, Underway] = field(factory=dict)
+    seen_SV: Tensor | None = None
 
     @property
     def num_draft(self) -> int:
@@ -183,6 +111,9 @@ class _Engine:
         if self.proposer and self.check:
             with self.check.calling("open_slots"):
                 self.proposer.open_slots(self.batch_size, capacity)
+        if self.sampling.repetition_penalty != 1:
+            vocab_size = self.target.architecture.vocab_size
+            self.seen_SV = torch.zeros(self.batch_size, vocab_size, dtype=torch.bool, device=self.target.device)
         exhausted = False
         while True:
             start = time.perf_counter()
@@ -225,17 +156,26 @@ class _Engine:
             step = self.target.decode(slots_B, ids_BT, positions_BT, self.taps, last_only=True)
             self.target.commit(slots_B, lengths_B)
         generators = [np.random.Generator(np.random.Philox(key=request.seed)) for request in fresh.values()]
-        first_B = self._first_tokens(step.logits[:, 0], generators)
-        done, alive = [], []
+        if self.seen_SV is not None:
+            self.seen_SV[slots_B] = False
+            for slot, request in fresh.items():
+                self.seen_SV[slot, torch.tensor(request.prompt_ids, device=device)] = True
+        uniforms_B = torch.zeros(len(fresh), device=device)
+        if self.sampling.temperature > 0:
+            uniforms_B = torch.tensor([generator.random() for generator in generators], device=device)
+        first_B = pick(step.logits[:, 0], self._sampling_of(slots_B), uniforms_B)
+        self._see(slots_B, first_B[:, None], torch.ones_like(first_B))
+        first, done, alive = first_B.tolist(), [], []
         for row, (slot, request) in enumerate(fresh.items()):
-            sequence = _Sequence(
+            sequence = Underway(
                 request=request,
                 limit=min(self.max_new_tokens, self.max_length - lengths[row]),
-                output=[int(first_B[row])],
                 random=generators[row],
+                watch=None if self.stop_text is None else self.stop_text.watch(),
             )
+            sequence.append(first[row : row + 1], self.stop_ids)
             self._tell(sequence, 0, 0)
-            if sequence.output[0] in self.stop_ids:
+            if sequence.stopped:
                 done.append(self._finish(slot, sequence))
             else:
                 self.active[slot] = sequence
@@ -247,11 +187,16 @@ class _Engine:
                 self.proposer.start(slots_B[rows], ids_BT[rows], lengths_B[rows], first_B[rows], seen_BTC[rows])
         return done
 
-    def _first_tokens(self, logits_BV: Tensor, generators: list[np.random.Generator]) -> Tensor:
-        if self.sampling.temperature == 0:
-            return logits_BV.argmax(-1)
-        uniforms_B = torch.tensor([generator.random() for generator in generators], device=logits_BV.device)
-        return draw(distribution(logits_BV, self.sampling), uniforms_B)
+    def _sampling_of(self, slots_B: Tensor) -> Sampling:
+        """The sampling in these slots. Tensors are copies: whoever writes into them changes nothing here."""
+        return self.sampling if self.seen_SV is None else evolve(self.sampling, seen=self.seen_SV[slots_B])
+
+    def _see(self, slots_B: Tensor, tokens_BK: Tensor, counts_B: Tensor) -> None:
+        """The first counts[b] of the tokens now stand in slots[b]."""
+        counted_BK = torch.arange(tokens_BK.shape[1], device=counts_B.device) < counts_B[:, None]
+        seen_BV = self._sampling_of(slots_B).after(tokens_BK, counted_BK).seen
+        if self.seen_SV is not None and seen_BV is not None:
+            self.seen_SV[slots_B] = seen_BV
 
     def _round(self) -> list[Completion]:
         """One proposal and one verification for every active slot, in ascending order of slots."""
@@ -282,10 +227,11 @@ class _Engine:
 
         Of the uniforms, K are for acceptance, one for the target's own token.
         """
+        sampling = self._sampling_of(slots_B)
         if proposal.parents is not None:
             return score_tree(
                 self.target, slots_B, last_B, position_B, proposal, self.taps,
-                sampling=self.sampling, uniforms=uniforms_BU, stop_ids=self.stop_ids,
+                sampling=sampling, uniforms=uniforms_BU, stop_ids=self.stop_ids,
             )  # fmt: skip
         ids_BT = torch.cat([last_B[:, None], proposal.tokens], dim=1)
         offsets_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
@@ -293,7 +239,7 @@ class _Engine:
         step = self.target.decode(slots_B, ids_BT, positions_BT, self.taps)
         # Fewer than K tokens may be proposed.
         uniforms_BU = torch.cat([uniforms_BU[:, : proposal.tokens.shape[1]], uniforms_BU[:, -1:]], dim=1)
-        verdict = verify(step.logits, proposal, sampling=self.sampling, uniforms=uniforms_BU, stop_ids=self.stop_ids)
+        verdict = verify(step.logits, proposal, sampling=sampling, uniforms=uniforms_BU, stop_ids=self.stop_ids)
         self.target.commit(slots_B, position_B + verdict.committed)
         return verdict, step
 
@@ -304,9 +250,10 @@ class _Engine:
         limits_B = torch.full_like(slots_B, self.num_draft)
         # Copies: a proposer that writes into what it is given changes nothing that the engine reads later.
         with self.check.calling("propose"):
-            return self.proposer.propose(slots_B.clone(), limits_B, self.sampling, uniforms_BK.clone(), self.stop_ids)
+            sampling = self._sampling_of(slots_B)
+            return self.proposer.propose(slots_B.clone(), limits_B, sampling, uniforms_BK.clone(), self.stop_ids)
 
-    def _uniforms(self, sequences: list[_Sequence]) -> Tensor:
+    def _uniforms(self, sequences: list[Underway]) -> Tensor:
         """Uniform numbers [B, 2K + 1].
 
         Their count is the same in every round, so draws do not depend on other sequences.
@@ -319,7 +266,7 @@ class _Engine:
     def _settle(
         self,
         slots_B: Tensor,
-        sequences: list[_Sequence],
+        sequences: list[Underway],
         proposal: Proposal,
         checked: Checked | None,
         verdict: Verdict,
@@ -332,6 +279,7 @@ class _Engine:
         counts = to_read.tolist()
         if self.check is not None and checked is not None:
             self.check.refuse(checked, [row[3:] for row in counts])
+        self._see(slots_B, verdict.tokens, verdict.committed)
         tokens = verdict.tokens.tolist()
         confidence = None if proposal.confidence is None else proposal.confidence.tolist()
         if self.check is not None and confidence is not None:
@@ -344,10 +292,9 @@ class _Engine:
             nodes = None if proposal.parents is None else counts[row][3]
             sequence.rounds.append(Round(proposed, accepted, committed, survival, nodes))
             before = len(sequence.output)
-            sequence.output += tokens[row][:committed]
+            sequence.append(tokens[row][:committed], self.stop_ids)
             self._tell(sequence, before, accepted)
-            stopped = sequence.output[-1] in self.stop_ids
-            if stopped or len(sequence.output) > sequence.limit:
+            if sequence.done:
                 del self.active[slot]
                 done.append(self._finish(slot, sequence))
             else:
@@ -365,28 +312,16 @@ class _Engine:
                     self.proposer.accept(slots_B, tokens_BK, committed_B, seen_BKC)
         return done
 
-    def _tell(self, sequence: _Sequence, before: int, accepted: int) -> None:
+    def _tell(self, sequence: Underway, before: int, accepted: int) -> None:
         """Report the output from index `before` on, up to the limit."""
         fresh = tuple(sequence.output[before : sequence.limit])
         if self.on_round is not None and fresh:
             self.on_round(Committed(sequence.request.id, fresh, min(accepted, len(fresh))))
 
-    def _finish(self, slot: int, sequence: _Sequence) -> Completion:
+    def _finish(self, slot: int, sequence: Underway) -> Completion:
         freed = torch.tensor([slot], device=self.target.device)
         self.target.commit(freed, torch.zeros_like(freed))
         if self.proposer and self.check:
             with self.check.calling("free"):
                 self.proposer.free(freed)
-        output = sequence.output[: sequence.limit]
-        return Completion(
-            id=sequence.request.id,
-            prompt_ids=sequence.request.prompt_ids,
-            output_ids=tuple(output),
-            finish_reason="stop" if output[-1] in self.stop_ids else "length",
-            rounds=tuple(sequence.rounds),
-        )
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        return sequence.completion()

@@ -20,6 +20,7 @@ from attrs import evolve, frozen
 from torch import Tensor
 
 from deepspec_core.contracts.proposer import Proposal, Proposer, Sampling
+from deepspec_core.decoding.sampling import mass_before
 from deepspec_core.errors import DeepSpecError, PluginError
 from deepspec_core.plugins.origin import component_of, package_of
 from deepspec_core.plugins.references import blame
@@ -71,12 +72,14 @@ class ProposalCheck:
         # At temperature 0 probabilities are not read. Without any, each token stands for itself.
         if proposal.probabilities is not None and sampling.temperature > 0:
             q_BK = proposal.probabilities.gather(2, tokens_BK[..., None])[..., 0]
-            total_BK = proposal.probabilities.sum(2, dtype=torch.float64)
+            before_BK, total_BK = mass_before(proposal.probabilities, tokens_BK)
+            at_BK = uniforms_BK[:, :num_draft].double()
             to_read += [
                 (q_BK > 0) & (q_BK <= 1 + _TOLERANCE),
                 (total_BK - 1).abs() <= _TOLERANCE,
-                (proposal.probabilities >= 0).all(2),
-                _drawn(proposal.probabilities, tokens_BK, q_BK, uniforms_BK[:, :num_draft]),
+                proposal.probabilities.amin(2) >= 0,
+                # Each token is where its uniform number falls in the cumulative distribution, up to rounding.
+                (before_BK - _TOLERANCE <= at_BK) & (at_BK <= before_BK + q_BK + _TOLERANCE),
             ]
         return Checked(
             proposal=evolve(
@@ -220,14 +223,6 @@ _FAULTS = (
         _token,
     ),
 )
-
-
-def _drawn(q_BKV: Tensor, tokens_BK: Tensor, q_BK: Tensor, uniforms_BK: Tensor) -> Tensor:
-    """Whether each token is where its uniform number falls in the cumulative distribution, up to rounding."""
-    before_BKV = torch.arange(q_BKV.shape[2], device=q_BKV.device) < tokens_BK[..., None]
-    before_BK = q_BKV.where(before_BKV, 0).sum(2, dtype=torch.float64)
-    at_BK = uniforms_BK.double()
-    return (before_BK - _TOLERANCE <= at_BK) & (at_BK <= before_BK + q_BK + _TOLERANCE)
 
 
 def _is(value: Any, dimensions: int, *dtypes: torch.dtype) -> bool:

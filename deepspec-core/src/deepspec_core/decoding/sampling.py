@@ -1,19 +1,31 @@
 """Turns logits into a distribution, and a distribution and a uniform number into a token.
 
 Every row is computed by itself, so a sequence's tokens do not depend on other sequences. Callers give the uniform
-numbers. Targets and drafts use the same functions, which lossless verification requires.
+numbers. Targets and drafts use the same functions. The order of the settings is that of transformers' `generate`: the
+repetition penalty, the temperature, top-k, top-p, min-p. vLLM's is the same, but for min-p, which it applies before
+top-k; that changes a distribution only where min-p and top-p are both on.
 
-Legend: ... any leading dimensions, V vocabulary.
+Legend: ... any leading dimensions, B sequences, K tokens of each, N rows, V vocabulary, M blocks of the vocabulary,
+S tokens of a block, E candidates.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from deepspec_core.contracts.proposer import Sampling
 
-__all__ = ["distribution", "draw"]
+__all__ = ["distribution", "draw", "draw_tokens", "next_token", "penalised"]
+
+# Of a vocabulary's probabilities, so many of the greatest are looked at for top-p before all of them are sorted.
+_CANDIDATES = 256
+# Cumulative sums are formed over blocks of so many tokens, and then within one of them.
+_BLOCK = 512
+# Numbers of one fp32 tensor of the target's rows at most, 64 MiB; more rows are taken in turns.
+_CHUNK = 2**24
 
 
 def distribution(logits_V: Tensor, sampling: Sampling) -> Tensor:
@@ -22,26 +34,82 @@ def distribution(logits_V: Tensor, sampling: Sampling) -> Tensor:
 
     Temperature is applied first. Then top-k keeps the k greatest logits, and those equal to the k-th. Then top-p keeps
     the fewest most probable tokens whose sum reaches p, equal ones in the order of ids. Then min-p keeps tokens by
-    their ratio to the most probable one. Temperature 0 gives a one-hot at the argmax, the first of equals.
+    their ratio to the most probable one. Temperature 0 gives a one-hot at the argmax, the first of equals. The
+    repetition penalty is `penalised`'s: it needs to know which rows are of which sequence.
     """
     if sampling.temperature == 0:
         one_hot_V = torch.zeros_like(logits_V, dtype=torch.float32)
         return one_hot_V.scatter_(-1, logits_V.argmax(dim=-1, keepdim=True), 1.0)
-    logits_V = logits_V.float() / sampling.temperature
+    logits_V = logits_V.float()
+    if sampling.temperature != 1:
+        logits_V = logits_V / sampling.temperature
     if 0 < sampling.top_k < logits_V.shape[-1]:
         kth_1 = logits_V.topk(sampling.top_k, dim=-1).values[..., -1:]
         logits_V = logits_V.masked_fill(logits_V < kth_1, -torch.inf)
     probs_V = logits_V.softmax(dim=-1)
+    if sampling.top_p == 1 and sampling.min_p == 0:
+        return probs_V
     if sampling.top_p < 1:
-        sorted_V, order_V = probs_V.sort(dim=-1, descending=True, stable=True)
-        mass_before_V = sorted_V.cumsum(dim=-1, dtype=torch.float64) - sorted_V
-        beyond_V = mass_before_V >= sampling.top_p
-        beyond_V[..., 0] = False
-        probs_V = probs_V.masked_fill(torch.empty_like(beyond_V).scatter_(-1, order_V, beyond_V), 0.0)
+        kept_NV = _most_probable(probs_V.reshape(-1, probs_V.shape[-1]), sampling.top_p)
+        probs_V = probs_V.where(kept_NV.view(probs_V.shape), 0.0)
     if sampling.min_p > 0:
         floor_1 = sampling.min_p * probs_V.amax(dim=-1, keepdim=True)
         probs_V = probs_V.masked_fill(probs_V < floor_1, 0.0)
     return probs_V / probs_V.sum(dim=-1, keepdim=True)
+
+
+def penalised(logits_BV: Tensor, sampling: Sampling) -> Tensor:
+    """Logits [B, V] or [B, K, V] with the repetition penalty on the tokens of `sampling.seen`, the same for all K.
+
+    As they came where there is no penalty.
+    """
+    if sampling.seen is None or sampling.repetition_penalty == 1:
+        return logits_BV
+    logits_BV = logits_BV.float()
+    seen_BV = sampling.seen if logits_BV.dim() == 2 else sampling.seen[:, None]
+    penalty = sampling.repetition_penalty
+    return torch.where(seen_BV, torch.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty), logits_BV)
+
+
+def next_token(logits_BV: Tensor, sampling: Sampling, uniforms_B: Tensor) -> tuple[Tensor, Tensor | None]:
+    """A token for each sequence, [B], and the distribution it was drawn from, [B, V]: None at temperature 0."""
+    logits_BV = penalised(logits_BV, sampling)
+    if sampling.temperature == 0:
+        return logits_BV.argmax(-1), None
+    probs_BV = distribution(logits_BV, sampling)
+    return draw(probs_BV, uniforms_B), probs_BV
+
+
+def draw_tokens(logits_BKV: Tensor, sampling: Sampling, uniforms_BK: Tensor) -> tuple[Tensor, Tensor | None]:
+    """K tokens for each sequence, [B, K], and their distributions, [B, K, V]: None at temperature 0.
+
+    The logits [B, K, V] do not depend on the tokens, as those of heads that propose side by side. With a repetition
+    penalty the distributions do, so they are then drawn from left to right.
+    """
+    if sampling.seen is None:
+        return next_token(logits_BKV, sampling, uniforms_BK[:, : logits_BKV.shape[1]])
+    tokens, probs = [], []
+    for k in range(logits_BKV.shape[1]):
+        token_B, probs_BV = next_token(logits_BKV[:, k], sampling, uniforms_BK[:, k])
+        sampling = sampling.after(token_B)
+        tokens.append(token_B)
+        probs += [] if probs_BV is None else [probs_BV]
+    return torch.stack(tokens, dim=1), torch.stack(probs, dim=1) if probs else None
+
+
+def chunks(rows: int, vocab_size: int) -> Iterator[slice]:
+    """Slices that cover so many rows, each of so few that one fp32 tensor of theirs has no more than _CHUNK numbers."""
+    step = max(1, _CHUNK // vocab_size)
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def pick(logits_BV: Tensor, sampling: Sampling, uniforms_B: Tensor) -> Tensor:
+    """The tokens [B] of `next_token`, without the distributions; no more than a chunk's stand at once."""
+    if sampling.temperature == 0 and sampling.seen is None:
+        return logits_BV.argmax(-1)
+    parts = [next_token(logits_BV[some], sampling.of(some), uniforms_B[some])[0] for some in chunks(*logits_BV.shape)]
+    return torch.cat(parts)
 
 
 def draw(probs_V: Tensor, uniforms: Tensor) -> Tensor:
@@ -50,10 +118,77 @@ def draw(probs_V: Tensor, uniforms: Tensor) -> Tensor:
     Takes probs [..., V] and uniforms [...] in [0, 1), and gives ids [...] int64. A row's sum must be above 0 and need
     not be 1. A token of probability 0 is never drawn, however close u is to 1.
     """
-    mass_V = probs_V.cumsum(dim=-1, dtype=torch.float64)
-    possible_V = probs_V > 0
-    # A parallel cumulative sum may not be monotone to the last bit, so every token is compared, without binary search.
-    reached_V = possible_V & (mass_V > uniforms.double().unsqueeze(-1) * mass_V[..., -1:])
-    first = reached_V.int().argmax(dim=-1)
-    last_possible = probs_V.shape[-1] - 1 - possible_V.flip(-1).int().argmax(dim=-1)
-    return torch.where(reached_V.any(dim=-1), first, last_possible)
+    if probs_V.shape[-1] <= _BLOCK:
+        return _reached(probs_V, uniforms)[0]
+    block, into = _reached(block_sums(probs_V), uniforms)
+    inside_S = _of_block(probs_V, block)
+    return block * _BLOCK + _first_beyond(inside_S, inside_S.cumsum(dim=-1, dtype=torch.float64), into)
+
+
+def mass_before(probs_V: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of the probabilities of all ids below the given ones [...], and of all ids; both in fp64."""
+    sums_M = block_sums(probs_V).double()
+    blocks_M = torch.arange(sums_M.shape[-1], device=ids.device)
+    before_M = sums_M.where(blocks_M < (ids // _BLOCK)[..., None], 0.0)
+    inside_S = _of_block(probs_V, ids // _BLOCK).double()
+    below_S = torch.arange(_BLOCK, device=ids.device) < (ids % _BLOCK)[..., None]
+    return before_M.sum(-1) + inside_S.where(below_S, 0.0).sum(-1), sums_M.sum(-1)
+
+
+def block_sums(probs_V: Tensor) -> Tensor:
+    """The sum of each block of the vocabulary, [..., M]."""
+    whole = probs_V.shape[-1] // _BLOCK * _BLOCK
+    sums_M = probs_V[..., :whole].reshape(*probs_V.shape[:-1], whole // _BLOCK, _BLOCK).sum(-1)
+    return torch.cat([sums_M, probs_V[..., whole:].sum(-1, keepdim=True)], dim=-1)
+
+
+def _of_block(probs_V: Tensor, block: Tensor) -> Tensor:
+    """The probabilities in one block of each row, [..., S]; 0 beyond the vocabulary."""
+    ids_S = (block * _BLOCK)[..., None] + torch.arange(_BLOCK, device=block.device)
+    last = probs_V.shape[-1] - 1
+    return probs_V.gather(-1, ids_S.clamp(max=last)).masked_fill(ids_S > last, 0.0)
+
+
+def _reached(mass: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """The first entry [...] whose cumulative mass exceeds u times the total, and how far into it that point lies."""
+    summed = mass.cumsum(dim=-1, dtype=torch.float64)
+    point = uniforms.double() * summed[..., -1]
+    first = _first_beyond(mass, summed, point)
+    return first, point - (summed.gather(-1, first[..., None]) - mass.gather(-1, first[..., None]))[..., 0]
+
+
+def _first_beyond(mass: Tensor, summed: Tensor, point: Tensor) -> Tensor:
+    """The first entry that has mass and whose cumulative mass exceeds the point; the last that has mass, if none."""
+    possible = mass > 0
+    # A parallel cumulative sum may not be monotone to the last bit, so every entry is compared, without binary search.
+    reached = possible & (summed > point[..., None])
+    last_possible = mass.shape[-1] - 1 - possible.flip(-1).int().argmax(dim=-1)
+    return torch.where(reached.any(dim=-1), reached.int().argmax(dim=-1), last_possible)
+
+
+def _most_probable(probs_NV: Tensor, p: float) -> Tensor:
+    """Which tokens are the fewest most probable ones whose sum reaches p, [N, V]; of equals, the first."""
+    vocab_size = probs_NV.shape[1]
+    most = min(_CANDIDATES, vocab_size)
+    count_N, least_N, at_least_N = _border(probs_NV.topk(most, dim=1).values, p)
+    if most < vocab_size and len(flat := (count_N == most).nonzero()[:, 0]):
+        # So flat a row needs more than the candidates, or may.
+        found = _border(probs_NV[flat].sort(dim=1, descending=True).values, p)
+        count_N[flat], least_N[flat], at_least_N[flat] = found
+    kept_NV = probs_NV >= least_N[:, None]
+    if len(tied := (at_least_N > count_N).nonzero()[:, 0]):
+        equal_RV = probs_NV[tied] == least_N[tied, None]
+        above_R1 = kept_NV[tied].sum(1, keepdim=True) - equal_RV.sum(1, keepdim=True)
+        beyond_RV = equal_RV & (equal_RV.cumsum(1, dtype=torch.int32) > count_N[tied, None] - above_R1)
+        kept_NV[tied] &= ~beyond_RV
+    return kept_NV
+
+
+def _border(sorted_NE: Tensor, p: float) -> tuple[Tensor, Tensor, Tensor]:
+    """How many of the probabilities, in descending order, it takes to reach p, the least of these, and how many of all
+    given ones are not below it.
+    """
+    mass_before_NE = sorted_NE.cumsum(dim=1, dtype=torch.float64) - sorted_NE
+    count_N = (mass_before_NE < p).sum(1)
+    least_N = sorted_NE.gather(1, count_N[:, None] - 1)[:, 0]
+    return count_N, least_N, (sorted_NE >= least_N[:, None]).sum(1)

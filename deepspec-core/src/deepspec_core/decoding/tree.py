@@ -21,7 +21,7 @@ from torch import Tensor
 
 from deepspec_core.contracts.proposer import Proposal, Sampling
 from deepspec_core.contracts.target import TargetModel, TargetStep
-from deepspec_core.decoding.sampling import distribution, draw
+from deepspec_core.decoding.sampling import pick
 from deepspec_core.decoding.verify import Verdict, outcome
 
 
@@ -89,16 +89,17 @@ def verify_tree(
     batch, num_nodes = tokens_BM.shape
     longest = uniforms.shape[1] - 1
     proposed_BM = torch.arange(num_nodes, device=tokens_BM.device) < proposal.lengths[:, None]
-    best_BT = logits_BTV.argmax(-1) if sampling.temperature == 0 else None
+    best_BT = logits_BTV.argmax(-1) if sampling.temperature == 0 and sampling.seen is None else None
     at_B = torch.zeros(batch, dtype=torch.long, device=tokens_BM.device)
+    rows_B = torch.arange(batch, device=tokens_BM.device)
     accepted_B, going_B1 = at_B, torch.ones(batch, 1, dtype=torch.bool, device=tokens_BM.device)
     drawn, path = [], [at_B]
     for k in range(longest + 1):
         if best_BT is not None:
             own_B = best_BT.gather(1, at_B[:, None])[:, 0]
         else:
-            logits_BV = logits_BTV.gather(1, at_B[:, None, None].expand(-1, 1, logits_BTV.shape[2]))[:, 0]
-            own_B = draw(distribution(logits_BV, sampling), uniforms[:, k])
+            own_B = pick(logits_BTV[rows_B, at_B], sampling, uniforms[:, k])
+            sampling = sampling.after(own_B)
         drawn.append(own_B)
         if k == longest or num_nodes == 0:
             break

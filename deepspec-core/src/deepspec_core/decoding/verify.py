@@ -5,7 +5,7 @@ target's own token is drawn from normalise(max(p - q, 0)). If all are accepted, 
 distribution after the last (Leviathan et al. 2023, Chen et al. 2023). At temperature 0 both distributions are one-hot
 at the argmax. Knows distributions. Does not know where they come from, or what a round does with the outcome.
 
-Legend: B sequences, K draft tokens at most, V vocabulary.
+Legend: B sequences, K draft tokens at most, N = B * K, R rows of them, V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from attrs import frozen
 from torch import Tensor
 
 from deepspec_core.contracts.proposer import Proposal, Sampling
-from deepspec_core.decoding.sampling import distribution, draw
+from deepspec_core.decoding.sampling import chunks, distribution, draw, penalised
 
 
 @frozen(kw_only=True, eq=False)
@@ -52,22 +52,20 @@ def verify(
     tokens_BK, lengths_B = proposal.tokens, proposal.lengths
     num_draft = tokens_BK.shape[1]
     proposed_BK = torch.arange(num_draft, device=tokens_BK.device) < lengths_B[:, None]
-    if sampling.temperature == 0:
+    if sampling.temperature == 0 and sampling.seen is None:
         # Both distributions are one-hot, so argmaxes are compared and the draft's probabilities are not read.
         best_BK = logits_BKV.argmax(-1)
         accepted_B = _leading(proposed_BK & (tokens_BK == best_BK[:, :num_draft]))
         own_B = best_BK.gather(1, accepted_B[:, None])[:, 0]
     else:
-        target_BKV = distribution(logits_BKV, sampling)
-        p_BK = target_BKV[:, :num_draft].gather(2, tokens_BK[..., None])[..., 0]
-        q_BK = (
-            torch.ones_like(p_BK)
-            if proposal.probabilities is None
-            else proposal.probabilities.gather(2, tokens_BK[..., None])[..., 0]
-        )
+        p_BK = _target_probabilities(logits_BKV, tokens_BK, sampling)
+        if proposal.probabilities is None or sampling.temperature == 0:
+            q_BK = torch.ones_like(p_BK)
+        else:
+            q_BK = proposal.probabilities.gather(2, tokens_BK[..., None])[..., 0]
         # u < p / q without a division. q is never 0 at a token that was drawn from it.
         accepted_B = _leading(proposed_BK & (uniforms[:, :num_draft].to(p_BK.dtype) * q_BK < p_BK))
-        own_B = draw(_residual(target_BKV, proposal, accepted_B), uniforms[:, num_draft])
+        own_B = _own_tokens(logits_BKV, proposal, accepted_B, sampling, uniforms[:, num_draft])
     return outcome(tokens_BK, accepted_B, own_B, lengths_B, stop_ids=stop_ids)
 
 
@@ -110,21 +108,52 @@ def _leading(flags_BK: Tensor) -> Tensor:
     return flags_BK.long().cumprod(1).sum(1)
 
 
-def _residual(target_BKV: Tensor, proposal: Proposal, accepted_B: Tensor) -> Tensor:
-    """The distribution of the target's own token, [B, V]: max(p - q, 0), normalised, after a rejection, else p."""
-    index_B11 = accepted_B[:, None, None]
-    p_BV = target_BKV.gather(1, index_B11.expand(-1, 1, target_BKV.shape[2]))[:, 0]
-    num_draft = proposal.tokens.shape[1]
-    if num_draft == 0:
-        return p_BV
-    rejected_B = accepted_B < proposal.lengths
-    at_B = accepted_B.clamp(max=num_draft - 1)
-    if proposal.probabilities is None:
-        q_BV = torch.zeros_like(p_BV).scatter_(1, proposal.tokens.gather(1, at_B[:, None]), 1.0)
-    else:
-        q_BV = proposal.probabilities.gather(1, at_B[:, None, None].expand(-1, 1, p_BV.shape[1]))[:, 0].to(p_BV.dtype)
-    rest_BV = (p_BV - q_BV).clamp(min=0)
-    mass_B1 = rest_BV.sum(1, keepdim=True)
-    # If p equals q up to rounding, nothing is left. The rejection is then due to rounding too, and p is right.
-    use_B1 = rejected_B[:, None] & (mass_B1 > 0)
-    return torch.where(use_B1, rest_BV / mass_B1.clamp(min=torch.finfo(p_BV.dtype).tiny), p_BV)
+def _target_probabilities(logits_BKV: Tensor, tokens_BK: Tensor, sampling: Sampling) -> Tensor:
+    """The target's probability of each draft token after those before it, [B, K] fp32, some rows at a time."""
+    batch, num_draft = tokens_BK.shape
+    row_N = torch.arange(batch, device=tokens_BK.device).repeat_interleave(num_draft)
+    at_N = torch.arange(num_draft, device=tokens_BK.device).repeat(batch)
+    parts = [logits_BKV.new_zeros(0, dtype=torch.float32)]
+    for some in chunks(len(row_N), logits_BKV.shape[2]):
+        p_RV = _target(logits_BKV, tokens_BK, row_N[some], at_N[some], sampling)
+        parts.append(p_RV.gather(1, tokens_BK[row_N[some], at_N[some], None])[:, 0])
+    return torch.cat(parts).view(batch, num_draft)
+
+
+def _own_tokens(
+    logits_BKV: Tensor, proposal: Proposal, accepted_B: Tensor, sampling: Sampling, uniforms_B: Tensor
+) -> Tensor:
+    """The target's own token after the accepted ones, [B]: from the residual after a rejection, some rows at a time."""
+    row_B = torch.arange(len(accepted_B), device=accepted_B.device)
+    parts = []
+    for some in chunks(len(row_B), logits_BKV.shape[2]):
+        p_RV = _target(logits_BKV, proposal.tokens, row_B[some], accepted_B[some], sampling)
+        if proposal.tokens.shape[1]:
+            p_RV = _residual(p_RV, _rejected(p_RV, proposal, row_B[some], accepted_B[some], sampling))
+        parts.append(draw(p_RV, uniforms_B[some]))
+    return torch.cat(parts)
+
+
+def _target(logits_BKV: Tensor, tokens_BK: Tensor, row_R: Tensor, at_R: Tensor, sampling: Sampling) -> Tensor:
+    """The target's distributions in rows [R] after the first at[r] draft tokens, [R, V] fp32."""
+    before_RK = torch.arange(tokens_BK.shape[1], device=tokens_BK.device) < at_R[:, None]
+    sampling_R = sampling.of(row_R).after(tokens_BK[row_R], before_RK)
+    return distribution(penalised(logits_BKV[row_R, at_R], sampling_R), sampling)
+
+
+def _rejected(p_RV: Tensor, proposal: Proposal, row_R: Tensor, at_R: Tensor, sampling: Sampling) -> Tensor:
+    """The distributions that the draft token at[r] was drawn from, [R, V]; 0 where none was rejected there."""
+    rejected_R1 = (at_R < proposal.lengths[row_R])[:, None].to(p_RV.dtype)
+    at_R = at_R.clamp(max=proposal.tokens.shape[1] - 1)
+    if proposal.probabilities is None or sampling.temperature == 0:
+        return torch.zeros_like(p_RV).scatter_(1, proposal.tokens[row_R, at_R, None], rejected_R1)
+    return proposal.probabilities[row_R, at_R].to(p_RV.dtype) * rejected_R1
+
+
+def _residual(p_RV: Tensor, q_RV: Tensor) -> Tensor:
+    """max(p - q, 0), [R, V], not normalised; p where nothing is left.
+
+    If p equals q up to rounding, nothing is left. The rejection is then due to rounding too, and p is right.
+    """
+    rest_RV = (p_RV - q_RV).clamp(min=0)
+    return torch.where((rest_RV > 0).any(1, keepdim=True), rest_RV, p_RV)

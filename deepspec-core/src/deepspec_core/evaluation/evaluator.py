@@ -19,13 +19,14 @@ from deepspec_core.contracts.proposer import Proposer, Sampling
 from deepspec_core.contracts.target import TargetModel
 from deepspec_core.crew import ALONE, Crew
 from deepspec_core.decoding.engine import Clock, Completion, Request, Round, decode
+from deepspec_core.decoding.stop_text import StopText
 from deepspec_core.errors import DataError, StageError
 from deepspec_core.evaluation.group_journals import GroupJournals
 from deepspec_core.evaluation.metrics import pool
 from deepspec_core.evaluation.parting import Parting, differs, parting, recorded_parting
 from deepspec_core.evaluation.peak_memory import forget_peak, peak_bytes
 from deepspec_core.evaluation.reliability import judged, reliability
-from deepspec_core.evaluation.turns import LaterTurns, prompt_of
+from deepspec_core.evaluation.turns import LaterTurns, first_turn_of
 from deepspec_core.json_lines import read_json_lines
 
 MIN_GROUPS = 5
@@ -48,6 +49,7 @@ class Decoding:
     batch_size: int
     plain: bool = True
     confidence_threshold: float = 0.0
+    stop_text: StopText | None = None
     later: LaterTurns | None = None
 
 
@@ -173,7 +175,7 @@ def _decode_group(requests: Sequence[Request], decoding: Decoding, advance: Call
         completions=tuple(completions.values()),
         speculative=speculative,
         plain=plain,
-        mismatches=tuple(parting(decoding.target, done, plain_outputs[done.id]) for done in parted),
+        mismatches=tuple(parting(decoding.target, done, plain_outputs[done.id], decoding.sampling) for done in parted),
     )
 
 
@@ -196,6 +198,7 @@ def _run(
             batch_size=decoding.batch_size,
             max_length=max_length,
             confidence_threshold=decoding.confidence_threshold,
+            stop_text=decoding.stop_text,
             clock=clock,
         ):
             answers[owner[completion.id]].append(completion)
@@ -263,7 +266,7 @@ def _group_of(entry: dict[str, Any], expected: Sequence[Sequence[Request]] | Non
         problem = f"{type(error).__name__}: {error}"
     else:
         firsts = {one.id for requests in expected or () for one in requests}
-        first = [done for done in group.completions if done.id in firsts or prompt_of(done.id) not in firsts]
+        first = [done for done in group.completions if done.id in firsts or first_turn_of(done.id) not in firsts]
         found = [[(done.id, done.prompt_ids) for done in first]]
         asked = [[(one.id, one.prompt_ids) for one in requests] for requests in expected or ()]
         if problem is None and expected is not None and asked != found:

@@ -35,8 +35,9 @@ class ContextBucket:
 class PooledMetrics:
     """The figures of one task at one temperature.
 
-    samples: Answers; a prompt with later turns has several.
-    acceptance_length: Tokens committed per round (tau), with a 95% bootstrap interval over prompts.
+    samples: Answers; a prompt with later turns, or with several samples, has several.
+    acceptance_length: Tokens committed per round (tau), with a 95% bootstrap interval over prompts: all answers to a
+        prompt are drawn together.
     draft_tokens_per_proposal: Tokens proposed per round, of a tree all of them.
     verify_rate: Tokens committed per token that the target scored.
     marginal: For each position k, the share of the rounds that proposed token k in which it was accepted.

@@ -13,6 +13,7 @@ from attrs import frozen
 
 from deepspec_core.decoding.engine import Completion
 from deepspec_core.evaluation.metrics import BOOTSTRAP_DRAWS
+from deepspec_core.evaluation.turns import prompt_of
 
 
 @frozen(kw_only=True)
@@ -32,10 +33,15 @@ def paired_difference(first: Sequence[Completion], second: Sequence[Completion],
     pairs = [(done, others.get(done.id)) for done in first]
     if len(first) != len(second) or any(other is None or one.prompt_ids != other.prompt_ids for one, other in pairs):
         return None
-    counts_N4 = np.array([(*_counts(one), *_counts(others[one.id])) for one in first], dtype=np.int64).reshape(-1, 4)
+    # All answers to a prompt are drawn together: they are not independent.
+    of_prompts: dict[str, np.ndarray] = {}
+    for one in first:
+        counts_4 = np.array([*_counts(one), *_counts(others[one.id])], dtype=np.int64)
+        of_prompts[prompt_of(one.id)] = of_prompts.get(prompt_of(one.id), 0) + counts_4
+    counts_N4 = np.array(list(of_prompts.values()), dtype=np.int64).reshape(-1, 4)
     if not counts_N4[:, (1, 3)].sum(0).all():
         return None
-    draws = np.random.default_rng(seed).integers(len(first), size=(BOOTSTRAP_DRAWS, len(first)))
+    draws = np.random.default_rng(seed).integers(len(counts_N4), size=(BOOTSTRAP_DRAWS, len(counts_N4)))
     drawn_D4 = counts_N4[draws].sum(1)
     drawn_D = _difference(drawn_D4[drawn_D4[:, (1, 3)].all(1)])
     low, high = np.quantile(drawn_D, [0.025, 0.975])

@@ -11,10 +11,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 
+from deepspec_core.contracts.proposer import Sampling
 from deepspec_core.contracts.target import TargetModel
 from deepspec_core.decoding.engine import Completion
+from deepspec_core.decoding.sampling import penalised
 
 
 @frozen(kw_only=True)
@@ -41,8 +43,8 @@ def differs(fast: Completion, plain: Completion | None) -> bool:
 
 
 @torch.no_grad()
-def parting(target: TargetModel, fast: Completion, plain: Completion) -> Parting:
-    """Where they part; they do. The target forgets the sequences in its slots."""
+def parting(target: TargetModel, fast: Completion, plain: Completion, sampling: Sampling) -> Parting:
+    """Where they part; they do. Logits have the sampling's penalty. The target forgets the sequences in its slots."""
     pairs = zip(fast.output_ids, plain.output_ids, strict=False)
     shortest = min(len(fast.output_ids), len(plain.output_ids))
     position = next((index for index, (one, other) in enumerate(pairs) if one != other), shortest)
@@ -54,7 +56,9 @@ def parting(target: TargetModel, fast: Completion, plain: Completion) -> Parting
         slot = torch.zeros(1, dtype=torch.long, device=target.device)
         ids_BT = torch.tensor([ids], device=target.device)
         positions_BT = torch.arange(len(ids), device=target.device)[None]
-        logits_V = target.decode(slot, ids_BT, positions_BT, (), last_only=True).logits[0, 0].float()
+        logits_BV = target.decode(slot, ids_BT, positions_BT, (), last_only=True).logits[:, 0].float()
+        seen_BV = torch.zeros_like(logits_BV, dtype=torch.bool).scatter_(1, ids_BT, True)
+        logits_V = penalised(logits_BV, evolve(sampling, seen=seen_BV))[0]
         gap = float(logits_V[own] - logits_V[ours])
     return Parting(id=fast.id, position=position, plain_token=own, speculative_token=ours, logit_gap=gap)
 

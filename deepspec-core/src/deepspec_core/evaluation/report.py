@@ -231,7 +231,7 @@ def checks(report: Mapping[str, Any]) -> list[str]:
             same = result["samples"] - len(result["mismatches"])
             lines.append(f"{name}: {same} of {result['samples']} outputs equal plain greedy decoding.")
         lines.append(
-            f"{name}: {100 * result['limit_share']:.0f}% of prompts hit the token limit, "
+            f"{name}: {100 * result['limit_share']:.0f}% of answers hit the token limit, "
             f"{100 * result['loop_share']:.0f}% end in a loop."
         )
     if (workers := most_workers(report)) > 1:

@@ -5,12 +5,17 @@ Knows prompts and the chat template. Does not know the sources of tasks, models 
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
+
+from attrs import evolve
 
 from deepspec_core.data.tokenize import ChatTokenizer
 from deepspec_core.decoding.engine import Request
 from deepspec_core.errors import DataError
 from deepspec_core.evaluation.tasks import Prompt
+from deepspec_core.evaluation.turns import sample_id
 
 
 def requests_of_prompts(
@@ -44,3 +49,19 @@ def _rendered(prompt: Prompt, tokenizer: ChatTokenizer, system_prompt: str | Non
         raise DataError(
             error.problem, where=where, found=error.found, expected=error.expected, fix=error.fix
         ) from error
+
+
+def repeated(requests: Sequence[Request], samples: int) -> list[Request]:
+    """So many samples of each request, one after the other. A sample's seed follows from the request's and its number.
+
+    The first is the request itself.
+    """
+    return [
+        request if number == 1 else evolve(request, id=sample_id(request.id, number), seed=_seed(request.seed, number))
+        for request in requests
+        for number in range(1, samples + 1)
+    ]
+
+
+def _seed(seed: int, number: int) -> int:
+    return int.from_bytes(hashlib.sha256(json.dumps([seed, "sample", number]).encode()).digest()[:8], "big")

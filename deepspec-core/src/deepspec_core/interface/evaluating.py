@@ -14,15 +14,15 @@ from typing import Any
 
 from attrs import field, frozen
 
-from deepspec_core.config.checks import no_temperature
+from deepspec_core.config.checks import no_temperature, samples_mistakes
 from deepspec_core.config.schema import HELD_OUT, EvaluateOptions
-from deepspec_core.contracts.proposer import Sampling
 from deepspec_core.data.tokenize import ChatTokenizer
 from deepspec_core.decoding.engine import Request
 from deepspec_core.errors import ConfigError, DataError
 from deepspec_core.evaluation.evaluator import Decoding, summarise
 from deepspec_core.evaluation.evaluator import evaluate as decode_groups
-from deepspec_core.evaluation.requests import requests_of_prompts
+from deepspec_core.evaluation.requests import repeated, requests_of_prompts
+from deepspec_core.evaluation.sampled import sampling_at, stop_text
 from deepspec_core.evaluation.tasks import load_task
 from deepspec_core.interface.arguments import names_of
 from deepspec_core.interface.generating import check_confidence
@@ -64,6 +64,12 @@ def evaluate(
     tasks: Tasks,
     *,
     temperature: float | Sequence[float] = DEFAULTS.temperature,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    stop: Sequence[str] = (),
+    samples: int = 1,
     limit: int | None = None,
     max_new_tokens: int = 512,
     batch_size: int | Sequence[int] = 1,
@@ -96,6 +102,12 @@ def evaluate(
         {
             "tasks": names,
             "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+            "min_p": min_p,
+            "repetition_penalty": repetition_penalty,
+            "stop": stop,
+            "samples": samples,
             "limit": limit,
             "max_new_tokens": max_new_tokens,
             "batch_size": batch_size,
@@ -117,6 +129,8 @@ def evaluate(
         raise _no_tasks(names)
     if not options.temperature:
         raise no_temperature("the argument `temperature`")
+    for mistake in samples_mistakes(options, "the argument `samples`"):
+        raise mistake
     if own is not None:
         reader = PromptReader(target, asked.thinking, asked.system_prompt)
         requests = {name: _own_requests(name, prompts, reader, options) for name, prompts in own.items()}
@@ -148,7 +162,7 @@ def _evaluation(
     decoding = Decoding(
         target=target.model,
         proposer=draft.proposer(),
-        sampling=Sampling(temperature=temperature),
+        sampling=sampling_at(options, temperature),
         stop_ids=architecture.stop_token_ids,
         max_new_tokens=options.max_new_tokens,
         max_length=min(
@@ -158,11 +172,13 @@ def _evaluation(
         batch_size=batch_size,
         plain=options.plain,
         confidence_threshold=options.confidence_threshold,
+        stop_text=stop_text(options, target.tokenizer),
     )
     count = threads.for_decoding(architecture, target.model.device, batch_size=batch_size)
     with threads.using(count), TemporaryDirectory() as folder:
         groups = decode_groups(
-            requests,
+            # Greedy answers to one prompt are all the same.
+            repeated(requests, options.samples if temperature > 0 else 1),
             decoding,
             journal=Path(folder) / "journal.jsonl",
             prompts_digest="",

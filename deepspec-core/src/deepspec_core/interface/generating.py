@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
 
 from attrs import define, field, frozen
 
-from deepspec_core.contracts.proposer import Sampling
 from deepspec_core.decoding.engine import Committed, Completion, Request, decode
+from deepspec_core.decoding.stop_text import Shown, cut
 from deepspec_core.decoding.text_stream import TextStream
 from deepspec_core.errors import ConfigError
+from deepspec_core.evaluation.sampled import sampling_at, shown_text, stop_text
 from deepspec_core.interface.models import Draft, Target, check_models
 from deepspec_core.interface.options import GenerateOptions, checked
 from deepspec_core.interface.prompts import Prompt, PromptReader, listed
@@ -66,8 +66,8 @@ class Generation:
 class Streamed:
     """What one round added to one answer. `prompt` is the prompt's index.
 
-    `pieces` has the text of each of `ids`, "" where a character is not complete yet; the draft proposed the first
-    `accepted` ids, the target chose the rest.
+    `pieces` has the text of each of `ids`, "" where a character is not complete yet, or the text may become a stop
+    string; the draft proposed the first `accepted` ids, the target chose the rest.
     """
 
     prompt: int
@@ -88,6 +88,11 @@ def generate(
     *,
     max_new_tokens: int = 256,
     temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    stop: Sequence[str] = (),
     thinking: bool = False,
     system_prompt: str | None = None,
     seed: int = 0,
@@ -100,7 +105,9 @@ def generate(
     A prompt is a text (one user turn), a list of messages with `role` and `content`, or a list of token ids, which are
     taken as they are. Texts and messages go through the target's chat template. With a draft the output is the same as
     without: at temperature 0 token for token, above it in distribution. Prompt i draws from `seed` + i, whatever stands
-    beside it in the batch. A prompt that leaves the target less room than `max_new_tokens` gets what is left.
+    beside it in the batch. A prompt that leaves the target less room than `max_new_tokens` gets what is left. The
+    repetition penalty comes before the temperature, then top_k, top_p and min_p (decoding/sampling.py). An answer ends
+    with the token that completes one of the `stop` strings; its text ends before that string.
 
     `on_round` is told, as decoding goes on, what each round added. Raises DeepSpecError for options out of range, for a
     draft opened for other sizes, another dtype or device, and for prompts that cannot be rendered or leave no room to
@@ -110,6 +117,11 @@ def generate(
     given = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "stop": stop,
         "thinking": thinking,
         "system_prompt": system_prompt,
         "seed": seed,
@@ -138,7 +150,7 @@ def generate(
         Request(id=str(index), prompt_ids=reader.ids(prompt, f"prompt {index}"), seed=options.seed + index)
         for index, prompt in enumerate(listed(prompts))
     ]
-    return _Answers(target, on_round).all(draft, requests, options) if requests else []
+    return _Answers(target, on_round, options.stop).all(draft, requests, options) if requests else []
 
 
 def check_confidence(draft: Draft, threshold: float) -> None:
@@ -158,8 +170,9 @@ class _Answers:
 
     target: Target
     on_round: Callable[[Streamed], None] | None
+    stop: tuple[str, ...]
     started: dict[str, float] = field(factory=dict)
-    streams: dict[str, TextStream] = field(factory=dict)
+    streams: dict[str, tuple[TextStream, Shown]] = field(factory=dict)
     told: float = 0.0  # seconds spent in on_round, which are no decoding
 
     def all(self, draft: Draft | None, requests: list[Request], options: GenerateOptions) -> list[Generation]:
@@ -173,12 +186,13 @@ class _Answers:
                     model,
                     None if draft is None else draft.proposer(),
                     self._start(requests),
-                    sampling=Sampling(temperature=options.temperature),
+                    sampling=sampling_at(options, options.temperature),
                     stop_ids=architecture.stop_token_ids,
                     max_new_tokens=options.max_new_tokens,
                     batch_size=batch_size,
                     max_length=min(architecture.max_positions, longest + options.max_new_tokens),
                     confidence_threshold=options.confidence_threshold,
+                    stop_text=stop_text(options, self.target.tokenizer),
                     on_round=None if self.on_round is None else self._tell,
                 )
             }
@@ -195,12 +209,14 @@ class _Answers:
 
     def _finish(self, done: Completion) -> Generation:
         seconds = self._now() - self.started[done.id]
-        if done.id in self.streams and (rest := self.streams.pop(done.id).rest()):
-            self._show(Streamed(prompt=int(done.id), ids=(), pieces=(rest,), accepted=0))
+        if done.id in self.streams:
+            stream, shown = self.streams.pop(done.id)
+            if rest := shown.push(stream.rest()) + shown.rest():
+                self._show(Streamed(prompt=int(done.id), ids=(), pieces=(rest,), accepted=0))
         return Generation(
             prompt_ids=done.prompt_ids,
             ids=done.output_ids,
-            text=self._text([token for token in done.output_ids if not self._stops(token)]),
+            text=cut(self._text([token for token in done.output_ids if not self._stops(token)]), self.stop),
             finish_reason=done.finish_reason,
             rounds=tuple(
                 Round(
@@ -215,8 +231,8 @@ class _Answers:
         )
 
     def _tell(self, committed: Committed) -> None:
-        stream = self.streams.setdefault(committed.id, TextStream(self._text))
-        pieces = tuple("" if self._stops(token) else stream.push(token) for token in committed.ids)
+        stream, shown = self.streams.setdefault(committed.id, (TextStream(self._text), Shown(self.stop)))
+        pieces = tuple("" if self._stops(token) else shown.push(stream.push(token)) for token in committed.ids)
         self._show(Streamed(prompt=int(committed.id), ids=committed.ids, pieces=pieces, accepted=committed.accepted))
 
     def _show(self, streamed: Streamed) -> None:
@@ -230,9 +246,7 @@ class _Answers:
         return token in self.target.architecture.stop_token_ids
 
     def _text(self, ids: Sequence[int]) -> str:
-        # Cleaning up would remove spaces that were told already.
-        decode_ids: Any = self.target.tokenizer.decode
-        return str(decode_ids(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return shown_text(self.target.tokenizer)(ids)
 
 
 def _sigmoid(logit: float) -> float:

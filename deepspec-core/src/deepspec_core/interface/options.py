@@ -9,11 +9,12 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from attrs import field, frozen
+from attrs.validators import deep_iterable
 
-from deepspec_core.config.bounds import real, whole
+from deepspec_core.config.bounds import above, real, whole
 from deepspec_core.config.explain import explain
 from deepspec_core.config.load import as_toml
-from deepspec_core.config.schema import temperatures
+from deepspec_core.config.schema import stop_string, temperatures
 from deepspec_core.config.structure import strict_converter
 from deepspec_core.errors import ConfigError
 from deepspec_core.plugins.registry import Registry
@@ -27,6 +28,11 @@ class GenerateOptions:
 
     max_new_tokens: int = field(default=256, validator=whole(1))
     temperature: float = field(default=0.0, validator=temperatures)
+    top_p: float = field(default=1.0, validator=above(0.0, 1.0))
+    top_k: int = field(default=0, validator=whole(0))
+    min_p: float = field(default=0.0, validator=real(0.0, 1.0))
+    repetition_penalty: float = field(default=1.0, validator=real(0.01, 100.0))
+    stop: tuple[str, ...] = field(default=(), validator=deep_iterable(stop_string))
     thinking: bool = False
     system_prompt: str | None = None
     seed: int = field(default=0, validator=whole(0, 2**63 - 1))

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from deepspec_core.contracts.draft import DraftDescription
-from deepspec_core.contracts.proposer import Sampling
 from deepspec_core.contracts.untrained import UntrainedDescription
 from deepspec_core.data.thinking import modes
 from deepspec_core.decoding.calibrated import CalibratedProposer
@@ -25,7 +24,8 @@ from deepspec_core.evaluation.evaluator import Decoding, Group, evaluate, summar
 from deepspec_core.evaluation.metrics_file import NAME as METRICS
 from deepspec_core.evaluation.metrics_file import VERSION, write_metrics
 from deepspec_core.evaluation.report import markdown
-from deepspec_core.evaluation.requests import requests_of_prompts
+from deepspec_core.evaluation.requests import repeated, requests_of_prompts
+from deepspec_core.evaluation.sampled import sampling_at, stop_text, told
 from deepspec_core.evaluation.tasks import HELD_OUT_QUOTA, Prompt, load_task, task_digest, task_label, task_name
 from deepspec_core.evaluation.turns import LaterTurns
 from deepspec_core.pipeline import contents, workers
@@ -51,11 +51,13 @@ def run_stage(run: Run) -> dict[str, Any]:
     results, samples = [], []
     for task, thinking in product(options.tasks, modes(run.file.regenerate.thinking)):
         prompts = prompts_of(run, task)
-        requests, too_long = requests_of(run, task, prompts, thinking=thinking)
+        asked, too_long = requests_of(run, task, prompts, thinking=thinking)
         later = _later_turns(run, prompts, thinking=thinking)
-        digest = _digest(requests, later)
+        digest = _digest(asked, later)
         both = not isinstance(run.file.regenerate.thinking, bool)
         for temperature, batch_size in product(options.temperature, options.batch_sizes):
+            # Greedy answers to one prompt are all the same.
+            requests = repeated(asked, options.samples if temperature > 0 else 1)
             decoding = _decoding(run, draft, calibration, requests, later, temperature, batch_size)
             groups = evaluate(
                 requests,
@@ -198,6 +200,7 @@ def _later_turns(run: Run, prompts: Sequence[Prompt], *, thinking: bool) -> Late
         stop_ids=run.target.architecture.stop_token_ids,
         positions=run.target.architecture.max_positions,
         seed=run.file.evaluate.seed,
+        stop_text=stop_text(run.file.evaluate, run.target.tokenizer.tokenizer),
     )
 
 
@@ -252,13 +255,14 @@ def _decoding(
     return Decoding(
         target=run.target.model,
         proposer=proposer,
-        sampling=Sampling(temperature=temperature),
+        sampling=sampling_at(options, temperature),
         stop_ids=architecture.stop_token_ids,
         max_new_tokens=options.max_new_tokens,
         max_length=min(architecture.max_positions, longest + options.max_new_tokens),
         batch_size=batch_size,
         plain=options.plain,
         confidence_threshold=options.confidence_threshold,
+        stop_text=stop_text(options, run.target.tokenizer.tokenizer),
         later=later,
     )
 
@@ -293,6 +297,7 @@ def _report(
             "max_new_tokens": run.file.evaluate.max_new_tokens,
             "seed": run.file.evaluate.seed,
             "confidence_threshold": run.file.evaluate.confidence_threshold,
+            **told(run.file.evaluate),
             **({"tree_nodes": run.file.draft.tree.nodes} if run.file.draft.tree is not None else {}),
             "system_prompt": run.file.data.system_prompt,
             "thinking": run.file.regenerate.thinking,

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from deepspec_core.contracts.proposer import Proposal, Sampling
-from deepspec_core.decoding.sampling import distribution, draw
+from deepspec_core.decoding.sampling import next_token
 
 __all__ = ["TableProposer"]
 
@@ -48,10 +49,10 @@ class TableProposer:
         token_B = torch.tensor([self.last[slot] for slot in slots.tolist()])
         tokens, probabilities = [], []
         for k in range(self.max_tokens):
-            p_BV = distribution(self.logits_VV[token_B], sampling)
-            token_B = draw(p_BV, uniforms[:, k])
+            token_B, p_BV = next_token(self.logits_VV[token_B], sampling, uniforms[:, k])
+            sampling = sampling.after(token_B)
             tokens.append(token_B)
-            probabilities.append(p_BV)
+            probabilities.append(F.one_hot(token_B, self.logits_VV.shape[1]).float() if p_BV is None else p_BV)
         lengths_B = torch.minimum(limits, torch.full_like(limits, self.max_tokens))
         if self.stop_short:
             self.round += 1

@@ -22,7 +22,7 @@ from torch.nn.functional import pad
 
 from deepspec_core.contracts.proposer import Proposal, Sampling
 from deepspec_core.contracts.target import TargetModel
-from deepspec_core.decoding.sampling import distribution, draw
+from deepspec_core.decoding.sampling import next_token
 
 
 @define
@@ -92,11 +92,12 @@ class SmallLMProposer:
             else:
                 news = [[token] for token in tokens_BK[rows_R, k - 1].tolist()]
             logits_RV = self._read(slots[rows_R], running, news)
-            if q_BKV is None:
-                tokens_BK[rows_R, k] = logits_RV.argmax(-1)
-            else:
-                q_BKV[rows_R, k] = q_RV = distribution(logits_RV, sampling)
-                tokens_BK[rows_R, k] = draw(q_RV, uniforms[rows_R, k])
+            before_Rk = tokens_BK[rows_R, :k]
+            tokens_BK[rows_R, k], q_RV = next_token(
+                logits_RV, sampling.of(rows_R).after(before_Rk), uniforms[rows_R, k]
+            )
+            if q_BKV is not None:
+                q_BKV[rows_R, k] = q_RV
             for one in running:
                 if k == 0:
                     one.read, one.unread, one.own = one.read + len(one.unread), [], 0

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from deepspec_core.contracts.proposer import Proposal, Sampling
 from deepspec_core.decoding.best_first import best_first, log_probabilities
-from deepspec_core.decoding.sampling import distribution, draw
+from deepspec_core.decoding.sampling import draw_tokens
 
 if TYPE_CHECKING:
     from deepspec_medusa.draft import MedusaDraft
@@ -59,10 +59,8 @@ class MedusaProposer:
     def tokens(self, logits_BKV: Tensor, limits_B: Tensor, sampling: Sampling, uniforms_BK: Tensor) -> Proposal:
         """A chain. Heads do not see each other's tokens, so the distributions drawn from are q whatever was drawn."""
         lengths_B = limits_B.clamp(max=self.max_tokens)
-        if sampling.temperature == 0:
-            return Proposal(tokens=logits_BKV.argmax(-1), lengths=lengths_B)
-        q_BKV = distribution(logits_BKV, sampling)
-        return Proposal(tokens=draw(q_BKV, uniforms_BK[:, : self.max_tokens]), lengths=lengths_B, probabilities=q_BKV)
+        tokens_BK, q_BKV = draw_tokens(logits_BKV, sampling, uniforms_BK)
+        return Proposal(tokens=tokens_BK, lengths=lengths_B, probabilities=q_BKV)
 
     def free(self, slots: Tensor) -> None:
         """Nothing to forget: a slot's state is overwritten when it starts."""

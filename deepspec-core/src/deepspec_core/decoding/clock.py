@@ -1,0 +1,39 @@
+"""Where decoding's wall time goes. Knows parts by name, and how to wait for a device."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from attrs import define
+
+
+@define
+class Clock:
+    """Seconds spent in each part of decoding. `host` is the rest of the engine's wall time."""
+
+    prefill: float = 0.0
+    draft: float = 0.0
+    verify: float = 0.0
+    wall: float = 0.0
+
+    @property
+    def host(self) -> float:
+        """Seconds spent in none of the parts."""
+        return self.wall - self.prefill - self.draft - self.verify
+
+    @contextmanager
+    def measure(self, part: str, device: torch.device) -> Iterator[None]:
+        """Add the time of the block to `part`. Waits for the device before and after the block."""
+        _synchronize(device)
+        start = time.perf_counter()
+        yield
+        _synchronize(device)
+        setattr(self, part, getattr(self, part) + time.perf_counter() - start)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
