@@ -140,7 +140,7 @@ def _probe(
 def _block_of(said: Said, labels: Tensor) -> Tensor | None:
     """The rows of the one block with these labels; None if there is none, or more than one."""
     found = []
-    for block in said.block.unique().tolist():
+    for block in sorted(set(said.block.tolist())):
         rows = (said.block == block).nonzero()[:, 0][: len(labels)]
         if torch.equal(said.labels[rows], labels):
             found.append(rows)

@@ -19,8 +19,6 @@ from deepspec_core.diagnosis.finding import ENGINE, PRECISION, REPLAYED, Finding
 # What says how the numbers are stored or who wrote the file, not what the draft is.
 _ABOUT_FILES = ("dtype", "torch_dtype", "transformers_version", "_name_or_path")
 _ROTARY = ("rope_parameters", "rope_theta", "rope_scaling", "partial_rotary_factor")
-# In checkpoints of block drafts: whether the slot of the anchor predicts a token.
-_SLOTS = ("sample_from_anchor", "block_size")
 _SHOWN = 4
 _AFTER = (REPLAYED, PRECISION, ENGINE)
 
@@ -48,12 +46,19 @@ def weight_differences(finished: Path, trained: Path) -> list[str]:
 
 
 def draft_findings(
-    folder: Path, *, digest: str, trained_digest: str | None, expected: Mapping[str, Any] | None, trained: Path | None
+    folder: Path,
+    *,
+    digest: str,
+    trained_digest: str | None,
+    expected: Mapping[str, Any] | None,
+    trained: Path | None,
+    anchor_predicts: tuple[bool, bool],
 ) -> tuple[list[Finding], dict[str, Any]]:
     """What differs between the draft's files and what was trained, and the facts.
 
     digest: Of the draft now. trained_digest: As training left it. expected: Its config.json by the run file. trained:
-    The draft of the newest training checkpoint, if that is still as training left it. What is not known is None.
+    The draft of the newest training checkpoint, if that is still as training left it. anchor_predicts: Whether the
+    anchor's own slot predicts, as the files say and as the run file says. What is not known is None.
     """
     differences = {} if expected is None else config_differences(read_draft_config(folder), expected)
     tensors = [] if trained is None else weight_differences(folder, trained)
@@ -71,7 +76,7 @@ def draft_findings(
             fix=f"Put back the {CONFIG} that training wrote.",
             explains=_AFTER,
         )
-        for name, chosen in _kinds(differences).items()
+        for name, chosen in _kinds(differences, slots=anchor_predicts[0] != anchor_predicts[1]).items()
     ]
     if tensors:
         more = f" and {len(tensors) - _SHOWN} more" if len(tensors) > _SHOWN else ""
@@ -97,11 +102,12 @@ def draft_findings(
     return findings, facts
 
 
-def _kinds(differences: Mapping[str, tuple[Any, Any]]) -> dict[str, dict[str, tuple[Any, Any]]]:
+def _kinds(differences: Mapping[str, tuple[Any, Any]], *, slots: bool) -> dict[str, dict[str, tuple[Any, Any]]]:
+    """The differing keys by what they are about. `slots`: other keys of the draft make another slot predict."""
     found: dict[str, dict[str, tuple[Any, Any]]] = {}
     for key, pair in differences.items():
         first = key.partition(".")[0]
-        kind = "rotary" if first in _ROTARY else "anchor slot" if first in _SLOTS else "config of the draft"
+        kind = "rotary" if first in _ROTARY else "anchor slot" if slots else "config of the draft"
         found.setdefault(kind, {})[key] = pair
     return found
 

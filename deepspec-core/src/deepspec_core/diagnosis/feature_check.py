@@ -60,11 +60,10 @@ def compare_features(samples: Sequence[Sample], target: TargetModel, taps: Seque
         live.append(torch.cat([found.hidden[0], found.last_hidden[0]], -1).float().cpu())
         stored.append(torch.cat([sample.features.hidden, sample.features.last_hidden], -1).float())
     stored_TC, live_TC = torch.cat(stored), torch.cat(live)
-    by_layer = dict(zip([*layers, LAST], live_TC.chunk(len(layers) + 1, -1), strict=True))
-    return [
-        _compared(tap, own_TH, by_layer)
-        for tap, own_TH in zip([*taps, LAST], stored_TC.chunk(len(taps) + 1, -1), strict=True)
-    ]
+    numbered: list[int | str] = [*layers, LAST]
+    by_layer = dict(zip(numbered, live_TC.chunk(len(numbered), -1), strict=True))
+    own: list[int | str] = [*taps, LAST]
+    return [_compared(tap, own_TH, by_layer) for tap, own_TH in zip(own, stored_TC.chunk(len(own), -1), strict=True)]
 
 
 def _compared(tap: int | str, own_TH: Tensor, by_layer: dict[int | str, Tensor]) -> TapDifference:

@@ -142,7 +142,9 @@ def _draws(rng: np.random.Generator, groups: int) -> Counts:
 
 def _accepted(survived: Counts, reached: Counts) -> Counts:
     """[..., S] -> [...]. A position that nothing reached adds nothing."""
-    return np.cumprod(np.divide(survived, reached, out=np.zeros_like(survived), where=reached > 0), axis=-1).sum(-1)
+    ratio = np.divide(survived, reached, out=np.zeros_like(survived), where=reached > 0)
+    found: Counts = np.cumprod(ratio, axis=-1).sum(-1)
+    return found
 
 
 def _mean(matched: Counts, counted: Counts) -> Counts:

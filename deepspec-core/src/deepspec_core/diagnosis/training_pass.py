@@ -54,7 +54,7 @@ class Said:
 class _Look:
     """A loss term that keeps what it sees."""
 
-    needs_extras = ()
+    needs_extras: tuple[str, ...] = ()
     needs_logits = True
 
     def __init__(self, *, needs_target: bool, spread: Callable[[Tensor], Tensor] | None) -> None:

@@ -16,7 +16,7 @@ import torch
 from attrs import asdict, define, evolve, field, frozen
 
 from deepspec_core.checkpoints.opening import draft_adapter
-from deepspec_core.checkpoints.published import load_draft
+from deepspec_core.checkpoints.published import check_draft, load_draft
 from deepspec_core.contracts.draft import DraftModel, Sample
 from deepspec_core.contracts.proposer import Sampling
 from deepspec_core.contracts.target import TargetAdapter
@@ -240,12 +240,14 @@ class _Looking:
             described = run.plugins.registry.build(
                 "draft", run.file.draft.type, run.file.draft.options, run.target.draft_adapter, run.file.target.layers
             )
+        description = check_draft(self.folder, registry=run.plugins.registry, adapter=self.adapter)
         found, facts = draft_findings(
             self.folder,
             digest=digest,
             trained_digest=left,
             expected=expected_config(described, run.target.draft_adapter),
             trained=trained,
+            anchor_predicts=(description.anchor_predicts, described.describe().anchor_predicts),
         )
         self.findings += found
         self.facts["draft"] = facts
@@ -323,12 +325,11 @@ class _Looking:
             )
         )
 
-    def _judge(self, difference: Difference, *, what: str | None = None) -> None:
+    def _judge(self, difference: Difference, *, what: str = "draft tokens accepted a round") -> None:
         """Compare the newest stage with the one before it."""
         own, before = self.stages[-1], self.stages[-2].name
-        drops = difference.drops(self.tolerance)
         self.stages[-1] = evolve(
-            own, against=before, difference=difference, drops=drops, **({} if what is None else {"what": what})
+            own, against=before, difference=difference, drops=difference.drops(self.tolerance), what=what
         )
 
     def _add(self, found: Finding | None) -> None:
