@@ -30,8 +30,10 @@ from deepspec_core.diagnosis.finding import ENGINE, Finding
 from deepspec_core.diagnosis.outcomes import Outcomes, of_blocks
 from deepspec_core.diagnosis.training_pass import Said, said_of
 
-# Total variation distance between two distributions of one token. Rounding in bf16 stays below.
-_APART = 0.05
+# Mean total variation distance between two distributions of one token, by the type of the weights. Rounding stays
+# below: an fp32 draft differs by some millionths, a bf16 one by some hundredths.
+_APART = {torch.float32: 0.005}
+_APART_ELSE = 0.05
 # A change explains a difference if less than this share of it is left.
 _LEFT = 0.25
 _SHIFTS = (-2, -1, 1, 2)
@@ -41,8 +43,8 @@ _SHIFTS = (-2, -1, 1, 2)
 class Probe:
     """One round. `trained` and `engine` are the numbers of leading right tokens, of `length` proposed ones.
 
-    said and proposed: [K, V], the distributions of the training pass and of a new proposer; None if the proposer gives
-        none. Only the first row is certain to be of the same text.
+    said: [K, V], the distributions of the training pass. proposed: Those of a new proposer, as far as it proposed the
+        text itself before; None if it gives none.
     """
 
     group: int
@@ -54,11 +56,6 @@ class Probe:
     ids: Tensor
     anchor: int
     features: TargetFeatures
-
-    @property
-    def apart(self) -> float | None:
-        """How far the two distributions of the first token are apart."""
-        return None if self.proposed is None else _variation(self.proposed[0], self.said[0])
 
 
 def probes(
@@ -164,7 +161,12 @@ def _proposed(draft: DraftModel, one: Probe, shift: int = 0, rotary: type[nn.Mod
         proposal = proposer.propose(
             slot, torch.full_like(slot, proposer.max_tokens), Sampling(temperature=1.0), uniforms, ()
         )
-    return None if proposal.probabilities is None else proposal.probabilities[0].float().cpu()
+    if proposal.probabilities is None:
+        return None
+    labels = ids[one.anchor + 1 :]
+    # The distribution after a token that is not the text's may be another one.
+    same = _leading(proposal.tokens[0, : len(labels)], labels) + 1
+    return proposal.probabilities[0, : min(same, len(labels))].float().cpu()
 
 
 def engine_outcomes(found: Sequence[Probe]) -> tuple[Outcomes, Outcomes]:
@@ -183,11 +185,11 @@ def decoding_finding(
     draft: DraftModel, found: Sequence[Probe], rotary: type[nn.Module]
 ) -> tuple[Finding | None, Mapping[str, Any]]:
     """What differs between the training pass and decoding, and the facts. `rotary` is the class of rotary modules."""
-    measured = [one for one in found if one.apart is not None]
+    measured = [one for one in found if one.proposed is not None]
     facts: dict[str, Any] = {"rounds": len(found), "rounds_the_engine_accepts_less": sum(_less(one) for one in found)}
     if measured:
-        facts["first_token_apart"] = apart = statistics.median(_given(one.apart) for one in measured)
-        if apart > _APART:
+        facts["apart"] = apart = _apart([_given(one.proposed) for one in measured], measured)
+        if apart > _APART.get(next(draft.parameters()).dtype, _APART_ELSE):
             facts |= {"positions_moved": _by_positions(draft, measured, rotary), "slots_moved": _by_slots(measured)}
             return _proposer_finding(facts), facts
     less = facts["rounds_the_engine_accepts_less"]
@@ -206,11 +208,11 @@ def decoding_finding(
 
 
 def _proposer_finding(facts: Mapping[str, Any]) -> Finding:
-    apart = facts["first_token_apart"]
+    apart = facts["apart"]
     moves, slots = facts["positions_moved"], facts["slots_moved"]
     seen = (
-        f"With the same text, features and weights, the first token's distribution in decoding is {apart:.2f} away "
-        "(total variation) from the training pass's. "
+        f"With the same text, features and weights, a token's distribution in decoding is {apart:.3f} away (total "
+        "variation, the mean) from the training pass's. "
     )
     move, slot = min(moves, key=moves.__getitem__, default=None), min(slots, key=slots.__getitem__, default=None)
     by_move = moves[move] if move is not None else 1.0
@@ -218,7 +220,7 @@ def _proposer_finding(facts: Mapping[str, Any]) -> Finding:
     if by_move <= min(by_slot, _LEFT * apart):
         return Finding(
             name="positions",
-            says=f"{seen}With the block's rotary positions moved by {int(move or 0):+d} it is {by_move:.2f}: decoding "
+            says=f"{seen}With the block's rotary positions moved by {int(move or 0):+d} it is {by_move:.3f}: decoding "
             f"places the block {abs(int(move or 0))} too {'low' if int(move or 0) > 0 else 'high'}.",
             fix="Number positions in the proposer as in the training pass.",
             explains=(ENGINE,),
@@ -226,7 +228,7 @@ def _proposer_finding(facts: Mapping[str, Any]) -> Finding:
     if by_slot <= _LEFT * apart:
         return Finding(
             name="anchor slot",
-            says=f"{seen}Compared with the training pass's slot {int(slot or 0):+d} it is {by_slot:.2f}: decoding "
+            says=f"{seen}Compared with the training pass's slot {int(slot or 0):+d} it is {by_slot:.3f}: decoding "
             "reads another slot than training supervised.",
             fix="Read the same slots in the proposer as in the training pass: whether the anchor's own slot predicts.",
             explains=(ENGINE,),
@@ -240,22 +242,27 @@ def _proposer_finding(facts: Mapping[str, Any]) -> Finding:
 
 
 def _by_positions(draft: DraftModel, found: Sequence[Probe], rotary: type[nn.Module]) -> dict[str, float]:
-    """How far apart the first token is where the block stands so many positions later."""
-    apart = {}
-    for shift in _SHIFTS:
-        moved = [_proposed(draft, one, shift, rotary) for one in found]
-        apart[f"{shift:+d}"] = statistics.median(
-            _variation(_given(values)[0], one.said[0]) for values, one in zip(moved, found, strict=True)
-        )
-    return apart
+    """How far the distributions are apart where the block stands so many positions later."""
+    return {
+        f"{shift:+d}": _apart([_given(_proposed(draft, one, shift, rotary)) for one in found], found)
+        for shift in _SHIFTS
+    }
 
 
 def _by_slots(found: Sequence[Probe]) -> dict[str, float]:
-    """How far the proposer's first token is from that of the training pass's next slot, and the other way round."""
-    later = [(one.proposed[0], one.said[1]) for one in found if one.proposed is not None and len(one.said) > 1]
-    earlier = [(one.proposed[1], one.said[0]) for one in found if one.proposed is not None and len(one.proposed) > 1]
-    pairs = {"+1": later, "-1": earlier}
-    return {name: statistics.median(_variation(*pair) for pair in both) for name, both in pairs.items() if both}
+    """How far the proposer's tokens are from those of the training pass one slot later, and one earlier."""
+    rows = [(_given(one.proposed), one.said) for one in found]
+    later = [(proposed[: len(said) - 1], said[1:]) for proposed, said in rows if len(said) > 1]
+    earlier = [(proposed[1:], said) for proposed, said in rows if len(proposed) > 1]
+    return {
+        name: statistics.fmean(_variation(proposed, said) for proposed, said in pairs)
+        for name, pairs in (("+1", later), ("-1", earlier))
+        if pairs
+    }
+
+
+def _apart(proposed: Sequence[Tensor], found: Sequence[Probe]) -> float:
+    return statistics.fmean(_variation(rows, one.said) for rows, one in zip(proposed, found, strict=True))
 
 
 @contextmanager
@@ -281,8 +288,10 @@ def _less(one: Probe) -> bool:
     return one.engine < one.trained
 
 
-def _variation(left_V: Tensor, right_V: Tensor) -> float:
-    return float((left_V - right_V).abs().sum() / 2)
+def _variation(proposed_KV: Tensor, said_KV: Tensor) -> float:
+    """The mean total variation distance of the rows that both have."""
+    size = min(len(proposed_KV), len(said_KV))
+    return float((proposed_KV[:size] - said_KV[:size]).abs().sum(-1).mean() / 2)
 
 
 def _given(value: Any) -> Any:

@@ -14,13 +14,13 @@ import torch
 from safetensors import safe_open
 
 from deepspec_core.checkpoints.published import CONFIG, WEIGHTS, config_text, read_draft_config
-from deepspec_core.diagnosis.finding import ENGINE, PRECISION, REPLAYED, Finding
+from deepspec_core.diagnosis.finding import ENGINE, LIVE, PRECISION, REPLAYED, Finding
 
 # What says how the numbers are stored or who wrote the file, not what the draft is.
 _ABOUT_FILES = ("dtype", "torch_dtype", "transformers_version", "_name_or_path")
 _ROTARY = ("rope_parameters", "rope_theta", "rope_scaling", "partial_rotary_factor")
 _SHOWN = 4
-_AFTER = (REPLAYED, PRECISION, ENGINE)
+_AFTER = (REPLAYED, PRECISION, LIVE, ENGINE)
 
 
 def config_differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -12,17 +12,12 @@ from attrs import frozen
 from deepspec_core.data.tokenize import ChatTokenizer
 from deepspec_core.diagnosis.finding import HELD_OUT, PROMPTS, Finding
 
-SAME, THINKING, REPEATED, GENERATION, TEMPLATE = (
-    "same",
-    "thinking mode",
-    "repeated BOS",
-    "generation prompt",
-    "template",
-)
+SAME, THINKING, GENERATION, TEMPLATE = "same", "thinking mode", "generation prompt", "template"
+BEGINNING = "tokens at the beginning"
 
 _FIXES = {
     THINKING: "Set regenerate.thinking to what the training data was made with.",
-    REPEATED: "Let the chat template or the tokenizer add the token, not both.",
+    BEGINNING: "Let the chat template or the tokenizer add the first token (BOS), alike in training and evaluation.",
     GENERATION: "Set target.chat_template to the template that training read.",
     TEMPLATE: "Set target.chat_template and data.system_prompt to those that training read.",
 }
@@ -37,59 +32,60 @@ class PromptDifference:
     says: str = ""
 
 
-def compare_prompt(
-    sample: str, trained: Sequence[int], asked: Sequence[int], other_mode: Sequence[int], tokenizer: ChatTokenizer
-) -> PromptDifference:
-    """`trained` are the ids of a training sample, answer included; `asked` is evaluation's prompt of its first turn.
+@frozen(kw_only=True)
+class Trained:
+    """The token ids of a training sample, answer included. Its first `prompt` tokens are not supervised."""
 
-    `other_mode` is the prompt with thinking the other way round. The prompt is the same if the sample begins with it.
+    sample: str
+    ids: Sequence[int]
+    prompt: int
+
+
+def compare_prompt(
+    trained: Trained, asked: Sequence[int], other_mode: Sequence[int], tokenizer: ChatTokenizer, *, header: str
+) -> PromptDifference:
+    """`asked` is evaluation's prompt of the sample's first turn, `other_mode` with thinking the other way round.
+
+    The prompt is the same if the sample begins with it, and neither the assistant's `header` nor what the other mode
+    ends with stands between the prompt and the answer.
     """
-    trained, asked, other_mode = list(trained), list(asked), list(other_mode)
-    if _begins(trained, asked):
-        return PromptDifference(sample=sample, kind=SAME)
-    if asked != other_mode and _begins(trained, other_mode):
+    sample, ids, asked, other_mode = trained.sample, list(trained.ids), list(asked), list(other_mode)
+    between = tokenizer.decode(ids[len(asked) : trained.prompt])
+    other_fits = asked != other_mode and _begins(ids[: trained.prompt], other_mode)
+    if _begins(ids, asked) and not (other_fits and len(other_mode) > len(asked)):
+        if header.strip() not in between:
+            return PromptDifference(sample=sample, kind=SAME)
+        says = f"Evaluation's prompts end before {between!r}, which training samples have before the answer."
+        return PromptDifference(sample=sample, kind=GENERATION, says=says)
+    if other_fits:
         way = "with" if tokenizer.thinking else "without"
-        says = f"Evaluation asks {way} thinking, and training samples go on as those asked the other way do."
+        says = f"Evaluation asks {way} thinking, and training samples were asked the other way."
         return PromptDifference(sample=sample, kind=THINKING, says=says)
-    repeats = (_leading(trained), _leading(asked))
-    if repeats[0] != repeats[1] and _begins(trained[repeats[0] - 1 :], asked[repeats[1] - 1 :]):
-        says = (
-            f"Evaluation's prompts begin with {tokenizer.decode(asked[:1])!r} {_times(repeats[1])}, training samples "
-            f"{_times(repeats[0])}."
-        )
-        return PromptDifference(sample=sample, kind=REPEATED, says=says)
+    extra = next((count for count in (1, 2) if _begins(ids, asked[count:])), None)
+    missing = next((count for count in (1, 2) if _begins(ids[count:], asked)), None)
+    if extra is not None or missing is not None:
+        more, first = ("Evaluation's prompts", asked[:extra]) if extra else ("Training samples", ids[:missing])
+        says = f"{more} have {tokenizer.decode(first)!r} more at their beginning."
+        return PromptDifference(sample=sample, kind=BEGINNING, says=says)
     at = next(
-        (index for index, pair in enumerate(zip(trained, asked, strict=False)) if pair[0] != pair[1]),
-        min(len(trained), len(asked)),
+        (index for index, pair in enumerate(zip(ids, asked, strict=False)) if pair[0] != pair[1]),
+        min(len(ids), len(asked)),
     )
     around = slice(max(0, at - 2), at + 6)
     says = (
         f"They part at token {at} of {len(asked)}: evaluation asks {tokenizer.decode(asked[around])!r} where training "
-        f"read {tokenizer.decode(trained[around])!r}."
+        f"read {tokenizer.decode(ids[around])!r}."
     )
     return PromptDifference(sample=sample, kind=TEMPLATE, says=says)
 
 
-def missing_generation_prompt(
-    sample: str,
-    trained: Sequence[int],
-    supervised_from: int,
-    asked: Sequence[int],
-    start: str,
-    tokenizer: ChatTokenizer,
-) -> PromptDifference | None:
-    """Evaluation's prompt, which training read, ends before the assistant's header `start`; None if it does not."""
-    between = tokenizer.decode(list(trained)[len(asked) : supervised_from])
-    if start.strip() and start.strip() in between:
-        says = f"Evaluation's prompts end before {between!r}, which training samples have before the answer."
-        return PromptDifference(sample=sample, kind=GENERATION, says=says)
-    return None
-
-
 def prompts_finding(found: Sequence[PromptDifference]) -> Finding | None:
-    """What most of the differing prompts have in common; None if all are the same."""
+    """What most of the differing prompts have in common; None if fewer than half differ.
+
+    A few may: a sample without thoughts looks as if it was asked without thinking.
+    """
     different = [one for one in found if one.kind != SAME]
-    if not different:
+    if 2 * len(different) < len(found) or not different:
         return None
     kinds = [one.kind for one in different]
     kind = max(sorted(set(kinds)), key=kinds.count)
@@ -104,12 +100,3 @@ def prompts_finding(found: Sequence[PromptDifference]) -> Finding | None:
 
 def _begins(text: Sequence[int], start: Sequence[int]) -> bool:
     return list(text[: len(start)]) == list(start)
-
-
-def _leading(ids: Sequence[int]) -> int:
-    """How often the first token stands at the beginning."""
-    return next((index for index, token in enumerate(ids) if token != ids[0]), len(ids))
-
-
-def _times(count: int) -> str:
-    return {1: "once", 2: "twice"}.get(count, f"{count} times")

@@ -23,9 +23,11 @@ from deepspec_core.data.tokenize import ChatTokenizer
 from deepspec_core.decoding.engine import Completion, Request, decode
 from deepspec_core.diagnosis.prompt_check import (
     SAME,
+    TEMPLATE,
+    THINKING,
     PromptDifference,
+    Trained,
     compare_prompt,
-    missing_generation_prompt,
 )
 from deepspec_core.errors import DataError
 from deepspec_core.features.cached import CachedFeatures
@@ -50,10 +52,10 @@ def online_samples(run: Run, most: int) -> list[Sample]:
     return [samples[index] for index in _spread(len(samples), most)]
 
 
-def with_live_features(run: Run, samples: Sequence[Sample]) -> list[Sample]:
-    """The samples in their order, with features of the target as it is loaded now."""
+def with_live_features(run: Run, samples: Sequence[Sample], taps: Sequence[int]) -> list[Sample]:
+    """The samples in their order, with features of these layers of the target as it is loaded now."""
     bare = [evolve(sample, features=None) for sample in samples]
-    found = capture(bare, run.target.model, run.file.target.layers, batch_size=_BATCH)
+    found = capture(bare, run.target.model, taps, batch_size=_BATCH)
     by_id = {sample.id: sample for sample in found}
     return [by_id[sample.id] for sample in samples]
 
@@ -124,35 +126,32 @@ def prompt_differences(run: Run, samples: Sequence[Sample]) -> list[PromptDiffer
     by_id = {sample.id: sample for sample in samples} | {sample.id.partition("#")[0]: sample for sample in samples}
     mode = run.file.regenerate.thinking
     tokenizer = run.target.tokenizer.in_mode(mode is True)
-    start = run.target.adapter.conversation_format().assistant_start
+    header = run.target.adapter.conversation_format().assistant_start
     found = []
     for conversation in run.data.training_conversations():
         sample = by_id.get(conversation.id)
         if sample is None or conversation.input_ids is not None:
             continue
-        one = _prompt_difference(run, conversation, sample, tokenizer, start)
+        one = _prompt_difference(run, conversation, sample, tokenizer, header)
         # A run that asks in both modes trains on both.
-        found.append(evolve(one, kind=SAME) if one.kind == "thinking mode" and not isinstance(mode, bool) else one)
+        found.append(evolve(one, kind=SAME) if one.kind == THINKING and not isinstance(mode, bool) else one)
         if len(found) == len(samples):
             break
     return found
 
 
 def _prompt_difference(
-    run: Run, conversation: Conversation, sample: Sample, tokenizer: ChatTokenizer, start: str
+    run: Run, conversation: Conversation, sample: Sample, tokenizer: ChatTokenizer, header: str
 ) -> PromptDifference:
-    trained = sample.input_ids.tolist()
     said, system, tools = _first_turn(conversation.messages), run.file.data.system_prompt, conversation.tools
     try:
         asked = tokenizer.render_prompt(said, system, tools)
         other = tokenizer.in_mode(not tokenizer.thinking).render_prompt(said, system, tools)
     except DataError as error:
-        return PromptDifference(sample=sample.id, kind="template", says=f"Evaluation cannot ask it: {error.problem}.")
-    found = compare_prompt(sample.id, trained, asked, other, tokenizer)
-    supervised = int(sample.loss_mask.to(torch.int64).argmax())
-    if found.kind == SAME:
-        return missing_generation_prompt(sample.id, trained, supervised, asked, start, tokenizer) or found
-    return found
+        return PromptDifference(sample=sample.id, kind=TEMPLATE, says=f"Evaluation cannot ask it: {error.problem}.")
+    unsupervised = int(sample.loss_mask.to(torch.int64).argmax())
+    trained = Trained(sample=sample.id, ids=sample.input_ids.tolist(), prompt=unsupervised)
+    return compare_prompt(trained, asked, other, tokenizer, header=header)
 
 
 def _first_turn(messages: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:

@@ -140,7 +140,7 @@ class _Looking:
             self._add(features_finding(compared))
         else:
             self.missing[names.LIVE] = "training computed the features itself, with the target as it is loaded now"
-            samples = with_live_features(self.run, online_samples(self.run, self.extent.samples))
+            samples = self._live(online_samples(self.run, self.extent.samples))
         asked = prompt_differences(self.run, samples)
         self.facts["prompts"] = [asdict(one) for one in asked]
         self._add(prompts_finding(asked))
@@ -157,7 +157,7 @@ class _Looking:
             self._look_at_numbers(outcomes)
         if cached:
             before = outcomes
-            outcomes = self._measure(names.LIVE, self.draft, with_live_features(self.run, samples))
+            outcomes = self._measure(names.LIVE, self.draft, self._live(samples))
             self._judge(accepted_difference(before, outcomes, paired=True))
 
     def look_at_evaluation(self, counted: Outcomes | None) -> None:
@@ -166,7 +166,7 @@ class _Looking:
         held_out = held_out_samples(self.run, self.extent.prompts) if self.run.file.data.sources else []
         if held_out:
             before = self.last
-            outcomes = self._measure(names.HELD_OUT, self.draft, with_live_features(self.run, held_out))
+            outcomes = self._measure(names.HELD_OUT, self.draft, self._live(held_out))
             if before is not None:
                 self._judge(accepted_difference(before, outcomes, paired=False))
         else:
@@ -178,7 +178,7 @@ class _Looking:
             self.missing[names.PROMPTS] = self.missing[names.ENGINE] = "no answer has two tokens"
             return
         before = self.last
-        outcomes = self._measure(names.PROMPTS, self.draft, with_live_features(self.run, texts))
+        outcomes = self._measure(names.PROMPTS, self.draft, self._live(texts))
         if before is not None:
             self._judge(accepted_difference(before, outcomes, paired=False))
         self._engine(completions)
@@ -290,6 +290,9 @@ class _Looking:
             return [], 0
         self.stages.append(Stage(name=names.RECORDED, shares=shares, groups=groups, rates=mean("accept_rate")))
         return shares, groups
+
+    def _live(self, samples: Sequence[Sample]) -> list[Sample]:
+        return with_live_features(self.run, samples, self.draft.describe().taps)
 
     def _load(self, dtype: torch.dtype) -> DraftModel:
         return load_draft(
