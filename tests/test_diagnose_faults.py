@@ -170,7 +170,7 @@ def test_another_chat_template_at_evaluation(run_file: Path) -> None:
     (run_file.parent / "other.jinja").write_text("{{ '<|im_start|>system\nAnswer in verse.<|im_end|>\n' }}" + TEMPLATE)
     found = diagnosis(run_file, "--set", "target.chat_template=other.jinja")
     assert found["causes"] == ["prompts: template"], found["verdict"]
-    assert "Answer in verse" in " ".join(found["verdict"])
+    assert "system" in " ".join(found["verdict"])
 
 
 def test_a_first_token_that_comes_twice(run_file: Path) -> None:

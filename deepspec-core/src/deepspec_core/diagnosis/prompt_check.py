@@ -71,7 +71,7 @@ def compare_prompt(
         (index for index, pair in enumerate(zip(ids, asked, strict=False)) if pair[0] != pair[1]),
         min(len(ids), len(asked)),
     )
-    around = slice(max(0, at - 2), at + 6)
+    around = slice(max(0, at - 2), at + 12)
     says = (
         f"They part at token {at} of {len(asked)}: evaluation asks {tokenizer.decode(asked[around])!r} where training "
         f"read {tokenizer.decode(ids[around])!r}."

@@ -32,7 +32,7 @@ _SAVED = "config.toml"
 def run_of(place: Path, *, overrides: Sequence[str], tasks: Sequence[str], plugins: Plugins) -> Run:
     """The run of a run file, or of a run's folder. StageError where a folder does not say where its run file lay."""
     path = _file_of(place, plugins) if place.is_dir() else place
-    file = load_run_file(path if path.is_file() else place / _SAVED, overrides=tuple(overrides), plugins=plugins)
+    file = load_run_file(place / _SAVED if place.is_dir() else place, overrides=tuple(overrides), plugins=plugins)
     if tasks:
         file = evolve(file, evaluate=evolve(file.evaluate, tasks=tuple(tasks)))
     return Run(file=file, path=path, plugins=plugins)

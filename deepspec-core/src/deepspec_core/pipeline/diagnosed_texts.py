@@ -130,7 +130,7 @@ def prompt_differences(run: Run, samples: Sequence[Sample]) -> list[PromptDiffer
     found = []
     for conversation in run.data.training_conversations():
         sample = by_id.get(conversation.id)
-        if sample is None or conversation.input_ids is not None:
+        if sample is None or not conversation.messages:
             continue
         one = _prompt_difference(run, conversation, sample, tokenizer, header)
         # A run that asks in both modes trains on both.

@@ -144,6 +144,8 @@ class _Looking:
         asked = prompt_differences(self.run, samples)
         self.facts["prompts"] = [asdict(one) for one in asked]
         self._add(prompts_finding(asked))
+        if not asked:
+            self.missing["prompt ids"] = "no training sample is of a conversation that the run's data has now"
         own, precision = torch.float32, torch_dtype(self.run.file.train.precision)
         outcomes = self._measure(names.REPLAYED, self._load(own), samples, compute_dtype=precision)
         if recorded:
