@@ -15,10 +15,8 @@ def test_a_smoke_run_is_measured_at_every_stage_and_not_accused(
 ) -> None:
     counts = tmp_path / "served.json"
     counts.write_text(json.dumps({"drafts": 50, "accepted": [0, 0]}))
-    settings = [f"run.output={finished.parent}/runs/quickstart-dflash-smoke", "regenerate.max_tokens=16"]
-    overrides = [part for setting in settings for part in ("--set", setting)]
-    out = tmp_path / "diagnosis.json"
-    command = ["diagnose", str(finished), *SMALL, *overrides, "--served", str(counts), "--out", str(out), "--json"]
+    folder, out = finished.parent / "runs" / "quickstart-dflash-smoke", tmp_path / "diagnosis.json"
+    command = ["diagnose", str(folder), *SMALL, "--served", str(counts), "--out", str(out), "--json"]
     capsys.readouterr()
     assert main(command) == 0
     found = json.loads(out.read_text())
@@ -40,7 +38,7 @@ def test_a_smoke_run_is_measured_at_every_stage_and_not_accused(
         (["nowhere.toml"], ("no such", "nowhere.toml")),
         (["."], ("No run there", "config.toml")),
         (["draft", "--target", "builtin:tiny-qwen3"], ("give --task",)),
-        (["draft", "--target", "builtin:tiny-qwen3", "--task", "t.jsonl"], ("no draft checkpoint there",)),
+        (["./draft", "--target", "builtin:tiny-qwen3", "--task", "t.jsonl"], ("no draft checkpoint there",)),
     ],
 )
 def test_what_cannot_be_diagnosed_is_one_message(

@@ -166,7 +166,9 @@ def _proposed(draft: DraftModel, one: Probe, shift: int = 0, rotary: type[nn.Mod
     labels = ids[one.anchor + 1 :]
     # The distribution after a token that is not the text's may be another one.
     same = _leading(proposal.tokens[0, : len(labels)], labels) + 1
-    return proposal.probabilities[0, : min(same, len(labels))].float().cpu()
+    found: Tensor = proposal.probabilities[0, : min(same, len(labels))].float().cpu()
+    # What is no distribution is another stage's matter: the number format's.
+    return found if bool(found.isfinite().all()) else None
 
 
 def engine_outcomes(found: Sequence[Probe]) -> tuple[Outcomes, Outcomes]:
@@ -243,10 +245,12 @@ def _proposer_finding(facts: Mapping[str, Any]) -> Finding:
 
 def _by_positions(draft: DraftModel, found: Sequence[Probe], rotary: type[nn.Module]) -> dict[str, float]:
     """How far the distributions are apart where the block stands so many positions later."""
-    return {
-        f"{shift:+d}": _apart([_given(_proposed(draft, one, shift, rotary)) for one in found], found)
-        for shift in _SHIFTS
-    }
+    apart = {}
+    for shift in _SHIFTS:
+        moved = [_proposed(draft, one, shift, rotary) for one in found]
+        if all(rows is not None for rows in moved):
+            apart[f"{shift:+d}"] = _apart([_given(rows) for rows in moved], found)
+    return apart
 
 
 def _by_slots(found: Sequence[Probe]) -> dict[str, float]:

@@ -5,6 +5,7 @@ Knows names, figures and sentences. Does not know how anything was measured.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -149,17 +150,28 @@ class Diagnosis:
         )
 
     def as_json(self) -> dict[str, Any]:
-        """Plain JSON types."""
+        """Plain JSON types. A figure that is no finite number is null."""
         first = self.first
-        return {
-            "version": 1,
-            **self.about,
-            "tolerance": self.tolerance,
-            "first_drop": None if first is None else first.name,
-            "causes": [one.name for one in self.causes],
-            "verdict": self.sentences(),
-            "stages": [{**asdict(stage), "is": STAGES[stage.name]} for stage in self.stages],
-            "findings": [asdict(one) for one in self.findings],
-            "facts": dict(self.facts),
-            "not_measured": dict(self.not_measured),
-        }
+        whole: dict[str, Any] = _finite(
+            {
+                "version": 1,
+                **self.about,
+                "tolerance": self.tolerance,
+                "first_drop": None if first is None else first.name,
+                "causes": [one.name for one in self.causes],
+                "verdict": self.sentences(),
+                "stages": [{**asdict(stage), "is": STAGES[stage.name]} for stage in self.stages],
+                "findings": [asdict(one) for one in self.findings],
+                "facts": dict(self.facts),
+                "not_measured": dict(self.not_measured),
+            }
+        )
+        return whole
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

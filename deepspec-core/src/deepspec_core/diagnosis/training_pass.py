@@ -136,7 +136,7 @@ def acceptance_rates(said: Sequence[Said]) -> list[float]:
     rate = torch.cat([one.acceptance for one in said]) if said else torch.zeros(0)
     if not len(rate) or bool(rate.isnan().any()):
         return []
-    return [float(rate[slot == k].mean()) for k in range(int(slot.max()) + 1)]
+    return [float(rate[slot == k].mean()) for k in sorted(set(slot.tolist()))]
 
 
 def _finite(rows: Rows) -> Rows:
