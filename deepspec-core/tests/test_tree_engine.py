@@ -15,7 +15,9 @@ from torch import Tensor
 
 import deepspec_core.decoding.tree as tree_module
 from deepspec_core.contracts.proposer import Proposal, Proposer, Sampling
+from deepspec_core.decoding.calibrated import CalibratedProposer
 from deepspec_core.decoding.engine import Completion, Request, decode
+from deepspec_core.decoding.scheduled import ScheduledProposer
 from deepspec_core.errors import PluginError
 from deepspec_core.testing.table_proposer import TableProposer
 from deepspec_core.testing.table_trees import TreeTableProposer
@@ -76,6 +78,18 @@ def test_a_sample_does_not_depend_on_its_neighbours() -> None:
     for request in reversed(requests):
         alone |= _decode([request], _proposer(), 1.0, batch_size=1)
     assert _outputs(together) == _outputs(alone)
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda own: CalibratedProposer(own, [1.0] * DEPTH), lambda own: ScheduledProposer(own, min)]
+)
+def test_wrappers_of_proposers_hand_the_size_of_trees_on(wrap: Callable[[Proposer], Proposer]) -> None:
+    assert wrap(_proposer()).max_nodes == NODES  # type: ignore[attr-defined]
+
+
+def test_a_calibrated_tree_is_decoded_like_the_tree() -> None:
+    calibrated = CalibratedProposer(_proposer(), [2.0] * DEPTH)
+    assert _outputs(_decode(_requests(5), calibrated, 0.0)) == _outputs(_decode(_requests(5), _proposer(), 0.0))
 
 
 def _expected(prompt: tuple[int, ...], count: int) -> dict[tuple[int, ...], float]:

@@ -22,6 +22,7 @@ class CalibratedProposer:
         assert len(temperatures) == proposer.max_tokens, "a calibration of another draft"
         self.proposer, self.temperatures = proposer, tuple(temperatures)
         self.max_tokens, self.taps = proposer.max_tokens, proposer.taps
+        self.max_nodes = getattr(proposer, "max_nodes", proposer.max_tokens)
         self.reads_last_hidden = reads_last_hidden(proposer)
 
     def open_slots(self, num_slots: int, max_length: int) -> None:

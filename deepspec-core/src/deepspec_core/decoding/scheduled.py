@@ -31,6 +31,7 @@ class ScheduledProposer:
     def __init__(self, proposer: Proposer, speed: Callable[[int, int], float], *, asynchronous: bool = False) -> None:
         self.proposer, self.speed, self.asynchronous = proposer, speed, asynchronous
         self.max_tokens, self.taps = proposer.max_tokens, proposer.taps
+        self.max_nodes = getattr(proposer, "max_nodes", proposer.max_tokens)
         self.reads_last_hidden = reads_last_hidden(proposer)
         self._admit: Callable[[Survival, Speed], Sequence[int]] = admit
 

@@ -1,0 +1,49 @@
+"""The rounds that a server counted, as its speculative-decoding metrics give them, in a JSON file.
+
+`{"drafts": 1200, "accepted": [900, 640, 410]}`: how many proposals there were, and in how many of them the token at
+each position was accepted. Knows the file. Asks no server.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from deepspec_core.diagnosis.outcomes import Outcomes
+from deepspec_core.errors import DataError
+from deepspec_core.json_files import read_object
+
+# Counters say nothing of prompts, so rounds are dealt out to as many groups.
+_GROUPS = 100
+
+
+def served_outcomes(path: Path) -> Outcomes:
+    """The server's rounds. DataError if the file is not as described, or its counts do not go together."""
+    try:
+        content = read_object(path, kind=DataError)
+    except FileNotFoundError:
+        raise DataError("no such file", where=path, expected=f"a file like {_LIKE}") from None
+    drafts, accepted = content.get("drafts"), content.get("accepted")
+    if type(drafts) is not int or not isinstance(accepted, list) or not all(type(one) is int for one in accepted):
+        raise DataError("these are no counts of a server", where=path, found=sorted(content), expected=_LIKE)
+    counts = [drafts, *accepted]
+    if not accepted or drafts < 1 or counts[-1] < 0 or any(b > a for a, b in pairwise(counts)):
+        raise DataError(
+            "the counts do not go together",
+            where=path,
+            found=counts[:8],
+            expected="at least one draft, and at no position more accepted tokens than at the one before",
+        )
+    # Rounds by how many tokens they accepted, each kind dealt out to the groups at random.
+    exactly = -np.diff([*counts, 0])
+    rng = np.random.default_rng(0)
+    dealt_SG = np.array([rng.multinomial(number, [1 / _GROUPS] * _GROUPS) for number in exactly])
+    at_least_GS = dealt_SG[::-1].cumsum(0)[::-1].T.astype(np.float64)
+    survived, reached = at_least_GS[:, 1:], at_least_GS[:, :-1]
+    every = np.repeat(at_least_GS[:, :1], len(accepted), axis=1)
+    return Outcomes(matched=survived, counted=every, survived=survived, reached=reached)
+
+
+_LIKE = '{"drafts": 1200, "accepted": [900, 640, 410]}'

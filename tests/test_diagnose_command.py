@@ -1,0 +1,56 @@
+"""`deepspec diagnose` on a finished smoke run: what it writes and prints, and what it refuses."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from deepspec_core.cli.main import main
+
+SMALL = ["--samples", "6", "--prompts", "4", "--rounds", "4", "--max-new-tokens", "12"]
+
+
+def test_a_smoke_run_is_measured_at_every_stage_and_not_accused(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    counts = tmp_path / "served.json"
+    counts.write_text(json.dumps({"drafts": 50, "accepted": [0, 0]}))
+    folder, out = finished.parent / "runs" / "quickstart-dflash-smoke", tmp_path / "diagnosis.json"
+    command = ["diagnose", str(folder), *SMALL, "--served", str(counts), "--out", str(out), "--json"]
+    capsys.readouterr()
+    assert main(command) == 0
+    found = json.loads(out.read_text())
+    assert json.loads(capsys.readouterr().out) == found
+    names = [stage["name"] for stage in found["stages"]]
+    assert names == ["recorded", "replayed", "live", "held-out", "prompts", "engine", "served"]
+    assert found["first_drop"] is None
+    assert found["findings"] == []
+    assert list(found["not_measured"]) == ["precision"]
+    # The cache is in bf16, so its features agree, and not to the bit.
+    assert all(tap["cosine"] > 0.999 and tap["fits"] == tap["tap"] for tap in found["facts"]["features"])
+    assert any(tap["largest"] > 0 for tap in found["facts"]["features"])
+    assert {one["kind"] for one in found["facts"]["prompts"]} == {"same"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["nowhere.toml"], ("no such", "nowhere.toml")),
+        (["."], ("No run there", "config.toml")),
+        (["draft", "--target", "builtin:tiny-qwen3"], ("give --task",)),
+        (["./draft", "--target", "builtin:tiny-qwen3", "--task", "t.jsonl"], ("no draft checkpoint there",)),
+    ],
+)
+def test_what_cannot_be_diagnosed_is_one_message(
+    arguments: list[str],
+    parts: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["diagnose", *arguments]) == 2
+    message = capsys.readouterr().err
+    assert "Traceback" not in message
+    for part in parts:
+        assert part in message
