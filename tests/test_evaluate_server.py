@@ -25,7 +25,7 @@ from deepspec_core.untrained.named import untrained_of
 
 Start = Callable[..., CountingServer]
 TARGET = "builtin:tiny-qwen3"
-TOKENS = 24
+TOKENS = 18
 LOOKUP = Path(__file__).parents[1] / "examples" / "plugins" / "deepspec-lookup"
 
 
@@ -121,6 +121,7 @@ def test_figures_are_those_of_the_rounds_and_outputs_are_compared(
     beside = theirs["against"]
     assert (beside["compared"], beside["equal"], beside["differing"]) == (4, 4, [])
     assert beside["acceptance_length"] == pytest.approx(ours["acceptance_length"], rel=1e-12)
+    assert theirs["counted"]["kept_per_round"] == beside["kept_per_round"]
     assert beside["by_position"] == pytest.approx(theirs["marginal"], rel=1e-12)
     assert "4 of 4 outputs equal those of this engine" in Path("served/report.md").read_text()
     # Beside others in tables and on a page.
@@ -232,7 +233,7 @@ def test_a_run_says_what_is_asked(finished_copy: Path, start: Start, capsys: pyt
     """Its held-out prompts, by its run file or its folder; results go beside its own."""
     server = start("sglang")
     folder = finished_copy.parent / "runs" / "quickstart-dflash-smoke"
-    small = ["--server", server.address, "--limit", "2", "--max-new-tokens", "20", "--turns", "all"]
+    small = ["--server", server.address, "--limit", "2", "--max-new-tokens", "18", "--turns", "all"]
     assert main(["evaluate", str(folder), *small]) == 0
     found = json.loads((folder / "served" / "metrics.json").read_text())
     (result,) = found["results"]

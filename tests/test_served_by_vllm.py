@@ -109,7 +109,11 @@ def test_an_evaluation_by_its_counters_is_this_engines(trained: Path, target: Ta
     assert counted["speculates"] is True
     assert counted["disturbed"] is False
     assert (beside["compared"], beside["equal"]) == (PROMPTS, PROMPTS), beside["differing"]
-    assert result["acceptance_length"] == pytest.approx(beside["acceptance_length"], rel=BY_COUNTERS)
+    assert counted["kept_per_round"] == pytest.approx(beside["kept_per_round"], rel=BY_COUNTERS)
+    # vLLM counts tokens that it accepts after a stop token, and this engine those after a limit.
+    after_the_end = result["acceptance_length"] - counted["kept_per_round"]
+    after_the_limit = beside["acceptance_length"] - beside["kept_per_round"]
+    assert after_the_end * result["rounds"] <= 5 * PROMPTS
     assert len(result["marginal"]) == len(beside["by_position"]) == 5
     for theirs, ours in zip(result["marginal"], beside["by_position"], strict=True):
-        assert theirs == pytest.approx(ours, abs=BY_COUNTERS)
+        assert ours - after_the_limit - BY_COUNTERS <= theirs <= ours + after_the_end + BY_COUNTERS

@@ -11,7 +11,7 @@ from typing import Any
 from attrs import asdict, frozen
 
 from deepspec_core.decoding.engine import Completion
-from deepspec_core.evaluation.served import by_position
+from deepspec_core.evaluation.served import by_position, kept_per_round
 
 
 @frozen(kw_only=True)
@@ -28,7 +28,7 @@ class Difference:
 class Agreement:
     """Both engines on the prompts that both answered.
 
-    acceptance_length, by_position: This engine's own, the latter of all rounds; None where the server answered other
+    acceptance_length, by_position, kept_per_round: This engine's own, the second of all rounds; None where the server answered other
         prompts too, or there was another limit of tokens.
     """
 
@@ -39,6 +39,7 @@ class Agreement:
     differing: tuple[Difference, ...]
     acceptance_length: float | None
     by_position: tuple[float, ...] | None
+    kept_per_round: float | None
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -75,6 +76,7 @@ def agreement(
         differing=tuple(differing),
         acceptance_length=sum(one.acceptance_length for one in rounds) / len(rounds) if whole else None,
         by_position=tuple(by_position(accepted_at, len(rounds))) if whole else None,
+        kept_per_round=kept_per_round([mine for _, mine in pairs], len(rounds)) if whole else None,
     )
 
 

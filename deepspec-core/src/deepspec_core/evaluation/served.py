@@ -5,8 +5,10 @@ Knows what was measured (servers/measuring.py). Does not know servers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final
 
+from deepspec_core.decoding.engine import Completion
 from deepspec_core.evaluation.metrics import loops
 from deepspec_core.servers.counting import Tally
 from deepspec_core.servers.measuring import Measured
@@ -50,9 +52,18 @@ def figures(measured: Measured) -> dict[str, Any]:
             "tokens_by_counters": measured.by_counters,
             "disturbed": measured.disturbed,
             "mismatched_answers": measured.mismatched,
+            "kept_per_round": None if measured.tally is None else kept_per_round(answers, measured.tally.rounds),
             "full_proposals": None if measured.tally is None else _full(measured.tally),
         },
     }
+
+
+def kept_per_round(answers: Sequence[Completion], rounds: int) -> float:
+    """Tokens of the answers per round, but for the first token of each, which the prompt's own pass gives.
+
+    Engines differ in what they count of an answer's last round: some count tokens after its end. This does not.
+    """
+    return sum(len(answer.output_ids) - 1 for answer in answers) / rounds
 
 
 def by_position(accepted_at: tuple[int, ...], rounds: int) -> list[float]:

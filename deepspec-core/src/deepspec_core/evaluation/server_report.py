@@ -34,6 +34,10 @@ def of_server(result: Mapping[str, Any]) -> Iterator[str]:
         yield f"{beside['equal']} of {beside['compared']} outputs equal those of this engine ({beside['run']})."
         if beside["acceptance_length"] is not None and result["acceptance_length"] is not None:
             yield f"accepted length {result['acceptance_length']:.3f} there, {beside['acceptance_length']:.3f} here."
+            yield (
+                f"{counted['kept_per_round']:.3f} tokens of the answers a round there, {beside['kept_per_round']:.3f} "
+                "here. A server may count tokens after an answer's end as accepted; these are without them."
+            )
 
 
 def server_lines(report: Mapping[str, Any]) -> Iterator[str]:
