@@ -201,7 +201,7 @@ def test_servers_that_cannot_be_measured_are_refused(
     server = start("llama.cpp")
     for metrics, said in (("missing", "does not support"), ("html", "Welcome"), ("foreign", "other_total")):
         server.metrics = metrics
-        refused(capsys, server, "does not show its counters", said, "llama-server with --metrics")
+        refused(capsys, server, "does not show its counters", said, "Start it with --metrics")
     assert not server.asked
     server.metrics, server.restarts = "shown", True
     refused(capsys, server, "counted from anew", "nothing was written")

@@ -28,8 +28,8 @@ class Difference:
 class Agreement:
     """Both engines on the prompts that both answered.
 
-    acceptance_length, by_position, kept_per_round: This engine's own, the second of all rounds; None where the server answered other
-        prompts too, or there was another limit of tokens.
+    acceptance_length, by_position, kept_per_round: This engine's own, the second of all rounds; None where the server
+        answered other prompts too, or there was another limit of tokens.
     """
 
     run: str

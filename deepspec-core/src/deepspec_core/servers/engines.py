@@ -147,13 +147,13 @@ class _LlamaCppIds:
 
 @frozen
 class LlamaCpp:
-    """llama.cpp's llama-server."""
+    """The server of llama.cpp."""
 
     name: str = "llama.cpp"
     owner: str = "llamacpp"
     dialect: Dialect = _LlamaCppIds()
     counters: Names = _LLAMA_CPP
-    shows_counters: str = "Start llama-server with --metrics."
+    shows_counters: str = "Start it with --metrics."
     tells_in_answers: bool = False
 
     def tally(self, content: dict[str, Any]) -> Tally | None:
