@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 from engine_process import Engine, serving_vllm
+from jsonschema import Draft202012Validator
 
 import deepspec_core as ds
 from deepspec_core.cli.main import main
+from deepspec_core.evaluation.metrics_file import schema
 from deepspec_core.interface.models import Target
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
@@ -22,6 +24,8 @@ QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart" / "eagle3.tom
 PROMPTS, TOKENS = 16, 96
 # Rounds end otherwise at a limit and at a stop token; outputs are equal, and so are proposals but for rounding.
 SHARE_APART = 0.05
+# Of accepted lengths and of shares, by vLLM's own counters on the very prompts that this engine recorded.
+BY_COUNTERS = 0.03
 # What a wrong layer numbering or norm costs is more than this: such a draft is accepted about once in a while.
 LEAST_ACCEPTED = 1.5
 
@@ -32,8 +36,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("eagle3")
     text = QUICKSTART.read_text().replace("../../runs/quickstart-eagle3", "run").replace("limit = 2500", "limit = 900")
     (folder / "eagle3.toml").write_text(text.replace("ttt_length = 5 ", 'count = "labels"\nttt_length = 5 '))
-    stages = 'run.stages=["regenerate", "cache", "train", "export"]'
-    command = ["run", str(folder / "eagle3.toml"), "--set", stages, "--set", 'export.to=["vllm", "speculators"]']
+    settings = [
+        'run.stages=["regenerate", "cache", "train", "evaluate", "export"]',
+        'export.to=["vllm", "speculators"]',
+    ]
+    settings += ["evaluate.temperature=[0.0]", f"evaluate.max_new_tokens={TOKENS}"]
+    command = ["run", str(folder / "eagle3.toml"), *(word for text in settings for word in ("--set", text))]
     assert main(command) == 0
     return folder / "run"
 
@@ -82,3 +90,30 @@ def test_outputs_are_plain_ones_and_as_many_are_accepted(trained: Path, target: 
         print(f"{name}: {their_length:.2f} by vLLM, {our_length:.2f} here, {int(drafts)} rounds")  # noqa: T201
         assert abs(their_length / our_length - 1) < SHARE_APART, name
     assert [_without_stop(answer.ids, stop) for answer in ours] == plain
+
+
+def test_an_evaluation_by_its_counters_is_this_engines(trained: Path, target: Target, tmp_path: Path) -> None:
+    """`deepspec evaluate --server`: outputs token for token, accepted length and acceptance by position beside ours."""
+    where = Path(target.plugins.registry.load("builtin", "tiny-qwen3")())
+    asked = {"method": "eagle3", "model": str(trained / "export" / "vllm"), "num_speculative_tokens": 5}
+    with serving_vllm(where, tmp_path / "counted.log", "--speculative-config", json.dumps(asked)) as server:
+        command = ["evaluate", str(trained), "--server", server.address, "--served-as", str(where)]
+        assert main([*command, "--batch-size", "1"]) == 0
+    report = json.loads((trained / "served" / "metrics.json").read_text())
+    assert list(Draft202012Validator(schema()).iter_errors(report)) == []
+    assert report["server"]["engine"] == "vLLM"
+    assert report["server"]["returns_token_ids"] is True
+    (result,) = report["results"]
+    beside, counted = result["against"], result["counted"]
+    print(result["acceptance_length"], beside["acceptance_length"], result["marginal"], beside["by_position"])  # noqa: T201
+    assert counted["speculates"] is True
+    assert counted["disturbed"] is False
+    assert (beside["compared"], beside["equal"]) == (PROMPTS, PROMPTS), beside["differing"]
+    assert counted["kept_per_round"] == pytest.approx(beside["kept_per_round"], rel=BY_COUNTERS)
+    # vLLM counts tokens that it accepts after a stop token, and this engine those after a limit.
+    after_the_end = result["acceptance_length"] - counted["kept_per_round"]
+    after_the_limit = beside["acceptance_length"] - beside["kept_per_round"]
+    assert after_the_end * result["rounds"] <= 5 * PROMPTS
+    assert len(result["marginal"]) == len(beside["by_position"]) == 5
+    for theirs, ours in zip(result["marginal"], beside["by_position"], strict=True):
+        assert ours - after_the_limit - BY_COUNTERS <= theirs <= ours + after_the_end + BY_COUNTERS

@@ -1,6 +1,7 @@
 """`deepspec evaluate --draft DRAFT --target MODEL --task TASK`: a draft's figures, without a run file.
 
-Puts together the run file that would say the same and hands it to the evaluate stage.
+Puts together the run file that would say the same and hands it to the evaluate stage. With --server a running server
+answers instead (evaluate_server.py).
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from typing import TYPE_CHECKING
 import click
 from attrs import evolve
 
+from deepspec_core.cli.asked_tasks import tasks_meant
 from deepspec_core.cli.messages import show_messages
 from deepspec_core.cli.options import no_plugin, sampling
 from deepspec_core.config.load import RunFile
 from deepspec_core.config.paths import no_path
 from deepspec_core.config.schema import (
     DTYPES,
-    HELD_OUT,
     MOST_NODES,
     DataOptions,
     DraftOptions,
@@ -35,22 +36,20 @@ if TYPE_CHECKING:
     from deepspec_core.plugins.discovery import Plugins
 
 DEFAULTS = EvaluateOptions()
-ALL = "all"
 
 
 @click.command()
+@click.argument("place", metavar="[RUN]", required=False)
 @click.option(
     "--draft",
-    required=True,
     metavar="DRAFT",
     help="A checkpoint (directory or Hub id), or a draft that is not trained: TYPE, TYPE:VALUE or TYPE:key=value,...",
 )
-@click.option("--target", required=True, metavar="MODEL", help="Its target: a directory, a Hub id, or builtin:NAME.")
+@click.option("--target", metavar="MODEL", help="Its target: a directory, a Hub id, or builtin:NAME.")
 @click.option(
     "--task",
     "tasks",
     multiple=True,
-    required=True,
     metavar="TASK",
     help="A registered task; a file with `turns` or `messages`; NAME:FILE, a registered task from a file; or `all`, "
     "every registered task. Repeatable.",
@@ -104,10 +103,23 @@ ALL = "all"
 @click.option("--dtype", type=click.Choice(DTYPES), help="Default: float32 on CPU, bfloat16 elsewhere.")
 @click.option("--out", metavar="DIR", help="Where results go. Default: evaluation-NAME, after the draft.")
 @click.option("--force", type=click.Choice(["evaluate"]), help="Discard the results in --out first.")
+@click.option(
+    "--server", metavar="URL", help="Ask this vLLM, llama.cpp or SGLang server: the prompts of RUN, or for --target."
+)
+@click.option("--served-as", metavar="NAME", help="The server's name of the target, if it is another one.")
+@click.option("--api-key-env", metavar="NAME", help="The environment variable that holds the server's key.")
+@click.option(
+    "--against",
+    metavar="RUN",
+    help="Compare the server's greedy answers with those of this evaluation. Default: RUN's own, where it has some.",
+)
 @no_plugin
+@click.pass_context
 def evaluate(
-    draft: str,
-    target: str,
+    context: click.Context,
+    place: str | None,
+    draft: str | None,
+    target: str | None,
     tasks: tuple[str, ...],
     temperatures: tuple[float, ...],
     top_p: float,
@@ -128,13 +140,32 @@ def evaluate(
     dtype: str | None,
     out: str | None,
     force: str | None,
+    server: str | None,
+    served_as: str | None,
+    api_key_env: str | None,
+    against: str | None,
     blocked: tuple[str, ...],
 ) -> None:
-    """Evaluate a draft beside plain decoding of its target.
+    """Evaluate a draft beside plain decoding of its target, or what a server makes of the draft that it has.
 
     What a checkpoint is (algorithm, options, tapped layers) is read from its config.json. Interrupted, the same command
     goes on where it stopped.
+
+    With --server, RUN is a run's folder or its run file, whose tasks and settings count where the command gives none;
+    without RUN, --target and --task say what is asked. It is asked greedily unless --temperature says otherwise.
+    Results go to --out, by default RUN's folder and `served` there, or `evaluation-served`.
     """
+    if server is not None:
+        from deepspec_core.cli.evaluate_server import ask_server
+
+        return ask_server(context, server)
+    for name, value in (("RUN", place), ("--served-as", served_as), ("--api-key-env", api_key_env)):
+        if value is not None:
+            raise click.UsageError(f"{name} goes with --server. A run file is evaluated by `deepspec run`.")
+    if against is not None:
+        raise click.UsageError("--against goes with --server. Evaluations are compared by `deepspec report`.")
+    if draft is None or target is None or not tasks:
+        raise click.UsageError("--draft, --target and --task are needed, or --server.")
     from deepspec_core.plugins.discovery import load_plugins
     from deepspec_core.untrained.named import untrained_of
 
@@ -145,7 +176,7 @@ def evaluate(
     name = re.sub(r"[^\w.-]", "_", Path(draft).resolve().name if untrained is None else draft)
     run_options = RunOptions(name=name, output=out or f"evaluation-{name}", stages=("evaluate",))
     evaluated = EvaluateOptions(
-        tasks=_tasks(tasks, plugins.registry.names("task")),
+        tasks=tasks_meant(tasks, plugins.registry.names("task")),
         turns=turns,
         temperature=temperatures,
         top_p=top_p,
@@ -175,22 +206,7 @@ def evaluate(
         )
     if tree_nodes is not None:
         file = evolve(file, draft=evolve(file.draft, tree=TreeOptions(nodes=tree_nodes)))
-    _execute(file, plugins, [force] if force else [])
-
-
-def _tasks(tasks: tuple[str, ...], registered: Sequence[str]) -> tuple[str, ...]:
-    """The tasks that are meant. `all` stands for every registered one that is not named beside it."""
-    if HELD_OUT in tasks:
-        raise click.UsageError(f"{HELD_OUT!r} prompts are those of a run's data: evaluate with a run file instead.")
-    if ALL not in tasks:
-        return tasks
-    if not registered:
-        raise click.UsageError("No task is installed that 'all' could mean: pip install deepspec-tasks.")
-    from deepspec_core.evaluation.tasks import task_name
-
-    named = [task for task in tasks if task != ALL]
-    names = {task_name(task) for task in named}
-    return (*named, *(task for task in registered if task not in names))
+    return _execute(file, plugins, [force] if force else [])
 
 
 def _run_file(

@@ -53,16 +53,21 @@ class Row:
     def cells(self) -> list[str]:
         """The cells of the row, under HEADINGS."""
         return [
-            f"{self.run.label} ({self.run.report['draft']['algorithm']})" + (MARK if self.marked else ""),
+            f"{self.run.label} ({single.drafted_by(self.run.report)})" + (MARK if self.marked else ""),
             single.task_of(self.result),
             f"{self.result['temperature']:g}",
             single.batch(self.result),
             str(self.result["samples"]),
             single.accepted(self.result),
-            f"{timing['tokens_per_second']:.0f}" if (timing := self.result.get("speculative")) else "-",
+            f"{speed:.0f}" if (speed := self._speed()) is not None else "-",
             single.speedup(self.result),
             single.positions(self.result["conditional"]),
         ]
+
+    def _speed(self) -> float | None:
+        """Tokens a second with the draft; None where it is not known."""
+        timing = self.result.get("speculative") or {}
+        return timing.get("tokens_per_second")
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -73,7 +78,7 @@ class Row:
             **{name: self.result[name] for name in names},
             **({"thinking": self.result["thinking"]} if "thinking" in self.result else {}),
             "batch_size": self.result.get("batch_size"),
-            "tokens_per_second": self.result.get("speculative", {}).get("tokens_per_second"),
+            "tokens_per_second": self._speed(),
             "speedup": self.result.get("speedup"),
             "comparable": not self.marked,
         }

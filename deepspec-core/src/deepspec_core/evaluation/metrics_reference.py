@@ -38,8 +38,21 @@ def _keys(node: Mapping[str, Any], whole: Mapping[str, Any], above: str) -> Iter
         found = _resolved(given, whole)
         key = f"`{above}{name}`" if name in required else f"*`{above}{name}`*"
         yield key, _type(found, whole), found["description"]
-        inside = _resolved(found.get("items", {}), whole) if found.get("type") == "array" else found
-        yield from _keys(inside, whole, f"{above}{name}{'[]' if inside is not found else ''}.")
+        some = _that_is_some(found, whole)
+        items = "array" in _kinds(some)
+        inside = _resolved(some.get("items", {}), whole) if items else some
+        yield from _keys(inside, whole, f"{above}{name}{'[]' if items else ''}.")
+
+
+def _that_is_some(node: Mapping[str, Any], whole: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The form that is not null, of a node with two."""
+    forms = (_resolved(one, whole) for one in node.get("anyOf", ()))
+    return next((one for one in forms if _kinds(one) != ["null"]), node)
+
+
+def _kinds(node: Mapping[str, Any]) -> list[str]:
+    kinds = node.get("type", [])
+    return [*kinds] if isinstance(kinds, list) else [kinds]
 
 
 def _resolved(node: Mapping[str, Any], whole: Mapping[str, Any]) -> dict[str, Any]:
@@ -54,10 +67,15 @@ def _type(node: Mapping[str, Any], whole: Mapping[str, Any]) -> str:
         return f"`{node['const']}`"
     if "anyOf" in node:
         return " or ".join(_type(_resolved(one, whole), whole) for one in node["anyOf"])
-    kinds = node["type"] if isinstance(node["type"], list) else [node["type"]]
-    if kinds == ["object"]:
+    return " or ".join(_kind(kind, node, whole) for kind in _kinds(node))
+
+
+def _kind(kind: str, node: Mapping[str, Any], whole: Mapping[str, Any]) -> str:
+    if kind == "object":
         return "table"
-    if kinds == ["array"]:
+    if kind == "array":
         item = _type(_resolved(node["items"], whole), whole)
-        return "list of tables" if item == "table" else f"list of {item}"
-    return " or ".join(_NAMES[kind] for kind in kinds)
+        if item == "table":
+            return "list of tables"
+        return f"list of ({item})" if " or " in item else f"list of {item}"
+    return _NAMES[kind]

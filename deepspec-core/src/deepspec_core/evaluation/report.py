@@ -11,12 +11,23 @@ from typing import Any
 from rich.table import Table
 
 from deepspec_core.disk import in_words
+from deepspec_core.evaluation.server_report import of_server, server_lines
 
+SERVER_NOTE = (
+    "Accepted length counts tokens committed per round, the target's own token included, pooled over the rounds that "
+    "the server counted; acceptance by position is of all its rounds. A dash is what the server does not tell."
+)
 NOTE = (
     "Accepted length counts tokens committed per round, the target's own token included, pooled over rounds; the "
     "interval is a 95% bootstrap over prompts. Speed is measured on this machine with plain decoding of the same "
     "target beside it; eager speed-ups do not predict those of a serving engine."
 )
+
+
+def drafted_by(report: Mapping[str, Any]) -> str:
+    """What proposed: the draft's algorithm, or the server, which does not say what draft it has."""
+    server = report.get("server")
+    return str(report["draft"]["algorithm"] if server is None else server["engine"])
 
 
 def task_of(result: Mapping[str, Any]) -> str:
@@ -33,13 +44,19 @@ def once(results: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return list(found.values())
 
 
-def positions(values: Sequence[float | None]) -> str:
+def positions(values: Sequence[float | None] | None) -> str:
     """The acceptance rate of each position, in percent."""
+    if values is None:
+        return "-"
     return " ".join("-" if value is None else f"{100 * value:.0f}" for value in values)
 
 
 def accepted(result: Mapping[str, Any]) -> str:
     """The accepted length with its interval."""
+    if result["acceptance_length"] is None:
+        return "-"
+    if result["acceptance_length_interval"] is None:
+        return f"{result['acceptance_length']:.2f}"
     low, high = result["acceptance_length_interval"]
     return f"{result['acceptance_length']:.2f} ({low:.2f}-{high:.2f})"
 
@@ -51,7 +68,7 @@ def batch(result: Mapping[str, Any]) -> str:
 
 def speedup(result: Mapping[str, Any]) -> str:
     """The speed-up over plain decoding, if it was measured."""
-    return f"{result['speedup']:.2f}x" if result.get("plain") else "-"
+    return f"{result['speedup']:.2f}x" if "speedup" in result else "-"
 
 
 def table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], *, left: Sequence[str]) -> Table:
@@ -76,7 +93,7 @@ def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> li
 def _rows(report: Mapping[str, Any]) -> list[list[str]]:
     rows = []
     for result in report["results"]:
-        plain = result.get("plain")
+        plain, fast = result.get("plain"), result.get("speculative")
         rows.append(
             [
                 task_of(result),
@@ -87,7 +104,7 @@ def _rows(report: Mapping[str, Any]) -> list[list[str]]:
                 positions(result["marginal"]),
                 positions(result["conditional"]),
                 f"{plain['tokens_per_second']:.0f}" if plain else "-",
-                f"{result['speculative']['tokens_per_second']:.0f}",
+                f"{fast['tokens_per_second']:.0f}" if fast else "-",
                 speedup(result),
             ]
         )
@@ -132,7 +149,7 @@ def reliability_rows(name: str, temperature: float, found: Mapping[str, Any]) ->
 
 def _reliability(report: Mapping[str, Any]) -> list[str]:
     """A table of how well confidences foretell acceptance, where there are any."""
-    threshold = report["settings"].get("confidence_threshold", 0)
+    threshold = report["settings"].get("confidence_threshold") or 0
     title = ["", "## Confidence beside acceptance", ""]
     if threshold > 0:
         return [*title, f"Not judged, because proposals were cut at a confidence of {threshold:g}."]
@@ -182,7 +199,7 @@ HEADINGS = (
 
 def terminal_table(report: Mapping[str, Any]) -> Table:
     """The table shown at the end of a run."""
-    title = f"{report['run']}: {report['draft']['algorithm']} on {report['target']['model']}"
+    title = f"{report['run']}: {drafted_by(report)} on {report['target']['model']}"
     return table(title, HEADINGS, _rows(report), left=("task", "accepted length"))
 
 
@@ -205,7 +222,7 @@ def partings(report: Mapping[str, Any]) -> list[list[str]]:
             "-" if (gap := one.get("logit_gap")) is None else f"{gap:+.4g}",
         ]
         for result in report["results"]
-        for one in result.get("mismatches", ())
+        for one in result.get("mismatches") or ()
     ]
     more = len(rows) - _MOST_PARTINGS
     return rows[:_MOST_PARTINGS] + ([[f"and {more} more, in metrics.json", *[""] * 6]] if more > 0 else [])
@@ -227,13 +244,14 @@ def checks(report: Mapping[str, Any]) -> list[str]:
     for result in report["results"]:
         size = f", batch {batch(result)}" if len(once(report["results"])) < len(report["results"]) else ""
         name = f"{task_of(result)} at temperature {result['temperature']:g}{size}"
-        if result["temperature"] == 0 and "plain" in result:
+        if result["temperature"] == 0 and "plain" in result and result["mismatches"] is not None:
             same = result["samples"] - len(result["mismatches"])
             lines.append(f"{name}: {same} of {result['samples']} outputs equal plain greedy decoding.")
         lines.append(
             f"{name}: {100 * result['limit_share']:.0f}% of answers hit the token limit, "
             f"{100 * result['loop_share']:.0f}% end in a loop."
         )
+        lines += [f"{name}: {line}" for line in of_server(result)]
     if (workers := most_workers(report)) > 1:
         lines.append(
             f"Up to {workers} workers decoded at the same time: times, tokens per second and speed-ups are of one "
@@ -249,6 +267,8 @@ def most_workers(report: Mapping[str, Any]) -> int:
 
 def markdown(report: Mapping[str, Any]) -> str:
     """The report as a Markdown page."""
+    if "server" in report:
+        return server_markdown(report)
     draft, target = report["draft"], report["target"]
     lines = [
         f"# {report['run']}",
@@ -285,6 +305,31 @@ def markdown(report: Mapping[str, Any]) -> str:
         "",
         *(f"- {name}: {value}" for name, value in report["settings"].items()),
         *(f"- {name}: {value}" for name, value in report["machine"].items()),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def server_markdown(report: Mapping[str, Any]) -> str:
+    """The page of a server's results."""
+    server = report["server"]
+    lines = [
+        f"# {report['run']}, answered by {server['engine']}",
+        "",
+        f"{server['engine']} at {server['address']}, which serves {server['model']}.",
+        "",
+        *markdown_table(HEADINGS, _rows(report)),
+        "",
+        SERVER_NOTE,
+        *server_lines(report),
+        "",
+        "## Checks",
+        "",
+        *(f"- {line}" for line in checks(report)),
+        "",
+        "## Settings",
+        "",
+        *(f"- {name}: {value}" for name, value in report["settings"].items()),
         "",
     ]
     return "\n".join(lines)

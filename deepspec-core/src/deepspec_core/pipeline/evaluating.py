@@ -52,8 +52,8 @@ def run_stage(run: Run) -> dict[str, Any]:
     for task, thinking in product(options.tasks, modes(run.file.regenerate.thinking)):
         prompts = prompts_of(run, task)
         asked, too_long = requests_of(run, task, prompts, thinking=thinking)
-        later = _later_turns(run, prompts, thinking=thinking)
-        digest = _digest(asked, later)
+        later = later_turns(run, prompts, thinking=thinking)
+        digest = digest_of(asked, later)
         both = not isinstance(run.file.regenerate.thinking, bool)
         for temperature, batch_size in product(options.temperature, options.batch_sizes):
             # Greedy answers to one prompt are all the same.
@@ -189,7 +189,7 @@ def requests_of(run: Run, task: str, prompts: Sequence[Prompt], *, thinking: boo
     )
 
 
-def _later_turns(run: Run, prompts: Sequence[Prompt], *, thinking: bool) -> LaterTurns | None:
+def later_turns(run: Run, prompts: Sequence[Prompt], *, thinking: bool) -> LaterTurns | None:
     """The turns after the first, where they are asked."""
     if run.file.evaluate.turns == "first":
         return None
@@ -210,7 +210,7 @@ def _not_asked(requests: Sequence[Request], groups: Sequence[Group], later: Late
     return turns - sum(len(group.completions) for group in groups)
 
 
-def _digest(requests: Sequence[Request], later: LaterTurns | None) -> str:
+def digest_of(requests: Sequence[Request], later: LaterTurns | None) -> str:
     """The digest of the prompts. It is the same for equal prompts, whatever the task is called."""
     asked: list[Any] = [request.prompt_ids for request in requests]
     if later is not None:

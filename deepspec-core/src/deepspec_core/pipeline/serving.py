@@ -30,32 +30,32 @@ def farm_of(run: Run) -> Farm:
             vocab_size=target.architecture.vocab_size,
             sampling=sampling_of(options, target.adapter.conversation_format().sampling),
             stop_ids=stop_ids,
-            end_id=_end(target.tokenizer, stop_ids),
+            end_id=end_of(target.tokenizer, stop_ids),
             max_tokens=options.max_tokens,
             max_length=run.data.max_length,
-            key=_key(run),
+            key=key_in(options.api_key_env, where=f"{run.path}: regenerate.api_key_env"),
             timeout=options.timeout,
             max_concurrency=options.max_concurrency,
         ),
     )
 
 
-def _end(tokenizer: ChatTokenizer, stop_ids: tuple[int, ...]) -> int:
+def end_of(tokenizer: ChatTokenizer, stop_ids: tuple[int, ...]) -> int:
     """The stop token that the chat template itself ends answers with."""
     written = tokenizer.control_token_ids()
     return next((token for token in stop_ids if token in written), stop_ids[0])
 
 
-def _key(run: Run) -> str | None:
-    name = run.file.regenerate.api_key_env
+def key_in(name: str | None, *, where: str) -> str | None:
+    """The key in the environment variable of this name. ConfigError where it is not there, or is no key."""
     if name is None:
         return None
     key = os.environ.get(name, "").strip()
     if not key or not key.isascii() or not key.isprintable():
         raise ConfigError(
             "The servers' key is not in the environment",
-            where=f"{run.path}: regenerate.api_key_env",
+            where=where,
             found=f"{name} is {'not a key' if key else 'not set, or empty'}",
-            fix=f"Set {name}, or remove regenerate.api_key_env.",
+            fix=f"Set {name}, or remove {where.rpartition(' ')[2]}.",
         )
     return key

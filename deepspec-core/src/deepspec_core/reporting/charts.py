@@ -22,7 +22,10 @@ _LONGEST = 32
 def acceptance(runs: Sequence[Run]) -> list[Chart]:
     """The acceptance rate by position, one chart for each task and temperature."""
     charts = []
-    for title, panel in panels(runs):
+    for title, whole in panels(runs):
+        panel = [(index, result) for index, result in whole if result["marginal"] is not None]
+        if not panel:
+            continue
         with drawing(width=_WIDTH, height=_HEIGHT, x="position in the proposal", y="accepted") as drawn:
             for index, result in panel:
                 for name, style in (("conditional", _line(index)), ("marginal", _faint(index))):
@@ -55,7 +58,11 @@ def reliability(runs: Sequence[Run]) -> list[Chart]:
 
 def accepted_length(runs: Sequence[Run]) -> list[Chart]:
     """The accepted length of every task and temperature with its interval; one chart."""
-    found = panels(runs)
+    found = [
+        (title, known)
+        for title, panel in panels(runs)
+        if (known := [(index, result) for index, result in panel if result["acceptance_length"] is not None])
+    ]
     rows = sum(len(panel) for _, panel in found)
     if not rows:
         return []
@@ -64,8 +71,8 @@ def accepted_length(runs: Sequence[Run]) -> list[Chart]:
         for _, panel in found:
             first = at
             for index, result in panel:
-                low, high = result["acceptance_length_interval"]
                 length = result["acceptance_length"]
+                low, high = result["acceptance_length_interval"] or (length, length)
                 drawn.axes.plot([low, high], [at, at], color=_colour(index), linewidth=2)
                 drawn.axes.plot([length], [at], **{**_line(index), "linestyle": "none"})
                 drawn.axes.annotate(
@@ -86,12 +93,12 @@ def by_context(runs: Sequence[Run]) -> list[Chart]:
     """The accepted length by the length of the context, one chart for each task and temperature."""
     charts = []
     for title, panel in panels(runs):
-        spans = sorted({(one["start"], one["end"]) for _, result in panel for one in result.get("by_context", ())})
+        spans = sorted({(one["start"], one["end"]) for _, result in panel for one in result.get("by_context") or ()})
         if not spans:
             continue
         with drawing(width=_WIDTH, height=_HEIGHT, x="tokens of context", y="tokens a round") as drawn:
             for index, result in panel:
-                buckets = result.get("by_context", ())
+                buckets = result.get("by_context") or ()
                 places = [spans.index((one["start"], one["end"])) for one in buckets]
                 drawn.axes.plot(places, [one["acceptance_length"] for one in buckets], **_line(index))
             drawn.axes.set_xticks(range(len(spans)), [f"{_short(start)}-{_short(end)}" for start, end in spans])
@@ -116,7 +123,7 @@ def throughput(runs: Sequence[Run]) -> list[Chart]:
         with drawing(width=_WIDTH, height=_HEIGHT, x="sequences at once", y="tokens per second") as drawn:
             for index, line in lines:
                 for way, style in (("speculative", _line(index)), ("plain", _faint(index))):
-                    points = sorted((one["batch_size"], one[way]["tokens_per_second"]) for one in line if way in one)
+                    points = sorted((one["batch_size"], one[way]["tokens_per_second"]) for one in line if one.get(way))
                     drawn.axes.plot([x for x, _ in points], [y for _, y in points], **style)
             drawn.axes.set_xscale("log", base=2)
             drawn.axes.set_xticks(sizes, [str(size) for size in sizes])
@@ -133,7 +140,7 @@ def time_split(runs: Sequence[Run]) -> list[Chart]:
             what = f"{_title(result)}{_batch(result)}"
             place = found.setdefault((task_of(result), result["temperature"], result.get("batch_size")), [])
             for way, name in (("plain", "plain"), ("speculative", run.label)):
-                if (timing := result.get(way)) and timing["tokens"]:
+                if (timing := result.get(way)) and timing["tokens"] and timing["prefill"] is not None:
                     place.append((f"{what}: {name[:_LONGEST]}", timing))
     rows = [row for place in found.values() for row in place]
     if not rows:

@@ -145,12 +145,13 @@ def _answers(runs: Sequence[Shown]) -> list[dict[str, Any]]:
 def _sizes(run: Run) -> list[str]:
     """The size of the draft, and the most memory that decoding took with and without it."""
     draft = run.report["draft"]
-    numbers = [f"{draft[name]:,}" if name in draft else "-" for name in ("parameters", "trainable_parameters")]
-    size = in_words(draft["parameter_bytes"]) if "parameter_bytes" in draft else "-"
+    counts = [draft.get(name) for name in ("parameters", "trainable_parameters")]
+    numbers = ["-" if count is None else f"{count:,}" for count in counts]
+    size = "-" if (found := draft.get("parameter_bytes")) is None else in_words(found)
     peaks = []
     for way in ("speculative", "plain"):
-        found = [one[way]["peak_bytes"] for one in run.report["results"] if one.get(way, {}).get("peak_bytes")]
-        peaks.append(in_words(max(found)) if found else "-")
+        most = [one[way]["peak_bytes"] for one in run.report["results"] if (one.get(way) or {}).get("peak_bytes")]
+        peaks.append(in_words(max(most)) if most else "-")
     return [run.label, *numbers, size, *peaks]
 
 
@@ -163,6 +164,7 @@ def _facts(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
         if (digest := one.get("prompts_digest"))
     }
     sections = (
+        ("Server", made.get("server", {})),
         ("Draft", made["draft"]),
         ("Target", made["target"]),
         ("Settings", made["settings"]),

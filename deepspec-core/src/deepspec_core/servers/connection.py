@@ -77,16 +77,30 @@ class Connection:
         """The JSON object at a path under the address. Fault or Refusal where there is none."""
         return _object(await self._exchange("GET", self.address.rstrip("/") + path, None, seconds))
 
-    async def complete(self, body: Mapping[str, Any], *, seconds: float) -> dict[str, Any]:
-        """The answer to a completion request, as it came. Fault or Refusal where there is none."""
-        return _object(await self._exchange("POST", self.address.rstrip("/") + "/completions", body, seconds))
+    async def complete(
+        self, body: Mapping[str, Any], *, seconds: float, path: str = "/v1/completions"
+    ) -> dict[str, Any]:
+        """The answer to a completion request, as it came. Fault or Refusal where there is none.
+
+        `path` begins at the server's root. An address without /v1 is that of another root for the protocol's own paths.
+        """
+        own = path.startswith("/v1/")
+        url = self.address.rstrip("/") + path.removeprefix("/v1") if own else self._root + path
+        return _object(await self._exchange("POST", url, body, seconds))
+
+    async def text(self, path: str, *, seconds: float) -> str:
+        """The text at a path of the server's root. Fault or Refusal where there is none."""
+        return str((await self._exchange("GET", self._root + path, None, seconds)).text)
+
+    @property
+    def _root(self) -> str:
+        return self.address.rstrip("/").removesuffix("/v1")
 
     async def alive(self, *, seconds: float) -> bool:
         """Whether the server answers at all, with whatever status."""
-        root = self.address.rstrip("/").removesuffix("/v1")
         try:
             async with asyncio.timeout(seconds):
-                return bool((await self._client.get(f"{root}/health")).status_code < 500)
+                return bool((await self._client.get(f"{self._root}/health")).status_code < 500)
         except (httpx2.HTTPError, TimeoutError):
             return False
 

@@ -22,7 +22,7 @@ _SEEDS = 2**31
 
 
 class Dialect(Protocol):
-    """Bodies of requests."""
+    """Bodies of requests, and where they go."""
 
     @property
     def name(self) -> str:
@@ -34,8 +34,17 @@ class Dialect(Protocol):
         """Whether /models names what is served, and not what else could be."""
         ...
 
+    @property
+    def path(self) -> str:
+        """Where requests go, from the server's root."""
+        ...
+
     def body(self, wanted: Wanted, *, model: str, prompt_ids: tuple[int, ...], limit: int, seed: int) -> dict[str, Any]:
         """A request. Refusal where the prompt cannot be said."""
+        ...
+
+    def in_form(self, content: dict[str, Any], body: dict[str, Any]) -> dict[str, Any]:
+        """An answer to this body as OpenAI's completions are: `choices` and `usage`. Fault where it is none."""
         ...
 
     def impossible(self, wanted: Wanted) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -49,6 +58,11 @@ class TokenIds:
 
     name: str = "token ids"
     lists_what_it_serves: bool = True
+    path: str = "/v1/completions"
+
+    def in_form(self, content: dict[str, Any], body: dict[str, Any]) -> dict[str, Any]:
+        """As it is."""
+        return content
 
     def body(self, wanted: Wanted, *, model: str, prompt_ids: tuple[int, ...], limit: int, seed: int) -> dict[str, Any]:
         """A request."""
@@ -86,6 +100,11 @@ class GenerationConfigText:
 
     name: str = "text and generation_config"
     lists_what_it_serves: bool = False
+    path: str = "/v1/completions"
+
+    def in_form(self, content: dict[str, Any], body: dict[str, Any]) -> dict[str, Any]:
+        """As it is."""
+        return content
 
     def body(self, wanted: Wanted, *, model: str, prompt_ids: tuple[int, ...], limit: int, seed: int) -> dict[str, Any]:
         """A request. Refusal where no text becomes these ids."""

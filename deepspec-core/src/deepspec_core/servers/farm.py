@@ -214,7 +214,8 @@ class _Session:
             limit=wanted.limit(request.prompt_ids),
             seed=request.seed,
         )
-        content = await server.connection.complete(body, seconds=wanted.timeout)
+        sent = await server.connection.complete(body, seconds=wanted.timeout, path=served.dialect.path)
+        content = served.dialect.in_form(sent, body)
         return read(content, request, wanted, model=served.model)
 
     def _outcome(self, server: _Server, task: asyncio.Task[Answer]) -> Answer | Unanswered | None:

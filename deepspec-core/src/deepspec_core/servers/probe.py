@@ -6,6 +6,7 @@ setting would answer all the same, so each is sent once with a value that cannot
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 from attrs import evolve, frozen
@@ -38,15 +39,15 @@ class Served:
     exact: bool
 
 
-async def probe(connection: Connection, wanted: Wanted) -> Served:
+async def probe(connection: Connection, wanted: Wanted, *, dialects: Sequence[Dialect] = _DIALECTS) -> Served:
     """How the server is spoken to. NotServed where it cannot be used, Fault where nobody answers or it is not ready."""
-    models, said = await _listed(connection, wanted)
+    models, said = await listed(connection, wanted)
     entry = _entry(models, wanted.names)
     if entry is not None:
         _require_length(connection, entry, wanted)
     elif _is_engine(models):
         raise _other_model(connection, models, wanted)
-    for dialect in _DIALECTS:
+    for dialect in dialects:
         for name in wanted.names if entry is None else (str(entry.get("id")),):
             served, refused = await _tried(connection, dialect, name, wanted)
             if served is not None and entry is None and dialect.lists_what_it_serves:
@@ -57,14 +58,18 @@ async def probe(connection: Connection, wanted: Wanted) -> Served:
             said.append(f"{dialect.name}, as {name!r}: {refused}")
     raise NotServed(
         "A server takes no completion request for the target",
-        where=WHERE + connection.address,
+        where=_where(connection, wanted),
         found="\n            ".join(said),
         expected=f"an OpenAI-compatible server of {' or '.join(wanted.names)}, at an address like http://host:8000/v1",
-        fix="If it knows the target by another name, say so in regenerate.served_as.",
+        fix=f"If it knows the target by another name, say so in {wanted.called.served_as}.",
     )
 
 
-async def _listed(connection: Connection, wanted: Wanted) -> tuple[list[dict[str, Any]], list[str]]:
+def _where(connection: Connection, wanted: Wanted) -> str:
+    return f"{wanted.called.servers}: {connection.address}"
+
+
+async def listed(connection: Connection, wanted: Wanted) -> tuple[list[dict[str, Any]], list[str]]:
     """The models that it lists, or what it says in their place: not every server can list what it serves."""
     try:
         listed = await connection.get("/models", seconds=min(_SECONDS, wanted.timeout))
@@ -76,9 +81,9 @@ async def _listed(connection: Connection, wanted: Wanted) -> tuple[list[dict[str
         if error.kind is Kind.WRONG:
             raise NotServed(
                 "A server lets nobody in without its key",
-                where=WHERE + connection.address,
+                where=_where(connection, wanted),
                 found=error.reason,
-                fix="Name the environment variable that holds the key in regenerate.api_key_env.",
+                fix=f"Name the environment variable that holds the key in {wanted.called.key}.",
             ) from error
         return [], [f"/models: {error.reason}"]
     models = listed.get("data")
@@ -98,7 +103,7 @@ def _entry(models: list[dict[str, Any]], names: tuple[str, ...]) -> dict[str, An
 
 def _is_engine(models: list[dict[str, Any]]) -> bool:
     """Whether the list is of what is served: such servers say whose model it is, or how long its texts may be."""
-    return any(model.get("owned_by") in ("vllm", "sglang") or "max_model_len" in model for model in models)
+    return any(model.get("owned_by") in ("vllm", "sglang", "llamacpp") or "max_model_len" in model for model in models)
 
 
 async def _tried(
@@ -108,7 +113,8 @@ async def _tried(
     request = _request(wanted)
     try:
         body = dialect.body(wanted, model=name, prompt_ids=request.prompt_ids, limit=1, seed=0)
-        content = await connection.complete(body, seconds=min(_SECONDS, wanted.timeout))
+        sent = await connection.complete(body, seconds=min(_SECONDS, wanted.timeout), path=dialect.path)
+        content = dialect.in_form(sent, body)
         exact = has_ids(choice_of(content, name))
         read(content, request, evolve(wanted, max_tokens=1), model=name)
     except Refusal as error:
@@ -129,7 +135,7 @@ async def _require_settings(connection: Connection, served: Served, wanted: Want
     body = served.dialect.body(wanted, model=served.model, prompt_ids=prompt, limit=1, seed=0)
     for setting, change in served.dialect.impossible(wanted):
         try:
-            await connection.complete(body | change, seconds=min(_SECONDS, wanted.timeout))
+            await connection.complete(body | change, seconds=min(_SECONDS, wanted.timeout), path=served.dialect.path)
         except Refusal:
             continue
         except Fault as error:
@@ -138,7 +144,7 @@ async def _require_settings(connection: Connection, served: Served, wanted: Want
             continue
         raise NotServed(
             "A server ignores a sampling setting",
-            where=WHERE + connection.address,
+            where=_where(connection, wanted),
             found=f"an answer to {setting} = {next(iter(change.values()))}",
             expected="a refusal",
             fix="Use vLLM, SGLang or `transformers serve`, or another version of this server.",
@@ -150,18 +156,18 @@ def _require_length(connection: Connection, entry: dict[str, Any], wanted: Wante
     if isinstance(most, int) and most < wanted.max_length:
         raise NotServed(
             "A server holds shorter texts than this run's samples",
-            where=WHERE + connection.address,
+            where=_where(connection, wanted),
             found=f"{most:,} tokens",
-            expected=f"at least {wanted.max_length:,} (data.max_length)",
-            fix="Start it with room for longer texts (vLLM: --max-model-len), or lower data.max_length.",
+            expected=f"at least {wanted.max_length:,} ({wanted.called.length})",
+            fix=f"Start it with room for longer texts (vLLM: --max-model-len), or lower {wanted.called.length}.",
         )
 
 
 def _other_model(connection: Connection, models: list[dict[str, Any]], wanted: Wanted) -> NotServed:
     return NotServed(
         "A server serves another model",
-        where=WHERE + connection.address,
+        where=_where(connection, wanted),
         found=", ".join(str(model.get("id")) for model in models)[:200] or "no model",
         expected=" or ".join(wanted.names),
-        fix="If it is this target by another name, say so in regenerate.served_as.",
+        fix=f"If it is this target by another name, say so in {wanted.called.served_as}.",
     )

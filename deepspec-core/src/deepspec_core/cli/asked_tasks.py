@@ -1,0 +1,30 @@
+"""The tasks that a command's --task means. Knows names of tasks; not what they ask."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import click
+
+from deepspec_core.config.schema import HELD_OUT
+
+ALL: Final = "all"
+
+
+def tasks_meant(tasks: tuple[str, ...], registered: Sequence[str], *, has_data: bool = False) -> tuple[str, ...]:
+    """The tasks that are meant. `all` stands for every registered one that is not named beside it.
+
+    `has_data`: there is a run whose data has held-out prompts.
+    """
+    if HELD_OUT in tasks and not has_data:
+        raise click.UsageError(f"{HELD_OUT!r} prompts are those of a run's data: evaluate with a run file instead.")
+    if ALL not in tasks:
+        return tasks
+    if not registered:
+        raise click.UsageError("No task is installed that 'all' could mean: pip install deepspec-tasks.")
+    from deepspec_core.evaluation.tasks import task_name
+
+    named = [task for task in tasks if task != ALL]
+    names = {task_name(task) for task in named}
+    return (*named, *(task for task in registered if task not in names))

@@ -1,0 +1,315 @@
+"""One server answers prompts while its counters are watched: answers, time, and the rounds it counted in between.
+
+Nobody else may ask the server meanwhile: its counters are those of all it does. Tokens that it counted and we did not
+receive show that somebody did. Knows requests and counters; not what is made of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
+from typing import Any, Final
+
+from attrs import define, evolve, field, frozen
+
+from deepspec_core.decoding.engine import Completion, Request
+from deepspec_core.errors import ConfigError, StageError
+from deepspec_core.servers.connection import Connection, Fault, Kind, Refusal, client, shown
+from deepspec_core.servers.counting import NoCounters, Reading, Reset, Tally, reading
+from deepspec_core.servers.engines import ENGINES, Engine, engine_of
+from deepspec_core.servers.probe import Served, listed, probe
+from deepspec_core.servers.reading import choice_of, has_ids, read
+from deepspec_core.servers.wanted import Wanted
+
+# Counters may be written a moment after the answer they are of.
+_SETTLE_SECONDS: Final = 5.0
+_LOOK_EVERY: Final = 0.1
+_SECONDS: Final = 30.0
+_BUSY_SECONDS: Final = 60.0
+_WARM_UP_TOKENS: Final = 16
+
+Next = Callable[[str, Sequence[Completion]], Request | None]
+"""The turn after the answers that a prompt has; None where there is none."""
+
+
+@frozen(kw_only=True)
+class Measured:
+    """What one pass over some prompts gave.
+
+    tally: The rounds; None where the server speculates with nothing, or where others asked it too.
+    counted: The tokens that the server says its answers have. by_counters: those that its counters have, None where it
+        shows none. mismatched: answers whose ids were made from their text, and are not as many as the server counted.
+    """
+
+    completions: tuple[Completion, ...]
+    wall: float
+    tally: Tally | None
+    speculates: bool
+    counted: int
+    by_counters: int | None
+    running_before: int
+    mismatched: int
+
+    @property
+    def disturbed(self) -> bool | None:
+        """Whether the server did other work too; None where it shows no counters."""
+        if self.by_counters is None:
+            return None
+        return self.by_counters != self.counted or self.running_before > 0
+
+
+@define(kw_only=True)
+class Server:
+    """One server. Use it in a `with` block; entering it asks what it serves, and raises ConfigError where that is not
+    the target or it cannot be measured."""
+
+    address: str
+    wanted: Wanted
+    engine: Engine = field(init=False)
+    served: Served = field(init=False)
+    _connection: Connection = field(init=False)
+    _runner: asyncio.Runner = field(factory=asyncio.Runner, init=False)
+    _stack: AsyncExitStack = field(factory=AsyncExitStack, init=False)
+
+    def __enter__(self) -> Server:
+        try:
+            self._runner.run(self._open())
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self._runner.run(self._stack.aclose())
+        finally:
+            self._runner.close()
+
+    def measure(
+        self, requests: Sequence[Request], *, at_once: int, wanted: Wanted, following: Next, done: Callable[[], None]
+    ) -> Measured:
+        """Ask every request, `at_once` of them at a time, and their later turns. `done` is called after each prompt.
+
+        StageError where an answer cannot be used, or the counters do not cover the answers.
+        """
+        return self._runner.run(self._measure(requests, at_once, wanted, following, done))
+
+    async def _open(self) -> None:
+        shared = await self._stack.enter_async_context(client(self.wanted.key))
+        self._connection = Connection(self.address, shared)
+        try:
+            models, said = await listed(self._connection, self.wanted)
+            engine = engine_of(models)
+            if engine is None:
+                raise ConfigError(
+                    "The server is none whose speculative decoding can be measured",
+                    where=self._where,
+                    found="; ".join(said) or f"models of {', '.join(sorted({str(m.get('owned_by')) for m in models}))}",
+                    expected=" or ".join(one.name for one in ENGINES),
+                    fix="Give the address of the engine itself, like http://host:8000, not that of a gateway.",
+                )
+            self.engine = engine
+            self.served = await probe(self._connection, self.wanted, dialects=(engine.dialect,))
+            if not engine.tells_in_answers:
+                await self._reading()
+        except Fault as fault:
+            raise ConfigError(
+                "The server does not answer", where=self._where, found=fault.reason, fix="Start it, or correct it."
+            ) from None
+
+    async def _measure(
+        self,
+        requests: Sequence[Request],
+        at_once: int,
+        wanted: Wanted,
+        following: Next,
+        done: Callable[[], None],
+    ) -> Measured:
+        warm = evolve(wanted, max_tokens=min(_WARM_UP_TOKENS, wanted.max_tokens))
+        await self._ask(requests[0], warm)
+        before = await self._settled()
+        start = time.perf_counter()
+        asked = await self._all(requests, at_once, wanted, following, done)
+        wall = time.perf_counter() - start
+        answers = [answer for several in asked for answer in several]
+        counted = sum(answer.counted for answer in answers)
+        counters = None if before is None else await self._since(before, counted)
+        told = [answer.tally for answer in answers if answer.tally is not None]
+        tally = counters.tally if counters is not None else None
+        if self.engine.tells_in_answers:
+            tally = None
+            for one in told if len(told) == len(answers) else ():
+                tally = one if tally is None else tally.plus(one)
+        speculates = tally is not None and tally.rounds > 0
+        measured = Measured(
+            completions=tuple(answer.completion for answer in answers),
+            wall=wall,
+            tally=tally if speculates else None,
+            speculates=speculates,
+            counted=counted,
+            by_counters=None if counters is None else counters.generated,
+            running_before=0 if before is None else before.running,
+            mismatched=sum(answer.mismatched for answer in answers),
+        )
+        # What answers tell of themselves is of nobody else.
+        spoiled = measured.disturbed and not self.engine.tells_in_answers
+        return evolve(measured, tally=None) if spoiled else measured
+
+    async def _all(
+        self,
+        requests: Sequence[Request],
+        at_once: int,
+        wanted: Wanted,
+        following: Next,
+        done: Callable[[], None],
+    ) -> list[list[_Answered]]:
+        free = asyncio.Semaphore(at_once)
+
+        async def prompt(request: Request) -> list[_Answered]:
+            answers: list[_Answered] = []
+            async with free:
+                turn: Request | None = request
+                while turn is not None:
+                    answers.append(await self._ask(turn, wanted))
+                    turn = following(request.id, [answer.completion for answer in answers])
+            done()
+            return answers
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(prompt(request)) for request in requests]
+        except ExceptionGroup as failed:
+            # Every one of them says why it failed; the first is enough.
+            raise failed.exceptions[0] from None
+        return [task.result() for task in tasks]
+
+    async def _ask(self, request: Request, wanted: Wanted) -> _Answered:
+        dialect = self.served.dialect
+        body = dialect.body(
+            wanted,
+            model=self.served.model,
+            prompt_ids=request.prompt_ids,
+            limit=wanted.limit(request.prompt_ids),
+            seed=request.seed,
+        )
+        waited = 0.0
+        try:
+            while True:
+                try:
+                    sent = await self._connection.complete(body, seconds=wanted.timeout, path=dialect.path)
+                    break
+                except Fault as fault:
+                    if fault.kind is not Kind.BUSY or waited >= _BUSY_SECONDS:
+                        raise
+                    pause = max(fault.wait, 1.0)
+                    waited += pause
+                    await asyncio.sleep(pause)
+            content = dialect.in_form(sent, body)
+            answer = read(content, request, wanted, model=self.served.model)
+            choice = choice_of(content, self.served.model)
+            if has_ids(choice) and len(choice["token_ids"]) > len(answer.completion.output_ids):
+                raise Fault(Kind.WRONG, "it goes on after a token that ends the target's answers")
+            return _Answered(
+                completion=answer.completion,
+                counted=_count(content, answer.completion),
+                tally=self.engine.tally(sent),
+                mismatched=answer.mismatched,
+            )
+        except (Fault, Refusal) as error:
+            raise StageError(
+                "The server did not answer a prompt, so its counters are not those of the answers",
+                where=f"{self._where}: {request.id}",
+                found=str(error),
+                fix="Put that right and ask again: nothing was written.",
+            ) from None
+
+    async def _reading(self) -> Reading:
+        """The counters now. ConfigError where the server shows none."""
+        found = ""
+        try:
+            text = await self._connection.text("/metrics", seconds=_SECONDS)
+            return reading(text, self.engine.counters)
+        except NoCounters:
+            found = f"no {self.engine.counters.generated} in {shown(text)}"
+        except Refusal as error:
+            found = str(error)
+        except Fault as fault:
+            if fault.kind in (Kind.DOWN, Kind.DIED):
+                raise
+            found = fault.reason
+        raise ConfigError(
+            "The server does not show its counters",
+            where=f"{self._where}: /metrics",
+            found=found,
+            expected=f"the counters of {self.engine.name}",
+            fix=self.engine.shows_counters,
+        )
+
+    async def _settled(self) -> Reading | None:
+        """The counters after what came before is counted: when two looks in a row agree, or after a while."""
+        try:
+            now = await self._reading()
+            for _ in range(round(_SETTLE_SECONDS / _LOOK_EVERY)):
+                await asyncio.sleep(2 * _LOOK_EVERY)
+                last, now = now, await self._reading()
+                if last == now and now.running == 0:
+                    break
+        except ConfigError:
+            if not self.engine.tells_in_answers:
+                raise
+            return None
+        except Fault as fault:
+            raise self._gone(fault) from None
+        return now
+
+    async def _since(self, before: Reading, counted: int) -> Reading:
+        try:
+            for _ in range(round(_SETTLE_SECONDS / _LOOK_EVERY)):
+                found = (await self._reading()).since(before)
+                if found.generated >= counted:
+                    # Rounds may be written a moment after tokens.
+                    await asyncio.sleep(2 * _LOOK_EVERY)
+                    return (await self._reading()).since(before)
+                await asyncio.sleep(_LOOK_EVERY)
+        except Fault as fault:
+            raise self._gone(fault) from None
+        except Reset:
+            found = None
+        raise StageError(
+            "The server counted from anew while it was measured",
+            where=self._where,
+            found="lower counters than before, or another process"
+            if found is None
+            else f"{found.generated:,} generated tokens, where its answers have {counted:,}",
+            expected="counters of all its answers",
+            fix="See why it restarted, and ask again: nothing was written.",
+        )
+
+    def _gone(self, fault: Fault) -> StageError:
+        return StageError(
+            "The server does not answer any more",
+            where=self._where,
+            found=fault.reason,
+            fix="Start it and ask again: nothing was written.",
+        )
+
+    @property
+    def _where(self) -> str:
+        return f"{self.wanted.called.servers}: {self.address}"
+
+
+@frozen(kw_only=True)
+class _Answered:
+    completion: Completion
+    counted: int
+    tally: Tally | None
+    mismatched: bool
+
+
+def _count(content: dict[str, Any], completion: Completion) -> int:
+    """How many tokens the server says the answer has."""
+    usage = content.get("usage")
+    count = usage.get("completion_tokens") if isinstance(usage, dict) else None
+    return count if type(count) is int else len(completion.output_ids)
