@@ -164,7 +164,9 @@ class OpenShard:
     def features(self, row: int) -> TargetFeatures:
         """The last two."""
         hidden, last_hidden = (
-            torch.from_numpy(self._part(row, array)).view(torch.bfloat16).reshape(self._lengths[row], -1)
+            torch.from_numpy(self._part(row, array).view("<i2"))
+            .view(torch.bfloat16)
+            .reshape(self._lengths[row], self._widths[array] // 2)
             for array in (3, 4)
         )
         return TargetFeatures(hidden=hidden, last_hidden=last_hidden)
