@@ -30,7 +30,7 @@ _MODEL = "deepspec_core/contracts/target.py: TargetModel"
 _ADAPTER = "deepspec_core/contracts/target.py: TargetAdapter"
 _FEATURES = "deepspec_core/contracts/target.py: TargetFeatures"
 _FORMAT = "deepspec_core/contracts/target.py: ConversationFormat"
-_TAPS = (-1, 0, 2, 4)
+_TAPS = (-1, 0, 2, 3)
 _SIZES: dict[str, Any] = {
     "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256, "eos_token_id": 1, "pad_token_id": 0,
