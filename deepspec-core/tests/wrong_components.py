@@ -51,7 +51,9 @@ TERMS = {
     "writes into the statistics": (
         _term(lambda stats, ce_N: ce_N.detach().mul_(2.0) + ce_N * 0), "statistics_stay", "ce",
     ),
-    "reads the target without saying so": (_term(lambda stats, ce_N: stats.kl), "it_reads_what_it_says", "needs_target"),
+    "reads the target without saying so": (
+        _term(lambda stats, ce_N: stats.kl), "it_reads_what_it_says", "needs_target",
+    ),
     "reads logits without saying so": (
         _term(lambda stats, ce_N: stats.draft_logits.logsumexp(-1)), "it_reads_what_it_says", "needs_logits",
     ),

@@ -1,4 +1,4 @@
-"""A target family that may be wrong: what it changes in a right one, by what is wrong. Knows one family of transformers.
+"""A target family that may be wrong: what it changes in a right one, by what is wrong. Knows one family.
 
 `CAUGHT` says which test of the suite has to fail, and a word of what it has seen.
 """

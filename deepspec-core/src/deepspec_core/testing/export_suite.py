@@ -23,6 +23,8 @@ from deepspec_core.checkpoints.exports import Format
 from deepspec_core.checkpoints.published import published_weights
 from deepspec_core.contracts.draft import DraftModel
 from deepspec_core.contracts.export import Exporter, ExportFacts, TargetName
+from deepspec_core.plugins.discovery import load_plugins
+from deepspec_core.plugins.registry import Registry
 from deepspec_core.testing.conformance import Suite, clause, require
 from deepspec_core.testing.random_batches import TAPS, with_large_weights
 from deepspec_core.testing.tiny_family import tiny_adapter
@@ -34,7 +36,7 @@ _PAGE = "docs/plugins.md#an-export-format"
 class ExporterSuite(Suite):
     """Clauses of `contracts.export.Exporter`, with a small draft of its algorithm.
 
-    algorithm: The draft type. `plugin` has to offer it too, beside the exporter.
+    algorithm: The draft type, which `plugin` offers too, or an installed plugin.
     draft_options: Small ones.
     shared: Weights that the engine takes of the target, by published name; they may be left out.
     layer_offset: What the engine adds to the number of a tapped layer, such as 1 where it counts the embedding.
@@ -51,9 +53,14 @@ class ExporterSuite(Suite):
         """A contracts.target.TargetAdapter, of which the draft is built."""
         return tiny_adapter()
 
+    def draft_registry(self) -> Registry:
+        """Where the draft type is found: among what `plugin` offers, else among the installed plugins."""
+        own = self.registry()
+        return own if self.algorithm in own.names("draft") else load_plugins().registry
+
     def draft(self) -> DraftModel:
         """A draft with large random weights."""
-        registry = self.registry()
+        registry = self.draft_registry()
         kind = registry.get("draft", self.algorithm).options
         torch.manual_seed(0)
         options = None if kind is None else kind(**self.draft_options)

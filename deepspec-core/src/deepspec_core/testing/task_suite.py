@@ -79,8 +79,8 @@ class TaskSuite(Suite):
     def test_the_same_seed_asks_the_same(self) -> None:
         state = random.getstate()
         first, again = self.prompts(2, seed=3), self.prompts(2, seed=3)
-        require(first == again, f"{[one.id for one in first]}, then {[one.id for one in again]}")
         require(random.getstate() == state, "the random numbers of `random` have moved")
+        require(first == again, f"{[one.id for one in first]}, then {[one.id for one in again]}")
 
     @clause("an id stands for one question, whatever the limit and the seed", written=_TASK)
     def test_an_id_is_one_question(self) -> None:
