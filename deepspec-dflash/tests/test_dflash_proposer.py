@@ -2,36 +2,15 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 from deepspec_core.contracts.proposer import Sampling
 from deepspec_core.testing.driven_proposer import (
-    GREEDY,
-    SAMPLED,
     DrivenProposer,
-    check_batched_as_alone,
-    check_reused_slot,
     prompts,
     started,
 )
-from deepspec_core.testing.random_batches import padded_batch
 from deepspec_dflash.model import DFlashModel
-
-
-@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED])
-def test_batched_equals_one_at_a_time(model: DFlashModel, sampling: Sampling) -> None:
-    check_batched_as_alone(model, sampling)
-
-
-def test_decoding_sees_what_training_sees(model: DFlashModel) -> None:
-    """A block proposed after several rounds has the distributions that training gives the same anchor."""
-    driven, sample = started(model), prompts()[0][0]
-    driven.accept({0: 3})
-    driven.accept({0: 1})
-    proposal = driven.propose([0], SAMPLED)
-    rows = model(padded_batch(model, [model.preparation.at(sample, torch.tensor([9]))]))
-    torch.testing.assert_close(proposal.probabilities[0], model.logits(rows.hidden).softmax(-1), rtol=0, atol=1e-6)
 
 
 def test_limits_cut_the_proposal_not_the_block(model: DFlashModel) -> None:
@@ -43,10 +22,6 @@ def test_limits_cut_the_proposal_not_the_block(model: DFlashModel) -> None:
     assert torch.equal(cut.tokens[1, :3], full.tokens[1, :3])
     assert full.probabilities is None
     assert driven.propose([0, 1], limits=[9, 9]).lengths.tolist() == [4, 4]
-
-
-def test_a_reused_slot_remembers_nothing(model: DFlashModel) -> None:
-    check_reused_slot(model)
 
 
 def test_draws_follow_the_stated_distribution(model: DFlashModel) -> None:

@@ -4,17 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.nn.functional import cross_entropy
 
 from deepspec_core.contracts.draft import PreparedSample
 from deepspec_core.errors import ConfigError
 from deepspec_core.testing.draft_checks import (
-    check_all_near,
-    check_autocast,
-    check_frozen_heads,
-    check_same_rows,
     gradients_of,
-    rows_where,
     trained,
 )
 from deepspec_core.testing.random_batches import padded_batch, prepare, ragged_samples
@@ -26,41 +20,6 @@ from deepspec_dflash.options import DFlashOptions
 @pytest.fixture
 def prepared(model: DFlashModel) -> list[PreparedSample]:
     return prepare(model, ragged_samples())
-
-
-@pytest.mark.parametrize("filler", [0.0, float("nan")])
-def test_padding_does_not_matter(model: DFlashModel, prepared: list[PreparedSample], filler: float) -> None:
-    tight = model(padded_batch(model, prepared))
-    padded = model(padded_batch(model, prepared, extra=13, filler=filler))
-    assert len(tight.hidden) > 20
-    assert tight.hidden.std() > 0.1, "outputs large enough for a tolerance of 1e-6 to mean something"
-    check_same_rows(padded, tight, 1e-6)
-    assert torch.equal(padded.block, tight.block)
-    gradients = gradients_of(model.logits(padded.hidden).logsumexp(-1).sum(), model)
-    assert all(gradient.isfinite().all() for gradient in gradients.values())
-
-
-def test_batch_split_does_not_matter(model: DFlashModel, prepared: list[PreparedSample]) -> None:
-    together = model(padded_batch(model, prepared))
-    blocks = 0
-    for one in prepared[:3]:
-        count = len(one.tensors["anchors"])
-        part = rows_where(together, (together.block >= blocks) & (together.block < blocks + count))
-        assert part.block[0] == blocks
-        check_same_rows(part, model(padded_batch(model, [one])), 1e-6)
-        blocks += count
-    assert blocks == int(together.block.max()) + 1
-
-
-def test_gradients_do_not_depend_on_the_batch_split(model: DFlashModel, prepared: list[PreparedSample]) -> None:
-    def gradients(batches: list[list[PreparedSample]]) -> dict[str, torch.Tensor]:
-        rows = [model(padded_batch(model, part)) for part in batches]
-        losses = [cross_entropy(model.logits(one.hidden), one.target_ids, reduction="sum") for one in rows]
-        return gradients_of(sum(losses), model)
-
-    together, apart = gradients([prepared]), gradients([[one] for one in prepared])
-    assert together.keys() == trained(model).keys()
-    check_all_near(apart, together, 1e-5)
 
 
 def test_only_live_blocks_enter_the_backbone(model: DFlashModel, prepared: list[PreparedSample]) -> None:
@@ -79,14 +38,6 @@ def test_a_batch_without_anchors_has_no_rows_but_a_whole_graph(model: DFlashMode
     gradients = gradients_of(rows.hidden.sum(), model)
     assert gradients.keys() == trained(model).keys()
     assert not any(gradient.any() for gradient in gradients.values())
-
-
-def test_embedding_and_head_are_the_targets_and_frozen(model: DFlashModel) -> None:
-    check_frozen_heads(model)
-
-
-def test_autocast_rounds_and_nothing_else(model: DFlashModel, prepared: list[PreparedSample]) -> None:
-    check_autocast(model, padded_batch(model, prepared), mean=0.02)
 
 
 def test_softcap_applies_to_logits(model: DFlashModel) -> None:

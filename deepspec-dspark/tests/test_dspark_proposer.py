@@ -6,11 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from attrs import evolve
 
-from deepspec_core.contracts.proposer import Sampling
-from deepspec_core.testing.driven_proposer import GREEDY, SAMPLED, check_batched_as_alone, prompts, started
-from deepspec_core.testing.random_batches import padded_batch
+from deepspec_core.testing.driven_proposer import SAMPLED, started
 from deepspec_core.testing.recorded import Recordings
 from deepspec_dspark.heads import RecurrentHead
 from deepspec_dspark.model import DSparkModel
@@ -25,39 +22,6 @@ SHAPES = [
     {"head": "gated", "confidence_head": False},
     {"rank": 0, "confidence_with_markov": False},
 ]
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED])
-def test_batched_equals_one_at_a_time(make_model: MakeModel, sampling: Sampling, shape: dict[str, object]) -> None:
-    together = check_batched_as_alone(make_model(**shape), sampling, atol=1e-5)
-    assert together.lengths.tolist() == [4, 4, 4, 4]
-    assert (together.probabilities is None) == (sampling is GREEDY)
-    assert (together.confidence is None) == (shape.get("confidence_head") is False)
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_teacher_forcing_the_drawn_tokens_gives_what_drew_them(make_model: MakeModel, shape: dict[str, object]) -> None:
-    """Block logits of training equal step-by-step logits of decoding, slot by slot, and confidences too."""
-    model = make_model(**shape)
-    for slot, (sample, anchor) in prompts().items():
-        proposal = started(model).propose([slot], SAMPLED)
-        drawn_ids = sample.input_ids.clone()
-        drawn_ids[anchor + 1 : anchor + 5] = proposal.tokens[0]
-        prepared = model.preparation.at(evolve(sample, input_ids=drawn_ids), torch.tensor([anchor]))
-        rows = model(padded_batch(model, [prepared]))
-        assert rows.slot.tolist() == [0, 1, 2, 3]
-        logits = model.logits(rows.hidden)
-        if rows.correction is not None:
-            correction = rows.correction @ model.heads().correction.T
-            assert correction.std() > 0.3, "large enough to show where it is missing"
-            logits = logits + correction
-        torch.testing.assert_close(proposal.probabilities[0], logits.softmax(-1), rtol=0, atol=1e-5)
-        if model.confidence_head is None:
-            assert proposal.confidence is None
-            assert not rows.extras
-        else:
-            torch.testing.assert_close(proposal.confidence[0], rows.extras["confidence_logits"], rtol=0, atol=1e-5)
 
 
 def test_the_recurrent_state_runs_inside_one_block() -> None:

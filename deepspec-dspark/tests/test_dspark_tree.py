@@ -9,11 +9,8 @@ import torch
 from attrs import evolve
 from torch import Tensor
 
-from deepspec_core.contracts.proposer import Sampling
 from deepspec_core.testing.driven_proposer import (
-    GREEDY,
     SAMPLED,
-    check_batched_as_alone,
     check_best_tree,
     prompts,
     started,
@@ -30,12 +27,6 @@ SHAPES = [
     {"head": "rnn", "anchor_predicts": False, "block_size": 5},
     {"rank": 0, "confidence_with_markov": False},
 ]
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED])
-def test_batched_equals_one_at_a_time(make_model: MakeModel, sampling: Sampling, shape: dict[str, object]) -> None:
-    check_batched_as_alone(make_model(**shape), sampling, tree_nodes=NODES)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -6,21 +6,15 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from attrs import evolve
 
 from deepspec_core.contracts.proposer import Sampling
-from deepspec_core.contracts.target import TargetFeatures
 from deepspec_core.testing.driven_proposer import (
-    GREEDY,
     SAMPLED,
     DrivenProposer,
-    check_batched_as_alone,
-    check_reused_slot,
     prompts,
     started,
 )
-from deepspec_core.testing.random_batches import features_of, padded_batch, prepare
-from deepspec_eagle3.model import Eagle3Model, Places
+from deepspec_eagle3.model import Eagle3Model
 
 MakeModel = Callable[..., Eagle3Model]
 
@@ -33,38 +27,6 @@ def model(make_model: MakeModel, family: str) -> Eagle3Model:
 @pytest.fixture
 def driven(model: Eagle3Model) -> DrivenProposer:
     return started(model)
-
-
-@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED])
-@pytest.mark.parametrize("num_layers", [1, 2])
-def test_batched_equals_one_at_a_time(make_model: MakeModel, sampling: Sampling, num_layers: int) -> None:
-    check_batched_as_alone(make_model(num_layers=num_layers), sampling, limits=[4, 2, 4, 1])
-
-
-@pytest.mark.parametrize("num_layers", [1, 2])
-def test_decoding_sees_what_training_sees(make_model: MakeModel, family: str, num_layers: int) -> None:
-    """A proposal made after several rounds has the distributions training gives that index, whatever was rejected."""
-    model = make_model(family=family, num_layers=num_layers)
-    driven, known = started(model), prompts()[0][0]
-    driven.propose([0], SAMPLED)  # rejected: leaves no trace
-    driven.accept({0: 3})
-    driven.propose([0], SAMPLED)
-    driven.accept({0: 1})
-    proposal = driven.propose([0], SAMPLED)
-    assert proposal.probabilities is not None
-    # The sequence as training would see it, had the target emitted what was proposed.
-    ids = torch.cat([known.input_ids[:10], proposal.tokens[0]])
-    sample = evolve(
-        known,
-        input_ids=ids,
-        loss_mask=torch.ones(len(ids), dtype=torch.bool),
-        features=TargetFeatures(hidden=features_of(known).hidden[:14], last_hidden=torch.zeros(14, 32)),
-    )
-    batch = padded_batch(model, prepare(model, [sample]))
-    first, later = model.unroll(batch, Places.of(batch))
-    at = batch.prepared["later_index"].tolist().index(8)
-    logits = torch.stack([model.logits(model.drafter.norm(state)) for state in (first[0, 8], *(s[at] for s in later))])
-    torch.testing.assert_close(proposal.probabilities[0], logits.softmax(-1), rtol=0, atol=1e-6)
 
 
 def test_limits_cut_the_proposal(driven: DrivenProposer) -> None:
@@ -87,11 +49,6 @@ def test_a_stop_token_ends_the_proposal(driven: DrivenProposer) -> None:
     assert expected[0] in (1, 2)
     for tokens, length, whole in zip(found.tokens.tolist(), expected, (row, others), strict=True):
         assert tokens[:length] == whole[:length]
-
-
-@pytest.mark.parametrize("freed", [True, False])
-def test_a_reused_slot_remembers_nothing(model: Eagle3Model, freed: bool) -> None:
-    check_reused_slot(model, freed=freed)
 
 
 def test_a_prompt_of_one_token(driven: DrivenProposer) -> None:
@@ -118,10 +75,3 @@ def test_draws_follow_the_stated_distribution(make_model: MakeModel) -> None:
     assert (seen - spread[0]).abs().max() < 0.15
     different = probabilities[~after, 1]
     assert (different - spread[0]).abs().sum(-1).min() > 1e-3, "the second distribution hangs on the first token"
-
-
-def test_random_numbers_are_the_engines_alone(driven: DrivenProposer) -> None:
-    before = driven.propose([0], Sampling(temperature=3.0))
-    state = torch.get_rng_state()
-    assert torch.equal(driven.propose([0], Sampling(temperature=3.0)).tokens, before.tokens)
-    assert torch.equal(torch.get_rng_state(), state)

@@ -56,6 +56,7 @@ PUBLIC_MODULES = {
     "deepspec_core.checkpoints.published": "Draft checkpoints: writing, reading, published names of weights.",
     "deepspec_core.checkpoints.draft_window": "How a draft's config.json says its window.",
     "deepspec_core.targets.taps": "Which decoder layers may be tapped.",
+    "deepspec_core.testing": "For tests: a suite for each contract. A plugin's first test is a subclass of one.",
     "deepspec_core.testing.draft_checks": "For tests: what must hold of any draft.",
     "deepspec_core.testing.driven_proposer": "For tests: a proposer driven by hand.",
     "deepspec_core.testing.public_imports": "For tests: what a plugin imports of core.",
@@ -66,6 +67,7 @@ PUBLIC_MODULES = {
     "deepspec_core.testing.table_proposer": "For tests: a proposer that reads its tokens from a table.",
     "deepspec_core.testing.table_trees": "For tests: a proposer of trees from a table.",
     "deepspec_core.testing.tiny_draft": "For tests: a small draft.",
+    "deepspec_core.testing.tiny_family": "For tests: a small family, whose blocks drafts are built from.",
     "deepspec_core.testing.tiny_target": "For tests: a small target.",
     "deepspec_core.testing.tiny_tokenizer": "For tests: a small tokenizer with a chat template.",
 }

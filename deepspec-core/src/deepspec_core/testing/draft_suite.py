@@ -1,0 +1,386 @@
+"""DraftModelSuite: what every trained draft keeps, in training, in its checkpoint and while decoding.
+
+Knows the contracts of drafts, rows and proposers. Which algorithm is tested is the subclass's. Rows are placed in a
+text by the target's last hidden state, which differs at every position of a random sample.
+
+Legend: N rows, K proposed tokens at most, H hidden size, V the target's vocabulary, D the draft's.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, ClassVar
+from unittest import SkipTest
+
+import numpy as np
+import torch
+
+from deepspec_core.checkpoints.published import config_text, load_draft, published_name, save_draft
+from deepspec_core.contracts.draft import DraftBatch, DraftDescription, DraftModel, Preparation, PreparedSample, Sample
+from deepspec_core.contracts.rows import Rows
+from deepspec_core.rows.rows_check import check_numbers, check_shapes
+from deepspec_core.rows.weighted import weighted
+from deepspec_core.testing.conformance import clause, require
+from deepspec_core.testing.draft_checks import check_near, gradients_of, trained
+from deepspec_core.testing.driven_proposer import SAMPLED, DrivenProposer
+from deepspec_core.testing.placed_rows import distributions, loss_of, placed, same_rows, without_blocks
+from deepspec_core.testing.proposer_suite import ProposerSuite, _states
+from deepspec_core.testing.random_batches import TAPS, padded_batch, ragged_samples, random_sample, with_large_weights
+from deepspec_core.testing.shifted import shifted
+from deepspec_core.testing.tiny_family import tiny_adapter
+
+_DRAFT = "deepspec_core/contracts/draft.py: DraftModel"
+_PREPARATION = "deepspec_core/contracts/draft.py: Preparation"
+_DESCRIPTION = "deepspec_core/contracts/draft.py: DraftDescription"
+_ROWS = "deepspec_core/contracts/rows.py: Rows"
+_HEADS = "deepspec_core/contracts/rows.py: Heads"
+_SEES = "docs/plugins.md#what-a-draft-sees-of-the-target"
+_ALGORITHM = "docs/plugins.md#an-algorithm"
+# Drawn anchors differ from draw to draw, and one of these has the anchor that is looked for.
+_DRAWS = 24
+
+
+class DraftModelSuite(ProposerSuite):
+    """Clauses of `contracts.draft.DraftModel`, of its rows and of its proposer.
+
+    options: Small ones: a block of about four tokens, few layers.
+    taps: The tapped layers; None: five, or none where the draft needs none.
+    near: What hidden states may differ by in a batch of another shape, relative to the largest.
+    """
+
+    taps: ClassVar[tuple[int, ...] | None] = None
+    near: ClassVar[float] = 2e-6
+
+    def adapter(self) -> Any:
+        """A contracts.target.TargetAdapter, of which the draft is built: H 32, V 64, with a soft cap."""
+        return tiny_adapter(softcap=4.0)
+
+    def chosen_taps(self) -> tuple[int, ...]:
+        """The taps, as the constructor gets them."""
+        needed = self.registry().get("draft", self.component).needs_taps
+        return (TAPS if needed else ()) if self.taps is None else self.taps
+
+    def new_draft(self) -> DraftModel:
+        """A draft as a run makes it, with the embedding and lm_head of a target."""
+        torch.manual_seed(0)
+        adapter = self.adapter()
+        draft: DraftModel = self.registry().load("draft", self.component)(
+            *(self.made_options() or (None,)), adapter, self.chosen_taps()
+        )
+        size, vocabulary = adapter.architecture.hidden_size, adapter.architecture.vocab_size
+        draft.adopt(torch.randn(vocabulary, size), torch.randn(vocabulary, size) * size**-0.5)
+        return draft
+
+    def draft(self) -> DraftModel:
+        """The same with large random weights, so that other inputs give clearly other outputs."""
+        return with_large_weights(self.new_draft()).eval()
+
+    def source(self) -> DraftModel:
+        """The draft."""
+        return self.draft()
+
+    def samples(self) -> list[Sample]:
+        """A long one, one with gaps in what is supervised, one with few supervised tokens, one with none."""
+        taps = len(self.chosen_taps())
+        return [
+            random_sample(one.id, len(one.input_ids), one.loss_mask.tolist(), seed=seed, num_taps=taps)
+            for seed, one in enumerate(ragged_samples())
+        ]
+
+    def prepared(self, draft: DraftModel, samples: list[Sample] | None = None, seed: int = 0) -> list[PreparedSample]:
+        """The samples as the draft prepares them, each with a generator of its own."""
+        given = self.samples() if samples is None else samples
+        return [draft.preparation.prepare(one, np.random.default_rng([seed, index])) for index, one in enumerate(given)]
+
+    @clause(
+        "`describe` states facts: names, taps as given, whole numbers, published names of their own",
+        written=_DESCRIPTION,
+    )
+    def test_it_describes_itself(self) -> None:
+        draft, spec = self.draft(), self.registry().get("draft", self.component)
+        said = draft.describe()
+        require(isinstance(said, DraftDescription), type(said).__name__)
+        require(said.algorithm == spec.name, f"algorithm = {said.algorithm!r}, and the spec's name is {spec.name!r}")
+        require(
+            str(said.class_name).endswith(spec.class_suffix),
+            f"class_name = {said.class_name!r}, which does not end with {spec.class_suffix!r}",
+        )
+        require(tuple(said.taps) == self.chosen_taps(), f"taps = {said.taps}, built with {self.chosen_taps()}")
+        for name in ("max_tokens", "num_layers"):
+            number = getattr(said, name)
+            require(type(number) is int and number > 0, f"{name} = {number!r}")
+        published = [published_name(name, said.weight_names) for name in draft.state_dict()]
+        shared = sorted({name for name in published if published.count(name) > 1})
+        require(not shared, f"weights that share a published name: {shared}")
+        json.dumps(dict(said.config))
+        proposer = draft.proposer()
+        require(
+            proposer.max_tokens == said.max_tokens, f"max_tokens {said.max_tokens}, its proposer {proposer.max_tokens}"
+        )
+        own = tuple(proposer.taps)
+        require(own in ((), tuple(said.taps)), f"the proposer's taps {own}, the draft's {said.taps}")
+
+    @clause("embedding and lm_head are the target's, frozen; something else is trained", written=_DRAFT)
+    def test_the_targets_weights_stay(self) -> None:
+        draft = self.new_draft()
+        frozen = [*draft.embed_tokens.parameters(), *draft.lm_head.parameters()]
+        require(not any(part.requires_grad for part in frozen), "embedding or lm_head is trained")
+        require(trained(draft), "no parameter that is trained")
+        embedding_VH = torch.ones_like(torch.as_tensor(draft.embed_tokens.weight))
+        draft.adopt(embedding_VH, 2 * embedding_VH)
+        require(bool((torch.as_tensor(draft.embed_tokens.weight) == 1).all()), "`adopt` copies no embedding")
+        heads = draft.heads()
+        require(bool((draft.lm_head.weight == 2).all()), "`adopt` copies no lm_head")
+        require(bool((heads.target == 2).all()), "heads().target is not the target's lm_head")
+        require(
+            len(heads.target) == len(embedding_VH),
+            f"heads().target has {len(heads.target)} of {len(embedding_VH)} tokens",
+        )
+        cap = self.adapter().architecture.logit_softcap
+        require(draft.heads().softcap == cap, f"heads().softcap = {draft.heads().softcap}, the target's is {cap}")
+
+    @clause("rows have the shapes, kinds and order of the contract; blocks are together and in order", written=_ROWS)
+    def test_rows_keep_their_form(self) -> None:
+        draft = self.draft()
+        rows = draft(self.batch(draft))
+        check_shapes(rows, draft.heads())
+        check_numbers(weighted(rows), draft.heads())
+        require(len(rows.hidden) > 4, f"{len(rows.hidden)} rows of four texts")
+
+    @clause(
+        "a row's label is the token after the target position that it is compared with, and supervised", written=_ROWS
+    )
+    def test_labels_are_the_tokens_that_the_target_judges(self) -> None:
+        draft, samples = self.draft(), self.samples()
+        rows = draft(self.batch(draft, samples))
+        if rows.target_hidden is None:
+            require(rows.target_ids is not None, "neither labels nor target positions")
+            raise SkipTest("rows without target positions")
+        for row, (sample, at) in enumerate(placed(rows, samples)):
+            if rows.weight[row] == 0:
+                continue
+            where = f"row {row}, compared with the target at position {at} of text {sample!r}"
+            text = samples[sample]
+            if rows.target_ids is not None:
+                require(at + 1 < len(text.input_ids), f"{where}, the last: no token follows")
+                label, right = int(rows.target_ids[row]), int(text.input_ids[at + 1])
+                require(label == right, f"{where}: label {label}, and the token after it is {right}")
+                require(text.loss_mask[at + 1], f"{where}: its label is not supervised")
+            else:
+                near = text.loss_mask[max(at - 1, 0) : at + 2]
+                require(near.any(), f"{where}, where nothing is supervised")
+
+    @clause("slot k of a block predicts k tokens after its slot 0", written=_ROWS)
+    def test_slots_are_places_in_the_block(self) -> None:
+        draft, samples = self.draft(), self.samples()
+        rows = draft(self.batch(draft, samples))
+        if rows.target_hidden is None:
+            raise SkipTest("rows without target positions")
+        starts: dict[int, tuple[int, int]] = {}
+        for row, (sample, at) in enumerate(placed(rows, samples)):
+            start = (sample, at - int(rows.slot[row]))
+            first = starts.setdefault(int(rows.block[row]), start)
+            words = f"row {row}, slot {int(rows.slot[row])}, is of text {sample} position {at}"
+            require(start == first, f"{words}, and its block begins at text {first[0]} position {first[1]}")
+
+    @clause("rows do not depend on padding, whatever stands there", written=_DRAFT)
+    def test_padding_does_not_matter(self) -> None:
+        draft = self.draft()
+        prepared = self.prepared(draft)
+        tight = draft(padded_batch(draft, prepared))
+        for filler in (0.0, float("nan")):
+            padded = draft(padded_batch(draft, prepared, extra=13, filler=filler))
+            same_rows(padded, tight, f"with 13 more positions of padding that hold {filler}", self.near)
+        gradients = gradients_of(loss_of(draft, padded), draft)
+        broken = [name for name, part in gradients.items() if not part.isfinite().all()]
+        require(not broken, f"gradients that are not finite where padding is not: {broken}")
+
+    @clause("rows of a text do not depend on the texts beside it", written=_DRAFT)
+    def test_neighbours_do_not_matter(self) -> None:
+        draft = self.draft()
+        prepared = self.prepared(draft)
+        together = draft(padded_batch(draft, prepared))
+        start = 0
+        for number, one in enumerate(prepared):
+            alone = draft(padded_batch(draft, [one]))
+            part = without_blocks(together, start, start + len(alone.hidden))
+            start += len(alone.hidden)
+            if len(alone.hidden):
+                same_rows(part, alone, f"text {number} of four, beside the text alone", self.near)
+        require(start == len(together.hidden), f"{len(together.hidden)} rows together, and {start} one by one")
+
+    @clause("gradients do not depend on how batches are cut, and reach all that is trained", written=_DRAFT)
+    def test_gradients_do_not_depend_on_the_batch(self) -> None:
+        draft = self.draft()
+        prepared = self.prepared(draft)
+        together = gradients_of(loss_of(draft, draft(padded_batch(draft, prepared))), draft)
+        missing = trained(draft).keys() - {name for name, part in together.items() if part.any()}
+        require(not missing, f"no gradient for {sorted(missing)}")
+        parts = [loss_of(draft, draft(padded_batch(draft, [one]))) for one in prepared]
+        apart = gradients_of(torch.stack(parts).sum(), draft)
+        for name, gradient in together.items():
+            check_near(apart.get(name), gradient, 10 * self.near + 1e-5, f"the gradient of {name}, one text at a time")
+
+    @clause("a batch without supervised positions has no rows, and all parameters stay in its graph", written=_ROWS)
+    def test_a_batch_without_rows(self) -> None:
+        draft = self.draft()
+        rows = draft(padded_batch(draft, self.prepared(draft, self.samples()[3:])))
+        check_shapes(rows, draft.heads())
+        require(rows.hidden.shape[0] == 0, f"{len(rows.hidden)} rows, where nothing is supervised")
+        require(rows.hidden.requires_grad, "hidden states without a graph, so that processes in parallel would wait")
+
+    @clause("`forward` draws no random numbers", written=_DRAFT)
+    def test_forward_draws_nothing(self) -> None:
+        draft = self.draft().train()
+        batch = self.batch(draft)
+        before = _states()
+        first = draft(batch)
+        require(_states() == before, "a generator of random numbers of torch, numpy or random has moved")
+        same_rows(draft(batch), first, "the same batch again", self.near)
+
+    @clause("preparation draws from the generator that it is given alone, and can be pickled", written=_PREPARATION)
+    def test_preparation_follows_its_generator(self) -> None:
+        draft = self.draft()
+        before = _states()
+        first = self.prepared(draft)
+        require(_states() == before, "a generator of random numbers of torch, numpy or random has moved")
+        copy: Preparation = pickle.loads(pickle.dumps(draft.preparation))
+        for number, (one, sample) in enumerate(zip(first, self.samples(), strict=True)):
+            again = copy.prepare(sample, np.random.default_rng([0, number]))
+            other = [name for name, part in one.tensors.items() if not torch.equal(part, again.tensors[name])]
+            require(not other, f"{other} of text {number} differ with a generator of the same seed")
+
+    @clause("in bfloat16 a step only rounds, and gradients are finite", written=_ALGORITHM)
+    def test_bfloat16(self) -> None:
+        draft = self.draft()
+        batch = self.batch(draft)
+        exact = draft(batch).hidden
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            rows = draft(batch)
+            loss = loss_of(draft, rows)
+        away = ((rows.hidden.float() - exact).abs().mean() / exact.abs().mean()).detach()
+        require(away < 0.06, f"hidden states that differ by {float(away):.0%} on average")
+        gradients = gradients_of(loss, draft)
+        require(all(part.isfinite().all() for part in gradients.values()), "gradients that are not finite")
+
+    @clause("training on a batch lowers its loss", written=_ALGORITHM)
+    def test_it_learns(self) -> None:
+        draft = self.new_draft().train()
+        batch = self.batch(draft)
+        optimizer = torch.optim.AdamW(trained(draft).values(), lr=3e-3, weight_decay=0.0)
+        losses = []
+        for _ in range(4):
+            loss = loss_of(draft, draft(batch))
+            losses.append(float(loss.detach()))
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+        require(losses[-1] < losses[0], f"{losses[0]:.4f} before, {losses[-1]:.4f} after four steps")
+
+    @clause("decoding gives a token the distribution that training gives it in the same text", written=_SEES)
+    def test_decoding_sees_what_training_sees(self) -> None:
+        draft = self.draft()
+        for index, length, counts in ((0, 5, ()), (1, 9, (3, 1)), (2, 3, (1,))):
+            driven = DrivenProposer(draft, num_slots=5, max_length=48)
+            text = self.sample(index, len(draft.proposer().taps))
+            driven.start({2: (text, length)})
+            at = length
+            for count in counts:
+                driven.propose([2], SAMPLED)
+                driven.accept({2: min(count, driven.proposer.max_tokens + 1)})
+                at += min(count, driven.proposer.max_tokens + 1)
+            proposal = driven.propose([2], SAMPLED)
+            self._compare_with_training(draft, text, at, proposal)
+
+    @clause(
+        "a saved draft is recognised as its type's alone, and proposes the same when it is loaded", written=_ALGORITHM
+    )
+    def test_a_checkpoint_is_the_same_draft(self) -> None:
+        draft, registry, adapter = self.draft(), self.registry(), self.adapter()
+        config = json.loads(config_text(draft, draft.describe(), adapter))
+        found = registry.recognise(config).name
+        require(found == self.component, f"config.json is recognised as {found!r}")
+        with TemporaryDirectory() as folder:
+            save_draft(draft, adapter, Path(folder) / "draft")
+            loaded = load_draft(Path(folder) / "draft", registry=registry, adapter=adapter)
+        require(
+            loaded.describe() == draft.describe(), f"describe() says {loaded.describe()}, before {draft.describe()}"
+        )
+        mine, theirs = draft.state_dict(), loaded.state_dict()
+        other = [name for name in mine if name not in theirs or not torch.equal(mine[name], theirs[name])]
+        require(not other, f"other weights: {other}")
+        for one, again in zip(self._two_rounds(draft), self._two_rounds(shifted(loaded)), strict=True):
+            away = "another number of tokens" if one.lengths.tolist() != again.lengths.tolist() else None
+            if away is None and one.probabilities is not None and again.probabilities is not None:
+                gap = float((one.probabilities - again.probabilities).abs().max())
+                away = f"probabilities that differ by up to {gap:.3g}" if gap > self.tolerance else None
+            if away is None and not torch.equal(one.tokens, again.tokens):
+                away = "other tokens"
+            require(away is None, f"after loading: {away}. Is all that it computes with in state_dict()?")
+
+    def batch(self, draft: DraftModel, samples: list[Sample] | None = None) -> DraftBatch:
+        """The samples, prepared and padded."""
+        return padded_batch(draft, self.prepared(draft, samples))
+
+    def _two_rounds(self, draft: DraftModel) -> list[Any]:
+        driven = DrivenProposer(draft, num_slots=2, max_length=48)
+        driven.start({1: (self.sample(1, len(driven.proposer.taps)), 6)})
+        first = driven.propose([1], SAMPLED)
+        driven.accept({1: 1})
+        return [first, driven.propose([1], SAMPLED)]
+
+    def _compare_with_training(self, draft: DraftModel, text: Sample, at: int, proposal: Any) -> None:
+        """`proposal` is for the tokens after position `at` of the text. Training is given the tokens proposed."""
+        count = int(proposal.lengths[0])
+        if count == 0:
+            return
+        known = random_sample("known", len(text.input_ids), seed=0, num_taps=len(self.chosen_taps()))
+        ids_T = text.input_ids.clone()
+        ids_T[at + 1 : at + 1 + count] = proposal.tokens[0, :count]
+        features = _wide(text, known)
+        sample = Sample(
+            id="known", input_ids=ids_T, loss_mask=known.loss_mask, original_length=len(ids_T), features=features
+        )
+        for draw in range(_DRAWS):
+            rows = draft(padded_batch(draft, self.prepared(draft, [sample], seed=draw)))
+            block = self._block(rows, sample, at, count)
+            if block is not None:
+                break
+        require(block is not None, f"training has no block for the tokens after position {at}, in {_DRAWS} draws")
+        assert block is not None
+        q_KV = distributions(draft, rows)[block]
+        if proposal.probabilities is not None:
+            gap = float((proposal.probabilities[0, : len(block)].double() - q_KV.double()).abs().max())
+            require(gap <= self.tolerance, f"probabilities after position {at} that differ by up to {gap:.3g}")
+        if proposal.confidence is not None and "confidence_logits" in rows.extras:
+            sure_K = rows.extras["confidence_logits"][block].detach()
+            gap = float((proposal.confidence[0, : len(block)] - sure_K).abs().max())
+            require(gap <= 10 * self.tolerance, f"confidence after position {at} that differs by up to {gap:.3g}")
+
+    def _block(self, rows: Rows, sample: Sample, at: int, count: int) -> list[int] | None:
+        """The rows that predict the tokens after position `at`, of the block that begins there; None if not drawn."""
+        where = placed(rows, [sample])
+        by_block: dict[int, list[int]] = {}
+        for row in range(len(rows.hidden)):
+            by_block.setdefault(int(rows.block[row]), []).append(row)
+        for found in by_block.values():
+            if where is None or [place for _, place in (where[row] for row in found)][:count] == list(
+                range(at, at + count)
+            ):
+                return found[:count]
+        return None
+
+
+def _wide(text: Sample, known: Sample) -> Any:
+    """The features that decoding was given, in the width of training."""
+    assert text.features is not None
+    assert known.features is not None
+    same = text.features.hidden.shape == known.features.hidden.shape
+    return text.features if same else _mixed(text.features, known.features)
+
+
+def _mixed(text: Any, known: Any) -> Any:
+    return type(known)(hidden=known.hidden, last_hidden=text.last_hidden)

@@ -1,0 +1,192 @@
+"""ExporterSuite: what an export format keeps: all weights, the layers, and nothing outside its folder.
+
+Knows the contract of exporters. Does not know a format's files, beyond that weights are safetensors and the layers
+stand in a JSON file; a format of other files overrides how they are read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, ClassVar
+
+import torch
+from attrs import evolve
+from safetensors.torch import load_file
+from torch import Tensor
+
+from deepspec_core.checkpoints.export_facts import facts_of
+from deepspec_core.checkpoints.exports import Format
+from deepspec_core.checkpoints.published import published_weights
+from deepspec_core.contracts.draft import DraftModel
+from deepspec_core.contracts.export import Exporter, ExportFacts, TargetName
+from deepspec_core.plugins.discovery import load_plugins
+from deepspec_core.plugins.registry import Registry
+from deepspec_core.testing.conformance import Suite, clause, require
+from deepspec_core.testing.random_batches import TAPS, with_large_weights
+from deepspec_core.testing.tiny_family import tiny_adapter
+
+_EXPORTER = "deepspec_core/contracts/export.py: Exporter"
+_PAGE = "docs/plugins.md#an-export-format"
+
+
+class ExporterSuite(Suite):
+    """Clauses of `contracts.export.Exporter`, with a small draft of its algorithm.
+
+    algorithm: The draft type, which `plugin` offers too, or an installed plugin.
+    draft_options: Small ones.
+    shared: Weights that the engine takes of the target, by published name; they may be left out.
+    layer_offset: What the engine adds to the number of a tapped layer, such as 1 where it counts the embedding.
+    """
+
+    kind = "exporter"
+    algorithm: ClassVar[str]
+    draft_options: ClassVar[dict[str, Any]] = {}
+    taps: ClassVar[tuple[int, ...]] = TAPS
+    shared: ClassVar[Sequence[str]] = ("embed_tokens.weight", "lm_head.weight")
+    layer_offset: ClassVar[int] = 0
+
+    def adapter(self) -> Any:
+        """A contracts.target.TargetAdapter, of which the draft is built."""
+        return tiny_adapter()
+
+    def draft_registry(self) -> Registry:
+        """Where the draft type is found: among what `plugin` offers, else among the installed plugins."""
+        own = self.registry()
+        return own if self.algorithm in own.names("draft") else load_plugins().registry
+
+    def draft(self) -> DraftModel:
+        """A draft with large random weights."""
+        registry = self.draft_registry()
+        kind = registry.get("draft", self.algorithm).options
+        torch.manual_seed(0)
+        options = None if kind is None else kind(**self.draft_options)
+        made = registry.load("draft", self.algorithm)(options, self.adapter(), self.taps)
+        draft: DraftModel = with_large_weights(made).eval()
+        return draft
+
+    def facts(self, draft: DraftModel) -> ExportFacts:
+        """What the exporter is told of it."""
+        return facts_of(draft, self.adapter(), target=TargetName(name="org/target"))
+
+    def exporter(self) -> Exporter:
+        """The exporter, new."""
+        made: Exporter = self.registry().load("exporter", self.component, algorithm=self.algorithm)()
+        return made
+
+    def weights(self, out: Path) -> dict[str, Tensor]:
+        """The tensors of an export, by the names that the format gives them."""
+        return {name: part for path in sorted(out.rglob("*.safetensors")) for name, part in load_file(path).items()}
+
+    def layers(self, out: Path) -> list[Any]:
+        """Every list of numbers in an export's JSON files: one of them has to be the tapped layers."""
+        return [one for path in sorted(out.rglob("*.json")) for one in _lists(json.loads(path.read_text("utf-8")))]
+
+    @contextmanager
+    def written(self, draft: DraftModel | None = None) -> Iterator[Path]:
+        """An export, in a folder that is gone afterwards."""
+        made = self.draft() if draft is None else draft
+        with TemporaryDirectory() as folder:
+            out = Path(folder) / "export"
+            out.mkdir()
+            self.exporter().write(made, self.facts(made), out)
+            yield out
+
+    @clause("`build()` gives an exporter, which can say why a draft cannot be served", written=_EXPORTER)
+    def test_it_is_an_exporter(self) -> None:
+        exporter = self.exporter()
+        require(isinstance(exporter, Exporter), f"{type(exporter).__name__}, in which members are missing")
+        facts = self.facts(self.draft())
+        said = exporter.unservable(facts)
+        require(said is None or isinstance(said, str), f"unservable() gives {said!r}")
+        require(said is None, f"unservable() says {said!r} of this draft: choose another with `draft_options`")
+        bare = evolve(facts, target=None, settings={}, results=())
+        said = exporter.unservable(bare)
+        require(said is None or isinstance(said, str), f"unservable() gives {said!r} where the target has no name")
+
+    @clause("files go into the folder that `write` is given, and nowhere else; none is a link", written=_EXPORTER)
+    def test_files_are_in_their_folder(self) -> None:
+        with self.written() as out:
+            beside = sorted(path.name for path in out.parent.iterdir() if path != out)
+            require(not beside, f"{beside} beside it")
+            links = sorted(path.name for path in out.rglob("*") if path.is_symlink())
+            require(not links, f"links: {links}")
+            require(any(path.is_file() for path in out.rglob("*")), "no file")
+
+    @clause("every weight of the draft is in the export, unchanged, but those that the target has", written=_PAGE)
+    def test_all_weights_are_there(self) -> None:
+        draft = self.draft()
+        with self.written(draft) as out:
+            tensors = list(self.weights(out).values())
+            missing = [
+                name
+                for name, part in published_weights(draft).items()
+                if name not in self.shared and not any(_equal(part, one) for one in tensors)
+            ]
+            require(not missing, f"no tensor with the numbers of {', '.join(missing)}")
+
+    @clause("numbers keep the dtype that the checkpoint stores", written=_EXPORTER)
+    def test_numbers_keep_their_dtype(self) -> None:
+        draft = self.draft()
+        draft.load_state_dict({name: _rounded(part) for name, part in draft.state_dict().items()})
+        with TemporaryDirectory() as folder:
+            facts = self.facts(draft)
+            stored = evolve(facts, config={**facts.config, "dtype": "bfloat16"})
+            self.exporter().write(draft, stored, Path(folder))
+            kinds = {str(part.dtype) for part in self.weights(Path(folder)).values() if part.is_floating_point()}
+            require(kinds == {"torch.bfloat16"}, f"{sorted(kinds)}, of a checkpoint in bfloat16")
+
+    @clause("the tapped layers stand in the export, as the engine counts them", written=_PAGE)
+    def test_layers_are_named(self) -> None:
+        with self.written() as out:
+            right = [tap + self.layer_offset for tap in self.taps]
+            found = self.layers(out)
+            require(right in found, f"no list {right} in its JSON files; lists of numbers there: {found}")
+
+    @clause("the same draft gives the same files, and stays as it was", written=_EXPORTER)
+    def test_it_is_written_again(self) -> None:
+        draft = self.draft()
+        before = {name: part.clone() for name, part in draft.state_dict().items()}
+        with self.written(draft) as out:
+            first = {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+        with self.written(draft) as out:
+            again = {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+        other = sorted(name for name in first.keys() | again.keys() if first.get(name) != again.get(name))
+        require(not other, f"files that differ from one time to the next: {other}")
+        changed = [name for name, part in draft.state_dict().items() if not torch.equal(part, before[name])]
+        require(not changed, f"weights of the draft that have changed: {changed}")
+
+    @clause("an export is to be moved: no file names a folder of this machine", written=_EXPORTER)
+    def test_no_paths(self) -> None:
+        with self.written() as out:
+            naming = [path.name for path in out.rglob("*") if path.is_file() and str(out).encode() in path.read_bytes()]
+            require(not naming, f"{naming} name {out}")
+
+    @clause("core can write it: the folder appears when all of it is there", written=_PAGE)
+    def test_core_writes_it(self) -> None:
+        draft = self.draft()
+        with TemporaryDirectory() as folder:
+            offered = Format.of(self.component, self.algorithm, self.registry())
+            offered.check(self.facts(draft), where="a test")
+            offered.write(draft, self.facts(draft), Path(folder) / "out")
+            left = sorted(path.name for path in Path(folder).iterdir())
+            require(left == ["out"], f"in its parent: {left}")
+
+
+def _equal(mine: Tensor, theirs: Tensor) -> bool:
+    return mine.shape == theirs.shape and bool(torch.equal(mine.double().cpu(), theirs.double()))
+
+
+def _rounded(part: Tensor) -> Tensor:
+    return part.bfloat16().to(part.dtype) if part.is_floating_point() else part
+
+
+def _lists(value: Any) -> Iterator[list[Any]]:
+    if isinstance(value, list) and value and all(type(one) is int for one in value):
+        yield value
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    for one in inner:
+        yield from _lists(one)

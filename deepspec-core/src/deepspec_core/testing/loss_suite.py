@@ -1,0 +1,309 @@
+"""LossSuite and WeightingSuite: what loss terms and weightings keep, whatever they compute.
+
+Both are called with statistics of made-up rows, in chunks as the engine cuts them. Knows the contract of statistics.
+
+Legend: N rows, V vocabulary, H hidden size.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from attrs import evolve, frozen
+from torch import Tensor
+
+from deepspec_core.contracts.loss import RowStats
+from deepspec_core.contracts.rows import Heads, Rows
+from deepspec_core.rows.engine import RowEngine
+from deepspec_core.rows.statistics import ChunkStats
+from deepspec_core.rows.term_check import check_members
+from deepspec_core.rows.weighting_options import DecayOptions
+from deepspec_core.rows.weightings import Decay, Uniform
+from deepspec_core.testing.conformance import Suite, clause, require
+
+_TERM = "deepspec_core/contracts/loss.py: LossTerm"
+_WEIGHTING = "deepspec_core/contracts/loss.py: Weighting"
+_STATS = "deepspec_core/contracts/loss.py: RowStats"
+_V, _H = 12, 8
+# Blocks of several lengths, as a batch has them: N rows in all.
+_BLOCKS = (3, 1, 4, 2, 4)
+_N = sum(_BLOCKS)
+_EXTRAS = ("confidence_logits",)
+
+
+@frozen(kw_only=True, eq=False)
+class _Made:
+    """Logits of rows, and what else statistics are formed of."""
+
+    draft_NV: Tensor
+    target_NV: Tensor
+    ids_N: Tensor
+    slot_N: Tensor
+    block_N: Tensor
+    extras: dict[str, Tensor]
+
+    def stats(self, part: slice = slice(None), *, target: bool = True, logits: bool = True) -> ChunkStats:
+        """Of the rows of one chunk."""
+        draft_nV = self.draft_NV[part]
+        count = len(draft_nV)
+        return ChunkStats(
+            base_logits_NV=draft_nV if logits else None,
+            draft_logits_NV=draft_nV,
+            target_logits_UV=self.target_NV[part] if target else None,
+            target_row_N=torch.arange(count) if target else None,
+            target_ids_N=self.ids_N[part],
+            extras={name: extra[part] for name, extra in self.extras.items()},
+            differentiable=True,
+        )
+
+    def tensors(self) -> list[Tensor]:
+        """All of them, copied."""
+        return [part.detach().clone() for part in (self.draft_NV, self.target_NV, self.ids_N, *self.extras.values())]
+
+
+def _made(extras: tuple[str, ...], *, sharpness: float = 1.0, seed: int = 0) -> _Made:
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    return _Made(
+        draft_NV=(drawn(_N, _V) * sharpness).requires_grad_(),
+        target_NV=drawn(_N, _V) * sharpness,
+        ids_N=torch.randint(0, _V, (_N,), generator=generator),
+        slot_N=torch.cat([torch.arange(size) for size in _BLOCKS]),
+        block_N=torch.arange(len(_BLOCKS)).repeat_interleave(torch.tensor(_BLOCKS)),
+        extras={name: drawn(_N).requires_grad_() for name in dict.fromkeys((*_EXTRAS, *extras))},
+    )
+
+
+class LossSuite(Suite):
+    """Clauses of `contracts.loss.LossTerm`."""
+
+    kind = "loss"
+    tolerance: ClassVar[float] = 1e-5
+
+    def term(self) -> Any:
+        """The term, new."""
+        return self.registry().build("loss", self.component, *self.made_options())
+
+    def made(self, term: Any, **changes: Any) -> _Made:
+        """Made-up rows with the extras that the term reads."""
+        return _made(tuple(getattr(term, "needs_extras", ())), **changes)
+
+    @clause("a term says what it reads: `needs_target`, `needs_extras`; and it can be called", written=_TERM)
+    def test_it_says_what_it_needs(self) -> None:
+        check_members(self.term(), self.component, "the plugin")
+
+    @clause("a term returns one floating-point number a row, and no number that is not finite", written=_TERM)
+    def test_one_number_a_row(self) -> None:
+        term = self.term()
+        value = term(self.made(term).stats())
+        require(isinstance(value, Tensor), f"{type(value).__name__}")
+        right = tuple(value.shape) == (_N,) and value.is_floating_point()
+        require(right, f"{list(value.shape)}, {value.dtype}, for {_N} rows: not its mean or sum")
+        require(bool(value.isfinite().all()), f"{value.tolist()}")
+
+    @clause("a row's value follows from that row alone, however rows are cut into chunks", written=_TERM)
+    def test_chunks_do_not_matter(self) -> None:
+        term = self.term()
+        made = self.made(term)
+        whole_N = term(made.stats()).detach()
+        for size in (1, 4):
+            parts = [term(made.stats(slice(at, at + size))).detach() for at in range(0, _N, size)]
+            self._near(torch.cat(parts), whole_N, f"in chunks of {size} rows")
+
+    @clause("a term draws no random numbers and keeps nothing from one call to the next", written=_TERM)
+    def test_the_same_rows_give_the_same(self) -> None:
+        term = self.term()
+        made = self.made(term)
+        first_N = term(made.stats()).detach()
+        term(self.made(term, seed=1).stats())
+        state = torch.get_rng_state()
+        self._near(term(made.stats()).detach(), first_N, "the same rows again")
+        require(torch.equal(torch.get_rng_state(), state), "torch's random numbers have moved")
+
+    @clause("statistics are shared: a term does not write into them", written=_STATS)
+    def test_statistics_stay(self) -> None:
+        term = self.term()
+        made, again = self.made(term), self.made(term)
+        stats = made.stats()
+        read = ["ce", "tv", "overlap", "soft_ce", "kl", "acceptance"]
+        before = {name: getattr(stats, name).detach().clone() for name in read}
+        with torch.no_grad():
+            # Without a graph, writing in place is no error of torch's.
+            term(stats)
+        changed = [name for name, value in before.items() if not torch.equal(getattr(stats, name), value)]
+        require(not changed, f"it changes {changed}")
+        pairs = zip(made.tensors(), again.tensors(), strict=True)
+        require(all(torch.equal(one, other) for one, other in pairs), "it changes the logits or extras of the rows")
+
+    @clause("a term is differentiable in the draft's logits or in the extras that it reads", written=_TERM)
+    def test_gradients_reach_the_draft(self) -> None:
+        term = self.term()
+        made = self.made(term)
+        value_N = term(made.stats())
+        require(value_N.requires_grad, "a value without gradient")
+        value_N.sum().backward()
+        reached = [part.grad for part in (made.draft_NV, *(made.extras[name] for name in term.needs_extras))]
+        found = [part for part in reached if part is not None]
+        require(any(bool(part.any()) for part in found), "gradients that are all 0")
+        require(all(bool(part.isfinite().all()) for part in found), "gradients that are not finite")
+
+    @clause("values and gradients stay finite where distributions are sharp, or equal", written=_TERM)
+    def test_sharp_and_equal_distributions(self) -> None:
+        term = self.term()
+        sharp = self.made(term, sharpness=200.0)
+        made = self.made(term)
+        equal = evolve(made, target_NV=made.draft_NV.detach().clone())
+        for words, rows in (("sharp", sharp), ("equal", equal)):
+            value_N = term(rows.stats())
+            require(bool(value_N.isfinite().all()), f"{words} distributions give {value_N.tolist()}")
+            if value_N.requires_grad:
+                value_N.sum().backward()
+                grad_NV = rows.draft_NV.grad
+                fine = grad_NV is None or bool(grad_NV.isfinite().all())
+                require(fine, f"{words} distributions give gradients that are not finite")
+
+    @clause("a term reads of the target, of logits and of extras only what it says", written=_TERM)
+    def test_it_reads_what_it_says(self) -> None:
+        term = self.term()
+        made = self.made(term)
+        bare = evolve(made, extras={name: made.extras[name] for name in term.needs_extras})
+        # Undeclared is told with the attribute that is missing.
+        term(_Declared(bare.stats(target=bool(term.needs_target), logits=False), term))
+
+    @clause("the engine's sum does not depend on its chunks, and rows count by their weights", written=_TERM)
+    def test_in_the_engine(self) -> None:
+        term = self.term()
+        made, generator = self.made(term), torch.Generator().manual_seed(2)
+        head_VH = torch.randn(_V, _H, generator=generator)
+        rows = Rows(
+            hidden=torch.randn(_N, _H, generator=generator).requires_grad_(),
+            target_hidden=torch.randn(_N, _H, generator=generator),
+            target_index=torch.arange(_N),
+            target_ids=made.ids_N,
+            weight=torch.ones(_N),
+            slot=made.slot_N,
+            block=made.block_N,
+            extras={name: made.extras[name] for name in term.needs_extras},
+        )
+        heads = Heads(draft=head_VH, target=head_VH)
+        found = []
+        for chunk_rows in (None, 4):
+            engine = RowEngine(
+                {self.component: (term, 1.0)}, Decay(DecayOptions(gamma=3.0)), chunk_rows, kernels="plain"
+            )
+            total = engine(rows, heads).total
+            (gradient,) = torch.autograd.grad(total, rows.hidden, allow_unused=True)
+            found.append((total.detach().reshape(1), gradient))
+        self._near(found[1][0], found[0][0], "the sum, in chunks of 4 rows")
+        if found[0][1] is not None:
+            self._near(found[1][1], found[0][1], "gradients, in chunks of 4 rows")
+        half = RowEngine({self.component: (term, 1.0)}, Uniform(), kernels="plain")
+        gone = torch.arange(_N) % 2 == 0
+        odd = evolve(rows, weight=torch.where(gone, 0.0, 1.0))
+        even = evolve(rows, weight=torch.where(gone, 1.0, 0.0))
+        parts = torch.stack([half(part, heads).total.detach() for part in (odd, even)]).sum().reshape(1)
+        self._near(parts, half(rows, heads).total.detach().reshape(1), "the sum of every second row and of the others")
+
+    def _near(self, found: Tensor, expected: Tensor, words: str) -> None:
+        require(found.shape == expected.shape, f"{words}: {list(found.shape)}, not {list(expected.shape)}")
+        gap = float((found - expected).abs().max()) if len(found) else 0.0
+        limit = self.tolerance * max(1.0, float(expected.abs().max()) if len(expected) else 0.0)
+        require(gap <= limit, f"{words}: other values, by up to {gap:.3g}")
+
+
+class _Declared:
+    """Statistics that refuse logits to a term that does not say `needs_logits`."""
+
+    def __init__(self, stats: ChunkStats, term: Any) -> None:
+        self._stats, self._term = stats, term
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("draft_logits", "target_logits"):
+            require(getattr(self._term, "needs_logits", False), f"it reads `{name}` without needs_logits = True")
+        if name == "ce_without_correction" and getattr(self._term, "needs_uncorrected", False):
+            return self._stats.ce
+        return getattr(self._stats, name)
+
+
+class WeightingSuite(Suite):
+    """Clauses of `contracts.loss.Weighting`."""
+
+    kind = "weighting"
+    tolerance: ClassVar[float] = 1e-6
+
+    def weighting(self) -> Any:
+        """The weighting, new."""
+        return self.registry().build("weighting", self.component, *self.made_options())
+
+    def weights(self, weighting: Any, made: _Made, part: slice = slice(None)) -> Any:
+        """The weights of rows, asked as the engine does."""
+        stats: RowStats = made.stats(part)
+        with torch.no_grad():
+            return weighting(made.slot_N[part], made.block_N[part], stats)
+
+    @clause("a weighting returns one weight a row: a floating-point tensor [N]", written=_WEIGHTING)
+    def test_one_weight_a_row(self) -> None:
+        value = self.weights(self.weighting(), _made(()))
+        require(isinstance(value, Tensor), type(value).__name__)
+        right = tuple(value.shape) == (_N,) and value.is_floating_point()
+        require(right, f"{list(value.shape)}, {value.dtype}, for {_N} rows")
+
+    @clause("weights are finite, none is negative, and not all are 0", written=_WEIGHTING)
+    def test_weights_are_weights(self) -> None:
+        weighting = self.weighting()
+        for sharpness in (1.0, 30.0, 0.0):
+            value_N = self.weights(weighting, _made((), sharpness=sharpness))
+            words = f"logits of size {sharpness:g} give"
+            require(bool(value_N.isfinite().all()), f"{words} {value_N.tolist()}")
+            require(bool((value_N >= 0).all()), f"{words} a negative weight: {value_N.min().item():g}")
+            require(bool(value_N.any()), f"{words} 0 for every row")
+
+    @clause("the weights of a block follow from that block alone", written=_WEIGHTING)
+    def test_blocks_do_not_see_each_other(self) -> None:
+        weighting, made, start = self.weighting(), _made(()), 0
+        whole_N = self.weights(weighting, made)
+        for number, size in enumerate(_BLOCKS):
+            part = slice(start, start + size)
+            alone = self.weights(weighting, made, part)
+            gap = float((alone - whole_N[part]).abs().max())
+            require(gap <= self.tolerance, f"block {number} of {size} rows, alone: other weights, by up to {gap:.3g}")
+            start += size
+
+    @clause("the numbers of blocks only tell them apart", written=_WEIGHTING)
+    def test_numbers_of_blocks_do_not_count(self) -> None:
+        weighting, made = self.weighting(), _made(())
+        expected_N = self.weights(weighting, made)
+        found_N = self.weights(weighting, evolve(made, block_N=made.block_N * 7 + 3))
+        gap = float((found_N - expected_N).abs().max())
+        require(gap <= self.tolerance, f"blocks with other numbers weigh otherwise, by up to {gap:.3g}")
+
+    @clause("a weighting draws no random numbers and keeps nothing from one call to the next", written=_WEIGHTING)
+    def test_the_same_rows_weigh_the_same(self) -> None:
+        weighting, made = self.weighting(), _made(())
+        first_N = self.weights(weighting, made).clone()
+        self.weights(weighting, _made((), seed=1))
+        state = torch.get_rng_state()
+        gap = float((self.weights(weighting, made) - first_N).abs().max())
+        require(gap <= self.tolerance, f"the same rows again: other weights, by up to {gap:.3g}")
+        require(torch.equal(torch.get_rng_state(), state), "torch's random numbers have moved")
+
+    @clause("slots, blocks and statistics are not written into, and weights carry no gradient", written=_WEIGHTING)
+    def test_what_it_reads_stays(self) -> None:
+        weighting, made, again = self.weighting(), _made(()), _made(())
+        stats = made.stats()
+        ce_N = stats.ce.detach().clone()
+        with torch.no_grad():
+            value_N = weighting(made.slot_N, made.block_N, stats)
+        require(not value_N.requires_grad, "weights with a gradient, through statistics that are not read")
+        require(torch.equal(stats.ce, ce_N), "it changes the statistics")
+        same = torch.equal(made.slot_N, again.slot_N) and torch.equal(made.block_N, again.block_N)
+        require(same, "it changes slots or blocks")
+
+    @clause("a chunk without rows has no weights", written=_WEIGHTING)
+    def test_no_rows(self) -> None:
+        value = self.weights(self.weighting(), _made(()), slice(0, 0))
+        require(tuple(value.shape) == (0,), f"{list(value.shape)} for no row")

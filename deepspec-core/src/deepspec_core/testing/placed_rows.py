@@ -1,0 +1,105 @@
+"""Rows read as a text: which position each is compared with, the distribution each gives, and a loss over them.
+
+Knows rows and heads. Does not know which draft made them.
+
+Legend: N rows, V the target's vocabulary, D the draft's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from attrs import evolve
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from deepspec_core.contracts.draft import DraftModel, Sample
+from deepspec_core.contracts.rows import Rows
+from deepspec_core.layers.softcap import softcapped
+from deepspec_core.testing.conformance import require
+from deepspec_core.testing.draft_checks import check_near, head_products
+from deepspec_core.testing.random_batches import features_of
+
+_PER_ROW = ("hidden", "correction", "target_index", "target_ids", "weight", "slot", "block")
+
+
+def placed(rows: Rows, samples: Sequence[Sample]) -> list[tuple[int, int]]:
+    """The (sample, position) whose last hidden state each row is compared with.
+
+    AssertionError where a row is compared with none of the samples' states.
+    """
+    assert rows.target_hidden is not None, "rows without target positions"
+    assert rows.target_index is not None, "rows without target positions"
+    known = {
+        tuple(state.tolist()): (number, at)
+        for number, sample in enumerate(samples)
+        for at, state in enumerate(features_of(sample).last_hidden)
+    }
+    found = [known.get(tuple(state.tolist())) for state in rows.target_hidden[rows.target_index]]
+    unknown = [row for row, place in enumerate(found) if place is None]
+    assert not unknown, f"row {unknown[0]} is compared with what is no last hidden state of the target"
+    return [place for place in found if place is not None]
+
+
+def logits_of(draft: DraftModel, rows: Rows) -> Tensor:
+    """[N, D], capped and corrected, as the engine of losses forms them."""
+    heads = draft.heads()
+    logits_ND = softcapped(head_products(draft, rows).float(), heads.softcap)
+    if rows.correction is None or heads.correction is None:
+        return logits_ND
+    correction_DR = heads.correction
+    if correction_DR.dim() == 3:
+        return logits_ND + torch.einsum("nr,ndr->nd", rows.correction.float(), correction_DR[rows.slot])
+    return logits_ND + rows.correction.float() @ correction_DR.T
+
+
+def distributions(draft: DraftModel, rows: Rows) -> Tensor:
+    """[N, V]: what the draft gives every token of the target's vocabulary."""
+    q_ND, ids_D = logits_of(draft, rows).detach().softmax(-1), draft.heads().draft_ids
+    if ids_D is None:
+        return q_ND
+    return q_ND.new_zeros(len(q_ND), len(draft.heads().target)).index_copy_(1, ids_D, q_ND)
+
+
+def loss_of(draft: DraftModel, rows: Rows) -> Tensor:
+    """A sum over rows that every head has a part in: cross-entropy at the label, and extras' squares."""
+    logits_ND = logits_of(draft, rows)
+    if rows.target_ids is None or draft.heads().draft_ids is not None:
+        total = (rows.weight * (logits_ND.logsumexp(-1) - logits_ND[:, 0])).sum()
+    else:
+        total = (rows.weight * cross_entropy(logits_ND, rows.target_ids, reduction="none")).sum()
+    for extra in rows.extras.values():
+        if extra.is_floating_point():
+            total = total + (extra.float() - 1.0).square().sum()
+    return total
+
+
+def without_blocks(rows: Rows, start: int, end: int) -> Rows:
+    """The rows from `start` to `end`."""
+    parts = {name: getattr(rows, name) for name in _PER_ROW}
+    return evolve(rows, **{name: part[start:end] for name, part in parts.items() if part is not None})
+
+
+def same_rows(found: Rows, expected: Rows, words: str, near: float) -> None:
+    """Unmet, in `words`, where rows differ: hidden states by more than `near`, relative to the largest."""
+    require(len(found.hidden) == len(expected.hidden), f"{words}: {len(found.hidden)} rows, not {len(expected.hidden)}")
+    check_near(found.hidden, expected.hidden, near, f"{words}: hidden")
+    for name in ("target_ids", "weight", "slot"):
+        mine, theirs = getattr(found, name), getattr(expected, name)
+        require((mine is None) == (theirs is None), f"{words}: `{name}` in one of them only")
+        same = mine is None or torch.allclose(mine.double(), theirs.double(), rtol=1e-6, atol=0)
+        require(same, f"{words}: another `{name}`")
+    if expected.target_hidden is not None and expected.target_index is not None:
+        require(found.target_hidden is not None and found.target_index is not None, f"{words}: no target positions")
+        mine, theirs = found.target_hidden[found.target_index], expected.target_hidden[expected.target_index]  # type: ignore[index]
+        require(torch.equal(mine, theirs), f"{words}: compared with another position of the target")
+    if len(found.block):
+        same = torch.equal(_numbered(found.block), _numbered(expected.block))
+        require(same, f"{words}: rows in other blocks")
+
+
+def _numbered(block_N: Tensor) -> Tensor:
+    """Blocks numbered from 0 in their order."""
+    numbered_N: Tensor = torch.unique_consecutive(block_N, return_inverse=True)[1]
+    return numbered_N

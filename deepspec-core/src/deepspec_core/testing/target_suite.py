@@ -1,0 +1,361 @@
+"""TargetAdapterSuite: what a target family keeps: features, decoding in slots, loading, and the blocks of drafts.
+
+A tiny model with random weights is compared with transformers' own forward pass. Knows the contract of targets and
+transformers' conventions. Which family is tested is the subclass's.
+
+Legend: B sequences or slots, T tokens, H hidden size, C = taps * H, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, ClassVar
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from deepspec_core.checkpoints.published import layer_names, published_name
+from deepspec_core.contracts.target import ConversationFormat, TargetAdapter, TargetModel
+from deepspec_core.errors import TargetError
+from deepspec_core.layers.decoder_layer import DraftLayer
+from deepspec_core.layers.options import LayerOptions
+from deepspec_core.testing.conformance import Suite, clause, require
+
+_MODEL = "deepspec_core/contracts/target.py: TargetModel"
+_ADAPTER = "deepspec_core/contracts/target.py: TargetAdapter"
+_FEATURES = "deepspec_core/contracts/target.py: TargetFeatures"
+_FORMAT = "deepspec_core/contracts/target.py: ConversationFormat"
+_TAPS = (-1, 0, 2, 3)
+_SIZES: dict[str, Any] = {
+    "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256, "eos_token_id": 1, "pad_token_id": 0,
+    "initializer_range": 0.1, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+class TargetAdapterSuite(Suite):
+    """Clauses of `contracts.target.TargetAdapter` and of the `TargetModel` that it loads.
+
+    sizes: Keys of the config beside the usual ones, which give six layers, H 32 and V 61.
+    layer: The draft's own shape, for families whose targets have layers that no draft has.
+    full_layer: A layer of the target that is built of the same blocks as a draft's; None if there is none.
+    """
+
+    kind = "target"
+    sizes: ClassVar[Mapping[str, Any]] = {}
+    layer: ClassVar[LayerOptions | None] = None
+    full_layer: ClassVar[int | None] = 2
+    tolerance: ClassVar[float] = 1e-4
+
+    def config(self) -> Any:
+        """The transformers config of a tiny target: of the spec's first model type."""
+        from transformers import AutoConfig
+
+        spec = self.registry().get("target", self.component)
+        return AutoConfig.for_model(spec.model_types[0], **{**_SIZES, **self.sizes})
+
+    def adapter(self) -> TargetAdapter:
+        """The adapter of that config."""
+        made: TargetAdapter = self.registry().load("target", self.component)(self.config(), self.layer)
+        return made
+
+    def model(self) -> Any:
+        """transformers' model of that config. All weights are random, also those that begin as 0 or 1."""
+        from transformers import AutoModelForCausalLM
+
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(self.config(), attn_implementation="sdpa").float().eval()
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.2)
+        return model
+
+    def target(self, model: Any) -> TargetModel:
+        """The same model, saved and loaded by the adapter."""
+        with TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            return self.adapter().load(folder, dtype=torch.float32, device="cpu")
+
+    @clause(
+        "the adapter has the members of the contract, supports its own targets and knows their numbers",
+        written=_ADAPTER,
+    )
+    def test_it_is_an_adapter(self) -> None:
+        adapter, text = self.adapter(), self.config().get_text_config()
+        require(isinstance(adapter, TargetAdapter), f"{type(adapter).__name__}, in which members are missing")
+        require(adapter.unsupported() is None, f"unsupported(): {adapter.unsupported()}")
+        found = adapter.architecture
+        for name, right in (
+            ("hidden_size", text.hidden_size), ("vocab_size", text.vocab_size), ("num_layers", text.num_hidden_layers),
+            ("model_type", self.config().model_type),
+        ):  # fmt: skip
+            require(
+                getattr(found, name) == right,
+                f"architecture.{name} = {getattr(found, name)!r}, the config says {right!r}",
+            )
+        require(bool(adapter.class_prefix), f"class_prefix = {adapter.class_prefix!r}")
+
+    @clause("an answer begins after `assistant_start` and ends with one of `assistant_ends`", written=_FORMAT)
+    def test_answers_can_be_found(self) -> None:
+        found = self.adapter().conversation_format()
+        require(isinstance(found, ConversationFormat), type(found).__name__)
+        require(bool(found.assistant_start), "an empty assistant_start")
+        ends = found.assistant_ends
+        require(isinstance(ends, tuple) and bool(ends) and all(ends), f"assistant_ends = {ends!r}")
+
+    @clause(
+        "`hidden` is the tapped layers' outputs in increasing order, `last_hidden` the final norm's", written=_FEATURES
+    )
+    def test_features_are_the_models_hidden_states(self) -> None:
+        model = self.model()
+        target = self.target(model)
+        require(isinstance(target, TargetModel), f"{type(target).__name__}, in which members are missing")
+        ids_T = _tokens(11, seed=1)
+        hidden_TC, last_TH, logits_TV = _alone(model, ids_T)
+        found = target.features(ids_T[None], torch.ones(1, 11), None, None, _TAPS)
+        size = last_TH.shape[1]
+        require(found.hidden.shape == (1, 11, len(_TAPS) * size), f"hidden is {list(found.hidden.shape)}")
+        for number, tap in enumerate(_TAPS):
+            part = slice(number * size, (number + 1) * size)
+            self._near(
+                found.hidden[0, :, part], hidden_TC[:, part], f"tap {tap}, beside hidden_states[{tap + 1}] of the model"
+            )
+        self._near(found.last_hidden[0], last_TH, "last_hidden")
+        self._near(self._logits(target, found.last_hidden[0]), logits_TV, "logits of last_hidden and head_weight()")
+        bare = target.features(ids_T[None], torch.ones(1, 11), None, None, ())
+        require(bare.hidden.shape == (1, 11, 0), f"without taps, hidden is {list(bare.hidden.shape)}")
+
+    @clause("a row of a padded batch has the features that it has alone", written=_MODEL)
+    def test_padding_does_not_leak(self) -> None:
+        model = self.model()
+        target = self.target(model)
+        texts = [_tokens(length, seed=length) for length in (14, 9, 2)]
+        ids_BT, mask_BT = torch.zeros(3, 17, dtype=torch.long), torch.zeros(3, 17)
+        for row, text in enumerate(texts):
+            ids_BT[row, : len(text)], mask_BT[row, : len(text)] = text, 1
+        found = target.features(ids_BT, mask_BT, None, None, _TAPS)
+        for row, text in enumerate(texts):
+            hidden_TC, last_TH, _ = _alone(model, text)
+            words = f"a row of {len(text)} tokens, padded to 17"
+            self._near(found.hidden[row, : len(text)], hidden_TC, f"{words}: hidden")
+            self._near(found.last_hidden[row, : len(text)], last_TH, f"{words}: last_hidden")
+
+    @clause("packed documents attend only to themselves", written=_MODEL)
+    def test_documents_are_apart(self) -> None:
+        model = self.model()
+        target = self.target(model)
+        texts = [_tokens(length, seed=length) for length in (6, 9, 3)]
+        documents_T = torch.cat([torch.full((len(text),), number) for number, text in enumerate(texts)])[None]
+        positions_T = torch.cat([torch.arange(len(text)) for text in texts])[None]
+        found = target.features(torch.cat(texts)[None], torch.ones(1, 18), positions_T, documents_T, _TAPS)
+        start = 0
+        for number, text in enumerate(texts):
+            hidden_TC, _, _ = _alone(model, text)
+            part = slice(start, start + len(text))
+            self._near(found.hidden[0, part], hidden_TC, f"document {number} of three in a row")
+            start += len(text)
+
+    @clause(
+        "decoding in slots gives what a forward pass over the whole text gives; tokens not committed leave no trace",
+        written=_MODEL,
+    )
+    def test_decoding_is_the_forward_pass(self) -> None:
+        model = self.model()
+        target = self.target(model)
+        texts = {slot: _tokens(length, seed=length) for slot, length in ((0, 20), (2, 17), (3, 25))}
+        expected = {slot: _alone(model, text) for slot, text in texts.items()}
+        target.open_slots(4, 40)
+        done = dict.fromkeys(texts, 0)
+        # Every call feeds two tokens too many, which are not committed.
+        for call in ({0: 5, 2: 9, 3: 1}, {0: 1, 2: 1, 3: 1}, {2: 4}, {0: 3, 3: 8}, {3: 6}, {0: 8, 2: 2, 3: 4}):
+            rows = {
+                slot: torch.cat([texts[slot][done[slot] : done[slot] + count], _tokens(2, seed=count)])
+                for slot, count in call.items()
+            }
+            out = _step(target, rows, done)
+            for row, (slot, count) in enumerate(call.items()):
+                part = slice(done[slot], done[slot] + count)
+                words = f"slot {slot}, tokens {part.start} to {part.stop}"
+                self._near(out.hidden[row, :count], expected[slot][0][part], f"{words}: hidden")
+                self._near(out.logits[row, :count], expected[slot][2][part], f"{words}: logits")
+                self._near(out.last_hidden[row, :count], expected[slot][1][part], f"{words}: last_hidden")
+                done[slot] += count
+            target.commit(torch.tensor(list(call)), torch.tensor([done[slot] for slot in call]))
+
+    @clause("`commit` with a smaller length takes tokens back, and with 0 frees the slot", written=_MODEL)
+    def test_tokens_are_taken_back(self) -> None:
+        model = self.model()
+        target = self.target(model)
+        wrong, right = _tokens(12, seed=1), _tokens(15, seed=2)
+        target.open_slots(3, 32)
+        for slot, begin in ((1, 4), (2, 0)):
+            text = torch.cat([right[:begin], wrong])
+            _step(target, {slot: text}, {slot: 0})
+            target.commit(torch.tensor([slot]), torch.tensor([len(text)]))
+            target.commit(torch.tensor([slot]), torch.tensor([begin]))
+            out = _step(target, {slot: right[begin:]}, {slot: begin})
+            self._near(out.logits[0], _alone(model, right)[2][begin:], f"after 12 tokens were taken back to {begin}")
+
+    @clause("with `last_only` logits are of each row's last token, and features of all", written=_MODEL)
+    def test_prefill(self) -> None:
+        model = self.model()
+        target = self.target(model)
+        texts = {0: _tokens(9, seed=40), 1: _tokens(4, seed=41)}
+        target.open_slots(2, 16)
+        out = _step(target, texts, {0: 0, 1: 0}, last_only=True)
+        require(out.logits.shape[:2] == (2, 1), f"logits {list(out.logits.shape)}")
+        require(out.hidden.shape[:2] == (2, 9), f"hidden {list(out.hidden.shape)}")
+        for row, text in texts.items():
+            self._near(out.logits[row, 0], _alone(model, text)[2][-1], f"row {row} of {len(text)} tokens")
+
+    @clause("a tree of new tokens gives each path what it gives as a chain, and `kept` commits one", written=_MODEL)
+    def test_trees_are_their_paths(self) -> None:
+        model = self.model()
+        target = self.target(model)
+        prompt, more, ids_T = _tokens(9, seed=20), _tokens(4, seed=22), _tokens(6, seed=23)
+        parents, kept = (-1, 0, 0, 1, 2, 4), (0, 2, 4, 5)
+        sees_TT = torch.zeros(6, 6, dtype=torch.bool)
+        for column, parent in enumerate(parents):
+            sees_TT[column, column] = True
+            if parent >= 0:
+                sees_TT[column] |= sees_TT[parent]
+        slot_B = torch.tensor([1])
+        target.open_slots(3, 64)
+        _step(target, {1: prompt}, {1: 0})
+        target.commit(slot_B, torch.tensor([9]))
+        positions_BT = (9 + sees_TT.sum(1) - 1)[None]
+        out = target.decode(slot_B, ids_T[None], positions_BT, _TAPS, sees=sees_TT[None])
+        for column in range(6):
+            path = torch.cat([prompt, ids_T[sees_TT[column]]])
+            self._near(out.logits[0, column], _alone(model, path)[2][-1], f"node {column} of the tree {parents}")
+        target.commit(slot_B, torch.tensor([9 + len(kept)]), torch.tensor([kept]))
+        text = torch.cat([prompt, ids_T[list(kept)], more])
+        again = _step(target, {1: more}, {1: 9 + len(kept)})
+        self._near(again.logits[0], _alone(model, text)[2][9 + len(kept) :], f"after the path {kept} was committed")
+
+    @clause("weights that do not fit the config are a TargetError that names them", written=_ADAPTER)
+    def test_missing_weights_are_refused(self) -> None:
+        with TemporaryDirectory() as folder:
+            self.model().save_pretrained(folder)
+            path = Path(folder) / "model.safetensors"
+            weights = load_file(path)
+            gone = sorted(name for name in weights if ".layers.3." in name and name.endswith("weight"))[0]
+            kept = {name: tensor.clone() for name, tensor in weights.items() if name != gone}
+            save_file(kept, path, metadata={"format": "pt"})
+            try:
+                self.adapter().load(folder, dtype=torch.float32, device="cpu")
+            except TargetError as error:
+                require(gone in str(error), f"without {gone}: {error}")
+            else:
+                require(False, f"without {gone} the target is loaded all the same")
+
+    @clause("`embedding` gives the inputs of the first layer, with the target's weights", written=_ADAPTER)
+    def test_the_embedding_is_the_targets(self) -> None:
+        target, adapter = self.target(self.model()), self.adapter()
+        embedding = adapter.embedding()
+        embedding.weight = nn.Parameter(target.embedding_weight())
+        ids_BT = torch.arange(2, 12)[None]
+        found = target.features(ids_BT, torch.ones(1, 10), None, None, (-1,)).hidden
+        with torch.no_grad():
+            self._near(embedding(ids_BT), found, "with the weights of embedding_weight(), beside tap -1")
+
+    @clause(
+        "a layer of the family's blocks, with the weights of a target's layer, computes that layer", written=_ADAPTER
+    )
+    def test_blocks_are_the_targets(self) -> None:
+        adapter = self.adapter()
+        layer = DraftLayer(adapter)
+        holder, names = nn.ModuleDict({"layers": nn.ModuleList([layer])}), layer_names([layer])
+        own = {
+            published_name(name, names).removeprefix("layers.0."): part for name, part in holder.state_dict().items()
+        }
+        heads = adapter.attention_projections(adapter.architecture.hidden_size)
+        cos, _ = adapter.rotary()(torch.zeros(1, 1, 1), torch.arange(5)[None])
+        require(
+            cos.shape == (1, 5, heads.head_dim), f"angles {list(cos.shape)}, and heads have {heads.head_dim} channels"
+        )
+        if self.full_layer is None:
+            return
+        model = self.model()
+        theirs = model.model.layers[self.full_layer].state_dict()
+        require(own.keys() == theirs.keys(), f"weights by published name differ: {sorted(own.keys() ^ theirs.keys())}")
+        for name, tensor in own.items():
+            require(
+                tensor.shape == theirs[name].shape, f"{name} is {list(tensor.shape)}, not {list(theirs[name].shape)}"
+            )
+            tensor.copy_(theirs[name])
+        with torch.no_grad():
+            ids_BT = _tokens(11, seed=9)[None]
+            states = model(ids_BT, output_hidden_states=True).hidden_states
+            found = layer(states[self.full_layer], _causal(layer, adapter.rotary()))
+        self._near(found, states[self.full_layer + 1], f"the output of layer {self.full_layer}")
+
+    @clause(
+        "`draft_config` is a config.json that the family reads back, and the target's config stays", written=_ADAPTER
+    )
+    def test_the_drafts_config(self) -> None:
+        from transformers import AutoConfig
+
+        config = self.config()
+        before = config.to_dict()
+        adapter: TargetAdapter = self.registry().load("target", self.component)(config, self.layer)
+        with TemporaryDirectory() as folder:
+            adapter.draft_config(2, {"block_size": 7, "architectures": ["SomeDraft"]}).save_pretrained(folder)
+            read = AutoConfig.from_pretrained(folder)
+            json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        require(read.num_hidden_layers == 2, f"num_hidden_layers = {read.num_hidden_layers}, not 2")
+        require(read.block_size == 7, "keys of `extra` are not at the top level")
+        require(config.to_dict() == before, "the target's own config has changed")
+        again = self.registry().load("target", self.component)(read)
+        require(again.unsupported() is None, f"the family cannot read it back: {again.unsupported()}")
+
+    def _logits(self, target: TargetModel, last_TH: Tensor) -> Tensor:
+        logits_TV, cap = last_TH @ target.head_weight().T, target.architecture.logit_softcap
+        return logits_TV if cap is None else cap * torch.tanh(logits_TV / cap)
+
+    def _near(self, found: Tensor, expected: Tensor, words: str) -> None:
+        require(found.shape == expected.shape, f"{words}: {list(found.shape)}, not {list(expected.shape)}")
+        gap = float((found - expected).abs().max())
+        limit = self.tolerance * max(1.0, float(expected.abs().max()))
+        require(gap <= limit, f"{words}: other numbers, by up to {gap:.3g}")
+
+
+def _tokens(length: int, seed: int) -> Tensor:
+    return torch.randint(2, 61, (length,), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def _alone(model: Any, ids_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Taps [T, C], last hidden [T, H] and logits [T, V] of one text, by the model's own forward."""
+    out = model(ids_T[None], output_hidden_states=True)
+    taps = torch.cat([out.hidden_states[tap + 1] for tap in _TAPS], dim=-1)
+    return taps[0], out.hidden_states[-1][0], out.logits[0]
+
+
+def _step(target: TargetModel, rows: Mapping[int, Tensor], start: Mapping[int, int], **options: Any) -> Any:
+    """Feed rows to slots at their committed lengths, padded to the longest with -1."""
+    width = max(len(row) for row in rows.values())
+    ids_BT, positions_BT = torch.zeros(len(rows), width, dtype=torch.long), torch.full((len(rows), width), -1)
+    for index, (slot, row) in enumerate(rows.items()):
+        ids_BT[index, : len(row)] = row
+        positions_BT[index, : len(row)] = torch.arange(len(row)) + start[slot]
+    return target.decode(torch.tensor(list(rows)), ids_BT, positions_BT, _TAPS, **options)
+
+
+def _causal(layer: DraftLayer, rotary: nn.Module) -> Any:
+    """Attention of every position to those before it."""
+    attention = layer.attention
+
+    def attend(normed_BTH: Tensor) -> Tensor:
+        at = rotary(normed_BTH, torch.arange(normed_BTH.shape[1])[None])
+        keys, values = attention.keys_values(normed_BTH, at)
+        queries = attention.queries(normed_BTH, at)
+        return attention.combine(
+            scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=attention.scale, enable_gqa=True)
+        )
+
+    return attend

@@ -1,0 +1,131 @@
+"""`deepspec new` writes packages that keep their contracts as they are written, and nothing where a name is wrong."""
+
+import importlib
+import inspect
+import re
+import subprocess
+import sys
+import tomllib
+import venv
+from pathlib import Path
+from typing import Any
+
+import pytest
+from plugin_on_path import install_project
+
+from deepspec_core.cli.main import main
+from deepspec_core.scaffold.writing import KINDS
+from deepspec_core.testing.conformance import Suite, broken_by
+from deepspec_core.testing.public_imports import check_public_imports
+
+ROOT = Path(__file__).parents[2]
+
+
+def written(kind: str, folder: Path, name: str = "") -> Path:
+    """A new package, by the command."""
+    name = name or f"newly-{kind}"
+    assert main(["new", kind, name, "-o", str(folder)]) == 0
+    return folder / f"deepspec-{name}"
+
+
+def module_of(package: Path) -> Any:
+    """Its test file, imported."""
+    (path,) = package.glob("tests/test_*.py")
+    spec = importlib.util.spec_from_file_location(f"scaffolded_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_new_package_keeps_its_contract(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    package = written(kind, tmp_path)
+    assert f"wrote {package}" in capsys.readouterr().out
+    about = tomllib.loads((package / "pyproject.toml").read_text())
+    assert about["project"]["dependencies"] == ["deepspec-core>=0.2,<0.3"]
+    texts = [path.read_text() for path in package.rglob("*") if path.is_file()]
+    assert not [text for text in texts if re.search(r"@[A-Z]+@", text)], "a word that was not filled in"
+    install_project(package, tmp_path / "site", monkeypatch)
+    check_public_imports(package / "src")
+    module = module_of(package)
+    classes = [one for _, one in inspect.getmembers(module, inspect.isclass) if one.__name__.startswith("Test")]
+    suites = [one for one in classes if issubclass(one, Suite)]
+    assert len(suites) == (kind != "command")
+    for suite in suites:
+        assert broken_by(suite) == {}
+
+
+def test_a_new_command_is_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install_project(written("command", tmp_path, "telling"), tmp_path / "site", monkeypatch)
+    assert main(["telling", str(tmp_path)]) == 2
+    assert "there is no draft" in capsys.readouterr().err
+    assert main(["new", "--help"]) == 0
+
+
+def test_a_new_draft_can_be_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    package = written("draft", tmp_path, "trained")
+    install_project(package, tmp_path / "site", monkeypatch)
+    assert main(["config", "check", str(package / "train.toml")]) == 0
+
+
+@pytest.mark.slow
+def test_a_new_draft_trains_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = written("draft", tmp_path, "trained")
+    install_project(package, tmp_path / "site", monkeypatch)
+    assert main(["run", str(package / "train.toml"), "--smoke", "--set", "run.threads=1"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "says"),
+    [
+        ("draft", "My_Draft", "cannot have this name"),
+        ("draft", "1st", "cannot have this name"),
+        ("draft", "../out", "cannot have this name"),
+        ("loss", "class", "cannot have this name"),
+        ("loss", "kl", "is there already"),
+        ("cache", "hdf5", "is there already"),
+        ("command", "run", "is there already"),
+        ("loss", "core", "is installed already"),
+    ],
+)
+def test_names_are_checked(kind: str, name: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["new", kind, name, "-o", str(tmp_path)]) == 2
+    assert says in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    package = tmp_path / "deepspec-mine"
+    package.mkdir()
+    (package / "notes.txt").write_text("kept")
+    assert main(["new", "task", "mine", "-o", str(tmp_path)]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert [path.name for path in package.iterdir()] == ["notes.txt"]
+    assert main(["new", "task", "mine", "-o", str(tmp_path / "nowhere")]) == 2
+    assert "no such folder" in capsys.readouterr().err
+    assert main(["new", "task", "mine", "-o", str(tmp_path), "--for", "x"]) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_new_package_is_installed_and_tested(kind: str, tmp_path: Path) -> None:
+    """In an environment of its own, which sees the packages of this one."""
+    package = written(kind, tmp_path)
+    venv.create(tmp_path / "env", system_site_packages=False, with_pip=True)
+    site = next((tmp_path / "env").glob("lib/python*/site-packages"))
+    ours = [path for path in sys.path if path.endswith("site-packages")] + [str(one) for one in ROOT.glob("*/src")]
+    (site / "ours.pth").write_text("\n".join(ours) + "\n")
+    python = str(tmp_path / "env" / "bin" / "python")
+    install = [python, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", str(package)]
+    subprocess.run(install, check=True, timeout=300)
+    listed = subprocess.run([python, "-m", "deepspec_core", "plugins"], capture_output=True, text=True, timeout=120)
+    assert f"newly-{kind}" in listed.stdout
+    subprocess.run([python, "-m", "pytest", "-q", str(package)], check=True, timeout=300, cwd=package)

@@ -1,0 +1,239 @@
+"""Loss terms, weightings, cache formats, tasks and exporters that are wrong in one way each.
+
+`CAUGHT` says by contract which test of its suite has to fail, and a word of what it has seen.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from attrs import evolve
+from safetensors.torch import save_file
+from torch import Tensor
+
+from deepspec_core.cache.hdf5 import HDF5Format
+from deepspec_core.checkpoints.published import published_weights
+from deepspec_core.contracts.draft import Sample
+
+
+class Right:
+    """Cross-entropy, as it should be."""
+
+    needs_target = False
+    needs_extras: tuple[str, ...] = ()
+    change: Any = staticmethod(lambda stats, ce_N: ce_N)
+
+    def __call__(self, stats: Any) -> Tensor:
+        return self.change(stats, stats.ce)
+
+
+def _term(change: Any, **attributes: Any) -> type[Right]:
+    return type("Wrong", (Right,), {"change": staticmethod(change), **attributes})
+
+
+def _remembered() -> Any:
+    calls: list[int] = []
+    return lambda stats, ce_N: (calls.append(1), ce_N * len(calls))[1]
+
+
+TERMS = {
+    "one number for all rows": (_term(lambda stats, ce_N: ce_N.mean()), "one_number_a_row", "[]"),
+    "wrong shape": (_term(lambda stats, ce_N: ce_N[:, None]), "one_number_a_row", "[14, 1]"),
+    "divides by the sum of its chunk": (_term(lambda stats, ce_N: ce_N / ce_N.sum()), "chunks_do_not_matter", "chunks"),
+    "draws random numbers": (_term(lambda stats, ce_N: ce_N * torch.rand(())), "the_same_rows_give_the_same", "again"),
+    "keeps a sum between calls": (_term(_remembered()), "the_same_rows_give_the_same", "again"),
+    "has no gradient": (_term(lambda stats, ce_N: ce_N.detach()), "gradients_reach_the_draft", "gradient"),
+    "writes into the statistics": (
+        _term(lambda stats, ce_N: ce_N.detach().mul_(2.0) + ce_N * 0), "statistics_stay", "ce",
+    ),
+    "reads the target without saying so": (
+        _term(lambda stats, ce_N: stats.kl), "it_reads_what_it_says", "needs_target",
+    ),
+    "reads logits without saying so": (
+        _term(lambda stats, ce_N: stats.draft_logits.logsumexp(-1)), "it_reads_what_it_says", "needs_logits",
+    ),
+    "not finite where distributions are equal": (
+        _term(lambda stats, ce_N: stats.kl.clamp(min=0).sqrt(), needs_target=True),
+        "sharp_and_equal_distributions", "equal",
+    ),
+    "extras as text": (_term(lambda stats, ce_N: ce_N, needs_extras="x"), "it_says_what_it_needs", "needs_extras"),
+}  # fmt: skip
+WEIGHTINGS = {
+    "negative": (lambda slot, block, stats: 1.0 - slot.float(), "weights_are_weights", "negative"),
+    "NaN": (lambda slot, block, stats: (slot.float() - slot) / (slot - slot), "weights_are_weights", "nan"),
+    "all 0": (lambda slot, block, stats: slot.float() * 0, "weights_are_weights", "0 for every row"),
+    "wrong shape": (lambda slot, block, stats: torch.ones(1), "one_weight_a_row", "[1]"),
+    "whole numbers": (lambda slot, block, stats: slot, "one_weight_a_row", "int64"),
+    "reads other blocks": (
+        lambda slot, block, stats: stats.ce / stats.ce.sum(), "blocks_do_not_see_each_other", "block",
+    ),
+    "counts by the number of the block": (
+        lambda slot, block, stats: 1.0 / (1 + block).float(), "numbers_of_blocks_do_not_count", "block",
+    ),
+    "draws random numbers": (lambda slot, block, stats: torch.rand(len(slot)), "the_same_rows_weigh_the_same", "again"),
+    "writes into the slots": (lambda slot, block, stats: slot.add_(1).float(), "what_it_reads_stays", "slots"),
+    "fails without rows": (
+        lambda slot, block, stats: slot.float() + slot.max() + 1, "no_rows", "max",
+    ),
+}  # fmt: skip
+
+
+class _Reader:
+    """A reader that may be wrong. It is pickled as it is."""
+
+    def __init__(self, inner: Any, what: str) -> None:
+        self.inner, self.what, self.header = inner, what, inner.header
+        self.kept: dict[int, Sample] = {}
+        if what == "cannot be pickled":
+            self.lock = lambda: None
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def ids(self) -> list[str]:
+        return self.inner.ids()[::-1] if self.what == "ids in another order" else self.inner.ids()
+
+    def lengths(self) -> list[int]:
+        return self.inner.lengths()
+
+    def tokens_of(self, index: int) -> Sample:
+        return self.inner[index] if self.what == "reads features for tokens" else self.inner.tokens_of(index)
+
+    def __getitem__(self, index: int) -> Sample:
+        if self.what == "another sample's features" and index == 2:
+            return evolve(self.inner[2], features=self.inner[3].features)
+        found = self.inner[index]
+        if self.what == "loses the dtype":
+            wide = evolve(found.features, hidden=found.features.hidden.double())
+            return evolve(found, features=wide)
+        if self.what == "loses the original length":
+            return evolve(found, original_length=len(found.input_ids))
+        if self.what == "loses the mask":
+            return evolve(found, loss_mask=torch.ones_like(found.loss_mask))
+        return self.kept.setdefault(index, found) if self.what == "hands out one sample twice" else found
+
+
+class WrongCache(HDF5Format):
+    """A format that may be wrong."""
+
+    what = ""
+
+    def open(self, path: Path, expect: Any) -> Any:
+        return _Reader(super().open(path, None if self.what == "opens any cache" else expect), self.what)
+
+    def header(self, path: Path) -> Any:
+        found = super().header(path)
+        return evolve(found, template="") if found is not None and self.what == "loses the header" else found
+
+    def verify(self, *given: Any, **options: Any) -> Any:
+        return [] if self.what == "verifies nothing" else super().verify(*given, **options)
+
+    def bytes_per_token(self, header: Any) -> int:
+        size = super().bytes_per_token(header)
+        return size * 8 if self.what == "takes bytes for bits" else size
+
+
+CACHES = {
+    "another sample's features": ("what_is_written_is_read", "hidden"),
+    "loses the dtype": ("what_is_written_is_read", "float64"),
+    "loses the original length": ("what_is_written_is_read", "original_length"),
+    "loses the mask": ("what_is_written_is_read", "loss_mask"),
+    "ids in another order": ("what_is_written_is_read", "ids()"),
+    "hands out one sample twice": ("samples_are_apart", "set to 0"),
+    "reads features for tokens": ("tokens_alone", "has features"),
+    "cannot be pickled": ("a_reader_is_sent", "pickle"),
+    "opens any cache": ("another_header_is_refused", "opened"),
+    "loses the header": ("the_header_is_kept", "template"),
+    "verifies nothing": ("damage_is_found", "flipped"),
+    "takes bytes for bits": ("sizes_are_estimated", "one more token"),
+}
+
+
+def _asked(count: int = 4, **changes: Any) -> list[dict[str, Any]]:
+    return [
+        {"id": str(n), "messages": [{"role": "user", "content": f"What is {n} + 1?"}], **changes} for n in range(count)
+    ]
+
+
+def _shuffled(limit: int | None, seed: int) -> list[dict[str, Any]]:
+    rows = _asked()
+    random.Random(seed).shuffle(rows)
+    return [{**row, "id": str(number)} for number, row in enumerate(rows)]
+
+
+def _by_chance(limit: int | None, seed: int) -> list[dict[str, Any]]:
+    return random.sample(_asked(), 3)
+
+
+TASKS = {
+    "no rows": (lambda limit, seed: [], "rows_are_conversations", "no rows"),
+    "rows of text": (lambda limit, seed: ["a question"], "rows_are_conversations", "str"),
+    "no messages": (lambda limit, seed: [{"id": "a", "question": "?"}], "rows_are_conversations", "question"),
+    "duplicate ids": (lambda limit, seed: _asked(id="same"), "ids_differ", "same"),
+    "empty prompts": (
+        lambda limit, seed: _asked(messages=[{"role": "user", "content": "  "}]), "prompts_can_be_asked", "empty",
+    ),
+    "begins with an answer": (
+        lambda limit, seed: _asked(messages=[{"role": "assistant", "content": "Yes."}]),
+        "prompts_can_be_asked", "begin",
+    ),
+    "draws from global random numbers": (_by_chance, "the_same_seed_asks_the_same", "random"),
+    "numbers its rows after shuffling": (_shuffled, "an_id_is_one_question", "another question"),
+}  # fmt: skip
+
+
+class WrongExporter:
+    """An exporter that may be wrong."""
+
+    what = ""
+
+    def unservable(self, facts: Any) -> Any:
+        return False if self.what == "answers no and not why" else None
+
+    def write(self, draft: Any, facts: Any, out: Path) -> None:
+        stored = getattr(torch, facts.config["dtype"])
+        tensors = dict(self.tensors(draft, stored))
+        layers = [tap + (self.what == "a wrong layer id") for tap in facts.description.taps]
+        save_file(tensors, out / "model.safetensors")
+        (out / "config.json").write_text(json.dumps({"layers": layers}))
+        if self.what == "writes beside its folder":
+            (out.parent / "notes.txt").write_text("x")
+        if self.what == "leaves a link":
+            (out / "latest").symlink_to(out / "config.json")
+        if self.what == "names a folder of this machine":
+            (out / "card.md").write_text(f"Load {out}.")
+        if self.what == "differs from time to time":
+            (out / "card.md").write_text(str(random.random()))
+        if self.what == "rounds the draft's own weights":
+            with torch.no_grad():
+                draft.down.weight.mul_(0.5)
+
+    def tensors(self, draft: Any, stored: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in published_weights(draft).items():
+            if self.what == "drops a tensor" and name == "down.bias":
+                continue
+            if self.what == "transposes a tensor" and name == "up.weight":
+                yield name, tensor.T.contiguous()
+            elif self.what == "keeps fp32":
+                yield name, tensor.float().contiguous()
+            else:
+                yield name, tensor.to(stored).contiguous()
+
+
+EXPORTERS = {
+    "drops a tensor": ("all_weights_are_there", "down.bias"),
+    "transposes a tensor": ("all_weights_are_there", "up.weight"),
+    "a wrong layer id": ("layers_are_named", "no list"),
+    "writes beside its folder": ("files_are_in_their_folder", "notes.txt"),
+    "leaves a link": ("files_are_in_their_folder", "latest"),
+    "names a folder of this machine": ("no_paths", "card.md"),
+    "differs from time to time": ("it_is_written_again", "card.md"),
+    "rounds the draft's own weights": ("it_is_written_again", "model.safetensors"),
+    "keeps fp32": ("numbers_keep_their_dtype", "float32"),
+    "answers no and not why": ("it_is_an_exporter", "False"),
+}
