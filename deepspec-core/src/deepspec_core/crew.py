@@ -22,9 +22,9 @@ from deepspec_core.errors import DeepSpecError, StageError
 from deepspec_core.progress import Progress
 
 # The sum of these is how long a worker may go on after another one was killed: less than a minute.
-SILENCE_SECONDS: Final = 25.0
-SECONDS_TO_NOTICE: Final = 12.0
-SECONDS_TO_END: Final = 12.0
+SILENCE_SECONDS: Final = 20.0
+SECONDS_TO_NOTICE: Final = 10.0
+SECONDS_TO_END: Final = 10.0
 _BEAT_SECONDS: Final = 1.0
 _POLL_SECONDS: Final = 0.1
 # Shared file systems may show a new file this late on other machines.
