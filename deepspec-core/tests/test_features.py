@@ -120,7 +120,7 @@ def test_cached_and_online_sources_agree(tmp_path: Path) -> None:
         data=SimpleNamespace(training_samples=lambda: samples, count_mask_token=lambda ids: None),
         cache=SimpleNamespace(open=lambda: reader),
         target=SimpleNamespace(model=target),
-        file=SimpleNamespace(target=SimpleNamespace(layers=TAPS)),
+        file=SimpleNamespace(target=SimpleNamespace(layers=TAPS), train=SimpleNamespace(batching="packed")),
     )
     stored, live = cached.from_run(run), online.from_run(run)
     assert isinstance(stored, FeatureSource)
