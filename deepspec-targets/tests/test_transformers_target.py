@@ -61,14 +61,6 @@ def test_it_is_a_target_model(target: TransformersTarget) -> None:
     assert not target.model.training
 
 
-def padded(sequences: list[Tensor], width: int) -> tuple[Tensor, Tensor]:
-    ids, mask = torch.zeros(len(sequences), width, dtype=torch.long), torch.zeros(len(sequences), width)
-    for row, sequence in enumerate(sequences):
-        ids[row, : len(sequence)] = sequence
-        mask[row, : len(sequence)] = 1
-    return ids, mask
-
-
 def test_position_ids_are_honoured() -> None:
     target = tiny()
     ids, mask = tokens(1, 6), torch.ones(1, 6)

@@ -7,7 +7,6 @@ from pathlib import Path
 import deepspec_npz_cache.plugin
 import numpy as np
 import pytest
-import torch
 from deepspec_npz_cache.npz import NpzFormat
 
 from deepspec_core.cache.manifest import Shard
@@ -34,14 +33,6 @@ def written(path: Path, header: CacheHeader = HEADER, samples: list[Sample] = SA
                 writer.write(sample)
         writer.finish()
     return path
-
-
-def same(found: Sample, sample: Sample, dtype: torch.dtype = torch.float32) -> None:
-    assert (found.id, found.original_length) == (sample.id, sample.original_length)
-    assert torch.equal(found.input_ids, sample.input_ids)
-    assert torch.equal(found.loss_mask, sample.loss_mask)
-    for name in ("hidden", "last_hidden"):
-        assert torch.equal(getattr(features_of(found), name), getattr(features_of(sample), name).to(dtype))
 
 
 def test_numpy_opens_a_shard(tmp_path: Path) -> None:
