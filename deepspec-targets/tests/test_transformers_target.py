@@ -61,47 +61,6 @@ def test_it_is_a_target_model(target: TransformersTarget) -> None:
     assert not target.model.training
 
 
-def padded(sequences: list[Tensor], width: int) -> tuple[Tensor, Tensor]:
-    ids, mask = torch.zeros(len(sequences), width, dtype=torch.long), torch.zeros(len(sequences), width)
-    for row, sequence in enumerate(sequences):
-        ids[row, : len(sequence)] = sequence
-        mask[row, : len(sequence)] = 1
-    return ids, mask
-
-
-@pytest.mark.parametrize("width", [12, 20])
-def test_features_of_padded_rows_are_those_of_each_alone(target: TransformersTarget, width: int) -> None:
-    sequences = [tokens(length, seed=length) for length in (12, 7, 1, 10)]
-    features = target.features(*padded(sequences, width), None, None, TAPS)
-    assert features.hidden.shape == (4, width, 4 * 32)
-    assert features.last_hidden.shape == (4, width, 32)
-    assert torch.isfinite(features.hidden).all()
-    for row, sequence in enumerate(sequences):
-        hidden, last_hidden, logits = alone(target, sequence)
-        torch.testing.assert_close(features.hidden[row, : len(sequence)], hidden, **EXACT)
-        torch.testing.assert_close(features.last_hidden[row, : len(sequence)], last_hidden, **EXACT)
-        ours = features.last_hidden[row, : len(sequence)] @ target.head_weight().T
-        torch.testing.assert_close(ours, logits, **EXACT)
-
-
-def test_packed_documents_are_as_if_alone(target: TransformersTarget) -> None:
-    lengths = (6, 9, 3)
-    documents = [tokens(length, seed=length) for length in lengths]
-    pad = 2
-    ids = torch.cat([*documents, torch.zeros(pad, dtype=torch.long)])[None]
-    document_ids = torch.cat([torch.full((n,), i) for i, n in enumerate((*lengths, pad))])[None]
-    position_ids = torch.cat([torch.arange(n) for n in (*lengths, pad)])[None]
-    mask = torch.arange(ids.shape[1])[None] < sum(lengths)
-    features = target.features(ids, mask, position_ids, document_ids, TAPS)
-    start = 0
-    for document in documents:
-        hidden, last_hidden, _ = alone(target, document)
-        span = slice(start, start + len(document))
-        torch.testing.assert_close(features.hidden[0, span], hidden, **EXACT)
-        torch.testing.assert_close(features.last_hidden[0, span], last_hidden, **EXACT)
-        start += len(document)
-
-
 def test_position_ids_are_honoured() -> None:
     target = tiny()
     ids, mask = tokens(1, 6), torch.ones(1, 6)
@@ -127,23 +86,6 @@ def step(target: TransformersTarget, rows: dict[int, Tensor], start: dict[int, i
     return target.decode(torch.tensor(list(rows)), ids, positions, TAPS, **options)
 
 
-def test_ragged_incremental_decoding_is_the_full_forward(target: TransformersTarget) -> None:
-    sequences = {0: tokens(20, seed=10), 1: tokens(17, seed=11), 2: tokens(25, seed=12)}
-    expected = {slot: alone(target, sequence) for slot, sequence in sequences.items()}
-    target.open_slots(3, 32)
-    done = dict.fromkeys(sequences, 0)
-    # Who gets how many tokens in each call: ragged, subsets, single rows, single tokens.
-    for call in ({0: 5, 1: 9, 2: 1}, {0: 1, 1: 1, 2: 1}, {1: 4}, {0: 3, 2: 8}, {2: 6}, {0: 8, 1: 2, 2: 4}):
-        rows = {slot: sequences[slot][done[slot] : done[slot] + count] for slot, count in call.items()}
-        out = step(target, rows, done)
-        for index, (slot, count) in enumerate(call.items()):
-            span = slice(done[slot], done[slot] + count)
-            torch.testing.assert_close(out.hidden[index, :count], expected[slot][0][span], **EXACT)
-            torch.testing.assert_close(out.logits[index, :count], expected[slot][2][span], **EXACT)
-            done[slot] += count
-        target.commit(torch.tensor(list(call)), torch.tensor([done[slot] for slot in call]))
-
-
 def test_uncommitted_tokens_leave_no_trace(target: TransformersTarget) -> None:
     right, wrong = tokens(16, seed=20), tokens(16, seed=21)
     hidden, _, logits = alone(target, right)
@@ -167,17 +109,6 @@ def test_a_freed_slot_takes_the_next_sequence() -> None:
     target.commit(torch.tensor([1]), torch.tensor([0]))
     out = step(target, {1: second}, {1: 0})
     torch.testing.assert_close(out.logits[0], alone(target, second)[2], **EXACT)
-
-
-def test_last_only_gives_each_rows_last_logits_and_all_features() -> None:
-    target = tiny()
-    sequences = [tokens(9, seed=40), tokens(4, seed=41)]
-    target.open_slots(2, 16)
-    out = step(target, dict(enumerate(sequences)), {0: 0, 1: 0}, last_only=True)
-    assert out.logits.shape == (2, 1, VOCAB)
-    assert out.hidden.shape == (2, 9, 4 * 32)
-    for row, sequence in enumerate(sequences):
-        torch.testing.assert_close(out.logits[row, 0], alone(target, sequence)[2][-1], **EXACT)
 
 
 def test_decoding_to_the_last_position_and_no_further() -> None:

@@ -4,9 +4,11 @@ import datasets
 import huggingface_hub
 import pytest
 
+import deepspec_tasks.plugin
 from deepspec_core.errors import DataError
 from deepspec_core.evaluation.tasks import load_task
 from deepspec_core.plugins.discovery import load_plugins
+from deepspec_core.testing import TaskSuite, broken_by
 from deepspec_tasks import published
 
 REASON = "\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -162,6 +164,22 @@ def test_what_is_fetched(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path) -
             task.split,
             task.revision,
         )
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_what_every_task_keeps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two rows of the dataset's layout."""
+    row = ROWS[name][0]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_given, **_options: [row, dict(row)])
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_given, **_options: "/hub/file")
+    monkeypatch.setattr("deepspec_core.data.hub_rows.why_unreachable", lambda: None)
+
+    class Task(TaskSuite):
+        component = name
+        plugin = deepspec_tasks.plugin
+        rows = (row,)
+
+    assert broken_by(Task) == {}
 
 
 @pytest.mark.parametrize("name", ["gsm8k", "arena-hard-v2"])

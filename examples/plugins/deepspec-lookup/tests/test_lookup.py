@@ -3,17 +3,15 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import deepspec_lookup.plugin
 import pytest
 import torch
-from deepspec_lookup.draft import LookupDraft, LookupProposer, Text
+from deepspec_lookup.draft import LookupProposer, Text
 from deepspec_lookup.options import LookupOptions
-from deepspec_lookup.plugin import deepspec_draft_models
 
 from deepspec_core.contracts.proposer import Proposal, Proposer, Sampling
-from deepspec_core.contracts.untrained import Surroundings, UntrainedDraft
+from deepspec_core.testing import UntrainedDraftSuite
 from deepspec_core.testing.public_imports import check_public_imports
-from deepspec_core.testing.tiny_target import TinyTarget
-from deepspec_core.testing.tiny_tokenizer import tiny_tokenizer
 
 
 def continued(tokens: Sequence[int], count: int = 3, *, longest: int = 3, shortest: int = 1) -> list[int]:
@@ -98,23 +96,9 @@ def test_slots_are_apart_and_read_what_is_committed() -> None:
     assert propose(proposer, [1]).lengths.tolist() == [0]
 
 
-def test_the_draft_keeps_its_contract() -> None:
-    target = TinyTarget()
-    (spec,) = deepspec_draft_models()
-    assert (spec.name, spec.trained) == ("lookup", False)
-    around = Surroundings(
-        architecture=target.architecture,
-        tokenizer=tiny_tokenizer(),
-        dtype=target.dtype,
-        device=target.device,
-        open_model=lambda name, revision: pytest.fail("no model is needed"),
-    )
-    draft = LookupDraft(spec.options(max_tokens=5), around)
-    assert isinstance(draft, UntrainedDraft)
-    assert isinstance(draft.proposer(), Proposer)
-    assert draft.describe().algorithm == spec.name
-    assert draft.describe().max_tokens == draft.proposer().max_tokens == 5
-    assert draft.parameters() == 0
+class TestLookup(UntrainedDraftSuite):
+    component = "lookup"
+    plugin = deepspec_lookup.plugin
 
 
 def test_options_that_do_not_go_together() -> None:

@@ -19,23 +19,18 @@ from deepspec_core.checkpoints.published import load_draft, save_draft
 from deepspec_core.contracts.draft import DraftModel
 from deepspec_core.contracts.proposer import Sampling
 from deepspec_core.decoding.sampling import draw
+from deepspec_core.testing import DraftModelSuite
 from deepspec_core.testing.core_registry import core_registry
 from deepspec_core.testing.draft_checks import (
-    check_all_near,
-    check_autocast,
     check_frozen_heads,
-    check_same_rows,
     gradients_of,
     head_products,
-    rows_where,
     trained,
 )
 from deepspec_core.testing.driven_proposer import (
     GREEDY,
     SAMPLED,
-    check_batched_as_alone,
     check_best_tree,
-    check_reused_slot,
     check_same_proposals,
     prompts,
     started,
@@ -45,6 +40,7 @@ from deepspec_core.testing.random_batches import features_of, padded_batch, prep
 
 REGISTRY = core_registry(deepspec_medusa.plugin, deepspec_targets.plugin)
 HEADS = 3
+SMALL = {"num_heads": HEADS, "num_anchors": 8}
 NODES = 12
 
 
@@ -86,31 +82,6 @@ def test_a_head_is_trained_on_the_token_so_far_after_the_targets_own(draft: Medu
     assert found == len(rows.hidden) > 40
 
 
-@pytest.mark.parametrize("filler", [0.0, float("nan")])
-def test_rows_do_not_depend_on_padding_or_batch(draft: MedusaDraft, filler: float) -> None:
-    prepared = prepare(draft, ragged_samples())
-    together = draft(padded_batch(draft, prepared))
-    check_same_rows(draft(padded_batch(draft, prepared, extra=9, filler=filler)), together, 1e-6)
-    blocks = 0
-    for one in prepared[:3]:
-        count = len(one.tensors["anchors"])
-        part = rows_where(together, (together.block >= blocks) & (together.block < blocks + count))
-        check_same_rows(part, draft(padded_batch(draft, [one])), 1e-6)
-        blocks += count
-
-
-def test_gradients_do_not_depend_on_the_batch_and_reach_all_that_is_trained(draft: MedusaDraft) -> None:
-    prepared = prepare(draft, ragged_samples())
-
-    def gradients(batches: list[list]) -> dict[str, Tensor]:
-        rows = [draft(padded_batch(draft, part)) for part in batches]
-        return gradients_of(sum(head_products(draft, one).logsumexp(-1).sum() for one in rows), draft)
-
-    together, apart = gradients([prepared]), gradients([[one] for one in prepared])
-    assert together.keys() == trained(draft).keys()
-    check_all_near(apart, together, 1e-5)
-
-
 def test_a_batch_without_anchors_has_no_rows(draft: MedusaDraft) -> None:
     rows = draft(padded_batch(draft, prepare(draft, ragged_samples()[3:])))
     assert rows.hidden.shape == (0, 32)
@@ -124,10 +95,6 @@ def test_it_begins_as_the_target_whose_weights_stay(draft: MedusaDraft) -> None:
     last_NH = torch.randn(5, 32)
     for logits_NV in new.logits(new.hidden(last_NH)).unbind(1):
         torch.testing.assert_close(logits_NV, new.lm_head(last_NH))
-
-
-def test_bfloat16(draft: MedusaDraft) -> None:
-    check_autocast(draft, padded_batch(draft, prepare(draft, ragged_samples())), mean=0.02)
 
 
 def test_logits_are_capped_as_the_targets(draft: MedusaDraft) -> None:
@@ -160,18 +127,6 @@ def test_a_tree_has_the_most_probable_paths(draft: MedusaDraft, sampling: Sampli
         check_best_tree(trees, slot, lambda path, slot=slot: chain[slot, len(path)], nodes=NODES, longest=HEADS)
 
 
-@pytest.mark.parametrize("tree_nodes", [None, NODES])
-@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-def test_slots_propose_batched_as_alone(draft: MedusaDraft, sampling: Sampling, tree_nodes: int | None) -> None:
-    first = check_batched_as_alone(draft, sampling, limits=[1, 3, 0, 2], tree_nodes=tree_nodes)
-    assert first.lengths.tolist() == ([1, 3, 0, 2] if tree_nodes is None else [NODES, NODES, 0, NODES])
-
-
-@pytest.mark.parametrize("freed", [True, False])
-def test_a_slot_is_used_again(draft: MedusaDraft, freed: bool) -> None:
-    check_reused_slot(draft, freed=freed)
-
-
 @pytest.mark.parametrize("taps", [(), (1, 4)], ids=["no taps", "taps of others"])
 def test_a_checkpoint_is_the_same_draft(draft: MedusaDraft, taps: tuple[int, ...], tmp_path: Path) -> None:
     draft.taps = taps
@@ -188,6 +143,12 @@ def test_what_config_json_says(draft: MedusaDraft) -> None:
     assert is_medusa(config)
     assert not is_medusa({"architectures": ["Qwen3DFlashModel"]})
     assert options_of(config) == (draft.options, ())
+
+
+class TestMedusa(DraftModelSuite):
+    component = "medusa"
+    plugin = deepspec_medusa.plugin
+    options = SMALL
 
 
 @pytest.mark.parametrize("bad", [{"num_heads": 0}, {"num_heads": 65}, {"num_anchors": 0}])

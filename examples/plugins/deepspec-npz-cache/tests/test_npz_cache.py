@@ -1,20 +1,19 @@
 """The format keeps what it is given, goes on after a stop, and trusts no file. Public names of core only."""
 
-import pickle
 import resource
 from contextlib import closing
 from pathlib import Path
 
+import deepspec_npz_cache.plugin
 import numpy as np
 import pytest
-import torch
-from attrs import evolve
 from deepspec_npz_cache.npz import NpzFormat
 
 from deepspec_core.cache.manifest import Shard
-from deepspec_core.contracts.cache import CacheFormat, CacheHeader, CacheReader, CacheWriter
+from deepspec_core.contracts.cache import CacheHeader, CacheWriter
 from deepspec_core.contracts.draft import Sample
 from deepspec_core.errors import CacheError
+from deepspec_core.testing import CacheFormatSuite
 from deepspec_core.testing.public_imports import check_public_imports
 from deepspec_core.testing.random_batches import TAPS, features_of, random_sample
 
@@ -36,49 +35,15 @@ def written(path: Path, header: CacheHeader = HEADER, samples: list[Sample] = SA
     return path
 
 
-def same(found: Sample, sample: Sample, dtype: torch.dtype = torch.float32) -> None:
-    assert (found.id, found.original_length) == (sample.id, sample.original_length)
-    assert torch.equal(found.input_ids, sample.input_ids)
-    assert torch.equal(found.loss_mask, sample.loss_mask)
-    for name in ("hidden", "last_hidden"):
-        assert torch.equal(getattr(features_of(found), name), getattr(features_of(sample), name).to(dtype))
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_what_is_written_is_read(tmp_path: Path, dtype: str) -> None:
-    header = evolve(HEADER, dtype=dtype)
-    path, cache = written(tmp_path / "cache", header), NpzFormat()
-    assert isinstance(cache, CacheFormat)
-    assert cache.header(path) == header
-    assert cache.verify(path) == []
-    reader = pickle.loads(pickle.dumps(cache.open(path, header)))
-    assert isinstance(reader, CacheReader)
-    assert reader.ids() == [sample.id for sample in SAMPLES]
-    for index in (4, 0, 2, 1, 3):
-        same(reader[index], SAMPLES[index], getattr(torch, dtype))
-    stored = sum(file.stat().st_size for file in path.glob("*.npz")) / sum(reader.lengths())
-    assert 0.5 * stored < cache.bytes_per_token(header) < stored, "small samples pay for the archive's directory"
-
-
-def test_without_tapped_layers(tmp_path: Path) -> None:
-    bare = [random_sample("a", 7, num_taps=0)]
-    path = written(tmp_path / "cache", evolve(HEADER, taps=()), bare)
-    same(NpzFormat().open(path, None)[0], bare[0])
-
-
 def test_numpy_opens_a_shard(tmp_path: Path) -> None:
     with np.load(written(tmp_path / "cache") / "shard-00001.npz", allow_pickle=False) as shard:
         assert shard["original_length"].tolist() == [11, 14]
         assert np.array_equal(shard["1/hidden"], features_of(SAMPLES[3]).hidden)
 
 
-def test_it_goes_on_after_a_stop(tmp_path: Path) -> None:
-    with closing(NpzFormat().create(tmp_path / "cache", HEADER, shard_samples=2)) as writer:
-        for sample in SAMPLES[:3]:
-            writer.write(sample)
-    assert [file.name for file in tmp_path.glob("cache/shard*")] == ["shard-00000.npz"], "one was never sealed"
-    reader = NpzFormat().open(written(tmp_path / "cache"), HEADER)
-    assert reader.ids() == [sample.id for sample in SAMPLES]
+class TestNpz(CacheFormatSuite):
+    component = "npz"
+    plugin = deepspec_npz_cache.plugin
 
 
 class Instructions:
