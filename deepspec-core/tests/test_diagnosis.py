@@ -111,7 +111,7 @@ def test_features_of_another_target_fit_no_layer(target: TinyTarget) -> None:
     found = features_finding(compare_features(stored(TinyTarget(num_layers=6, seed=1), [1, 3]), target, [1, 3]))
     assert found is not None
     assert found.name == "features"
-    assert found.explains == (names.LIVE,)
+    assert found.explains[0] == names.LIVE
 
 
 SAID = [{"role": "user", "content": "What is two?"}]

@@ -16,12 +16,14 @@ from torch import Tensor
 from deepspec_core.contracts.draft import Sample
 from deepspec_core.contracts.target import TargetModel
 from deepspec_core.data.collate import pad_ids
-from deepspec_core.diagnosis.finding import LIVE, Finding
+from deepspec_core.diagnosis.finding import HELD_OUT, LIVE, PROMPTS, Finding
 
 # What rounding cannot do: float8 with three bits of mantissa stays within 4% and above 0.999.
 _LIKE = 0.99
 _NEAR = 0.1
 LAST = "last"
+# A small loss may show only where others add to it.
+_EXPLAINS = (LIVE, HELD_OUT, PROMPTS)
 
 
 @frozen(kw_only=True)
@@ -101,12 +103,12 @@ def features_finding(compared: Sequence[TapDifference]) -> Finding | None:
             name="layer numbering",
             says=f"The features that training read are of other layers than their numbers say: {which}.{by}",
             fix="Make the cache again, or convert it with the right layer numbers, and train again.",
-            explains=(LIVE,),
+            explains=_EXPLAINS,
         )
     return Finding(
         name="features",
         says=f"The features that training read are not those of the target now, at layers {seen}. No other layer of "
         "the target fits them.",
         fix="Make the cache again with the target that is evaluated (--force cache), and train again.",
-        explains=(LIVE,),
+        explains=_EXPLAINS,
     )
