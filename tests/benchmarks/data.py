@@ -181,14 +181,13 @@ def rendering(options: argparse.Namespace) -> dict[str, Any]:
             start = time.perf_counter()
             return (sum(1 for _ in stream) + 1) / (time.perf_counter() - start)
 
-        one, two = wall(1), wall(2)
+        processes = {f"{number} processes, conversations/s": wall(number) for number in options.processes}
         found[f"{turns} turns, answers of {words} words"] = {
             "tokens": median(len(chat.encode(text)[0]) for text in texts),
             **{f"{name}, conversations/s": median(values) for name, values in figures.items()},
             "ours / tokenizer": median(a / b for a, b in zip(figures["ours"], figures["tokenizer"], strict=True)),
             "ours / its core": median(a / b for a, b in zip(figures["ours"], figures["its core"], strict=True)),
-            "1 process, conversations/s": one,
-            "2 processes, conversations/s": two,
+            **processes,
         }
     return found
 
@@ -202,6 +201,7 @@ def main() -> None:
         command.add_argument("--conversations", type=int, nargs="+", default=defaults)
         command.add_argument("--workers", type=int, default=1)
         command.add_argument("--turns", type=int, default=5)
+        command.add_argument("--processes", type=int, nargs="*", default=[1, 2])
         command.add_argument("--repeat", type=int, default=4)
     single = commands.add_parser("one-size")
     single.add_argument("number", type=int)
