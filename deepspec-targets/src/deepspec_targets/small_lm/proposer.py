@@ -96,7 +96,7 @@ class SmallLMProposer:
             tokens_BK[rows_R, k], q_RV = next_token(
                 logits_RV, sampling.of(rows_R).after(before_Rk), uniforms[rows_R, k]
             )
-            if q_BKV is not None:
+            if q_BKV is not None and q_RV is not None:
                 q_BKV[rows_R, k] = q_RV
             for one in running:
                 if k == 0:
