@@ -61,8 +61,7 @@ class GgufExporter:
         differing = sorted(key for key, value in spoken.items() if found_keys.get(key) != value)
         assert not differing, f"keys of the tokenizer are read back as they were written, but for {differing}"
         notes = [*shared_notes(served, facts), *llama_cpp.notes(served), *_tokenizer_notes(tokenizer)]
-        target = "TARGET" if facts.target is None else facts.target.name
-        command = llama_cpp.command(served, target=target.rpartition("/")[2], draft="DIR")
+        command = llama_cpp.command(served, target=llama_cpp.TARGET, draft="DIR")
         (out / CARD).write_text(
             card(facts, format_name=llama_cpp.NAME, commands=[command], notes=notes), encoding="utf-8"
         )

@@ -24,6 +24,8 @@ WRITTEN_FOR: Final = {"llama.cpp": "build 11434", "gguf": "0.19.0"}
 DFLASH, EAGLE3 = "dflash", "eagle3"
 MASK: Final = "tokenizer.ggml.mask_token_id"
 """The draft's mask token. It stands among the tokenizer's keys, and no other key of theirs says anything of a draft."""
+TARGET: Final = "TARGET.gguf"
+"""The target's file in the line that serves a draft."""
 _ENGINE: Final = "llama.cpp"
 _EAGLE3_TAPS: Final = 3
 _W1, _CONFIDENCE = "markov_head.markov_w1.weight", "confidence_head.proj.weight"
@@ -287,7 +289,10 @@ def _fp32(number: float) -> float:
 
 def notes(served: Served) -> list[str]:
     """What whoever serves the export should know."""
-    found = ["A file is for llama.cpp's build 11434 or later: earlier ones have no such drafts."]
+    found = [
+        "The file is for llama.cpp's build 11434 or later. The target is a GGUF file too: its `convert_hf_to_gguf.py` "
+        f"makes {TARGET} of a folder."
+    ]
     if served.confidence and not served.confidence_with_markov:
         found.append(
             "The confidence head reads no Markov embedding, and llama.cpp's always does: zeros stand in its place."
@@ -298,4 +303,4 @@ def notes(served: Served) -> list[str]:
 def command(served: Served, *, target: str, draft: str) -> str:
     """The line that serves the export."""
     kind = f"--spec-type draft-{served.method} --spec-draft-n-max {served.proposes}"
-    return f"llama-server -m {target}.gguf -md {draft}/draft.gguf {kind}"
+    return f"llama-server -m {target} -md {draft}/draft.gguf {kind}"
