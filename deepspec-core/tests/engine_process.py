@@ -1,4 +1,4 @@
-"""Inference engines as processes on loopback, for slow tests: vLLM and `transformers serve`, each in its environment.
+"""Inference engines as processes on loopback, for slow tests: vLLM, llama.cpp and `transformers serve`.
 
 Knows how they are installed, started and asked; not what is tested with them.
 """
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from engine_build import llama_server
 from engine_environment import environment
 
 _START_SECONDS = 600
@@ -117,6 +118,30 @@ def serving_transformers(target: Path, log: Path) -> Iterator[Engine]:
     """`transformers serve` of the target. It is stopped in the end."""
     command = [str(transformers_serve().with_name("transformers")), "serve", str(target), "--device", "cpu"]
     with _running(Engine([*command, "--dtype", "float32"], log, {"OMP_NUM_THREADS": "1"})) as engine:
+        yield engine
+
+
+@contextmanager
+def serving_llama_cpp(target: Path, log: Path, *options: str) -> Iterator[Engine]:
+    """llama.cpp's server of a target's GGUF file, in fp32. It is stopped in the end.
+
+    One thread: several wait for each other by spinning, and are many times slower where other work has the cores.
+    """
+    exact = ["-fa", "off", "-ctk", "f32", "-ctv", "f32"]
+    one = ["--parallel", "1", "--threads", "1", "--threads-batch", "1"]
+    command = [
+        str(llama_server()),
+        "-m",
+        str(target),
+        "--ctx-size",
+        "1024",
+        "--metrics",
+        "--cache-ram",
+        "0",
+        *exact,
+        *one,
+    ]
+    with _running(Engine([*command, *options], log, {})) as engine:
         yield engine
 
 

@@ -50,12 +50,12 @@ class EngineExporter:
         ExportError where a number is not finite, or what was written is not what the draft is.
         """
         served = draft_as_served(facts)
-        tensors = _weights(draft, served, facts, whole=facts.description.algorithm in self.whole_for)
+        tensors = export_weights(draft, served, facts, whole=facts.description.algorithm in self.whole_for)
         write_json(out / CONFIG, self.format.config(served, facts))
         save_file(tensors, out / WEIGHTS, metadata={"format": "pt"})
         verified = verify(out, read=self.format.read, expected=served, written=tensors, draft=draft)
         target = "TARGET" if facts.target is None else facts.target.name
-        notes = [*_notes(served, facts), *self.format.notes(served)]
+        notes = [*shared_notes(served, facts), *self.format.notes(served)]
         commands = [self.format.command(served, target=target, draft="DIR")]
         text = card(facts, format_name=self.format.NAME, commands=commands, notes=notes)
         (out / CARD).write_text(text, encoding="utf-8")
@@ -86,8 +86,11 @@ def speculators_exporter() -> EngineExporter:
     return EngineExporter(format=speculators, whole_for=("eagle3",))
 
 
-def _weights(draft: DraftModel, served: Served, facts: ExportFacts, *, whole: bool) -> dict[str, Tensor]:
-    """The export's tensors, in the dtype that the checkpoint stores."""
+def export_weights(draft: DraftModel, served: Served, facts: ExportFacts, *, whole: bool) -> dict[str, Tensor]:
+    """The export's tensors by published name, in the dtype that the checkpoint stores.
+
+    ExportError where a number is not finite.
+    """
     dtype = getattr(torch, facts.config["dtype"])
     # The rows of a reduced vocabulary are the target's, but no engine picks them.
     shared = SHARED[:1] if served.reduced else SHARED
@@ -109,7 +112,8 @@ def _weights(draft: DraftModel, served: Served, facts: ExportFacts, *, whole: bo
     return tensors
 
 
-def _notes(served: Served, facts: ExportFacts) -> list[str]:
+def shared_notes(served: Served, facts: ExportFacts) -> list[str]:
+    """What every format says of a draft that is written otherwise than it was trained."""
     notes = []
     if served.markov_rank and not facts.config.get("markov_rank"):
         notes.append(

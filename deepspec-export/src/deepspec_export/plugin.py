@@ -14,7 +14,9 @@ _FORMATS = {
     "vllm": "vLLM's own format; --speculative-config names the folder",
     "sglang": "SGLang's format; --speculative-draft-model-path names the folder",
     "speculators": "the speculators package's format, which vLLM reads",
+    "gguf": "llama.cpp's format; llama-server -md names the file",
 }
+_MODULES = {"deepspec": "published_layout", "gguf": "gguf_exporter"}
 _ALGORITHMS = ("eagle3", "dflash", "dspark")
 
 
@@ -25,7 +27,7 @@ def deepspec_exporters() -> Iterable[ExportSpec]:
         ExportSpec(
             name=name,
             summary=summary,
-            build=f"deepspec_export.{'published_layout' if name == 'deepspec' else 'exporter'}:{name}_exporter",
+            build=f"deepspec_export.{_MODULES.get(name, 'exporter')}:{name}_exporter",
             algorithm=algorithm,
         )
         for name, summary in _FORMATS.items()

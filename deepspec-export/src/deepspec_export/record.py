@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
@@ -20,7 +20,9 @@ CARD: Final = "README.md"
 _PACKAGES: Final = ("deepspec-core", "deepspec-export")
 
 
-def record(facts: ExportFacts, name: str, written_for: Mapping[str, str], out: Path) -> dict[str, Any]:
+def record(
+    facts: ExportFacts, name: str, written_for: Mapping[str, str], out: Path, files: Sequence[str] = (CONFIG, WEIGHTS)
+) -> dict[str, Any]:
     """The part that every format shares. `written_for`: the versions of packages whose rules were followed."""
     return {
         "format": name,
@@ -28,7 +30,7 @@ def record(facts: ExportFacts, name: str, written_for: Mapping[str, str], out: P
         "target": None if facts.target is None else {"name": facts.target.name, "local": facts.target.local},
         "written_by": {package: _version(package) for package in _PACKAGES},
         "written_for": dict(written_for),
-        "sha256": {path.name: _digest(path) for path in (out / CONFIG, out / WEIGHTS)},
+        "sha256": {file: _digest(out / file) for file in files},
     }
 
 

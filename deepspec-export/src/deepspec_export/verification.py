@@ -25,7 +25,7 @@ from deepspec_core.contracts.draft import DraftModel
 from deepspec_core.contracts.proposer import Sampling
 from deepspec_core.errors import ExportError
 from deepspec_export.replay import Round, replay
-from deepspec_export.served import SHARED, Served, disagreements
+from deepspec_export.served import KNOWN, SHARED, Served, disagreements
 
 CONFIG: Final = "config.json"
 WEIGHTS: Final = "model.safetensors"
@@ -70,7 +70,36 @@ def verify(folder: Path, *, read: Read, expected: Served, written: Mapping[str, 
     if different := disagreements(found, expected):
         raise _refused(folder / CONFIG, different)
     tensors = _tensors(folder / WEIGHTS)
-    _check_weights(folder / WEIGHTS, tensors, found.weights(), written)
+    return _compare(folder / WEIGHTS, found, tensors, needed=found.weights(), written=written, draft=draft)
+
+
+def verify_file(
+    path: Path,
+    found: Served,
+    tensors: Mapping[str, Tensor],
+    *,
+    expected: Served,
+    written: Mapping[str, Tensor],
+    draft: DraftModel,
+) -> Verified:
+    """As `verify`, of one file: what an engine makes of it, and its weights by their published names."""
+    if different := disagreements(found, expected):
+        raise _refused(path, different)
+    needed = {name: shape for name, shape in found.weights().items() if name != KNOWN}
+    return _compare(path, found, tensors, needed=needed, written=written, draft=draft)
+
+
+def _compare(
+    path: Path,
+    found: Served,
+    tensors: Mapping[str, Tensor],
+    *,
+    needed: Mapping[str, tuple[int, ...]],
+    written: Mapping[str, Tensor],
+    draft: DraftModel,
+) -> Verified:
+    """Of an export whose conventions are the draft's: ExportError where weights, or what they compute, differ."""
+    _check_weights(path, tensors, needed, written)
     stored = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
     return Verified(
         conventions={
@@ -82,7 +111,7 @@ def verify(folder: Path, *, read: Read, expected: Served, written: Mapping[str, 
             "compared": "bit for bit",
             "shared_with_target": [name for name in SHARED if name not in tensors],
         },
-        replay=_replayed(folder, found, tensors, draft),
+        replay=_replayed(path.parent, found, tensors, draft),
     )
 
 

@@ -7,7 +7,7 @@ Does not know formats, or where a run's files lie.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -38,6 +38,7 @@ def facts_of(
     dtype: str | None = None,
     settings: Mapping[str, Any] | None = None,
     results: Sequence[Mapping[str, Any]] = (),
+    tokenizer: Callable[[], Any] | None = None,
 ) -> ExportFacts:
     """The facts of a draft, with or without memory for its weights. `dtype`: of the stored weights, if not the draft's.
 
@@ -56,6 +57,7 @@ def facts_of(
         target=target,
         settings=settings or {},
         results=results,
+        tokenizer=tokenizer,
     )
 
 

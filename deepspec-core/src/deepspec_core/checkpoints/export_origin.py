@@ -5,11 +5,12 @@ Knows the files of a run's folder by their names. Does not know formats, or stag
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import tomli
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
 from deepspec_core.checkpoints.export_facts import settings_of, target_name
 from deepspec_core.checkpoints.published import CONFIG, read_draft_config
@@ -17,7 +18,8 @@ from deepspec_core.contracts.export import TargetName
 from deepspec_core.errors import ConfigError
 from deepspec_core.evaluation.metrics_file import NAME as METRICS
 from deepspec_core.evaluation.metrics_file import results_of
-from deepspec_core.targets.opening import fingerprint
+from deepspec_core.plugins.registry import Registry
+from deepspec_core.targets.opening import fingerprint, resolve_model, tokenizer_for
 
 _DRAFT, _RUN_FILE = "draft", "config.toml"
 
@@ -27,12 +29,30 @@ class Origin:
     """What is known of a checkpoint besides itself: contracts.export.ExportFacts has the same fields.
 
     left_out: What lies beside it and was not taken, in words; empty if nothing.
+    model: What `[target] model` would say of its target; None if nothing says. base: What a path there is relative to.
+    revision, trust_remote_code: As in the run's `[target]`.
     """
 
     target: TargetName | None
     settings: dict[str, Any] = field(factory=dict)
     results: list[dict[str, Any]] = field(factory=list)
     left_out: str = ""
+    model: str | None = None
+    base: Path = Path()
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    def tokenizer(self, registry: Registry) -> Callable[[], Any] | None:
+        """Loads the target's tokenizer: TargetError where it cannot be had. None if nothing says what the target is."""
+        model = self.model
+        if model is None:
+            return None
+
+        def load() -> Any:
+            where = resolve_model(model, base=self.base, registry=registry, revision=self.revision)
+            return tokenizer_for(where, self.trust_remote_code, revision=self.revision)
+
+        return load
 
 
 def checkpoint_in(name: str) -> str:
@@ -53,15 +73,32 @@ def origin_of(directory: Path, *, target: str | None) -> Origin:
         own = read_draft_config(directory).get("target_model_name_or_path")
         if named is None and isinstance(own, str) and own:
             named = target_name(own, base=Path())
-        return Origin(target=named)
+        return Origin(target=named, model=target or (own if isinstance(own, str) and own else None))
     tables = _read(run_file)
-    model = tables.get("target", {}).get("model")
+    section = tables.get("target", {})
+    model = section.get("model")
     if named is None and isinstance(model, str):
         named = target_name(model, base=directory.parent)
     metrics = directory.parent / METRICS
     results = results_of(metrics, fingerprint(directory)) if metrics.is_file() else []
     left_out = f"{METRICS} beside it is of another draft" if metrics.is_file() and not results else ""
-    return Origin(target=named, settings=settings_of(tables), results=results, left_out=left_out)
+    known = Origin(target=named, settings=settings_of(tables), results=results, left_out=left_out)
+    if target is not None:
+        return evolve(known, model=target)
+    return evolve(
+        known,
+        model=model if isinstance(model, str) else None,
+        base=_base_of(directory.parent, tables),
+        revision=section.get("revision"),
+        trust_remote_code=section.get("trust_remote_code") is True,
+    )
+
+
+def _base_of(folder: Path, tables: Mapping[str, Any]) -> Path:
+    """The folder of the run file, from which relative paths start: `run.output` goes down from there to `folder`."""
+    parts = Path(str(tables.get("run", {}).get("output", "."))).parts
+    below = ".." not in parts and folder.resolve().parts[-len(parts) :] == parts
+    return Path(*folder.resolve().parts[: -len(parts)]) if parts and below else folder
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -49,6 +49,8 @@ class Format:
         """ExportError where the engine cannot serve such a draft. `where` is the key or the option that asks for it."""
         try:
             reason = self.exporter.unservable(facts)
+        except DeepSpecError:
+            raise
         except Exception as error:
             raise PluginError(
                 f"the export format {self.name} cannot say whether it holds the draft",

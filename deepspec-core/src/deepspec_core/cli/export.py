@@ -55,6 +55,7 @@ def export(draft: str, name: str, out: str | None, target: str | None, blocked: 
         target=origin.target,
         settings=origin.settings,
         results=origin.results,
+        tokenizer=origin.tokenizer(registry),
     )
     chosen.check(facts, where=f"--to {name}")
     with full_disk_is_an_error(place.parent):

@@ -5,7 +5,7 @@ Knows what a draft is and where it comes from. Does not know any format or engin
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -39,6 +39,8 @@ class ExportFacts:
     settings: Sections and keys of the run file that made the draft, as in TOML; empty if they are not known. A local
         path stands there by its last part.
     results: The `results` of the metrics.json of an evaluation of this very draft; empty if there is none.
+    tokenizer: Loads the target's tokenizer (transformers), for formats that hold one: TargetError where it cannot be
+        had. None if nothing says where the target is.
     """
 
     description: DraftDescription
@@ -48,6 +50,7 @@ class ExportFacts:
     target: TargetName | None
     settings: Mapping[str, Any] = field(factory=dict)
     results: Sequence[Mapping[str, Any]] = ()
+    tokenizer: Callable[[], Any] | None = None
 
 
 @runtime_checkable
@@ -57,7 +60,7 @@ class Exporter(Protocol):
     def unservable(self, facts: ExportFacts) -> str | None:
         """Why the engine cannot serve such a draft, and the nearest alternative, or None.
 
-        Asked before a run's first stage and before `write`.
+        Asked before a run's first stage and before `write`. A DeepSpecError is said as it is.
         """
         ...
 

@@ -70,7 +70,14 @@ def facts_of_finished(run: Run) -> ExportFacts:
 
 def _facts(run: Run, draft: DraftModel, adapter: TargetAdapter, **known: Any) -> ExportFacts:
     target = target_name(run.file.target.model, base=run.base)
-    return facts_of(draft, adapter, target=target, settings=settings_of(run.file), **known)
+    return facts_of(
+        draft,
+        adapter,
+        target=target,
+        settings=settings_of(run.file),
+        tokenizer=lambda: run.target.tokenizer.tokenizer,
+        **known,
+    )
 
 
 def _results(run: Run, digest: str) -> list[dict[str, Any]]:
