@@ -39,7 +39,7 @@ class BlockConvolution(nn.Module):
 def convolved(x_NSH: Tensor, base_tH: Tensor, delta_NStG: Tensor) -> Tensor:
     """The sum at the top of this file, [N, S, H]."""
     out_NSH = torch.zeros_like(x_NSH)
-    for tap, base_H in enumerate(base_tH):
+    for tap, base_H in enumerate(base_tH[: x_NSH.shape[1]]):
         # Slot i - t: cut at the end, with as many zeros at the beginning.
         shifted_NSGg = pad(x_NSH, (0, 0, tap, -tap)).unflatten(-1, (delta_NStG.shape[-1], -1))
         kernel_NSGg = base_H.unflatten(0, shifted_NSGg.shape[2:]) + delta_NStG[:, :, tap, :, None]
