@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -122,6 +123,29 @@ def test_layer_has_the_residual_layout_it_says() -> None:
     expected = 11 * (residual + 7 * 13 * 5 * residual)
     torch.testing.assert_close(layer(hidden, lambda x: x + 1), expected)
     torch.testing.assert_close(layer.finish(hidden, 2 * hidden + 1), expected)
+
+
+class _Between(nn.Module):
+    """A sublayer between two factors."""
+
+    def __init__(self, before: float, after: float) -> None:
+        super().__init__()
+        self.before, self.after = before, after
+
+    def forward(self, sublayer: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda x: self.after * sublayer(self.before * x)
+
+
+def test_a_module_around_a_sublayer_stands_inside_the_norms() -> None:
+    adapter: Any = _Adapter()
+    layer, x = DraftLayer(adapter), torch.ones(1, HIDDEN)
+    assert not [name for name in layer.state_dict() if "around" in name]
+    layer.around_attention, layer.around_mlp = _Between(17.0, 19.0), _Between(23.0, 29.0)
+    attended = []
+    found = layer(x, lambda given: attended.append(given) or given + 1.0)  # type: ignore[func-returns-value]
+    assert torch.equal(attended[0], x * 2 * 17)
+    residual = x + 3 * 19 * (x * 2 * 17 + 1)
+    torch.testing.assert_close(found, 11 * (residual + 7 * 29 * 13 * 23 * 5 * residual))
 
 
 def test_attention_input_may_be_wider_than_the_residual() -> None:

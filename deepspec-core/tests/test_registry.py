@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from attrs import evolve
 
 from deepspec_core.errors import PluginError, TargetError
 from deepspec_core.plugins.records import PluginRecord
@@ -128,6 +129,22 @@ def test_a_checkpoint_is_recognised_by_exactly_one_algorithm() -> None:
     careless = offer("draft", draft("careless", lambda config: config["nothing"]))
     with pytest.raises(PluginError, match=r"'careless' of fake-one 1\.0 failed on a checkpoint"):
         Registry([first, careless]).recognise({"kind": "first"})
+
+
+def test_a_class_name_of_another_project_is_its_installed_draft_types() -> None:
+    """Only the whole of a class name: what merely ends so is no other's, and other signs are still refused."""
+
+    def is_wave(config: Any) -> bool:
+        return "WaveModel" in config["architectures"]
+
+    knows = evolve(draft("knows"), elsewhere={"WaveModel": "another project's", "wave_type": "its key"})
+    wave = evolve(draft("wave", is_wave), class_suffix="WaveModel")
+    with pytest.raises(PluginError, match="another project's format"):
+        Registry([offer("draft", knows)]).recognise({"architectures": ["WaveModel"]})
+    both = Registry([offer("draft", knows), offer("draft", wave, "fake-two")])
+    assert both.recognise({"architectures": ["WaveModel"]}).name == "wave"
+    with pytest.raises(PluginError, match="another project's format"):
+        both.recognise({"architectures": ["WaveModel"], "wave_type": 1})
 
 
 @pytest.mark.parametrize(

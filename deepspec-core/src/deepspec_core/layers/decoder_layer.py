@@ -22,6 +22,9 @@ class DraftLayer(nn.Module):
 
     With h its input: r = h + after_attention(attend(before_attention(h))), and the output is output_scale(r +
     after_mlp(mlp(before_mlp(r)))). `attention_input` is the width of the attention's input, by default the hidden size.
+
+    `around_attention` and `around_mlp` are slots for modules that change a sublayer: each is called with it, a callable
+    from [..., T, I] to [..., T, H], and returns what runs in its place. An algorithm may set them.
     """
 
     def __init__(self, adapter: TargetAdapter, attention_input: int | None = None) -> None:
@@ -34,16 +37,19 @@ class DraftLayer(nn.Module):
             adapter.attention_projections(attention_input or adapter.architecture.hidden_size)
         )
         self.mlp = adapter.mlp()
+        self.around_attention: nn.Module = nn.Identity()
+        self.around_mlp: nn.Module = nn.Identity()
         self.norm_names = dict(norms.names)
 
     def forward(self, hidden_TH: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
         """The output [..., T, H] for input [..., T, H]. `attend` maps the normed input to the attention's output."""
-        return self.finish(hidden_TH, attend(self.before_attention(hidden_TH)))
+        return self.finish(hidden_TH, self.around_attention(attend)(self.before_attention(hidden_TH)))
 
     def finish(self, residual_TH: Tensor, attended_TH: Tensor) -> Tensor:
         """Everything after the attention, for layers whose attention reads more than the residual stream."""
         hidden_TH: Tensor = residual_TH + self.after_attention(attended_TH)
-        output_TH: Tensor = self.output_scale(hidden_TH + self.after_mlp(self.mlp(self.before_mlp(hidden_TH))))
+        mlp_TH = self.around_mlp(self.mlp)(self.before_mlp(hidden_TH))
+        output_TH: Tensor = self.output_scale(hidden_TH + self.after_mlp(mlp_TH))
         return output_TH
 
 

@@ -269,7 +269,11 @@ class Registry:
         )
 
     def _refuse_other_formats(self, config: Mapping[str, Any]) -> None:
+        # What an installed draft type publishes under, another one may well have listed as a stranger's.
+        own = {offer.spec.class_suffix for offer in self._drafts() if isinstance(offer.spec, DraftModelSpec)}
         for sign in (*_class_names(config), *config):
+            if sign in own:
+                continue
             for offer in self._drafts():
                 assert isinstance(offer.spec, DraftModelSpec)
                 if sign in offer.spec.elsewhere:

@@ -63,7 +63,8 @@ class DraftModelSpec(ComponentSpec):
         that are trained.
     elsewhere: Class names (`architectures`) of other projects' checkpoints of such drafts, or keys that only their
         config.json has, each with a sentence for users: whose format it is, and what differs. A checkpoint with such a
-        name or key is refused, and named in the error, whatever else it says.
+        name or key is refused, and named in the error, whatever else it says. An installed draft type whose
+        `class_suffix` is such a name, the whole of it, takes it back: that type's `recognise` decides.
     proposes_trees: Whether the draft has a `tree_proposer`. Others are refused where a run file has [draft] tree.
     default_loss: Keys of [loss], as a run file writes them, for those that the run file leaves out. An example is
         {"terms": {"ce": 1.0}}.

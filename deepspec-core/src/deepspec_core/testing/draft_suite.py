@@ -325,6 +325,13 @@ class DraftModelSuite(ProposerSuite):
         """The samples, prepared and padded."""
         return padded_batch(draft, self.prepared(draft, samples))
 
+    def proposed(self, draft: DraftModel, rows: Rows) -> torch.Tensor:
+        """[N, V]: the distributions that decoding draws from where training has these rows: those of the heads.
+
+        A draft that proposes from other ones overrides it.
+        """
+        return distributions(draft, rows)
+
     def _two_rounds(self, draft: DraftModel) -> list[Any]:
         driven = DrivenProposer(draft, num_slots=2, max_length=48)
         driven.start({1: (self.sample(1, len(driven.proposer.taps)), 6)})
@@ -351,7 +358,7 @@ class DraftModelSuite(ProposerSuite):
                 break
         require(block is not None, f"training has no block for the tokens after position {at}, in {_DRAWS} draws")
         assert block is not None
-        q_KV = distributions(draft, rows)[block]
+        q_KV = self.proposed(draft, rows)[block]
         if proposal.probabilities is not None:
             gap = float((proposal.probabilities[0, : len(block)].double() - q_KV.double()).abs().max())
             require(gap <= self.tolerance, f"probabilities after position {at} that differ by up to {gap:.3g}")

@@ -1,0 +1,59 @@
+"""Decoding: DFlash's backbone pass, then a walk from the anchor through each slot's candidates.
+
+A token is chosen or drawn among the candidates alone. That distribution, over the whole vocabulary, is what
+verification is told.
+
+Legend: B slots in a call, K predictions of a block, W nodes of a level, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from deepspec_core.contracts.proposer import Proposal, Sampling
+from deepspec_core.decoding.best_first import NextTokens, log_probabilities
+from deepspec_core.decoding.sampling import next_token
+from deepspec_dflash.proposer import DFlashProposer
+from deepspec_dflash.tree import DFlashTreeProposer
+
+if TYPE_CHECKING:
+    from deepspec_dflash2.draft import DFlash2Draft
+
+
+class DFlash2Proposer(DFlashProposer):
+    """A contracts.proposer.Proposer of chains."""
+
+    model: DFlash2Draft
+
+    def tokens(
+        self, hidden_BKH: Tensor, last_B: Tensor, limits_B: Tensor, sampling: Sampling, uniforms_BK: Tensor
+    ) -> Proposal:
+        """Tokens left to right, each given the one before it."""
+        given, previous_B, tokens, probabilities = self.model.walk(hidden_BKH), last_B, [], []
+        for slot in range(self.max_tokens):
+            logits_BV = given(slot, previous_B[:, None])[:, 0]
+            previous_B, q_BV = next_token(logits_BV, sampling, uniforms_BK[:, slot])
+            sampling = sampling.after(previous_B)
+            tokens.append(previous_B)
+            probabilities += [] if q_BV is None else [q_BV]
+        q_BKV = torch.stack(probabilities, dim=1) if probabilities else None
+        lengths_B = limits_B.clamp(max=self.max_tokens)
+        return Proposal(tokens=torch.stack(tokens, dim=1), lengths=lengths_B, probabilities=q_BKV)
+
+
+class DFlash2TreeProposer(DFlashTreeProposer):
+    """The same of trees: the most probable walks."""
+
+    model: DFlash2Draft
+
+    def next_tokens(self, hidden_BKH: Tensor, last_B: Tensor, sampling: Sampling) -> NextTokens:
+        """The distributions after each node."""
+        given = self.model.walk(hidden_BKH)
+
+        def after(level: int, tokens_BW: Tensor | None, parents_BW: Tensor | None) -> Tensor:
+            return log_probabilities(given(level, last_B[:, None] if tokens_BW is None else tokens_BW), sampling)
+
+        return after
