@@ -95,6 +95,16 @@ def test_what_cannot_be_true_is_named(tmp_path: Path, change: Any, says: str) ->
         assert says in str(caught.value)
 
 
+@pytest.mark.parametrize("version", [1, 3])
+def test_a_cache_of_another_version_is_told(tmp_path: Path, version: int) -> None:
+    (tmp_path / "manifest.json").write_text(json.dumps({**_written(tmp_path), "version": version}))
+    for use in (HDF5Format().header, lambda path: HDF5Format().open(path, None), HDF5Format().verify):
+        with pytest.raises(CacheError, match="another version") as caught:
+            use(tmp_path)
+        assert f"hdf5 version {version}" in str(caught.value)
+        assert "--force cache" in str(caught.value)
+
+
 @pytest.mark.parametrize("text", ["", "[]", "null", "{", "[" * 100_000, "\udcff"])
 def test_what_is_no_manifest_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "manifest.json").write_text(text, errors="surrogateescape")

@@ -1,13 +1,15 @@
-"""Preparing data: memory by the number of conversations, and speed against the tokenizer's own.
+"""Preparing data and reading caches: memory by the number of conversations, and speed against plain means.
 
     python tests/benchmarks/data.py tokens --conversations 10000 300000 --output runs/data
     python tests/benchmarks/data.py rendering --output runs/data
+    python tests/benchmarks/data.py cache --output runs/data
 
 `tokens`: for each number a process of its own stores the tokens of so many short conversations and then reads all of
 them in a shuffled order, as training does. Peaks are beyond the process that has loaded its tokenizer: `held` is
 memory of the process's own (RssAnon); `mapped` are pages of the stored files (RssFile), which the system takes back
 when it needs them. `rendering`: conversations a second of one core, and of two processes, from messages to ids and
-masks, against the tokenizer called with the same texts; in turns, medians. Both write JSON and print it.
+masks, against the tokenizer called with the same texts; in turns, medians. `cache`: reading and writing features
+(cache_speed.py). All write JSON and print it.
 """
 
 from __future__ import annotations
@@ -203,6 +205,11 @@ def main() -> None:
         command.add_argument("--turns", type=int, default=5)
         command.add_argument("--processes", type=int, nargs="*", default=[1, 2])
         command.add_argument("--repeat", type=int, default=4)
+    cache = commands.add_parser("cache")
+    cache.add_argument("--output", type=Path, required=True)
+    cache.add_argument("--samples", type=int, default=96)
+    cache.add_argument("--hidden-size", type=int, default=1024)
+    cache.add_argument("--turns", type=int, default=5)
     single = commands.add_parser("one-size")
     single.add_argument("number", type=int)
     single.add_argument("--workers", type=int, default=1)
@@ -214,8 +221,9 @@ def main() -> None:
         return
     import tokenizers
     import transformers
+    from cache_speed import measure
 
-    figures = (tokens if options.command == "tokens" else rendering)(options)
+    figures = {"tokens": tokens, "rendering": rendering, "cache": measure}[options.command](options)
     machine = {
         "machine": platform.processor() or platform.machine(),
         "python": platform.python_version(),

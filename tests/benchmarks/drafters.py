@@ -16,6 +16,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +69,9 @@ def main() -> None:
     print(tables(runs))
 
 
-def share(source: Path, folder: Path) -> None:
+def share(source: Path, folder: Path, stages: Sequence[str] = SHARED_STAGES) -> None:
     """Give a run the answers and features of another, by hard links: the same files, each with its stage's record."""
-    for stage in SHARED_STAGES:
+    for stage in stages:
         if not (folder / stage).exists():
             shutil.copytree(source / stage, folder / stage, copy_function=os.link)
 

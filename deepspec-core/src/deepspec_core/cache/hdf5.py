@@ -17,6 +17,7 @@ from typing import Any, Final
 import h5py
 import numpy as np
 
+from deepspec_core.cache.chunked_rows import ChunkedRows
 from deepspec_core.cache.manifest import Shard
 from deepspec_core.cache.shard_arrays import array_shapes, arrays_of, features_from
 from deepspec_core.cache.shard_file import ShardOutput, open_shard
@@ -49,7 +50,7 @@ class HDF5Layout(ShardLayout):
 
     def open(self, path: Path, header: CacheHeader, shard: Shard) -> _OpenShard:
         """The file, every dataset in the shape and type that header and manifest give it."""
-        return _OpenShard(open_shard(path, _shapes(header, shard), shard.lengths), header)
+        return _OpenShard(path, header, shard)
 
 
 class _NewShard:
@@ -87,27 +88,34 @@ class _NewShard:
 class _OpenShard:
     """shard_layout.OpenShard."""
 
-    def __init__(self, file: Any, header: CacheHeader) -> None:
-        self._file, self._header = file, header
+    def __init__(self, path: Path, header: CacheHeader, shard: Shard) -> None:
+        shapes = _shapes(header, shard)
+        self._file, self._header = open_shard(path, shapes, shard.lengths), header
+        # Opening a dataset takes as long as reading a short sample.
+        self._data = {name: self._file[name] for name in shapes}
+        self._rows = ChunkedRows(path)
+        self._begins = np.cumsum([0, *shard.lengths])
+        self._original = self._data["original_length"][:]
 
     def tokens(self, row: int) -> tuple[Any, Any, int]:
         """The sample's part of the datasets without features."""
-        file, (begin, end) = self._file, self._span(row)
-        return file["input_ids"][begin:end], file["loss_mask"][begin:end], int(file["original_length"][row])
+        begin, end = self._span(row)
+        ids, mask = (self._rows.read(self._data[name], begin, end) for name in ("input_ids", "loss_mask"))
+        return ids, mask, int(self._original[row])
 
     def features(self, row: int) -> TargetFeatures:
         """Its part of the others."""
         begin, end = self._span(row)
-        return features_from(lambda name: self._file[name][begin:end], self._header)
+        return features_from(lambda name: self._rows.read(self._data[name], begin, end), self._header)
 
     def features_of(self, row: int, layers: Sequence[int]) -> TargetFeatures:
         """The same with some of the layers."""
         begin, end = self._span(row)
 
         def read(name: str) -> Any:
-            dataset = self._file[name]
+            dataset = self._data[name]
             if not name.startswith("hidden"):
-                return dataset[begin:end]
+                return self._rows.read(dataset, begin, end)
             width = dataset.shape[1] // len(self._header.taps)
             parts = [dataset[begin:end, first * width : last * width] for first, last in runs(layers)]
             return np.concatenate(parts, axis=1)
@@ -115,12 +123,12 @@ class _OpenShard:
         return features_from(read, self._header)
 
     def close(self) -> None:
-        """Close the file."""
+        """Close both files."""
         self._file.close()
+        self._rows.close()
 
     def _span(self, row: int) -> tuple[int, int]:
-        begin, end = self._file["offsets"][row : row + 2]
-        return int(begin), int(end)
+        return int(self._begins[row]), int(self._begins[row + 1])
 
 
 def _shapes(header: CacheHeader, shard: Shard) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:

@@ -97,8 +97,16 @@ def load(folder: Path, *, format: str, name: str = NAME) -> Manifest | None:
         content = json.loads(path.read_text(encoding="utf-8"))
         if "index_record_size" in content:
             raise another_format(path, "the published layout, deepspec-v2", format)
-        if content["version"] != VERSION or content["format"] != format:
+        if content["format"] != format:
             raise another_format(path, f"{content['format']} version {content['version']}", format)
+        if content["version"] != VERSION:
+            raise CacheError(
+                "The cache was written by another version of this program, whose caches are not read",
+                where=path,
+                found=f"{format} version {content['version']}",
+                expected=f"{format} version {VERSION}",
+                fix="Make the cache again (--force cache), or use another cache.path.",
+            )
         manifest = Manifest(
             format=content["format"],
             header=_header(content["header"]),

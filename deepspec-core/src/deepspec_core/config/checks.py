@@ -40,6 +40,7 @@ def check_sections(sections: Mapping[str, Any], folder: Path, registry: Registry
         yield from _stages(run)
         if sections.get("features") and sections.get("cache"):
             yield from _cache_stage(run, sections["features"].mode, sections["cache"].path, folder)
+            yield from _subset(sections["features"].mode, sections["cache"].subset)
         if "export" in run.stages and sections.get("export") and not sections["export"].to:
             yield ConfigError(
                 "the export stage has nothing to write", where="export.to", found="[]", expected="a format"
@@ -240,6 +241,17 @@ def _cache_stage(run: RunOptions, mode: str, path: str | None, folder: Path) -> 
             where="run.stages",
             found='"cache", with features.mode = "online"',
             expected='no cache stage, or features.mode = "cached"',
+        )
+
+
+def _subset(mode: str, subset: int | float | None) -> Iterator[ConfigError]:
+    if subset is not None and mode == "online":
+        yield ConfigError(
+            "no cache is read of which this could be a part",
+            where="cache.subset",
+            found=f'{subset:g}, with features.mode = "online"',
+            expected='features.mode = "cached"',
+            fix="remove it; `limit` of an entry of data.sources takes fewer conversations",
         )
 
 

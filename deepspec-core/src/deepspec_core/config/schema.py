@@ -13,7 +13,7 @@ from attrs import Attribute, field, frozen
 from attrs.validators import deep_iterable, in_, matches_re, optional
 
 from deepspec_core.config.addresses import address
-from deepspec_core.config.bounds import above, below, real, whole
+from deepspec_core.config.bounds import MANY, above, below, real, whole
 from deepspec_core.config.key_marks import CHANGES_NOTHING as CHANGES_NOTHING
 from deepspec_core.config.key_marks import FILLED_IN as FILLED_IN
 from deepspec_core.config.loss_options import KERNELS as KERNELS
@@ -178,6 +178,11 @@ def _truth_or_share(_options: object, attribute: Attribute[Any], value: bool | f
         raise ValueError(f"'{attribute.name}' must be true, false or a share between 0 and 1: {value}")
 
 
+def _number_or_share(_options: object, attribute: Attribute[Any], value: int | float) -> None:
+    if not (1 <= value <= MANY if isinstance(value, int) else 0 < value < 1):
+        raise ValueError(f"'{attribute.name}' must be a share between 0 and 1, or a number of samples: {value}")
+
+
 @frozen(kw_only=True)
 class RegenerateOptions:
     """[regenerate]: the target answers the prompts itself.
@@ -237,6 +242,8 @@ class CacheOptions:
     format: How features are stored; see `deepspec plugins`.
     dtype: The number format of stored features. "float8_e4m3" takes about half the room of bfloat16.
     path: The cache's folder. Left out: cache/ in the run's output. Another run's cache may be named.
+    subset: Cache and train on a part of the samples, for pilots: a share such as 0.1, or a number of samples. Their ids
+        decide which, and a smaller part is contained in every larger one. Of another run's cache this part is read.
     shard_samples: Samples in one file of the cache.
     batch_size: Samples the target reads at once.
     """
@@ -244,6 +251,7 @@ class CacheOptions:
     format: str = "hdf5"
     dtype: str = field(default="bfloat16", validator=in_(("float32", "bfloat16", "float16", "float8_e4m3")))
     path: str | None = field(default=None, metadata=CHANGES_NOTHING)
+    subset: int | float | None = field(default=None, validator=optional(_number_or_share))
     shard_samples: int = field(default=512, validator=whole(1), metadata=CHANGES_NOTHING)
     batch_size: int = field(default=8, validator=whole(1, _SEQUENCES), metadata=CHANGES_NOTHING)
 

@@ -27,6 +27,7 @@ class CacheHeader:
     source: A digest of the conversations that the cache was made from.
     dtype: The number format in which the features are stored.
     computed_in: The number format in which the target computed them; empty where that is not known.
+    subset: The part of the conversations' samples that the cache has, as the run file says it; empty where it has all.
     split: The rule, the share and the seed by which held-out conversations were left out; empty where not known.
 
     Values of other types are a ValueError or TypeError.
@@ -46,10 +47,12 @@ class CacheHeader:
     plugins: dict[str, str] = field(validator=deep_mapping(instance_of(str), instance_of(str), instance_of(dict)))
     computed_in: str = field(default="", validator=instance_of(str))
     split: str = field(default="", validator=instance_of(str))
+    subset: str = field(default="", validator=instance_of(str))
 
     def as_json(self) -> dict[str, Any]:
-        """Plain JSON types."""
-        return {**asdict(self), "taps": list(self.taps)}
+        """Plain JSON types. An empty `subset` is left out, as in caches that were made before there was one."""
+        content = {**asdict(self), "taps": list(self.taps)}
+        return content if self.subset else {name: value for name, value in content.items() if name != "subset"}
 
 
 @runtime_checkable

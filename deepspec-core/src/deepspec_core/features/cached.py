@@ -43,7 +43,7 @@ class CachedFeatures:
         features = sample.features
         assert features is not None, "a cache holds features"
         for name, values in (("hidden", features.hidden), ("last_hidden", features.last_hidden)):
-            if not bool(torch.isfinite(values).all()):
+            if not _all_finite(values):
                 token, channel = torch.nonzero(~torch.isfinite(values))[0].tolist()
                 raise CacheError(
                     "A feature of the cache is not finite",
@@ -81,6 +81,11 @@ class CachedFeatures:
         return TargetFeatures(
             hidden=features.hidden.to(input_ids.device), last_hidden=features.last_hidden.to(input_ids.device)
         )
+
+
+def _all_finite(values: Tensor) -> bool:
+    """In one pass, without a mask: the least and the greatest value are NaN where one is. Each read pays for it."""
+    return not values.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(values))).all())
 
 
 def from_run(run: Any) -> CachedFeatures:

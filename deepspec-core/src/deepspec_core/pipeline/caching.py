@@ -18,7 +18,7 @@ from deepspec_core.pipeline.run import Run
 def run_stage(run: Run) -> dict[str, Any]:
     """Write the cache. Sealed shards of an interrupted run are kept. CacheError if the disk has no room for it."""
     options, cache_format, folder = run.file.cache, run.cache.format, run.cache.folder
-    samples = run.data.training_samples()
+    samples = run.cache.samples()
     order = samples.longest_first()  # as `capture` goes through them
     ids = list(samples.ids())
     # Eight-bit features need scales, which the format computes from full precision.

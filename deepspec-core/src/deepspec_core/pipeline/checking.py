@@ -274,7 +274,7 @@ def _cache(run: Run, *, fresh: bool) -> None:
     from deepspec_core.cache.estimate import cache_bytes, require_space
 
     begun = fresh or run.cache.refuse_another()
-    header, count = run.cache.bare_header(), run.data.expected_conversations()
+    header, count = run.cache.bare_header(), run.cache.expected_samples()
     if not begun:
         require_space(run.cache.folder, cache_bytes(run.cache.format, header, 1, shards=1))
     if count is None:

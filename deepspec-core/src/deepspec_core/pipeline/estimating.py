@@ -119,7 +119,7 @@ def _batch_bytes(batch: HostBatch, micro_batches: int) -> int:
 
 def _cache(run: Run) -> CacheSize:
     cache_format = run.cache.format
-    header, count = run.cache.bare_header(), run.data.expected_conversations()
+    header, count = run.cache.bare_header(), run.cache.expected_samples()
     tokens = None if count is None else count * run.data.max_length
     return CacheSize(
         bytes_per_token=cache_format.bytes_per_token(header),

@@ -28,7 +28,9 @@ def preview(run: Run, steps: Sequence[Step]) -> Iterator[str]:
 
 
 def _size(run: Run, stage: str) -> str:
-    file, count = run.file, run.data.expected_conversations()
+    file = run.file
+    cached = stage in ("cache", "train") and file.features.mode == "cached"
+    count = run.cache.expected_samples() if cached else run.data.expected_conversations()
     known = f"at most {count:,}" if count is not None else "all"
     if stage == "regenerate":
         servers = len(file.regenerate.servers)

@@ -8,23 +8,30 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from attrs import define, evolve, field
 
 from deepspec_core.cache.manifest import check_header
+from deepspec_core.cache.part import SomeSamples
 from deepspec_core.cache.taps import covers, of_taps
 from deepspec_core.config.schema import CacheOptions
 from deepspec_core.contracts.cache import CacheFormat, CacheHeader, CacheReader
 from deepspec_core.data.split import RULE
-from deepspec_core.errors import CacheError
+from deepspec_core.errors import CacheError, DataError
 from deepspec_core.locks import Lock, lock
 from deepspec_core.pipeline import contents, workers
 from deepspec_core.pipeline.reads import Reads
 from deepspec_core.pipeline.run_data import RunData
 from deepspec_core.pipeline.run_target import RunTarget
 from deepspec_core.plugins.registry import Registry
+
+if TYPE_CHECKING:
+    from deepspec_core.data.samples import Samples
+    from deepspec_core.data.subset import Numbers
 
 log = logging.getLogger("deepspec")
 
@@ -75,11 +82,12 @@ class RunCache:
             source=source,
             computed_in=str(self.target.dtype).removeprefix("torch."),
             split=self._split(),
+            subset="" if self.options.subset is None else str(self.options.subset),
         )
 
     def header_of(self, source: str) -> CacheHeader:
         """What a cache of this run's target and settings says, made from other conversations than the run's own."""
-        return evolve(self._header(source), split="", computed_in="")
+        return evolve(self._header(source), split="", subset="", computed_in="")
 
     def _split(self) -> str:
         split = self.data.split()
@@ -117,14 +125,70 @@ class RunCache:
         self.reads.content(contents.CACHE, self.digest())
         if reader.header.taps != taps:
             log.info("of the cache's taps %s, %s are read", list(reader.header.taps), list(taps))
-        return of_taps(reader, taps)
+        part = self.part_of(of_taps(reader, taps))
+        if len(part) < len(reader):
+            log.info("of the cache's %s samples, cache.subset takes %s", f"{len(reader):,}", f"{len(part):,}")
+        return part
+
+    def samples(self) -> Samples:
+        """The training samples that the cache is to have: those of cache.subset, or all."""
+        from deepspec_core.data.subset import SamplesOfPart
+
+        samples = self.data.training_samples()
+        numbers = self._part(samples.ids(), len(samples))
+        if numbers is None:
+            return samples
+        self.data.counts["not_in_subset"] = len(samples) - len(numbers)
+        log.info("of %s samples, cache.subset takes %s", f"{len(samples):,}", f"{len(numbers):,}")
+        return SamplesOfPart(samples, numbers)
+
+    def part_of(self, reader: CacheReader) -> CacheReader:
+        """The samples of cache.subset, which are all of a cache that this run makes. DataError where there is none."""
+        numbers = None if self.made_here else self._part(reader.ids(), len(reader))
+        if numbers is None:
+            return reader
+        self.data.counts["not_in_subset"] = len(reader) - len(numbers)
+        return SomeSamples(reader, numbers.tolist())
+
+    def _part(self, ids: Iterable[str], count: int) -> Numbers | None:
+        from deepspec_core.data.subset import part_of
+
+        subset = self.options.subset
+        if subset is None:
+            return None
+        numbers = part_of(ids, subset)
+        if not len(numbers):
+            raise DataError(
+                "No sample is left to train on",
+                where="cache.subset",
+                found=f"{subset:g} of {count:,} samples",
+                expected="a part with at least one sample",
+                fix="Raise cache.subset, or give a number of samples, such as 100.",
+            )
+        if subset > count:
+            log.warning("cache.subset asks for %s samples, and there are %s", f"{subset:,}", f"{count:,}")
+        return numbers
+
+    def expected_samples(self) -> int | None:
+        """How many samples the cache has at most, as far as limits of sources and cache.subset say; else None.
+
+        Of a share about so many. A conversation is taken to be one sample.
+        """
+        subset, most = self.options.subset, self.data.expected_conversations()
+        if subset is None or (most is None and isinstance(subset, float)):
+            return most
+        if isinstance(subset, float):
+            assert most is not None, "as asked above"
+            return math.ceil(most * subset)
+        return subset if most is None else min(subset, most)
 
     def _like(self, found: CacheHeader) -> CacheHeader:
         """What this run expects of a cache that another run made.
 
-        It may be made of conversations that this run does not have, which are not compared, and have more taps.
+        It may be made of conversations that this run does not have, or of a part of them, which is not compared, and
+        have more taps.
         """
-        expected = self._header(found.source)
+        expected = evolve(self._header(found.source), subset=found.subset)
         return evolve(expected, taps=found.taps) if covers(found, expected) else expected
 
     def written(self) -> None:
@@ -156,6 +220,7 @@ class RunCache:
         """CacheError where the cache that another run made is not there, not finished, or not for this run."""
         reader = self.format.open(self.folder, None)
         check_header(self.folder, reader.header, self._like(reader.header))
+        self.part_of(reader)
 
     def require_same_split(self) -> None:
         """CacheError where held-out prompts of this run may stand in the cache that another run made."""

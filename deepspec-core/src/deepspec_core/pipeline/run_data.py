@@ -54,6 +54,7 @@ LOSSES = (
     "same_question",
     "same_prompt",
     "mask_token",
+    "not_in_subset",
 )
 
 

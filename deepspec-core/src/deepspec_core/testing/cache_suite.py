@@ -140,7 +140,7 @@ class CacheFormatSuite(Suite):
             self._write(path)
             changes: dict[str, Any] = {
                 "target": "x", "revision": "x", "adapter": "x", "taps": (1,), "hidden_size": 8, "vocab_size": 8,
-                "tokenizer": "x", "template": "x", "max_length": 8, "source": "x",
+                "tokenizer": "x", "template": "x", "max_length": 8, "source": "x", "subset": "x",
             }  # fmt: skip
             for name, value in changes.items():
                 said = _error(CacheError, partial(cache.open, path, evolve(header, **{name: value})))
