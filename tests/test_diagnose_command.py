@@ -4,26 +4,36 @@ import json
 from pathlib import Path
 
 import pytest
+from counting_server import counting
 
+import deepspec_core
 from deepspec_core.cli.main import main
+from deepspec_core.data.tokenize import ChatTokenizer
+from deepspec_core.interface.models import Target
 
 SMALL = ["--samples", "6", "--prompts", "4", "--rounds", "4", "--max-new-tokens", "12"]
 
 
 def test_a_smoke_run_is_measured_at_every_stage_and_not_accused(
-    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished: Path, target: Target, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    counts = tmp_path / "served.json"
-    counts.write_text(json.dumps({"drafts": 50, "accepted": [0, 0]}))
     folder, out = finished.parent / "runs" / "quickstart-dflash-smoke", tmp_path / "diagnosis.json"
-    command = ["diagnose", str(folder), *SMALL, "--served", str(counts), "--out", str(out), "--json"]
-    capsys.readouterr()
-    assert main(command) == 0
+    proposer = deepspec_core.load_draft(folder / "draft", target).proposer()
+    tokenizer, stop_ids = ChatTokenizer(target.tokenizer), target.architecture.stop_token_ids
+    with counting(target.model, tokenizer, stop_ids, "vllm", proposer) as server:
+        server.model = "builtin:tiny-qwen3"
+        command = ["diagnose", str(folder), *SMALL, "--server", server.address, "--out", str(out), "--json"]
+        capsys.readouterr()
+        assert main(command) == 0
     found = json.loads(out.read_text())
     assert json.loads(capsys.readouterr().out) == found
     names = [stage["name"] for stage in found["stages"]]
     assert names == ["recorded", "replayed", "live", "held-out", "prompts", "engine", "served"]
-    assert found["first_drop"] in (None, "served")
+    assert found["first_drop"] is None
+    # The server has the run's own draft and target: the very same rounds.
+    engine, served = found["stages"][-2:]
+    assert (served["blocks"], served["shares"][0]) == (engine["blocks"], engine["shares"][0])
+    assert served["accepted"] == pytest.approx(engine["accepted"])
     assert found["findings"] == []
     assert list(found["not_measured"]) == ["precision"]
     # The cache is in bf16, so its features agree, and not to the bit.
@@ -38,6 +48,7 @@ def test_a_smoke_run_is_measured_at_every_stage_and_not_accused(
         (["nowhere.toml"], ("no such", "nowhere.toml")),
         (["."], ("No run there", "config.toml")),
         (["draft", "--target", "builtin:tiny-qwen3"], ("give --task",)),
+        (["run.toml", "--served", "a.json", "--server", "http://localhost:1"], ("give one of them",)),
         (["./draft", "--target", "builtin:tiny-qwen3", "--task", "t.jsonl"], ("no draft checkpoint there",)),
     ],
 )

@@ -61,11 +61,13 @@ def test_the_stage_writes_a_whole_page(judged_run: Path) -> None:
     page = Page(text)
     assert page.open == []
     assert page.headings == [
-        "Figures", "Accepted length", "Acceptance by position", "Reliability of confidences",
+        "Figures", "Accepted length", "Acceptance by position", "Reliability of confidences", "Reliability by position",
         "Accepted length by context", "Where the time goes", "Size and memory", "Answers by round", "Checks",
         "To reproduce",
     ]  # fmt: skip
-    assert page.tags["svg"] == 1 + 3 * 2 + 1  # two temperatures of one task
+    results = json.loads((judged_run / "metrics.json").read_text())["results"]
+    positions = [len(one["confidence"]["positions"]) for one in results]
+    assert page.tags["svg"] == 1 + 3 * 2 + sum(positions) + 1  # two temperatures of one task
     assert max(page.ids.values()) == 1
     # Nothing is fetched, nothing is executed, and every colour follows the page's theme.
     assert "http" not in text.replace("http-equiv", "")
@@ -90,7 +92,7 @@ def test_several_runs_side_by_side_and_the_same_bytes_again(
     assert Path("a.html").read_bytes() == Path("b.html").read_bytes()
     page = Page(Path("a.html").read_text(encoding="utf-8"))
     assert page.open == []
-    assert page.tags["svg"] == 8
+    assert page.tags["svg"] == Page(Path("run/report.html").read_text(encoding="utf-8")).tags["svg"]
     assert max(page.ids.values()) == 1
     assert page.words.count("the other") >= 2
 

@@ -219,9 +219,13 @@ def test_baselines_beside_a_runs_draft(small_lm: Path, capsys: pytest.CaptureFix
         assert row["ahead"] == pytest.approx(rows[0]["acceptance_length"] - row["acceptance_length"])
         assert row["ahead_interval"][0] <= row["ahead"] <= row["ahead_interval"][1]
     assert "run's draft ahead by" in (folder / "comparison.md").read_text()
+    page = (folder / "comparison.html").read_text()
+    assert page.count("lookup:max_tokens=2,longest=2") > 2
+    assert "<svg" in page
     capsys.readouterr()
     assert main([*command, "--with", "lookup"]) == 0
     assert capsys.readouterr().out.count("already complete") == 2
     refused(capsys, [*command, "--with", "dflash"], "--with", "lookup or small-lm")
+    refused(capsys, [*command, "--with", "lookup", "--beside", "nowhere"], "No evaluation there", "nowhere")
     refused(capsys, [*command, "--with", "baseline"], "--with", "the name of the run")
     refused(capsys, [*command, "--with", "small-lm:model=a/b,small-lm:model=a_b"], "--with", "share one folder")

@@ -40,6 +40,18 @@ def test_measured_steps_are_looked_up_and_those_between_are_interpolated(path: P
     assert table.about["machine"] == {"device": "x"}
 
 
+def test_numbers_of_requests_between_measured_ones_are_interpolated(tmp_path: Path) -> None:
+    """At as many tokens a request."""
+    steps = [step(2, 2, 0.2), step(2, 8, 0.8), step(6, 6, 0.6), step(6, 24, 4.0)]
+    write_cost_table(tmp_path / "t.json", steps, {"target": TARGET, "machine": {}})
+    table = read_cost_table(tmp_path / "t.json", target=TARGET)
+    assert table.steps_per_second(3, 3) == pytest.approx(1 / 0.3)
+    assert table.steps_per_second(4, 16) == pytest.approx(1 / 2.4)
+    for requests, tokens in ((1, 1), (7, 7), (4, 17)):
+        with pytest.raises(ConfigError):
+            table.steps_per_second(requests, tokens)
+
+
 @pytest.mark.parametrize(("requests", "tokens", "says"), [(3, 3, "1, 2"), (1, 5, "1 to 4"), (2, 1, "2 to 8")])
 def test_what_was_not_measured_is_not_made_up(path: Path, requests: int, tokens: int, says: str) -> None:
     with pytest.raises(ConfigError, match=says):

@@ -107,11 +107,14 @@ class CoinProposer(TableProposer):
         )
 
 
-def share_of_a(search: Callable[..., list[int]], monkeypatch: pytest.MonkeyPatch) -> float:
+def share_of_a(
+    search: Callable[..., list[int]], monkeypatch: pytest.MonkeyPatch, *, asynchronous: bool = False
+) -> float:
     """Of the first token of a round, one request at a time, under the counterexample's costs."""
     monkeypatch.setattr(scheduled_module, "admit", search)
     costs = {1: 1.0, 2: 0.5, 3: 0.45}
-    proposer = ScheduledProposer(CoinProposer(vocab_size=VOCAB, max_tokens=2), lambda _, tokens: costs[tokens])
+    coin = CoinProposer(vocab_size=VOCAB, max_tokens=2)
+    proposer = ScheduledProposer(coin, lambda _, tokens: costs[tokens], asynchronous=asynchronous)
     target = CoinTarget(vocab_size=VOCAB, hidden_size=8, num_layers=1, seed=3)
     requests = [Request(id=str(i), prompt_ids=(5,), seed=i) for i in range(1500)]
     found = decode(
@@ -125,6 +128,11 @@ def test_the_counterexample_in_the_engine(monkeypatch: pytest.MonkeyPatch) -> No
     """Within four standard errors of 0.7; a search that looks ahead is twelve away."""
     assert share_of_a(admit, monkeypatch) == pytest.approx(0.7, abs=0.048)
     assert share_of_a(partial(admit, early_stop=False), monkeypatch) == pytest.approx(0.85, abs=0.048)
+
+
+def test_the_asynchronous_form_in_the_counterexample(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It searches among all counts, and what it finds is of tokens that are long decided."""
+    assert share_of_a(admit, monkeypatch, asynchronous=True) == pytest.approx(0.7, abs=0.048)
 
 
 def test_a_draft_without_confidence_is_refused() -> None:

@@ -20,14 +20,22 @@ from deepspec_core.cli.options import no_plugin, overrides, run_file
     metavar="DRAFT,...",
     help="Drafts that are not trained: TYPE, TYPE:VALUE or TYPE:key=value,... Repeatable.",
 )
+@click.option(
+    "--beside",
+    multiple=True,
+    metavar="FOLDER",
+    help="An evaluation that is there already, such as a server's (`deepspec evaluate --server`). Repeatable.",
+)
 @overrides
 @no_plugin
-def compare(path: str, names: tuple[str, ...], overrides: tuple[str, ...], blocked: tuple[str, ...]) -> None:
+def compare(
+    path: str, names: tuple[str, ...], beside: tuple[str, ...], overrides: tuple[str, ...], blocked: tuple[str, ...]
+) -> None:
     """Evaluate a run's draft and baselines on the same prompts, and put them into one table.
 
     The run's own evaluation is taken over where it is finished. A baseline's lies in compare/ of the run's folder, and
-    beside it comparison.json and comparison.md. The column "run's draft ahead by" is the difference of the accepted
-    lengths on the same prompts, with a 95% interval.
+    beside it comparison.json, comparison.md and the page comparison.html. The column "run's draft ahead by" is the
+    difference of the accepted lengths on the same prompts, with a 95% interval.
     """
     from rich.console import Console
 
@@ -40,7 +48,14 @@ def compare(path: str, names: tuple[str, ...], overrides: tuple[str, ...], block
     plugins = load_plugins(blocked=blocked)
     file = load_run_file(path, overrides=overrides, plugins=plugins)
     drafts = [name for text in names for name in listed(text, plugins.registry)]
-    found = compare_with(file, Path(path), list(dict.fromkeys(drafts)), plugins=plugins, say=click.echo)
+    found = compare_with(
+        file,
+        Path(path),
+        list(dict.fromkeys(drafts)),
+        plugins=plugins,
+        say=click.echo,
+        beside=[Path(folder) for folder in dict.fromkeys(beside)],
+    )
     console = Console(width=None if Console().is_terminal else 160)
     console.print(found.terminal_table())
     for line in found.comparison.notes():

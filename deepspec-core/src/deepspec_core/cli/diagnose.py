@@ -41,6 +41,11 @@ RESULT = "diagnosis.json"
     help="A stage drops where it is surely lower, and by more than this share.",
 )
 @click.option("--served", metavar="FILE", help='A server\'s counts: {"drafts": 1200, "accepted": [900, 640]}.')
+@click.option(
+    "--server", metavar="URL", help="Ask this vLLM, llama.cpp or SGLang server, and read its own counts instead."
+)
+@click.option("--served-as", metavar="NAME", help="The server's name of the target, if it is another one.")
+@click.option("--api-key-env", metavar="NAME", help="The environment variable that holds the server's key.")
 @click.option("--json", "as_json", is_flag=True, help="Print the JSON that is written, in place of the text.")
 @click.option("--out", metavar="FILE", help=f"Where the JSON goes. Default: {RESULT} in the run's folder.")
 @overrides
@@ -55,6 +60,9 @@ def diagnose(
     max_new_tokens: int,
     tolerance: float,
     served: str | None,
+    server: str | None,
+    served_as: str | None,
+    api_key_env: str | None,
     as_json: bool,
     out: str | None,
     overrides: tuple[str, ...],
@@ -70,12 +78,17 @@ def diagnose(
     from deepspec_core.errors import ConfigError
     from deepspec_core.evaluation.sealed_json import write_json
     from deepspec_core.pipeline.diagnosed_run import run_of, run_of_checkpoint
+    from deepspec_core.pipeline.diagnosed_server import Asked
     from deepspec_core.pipeline.diagnosing import Extent
     from deepspec_core.pipeline.diagnosing import diagnose as measure
     from deepspec_core.plugins.discovery import load_plugins
 
     if target is not None and not tasks:
         raise click.UsageError("A checkpoint has no prompts of its own: give --task.")
+    if server is not None and served is not None:
+        raise click.UsageError("--server asks for what --served has in a file: give one of them.")
+    if server is None and (served_as is not None or api_key_env is not None):
+        raise click.UsageError("--served-as and --api-key-env go with --server.")
     show_messages()
     plugins = load_plugins(blocked=blocked)
     if target is None:
@@ -91,6 +104,7 @@ def diagnose(
         Extent(samples=samples, prompts=prompts, rounds=rounds, max_new_tokens=max_new_tokens),
         tolerance=tolerance,
         served=None if served is None else Path(served),
+        server=None if server is None else Asked(address=server, served_as=served_as, api_key_env=api_key_env),
         say=lambda text: click.echo(f"diagnose: {text}", err=True),
     )
     with full_disk_is_an_error(place.parent):

@@ -27,6 +27,7 @@ from deepspec_core.config.schema import (
     EvaluateOptions,
     RegenerateOptions,
     RunOptions,
+    SchedulerOptions,
     TargetOptions,
     TreeOptions,
 )
@@ -98,6 +99,12 @@ DEFAULTS = EvaluateOptions()
 )
 @click.option("--tree-nodes", type=click.IntRange(1, MOST_NODES), help="Propose trees of so many tokens, not chains.")
 @click.option("--calibration", metavar="FILE", help="What `deepspec calibrate` wrote for this draft.")
+@click.option(
+    "--cost-table",
+    metavar="FILE",
+    help="Verify what is worth it by this table of the target, which `deepspec profile` wrote (Algorithm 1).",
+)
+@click.option("--asynchronous", is_flag=True, help="With --cost-table: how much, the rounds before say.")
 @click.option("--thinking", is_flag=True, help="Ask in the target's thinking mode.")
 @click.option("--chat-template", metavar="FILE", help="A Jinja file in place of the target's own chat template.")
 @click.option("--dtype", type=click.Choice(DTYPES), help="Default: float32 on CPU, bfloat16 elsewhere.")
@@ -135,6 +142,8 @@ def evaluate(
     confidence_threshold: float,
     tree_nodes: int | None,
     calibration: str | None,
+    cost_table: str | None,
+    asynchronous: bool,
     thinking: bool,
     chat_template: str | None,
     dtype: str | None,
@@ -164,6 +173,8 @@ def evaluate(
             raise click.UsageError(f"{name} goes with --server. A run file is evaluated by `deepspec run`.")
     if against is not None:
         raise click.UsageError("--against goes with --server. Evaluations are compared by `deepspec report`.")
+    if asynchronous and cost_table is None:
+        raise click.UsageError("--asynchronous goes with --cost-table.")
     if draft is None or target is None or not tasks:
         raise click.UsageError("--draft, --target and --task are needed, or --server.")
     from deepspec_core.plugins.discovery import load_plugins
@@ -174,6 +185,7 @@ def evaluate(
     plugins = load_plugins(blocked=blocked)
     untrained = untrained_of(draft, base=Path(), registry=plugins.registry)
     name = re.sub(r"[^\w.-]", "_", Path(draft).resolve().name if untrained is None else draft)
+    scheduler = None if cost_table is None else SchedulerOptions(cost_table=cost_table, asynchronous=asynchronous)
     run_options = RunOptions(name=name, output=out or f"evaluation-{name}", stages=("evaluate",))
     evaluated = EvaluateOptions(
         tasks=tasks_meant(tasks, plugins.registry.names("task")),
@@ -191,6 +203,7 @@ def evaluate(
         confidence_threshold=confidence_threshold,
         draft=draft if untrained is None else None,
         calibration=calibration,
+        scheduler=scheduler,
     )
     asked = TargetOptions(model=target, layers=(), dtype=dtype, chat_template=chat_template)
     if untrained is None:

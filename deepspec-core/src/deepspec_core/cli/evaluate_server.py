@@ -38,6 +38,8 @@ _OURS: Final = {
     "confidence_threshold": "--confidence-threshold",
     "tree_nodes": "--tree-nodes",
     "calibration": "--calibration",
+    "cost_table": "--cost-table",
+    "asynchronous": "--asynchronous",
     "dtype": "--dtype",
 }
 _OF_THE_RUN: Final = {"target": "--target", "thinking": "--thinking", "chat_template": "--chat-template"}

@@ -50,6 +50,7 @@ def check_sections(sections: Mapping[str, Any], folder: Path, registry: Registry
             if not sections["evaluate"].temperature:
                 yield no_temperature("evaluate.temperature")
             yield from samples_mistakes(sections["evaluate"], "evaluate.samples")
+            yield from _cuts(sections["evaluate"])
         if "regenerate" not in run.stages and sections.get("regenerate"):
             yield from _share(sections["regenerate"].thinking, run)
     spec = registry.get("draft", sections["draft"].type) if sections.get("draft") else None
@@ -125,6 +126,16 @@ def _untrained(sections: Mapping[str, Any]) -> Iterator[ConfigError]:
             found=evaluate.draft,
             expected="no such key",
             fix="remove it, or give the checkpoint's own type in [draft]",
+        )
+
+
+def _cuts(evaluate: EvaluateOptions) -> Iterator[ConfigError]:
+    if evaluate.scheduler is not None and evaluate.confidence_threshold > 0:
+        yield ConfigError(
+            "two rules would end proposals",
+            where="evaluate.confidence_threshold",
+            found=f"{evaluate.confidence_threshold:g}, with evaluate.scheduler",
+            expected="a threshold or a scheduler",
         )
 
 

@@ -326,6 +326,18 @@ class TrainOptions:
 
 
 @frozen(kw_only=True)
+class SchedulerOptions:
+    """[evaluate.scheduler]: the target verifies the draft tokens that are worth it at the present load.
+
+    cost_table: A file that `deepspec profile` wrote for this target on such a machine.
+    asynchronous: The number of verified tokens comes from the confidences of two rounds earlier.
+    """
+
+    cost_table: str
+    asynchronous: bool = False
+
+
+@frozen(kw_only=True)
 class EvaluateOptions:
     """[evaluate]: real speculative decoding.
 
@@ -348,6 +360,7 @@ class EvaluateOptions:
     confidence_threshold: A proposal ends before its first token of lower confidence, if the draft gives any; 0: not.
     draft: A draft checkpoint to evaluate (directory or Hub id) in place of the run's own.
     calibration: A file that `deepspec calibrate` wrote for this draft. The draft's confidences are scaled by it.
+    scheduler: {cost_table = "FILE"} verifies by Algorithm 1 of the DSpark paper, if the draft gives confidences.
     """
 
     tasks: tuple[str, ...] = (HELD_OUT,)
@@ -367,6 +380,7 @@ class EvaluateOptions:
     confidence_threshold: float = field(default=0.0, validator=real(0.0, 1.0))
     draft: str | None = None
     calibration: str | None = None
+    scheduler: SchedulerOptions | None = None
 
     @property
     def batch_sizes(self) -> tuple[int, ...]:

@@ -30,6 +30,7 @@ def tree_mistakes(evaluate: EvaluateOptions) -> Iterator[ConfigError]:
     for key, asked in (
         ("confidence_threshold", evaluate.confidence_threshold or None),
         ("calibration", evaluate.calibration),
+        ("scheduler", None if evaluate.scheduler is None else evaluate.scheduler.cost_table),
     ):
         if asked is not None:
             yield ConfigError(

@@ -1,11 +1,12 @@
 """The rounds that a server counted, as its speculative-decoding metrics give them, in a JSON file.
 
 `{"drafts": 1200, "accepted": [900, 640, 410]}`: how many proposals there were, and in how many of them the token at
-each position was accepted. Knows the file. Asks no server.
+each position was accepted. Knows the file and its counts. Asks no server.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -36,6 +37,12 @@ def served_outcomes(path: Path) -> Outcomes:
             found=counts[:8],
             expected="at least one draft, and at no position more accepted tokens than at the one before",
         )
+    return outcomes_of_counts(drafts, accepted)
+
+
+def outcomes_of_counts(rounds: int, accepted: Sequence[int]) -> Outcomes:
+    """The outcomes of so many rounds, of which accepted[k] accepted the token at position k; it never rises with k."""
+    counts = [rounds, *accepted]
     # Rounds by how many tokens they accepted, each kind dealt out to the groups at random.
     exactly = -np.diff([*counts, 0])
     rng = np.random.default_rng(0)

@@ -2,6 +2,7 @@
 
 Knows what a run's metrics.json says, and not how it was made. Nothing is left out or averaged. A run on another target,
 on other prompts or with other settings keeps its rows. They are marked, and the difference is written below the table.
+What a server does not tell is said, and marks no row.
 """
 
 from __future__ import annotations
@@ -135,11 +136,16 @@ def compare(runs: Sequence[Run]) -> Comparison:
     differences: list[str] = []
     unlike: set[int] = set()
     settings = dict.fromkeys(name for run in runs for name in run.report["settings"])
+    untold: dict[int, list[str]] = {}
     for section, names in (("target", _TARGET), ("settings", tuple(settings))):
         for name in names:
-            values = [run.report[section].get(name) for run in runs]
-            unlike |= {index for index, value in enumerate(values) if value != values[0]}
-            differences += _difference(f"{section}.{name}", runs, values)
+            silent = {index for index, run in enumerate(runs) if _untold(run, section, name)}
+            told = [index for index in range(len(runs)) if index not in silent]
+            values = [runs[index].report[section].get(name) for index in told]
+            unlike |= {index for index, value in zip(told, values, strict=True) if value != values[0]}
+            differences += _difference(f"{section}.{name}", [runs[index] for index in told], values)
+            for index in silent:
+                untold.setdefault(index, []).append(f"{section}.{name}")
     rows: list[Row] = []
     keys = dict.fromkeys(key for run in runs for key in _results(run))
     sizes = {size for _, _, size in keys}
@@ -158,9 +164,16 @@ def compare(runs: Sequence[Run]) -> Comparison:
             marked = index in unlike or asked != prompts[0]
             rows.append(Row(run=runs[index], result=result, marked=marked))
     remarks = [
+        f"a server does not tell {', '.join(names)}: not compared for {runs[index].label}"
+        for index, names in untold.items()
+    ]
+    here = [run for run in runs if "server" not in run.report]
+    if 0 < len(here) < len(runs):
+        remarks.append("the speed of a server is that of its own machine and program")
+    remarks += [
         f"speed-ups are of different machines: {line}"
         for name in _MACHINE
-        for line in _difference(f"machine.{name}", runs, [run.report["machine"].get(name) for run in runs])
+        for line in _difference(f"machine.{name}", here, [run.report["machine"].get(name) for run in here])
     ]
     remarks += [
         f"speed-ups were measured by another number of workers at once: {line}"
@@ -176,13 +189,19 @@ def _results(run: Run) -> dict[tuple[str, float, int | None], Mapping[str, Any]]
     }
 
 
+def _untold(run: Run, section: str, name: str) -> bool:
+    """Whether this is of a server, which did not tell it."""
+    own = run.report[section]
+    return "server" in run.report and name in own and own[name] is None
+
+
 def _is_digest(value: object) -> TypeGuard[str]:
     return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{40,}", value) is not None
 
 
 def _difference(what: str, runs: Sequence[Run], values: Sequence[object]) -> list[str]:
     """A sentence that says which run has which value; none if all are equal."""
-    if all(value == values[0] for value in values):
+    if all(value == values[0] for value in values):  # also where there are none
         return []
     # The first characters of digests and commits are enough to see that they differ.
     short = [f"{value[:_DIGEST]}..." if _is_digest(value) else value for value in values]

@@ -37,7 +37,7 @@ class CostTable:
         """The numbers of requests that were measured, ascending."""
         return tuple(sorted({step.requests for step in self.steps}))
 
-    def seconds(self, requests: int, tokens: int) -> float:
+    def seconds(self, requests: int, tokens: float) -> float:
         """The time of a step of so many requests with `tokens` in all, linear between the nearest measured steps.
 
         ConfigError if this number of requests was not measured, or `tokens` lie beyond its measured steps.
@@ -53,7 +53,7 @@ class CostTable:
         if not row[0][0] <= tokens <= row[-1][0]:
             raise ConfigError(
                 "the cost table has no step of so many tokens",
-                found=f"{tokens} tokens of {requests} requests",
+                found=f"{tokens:g} tokens of {requests} requests",
                 expected=f"{row[0][0]} to {row[-1][0]}",
                 fix="Profile the target with as many draft tokens as the draft proposes (--draft-tokens).",
             )
@@ -65,8 +65,18 @@ class CostTable:
         return fast + (slow - fast) * (tokens - below) / (above - below)
 
     def steps_per_second(self, requests: int, tokens: int) -> float:
-        """1 / seconds."""
-        return 1 / self.seconds(requests, tokens)
+        """1 / seconds, also for numbers of requests between measured ones.
+
+        Their seconds are linear between the nearest two, each with as many tokens a request. ConfigError as `seconds`
+        raises it, for fewer or more requests than were measured and for too many tokens of either.
+        """
+        sizes = self.batch_sizes
+        at = bisect_left(sizes, requests)
+        if requests in sizes or not 0 < at < len(sizes):
+            return 1 / self.seconds(requests, tokens)
+        few, many, each = sizes[at - 1], sizes[at], tokens / requests
+        fast, slow = self.seconds(few, few * each), self.seconds(many, many * each)
+        return 1 / (fast + (slow - fast) * (requests - few) / (many - few))
 
 
 def write_cost_table(path: Path, steps: Sequence[Step], about: Mapping[str, Any]) -> Path:

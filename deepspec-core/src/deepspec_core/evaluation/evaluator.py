@@ -141,12 +141,12 @@ def recorded(journal: Path) -> tuple[str, list[Group]]:
     return head["prompts"], [_group_of(entry, None, where) for where, entry in rows[1:]]
 
 
-def summarise(groups: Sequence[Group], *, seed: int, confidence_threshold: float = 0.0) -> dict[str, Any]:
+def summarise(groups: Sequence[Group], *, seed: int, cut: bool = False) -> dict[str, Any]:
     """The figures of one task at one temperature: pooled metrics, times, speed-up, and prompts whose outputs differ.
 
     "confidence" says how well the draft's confidence foretells acceptance. It is missing where the draft gives none,
-    and where a threshold cut proposals: the tokens that it kept are not a fair sample. DataError if confidences do not
-    fit.
+    and where a threshold or a scheduler `cut` proposals: the tokens that it kept are not a fair sample. DataError if
+    confidences do not fit.
     """
     completions = [completion for group in groups for completion in group.completions]
     summary: dict[str, Any] = pool(completions, seed=seed).as_json()
@@ -157,7 +157,7 @@ def summarise(groups: Sequence[Group], *, seed: int, confidence_threshold: float
         ratios = [_speed(fast) / _speed(slow) for fast, slow in plain if slow and slow.tokens and fast.tokens]
         summary["speedup"] = summary["speculative"]["tokens_per_second"] / summary["plain"]["tokens_per_second"]
         summary["speedup_median_of_groups"] = statistics.median(ratios)
-    rounds = judged(completions) if confidence_threshold == 0 else None
+    rounds = None if cut else judged(completions)
     if rounds is not None:
         summary["confidence"] = reliability(rounds).as_json()
     summary["workers"] = max(group.workers for group in groups)

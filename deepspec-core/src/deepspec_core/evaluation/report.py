@@ -151,6 +151,8 @@ def _reliability(report: Mapping[str, Any]) -> list[str]:
     """A table of how well confidences foretell acceptance, where there are any."""
     threshold = report["settings"].get("confidence_threshold") or 0
     title = ["", "## Confidence beside acceptance", ""]
+    if report["settings"].get("scheduler"):
+        return [*title, "Not judged, because a scheduler cut the proposals by confidence."]
     if threshold > 0:
         return [*title, f"Not judged, because proposals were cut at a confidence of {threshold:g}."]
     rows = [

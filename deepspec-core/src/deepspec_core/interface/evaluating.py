@@ -186,7 +186,7 @@ def _evaluation(
         )
     figures = {
         "batch_size": batch_size,
-        **summarise(groups, seed=options.seed, confidence_threshold=options.confidence_threshold),
+        **summarise(groups, seed=options.seed, cut=options.confidence_threshold > 0),
         "prompts_too_long": too_long,
     }
     low, high = figures["acceptance_length_interval"]

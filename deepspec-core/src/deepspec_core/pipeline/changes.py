@@ -98,6 +98,11 @@ def _look_up(run: Run, name: str, resuming: bool) -> Callable[[], str | None]:
 
         calibration = run.base / run.file.evaluate.calibration
         return lambda: digest_of(calibration)
+    if name == contents.COST_TABLE and run.file.evaluate.scheduler is not None:
+        from deepspec_core.digests import digest_of
+
+        cost_table = run.base / run.file.evaluate.scheduler.cost_table
+        return lambda: digest_of(cost_table)
     if name == contents.EVALUATION:
         return lambda: digests_of([run.folder / METRICS])[0]
     if found := re.fullmatch(re.escape(contents.SOURCE).replace(r"\{\}", r"(\d+)"), name):

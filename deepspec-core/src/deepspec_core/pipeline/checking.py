@@ -61,6 +61,7 @@ def check_before(run: Run, steps: Sequence[Step], *, may_write: bool = True) -> 
     if _first_reader(run) in todo:
         _room_for_answers(run)
     confidence: bool | None = None
+    proposed: int | None = None
     draft: DraftModel | None = None
     if "train" in run.file.run.stages:
         from deepspec_core.pipeline.trying import try_draft, try_training
@@ -70,6 +71,7 @@ def check_before(run: Run, steps: Sequence[Step], *, may_write: bool = True) -> 
 
         draft, tried = try_draft(run)
         confidence, description = tried.description.gives_confidence, tried.description
+        proposed = description.max_tokens
         if todo - {"export"}:
             _mask_token(run, description)
         if "train" in todo:
@@ -90,7 +92,7 @@ def check_before(run: Run, steps: Sequence[Step], *, may_write: bool = True) -> 
         if "evaluate" in run.file.run.stages and HELD_OUT in run.file.evaluate.tasks:
             run.cache.require_same_split()
     if "evaluate" in todo:
-        _evaluation(run, confidence)
+        _evaluation(run, confidence, proposed)
     if "export" in todo:
         from deepspec_core.pipeline.exporting import check_servable, facts_before, facts_of_finished
 
@@ -288,11 +290,12 @@ def _cache(run: Run, *, fresh: bool) -> None:
         )
 
 
-def _evaluation(run: Run, confidence: bool | None) -> None:
+def _evaluation(run: Run, confidence: bool | None, proposed: int | None) -> None:
     from deepspec_core.config.trees import require_trees, tree_mistakes
     from deepspec_core.data.thinking import modes
     from deepspec_core.pipeline.evaluated_draft import describe_evaluated
     from deepspec_core.pipeline.evaluating import calibration_of, journals, prompts_of, requests_of
+    from deepspec_core.pipeline.scheduling import costs_of
 
     options = run.file.evaluate
     journals(options.tasks)
@@ -304,8 +307,10 @@ def _evaluation(run: Run, confidence: bool | None) -> None:
             require_trees(description.algorithm, run.plugins.registry)
             for mistake in tree_mistakes(options):
                 raise mistake
-        confidence = description.gives_confidence
+        confidence, proposed = description.gives_confidence, description.max_tokens
         calibration_of(run, description, revision)
+    if proposed is not None:
+        costs_of(run, confidence, proposed)
     if options.confidence_threshold > 0 and confidence is False:
         raise ConfigError(
             "this draft gives no confidence to compare with",

@@ -7,6 +7,7 @@ Knows runs and their evaluations. How figures are put side by side is in evaluat
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from rich.table import Table
 from deepspec_core.config.load import RunFile
 from deepspec_core.config.schema import DraftOptions
 from deepspec_core.decoding.engine import Completion
-from deepspec_core.errors import ConfigError
+from deepspec_core.errors import ConfigError, StageError
 from deepspec_core.evaluation import comparison, report
 from deepspec_core.evaluation.comparison import Comparison, compare
 from deepspec_core.evaluation.evaluator import recorded
@@ -29,9 +30,12 @@ from deepspec_core.pipeline.evaluating import journal_of
 from deepspec_core.pipeline.run import Run
 from deepspec_core.pipeline.running import run_stages
 from deepspec_core.plugins.discovery import Plugins
+from deepspec_core.reporting.page import shown, write_page
 from deepspec_core.untrained.named import untrained_of
 
+log = logging.getLogger("deepspec")
 FOLDER = "compare"
+PAGE = "comparison.html"
 AHEAD = "run's draft ahead by"
 _AFTER = comparison.HEADINGS.index("accepted length") + 1
 HEADINGS = (*comparison.HEADINGS[:_AFTER], AHEAD, *comparison.HEADINGS[_AFTER:])
@@ -80,14 +84,23 @@ def _said(ahead: Difference | None) -> str:
 
 
 def compare_with(
-    file: RunFile, path: Path, names: Sequence[str], *, plugins: Plugins, say: Callable[[str], None]
+    file: RunFile,
+    path: Path,
+    names: Sequence[str],
+    *,
+    plugins: Plugins,
+    say: Callable[[str], None],
+    beside: Sequence[Path] = (),
 ) -> Compared:
-    """Evaluate the run's draft and the named baselines, as far as that is not done, and write both forms of the table.
+    """Evaluate the run's draft and the named baselines, as far as that is not done, and write the table and its page.
 
-    ConfigError for a name that is no draft without training. DeepSpecError where an evaluation fails.
+    `beside` are folders of evaluations that are there already, such as a server's. ConfigError for a name that is no
+    draft without training. DeepSpecError where an evaluation fails, and where there is none in `beside`.
     """
     own = Run(file=file, path=path, plugins=plugins)
-    _refuse_shared_names(file.run.name, names)
+    others = {str(folder): folder for folder in beside}
+    _refuse_shared_names(file.run.name, [*names, *others])
+    finished = {label: _finished(folder) for label, folder in others.items()}
     drafts = {name: _draft(name, own) for name in names}
     runs = {file.run.name: own}
     for name, draft in drafts.items():
@@ -95,26 +108,45 @@ def compare_with(
     for name, run in runs.items():
         say(f"{name}:")
         run_stages(run, only=["evaluate"], say=say)
-    reports = {name: read_metrics(run.folder / METRICS) for name, run in runs.items()}
-    whole = compare([comparison.Run(label=name, report=found) for name, found in reports.items()])
+    reports = {name: read_metrics(run.folder / METRICS) for name, run in runs.items()} | finished
+    folders = {name: run.folder for name, run in runs.items()} | others
+    evaluated = [comparison.Run(label=name, report=found) for name, found in reports.items()]
+    whole = compare(evaluated)
     completions = {
-        (name, *_key(result)): _completions(runs[name].folder, result)
+        (name, *_key(result)): _completions(folders[name], result)
         for name, found in reports.items()
+        if "server" not in found  # it tells counts, and not the rounds of each answer
         for result in found["results"]
     }
-    ahead = []
+    ahead: list[Difference | None] = []
     for row in whole.rows:
         mine = completions.get((file.run.name, *_key(row.result)))
-        other = completions[(row.run.label, *_key(row.result))]
-        same = row.run.label == file.run.name or mine is None
-        ahead.append(None if same else paired_difference(mine or (), other, seed=file.evaluate.seed))
+        other = completions.get((row.run.label, *_key(row.result)))
+        if row.run.label == file.run.name or mine is None or other is None:
+            ahead.append(None)
+        else:
+            ahead.append(paired_difference(mine, other, seed=file.evaluate.seed))
     compared = Compared(comparison=whole, ahead=tuple(ahead), folder=own.folder / FOLDER)
     for name, text in (
         ("comparison.json", json.dumps(compared.as_json(), indent=1) + "\n"),
         ("comparison.md", compared.markdown()),
     ):
         (compared.folder / name).write_text(text, encoding="utf-8")
+    pages = [shown(folders[one.label], one) for one in evaluated]
+    try:
+        write_page(compared.folder / PAGE, pages)
+    except ConfigError as error:  # there is no library that draws
+        log.warning("%s is left out: %s", PAGE, error)
     return compared
+
+
+def _finished(folder: Path) -> dict[str, Any]:
+    try:
+        return read_metrics(folder / METRICS)
+    except FileNotFoundError:
+        raise StageError(
+            "No evaluation there", where=folder, expected=f"a folder with {METRICS}", fix="Name another in --beside."
+        ) from None
 
 
 def _refuse_shared_names(own: str, names: Sequence[str]) -> None:
@@ -165,8 +197,8 @@ def _baseline(file: RunFile, name: str, draft: DraftOptions) -> RunFile:
         run=evolve(file.run, name=slug, output=f"{file.run.output}/{FOLDER}/{slug}", stages=("evaluate",)),
         target=evolve(file.target, layers=()),
         draft=draft,
-        # What concerns the run's own draft. A threshold for its confidence remains a difference that is told.
-        evaluate=evolve(file.evaluate, draft=None, calibration=None, confidence_threshold=0.0),
+        # What concerns the run's own draft. What cuts by its confidence remains a difference that is told.
+        evaluate=evolve(file.evaluate, draft=None, calibration=None, confidence_threshold=0.0, scheduler=None),
     )
 
 

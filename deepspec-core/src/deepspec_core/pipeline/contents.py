@@ -19,6 +19,7 @@ EVALUATION: Final = "the run's metrics.json"
 SPLIT: Final = "the rule that splits conversations"
 SOURCE: Final = "the content of data.sources[{}]"
 CALIBRATION: Final = "the file of evaluate.calibration"
+COST_TABLE: Final = "the file of evaluate.scheduler.cost_table"
 TASK: Final = "the content of the task {}"
 
 

@@ -40,6 +40,7 @@ from deepspec_core.diagnosis.training_pass import acceptance_rates, outcomes_of,
 from deepspec_core.dtypes import dtype_name, torch_dtype
 from deepspec_core.errors import ConfigError, DeepSpecError
 from deepspec_core.pipeline import contents, threads
+from deepspec_core.pipeline.diagnosed_server import Asked, ask
 from deepspec_core.pipeline.diagnosed_texts import (
     answered,
     header_differences,
@@ -74,16 +75,26 @@ class Extent:
 
 
 def diagnose(
-    run: Run, extent: Extent, *, tolerance: float = 0.1, served: Path | None = None, say: Callable[[str], None]
+    run: Run,
+    extent: Extent,
+    *,
+    tolerance: float = 0.1,
+    served: Path | None = None,
+    server: Asked | None = None,
+    say: Callable[[str], None],
 ) -> Diagnosis:
-    """Measure every stage that this run has. ConfigError for drafts that are not trained, and other DeepSpecErrors for
-    what cannot be loaded at all."""
+    """Measure every stage that this run has. A server's counts come from the file `served`, or from the server itself.
+
+    ConfigError for drafts that are not trained, and other DeepSpecErrors for what cannot be loaded at all.
+    """
     if not run.trains:
         raise ConfigError("a draft of this type is not trained", where=run.path, found=run.file.draft.type)
     counted = None if served is None else served_outcomes(served)  # known now, said now
     count = threads.choose(run, ["evaluate"])["evaluate"]
     with threads.using(count):
         looking = _Looking(run=run, extent=extent, tolerance=tolerance, say=say)
+        if server is not None:
+            counted = looking.ask(server)
         looking.look_at_training()
         looking.look_at_evaluation(counted)
     return Diagnosis(
@@ -122,6 +133,15 @@ class _Looking:
     def trained_here(self) -> bool:
         """Whether the draft is the run's own, so that what training left can be compared."""
         return self.run.file.evaluate.draft is None and (self.run.stage_folder("train") / METRICS).is_file()
+
+    def ask(self, server: Asked) -> Outcomes | None:
+        """The server's rounds on evaluation's prompts. It is asked first, because it may be the wrong one."""
+        self.say("the server")
+        requests, limit = self._asked()
+        counted, why = ask(self.run, requests, server, max_new_tokens=limit) if requests else (None, "no prompts")
+        if counted is None:
+            self.missing[names.SERVED] = why
+        return counted
 
     def look_at_training(self) -> None:
         """The stages on training samples."""
@@ -207,14 +227,7 @@ class _Looking:
 
     def _decoded(self) -> list[Completion]:
         """The engine's greedy answers to evaluation's prompts; plain ones where the draft cannot be decoded with."""
-        options, requests = self.run.file.evaluate, list[Request]()
-        for task in options.tasks:
-            prompts = prompts_of(self.run, task)[: self.extent.prompts]
-            if prompts:
-                thinking = self.run.file.regenerate.thinking is True
-                requests += requests_of(self.run, task, prompts, thinking=thinking)[0]
-        requests = [evolve(one, id=f"{index} {one.id}") for index, one in enumerate(requests)][: self.extent.prompts]
-        limit = min(options.max_new_tokens, self.extent.max_new_tokens)
+        requests, limit = self._asked()
         greedy = Sampling(temperature=0.0)
         try:
             proposer = self.draft.proposer()
@@ -230,6 +243,17 @@ class _Looking:
             )
             self.missing[names.ENGINE] = error.problem
             return answered(self.run, requests, sampling=greedy, max_new_tokens=limit)
+
+    def _asked(self) -> tuple[list[Request], int]:
+        """Evaluation's prompts, as many as are decoded, and the new tokens of an answer at most."""
+        options, requests = self.run.file.evaluate, list[Request]()
+        for task in options.tasks:
+            prompts = prompts_of(self.run, task)[: self.extent.prompts]
+            if prompts:
+                thinking = self.run.file.regenerate.thinking is True
+                requests += requests_of(self.run, task, prompts, thinking=thinking)[0]
+        requests = [evolve(one, id=f"{index} {one.id}") for index, one in enumerate(requests)][: self.extent.prompts]
+        return requests, min(options.max_new_tokens, self.extent.max_new_tokens)
 
     def _look_at_files(self, digest: str) -> None:
         run, record = self.run, read_record(self.run.stage_folder("train"))

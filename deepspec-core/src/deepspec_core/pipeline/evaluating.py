@@ -32,6 +32,7 @@ from deepspec_core.pipeline import contents, workers
 from deepspec_core.pipeline.evaluated_draft import EvaluatedDraft, load_evaluated
 from deepspec_core.pipeline.machine import machine_of
 from deepspec_core.pipeline.run import Run
+from deepspec_core.pipeline.scheduling import Costs, costs_of
 from deepspec_core.plugins.notices import notify
 from deepspec_core.reporting.page import NAME as PAGE
 from deepspec_core.reporting.page import shown, write_page
@@ -46,6 +47,8 @@ def run_stage(run: Run) -> dict[str, Any]:
     options = run.file.evaluate
     draft = load_evaluated(run)
     calibration = calibration_of(run, draft.description, draft.revision)
+    costs = costs_of(run, draft.description.gives_confidence, draft.description.max_tokens)
+    cut = options.confidence_threshold > 0 or costs is not None
     journal_names = journals(options.tasks)
     crew = workers.crew()
     results, samples = [], []
@@ -58,7 +61,7 @@ def run_stage(run: Run) -> dict[str, Any]:
         for temperature, batch_size in product(options.temperature, options.batch_sizes):
             # Greedy answers to one prompt are all the same.
             requests = repeated(asked, options.samples if temperature > 0 else 1)
-            decoding = _decoding(run, draft, calibration, requests, later, temperature, batch_size)
+            decoding = _decoding(run, draft, calibration, costs, requests, later, temperature, batch_size)
             groups = evaluate(
                 requests,
                 decoding,
@@ -77,7 +80,7 @@ def run_stage(run: Run) -> dict[str, Any]:
                 {
                     **about,
                     "batch_size": batch_size,
-                    **summarise(groups, seed=options.seed, confidence_threshold=options.confidence_threshold),
+                    **summarise(groups, seed=options.seed, cut=cut),
                     "prompts_too_long": too_long,
                     **({} if later is None else {"turns_not_asked": _not_asked(requests, groups, later)}),
                     "prompts_digest": digest,
@@ -85,7 +88,7 @@ def run_stage(run: Run) -> dict[str, Any]:
             )
     if not crew.first:
         return {}
-    report = _report(run, draft, calibration, results)
+    report = _report(run, draft, calibration, costs, results)
     write_metrics(run.folder / METRICS, report)
     _write(run.folder / "report.md", markdown(report))
     write_samples(run.stage_folder("evaluate") / SAMPLES, samples)
@@ -242,6 +245,7 @@ def _decoding(
     run: Run,
     draft: EvaluatedDraft,
     calibration: Calibration | None,
+    costs: Costs | None,
     requests: Sequence[Request],
     later: LaterTurns | None,
     temperature: float,
@@ -252,6 +256,8 @@ def _decoding(
     proposer = draft.proposer()
     if calibration is not None:
         proposer = CalibratedProposer(proposer, calibration.temperatures)
+    if costs is not None:
+        proposer = costs.scheduled(proposer)
     return Decoding(
         target=run.target.model,
         proposer=proposer,
@@ -268,7 +274,11 @@ def _decoding(
 
 
 def _report(
-    run: Run, draft: EvaluatedDraft, calibration: Calibration | None, results: list[dict[str, Any]]
+    run: Run,
+    draft: EvaluatedDraft,
+    calibration: Calibration | None,
+    costs: Costs | None,
+    results: list[dict[str, Any]],
 ) -> dict[str, Any]:
     description, sizes, architecture = draft.description, draft.parameters, run.target.architecture
     return {
@@ -298,6 +308,7 @@ def _report(
             "seed": run.file.evaluate.seed,
             "confidence_threshold": run.file.evaluate.confidence_threshold,
             **told(run.file.evaluate),
+            **({} if costs is None else costs.told()),
             **({"tree_nodes": run.file.draft.tree.nodes} if run.file.draft.tree is not None else {}),
             "system_prompt": run.file.data.system_prompt,
             "thinking": run.file.regenerate.thinking,

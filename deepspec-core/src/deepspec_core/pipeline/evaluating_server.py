@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import urlsplit
 
 from attrs import evolve, frozen
 
@@ -31,18 +30,16 @@ from deepspec_core.evaluation.served import figures
 from deepspec_core.evaluation.tasks import task_label
 from deepspec_core.evaluation.turns import LaterTurns
 from deepspec_core.locks import lock
+from deepspec_core.pipeline.asking_server import address_of, wanted_of
 from deepspec_core.pipeline.evaluating import digest_of, journal_of, journals, later_turns, prompts_of, requests_of
 from deepspec_core.pipeline.machine import machine_of
 from deepspec_core.pipeline.run import Run
-from deepspec_core.pipeline.serving import end_of, key_in
 from deepspec_core.progress import Progress
 from deepspec_core.servers.measuring import Measured, Server
-from deepspec_core.servers.wanted import Names, Wanted
 
 log = logging.getLogger("deepspec")
 
 ANSWERS: Final = "answers.jsonl"
-_OPTIONS: Final = Names(servers="--server", served_as="--served-as", key="--api-key-env", length="--max-new-tokens")
 
 
 @frozen(kw_only=True)
@@ -105,11 +102,21 @@ def evaluate_server(run: Run, asked: Asked) -> dict[str, Any]:
     """
     options = run.file.evaluate
     journals(options.tasks)
-    asked = evolve(asked, address=_address(asked.address))
+    asked = evolve(asked, address=address_of(asked.address))
     _require_free(asked)
     passes = [_pass(run, task, mode) for task, mode in product(options.tasks, modes(run.file.regenerate.thinking))]
     own = _recordings(run, asked, passes)
-    wanted = _wanted(run, asked, passes)
+    wanted = wanted_of(
+        run,
+        [request for one in passes for request in one.requests],
+        # Whatever is drawn at all is asked with these settings later: a server must take them.
+        temperature=max(options.temperature),
+        max_new_tokens=options.max_new_tokens,
+        whole_context=options.turns != "first",
+        served_as=asked.served_as,
+        api_key_env=asked.api_key_env,
+        timeout=asked.timeout,
+    )
     with (
         lock(
             asked.out,
@@ -137,23 +144,6 @@ def evaluate_server(run: Run, asked: Asked) -> dict[str, Any]:
         report = _report(run, server, asked, results)
         _write(asked.out, report, answers)
     return report
-
-
-def _address(given: str) -> str:
-    """The address of the protocol: /v1 stands behind the server's root, which may be given without it."""
-    parts = urlsplit(given)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ConfigError(
-            "The server has no address", where="--server", found=given, expected="an address like http://host:8000"
-        )
-    if parts.username is not None or parts.password is not None:
-        raise ConfigError(
-            "A key does not belong into an address, which results keep",
-            where="--server",
-            expected="an address without a name and a password",
-            fix="Name the environment variable that holds the key in --api-key-env.",
-        )
-    return given.rstrip("/").removesuffix("/v1") + "/v1"
 
 
 def _require_free(asked: Asked) -> None:
@@ -233,29 +223,6 @@ def _pass(run: Run, task: str, thinking: bool) -> _Pass:
         later=later,
         too_long=too_long,
         digest=digest_of(requests, later),
-    )
-
-
-def _wanted(run: Run, asked: Asked, passes: Sequence[_Pass]) -> Wanted:
-    options, target = run.file.evaluate, run.target
-    positions = target.architecture.max_positions
-    longest = max(len(request.prompt_ids) for one in passes for request in one.requests)
-    whole = positions if options.turns != "first" else min(positions, longest + options.max_new_tokens)
-    stop_ids = tuple(target.architecture.stop_token_ids)
-    names = tuple(dict.fromkeys((run.file.target.model, str(target.where))))
-    return Wanted(
-        names=names if asked.served_as is None else (asked.served_as,),
-        tokenizer=target.tokenizer,
-        vocab_size=target.architecture.vocab_size,
-        # Whatever is drawn at all is asked with these settings later: a server must take them.
-        sampling=Sampling(temperature=max(options.temperature)),
-        stop_ids=stop_ids,
-        end_id=end_of(target.tokenizer, stop_ids),
-        max_tokens=options.max_new_tokens,
-        max_length=whole,
-        key=key_in(asked.api_key_env, where="--api-key-env"),
-        timeout=asked.timeout,
-        called=_OPTIONS,
     )
 
 

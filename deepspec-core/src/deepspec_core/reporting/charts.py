@@ -56,6 +56,31 @@ def reliability(runs: Sequence[Run]) -> list[Chart]:
     return charts
 
 
+def reliability_by_position(runs: Sequence[Run]) -> list[Chart]:
+    """The same for each position by itself: a small chart for each, task and temperature."""
+    charts = []
+    for title, panel in panels(runs):
+        judged = [(index, result["confidence"]["positions"]) for index, result in panel if result.get("confidence")]
+        for k in range(max((len(positions) for _, positions in judged), default=0)):
+            found = [
+                (index, positions[k]) for index, positions in judged if k < len(positions) and positions[k]["bins"]
+            ]
+            if not found:
+                continue
+            with drawing(width=2.1, height=1.9, x="confidence", y="accepted") as drawn:
+                drawn.axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=":")
+                for index, position in found:
+                    points = [(one["confidence"], one["accepted"]) for one in position["bins"]]
+                    drawn.axes.plot(*zip(*points, strict=True), **_line(index))
+                _unit(drawn.axes.set_xlim, drawn.axes.xaxis, marks=3)
+                _unit(drawn.axes.set_ylim, drawn.axes.yaxis, marks=3)
+            said = ", ".join(f"{one['ece']:.3f}" for _, one in found if one["ece"] is not None)
+            charts.append(
+                Chart(title=f"{title}: position {k + 1}", svg=drawn.svg(), remark=f"ECE {said}" if said else "")
+            )
+    return charts
+
+
 def accepted_length(runs: Sequence[Run]) -> list[Chart]:
     """The accepted length of every task and temperature with its interval; one chart."""
     found = [
@@ -216,10 +241,11 @@ def _or_nan(value: float | None) -> float:
     return float("nan") if value is None else value
 
 
-def _unit(set_limits: Any, axis: Any) -> None:
+def _unit(set_limits: Any, axis: Any, *, marks: int = 5) -> None:
     """An axis of shares, from 0 to 1 in percent."""
     set_limits(-0.03, 1.03)
-    axis.set_ticks([0, 0.25, 0.5, 0.75, 1], ["0%", "25%", "50%", "75%", "100%"])
+    shares = [mark / (marks - 1) for mark in range(marks)]
+    axis.set_ticks(shares, [f"{share:.0%}" for share in shares])
 
 
 def _short(tokens: int) -> str:

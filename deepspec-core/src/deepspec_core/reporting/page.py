@@ -101,6 +101,11 @@ def _sections(runs: Sequence[Run]) -> list[dict[str, Any]]:
             charts.reliability(runs),
         ),
         (
+            "Reliability by position",
+            "The same for the prefixes that end at each position.",
+            charts.reliability_by_position(runs),
+        ),
+        (
             "Accepted length by context",
             "Tokens that a round commits, by the tokens there are when it begins.",
             charts.by_context(runs),

@@ -1,0 +1,69 @@
+"""What a command that measures one server asks of it: its address, and the run's target as it must serve it.
+
+Knows runs and the options of commands. How a server is asked is in servers/.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+from urllib.parse import urlsplit
+
+from deepspec_core.contracts.proposer import Sampling
+from deepspec_core.decoding.engine import Request
+from deepspec_core.errors import ConfigError
+from deepspec_core.pipeline.run import Run
+from deepspec_core.pipeline.serving import end_of, key_in
+from deepspec_core.servers.wanted import Names, Wanted
+
+_OPTIONS: Final = Names(servers="--server", served_as="--served-as", key="--api-key-env", length="--max-new-tokens")
+
+
+def address_of(given: str) -> str:
+    """The address of the protocol: /v1 stands behind the server's root, which may be given without it."""
+    parts = urlsplit(given)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ConfigError(
+            "The server has no address", where="--server", found=given, expected="an address like http://host:8000"
+        )
+    if parts.username is not None or parts.password is not None:
+        raise ConfigError(
+            "A key does not belong into an address, which results keep",
+            where="--server",
+            expected="an address without a name and a password",
+            fix="Name the environment variable that holds the key in --api-key-env.",
+        )
+    return given.rstrip("/").removesuffix("/v1") + "/v1"
+
+
+def wanted_of(
+    run: Run,
+    requests: Sequence[Request],
+    *,
+    temperature: float,
+    max_new_tokens: int,
+    whole_context: bool = False,
+    served_as: str | None,
+    api_key_env: str | None,
+    timeout: float = 1800.0,
+) -> Wanted:
+    """The run's target with room for these requests, or with all its positions. `served_as` is the server's name of
+    it, if it is another one. ConfigError where the environment has no such key."""
+    target = run.target
+    positions = target.architecture.max_positions
+    longest = max(len(request.prompt_ids) for request in requests)
+    stop_ids = tuple(target.architecture.stop_token_ids)
+    names = tuple(dict.fromkeys((run.file.target.model, str(target.where))))
+    return Wanted(
+        names=names if served_as is None else (served_as,),
+        tokenizer=target.tokenizer,
+        vocab_size=target.architecture.vocab_size,
+        sampling=Sampling(temperature=temperature),
+        stop_ids=stop_ids,
+        end_id=end_of(target.tokenizer, stop_ids),
+        max_tokens=max_new_tokens,
+        max_length=positions if whole_context else min(positions, longest + max_new_tokens),
+        key=key_in(api_key_env, where="--api-key-env"),
+        timeout=timeout,
+        called=_OPTIONS,
+    )

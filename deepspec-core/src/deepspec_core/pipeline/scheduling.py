@@ -1,0 +1,92 @@
+"""The scheduled decoding of an evaluation: the cost table that [evaluate.scheduler] names, and what it must cover.
+
+Knows runs and cost tables. How tokens are admitted is in decoding/scheduled.py.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from attrs import frozen
+
+from deepspec_core.contracts.proposer import Proposer
+from deepspec_core.decoding.scheduled import ScheduledProposer
+from deepspec_core.digests import digest_of
+from deepspec_core.dtypes import dtype_name
+from deepspec_core.errors import CheckpointError, ConfigError, StageError
+from deepspec_core.evaluation.cost_table import CostTable, read_cost_table
+from deepspec_core.pipeline import contents
+from deepspec_core.pipeline.machine import machine_of
+from deepspec_core.pipeline.run import Run
+
+WHERE = "evaluate.scheduler"
+
+
+@frozen(kw_only=True)
+class Costs:
+    """A cost table, the digest of its file, and which form of the scheduler reads it."""
+
+    table: CostTable
+    digest: str
+    asynchronous: bool
+
+    def scheduled(self, proposer: Proposer) -> Proposer:
+        """The proposer with its proposals cut to what is worth verifying."""
+        # Asked again and again for the same few numbers.
+        return ScheduledProposer(proposer, cache(self.table.steps_per_second), asynchronous=self.asynchronous)
+
+    def told(self) -> dict[str, Any]:
+        """The settings of a report."""
+        return {"scheduler": "asynchronous" if self.asynchronous else "synchronous", "cost_table": self.digest}
+
+
+def costs_of(run: Run, gives_confidence: bool | None, max_tokens: int) -> Costs | None:
+    """What [evaluate.scheduler] names, for a draft that proposes so many tokens; None if there is no such table.
+
+    CheckpointError if the draft gives no confidence. StageError if the file is missing, edited, or of another target,
+    number format or device. ConfigError if a load of this evaluation lies outside of what was measured.
+    """
+    options = run.file.evaluate.scheduler
+    if options is None:
+        return None
+    if gives_confidence is False:
+        raise CheckpointError(
+            "this draft gives no confidence to schedule by",
+            where=WHERE,
+            expected="a draft with a confidence head, or no scheduler",
+        )
+    path = run.base / options.cost_table
+    about = {
+        "model": run.file.target.model,
+        "revision": run.target.fingerprint(),
+        "dtype": dtype_name(run.target.dtype),
+    }
+    table, machine = read_cost_table(path, target=about), machine_of(run.target.device)
+    measured = table.about.get("machine")
+    measured = measured if isinstance(measured, dict) else {}
+    if measured.get("device") != machine["device"]:
+        raise StageError(
+            "the cost table is of another kind of machine",
+            where=path,
+            found=f"steps on {measured.get('device')}",
+            expected=machine["device"],
+            fix="Measure it on this machine with `deepspec profile TARGET`.",
+        )
+    most = max(run.file.evaluate.batch_sizes)
+    # A batch runs empty, so every smaller number of requests comes too.
+    for requests in (1, most):
+        try:
+            table.steps_per_second(requests, requests * (max_tokens + 1))
+        except ConfigError as error:
+            raise ConfigError(
+                f"{WHERE}: {error.problem}",
+                where=path,
+                found=error.found,
+                expected=error.expected,
+                fix=f"`deepspec profile {run.file.target.model} --batch-size 1 --batch-size {most} "
+                f"--draft-tokens {max_tokens}` measures what this evaluation needs.",
+            ) from None
+    digest = digest_of(path)
+    run.reads.content(contents.COST_TABLE, digest)
+    return Costs(table=table, digest=digest, asynchronous=options.asynchronous)
