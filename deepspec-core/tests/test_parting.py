@@ -12,7 +12,8 @@ from attrs import evolve
 from deepspec_core.contracts.proposer import Sampling
 from deepspec_core.contracts.target import TargetStep
 from deepspec_core.decoding.engine import Completion, Request, decode
-from deepspec_core.evaluation.evaluator import Decoding, evaluate, recorded, summarise
+from deepspec_core.evaluation.evaluator import evaluate, recorded, summarise
+from deepspec_core.evaluation.group_decoding import Decoding
 from deepspec_core.evaluation.parting import Parting, differs, parting
 from deepspec_core.evaluation.peak_memory import forget_peak, peak_bytes
 from deepspec_core.evaluation.report import PARTING_HEADINGS, partings

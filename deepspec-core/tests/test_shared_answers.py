@@ -22,7 +22,8 @@ from deepspec_core.data.regenerate import RegenerateReport, regenerate
 from deepspec_core.data.tokenize import ChatTokenizer
 from deepspec_core.decoding.engine import Request
 from deepspec_core.errors import DataError, StageError
-from deepspec_core.evaluation.evaluator import Decoding, Group, evaluate, recorded, summarise
+from deepspec_core.evaluation.evaluator import evaluate, recorded, summarise
+from deepspec_core.evaluation.group_decoding import Decoding, Group
 from deepspec_core.testing.table_proposer import TableProposer
 from deepspec_core.testing.tiny_tokenizer import tiny_format, tiny_tokenizer
 
@@ -47,7 +48,7 @@ class Talker(Dying):
 
 
 def answers(
-    out: Path, count: int, steps: dict[int, int] | None = None, how: type[Exception] = Killed, **options: Any
+    out: Path, count: int, steps: dict[int, int] | None = None, how: type[BaseException] = Killed, **options: Any
 ) -> list[Any]:
     """Regenerate by so many workers. The target of worker n ends by an error after steps[n] steps."""
 
@@ -120,7 +121,7 @@ def test_a_regeneration_goes_on_with_another_number(
 
 
 @pytest.mark.parametrize("how", [Killed, RuntimeError])
-def test_a_worker_that_ends_ends_the_others_with_its_reason(tmp_path: Path, how: type[Exception]) -> None:
+def test_a_worker_that_ends_ends_the_others_with_its_reason(tmp_path: Path, how: type[BaseException]) -> None:
     first, second = answers(tmp_path / "out.jsonl", 2, {1: 5}, how)
     assert isinstance(second, how)
     assert isinstance(first, StageError)

@@ -17,8 +17,8 @@ COUNTS = pytest.mark.parametrize(
 )
 
 
-class Killed(Exception):
-    """Stands for a kill: nobody is told."""
+class Killed(BaseException):
+    """Stands for a kill: nobody is told, and nothing takes it for a failure."""
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def together(count: int, work: Callable[[Crew], Any]) -> list[Any]:
         watch = crew.watch(store) if count > 1 else None
         try:
             ends[rank] = work(crew)
-        except Exception as error:
+        except (Exception, Killed) as error:
             ends[rank] = error
             if not isinstance(error, Killed):
                 crew.fail(error)
@@ -57,7 +57,7 @@ class Dying(TinyTarget):
     """A target whose process ends after some steps."""
 
     steps = -1
-    how: type[Exception] = Killed
+    how: type[BaseException] = Killed
 
     def decode(self, *arguments: Any, **options: Any) -> Any:
         self.steps -= 1

@@ -355,6 +355,8 @@ class EvaluateOptions:
     max_new_tokens: New tokens of one answer at most.
     batch_size: Sequences decoded at once. A list evaluates at each of them, for the speed-up under load.
     limit: Prompts of each task at most. Left out: all, and 500 of held-out prompts.
+    max_failures: The stage stops if a larger share of a task's samples fails: the template refuses the prompt, or the
+        target raises an error on it. They are listed, and in no figure.
     seed: Seeds sampling, and the choice of prompts where a task has more than `limit`.
     plain: Decode without the draft too: for the speed-up and the comparison of greedy outputs.
     confidence_threshold: A proposal ends before its first token of lower confidence, if the draft gives any; 0: not.
@@ -375,6 +377,7 @@ class EvaluateOptions:
     max_new_tokens: int = field(default=2048, validator=whole(1, _TOKENS))
     batch_size: int | tuple[int, ...] = field(default=1, validator=_batch_sizes)
     limit: int | None = field(default=None, validator=optional(whole(1)))
+    max_failures: float = field(default=0.05, validator=real(0.0, 1.0), metadata=CHANGES_NOTHING)
     seed: int = field(default=980406, validator=whole(0, _SEEDS))
     plain: bool = True
     confidence_threshold: float = field(default=0.0, validator=real(0.0, 1.0))

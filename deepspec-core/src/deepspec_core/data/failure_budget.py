@@ -1,6 +1,6 @@
-"""How many conversations may fail before a regeneration is stopped, counted over all workers.
+"""How much of some work may fail before it is stopped, counted over all workers.
 
-Knows numbers; not why a conversation failed.
+Knows numbers and what they are of; not why something failed.
 """
 
 from __future__ import annotations
@@ -9,13 +9,31 @@ import math
 from pathlib import Path
 from typing import Final
 
+from attrs import frozen
+
 from deepspec_core.crew import Crew
 from deepspec_core.errors import DataError
 
-# Below this many conversations a share says little: the budget is then checked at the end only.
+# Below this many a share says little: the budget is then checked at the end only.
 _AFTER: Final = 200
-_FAILED: Final = "regenerate failed"
-_SEEN: Final = "regenerate seen"
+
+
+@frozen(kw_only=True)
+class Words:
+    """How messages call what fails. `work` is told to other workers, and is no other budget's in the run."""
+
+    work: str
+    problem: str
+    key: str
+    fix: str
+
+
+REGENERATION: Final = Words(
+    work="regenerate",
+    problem="Too many conversations cannot be regenerated",
+    key="regenerate.max_failures",
+    fix="Read the reasons in that file; nothing that was regenerated is lost.",
+)
 
 
 class FailureBudget:
@@ -24,41 +42,48 @@ class FailureBudget:
     `where` is the file with the reasons. `done` conversations were seen and answered before.
     """
 
-    def __init__(self, crew: Crew, most: float, where: Path, *, done: int) -> None:
-        self._crew, self._most, self._where, self._done = crew, most, where, done
+    def __init__(self, crew: Crew, most: float, where: Path | str, *, done: int, words: Words = REGENERATION) -> None:
+        self._crew, self._most, self._where, self._done, self._words = crew, most, where, done, words
+        self._seen, self._failed = f"{words.work} seen", f"{words.work} failed"
         self._own_seen = self.own = 0
-        crew.post(_SEEN, 0)
-        crew.post(_FAILED, 0)
+        crew.post(self._seen, 0)
+        crew.post(self._failed, 0)
 
     def seen(self) -> None:
         """This worker took up one more."""
         self._own_seen += 1
-        self._crew.post(_SEEN, self._own_seen)
+        self._crew.post(self._seen, self._own_seen)
 
     def failed(self) -> None:
         """One of this worker's failed. DataError where that is one too many."""
         self.own += 1
-        self._crew.post(_FAILED, self.own)
+        self._crew.post(self._failed, self.own)
         self.check()
+
+    def add(self, count: int, seen: int, why: str = "") -> None:
+        """So many more of this worker's failed. DataError where that is too many of all there is, which is known."""
+        self.own += count
+        self._crew.post(self._failed, self.own)
+        self.check_all(self.failures, seen, why)
 
     @property
     def failures(self) -> int:
         """Of all workers, as far as this one knows."""
-        return int(self._crew.total(_FAILED))
+        return int(self._crew.total(self._failed))
 
     def check(self) -> None:
         """DataError where too many failed so far. Of several workers only the first knows enough to say it early."""
-        seen = self._done + int(self._crew.total(_SEEN))
+        seen = self._done + int(self._crew.total(self._seen))
         if self._most == 0 or (self._crew.first and seen >= _AFTER):
             self.check_all(self.failures, seen)
 
-    def check_all(self, failures: int, seen: int) -> None:
-        """DataError where these are too many of all."""
+    def check_all(self, failures: int, seen: int, why: str = "") -> None:
+        """DataError where these are too many of all. `why` is the reason of one of them."""
         if failures and not (self._most > 0 and failures <= math.ceil(self._most * seen)):
             raise DataError(
-                "Too many conversations cannot be regenerated",
+                self._words.problem,
                 where=self._where,
-                found=f"{failures} of {seen}",
-                expected=f"at most {self._most:.1%} (regenerate.max_failures)",
-                fix="Read the reasons in that file; nothing that was regenerated is lost.",
+                found=f"{failures} of {seen}" + (why and f"; {why}"),
+                expected=f"at most {self._most:.1%} ({self._words.key})",
+                fix=self._words.fix,
             )

@@ -20,6 +20,7 @@ from attrs import evolve, frozen
 from torch import Tensor
 
 from deepspec_core.contracts.proposer import Proposal, Proposer, Sampling
+from deepspec_core.decoding.out_of_memory import is_out_of_memory
 from deepspec_core.decoding.sampling import mass_before
 from deepspec_core.errors import DeepSpecError, PluginError
 from deepspec_core.plugins.origin import component_of, package_of
@@ -132,12 +133,16 @@ class ProposalCheck:
 
     @contextmanager
     def calling(self, method: str) -> Iterator[None]:
-        """Within it the proposer's method runs. PluginError, with its name, if that raises anything but our errors."""
+        """Within it the proposer's method runs. PluginError, with its name, if that raises anything but our errors, or
+        that memory ran out.
+        """
         try:
             yield
-        except (DeepSpecError, torch.OutOfMemoryError):
+        except DeepSpecError:
             raise
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             raise PluginError(
                 f"a proposer failed in {method}()",
                 where=f"{package_of(self.proposer)}, {component_of(self.proposer)}",

@@ -2,83 +2,39 @@
 
 Prompts are split into groups. Each group is decoded plainly and speculatively, one right after the other, so that both
 run under the same load of the machine. The result of a group is one line of a journal, and an interrupted evaluation
-goes on after the last finished group. At temperature 0 every speculative output is compared with the plain one.
+goes on after the last finished group. At temperature 0 every speculative output is compared with the plain one. How a
+group is decoded is group_decoding.py's.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from attrs import asdict, evolve, field, frozen
+from attrs import asdict, evolve
 
-from deepspec_core.contracts.proposer import Proposer, Sampling
-from deepspec_core.contracts.target import TargetModel
 from deepspec_core.crew import ALONE, Crew
-from deepspec_core.decoding.engine import Clock, Completion, Request, Round, decode
-from deepspec_core.decoding.stop_text import StopText
+from deepspec_core.data.failure_budget import FailureBudget, Words
+from deepspec_core.decoding.engine import Completion, Request, Round
 from deepspec_core.errors import DataError, StageError
+from deepspec_core.evaluation.group_decoding import Decoding, Failure, Group, GroupDecoder, Timing
 from deepspec_core.evaluation.group_journals import GroupJournals
 from deepspec_core.evaluation.metrics import pool
-from deepspec_core.evaluation.parting import Parting, differs, parting, recorded_parting
-from deepspec_core.evaluation.peak_memory import forget_peak, peak_bytes
+from deepspec_core.evaluation.parting import recorded_parting
 from deepspec_core.evaluation.reliability import judged, reliability
-from deepspec_core.evaluation.turns import LaterTurns, first_turn_of
+from deepspec_core.evaluation.turns import first_turn_of
 from deepspec_core.json_lines import read_json_lines
 
 MIN_GROUPS = 5
-WARM_UP_TOKENS = 16
-
-
-@frozen(kw_only=True)
-class Decoding:
-    """What both decodings of an evaluation share. `max_length` is the greatest length of a sequence with its prompt.
-
-    `later` asks further turns, each after the decoding's own answers; without it the requests are all there is.
-    """
-
-    target: TargetModel
-    proposer: Proposer
-    sampling: Sampling
-    stop_ids: tuple[int, ...]
-    max_new_tokens: int
-    max_length: int
-    batch_size: int
-    plain: bool = True
-    confidence_threshold: float = 0.0
-    stop_text: StopText | None = None
-    later: LaterTurns | None = None
-
-
-@frozen(kw_only=True)
-class Timing:
-    """The seconds of one decoding, by part, and the number of tokens in its output.
-
-    peak_bytes: The most memory at once (peak_memory.py). None where it is not known, as in journals of before.
-    """
-
-    tokens: int
-    wall: float
-    prefill: float
-    draft: float
-    verify: float
-    host: float
-    peak_bytes: int | None = None
-
-
-@frozen(kw_only=True)
-class Group:
-    """The results of one group of prompts. `plain` is None if plain decoding is off. So many `workers` decoded groups
-    at the same time."""
-
-    completions: tuple[Completion, ...]
-    speculative: Timing
-    plain: Timing | None
-    mismatches: tuple[Parting, ...] = field(factory=tuple)
-    workers: int = 1
+_WORDS: Final = Words(
+    work="evaluate",
+    problem="Too many samples of an evaluation fail",
+    key="evaluate.max_failures",
+    fix="Read the reasons in that file. Nothing that was decoded is lost; --force evaluate decodes all again.",
+)
 
 
 def evaluate(
@@ -90,12 +46,16 @@ def evaluate(
     what: str,
     machine: Mapping[str, Any] | None = None,
     crew: Crew = ALONE,
+    max_failures: float = 0.0,
+    refused: int = 0,
 ) -> list[Group]:
     """Decode every request. Groups that are in the journal are taken from there.
 
     The workers of `crew` share the groups. The first one returns all of them, the others return their own.
     `machine` says what decides how fast this process decodes. StageError if the journal was begun with other prompts
-    than those of `prompts_digest`, or on another machine. DataError if a line of it is damaged.
+    than those of `prompts_digest`, or on another machine. DataError if a line of it is damaged; or if a larger share
+    than `max_failures` of all samples raises, counted over all workers, with the `refused` ones, which are not among
+    the requests; or if no sample is left.
     """
     size = max(decoding.batch_size, -(-len(requests) // MIN_GROUPS))
     groups = [requests[start : start + size] for start in range(0, len(requests), size)]
@@ -105,19 +65,38 @@ def evaluate(
             number: _group_of(entry, groups[number : number + 1], where)
             for number, (entry, where) in journals.done.items()
         }
+        of = len(requests) + refused
+        budget = FailureBudget(crew, max_failures, journal, done=0, words=evolve(_WORDS, work=what))
+        if crew.first:
+            budget.add(refused + _failures(done.values()), of)
         finished = sum(len(groups[number]) for number in done)
         with crew.progress(len(requests), what, "prompts", done=finished) as progress:
+            halved = [group.halved_to for group in done.values() if group.halved_to is not None]
+            decode_group = GroupDecoder(decoding, what, min([decoding.batch_size, *halved]))
             if journals.mine:
-                _warm_up(groups[journals.mine[0]][: decoding.batch_size], decoding)
+                decode_group.warm_up(groups[journals.mine[0]])
             for number in journals.mine:
                 crew.check()
-                done[number] = evolve(_decode_group(groups[number], decoding, progress.advance), workers=crew.count)
+                done[number] = evolve(decode_group(groups[number]), workers=crew.count)
                 journals.append(number, asdict(done[number]))
+                progress.advance(len(groups[number]))
+                failed = done[number].failures
+                budget.add(len(failed), of, f"{failed[0].id}: {failed[0].reason}" if failed else "")
         journals.collect()
     for number, (entry, where) in journals.done.items():
         if number not in done:
             done[number] = _group_of(entry, groups[number : number + 1], where)
-    return [done[number] for number in sorted(done)]
+    found = [done[number] for number in sorted(done)]
+    if crew.first:
+        reasons = [f"{one.id}: {one.reason}" for group in found for one in group.failures]
+        budget.check_all(refused + len(reasons), of, reasons[0] if reasons else "")
+        if not any(group.completions for group in found):
+            raise DataError("No sample of a task could be decoded", where=what, found=reasons[0])
+    return found
+
+
+def _failures(groups: Iterable[Group]) -> int:
+    return sum(len(group.failures) for group in groups)
 
 
 def recorded(journal: Path) -> tuple[str, list[Group]]:
@@ -161,74 +140,11 @@ def summarise(groups: Sequence[Group], *, seed: int, cut: bool = False) -> dict[
     if rounds is not None:
         summary["confidence"] = reliability(rounds).as_json()
     summary["workers"] = max(group.workers for group in groups)
+    if halved := sorted({group.halved_to for group in groups if group.halved_to is not None}, reverse=True):
+        summary["halved_to"] = halved
+    summary["failures"] = [asdict(one) for group in groups for one in group.failures]
     summary["mismatches"] = [asdict(one) for group in groups for one in group.mismatches]
     return summary
-
-
-def _decode_group(requests: Sequence[Request], decoding: Decoding, advance: Callable[[int], None]) -> Group:
-    plain_outputs, plain = _run(requests, decoding, None) if decoding.plain else ({}, None)
-    completions, speculative = _run(requests, decoding, decoding.proposer)
-    advance(len(requests))
-    greedy = decoding.sampling.temperature == 0
-    parted = [done for key, done in completions.items() if greedy and differs(done, plain_outputs.get(key))]
-    return Group(
-        completions=tuple(completions.values()),
-        speculative=speculative,
-        plain=plain,
-        mismatches=tuple(parting(decoding.target, done, plain_outputs[done.id], decoding.sampling) for done in parted),
-    )
-
-
-def _run(
-    requests: Sequence[Request], decoding: Decoding, proposer: Proposer | None
-) -> tuple[dict[str, Completion], Timing]:
-    clock, later, device = Clock(), decoding.later, decoding.target.device
-    forget_peak(device)
-    answers: dict[str, list[Completion]] = {request.id: [] for request in requests}
-    pending, max_length = {request.id: request for request in requests}, decoding.max_length
-    while pending:
-        owner = {request.id: identity for identity, request in pending.items()}
-        for completion in decode(
-            decoding.target,
-            proposer,
-            list(pending.values()),
-            sampling=decoding.sampling,
-            stop_ids=decoding.stop_ids,
-            max_new_tokens=decoding.max_new_tokens,
-            batch_size=decoding.batch_size,
-            max_length=max_length,
-            confidence_threshold=decoding.confidence_threshold,
-            stop_text=decoding.stop_text,
-            clock=clock,
-        ):
-            answers[owner[completion.id]].append(completion)
-        if later is None:
-            break
-        following = ((identity, later.next(identity, answers[identity])) for identity in pending)
-        pending = {identity: request for identity, request in following if request is not None}
-        longest = max((len(request.prompt_ids) for request in pending.values()), default=0)
-        max_length = min(later.positions, longest + decoding.max_new_tokens)
-    ordered = {completion.id: completion for request in requests for completion in answers[request.id]}
-    return ordered, Timing(
-        tokens=sum(len(completion.output_ids) for completion in ordered.values()),
-        wall=clock.wall,
-        prefill=clock.prefill,
-        draft=clock.draft,
-        verify=clock.verify,
-        host=clock.host,
-        peak_bytes=peak_bytes(device),
-    )
-
-
-def _warm_up(requests: Sequence[Request], decoding: Decoding) -> None:
-    """Decode a little both ways without measuring, because first calls also allocate memory and select kernels.
-
-    The key-value caches are allocated for all of `decoding.max_length`, so a few tokens touch everything.
-    """
-    brief = evolve(decoding, max_new_tokens=min(decoding.max_new_tokens, WARM_UP_TOKENS), later=None)
-    if brief.plain:
-        _run(requests, brief, None)
-    _run(requests, brief, brief.proposer)
 
 
 def _total(timings: Sequence[Timing]) -> dict[str, Any]:
@@ -258,7 +174,7 @@ def _group_of(entry: dict[str, Any], expected: Sequence[Sequence[Request]] | Non
         ]
         ids = [token for done in group.completions for token in done.output_ids]
         logits = [logit for done in group.completions for r in done.rounds for logit in r.confidence or ()]
-        numbers = all(type(number) is int for number in (*counts, *ids, group.workers)) and all(
+        numbers = all(type(number) is int for number in (*counts, *ids, group.workers, group.halved_to or 1)) and all(
             type(one) is float for one in logits
         )
         problem = None if numbers else "numbers that are none"
@@ -268,7 +184,8 @@ def _group_of(entry: dict[str, Any], expected: Sequence[Sequence[Request]] | Non
         firsts = {one.id for requests in expected or () for one in requests}
         first = [done for done in group.completions if done.id in firsts or first_turn_of(done.id) not in firsts]
         found = [[(done.id, done.prompt_ids) for done in first]]
-        asked = [[(one.id, one.prompt_ids) for one in requests] for requests in expected or ()]
+        failed = {one.id for one in group.failures}
+        asked = [[(one.id, one.prompt_ids) for one in requests if one.id not in failed] for requests in expected or ()]
         if problem is None and expected is not None and asked != found:
             problem = "other prompts than those of its place"
     if problem is not None:
@@ -296,4 +213,6 @@ def _from_json(entry: dict[str, Any]) -> Group:
         plain=None if entry["plain"] is None else Timing(**entry["plain"]),
         mismatches=tuple(recorded_parting(one) for one in entry["mismatches"]),
         workers=entry.get("workers", 1),
+        failures=tuple(Failure(id=str(one["id"]), reason=str(one["reason"])) for one in entry.get("failures", ())),
+        halved_to=entry.get("halved_to"),
     )

@@ -11,6 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from deepspec_core.disk import in_words
+from deepspec_core.evaluation import failed_samples
 from deepspec_core.evaluation.server_report import of_server, server_lines
 
 SERVER_NOTE = (
@@ -63,7 +64,8 @@ def accepted(result: Mapping[str, Any]) -> str:
 
 def batch(result: Mapping[str, Any]) -> str:
     """The batch size; unknown where a file of before does not say it."""
-    return str(result.get("batch_size", "-"))
+    halved = ", ".join(map(str, result.get("halved_to", ())))
+    return str(result.get("batch_size", "-")) + (f" (halved: {halved})" if halved else "")
 
 
 def speedup(result: Mapping[str, Any]) -> str:
@@ -230,6 +232,17 @@ def partings(report: Mapping[str, Any]) -> list[list[str]]:
     return rows[:_MOST_PARTINGS] + ([[f"and {more} more, in metrics.json", *[""] * 6]] if more > 0 else [])
 
 
+def failed(report: Mapping[str, Any]) -> list[str]:
+    """A table of the samples that failed, where there are any."""
+    rows = [
+        row
+        for result in report["results"]
+        for row in failed_samples.rows(task_of(result), batch(result), result.get("failures", ()))
+    ]
+    title = ["", "## Samples that failed", "", failed_samples.NOTE, ""]
+    return [*title, *markdown_table(failed_samples.HEADINGS, rows)] if rows else []
+
+
 def memory(timing: Mapping[str, Any]) -> str:
     """The most memory at once, where it is known."""
     peak = timing.get("peak_bytes")
@@ -253,6 +266,8 @@ def checks(report: Mapping[str, Any]) -> list[str]:
             f"{name}: {100 * result['limit_share']:.0f}% of answers hit the token limit, "
             f"{100 * result['loop_share']:.0f}% end in a loop."
         )
+        if failures := result.get("failures"):
+            lines.append(f"{name}: {len(failures)} samples failed and are in no figure.")
         lines += [f"{name}: {line}" for line in of_server(result)]
     if (workers := most_workers(report)) > 1:
         lines.append(
@@ -300,6 +315,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     if rows := partings(report):
         lines += ["", "## Outputs that differ from plain greedy decoding", "", PARTING_NOTE, ""]
         lines += markdown_table(PARTING_HEADINGS, rows)
+    lines += failed(report)
     lines += ["", "## Checks", "", *(f"- {line}" for line in checks(report))]
     lines += [
         "",
@@ -324,6 +340,7 @@ def server_markdown(report: Mapping[str, Any]) -> str:
         "",
         SERVER_NOTE,
         *server_lines(report),
+        *failed(report),
         "",
         "## Checks",
         "",

@@ -1,4 +1,4 @@
-"""Turns the prompts of a task into requests: rendered, with seeds, and without prompts that leave no room to answer.
+"""Turns the prompts of a task into requests: rendered, with seeds, and without prompts that cannot be answered.
 
 Knows prompts and the chat template. Does not know the sources of tasks, models or decoding.
 """
@@ -8,27 +8,62 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from attrs import evolve
 
 from deepspec_core.data.tokenize import ChatTokenizer
 from deepspec_core.decoding.engine import Request
 from deepspec_core.errors import DataError
+from deepspec_core.evaluation.group_decoding import Failure
 from deepspec_core.evaluation.tasks import Prompt
 from deepspec_core.evaluation.turns import sample_id
 
 
+class Askable(NamedTuple):
+    """The requests of a task's prompts, how many are too long to be answered, and those that cannot be asked."""
+
+    requests: list[Request]
+    too_long: int
+    refused: tuple[Failure, ...]
+
+
 def requests_of_prompts(
-    prompts: Sequence[Prompt], tokenizer: ChatTokenizer, *, system_prompt: str | None, seed: int, room: int, task: str
-) -> tuple[list[Request], int]:
-    """The requests that leave the target room to answer, and the number of prompts that do not. DataError if none does.
+    prompts: Sequence[Prompt],
+    tokenizer: ChatTokenizer,
+    *,
+    system_prompt: str | None,
+    seed: int,
+    room: int,
+    task: str,
+    max_failures: float = 0.0,
+) -> Askable:
+    """The requests that leave the target room to answer, and what becomes of the other prompts.
 
     `room` is the target's number of positions. Prompt i is decoded with `seed` + i, whichever prompts come before it.
+    DataError if no prompt can be asked, or if the template refuses a larger share of them than `max_failures`. That is
+    known before anything is decoded, so none of a small task is forgiven.
     """
-    rendered = [
-        Request(id=prompt.id, prompt_ids=_rendered(prompt, tokenizer, system_prompt), seed=seed + prompt.index)
-        for prompt in prompts
-    ]
+    rendered, refused, errors = list[Request](), list[Failure](), list[DataError]()
+    for prompt in prompts:
+        try:
+            ids = _rendered(prompt, tokenizer, system_prompt)
+        except DataError as error:
+            errors.append(error)
+            refused.append(Failure(id=prompt.id, reason=f"{error.problem}: {error.found} ({error.where})"))
+        else:
+            rendered.append(Request(id=prompt.id, prompt_ids=ids, seed=seed + prompt.index))
+    if errors and (not rendered or len(errors) > max_failures * len(prompts)):
+        first = errors[0]
+        if len(errors) == 1:
+            raise first
+        raise DataError(
+            first.problem,
+            where=first.where,
+            found=f"{first.found}; {len(errors)} of {len(prompts)} prompts of {task} are refused",
+            expected=f"{first.expected or ''}{'; ' if first.expected else ''}at most {max_failures:.1%} refused",
+            fix=first.fix,
+        )
     fitting = [request for request in rendered if len(request.prompt_ids) < room]
     if not fitting:
         raise DataError(
@@ -37,7 +72,7 @@ def requests_of_prompts(
             found=f"the shortest has {min(len(request.prompt_ids) for request in rendered)} tokens",
             expected=f"fewer than {room}",
         )
-    return fitting, len(rendered) - len(fitting)
+    return Askable(fitting, len(rendered) - len(fitting), tuple(refused))
 
 
 def _rendered(prompt: Prompt, tokenizer: ChatTokenizer, system_prompt: str | None) -> tuple[int, ...]:

@@ -19,9 +19,11 @@ from deepspec_core.config.schema import HELD_OUT, EvaluateOptions
 from deepspec_core.data.tokenize import ChatTokenizer
 from deepspec_core.decoding.engine import Request
 from deepspec_core.errors import ConfigError, DataError
-from deepspec_core.evaluation.evaluator import Decoding, summarise
 from deepspec_core.evaluation.evaluator import evaluate as decode_groups
-from deepspec_core.evaluation.requests import repeated, requests_of_prompts
+from deepspec_core.evaluation.evaluator import summarise
+from deepspec_core.evaluation.failed_samples import warn_of_failures, with_refused
+from deepspec_core.evaluation.group_decoding import Decoding
+from deepspec_core.evaluation.requests import Askable, repeated, requests_of_prompts
 from deepspec_core.evaluation.sampled import sampling_at, stop_text
 from deepspec_core.evaluation.tasks import load_task
 from deepspec_core.interface.arguments import names_of
@@ -71,6 +73,7 @@ def evaluate(
     stop: Sequence[str] = (),
     samples: int = 1,
     limit: int | None = None,
+    max_failures: float = DEFAULTS.max_failures,
     max_new_tokens: int = 512,
     batch_size: int | Sequence[int] = 1,
     plain: bool = True,
@@ -82,8 +85,9 @@ def evaluate(
     """Decode the prompts of every task at every temperature and batch size; one result each, in that order.
 
     `tasks` are registered tasks or JSON-lines files with `turns` or `messages`, relative to the working directory; or a
-    dictionary of names and lists of prompts, as `generate` takes them. `limit` caps the prompts of each task. Raises
-    DeepSpecError where a task cannot be read or an option is out of range.
+    dictionary of names and lists of prompts, as `generate` takes them. `limit` caps the prompts of each task. Samples
+    that fail are left out and listed in the figures, at most the share `max_failures`. Raises DeepSpecError where more
+    fail, a task cannot be read or an option is out of range.
     """
     check_models(target, draft)
     if draft is None:
@@ -109,6 +113,7 @@ def evaluate(
             "stop": stop,
             "samples": samples,
             "limit": limit,
+            "max_failures": max_failures,
             "max_new_tokens": max_new_tokens,
             "batch_size": batch_size,
             "plain": plain,
@@ -133,16 +138,15 @@ def evaluate(
         raise mistake
     if own is not None:
         reader = PromptReader(target, asked.thinking, asked.system_prompt)
-        requests = {name: _own_requests(name, prompts, reader, options) for name, prompts in own.items()}
-        too_long = dict.fromkeys(requests, 0)
+        asked_of = {
+            name: Askable(_own_requests(name, prompts, reader, options), 0, ()) for name, prompts in own.items()
+        }
     else:
         tokenizer = chat_tokenizer(target, asked.thinking)
-        found = {task: _of_task(target, tokenizer, task, options, asked.system_prompt) for task in names}
-        requests = {task: fitting for task, (fitting, _) in found.items()}
-        too_long = {task: count for task, (_, count) in found.items()}
+        asked_of = {task: _of_task(target, tokenizer, task, options, asked.system_prompt) for task in names}
     return [
-        _evaluation(target, draft, task, requests[task], too_long[task], value, size, options)
-        for task in requests
+        _evaluation(target, draft, task, found, value, size, options)
+        for task, found in asked_of.items()
         for value in options.temperature
         for size in options.batch_sizes
     ]
@@ -152,13 +156,12 @@ def _evaluation(
     target: Target,
     draft: Draft,
     task: str,
-    requests: list[Request],
-    too_long: int,
+    asked: Askable,
     temperature: float,
     batch_size: int,
     options: EvaluateOptions,
 ) -> Evaluation:
-    architecture = target.architecture
+    architecture, (requests, too_long, refused) = target.architecture, asked
     decoding = Decoding(
         target=target.model,
         proposer=draft.proposer(),
@@ -183,12 +186,16 @@ def _evaluation(
             journal=Path(folder) / "journal.jsonl",
             prompts_digest="",
             what=f"evaluate {task} at temperature {temperature:g}",
+            max_failures=options.max_failures,
+            refused=len(refused),
         )
+    summary = summarise(groups, seed=options.seed, cut=options.confidence_threshold > 0)
     figures = {
         "batch_size": batch_size,
-        **summarise(groups, seed=options.seed, cut=options.confidence_threshold > 0),
+        **with_refused(summary, refused),
         "prompts_too_long": too_long,
     }
+    warn_of_failures(f"{task} at temperature {temperature:g}", figures["failures"])
     low, high = figures["acceptance_length_interval"]
     return Evaluation(
         task=task,
@@ -229,7 +236,7 @@ def _own_requests(
 
 def _of_task(
     target: Target, tokenizer: ChatTokenizer, task: str, options: EvaluateOptions, system_prompt: str | None
-) -> tuple[list[Request], int]:
+) -> Askable:
     prompts = load_task(
         task, limit=options.limit, seed=options.seed, base=Path.cwd(), registry=target.plugins.registry, held_out=list
     )
@@ -240,4 +247,5 @@ def _of_task(
         seed=options.seed,
         room=target.architecture.max_positions,
         task=task,
+        max_failures=options.max_failures,
     )

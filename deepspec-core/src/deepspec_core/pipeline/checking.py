@@ -293,6 +293,7 @@ def _cache(run: Run, *, fresh: bool) -> None:
 def _evaluation(run: Run, confidence: bool | None, proposed: int | None) -> None:
     from deepspec_core.config.trees import require_trees, tree_mistakes
     from deepspec_core.data.thinking import modes
+    from deepspec_core.evaluation.failed_samples import failures_of, warn_of_failures
     from deepspec_core.pipeline.evaluated_draft import describe_evaluated
     from deepspec_core.pipeline.evaluating import calibration_of, journals, prompts_of, requests_of
     from deepspec_core.pipeline.scheduling import costs_of
@@ -322,7 +323,8 @@ def _evaluation(run: Run, confidence: bool | None, proposed: int | None) -> None
         if task != HELD_OUT:
             prompts = prompts_of(run, task)
             for thinking in modes(run.file.regenerate.thinking):
-                requests_of(run, task, prompts, thinking=thinking)
+                asked = requests_of(run, task, prompts, thinking=thinking)
+                warn_of_failures(f"evaluate.tasks: {task}", failures_of(asked.refused))
         else:
             _some_held_out(run)
 

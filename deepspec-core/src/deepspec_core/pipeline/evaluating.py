@@ -16,15 +16,17 @@ from deepspec_core.contracts.draft import DraftDescription
 from deepspec_core.contracts.untrained import UntrainedDescription
 from deepspec_core.data.thinking import modes
 from deepspec_core.decoding.calibrated import CalibratedProposer
-from deepspec_core.decoding.engine import Request
+from deepspec_core.decoding.engine import Completion, Request
 from deepspec_core.errors import CheckpointError, ConfigError, DataError
 from deepspec_core.evaluation.calibration_file import Calibration, read_calibration
 from deepspec_core.evaluation.comparison import Run as Evaluated
-from deepspec_core.evaluation.evaluator import Decoding, Group, evaluate, summarise
+from deepspec_core.evaluation.evaluator import evaluate, summarise
+from deepspec_core.evaluation.failed_samples import warn_of_failures, with_refused
+from deepspec_core.evaluation.group_decoding import Decoding, Group
 from deepspec_core.evaluation.metrics_file import NAME as METRICS
 from deepspec_core.evaluation.metrics_file import VERSION, write_metrics
 from deepspec_core.evaluation.report import markdown
-from deepspec_core.evaluation.requests import repeated, requests_of_prompts
+from deepspec_core.evaluation.requests import Askable, repeated, requests_of_prompts
 from deepspec_core.evaluation.sampled import sampling_at, stop_text, told
 from deepspec_core.evaluation.tasks import HELD_OUT_QUOTA, Prompt, load_task, task_digest, task_label, task_name
 from deepspec_core.evaluation.turns import LaterTurns
@@ -54,7 +56,7 @@ def run_stage(run: Run) -> dict[str, Any]:
     results, samples = [], []
     for task, thinking in product(options.tasks, modes(run.file.regenerate.thinking)):
         prompts = prompts_of(run, task)
-        asked, too_long = requests_of(run, task, prompts, thinking=thinking)
+        asked, too_long, refused = requests_of(run, task, prompts, thinking=thinking)
         later = later_turns(run, prompts, thinking=thinking)
         digest = digest_of(asked, later)
         both = not isinstance(run.file.regenerate.thinking, bool)
@@ -70,17 +72,21 @@ def run_stage(run: Run) -> dict[str, Any]:
                 what=f"evaluate {task} at temperature {temperature:g}{_mode(both, thinking)}{_size(run, batch_size)}",
                 machine=machine_of(run.target.device),
                 crew=crew,
+                max_failures=options.max_failures,
+                refused=len(refused),
             )
             if not crew.first:
                 continue
+            summary = with_refused(summarise(groups, seed=options.seed, cut=cut), refused)
+            warn_of_failures(f"{task_label(task)} at temperature {temperature:g}", summary["failures"])
             about = {"task": task_label(task), "temperature": temperature, **({"thinking": thinking} if both else {})}
             if batch_size == options.batch_sizes[0]:
-                samples.append({**about, **sample_of(groups[0].completions[0], run.target.tokenizer.decode)})
+                samples.append({**about, **sample_of(_first_answer(groups), run.target.tokenizer.decode)})
             results.append(
                 {
                     **about,
                     "batch_size": batch_size,
-                    **summarise(groups, seed=options.seed, cut=cut),
+                    **summary,
                     "prompts_too_long": too_long,
                     **({} if later is None else {"turns_not_asked": _not_asked(requests, groups, later)}),
                     "prompts_digest": digest,
@@ -95,6 +101,10 @@ def run_stage(run: Run) -> dict[str, Any]:
     _write_page(run.folder, report)
     notify(run.plugins.manager, "deepspec_evaluation_finished", run=run, report=report)
     return {f"accepted length on {_about(run, result)}": round(result["acceptance_length"], 3) for result in results}
+
+
+def _first_answer(groups: Sequence[Group]) -> Completion:
+    return next(completion for group in groups for completion in group.completions)
 
 
 def _about(run: Run, result: Mapping[str, Any]) -> str:
@@ -177,10 +187,10 @@ def prompts_of(run: Run, task: str) -> list[Prompt]:
     )
 
 
-def requests_of(run: Run, task: str, prompts: Sequence[Prompt], *, thinking: bool) -> tuple[list[Request], int]:
-    """The first turns of a task's prompts in one mode, and how many are too long for the target to answer.
+def requests_of(run: Run, task: str, prompts: Sequence[Prompt], *, thinking: bool) -> Askable:
+    """The first turns of a task's prompts in one mode, and those that are too long or that the template refuses.
 
-    DataError if all are too long, or the template refuses one.
+    DataError if no prompt is left, or the template refuses more than evaluate.max_failures.
     """
     return requests_of_prompts(
         prompts,
@@ -189,6 +199,7 @@ def requests_of(run: Run, task: str, prompts: Sequence[Prompt], *, thinking: boo
         seed=run.file.evaluate.seed,
         room=run.target.architecture.max_positions,
         task=f"evaluate.tasks: {task}",
+        max_failures=run.file.evaluate.max_failures,
     )
 
 
@@ -209,7 +220,8 @@ def later_turns(run: Run, prompts: Sequence[Prompt], *, thinking: bool) -> Later
 
 def _not_asked(requests: Sequence[Request], groups: Sequence[Group], later: LaterTurns) -> int:
     """How many later turns found no room, or a template that refuses the answer before them."""
-    turns = sum(1 + later.number(request.id) for request in requests)
+    failed = {one.id for group in groups for one in group.failures}
+    turns = sum(1 + later.number(request.id) for request in requests if request.id not in failed)
     return turns - sum(len(group.completions) for group in groups)
 
 

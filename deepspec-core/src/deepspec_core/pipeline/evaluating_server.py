@@ -23,6 +23,8 @@ from deepspec_core.disk import full_disk_is_an_error
 from deepspec_core.errors import ConfigError, StageError
 from deepspec_core.evaluation.agreement import Agreement, agreement
 from deepspec_core.evaluation.evaluator import recorded
+from deepspec_core.evaluation.failed_samples import failures_of, warn_of_failures
+from deepspec_core.evaluation.group_decoding import Failure
 from deepspec_core.evaluation.metrics_file import NAME as METRICS
 from deepspec_core.evaluation.metrics_file import VERSION, read_metrics, write_metrics
 from deepspec_core.evaluation.report import markdown
@@ -69,6 +71,7 @@ class _Pass:
     requests: tuple[Request, ...]
     later: LaterTurns | None
     too_long: int
+    refused: tuple[Failure, ...]
     digest: str
 
 
@@ -105,6 +108,8 @@ def evaluate_server(run: Run, asked: Asked) -> dict[str, Any]:
     asked = evolve(asked, address=address_of(asked.address))
     _require_free(asked)
     passes = [_pass(run, task, mode) for task, mode in product(options.tasks, modes(run.file.regenerate.thinking))]
+    for one in passes:
+        warn_of_failures(task_label(one.task), failures_of(one.refused))
     own = _recordings(run, asked, passes)
     wanted = wanted_of(
         run,
@@ -214,7 +219,7 @@ def _greedy(folder: Path, report: dict[str, Any], task: str, thinking: bool) -> 
 
 def _pass(run: Run, task: str, thinking: bool) -> _Pass:
     prompts = prompts_of(run, task)
-    requests, too_long = requests_of(run, task, prompts, thinking=thinking)
+    requests, too_long, refused = requests_of(run, task, prompts, thinking=thinking)
     later = later_turns(run, prompts, thinking=thinking)
     return _Pass(
         task=task,
@@ -222,6 +227,7 @@ def _pass(run: Run, task: str, thinking: bool) -> _Pass:
         requests=tuple(requests),
         later=later,
         too_long=too_long,
+        refused=refused,
         digest=digest_of(requests, later),
     )
 
@@ -256,6 +262,7 @@ def _result(about: dict[str, Any], measured: Measured, one: _Pass, beside: Agree
     return {
         **about,
         **figures(measured),
+        "failures": failures_of(one.refused),
         "prompts_too_long": one.too_long,
         **({} if one.later is None else {"turns_not_asked": turns - len(measured.completions)}),
         "prompts_digest": one.digest,

@@ -1,0 +1,41 @@
+"""Samples that failed, as results, warnings and reports say them. Knows results; not why something fails."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from attrs import asdict
+
+from deepspec_core.evaluation.group_decoding import Failure
+
+log = logging.getLogger("deepspec")
+
+HEADINGS = ("task", "batch", "sample", "reason")
+NOTE = "These samples are in no figure."
+_MOST = 50
+
+
+def failures_of(refused: Sequence[Failure]) -> list[dict[str, Any]]:
+    """These as results have them, in JSON types."""
+    return [asdict(one) for one in refused]
+
+
+def with_refused(summary: Mapping[str, Any], refused: Sequence[Failure]) -> dict[str, Any]:
+    """The figures of a task, with the prompts that could not be asked before the samples that could not be decoded."""
+    return {**summary, "failures": [*failures_of(refused), *summary["failures"]]}
+
+
+def warn_of_failures(name: str, failures: Sequence[Mapping[str, Any]]) -> None:
+    """Say how many failed, and why one did."""
+    if failures:
+        first = failures[0]
+        log.warning("%s: %d failed and are in no figure; %s: %s", name, len(failures), first["id"], first["reason"])
+
+
+def rows(task: str, batch: str, failures: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """A row under HEADINGS for each, the first ones where there are many."""
+    more = len(failures) - _MOST
+    shown = [[task, batch, str(one["id"]), str(one["reason"])] for one in failures[:_MOST]]
+    return shown + ([[task, batch, f"and {more} more, in metrics.json", ""]] if more > 0 else [])
