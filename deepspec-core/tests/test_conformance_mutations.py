@@ -22,6 +22,15 @@ ROOT = Path(__file__).parents[2]
 SUITES = [getattr(kit, name) for name in kit.__all__ if name.endswith("Suite")]
 
 
+def first_of(planted: Any) -> list[Any]:
+    """All that is planted. Those after the first four are slow tests."""
+    return [
+        pytest.param(one, id=getattr(getattr(one, "wrong", None), "__name__", str(one)), marks=marks)
+        for number, one in enumerate(planted)
+        for marks in ([] if number < 4 else [pytest.mark.slow],)
+    ]
+
+
 def plugin(hook: str, *specs: Any) -> Any:
     """As a plugin.py with one hook."""
     return SimpleNamespace(**{hook: lambda: specs}, __name__="planted")
@@ -60,6 +69,7 @@ def draft_suite(build: str) -> type[kit.DraftModelSuite]:
         name="last-hidden", summary="", build=build, options=last_hidden_draft.LastHiddenOptions,
         class_suffix="LastHiddenDraft", options_of="last_hidden_draft:options_of", needs_taps=False,
         recognise=lambda config: str(config.get("architectures")).endswith("LastHiddenDraft']"),
+        takes_packed=True,
     )  # fmt: skip
 
     class Draft(kit.DraftModelSuite):
@@ -73,13 +83,13 @@ def test_the_right_draft_keeps_everything() -> None:
     assert kit.broken_by(draft_suite("last_hidden_draft:LastHiddenDraft")) == {}
 
 
-@pytest.mark.parametrize("caught", drafts.CAUGHT, ids=lambda caught: caught.wrong.__name__)
+@pytest.mark.parametrize("caught", first_of(drafts.CAUGHT))
 def test_wrong_drafts(caught: drafts.Caught) -> None:
     suite = draft_suite(f"wrong_drafts:{caught.wrong.__name__}")
     in_words(said_of(suite, caught.test), suite, caught.test, caught.word)
 
 
-@pytest.mark.parametrize("what", components.TERMS)
+@pytest.mark.parametrize("what", first_of(components.TERMS))
 def test_wrong_losses(what: str, plant: Any) -> None:
     wrong, test, word = components.TERMS[what]
 
@@ -90,7 +100,7 @@ def test_wrong_losses(what: str, plant: Any) -> None:
     in_words(said_of(Term, test), Term, test, word)
 
 
-@pytest.mark.parametrize("what", components.WEIGHTINGS)
+@pytest.mark.parametrize("what", first_of(components.WEIGHTINGS))
 def test_wrong_weightings(what: str, plant: Any) -> None:
     wrong, test, word = components.WEIGHTINGS[what]
 
@@ -101,7 +111,7 @@ def test_wrong_weightings(what: str, plant: Any) -> None:
     in_words(said_of(Weighting, test), Weighting, test, word)
 
 
-@pytest.mark.parametrize("what", components.CACHES)
+@pytest.mark.parametrize("what", first_of(components.CACHES))
 def test_wrong_caches(what: str, plant: Any) -> None:
     test, word = components.CACHES[what]
     wrong = type("Wrong", (components.WrongCache,), {"what": what})
@@ -121,7 +131,7 @@ def task_suite(build: str, **more: Any) -> type[kit.TaskSuite]:
     return Task
 
 
-@pytest.mark.parametrize("what", components.TASKS)
+@pytest.mark.parametrize("what", first_of(components.TASKS))
 def test_wrong_tasks(what: str, plant: Any) -> None:
     wrong, test, word = components.TASKS[what]
     suite = task_suite(plant(wrong))
@@ -146,7 +156,7 @@ class Tapped(last_hidden_draft.LastHiddenDraft):
         return evolve(super().describe(), taps=self.said)
 
 
-@pytest.mark.parametrize("what", ["", *components.EXPORTERS])
+@pytest.mark.parametrize("what", first_of(["", *components.EXPORTERS]))
 def test_wrong_exporters(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(components, "Tapped", Tapped, raising=False)
     monkeypatch.setattr(components.WrongExporter, "what", what)
@@ -167,7 +177,7 @@ def test_wrong_exporters(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     in_words(said_of(Export, test), Export, test, word)
 
 
-@pytest.mark.parametrize("what", targets.CAUGHT)
+@pytest.mark.parametrize("what", first_of(targets.CAUGHT))
 def test_wrong_targets(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(targets.WrongAdapter, "what", what)
     spec = TargetAdapterSpec(name="wrong", summary="", build="wrong_targets:WrongAdapter", model_types=("qwen3",))

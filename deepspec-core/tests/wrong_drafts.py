@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from deepspec_core.contracts.draft import DraftBatch, DraftDescription, PreparedSample, Sample
 from deepspec_core.contracts.proposer import Proposal
 from deepspec_core.contracts.rows import Rows
-from deepspec_core.preparation.anchors import AnchorPreparation, drawn
+from deepspec_core.preparation.anchors import AnchorPreparation, anchored_rows, drawn
 
 
 class _Rows(LastHiddenDraft):
@@ -94,6 +94,26 @@ class ChangesUnderPadding(_Rows):
 
     def changed(self, rows: Rows, batch: DraftBatch) -> Rows:
         return evolve(rows, hidden=rows.hidden + 0.01 * batch.input_ids.shape[1])
+
+
+class LeaksInAPackedRow(LastHiddenDraft):
+    """leaks between the conversations of a packed row: all read the row's first token"""
+
+    def forward(self, batch: DraftBatch) -> Rows:
+        sequence_N, anchors_N = batch.prepared["sequence"], batch.prepared["anchors"]
+        last_NH = batch.features.last_hidden[sequence_N, (anchors_N - 1).clamp(min=0)]
+        first_NH = self.embed_tokens(batch.input_ids[sequence_N, 0])
+        return anchored_rows(batch, self.blocks(last_NH + first_NH, batch.input_ids[sequence_N, anchors_N]))
+
+
+class CountsPositionsInTheRow(LastHiddenDraft):
+    """counts positions in a packed row, not in its conversation"""
+
+    def forward(self, batch: DraftBatch) -> Rows:
+        sequence_N, anchors_N = batch.prepared["sequence"], batch.prepared["anchors"]
+        last_NH = batch.features.last_hidden[sequence_N, (anchors_N - 1).clamp(min=0)]
+        last_NH = last_NH * torch.cos(0.1 * anchors_N[:, None])
+        return anchored_rows(batch, self.blocks(last_NH, batch.input_ids[sequence_N, anchors_N]))
 
 
 class Dropout(_Rows):
@@ -273,16 +293,20 @@ class Caught:
     word: str
 
 
+# The first of them are tested by default.
 CAUGHT = (
     Caught(WrongShape, "rows_keep_their_form", "weight"),
+    Caught(LabelsOffByOne, "labels_are_the_tokens_that_the_target_judges", "label"),
+    Caught(LeaksInAPackedRow, "packed_rows_are_as_alone", "share a row"),
+    Caught(TooManyTokens, "limits_are_kept", "limit"),
     Caught(UnsortedBlocks, "rows_keep_their_form", "block"),
     Caught(InterleavedSlots, "rows_keep_their_form", "block"),
     Caught(IgnoresSlots, "rows_keep_their_form", "slot"),
     Caught(SlotsFromBehind, "slots_are_places_in_the_block", "begins at"),
-    Caught(LabelsOffByOne, "labels_are_the_tokens_that_the_target_judges", "label"),
     Caught(TargetsOffByOne, "labels_are_the_tokens_that_the_target_judges", "label"),
     Caught(LeaksBetweenTexts, "neighbours_do_not_matter", "beside the text alone"),
     Caught(ChangesUnderPadding, "padding_does_not_matter", "padding"),
+    Caught(CountsPositionsInTheRow, "packed_rows_are_as_alone", "share a row"),
     Caught(Dropout, "forward_draws_nothing", "random numbers"),
     Caught(PreparesByChance, "preparation_follows_its_generator", "random numbers"),
     Caught(TrainsTheHead, "the_targets_weights_stay", "trained"),
@@ -292,7 +316,6 @@ CAUGHT = (
     Caught(OtherFeatures, "decoding_sees_what_training_sees", "probabilities"),
     Caught(ForgetsTheSoftCap, "decoding_sees_what_training_sees", "probabilities"),
     Caught(ForgetsACommittedToken, "committed_tokens_are_the_text", "commits"),
-    Caught(TooManyTokens, "limits_are_kept", "limit"),
     Caught(DrawsItsOwn, "random_numbers_are_the_engines", "random numbers"),
     Caught(CountsRowsForSlots, "slots_do_not_see_each_other", "slot"),
     Caught(NeighboursInABatch, "slots_do_not_see_each_other", "slot"),

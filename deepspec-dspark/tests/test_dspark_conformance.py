@@ -8,9 +8,9 @@ from deepspec_dspark.options import MarkovOptions
 
 SMALL = {"block_size": 4, "num_layers": 1, "num_anchors": 8}
 SHAPES = [
+    {"markov": MarkovOptions(rank=6), "vocab_size": 24},
     {"markov": MarkovOptions(rank=6, head="gated"), "confidence_head": False},
     {"markov": MarkovOptions(rank=6, head="rnn"), "anchor_predicts": False, "block_size": 5},
-    {"markov": MarkovOptions(rank=6), "vocab_size": 24},
     {"markov": MarkovOptions(rank=0), "confidence_with_markov": False},
 ]
 # Clauses that depend on the shape of a draft.
@@ -30,7 +30,11 @@ class TestDSpark(DraftModelSuite):
     options = SMALL | {"markov": MarkovOptions(rank=6, head="rnn")}
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape["markov"].head + str(shape["markov"].rank))
+@pytest.mark.parametrize(
+    "shape",
+    [SHAPES[0], *(pytest.param(shape, marks=pytest.mark.slow) for shape in SHAPES[1:])],
+    ids=lambda shape: shape["markov"].head + str(shape["markov"].rank),
+)
 def test_other_shapes(shape: dict[str, object]) -> None:
     class Shape(TestDSpark):
         options = SMALL | shape

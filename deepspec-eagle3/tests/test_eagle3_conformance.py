@@ -23,7 +23,9 @@ class TestEagle3(DraftModelSuite):
     options = SMALL
 
 
-@pytest.mark.parametrize("shape", [{"num_layers": 2}, {"vocab_size": 24, "qk_norm": False}], ids=str)
+@pytest.mark.parametrize(
+    "shape", [{"vocab_size": 24, "qk_norm": False}, pytest.param({"num_layers": 2}, marks=pytest.mark.slow)], ids=str
+)
 def test_other_shapes(shape: dict[str, object]) -> None:
     class Shape(TestEagle3):
         options = SMALL | shape

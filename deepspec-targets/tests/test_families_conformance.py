@@ -11,6 +11,24 @@ from deepspec_core.contracts.target import TargetModel
 from deepspec_core.families.transformers_target import TransformersTarget
 from deepspec_core.testing import TargetAdapterSuite
 
+# One shape of each family, together with every kind of layer. The other shapes are slow tests.
+FIRST = ("qwen3-bias-sliding", "qwen2", "llama", "mistral-sliding", "gemma3", "gemma4-per-layer-inputs", "qwen3_moe")
+OTHERS = (
+    "qwen3", "qwen3-yarn", "qwen2-sliding", "llama-bias", "llama-linear", "mistral", "gemma4", "gemma4-own-values",
+    "gemma4-unified", "gemma4-experts",
+)  # fmt: skip
+
+
+@pytest.fixture(params=[*FIRST, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
+def family(request: pytest.FixtureRequest, families: dict[str, Any]) -> Any:
+    """Each shape of each family (conftest.py)."""
+    return families[request.param]
+
+
+def test_every_shape_is_here(families: dict[str, Any]) -> None:
+    assert {*FIRST, *OTHERS} == families.keys()
+    assert {families[name].adapter for name in FIRST} == {one.adapter for one in families.values()}
+
 
 class TestFamilies(TargetAdapterSuite):
     """Targets stay in memory. test_families.py saves and loads them, whole and without a weight."""
@@ -20,7 +38,7 @@ class TestFamilies(TargetAdapterSuite):
 
     @pytest.fixture(autouse=True)
     def each(self, family: Any) -> None:
-        """Each shape of each family (conftest.py)."""
+        """The shape is the component's."""
         self.family, self.component = family, family.adapter
         self.layer, self.full_layer = family.layer, family.full_layer
 

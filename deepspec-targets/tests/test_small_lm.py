@@ -13,13 +13,16 @@ from deepspec_core.contracts.proposer import Proposal, Sampling
 from deepspec_core.contracts.untrained import LanguageModel, Surroundings, UntrainedDraft
 from deepspec_core.decoding.engine import Completion, Request, decode
 from deepspec_core.errors import CheckpointError
+from deepspec_core.testing import UntrainedDraftSuite
 from deepspec_core.testing.tiny_target import TinyTarget
+from deepspec_targets import plugin as targets_plugin
 from deepspec_targets.small_lm.draft import SmallLM
 from deepspec_targets.small_lm.options import SmallLMOptions
 from deepspec_targets.small_lm.proposer import SmallLMProposer
 from deepspec_targets.small_lm.vocabulary import differences
 
 WIDTH, LIMIT = 4, 21
+OPTIONS = {"model": "small", "max_tokens": WIDTH}
 GREEDY, SAMPLED = Sampling(), Sampling(temperature=1.0)
 
 
@@ -228,3 +231,16 @@ def test_another_tokenizer_is_refused_with_what_differs(mine: dict[str, int], pa
 
 def test_equal_maps_do_not_differ() -> None:
     assert differences(VOCABULARY, dict(VOCABULARY)) is None
+
+
+class TestSmallLM(UntrainedDraftSuite):
+    """With a model of 64 tokens, each time from the same weights, and the target's own tokenizer."""
+
+    component = "small-lm"
+    plugin = targets_plugin
+    options = OPTIONS
+
+    def surroundings(self) -> Surroundings:
+        around = super().surroundings()
+        small = _Model(tokenizer=around.tokenizer, loaded=model(vocab_size=64, seed=2))
+        return evolve(around, open_model=lambda name, revision: small)

@@ -119,7 +119,8 @@ class Proposer(Protocol):
         """Propose at most limits[b] tokens, one after another, after the last committed token of slots[b].
 
         uniforms [B, max_tokens], in [0, 1), are the only source of randomness; column k is for the k-th token. So the
-        output of a sequence does not depend on the other sequences.
+        output of a sequence does not depend on the other sequences. A call may come again before `accept`: what was
+        proposed before does not count.
         """
         ...
 

@@ -26,6 +26,7 @@ from deepspec_core.rows.weighted import weighted
 from deepspec_core.testing.conformance import clause, require
 from deepspec_core.testing.draft_checks import check_near, gradients_of, trained
 from deepspec_core.testing.driven_proposer import SAMPLED, DrivenProposer
+from deepspec_core.testing.packed_rows import packed_as_alone
 from deepspec_core.testing.placed_rows import distributions, loss_of, placed, same_rows, without_blocks
 from deepspec_core.testing.proposer_suite import ProposerSuite, _states
 from deepspec_core.testing.random_batches import TAPS, padded_batch, ragged_samples, random_sample, with_large_weights
@@ -39,6 +40,7 @@ _ROWS = "deepspec_core/contracts/rows.py: Rows"
 _HEADS = "deepspec_core/contracts/rows.py: Heads"
 _SEES = "docs/plugins.md#what-a-draft-sees-of-the-target"
 _ALGORITHM = "docs/plugins.md#an-algorithm"
+_PACKED = "docs/plugins.md#packed-rows"
 # Drawn anchors differ from draw to draw, and one of these has the anchor that is looked for.
 _DRAWS = 24
 
@@ -211,6 +213,13 @@ class DraftModelSuite(ProposerSuite):
             if len(alone.hidden):
                 same_rows(part, alone, f"text {number} of four, beside the text alone", self.near)
         require(start == len(together.hidden), f"{len(together.hidden)} rows together, and {start} one by one")
+
+    @clause("conversations that share a row of a batch give the rows that each gives alone", written=_PACKED)
+    def test_packed_rows_are_as_alone(self) -> None:
+        if not self.registry().get("draft", self.component).takes_packed:
+            raise SkipTest("the spec does not say takes_packed=True")
+        draft = self.draft()
+        packed_as_alone(draft, self.prepared(draft), self.near)
 
     @clause("gradients do not depend on how batches are cut, and reach all that is trained", written=_DRAFT)
     def test_gradients_do_not_depend_on_the_batch(self) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from attrs import define
+from attrs import define, field
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -27,14 +27,20 @@ from deepspec_core.decoding.sampling import next_token
 
 @define
 class _Sequence:
-    """`read`: tokens in the cache that are committed. `unread`: the committed tokens after them, at least one.
+    """`read`: tokens in the cache that are committed. `unread`: the committed tokens after them, none once proposed.
 
-    `own`: how many tokens of the last proposal the cache holds after these.
+    `own`: the tokens of the last proposal that the cache holds after these. `last`: the last committed token.
     """
 
     read: int
     unread: list[int]
-    own: int = 0
+    last: int
+    own: list[int] = field(factory=list)
+
+    def go_back(self) -> None:
+        """A proposal that nothing came of is forgotten: the last committed token is read again."""
+        if not self.unread:
+            self.read, self.unread, self.own = self.read - 1, [self.last], []
 
 
 class SmallLMProposer:
@@ -54,12 +60,12 @@ class SmallLMProposer:
 
     def start(self, slots: Tensor, prompt_ids: Tensor, lengths: Tensor, first_token: Tensor, features: Tensor) -> None:
         """Read the prompts together, without those that leave no position for the first token."""
+        self.free(slots)
         fitting = lengths < self.positions
         told = zip(slots.tolist(), lengths.tolist(), first_token.tolist(), fitting.tolist(), strict=True)
         for slot, length, token, fits in told:
-            self.sequences.pop(slot, None)
             if fits:
-                self.sequences[slot] = _Sequence(read=length, unread=[token])
+                self.sequences[slot] = _Sequence(read=length, unread=[token], last=token)
         if not fitting.any():
             return
         slots, lengths, prompt_ids = slots[fitting], lengths[fitting], prompt_ids[fitting]
@@ -75,6 +81,7 @@ class SmallLMProposer:
     ) -> Proposal:
         """Draw token k from the model's distribution with column k of `uniforms`."""
         sequences = [self.sequences.get(slot) for slot in slots.tolist()]
+        self._go_back(slots, sequences)
         lengths = [
             0 if one is None else min(limit, self.max_tokens, max(0, self.positions - one.read - len(one.unread) + 1))
             for one, limit in zip(sequences, limits.tolist(), strict=True)
@@ -98,16 +105,26 @@ class SmallLMProposer:
             )
             if q_BKV is not None and q_RV is not None:
                 q_BKV[rows_R, k] = q_RV
-            for one in running:
+            for one, new in zip(running, news, strict=True):
                 if k == 0:
-                    one.read, one.unread, one.own = one.read + len(one.unread), [], 0
+                    one.read, one.unread, one.own = one.read + len(one.unread), [], []
                 else:
-                    one.own += 1
+                    one.own += new
         return Proposal(tokens=tokens_BK, lengths=torch.tensor(lengths, device=device), probabilities=q_BKV)
+
+    def _go_back(self, slots: Tensor, sequences: Sequence[_Sequence | None]) -> None:
+        """Where `propose` is asked again before `accept`: what was proposed before leaves the cache."""
+        again = [row for row, one in enumerate(sequences) if one is not None and not one.unread]
+        if again:
+            running = [one for row in again if (one := sequences[row]) is not None]
+            for one in running:
+                one.go_back()
+            rows_R = torch.tensor(again, device=slots.device)
+            self.model.commit(slots[rows_R], torch.tensor([one.read for one in running], device=slots.device))
 
     def _read(self, slots_R: Tensor, running: Sequence[_Sequence], news: Sequence[Sequence[int]]) -> Tensor:
         """Logits [R, V] after new tokens, which are then in the cache."""
-        starts_R1 = torch.tensor([[one.read + one.own] for one in running])
+        starts_R1 = torch.tensor([[one.read + len(one.own)] for one in running])
         longest = max(map(len, news))
         ids_RT = torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in news])
         counts_R1 = torch.tensor([[len(ids)] for ids in news])
@@ -131,11 +148,14 @@ class SmallLMProposer:
             one = self.sequences.get(slot)
             if one is None:
                 continue
+            one.last = ids[count - 1]
             if one.unread:  # nothing was proposed
                 one.unread += ids[:count]
                 continue
-            right = min(count - 1, one.own)
-            one.read, one.unread, one.own = one.read + right, ids[right:count], 0
+            right = 0
+            while right < min(count - 1, len(one.own)) and one.own[right] == ids[right]:
+                right += 1
+            one.read, one.unread, one.own = one.read + right, ids[right:count], []
             kept_slots.append(slot)
             kept_lengths.append(one.read)
         if kept_slots:
