@@ -1,7 +1,7 @@
 """Rows of a dataset read straight from where its chunks lie in the file, without HDF5's way through them.
 
-HDF5 says where a chunk lies. Reading it is one system call, into the array that is returned, which takes about a third of
-the time. Knows datasets without filters, which shard_file.py has checked; not what is in them.
+HDF5 says where a chunk lies. Reading it is one system call, into the array that is returned, which takes about a third
+of the time. Knows datasets without filters, which shard_file.py has checked; not what is in them.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from deepspec_core.config.loss_options import LossOptions as LossOptions
 from deepspec_core.config.loss_options import TermOptions as TermOptions
 from deepspec_core.config.loss_options import Terms as Terms
 from deepspec_core.config.loss_options import WeightingOptions as WeightingOptions
+from deepspec_core.config.sampling_bounds import stop_string, temperatures
 from deepspec_core.layers.options import LayerOptions
 
 KNOWN_STAGES = ("regenerate", "cache", "train", "evaluate", "export")
@@ -34,8 +35,6 @@ BATCHING = ("padded", "bucketed", PACKED)
 HELD_OUT = "held-out"
 # The option of a draft type that names the token which stands for what is to be proposed.
 MASK = "mask_token_id"
-# Divided by less than this, logits leave the range of 32-bit floats.
-COLDEST = 1e-6
 # What ships inside a plugin stands after it: builtin:NAME.
 BUILTIN = "builtin:"
 # How the names of files end that hold conversations or prompts: JSON lines, JSON arrays, Parquet.
@@ -46,19 +45,6 @@ MOST_NODES = 1024
 _TOKENS = 2**27
 _SEQUENCES = 2**20
 _SEEDS = 2**63 - 1
-
-
-def temperatures(_options: object, attribute: Attribute[Any], value: float) -> None:
-    """A validator: 0, or a temperature that logits can be divided by."""
-    real(0.0, 100.0)(None, attribute, value)
-    if 0.0 < value < COLDEST:
-        raise ValueError(f"'{attribute.name}' must be 0 for greedy decoding, or at least {COLDEST:g}: {value}")
-
-
-def stop_string(_options: object, attribute: Attribute[Any], value: str) -> None:
-    """A validator: a text that an answer can have."""
-    if not value:
-        raise ValueError(f"'{attribute.name}' must be a text that is not empty: {value!r}")
 
 
 def changes_results(key: Attribute[Any]) -> bool:

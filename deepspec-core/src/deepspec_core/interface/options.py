@@ -14,7 +14,7 @@ from attrs.validators import deep_iterable
 from deepspec_core.config.bounds import above, real, whole
 from deepspec_core.config.explain import explain
 from deepspec_core.config.load import as_toml
-from deepspec_core.config.schema import stop_string, temperatures
+from deepspec_core.config.sampling_bounds import stop_string, temperatures
 from deepspec_core.config.structure import strict_converter
 from deepspec_core.errors import ConfigError
 from deepspec_core.plugins.registry import Registry
