@@ -98,8 +98,9 @@ def test_the_other_taps_are_not_read(tmp_path: Path) -> None:
         return _read_so_far() - before
 
     token = SIZE * 4
-    assert read_by(of_taps(large, (3, 5))) < 150 * 3 * token + 20_000
-    assert read_by(large) > 150 * 9 * token
+    assert read_by(of_taps(large, (3, 5))) < 150 * 2 * token + 20_000
+    # Not counted is what is mapped into memory: last_hidden, and `hidden` where all of it is read.
+    assert read_by(of_taps(large, TAPS[1:])) >= 150 * 7 * token
 
 
 def _read_so_far() -> int:
