@@ -303,7 +303,7 @@ def test_a_disk_that_fills_up_is_a_cache_error(tmp_path: Path, monkeypatch: pyte
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("deepspec_core.cache.hdf5._append", full)
+        patched.setattr("deepspec_core.cache.chunked_rows.GrownRows.append", full)
         with pytest.raises(CacheError, match="No space left"):
             writer.write(make_sample(1))
     _fill(tmp_path, 3, shard_samples=1)

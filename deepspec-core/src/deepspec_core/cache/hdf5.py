@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import h5py
 import numpy as np
 
-from deepspec_core.cache.chunked_rows import ChunkedRows
+from deepspec_core.cache.chunked_rows import ChunkedRows, GrownRows
 from deepspec_core.cache.manifest import Shard
 from deepspec_core.cache.shard_arrays import array_shapes, arrays_of, features_from
 from deepspec_core.cache.shard_file import ShardOutput, open_shard
@@ -27,8 +27,6 @@ from deepspec_core.cache.taps import runs
 from deepspec_core.contracts.cache import CacheHeader
 from deepspec_core.contracts.draft import Sample
 from deepspec_core.contracts.target import TargetFeatures
-
-_CHUNK_BYTES: Final = 256 * 1024
 
 
 class HDF5Format(ShardedFormat):
@@ -59,6 +57,7 @@ class _NewShard:
     def __init__(self, path: Path, header: CacheHeader) -> None:
         self._header = header
         self._output = ShardOutput(path)
+        self._grown: dict[str, GrownRows] = {}
         try:
             self._file: Any = h5py.File(self._output, "w")
         except BaseException:
@@ -69,11 +68,15 @@ class _NewShard:
     def append(self, sample: Sample, features: TargetFeatures) -> None:
         """Grow every dataset by the sample's tokens."""
         for name, array in arrays_of(sample, features, self._header).items():
-            _append(self._file, name, array)
+            if name not in self._grown:
+                self._grown[name] = GrownRows(self._file, name, array)
+            self._grown[name].append(array)
         self._output.check()
 
     def finish(self, lengths: Sequence[int], original_lengths: Sequence[int]) -> None:
         """Write what is kept by sample, and close."""
+        for rows in self._grown.values():
+            rows.finish()
         self._file["offsets"] = np.cumsum([0, *lengths], dtype="<i8")
         self._file["original_length"] = np.array(original_lengths, dtype="<i8")
         self._file.close()
@@ -139,21 +142,3 @@ def _shapes(header: CacheHeader, shard: Shard) -> dict[str, tuple[tuple[int, ...
         "offsets": ((samples + 1,), np.dtype("<i8")),
         "original_length": ((samples,), np.dtype("<i8")),
     }
-
-
-def _append(file: Any, name: str, array: Any) -> None:
-    if name not in file:
-        # Without taps, `hidden` has no channels; a chunk has at least one.
-        width = [size or 1 for size in array.shape[1:]]
-        rows = max(1, _CHUNK_BYTES // (array.itemsize * int(np.prod(width))))
-        file.create_dataset(
-            name,
-            shape=(0, *array.shape[1:]),
-            maxshape=(None, *width),
-            chunks=(rows, *width),
-            dtype=array.dtype,
-        )
-    dataset = file[name]
-    begin = dataset.shape[0]
-    dataset.resize(begin + array.shape[0], axis=0)
-    dataset[begin:] = array
