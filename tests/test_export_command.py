@@ -1,5 +1,6 @@
 """`deepspec export`: a draft without a run file, in a place of its own."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from deepspec_core.cli.main import main
+from deepspec_core.interface.models import Target
 
 
 @pytest.fixture
@@ -72,3 +74,31 @@ def test_a_draft_that_is_not_there(offer: Any, tmp_path: Path, capsys: pytest.Ca
     offer()
     assert main(["export", str(tmp_path / "none"), "--to", "plain"]) == 2
     assert "no draft checkpoint there" in capsys.readouterr().err
+
+
+def test_a_format_that_holds_the_targets_tokens(
+    drafts: dict[str, Path],
+    target: Target,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Of a checkpoint alone, --target says where they are; of a run, its own target, a path from the run file."""
+    gguf = pytest.importorskip("gguf")
+    monkeypatch.chdir(tmp_path)
+    command = ["export", str(drafts["dspark"]), "--to", "gguf", "--out", "mine"]
+    assert main(command) == 2
+    assert "in --target" in capsys.readouterr().err
+    assert main([*command, "--target", "./nowhere"]) == 2
+    assert "no such target directory" in capsys.readouterr().err
+    assert not Path("mine").exists()
+    assert main([*command, "--target", "builtin:tiny-qwen3"]) == 0
+    tokens = gguf.GGUFReader(Path("mine") / "draft.gguf").fields["tokenizer.ggml.tokens"].contents()
+    assert (len(tokens), tokens[3]) == (1024, "<|mask|>")
+
+    shutil.copytree(target.plugins.registry.load("builtin", "tiny-qwen3")(), "models/tiny")
+    shutil.copytree(drafts["dspark"], "runs/mine/draft")
+    Path("runs/mine/config.toml").write_text('[run]\noutput = "runs/mine"\n[target]\nmodel = "models/tiny"\n')
+    monkeypatch.chdir("runs")
+    assert main(["export", "mine", "--to", "gguf"]) == 0
+    assert Path("mine-gguf/draft.gguf").is_file()

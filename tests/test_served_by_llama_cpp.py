@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart"
 PROMPTS, TOKENS = 16, 96
-# Of accepted lengths and of shares: rounds end otherwise at a limit and at a stop token.
+# Of accepted lengths and of shares, by llama.cpp's own counters on the very prompts that this engine recorded.
 BY_COUNTERS = 0.03
 # What a wrong layer numbering or norm costs is more than this: such a draft is accepted about once in a while.
 LEAST_ACCEPTED = 1.5
@@ -100,6 +100,9 @@ def _check_counted(report: dict[str, object], proposed: int) -> None:
     assert (beside["compared"], beside["equal"]) == (PROMPTS, PROMPTS), beside["differing"]
     assert result["acceptance_length"] > LEAST_ACCEPTED
     assert counted["kept_per_round"] == pytest.approx(beside["kept_per_round"], rel=BY_COUNTERS)
+    # Of an answer's last round this engine counts every right token, and llama.cpp may leave one out.
+    last_rounds = PROMPTS / result["rounds"]
+    assert abs(beside["acceptance_length"] - result["acceptance_length"]) <= last_rounds + BY_COUNTERS
     assert len(result["marginal"]) == len(beside["by_position"]) == proposed
     for theirs, ours in zip(result["marginal"], beside["by_position"], strict=True):
-        assert theirs == pytest.approx(ours, abs=BY_COUNTERS)
+        assert ours - last_rounds - BY_COUNTERS <= theirs <= ours + BY_COUNTERS
