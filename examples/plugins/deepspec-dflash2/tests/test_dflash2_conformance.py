@@ -41,6 +41,12 @@ class TestDFlash2(DraftModelSuite):
     plugin = deepspec_dflash2.plugin
     options = SMALL
 
+    def draft(self) -> DraftModel:
+        """With large random weights, but the target's lm_head: the scores of a label read rows of the whole head."""
+        draft = super().draft()
+        draft.adopt(torch.as_tensor(draft.embed_tokens.weight), torch.randn(64, 32) * 32**-0.5)
+        return draft
+
     def proposed(self, draft: DraftModel, rows: Rows) -> Tensor:
         """The selector's, over the candidates."""
         if not rows.extras:

@@ -6,14 +6,17 @@ Legend: N blocks, S slots, H hidden size, t taps, G groups, R rows, C candidates
 import deepspec_dflash2.selector
 import pytest
 import torch
+from attrs import evolve
 from deepspec_dflash2.convolution import BlockConvolution, convolved
-from deepspec_dflash2.draft import with_labels
 from deepspec_dflash2.loss import SelectorLoss
 from deepspec_dflash2.options import DFlash2Options
-from deepspec_dflash2.selector import CandidateSelector, best_columns, logits_at
+from deepspec_dflash2.selector import CandidateSelector, candidates, logits_at
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from deepspec_core.contracts.target import TargetArchitecture
+from deepspec_core.testing.tiny_family import tiny_adapter
 
 
 def by_a_loop(x_NSH: Tensor, base_tH: Tensor, delta_NStG: Tensor) -> Tensor:
@@ -69,9 +72,14 @@ def test_a_new_convolution_changes_nothing() -> None:
     assert torch.equal(BlockConvolution(32, taps=2, group=16)(torch.tanh)(x_NSH), torch.tanh(x_NSH))
 
 
+def sizes(vocab_size: int) -> TargetArchitecture:
+    """Of a target with H 8."""
+    return evolve(tiny_adapter().architecture, hidden_size=8, vocab_size=vocab_size, initializer_range=0.5)
+
+
 def made_selector(vocab_size: int = 12, rank: int = 5) -> CandidateSelector:
     torch.manual_seed(0)
-    selector = CandidateSelector(8, vocab_size, rank, std=0.5).double()
+    selector = CandidateSelector(sizes(vocab_size), rank).double()
     nn.init.normal_(selector.successor_codebook)
     return selector
 
@@ -93,12 +101,13 @@ def test_scores_are_those_of_a_loop_over_pairs() -> None:
 def test_a_new_selector_adds_nothing() -> None:
     logits_KC = torch.randn(3, 4)
     tokens_KC, before_K = torch.randint(12, (3, 4)), torch.randint(12, (3,))
-    assert torch.equal(CandidateSelector(8, 12, 5, 0.02)(logits_KC, tokens_KC, torch.randn(3, 8), before_K), logits_KC)
+    assert torch.equal(CandidateSelector(sizes(12), 5)(logits_KC, tokens_KC, torch.randn(3, 8), before_K), logits_KC)
 
 
 def test_a_missing_label_takes_the_place_of_the_least_probable() -> None:
-    found = with_labels(torch.tensor([[4, 7, 2], [4, 7, 2], [4, 7, 2], [4, 7, 2]]), torch.tensor([7, 5, 2, -1]))
-    assert found.tolist() == [[4, 7, 2], [4, 7, 5], [4, 7, 2], [4, 7, 2]]
+    logits_V = torch.tensor([0.0, 1.0, 9.0, 2.0, 8.0, 3.0, 4.0, 7.0])  # in order: 2, 4, 7, 6, 5, 3, 1, 0
+    found = candidates(torch.zeros(3, 8), torch.tensor([4, 5, 7]), lambda h: h + logits_V, most=3, vocab_size=8)
+    assert found.tolist() == [[2, 4, 7], [2, 4, 5], [2, 4, 7]]
 
 
 @pytest.mark.parametrize("at_once", [1, 100, 2**24])
@@ -106,12 +115,12 @@ def test_candidates_do_not_depend_on_chunks(monkeypatch: pytest.MonkeyPatch, at_
     monkeypatch.setattr(deepspec_dflash2.selector, "_AT_ONCE", at_once)
     torch.manual_seed(0)
     head, hidden_RH = nn.Linear(8, 12, bias=False).double().requires_grad_(False), torch.randn(7, 8).double()
-    logits_RC, columns_RC = head(hidden_RH).topk(4)
-    assert torch.equal(best_columns(hidden_RH, head, 4), columns_RC)
+    logits_RC, tokens_RC = head(hidden_RH).topk(4)
+    assert torch.equal(candidates(hidden_RH, tokens_RC[:, 2], head, most=4, vocab_size=12), tokens_RC)
     hidden_RH.requires_grad_()
-    found_RC = logits_at(columns_RC, hidden_RH, head.weight)
+    found_RC = logits_at(tokens_RC, hidden_RH, head.weight)
     torch.testing.assert_close(found_RC, logits_RC)
-    assert torch.autograd.gradcheck(lambda h: logits_at(columns_RC, h, head.weight), hidden_RH)
+    assert torch.autograd.gradcheck(lambda h: logits_at(tokens_RC, h, head.weight), hidden_RH)
 
 
 class Stats:
@@ -124,18 +133,18 @@ class Stats:
 def test_the_loss_and_its_gradients() -> None:
     """Against a loop, and of hidden states and all weights against finite differences, in float64."""
     selector, head = made_selector(), nn.Linear(8, 12, bias=False).double().requires_grad_(False)
-    hidden_RH, labels_R = torch.randn(6, 8).double(), torch.randint(12, (6,))
-    previous_R = torch.randint(12, (6,))
-    columns_RC = with_labels(best_columns(hidden_RH, head, 3), labels_R)
+    hidden_RH, labels_R = torch.randn(4, 8).double(), torch.randint(12, (4,))
+    previous_R = torch.randint(12, (4,))
+    tokens_RC = candidates(hidden_RH, labels_R, head, most=3, vocab_size=12)
 
     def loss(hidden_RH: Tensor, *weights: Tensor) -> Tensor:
         given = dict(zip(dict(selector.named_parameters()), weights, strict=True))
-        inputs = (logits_at(columns_RC, hidden_RH, head.weight), columns_RC, hidden_RH, previous_R)
+        inputs = (logits_at(tokens_RC, hidden_RH, head.weight), tokens_RC, hidden_RH, previous_R)
         scores_RC = torch.func.functional_call(selector, given, inputs)
-        stats = Stats(scores_RC, columns_RC, labels_R)
+        stats = Stats(scores_RC, tokens_RC, labels_R)
         expected = [
             -log_softmax(scores_C, 0)[tokens_C.tolist().index(label)]
-            for scores_C, tokens_C, label in zip(scores_RC, columns_RC, labels_R.tolist(), strict=True)
+            for scores_C, tokens_C, label in zip(scores_RC, tokens_RC, labels_R.tolist(), strict=True)
         ]
         found_R = SelectorLoss()(stats)  # type: ignore[arg-type]
         torch.testing.assert_close(found_R, torch.stack(expected).float())
@@ -160,12 +169,12 @@ class Largest(TorchDispatchMode):
 def test_training_never_holds_rows_times_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward and backward: a tensor has at most the numbers of the head or a codebook, of R C r, or of a chunk."""
     monkeypatch.setattr(deepspec_dflash2.selector, "_AT_ONCE", 4000)
-    head, selector = nn.Linear(8, 1000, bias=False).requires_grad_(False), CandidateSelector(8, 1000, 4, 0.02)
+    head, selector = nn.Linear(8, 1000, bias=False).requires_grad_(False), CandidateSelector(sizes(1000), 4)
     hidden_RH = torch.randn(90, 8, requires_grad=True)
     with Largest() as largest:
-        columns_RC = best_columns(hidden_RH, head, 16)
-        logits_RC = logits_at(columns_RC, hidden_RH, head.weight)
-        selector(logits_RC, columns_RC, hidden_RH, columns_RC[:, 0]).logsumexp(-1).sum().backward()
+        tokens_RC = candidates(hidden_RH, torch.arange(90), head, most=16, vocab_size=1000)
+        logits_RC = logits_at(tokens_RC, hidden_RH, head.weight)
+        selector(logits_RC, tokens_RC, hidden_RH, tokens_RC[:, 0]).logsumexp(-1).sum().backward()
     assert hidden_RH.grad is not None
     assert largest.most <= max(1000 * 8, 90 * 16 * 4, 4000) < 90 * 1000
 

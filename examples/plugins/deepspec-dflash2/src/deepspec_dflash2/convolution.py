@@ -6,8 +6,6 @@ before slot 0. delta is projected from the sublayer's input, for the convolution
 Legend: N blocks, S slots, H hidden size, t taps, G groups of channels, g channels of a group.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

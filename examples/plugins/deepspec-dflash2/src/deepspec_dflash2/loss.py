@@ -3,8 +3,6 @@
 Legend: N rows, C candidates.
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -20,6 +18,5 @@ class SelectorLoss:
     def __call__(self, stats: RowStats) -> Tensor:
         """[N] fp32."""
         scores_NC, tokens_NC = (stats.extras[name] for name in self.needs_extras)
-        # A label outside a reduced vocabulary is no candidate. Its row weighs 0.
         label_N = (tokens_NC == stats.target_ids[:, None]).int().argmax(-1)
         return cross_entropy(scores_NC.float(), label_N, reduction="none")

@@ -1,11 +1,10 @@
 """What `[draft] type = "dflash2"` may say, and how it is read back from config.json. Imports nothing heavy."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
-from attrs import Attribute, field, fields, frozen
+from attrs import field, fields, frozen
+from attrs.validators import in_, not_
 
 from deepspec_core.config.bounds import whole
 from deepspec_dflash.options import DFlashOptions, backbone_keys, has_class, reading, taps_of
@@ -13,11 +12,7 @@ from deepspec_dflash.options import DFlashOptions, backbone_keys, has_class, rea
 CLASS = "DFlash2DraftModel"
 # The keys of `dflash_config` that are this package's own options by the same name.
 KEYS = ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k")
-
-
-def _a_choice(_options: object, attribute: Attribute[int], value: int) -> None:
-    if value == 1:
-        raise ValueError(f"'{attribute.name}' must be 0 (off) or at least 2: one candidate is no choice")
+ONE = "'selector_top_k' must be 0 (off) or at least 2: one candidate is no choice"
 
 
 @frozen(kw_only=True)
@@ -39,7 +34,7 @@ class DFlash2Options(DFlashOptions):
     conv_kernel_size: int = field(default=2, validator=whole(0, 64))
     conv_group_size: int = field(default=16, validator=whole(1, 2**16))
     selector_rank: int = field(default=256, validator=whole(1, 2**16))
-    selector_top_k: int = field(default=16, validator=[whole(0, 2**10), _a_choice])
+    selector_top_k: int = field(default=16, validator=[whole(0, 2**10), not_(in_([1]), msg=ONE)])
 
 
 def is_dflash2(config: Mapping[str, Any]) -> bool:
