@@ -6,13 +6,16 @@ import inspect
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.version import Version
 
 from deepspec_core import __version__
 from deepspec_core.errors import PluginError
 from deepspec_core.plugins import hooks as hookspecs
+from deepspec_core.plugins.contract_changes import CHANGES
 from deepspec_core.plugins.discovery import Plugins, load_plugins
 from deepspec_core.plugins.records import PluginRecord
 from deepspec_core.plugins.registry import KINDS
@@ -128,6 +131,25 @@ def test_a_plugin_made_for_another_core_is_not_imported(distributions: Any, requ
         assert f"installed is {__version__}" in old.reason
         with pytest.raises(PluginError, match="is incompatible"):
             plugins.registry.get("loss", "old")
+
+
+def test_a_plugin_for_earlier_contracts_is_told_what_changed(distributions: Any) -> None:
+    distributions.add("fake-early", LOSS.format(name="early"), requires=["deepspec-core>=0.1,<0.2"])
+    distributions.add("fake-late", LOSS.format(name="late"), requires=["deepspec-core>=99,<100"])
+    plugins = load_plugins()
+    early, late = (str(record(plugins, name).reason) for name in ("fake-early", "fake-late"))
+    assert "since then: readers of caches have tokens_of(index); FamilyAdapter" in early
+    assert "since then" not in late
+
+
+def test_the_changelog_has_every_change_of_the_contracts() -> None:
+    told = (Path(__file__).parents[2] / "CHANGELOG.md").read_text(encoding="utf-8")
+    section = told.split("### Contracts, second edition")[1].split("###")[0].lower()
+    names = ("tokens_of", "deepspec_core.families", "head_norms", "last_hidden", "sees", "deepspec_core.preparation")
+    for change, name in zip(CHANGES["0.2"], (*names, "max_nodes", "trained_drafts", "importers"), strict=True):
+        assert name in change
+        assert name in section
+    assert max(CHANGES, key=Version) == ".".join(__version__.split(".")[:2]), "say what changed, or that nothing did"
 
 
 @pytest.mark.parametrize("name", ["fake-nice", "nice", "Fake_Nice"])

@@ -157,6 +157,8 @@ def _incompatible(entry: EntryPoint) -> str | None:
     """Why this version of core does not meet the distribution's requirement, or None if it does."""
     from packaging.requirements import InvalidRequirement, Requirement
 
+    from deepspec_core.plugins.contract_changes import changed_since
+
     for text in (entry.dist.requires if entry.dist else None) or ():
         name = re.match(r"[\w.-]*", text)
         if name is None or canonical(name[0]) != CORE:
@@ -168,7 +170,9 @@ def _incompatible(entry: EntryPoint) -> str | None:
         if requirement.marker and not requirement.marker.evaluate():
             continue
         if not requirement.specifier.contains(__version__, prereleases=True):
-            return f"needs {CORE}{requirement.specifier}, installed is {__version__}"
+            changes = changed_since(requirement.specifier, __version__)
+            told = f"; since then: {'; '.join(changes)}" if changes else ""
+            return f"needs {CORE}{requirement.specifier}, installed is {__version__}{told}"
     return None
 
 

@@ -1,0 +1,37 @@
+"""What changed in the contracts from one core to the next, for authors whose plugin was written for an earlier one.
+
+The contracts carry core's version. Knows versions and requirements. Does not know the contracts themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+_FIRST: Final = "0.1"
+# By the version that brought them, oldest first. CHANGELOG.md tells them at length.
+CHANGES: Final[Mapping[str, tuple[str, ...]]] = {
+    "0.2": (
+        "readers of caches have tokens_of(index)",
+        "FamilyAdapter, layouts and TransformersTarget are in deepspec_core.families",
+        'head_norms=True is norms="each head"',
+        "TargetStep has last_hidden",
+        "targets get sees and kept with trees",
+        "what was in deepspec_dflash.anchors is in deepspec_core.preparation",
+        "wrappers of proposers hand on reads_last_hidden and max_nodes",
+        "registry.trained_drafts() lists draft types that are trained",
+        "importers are gone: nothing called them",
+    ),
+}
+
+
+def changed_since(accepted: SpecifierSet, installed: str) -> tuple[str, ...]:
+    """What changed after the newest core that a plugin accepts, up to the installed one; nothing of later cores."""
+    met = [version for version in (_FIRST, *CHANGES) if accepted.contains(version)]
+    if not met:
+        return ()
+    newest, ours = max(map(Version, met)), Version(installed)
+    return tuple(change for version, said in CHANGES.items() if newest < Version(version) <= ours for change in said)
