@@ -30,10 +30,10 @@ def test_a_smoke_run_is_measured_at_every_stage_and_not_accused(
     names = [stage["name"] for stage in found["stages"]]
     assert names == ["recorded", "replayed", "live", "held-out", "prompts", "engine", "served"]
     assert found["first_drop"] is None
-    # The server has the run's own draft and target: the very same rounds.
+    # The server has the run's own draft and target: the very same rounds. It counts the last one of each answer too.
     engine, served = found["stages"][-2:]
-    assert (served["blocks"], served["shares"][0]) == (engine["blocks"], engine["shares"][0])
-    assert served["accepted"] == pytest.approx(engine["accepted"])
+    assert 0 < served["blocks"] - engine["blocks"] <= 4
+    assert served["difference"]["later"] == pytest.approx(served["difference"]["earlier"])
     assert found["findings"] == []
     assert list(found["not_measured"]) == ["precision"]
     # The cache is in bf16, so its features agree, and not to the bit.

@@ -73,13 +73,8 @@ TEMPLATE = (
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run file of a draft that learned to foretell sums, trained for some seconds."""
-    return trained_in(tmp_path_factory.mktemp("sums"), RUN_FILE)
-
-
-def trained_in(folder: Path, text: str) -> Path:
-    folder.mkdir(exist_ok=True)
-    path = folder / "run.toml"
-    path.write_text(text)
+    path = tmp_path_factory.mktemp("sums") / "run.toml"
+    path.write_text(RUN_FILE)
     asked = [f"What is {11 + 7 * i % 87} + {12 + 11 * i % 83}?" for i in range(130)]
     rows = (json.dumps({"turns": [question]}) for question in dict.fromkeys(asked))
     (path.parent / "sums.jsonl").write_text("\n".join(rows) + "\n")
@@ -143,15 +138,6 @@ def test_a_healthy_run_is_not_accused(trained: Path, capsys: pytest.CaptureFixtu
     assert engine["name"] == "engine"
     assert engine["difference"]["earlier"] == engine["difference"]["later"]
     assert "Nothing found" in capsys.readouterr().out
-
-
-def test_a_draft_that_knows_its_own_samples_by_heart(tmp_path: Path) -> None:
-    """Few samples, read so often that the draft has nothing else in mind."""
-    text = RUN_FILE.replace("held_out = 0.2", "held_out = 0.8").replace("epochs = 20", "epochs = 100")
-    found = diagnosis(trained_in(tmp_path / "few", text))
-    assert found["first_drop"] == "held-out", found["verdict"]
-    assert found["causes"] == []
-    assert "more varied data" in " ".join(found["verdict"])
 
 
 def test_layers_of_the_cache_that_are_numbered_one_too_low(run_file: Path) -> None:

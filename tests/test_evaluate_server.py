@@ -127,7 +127,7 @@ def test_figures_are_those_of_the_rounds_and_outputs_are_compared(
     # Beside others in tables and on a page.
     assert main(["report", "own", "served", "--html", "page.html", "--markdown"]) == 0
     seen = capsys.readouterr()
-    assert "Not all rows are comparable" not in seen.out
+    assert "target.revision differs" not in seen.out
     assert "a server does not tell target.revision, target.dtype, settings.confidence_threshold" in seen.out
     assert f"{ours['acceptance_length']:.2f}" in seen.out
     assert "Traceback" not in seen.err

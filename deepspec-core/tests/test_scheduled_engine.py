@@ -130,6 +130,7 @@ def test_the_counterexample_in_the_engine(monkeypatch: pytest.MonkeyPatch) -> No
     assert share_of_a(partial(admit, early_stop=False), monkeypatch) == pytest.approx(0.85, abs=0.048)
 
 
+@pytest.mark.slow
 def test_the_asynchronous_form_in_the_counterexample(monkeypatch: pytest.MonkeyPatch) -> None:
     """It searches among all counts, and what it finds is of tokens that are long decided."""
     assert share_of_a(admit, monkeypatch, asynchronous=True) == pytest.approx(0.7, abs=0.048)

@@ -85,9 +85,12 @@ def of_blocks(group_M: Sequence[int], matched_MS: NDArray[np.bool_], counted_MS:
     )
 
 
-def of_completions(completions: Sequence[Completion]) -> Outcomes:
-    """The engine's rounds. The last one of each answer is left out: it ends where the answer does, not the draft."""
-    rounds = [(group, r) for group, done in enumerate(completions) for r in done.rounds[:-1]]
+def of_completions(completions: Sequence[Completion], *, last: bool = False) -> Outcomes:
+    """The engine's rounds. The last one of each answer is left out: it ends where the answer does, not the draft.
+
+    With `last` it is among them, as in the counts of a server.
+    """
+    rounds = [(group, r) for group, done in enumerate(completions) for r in (done.rounds if last else done.rounds[:-1])]
     positions = np.arange(max((r.proposal_length for _, r in rounds), default=0))
     proposed = np.array([r.proposal_length for _, r in rounds], dtype=np.int64)[:, None]
     accepted = np.array([r.accepted_draft_length for _, r in rounds], dtype=np.int64)[:, None]

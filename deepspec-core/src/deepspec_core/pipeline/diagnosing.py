@@ -205,7 +205,7 @@ class _Looking:
             self._judge(accepted_difference(before, outcomes, paired=False))
         self._engine(completions)
         if counted is not None:
-            engine = of_completions(completions)
+            engine = of_completions(completions, last=True)
             self._stage(names.SERVED, counted)
             self._judge(accepted_difference(engine, counted, paired=False))
 
