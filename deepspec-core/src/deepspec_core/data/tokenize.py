@@ -280,12 +280,13 @@ class ChatTokenizer:
         leaves something of it out (LeftOut), or an answer is nothing but its end marker. ControlTokens where a text
         contains one of the template's.
         """
-        found: list[TextRow] | list[TokenRow]
+        found: list[TextRow | TokenRow]
         if conversation.input_ids is not None and conversation.loss_mask is not None:
             _refuse_not_unicode(conversation.id)
-            found = [TokenRow(ids=ids, mask=mask) for ids, mask in conversation.given()]
+            given = list(conversation.given())
             if supervision.last_only:
-                found = [TokenRow(ids=row.ids, mask=last_run(row.mask)) for row in found[-1:]]
+                given = [(ids, tuple(map(int, last_run(mask)))) for ids, mask in given[-1:]]
+            found = [TokenRow(ids=ids, mask=mask) for ids, mask in given]
         else:
             answers = self.answers(conversation, fmt, system_prompt, supervision, known)
             texts = rows(answers, supervision)
