@@ -138,20 +138,20 @@ def test_one_system_prompt_in_regeneration_training_and_evaluation(
     ]  # fmt: skip
     prompts: list[str] = []
     samples: list[str] = []
-    render_prompt, read = ChatTokenizer.render_prompt, ChatTokenizer.samples
+    render_prompt, read = ChatTokenizer.render_prompt, ChatTokenizer.tokenised
 
     def recorded_prompt(self: ChatTokenizer, *arguments: Any, **options: Any) -> tuple[int, ...]:
         ids = render_prompt(self, *arguments, **options)
         prompts.append(self.decode(ids))
         return ids
 
-    def recorded_samples(self: ChatTokenizer, *arguments: Any, **options: Any) -> list[Any]:
+    def recorded_samples(self: ChatTokenizer, *arguments: Any, **options: Any) -> list[list[Any]]:
         found = read(self, *arguments, **options)
-        samples.extend(self.decode(sample.input_ids) for sample in found)
+        samples.extend(self.decode(sample.input_ids) for of_one in found for sample in of_one)
         return found
 
     monkeypatch.setattr(ChatTokenizer, "render_prompt", recorded_prompt)
-    monkeypatch.setattr(ChatTokenizer, "samples", recorded_samples)
+    monkeypatch.setattr(ChatTokenizer, "tokenised", recorded_samples)
     assert main(["run", str(run_file), *(part for change in changes for part in ("--set", change))]) == 0
     # One is tried before the first stage, to see how much room a system prompt leaves.
     assert len(set(prompts)) == 1 + 2 + 1

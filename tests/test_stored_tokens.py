@@ -10,6 +10,7 @@ import torch
 
 from deepspec_core.config.load import load_run_file
 from deepspec_core.contracts.draft import Sample
+from deepspec_core.data.encoding import Row
 from deepspec_core.data.tokenize import ChatTokenizer
 from deepspec_core.errors import DataError
 from deepspec_core.pipeline import run_tokens, workers
@@ -48,13 +49,13 @@ def _content(samples: list[Sample]) -> list[tuple[str, list[int], list[bool], in
 def made(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often each conversation was tokenised."""
     counts: Counter[str] = Counter()
-    samples = ChatTokenizer.samples
+    rows = ChatTokenizer.sample_rows
 
-    def counted(self: ChatTokenizer, conversation: object, *rest: object) -> list[Sample]:
+    def counted(self: ChatTokenizer, conversation: object, *rest: object) -> list[Row]:
         counts[conversation.id] += 1  # type: ignore[attr-defined]
-        return samples(self, conversation, *rest)  # type: ignore[arg-type]
+        return rows(self, conversation, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(ChatTokenizer, "samples", counted)
+    monkeypatch.setattr(ChatTokenizer, "sample_rows", counted)
     return counts
 
 
@@ -131,13 +132,13 @@ def test_a_source_that_changes_while_it_is_tokenised_is_refused(
     rows = [_row(number) for number in range(6)]
     _write(run_file, rows, bad=0)
     run = _run(run_file)
-    samples = ChatTokenizer.samples
+    read = ChatTokenizer.sample_rows
 
-    def edited(self: ChatTokenizer, conversation: object, *rest: object) -> list[Sample]:
+    def edited(self: ChatTokenizer, conversation: object, *rest: object) -> list[Row]:
         _write(run_file, [*rows, _row(6)], bad=0)
-        return samples(self, conversation, *rest)  # type: ignore[arg-type]
+        return read(self, conversation, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(ChatTokenizer, "samples", edited)
+    monkeypatch.setattr(ChatTokenizer, "sample_rows", edited)
     with pytest.raises(DataError, match="changed while it was read"):
         run.data.training_samples()
 

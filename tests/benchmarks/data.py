@@ -9,7 +9,8 @@ them in a shuffled order, as training does. Peaks are beyond the process that ha
 memory of the process's own (RssAnon); `mapped` are pages of the stored files (RssFile), which the system takes back
 when it needs them. `rendering`: conversations a second of one core, and of two processes, from messages to ids and
 masks, against the tokenizer called with the same texts; in turns, medians. `cache`: reading and writing features
-(cache_speed.py). All write JSON and print it.
+(cache_speed.py). All print JSON, and write it as it is measured; `tokens`, run again, goes on with the sizes that are
+missing.
 """
 
 from __future__ import annotations
@@ -130,68 +131,81 @@ def one_size(number: int, workers: int) -> dict[str, Any]:
         }
 
 
-def tokens(options: argparse.Namespace) -> dict[str, Any]:
-    sizes = []
-    for number in options.conversations:
-        command = [sys.executable, __file__, "one-size", str(number), "--workers", str(options.workers)]
-        sizes.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
-    first, last = sizes[0], sizes[-1]
-    more = max(1, last["conversations"] - first["conversations"])
-    bytes_more = {
-        part: {kind: (last[part][kind] - first[part][kind]) / more for kind in ("held", "mapped")}
-        for part in ("storing", "reading")
-    }
-    return {"sizes": sizes, "bytes_a_conversation": bytes_more}
+def tokens(options: argparse.Namespace, write: Callable[[dict[str, Any]], None], known: dict[str, Any]) -> None:
+    sizes = {size["conversations"]: size for size in known.get("sizes", ())}
+    for number in sorted(options.conversations):
+        if number not in sizes:
+            command = [sys.executable, __file__, "one-size", str(number), "--workers", str(options.workers)]
+            sizes[number] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+        found = [sizes[each] for each in sorted(sizes)]
+        first, last = found[0], found[-1]
+        more = max(1, last["conversations"] - first["conversations"])
+        bytes_more = {
+            part: {kind: (last[part][kind] - first[part][kind]) / more for kind in ("held", "mapped")}
+            for part in ("storing", "reading")
+        }
+        write({"sizes": found, "bytes_a_conversation": bytes_more})
 
 
-def rendering(options: argparse.Namespace) -> dict[str, Any]:
+def rendering(options: argparse.Namespace, write: Callable[[dict[str, Any]], None], known: dict[str, Any]) -> None:
     import deepspec_core as ds
     from deepspec_core.data.conversations import from_row
     from deepspec_core.data.token_workers import in_processes
     from deepspec_core.data.tokenize import ChatTokenizer
-    from deepspec_core.data.tokenizing import Tokenisation
+    from deepspec_core.data.tokenizing import CHUNK, Tokenisation
 
     target = ds.load_target("builtin:tiny-qwen3")
     chat = ChatTokenizer(target.tokenizer)
     ours = Tokenisation(tokenizer=chat, fmt=target.adapter.conversation_format(), max_length=1 << 20)
-    found = {}
+    backend = target.tokenizer.backend_tokenizer
+
+    def call(texts: list[str]) -> None:
+        for text in texts:
+            target.tokenizer(text, add_special_tokens=False, verbose=False)
+
+    def core(texts: list[str]) -> None:
+        for text in texts:
+            _ = backend.encode(text, add_special_tokens=False).ids
+
+    def all_of_it(conversations: list[Any]) -> None:
+        for begin in range(0, len(conversations), CHUNK):
+            ours(conversations[begin : begin + CHUNK])
+
+    def rate(work: Callable[[Any], object], items: list[Any]) -> float:
+        start = time.process_time()
+        work(items)
+        return len(items) / (time.process_time() - start)
+
+    found = dict(known)
+    all_of_it([from_row(row, "benchmark") for row in rows(CHUNK, 1, 20)])  # nothing is made for the first time below
     for turns, words in SHAPES:
-        conversations = [from_row(row, "benchmark") for row in rows(options.conversations[0], turns, words)]
+        # As many tokens of each.
+        number = max(CHUNK, options.conversations[0] * 50 // (turns * words))
+        conversations = [from_row(row, "benchmark") for row in rows(number, turns, words)]
         texts = [chat.render(one.messages, None, prompt=False) for one in conversations]
-        backend = target.tokenizer.backend_tokenizer
-
-        def rate(work: Callable[[Any], object], items: list[Any]) -> float:
-            start = time.process_time()
-            for item in items:
-                work(item)
-            return len(items) / (time.process_time() - start)
-
-        def call(text: str) -> object:
-            return target.tokenizer(text, add_special_tokens=False, verbose=False)
-
         figures: dict[str, list[float]] = {"tokenizer": [], "its core": [], "ours": []}
         for _ in range(options.turns):
             figures["tokenizer"].append(rate(call, texts))
-            figures["its core"].append(rate(lambda text: backend.encode(text, add_special_tokens=False).ids, texts))  # noqa: B023
-            figures["ours"].append(rate(ours, conversations))
-        # Long enough that starting the processes, which is left out, is not all of it.
-        many = conversations * options.repeat
-
-        def wall(processes: int) -> float:
-            stream = in_processes(many, ours, processes)  # noqa: B023
-            next(stream)  # the processes are there
-            start = time.perf_counter()
-            return (sum(1 for _ in stream) + 1) / (time.perf_counter() - start)
-
-        processes = {f"{number} processes, conversations/s": wall(number) for number in options.processes}
-        found[f"{turns} turns, answers of {words} words"] = {
+            figures["its core"].append(rate(core, texts))
+            figures["ours"].append(rate(all_of_it, conversations))
+        name = f"{turns} turns, answers of {words} words"
+        found[name] = {
             "tokens": median(len(chat.encode(text)[0]) for text in texts),
             **{f"{name}, conversations/s": median(values) for name, values in figures.items()},
             "ours / tokenizer": median(a / b for a, b in zip(figures["ours"], figures["tokenizer"], strict=True)),
             "ours / its core": median(a / b for a, b in zip(figures["ours"], figures["its core"], strict=True)),
-            **processes,
         }
-    return found
+        write(found)
+        # Long enough that starting the processes, which is left out, is not all of it.
+        many = conversations * options.repeat
+        for processes in options.processes:
+            stream = in_processes(many, ours, processes)
+            next(stream)  # the processes are there
+            start = time.perf_counter()
+            found[name][f"{processes} processes, conversations/s"] = (sum(1 for _ in stream) + 1) / (
+                time.perf_counter() - start
+            )
+            write(found)
 
 
 def main() -> None:
@@ -202,7 +216,7 @@ def main() -> None:
         command.add_argument("--output", type=Path, required=True)
         command.add_argument("--conversations", type=int, nargs="+", default=defaults)
         command.add_argument("--workers", type=int, default=1)
-        command.add_argument("--turns", type=int, default=5)
+        command.add_argument("--turns", type=int, default=7)
         command.add_argument("--processes", type=int, nargs="*", default=[1, 2])
         command.add_argument("--repeat", type=int, default=4)
     cache = commands.add_parser("cache")
@@ -223,17 +237,35 @@ def main() -> None:
     import transformers
     from cache_speed import measure
 
-    figures = {"tokens": tokens, "rendering": rendering, "cache": measure}[options.command](options)
     machine = {
         "machine": platform.processor() or platform.machine(),
         "python": platform.python_version(),
         "transformers": transformers.__version__,
         "tokenizers": tokenizers.__version__,
     }
-    result = {"settings": vars(options) | {"output": str(options.output)}, **machine, "figures": figures}
+    settings = {key: value for key, value in vars(options).items() if key not in ("output", "conversations")}
+    settings = json.loads(json.dumps(settings))
     options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / f"{options.command}.json").write_text(json.dumps(result, indent=1))
-    print(json.dumps(figures, indent=1))
+    path = options.output / f"{options.command}.json"
+    known: dict[str, Any] = {}
+    if path.is_file():
+        before = json.loads(path.read_text())
+        # What another version or machine measured is measured again.
+        if {"settings": settings, **machine} == {key: before[key] for key in ("settings", *machine)}:
+            known = before["figures"] if options.command == "tokens" else {}
+
+    def write(figures: dict[str, Any]) -> None:
+        load = [round(each, 1) for each in os.getloadavg()]
+        result = {"settings": settings, **machine, "load": load, "figures": figures}
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(result, indent=1))
+        os.replace(partial, path)
+
+    if options.command == "cache":
+        write(measure(options))
+    else:
+        (tokens if options.command == "tokens" else rendering)(options, write, known)
+    print(path.read_text())
 
 
 if __name__ == "__main__":

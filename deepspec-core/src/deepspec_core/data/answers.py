@@ -137,14 +137,18 @@ def replies(
     render: Render, messages: Messages, fmt: ConversationFormat, openings: Openings, *, thinking: bool
 ) -> list[Reply]:
     """Every assistant message that follows a user's, in order, each as the last of its conversation."""
-    asked, found = False, []
-    for index, message in enumerate(messages):
-        asked = asked or message["role"] == "user"
-        if asked and message["role"] == "assistant":
-            prompt = render(messages[:index], prompt=True)
-            whole = render(messages[: index + 1], prompt=False)
-            found.append(_reply(prompt, whole, message, index, fmt, openings, thinking))
+    found = []
+    for index in answered(messages):
+        prompt = render(messages[:index], prompt=True)
+        whole = render(messages[: index + 1], prompt=False)
+        found.append(_reply(prompt, whole, messages[index], index, fmt, openings, thinking))
     return found
+
+
+def answered(messages: Messages) -> list[int]:
+    """Which messages are the assistant's and follow a user's."""
+    first = next((index for index, message in enumerate(messages) if message["role"] == "user"), len(messages))
+    return [index for index in range(first, len(messages)) if messages[index]["role"] == "assistant"]
 
 
 def rows(answers: Sequence[Reply], supervision: Supervision) -> list[tuple[str, list[Answer]]]:

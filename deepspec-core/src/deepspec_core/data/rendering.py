@@ -49,6 +49,33 @@ class Template:
         said = [_with_text(message) for message in messages] if called and self._wants_text else messages
         return self._run(said, prompt=prompt, tools=tools, thinking=thinking, source=source)
 
+    def render_each(
+        self, conversations: Sequence[Messages], *, prompt: bool, thinking: bool = False
+    ) -> list[str | None]:
+        """The texts of conversations without tools and calls, each as of `render`; None in place of a refused one.
+
+        One call for all takes half the time of one for each.
+        """
+        if not conversations:
+            return []
+        try:
+            texts = self.tokenizer.apply_chat_template(
+                [[dict(message) for message in messages] for messages in conversations],
+                tokenize=False,
+                add_generation_prompt=prompt,
+                enable_thinking=thinking,
+            )
+        except Exception:  # why it is refused, `render` says
+            if len(conversations) == 1:
+                return [None]
+            half = len(conversations) // 2
+            return [
+                text
+                for some in (conversations[:half], conversations[half:])
+                for text in self.render_each(some, prompt=prompt, thinking=thinking)
+            ]
+        return list(map(str, texts))
+
     def marks(
         self, messages: Messages, rendering: str, *, tools: Sequence[Mapping[str, Any]], thinking: bool
     ) -> list[tuple[int, int]] | None:

@@ -21,10 +21,9 @@ import torch
 
 from deepspec_core.contracts.draft import Sample
 from deepspec_core.data.conversations import Conversation
-from deepspec_core.data.tokenizing import Outcome, Tokenisation
+from deepspec_core.data.tokenizing import CHUNK, Outcome, Tokenisation
 from deepspec_core.errors import DataError
 
-_CHUNK: Final = 64
 _AHEAD: Final = 3  # chunks a process: one in work, one waiting, one on its way back
 
 _ours: Tokenisation | None = None
@@ -48,7 +47,7 @@ def in_processes(
     try:
         pending: deque[tuple[list[Conversation], Future[list[_Sent]]]] = deque()
         while True:
-            while len(pending) < _AHEAD * processes and (chunk := list(islice(rest, _CHUNK))):
+            while len(pending) < _AHEAD * processes and (chunk := list(islice(rest, CHUNK))):
                 pending.append((chunk, pool.submit(_tokenise, chunk)))
             if not pending:
                 return
@@ -69,6 +68,7 @@ def _begin(tokenisation: Tokenisation) -> None:
     global _ours
     _ours = tokenisation
     torch.set_num_threads(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tokenizer's own threads: here a process is one core's
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends its processes
     parent = multiprocessing.parent_process()
     assert parent is not None, "a spawned process"
@@ -82,7 +82,7 @@ def _begin(tokenisation: Tokenisation) -> None:
 
 def _tokenise(chunk: list[Conversation]) -> list[_Sent]:
     assert _ours is not None, "_begin comes first"
-    return [_sent(_ours(conversation)) for conversation in chunk]
+    return [_sent(outcome) for outcome in _ours(chunk)]
 
 
 def _sent(outcome: Outcome) -> _Sent:

@@ -10,12 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Final
 
-import numpy as np
-import torch
 from attrs import asdict, frozen
-from transformers import PreTrainedTokenizerFast
 
 from deepspec_core.contracts.draft import Sample
 from deepspec_core.contracts.target import ConversationFormat
@@ -26,14 +24,15 @@ from deepspec_core.data.answers import (
     Reply,
     Supervision,
     TemplateRefusal,
+    answered,
     last_run,
     openings_of,
     replies,
     rows,
-    supervised,
 )
 from deepspec_core.data.control_tokens import control_tokens, found_in
 from deepspec_core.data.conversations import Conversation
+from deepspec_core.data.encoding import Encoding, Row, TextRow, TokenRow, cut
 from deepspec_core.data.generation_marks import within
 from deepspec_core.data.left_out import LeftOut, left_out, unmarked
 from deepspec_core.data.rendering import Template
@@ -41,6 +40,9 @@ from deepspec_core.data.unicode_text import not_unicode
 from deepspec_core.errors import DataError
 
 PLAIN = Supervision()
+# A conversation's texts by (its first so many messages, whether the assistant is asked); None: not rendered yet.
+Renderings = Mapping[tuple[int, bool], str | None]
+NOTHING_KNOWN: Final[Renderings] = MappingProxyType({})
 
 
 class ControlTokens(TemplateRefusal):
@@ -66,10 +68,7 @@ class ChatTokenizer:
         self._openings: dict[str, Openings] = {}
         self._control_tokens: tuple[str, ...] | None = None
         self._known_forms: dict[bool, dict[bytes, str | None]] = {False: {}, True: {}}
-        self._has_own_ways = any(
-            getattr(type(tokenizer), name, None) is not getattr(PreTrainedTokenizerFast, name, None)
-            for name in ("__call__", "_encode_plus")
-        )
+        self._encoding = Encoding(tokenizer=tokenizer)
         name = tokenizer.name_or_path or "tokenizer"
         if not tokenizer.is_fast:
             raise DataError("The tokenizer has no offsets", where=name, expected="a fast tokenizer (tokenizer.json)")
@@ -147,24 +146,7 @@ class ChatTokenizer:
 
     def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids of rendered text, and the characters each stands for."""
-        if not self._has_own_ways:
-            # What is around the Rust tokenizer takes a third of the time, and does nothing for one text.
-            read = self._undisturbed().encode(text, add_special_tokens=False)
-            return read.ids, read.offsets
-        # verbose: samples are cut at the target's positions, so the library's warning of long ones means nothing here.
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        return encoded["input_ids"], encoded["offset_mapping"]
-
-    def _undisturbed(self) -> Any:
-        """The Rust tokenizer, as every call of transformers sets it: an earlier call may have left it otherwise."""
-        backend = self.tokenizer.backend_tokenizer
-        if backend.truncation is not None:
-            backend.no_truncation()
-        if backend.padding is not None:
-            backend.no_padding()
-        if backend.encode_special_tokens != self.tokenizer.split_special_tokens:
-            backend.encode_special_tokens = self.tokenizer.split_special_tokens
-        return backend
+        return self._encoding.with_offsets(text)
 
     def decode(self, token_ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
         """The text of token ids."""
@@ -176,13 +158,32 @@ class ChatTokenizer:
         fmt: ConversationFormat,
         system_prompt: str | None,
         tools: Sequence[Mapping[str, Any]] = (),
+        known: Renderings = NOTHING_KNOWN,
     ) -> list[Reply]:
-        """The assistant's answers; DataError where the renderings do not fit `fmt`."""
+        """The assistant's answers; DataError where the renderings do not fit `fmt`. `known` are not rendered again."""
 
         def rendered(messages: Messages, *, prompt: bool) -> str:
-            return self.render(messages, system_prompt, prompt=prompt, tools=tools)
+            text = known.get((len(messages), prompt))
+            return self.render(messages, system_prompt, prompt=prompt, tools=tools) if text is None else text
 
         return replies(rendered, messages, fmt, self.openings(fmt), thinking=self.thinking)
+
+    def renderings(self, conversations: Sequence[Conversation], system_prompt: str | None) -> list[Renderings]:
+        """What `replies` renders of each conversation, made in one go, and nothing of one that is better read alone."""
+        asked = [
+            (number, index)
+            for number, each in enumerate(conversations)
+            if each.input_ids is None and not each.tools and not any("tool_calls" in said for said in each.messages)
+            for index in answered(each.messages)
+        ]
+        found: list[dict[tuple[int, bool], str | None]] = [{} for _ in conversations]
+        for prompt in (True, False):
+            lengths = [(number, index if prompt else index + 1) for number, index in asked]
+            said = [_with_system(conversations[number].messages[:length], system_prompt) for number, length in lengths]
+            texts = self._template.render_each(said, prompt=prompt, thinking=self.thinking)
+            for (number, length), text in zip(lengths, texts, strict=True):
+                found[number][length, prompt] = text
+        return list(found)
 
     def can_ask(self, thinking: bool | float, fmt: ConversationFormat) -> bool:
         """Whether the template has the mode: False always, True also where its prompts begin thinking in any case.
@@ -231,11 +232,12 @@ class ChatTokenizer:
         fmt: ConversationFormat,
         system_prompt: str | None,
         supervision: Supervision = PLAIN,
+        known: Renderings = NOTHING_KNOWN,
     ) -> list[Reply]:
         """The answers that are supervised, before they become tokens. Errors as of `samples`."""
         _refuse_not_unicode(conversation.id, conversation.messages, conversation.tools)
         self._refuse_control_tokens(conversation.messages, conversation.tools, system_prompt)
-        answers = self.replies(conversation.messages, fmt, system_prompt, conversation.tools)
+        answers = self.replies(conversation.messages, fmt, system_prompt, conversation.tools, known)
         if supervision.last_only:
             answers = answers[-1:]
         # Answers of weight 0 are there to be read.
@@ -258,31 +260,57 @@ class ChatTokenizer:
         max_length: int,
         supervision: Supervision = PLAIN,
     ) -> list[Sample]:
-        """A conversation's samples of at most max_length tokens, each cut one token after its last supervised one.
+        """A conversation's samples, as of `tokenised`. Errors as of `sample_rows`."""
+        return self.tokenised([self.sample_rows(conversation, fmt, system_prompt, supervision)], max_length)[0]
 
-        One as a rule, none without an answer; where the template rewrites earlier answers one an answer, with ids ID#1,
-        ID#2, and so on. Tokens that came with the conversation are taken as they are. `original_length` counts tokens
-        before that cut.
+    def sample_rows(
+        self,
+        conversation: Conversation,
+        fmt: ConversationFormat,
+        system_prompt: str | None,
+        supervision: Supervision = PLAIN,
+        known: Renderings = NOTHING_KNOWN,
+    ) -> list[Row]:
+        """What samples are made of, with the help of `known` (see `renderings`): one as a rule, none without an answer.
+
+        Where the template rewrites earlier answers it is one an answer, with ids ID#1, ID#2, and so on. Tokens that
+        came with the conversation are taken as they are.
 
         TemplateRefusal where a text or the id is not valid Unicode, the template does not take the conversation or
         leaves something of it out (LeftOut), or an answer is nothing but its end marker. ControlTokens where a text
         contains one of the template's.
         """
+        found: list[TextRow | TokenRow]
         if conversation.input_ids is not None and conversation.loss_mask is not None:
             _refuse_not_unicode(conversation.id)
-            given = [(list(ids), [bool(flag) for flag in mask]) for ids, mask in conversation.given()]
+            given = list(conversation.given())
             if supervision.last_only:
-                given = [(ids, last_run(mask)) for ids, mask in given[-1:]]
+                given = [(ids, tuple(map(int, last_run(mask)))) for ids, mask in given[-1:]]
+            found = [TokenRow(ids=ids, mask=mask) for ids, mask in given]
         else:
-            answers = self.answers(conversation, fmt, system_prompt, supervision)
-            given = []
+            answers = self.answers(conversation, fmt, system_prompt, supervision, known)
             texts = rows(answers, supervision)
-            for (text, spans), answer in zip(texts, answers[len(answers) - len(texts) :], strict=True):
-                ids, offsets = self.encode(text)
-                spans = self._between_marks(spans, answer, text, conversation, system_prompt)
-                given.append((ids, supervised(offsets[:max_length], spans)))
-        names = [conversation.id] if len(given) == 1 else [f"{conversation.id}#{i + 1}" for i in range(len(given))]
-        return [_sample(name, ids, mask, max_length) for name, (ids, mask) in zip(names, given, strict=True)]
+            found = [
+                TextRow(text=text, spans=self._between_marks(spans, answer, text, conversation, system_prompt))
+                for (text, spans), answer in zip(texts, answers[len(answers) - len(texts) :], strict=True)
+            ]
+        names = [conversation.id] if len(found) == 1 else [f"{conversation.id}#{i + 1}" for i in range(len(found))]
+        return [Row(id=name, content=content) for name, content in zip(names, found, strict=True)]
+
+    def tokenised(self, conversations: Sequence[Sequence[Row]], max_length: int) -> list[list[Sample]]:
+        """The samples of each conversation's rows, of at most max_length tokens, cut one after the last supervised one.
+
+        `original_length` counts tokens before that cut.
+        """
+        contents = (row.content for rows_ in conversations for row in rows_)
+        encoded = self._encoding.masked([each for each in contents if isinstance(each, TextRow)], max_length)
+        return [
+            [
+                cut(row.id, *(row.content.arrays(max_length) if isinstance(row.content, TokenRow) else next(encoded)))
+                for row in rows_
+            ]
+            for rows_ in conversations
+        ]
 
     def _between_marks(
         self, spans: list[Answer], last: Reply, text: str, conversation: Conversation, system_prompt: str | None
@@ -308,6 +336,7 @@ class ChatTokenizer:
             self.thinking,
             *([asdict(supervision)] if supervision != PLAIN else []),
             *(["between generation marks"] if self._template.has_marks else []),
+            *(["spaces"] if self._encoding.counts_spaces else []),
         ]
         return _digest(json.dumps(facts))
 
@@ -327,19 +356,6 @@ def _with_system(messages: Messages, system_prompt: str | None) -> list[Mapping[
     if system_prompt is None or messages[0]["role"] == "system":
         return list(messages)
     return [{"role": "system", "content": system_prompt}, *messages]
-
-
-def _sample(identity: str, ids: list[int], mask: list[bool], max_length: int) -> Sample:
-    ids, mask = ids[:max_length], mask[:max_length]
-    ids_T, mask_T = np.array(ids, dtype=np.int64), np.array(mask, dtype=np.bool_)
-    supervised_tokens = np.flatnonzero(mask_T)
-    keep = min(int(supervised_tokens[-1]) + 2, len(ids)) if len(supervised_tokens) else min(1, len(ids))
-    return Sample(
-        id=identity,
-        input_ids=torch.from_numpy(ids_T[:keep].copy()),
-        loss_mask=torch.from_numpy(mask_T[:keep].copy()),
-        original_length=len(ids),
-    )
 
 
 def _digest(text: str) -> str:

@@ -28,7 +28,7 @@ from deepspec_core.data.split import RULE
 from deepspec_core.data.stored_samples import StoredSamples
 from deepspec_core.data.token_store import Manifest, TokenStore
 from deepspec_core.data.token_workers import in_processes
-from deepspec_core.data.tokenizing import Sorting, Tokenisation, one_by_one
+from deepspec_core.data.tokenizing import Sorting, Tokenisation, in_chunks
 from deepspec_core.errors import DataError
 from deepspec_core.pipeline import workers
 from deepspec_core.progress import Progress
@@ -125,7 +125,7 @@ def _made(data: RunData, read: Counter[str], manifest: Manifest) -> Iterator[tup
         counts=Counter(last.counts if last else {}),
         seen=seen,
     )
-    each = one_by_one if options.workers == 1 else partial(in_processes, processes=options.workers)
+    each = in_chunks if options.workers == 1 else partial(in_processes, processes=options.workers)
     # What is stored is read again, since ids and prompts are told from all before them, and not tokenised again.
     conversations = islice(data.training_conversations(read, keep=True), done, None)
     with Progress(data.expected_conversations(), "tokenise", "conversations", done=done) as progress:

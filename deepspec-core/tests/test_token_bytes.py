@@ -1,0 +1,108 @@
+"""Masks by the bytes of tokens are those by the tokenizer's offsets, and a chunk's samples those of each alone."""
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import AddedToken, decoders, normalizers, processors
+
+from deepspec_core.data.answers import Answer, supervised
+from deepspec_core.data.conversations import Conversation
+from deepspec_core.data.encoding import Encoding, TextRow
+from deepspec_core.data.tokenize import ChatTokenizer
+from deepspec_core.data.tokenizing import Tokenisation
+from deepspec_core.testing.tiny_tokenizer import tiny_format, tiny_tokenizer
+
+PIECES = (
+    "the answer",
+    " two",
+    "\n",
+    "X",
+    "    ",
+    "😀",
+    "<|end|>",
+    "<|pad|>",
+    "e\u0301",
+    "é",
+    " ",
+    "日本",
+    "[gap]",
+    "1+1",
+)
+
+
+def _tokenizer(kind: str) -> Any:
+    tokenizer = tiny_tokenizer()
+    backend = tokenizer.backend_tokenizer
+    if kind == "a normaliser":
+        backend.normalizer = normalizers.NFC()
+    elif kind == "a token that swallows space":
+        tokenizer.add_tokens([AddedToken("[gap]", lstrip=True, rstrip=True)])
+    elif kind == "trimmed offsets":
+        backend.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=True)])
+    elif kind == "no bytes":
+        backend.decoder = decoders.WordPiece()
+    return tokenizer
+
+
+def _rows(rng: random.Random) -> list[TextRow]:
+    rows = []
+    for _ in range(rng.randrange(1, 9)):
+        text = "X" + "".join(rng.choices(PIECES, k=rng.randrange(0, 12)))
+        places = sorted(rng.choices(range(len(text) + 1), k=6))
+        spans = [Answer(start=places[i], text_end=places[i + 1], end=places[i + 2]) for i in (0, 3)]
+        rows.append(TextRow(text=text, spans=spans))
+    return rows
+
+
+@pytest.mark.parametrize(
+    "kind", ["plain", "a normaliser", "a token that swallows space", "trimmed offsets", "no bytes"]
+)
+def test_masks_are_those_by_offsets(kind: str) -> None:
+    rng = random.Random(kind)
+    encoding = Encoding(tokenizer=_tokenizer(kind))
+    assert (encoding.bytes is None) == (kind == "no bytes")
+    spaces = 0
+    for _ in range(150):
+        rows, most = _rows(rng), rng.choice((1, 5, 12, 1000))
+        for row, (ids_T, mask_T) in zip(rows, encoding.masked(rows, most), strict=True):
+            ids, offsets = encoding.with_offsets(row.text)
+            assert ids_T.tolist() == ids[:most]
+            wanted = supervised(offsets[:most], row.spans)
+            differs = [i for i, pair in enumerate(zip(mask_T.tolist(), wanted, strict=True)) if pair[0] != pair[1]]
+            # What by trimmed offsets has no width, a token of nothing but spaces, is text like any other.
+            if kind == "trimmed offsets":
+                differs = [i for i in differs if encoding.bytes.bytes_V[ids[i]].strip(b" ")]
+                spaces += mask_T.tolist() != wanted
+            assert not differs, (row, offsets, most, mask_T)
+    assert (spaces > 0) == (kind == "trimmed offsets")
+
+
+def test_a_chunk_is_each_of_its_conversations_alone() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% if messages|length > 3 %}{{ raise_exception('too long') }}{% endif %}" + str(
+        tokenizer.chat_template
+    )
+    tokenisation = Tokenisation(
+        tokenizer=ChatTokenizer(tokenizer), fmt=tiny_format(), max_length=40, system_prompt="Be short."
+    )
+    rng = random.Random(0)
+    conversations = []
+    for number in range(40):
+        said = [
+            {"role": ("user", "assistant")[turn % 2], "content": "x" + "".join(rng.choices(PIECES, k=6))}
+            for turn in range(rng.choice((1, 2, 2, 4)))
+        ]
+        conversations.append(Conversation(id=f"c{number}", messages=tuple(said)))
+    conversations[7] = Conversation(id="given", messages=(), input_ids=(5, 6, 7), loss_mask=(0, 1, 0))
+    together = tokenisation(conversations)
+    alone = [tokenisation([one])[0] for one in conversations]
+    assert [one.dropped for one in together] == [one.dropped for one in alone]
+    assert sum(one.dropped is not None and "too long" in one.dropped[1] for one in together) > 1
+    assert sum(bool(one.samples) for one in together) > 3
+    for here, there in zip(together, alone, strict=True):
+        for a, b in zip(here.samples, there.samples, strict=True):
+            assert (a.id, a.original_length) == (b.id, b.original_length)
+            assert torch.equal(a.input_ids, b.input_ids)
+            assert torch.equal(a.loss_mask, b.loss_mask)
