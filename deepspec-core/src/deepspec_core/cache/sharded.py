@@ -292,7 +292,8 @@ class ShardedReader:
         self._layers: tuple[int, ...] | None = None
         self._path, self._layout = path, layout
         self._shards = manifest.shards
-        self._places = [(shard, row) for shard, sealed in enumerate(manifest.shards) for row in range(len(sealed.ids))]
+        # Shard i has the samples [firsts[i], firsts[i + 1]).
+        self._firsts = np.cumsum([0, *(len(sealed.ids) for sealed in manifest.shards)])
         self._owner = os.getpid()
         self._files: OrderedDict[int, OpenShard] = OrderedDict()
 
@@ -300,7 +301,7 @@ class ShardedReader:
         return {**self.__dict__, "_files": OrderedDict()}
 
     def __len__(self) -> int:
-        return len(self._places)
+        return int(self._firsts[-1])
 
     def ids(self) -> list[str]:
         """In the order of writing."""
@@ -335,7 +336,10 @@ class ShardedReader:
         return features
 
     def _read(self, index: int, *, with_features: bool) -> Sample:
-        shard, row = self._places[index]
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        shard = int(np.searchsorted(self._firsts, index, side="right")) - 1
+        row = index - int(self._firsts[shard])
         try:
             file = self._open(shard)
             ids, mask, original_length = file.tokens(row)

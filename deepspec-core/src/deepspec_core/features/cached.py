@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,7 +24,7 @@ class CachedFeatures:
     def __init__(self, reader: CacheReader) -> None:
         self.reader = reader
         ids = reader.ids()
-        self._order = sorted(range(len(ids)), key=ids.__getitem__)
+        self._order = np.array(sorted(range(len(ids)), key=ids.__getitem__), dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self._order)
@@ -31,14 +32,14 @@ class CachedFeatures:
     def lengths(self) -> Sequence[int]:
         """Tokens of each sample."""
         lengths = self.reader.lengths()
-        return [lengths[index] for index in self._order]
+        return [lengths[index] for index in self._order.tolist()]
 
     def __getitem__(self, index: int) -> Sample:
         """The sample with its features.
 
         CacheError where a feature is not finite, since attention would spread it, and where a token id is none.
         """
-        sample = self.reader[self._order[index]]
+        sample = self.reader[int(self._order[index])]
         self._check_ids(sample)
         features = sample.features
         assert features is not None, "a cache holds features"
@@ -56,7 +57,7 @@ class CachedFeatures:
 
     def tokens_of(self, index: int) -> Sample:
         """The sample; its features are not looked at, and not read if the format can do without."""
-        sample = self.reader.tokens_of(self._order[index])
+        sample = self.reader.tokens_of(int(self._order[index]))
         self._check_ids(sample)
         return sample
 
