@@ -74,10 +74,10 @@ def reliability_by_position(runs: Sequence[Run]) -> list[Chart]:
                     drawn.axes.plot(*zip(*points, strict=True), **_line(index))
                 _unit(drawn.axes.set_xlim, drawn.axes.xaxis, marks=3)
                 _unit(drawn.axes.set_ylim, drawn.axes.yaxis, marks=3)
-            said = ", ".join(f"{one['ece']:.3f}" for _, one in found if one["ece"] is not None)
-            charts.append(
-                Chart(title=f"{title}: position {k + 1}", svg=drawn.svg(), remark=f"ECE {said}" if said else "")
-            )
+                said = ", ".join(f"{one['ece']:.3f}" for _, one in found if one["ece"] is not None)
+                charts.append(
+                    Chart(title=f"{title}: position {k + 1}", svg=drawn.svg(), remark=f"ECE {said}" if said else "")
+                )
     return charts
 
 
