@@ -10,15 +10,20 @@ from typing import Any
 
 import pytest
 import torch
+from attrs import evolve
 from counting_server import CountingServer, counting
 from jsonschema import Draft202012Validator
 from plugin_on_path import install_project
 
+from deepspec_core.cli.evaluate_server import _of_target
 from deepspec_core.cli.main import main
 from deepspec_core.contracts.proposer import Proposer
 from deepspec_core.data.tokenize import ChatTokenizer
+from deepspec_core.errors import ConfigError
 from deepspec_core.evaluation.metrics_file import schema
 from deepspec_core.interface.models import Target
+from deepspec_core.pipeline.evaluating_server import Asked, evaluate_server
+from deepspec_core.pipeline.run import Run
 from deepspec_core.plugins.discovery import load_plugins
 from deepspec_core.untrained.making import make_untrained, proposer_of
 from deepspec_core.untrained.named import untrained_of
@@ -244,3 +249,23 @@ def test_a_run_says_what_is_asked(finished_copy: Path, start: Start, capsys: pyt
     assert "turns_not_asked" in result
     assert main(["evaluate", str(folder), *small, "--target", TARGET]) == 2
     assert "--target is what RUN says" in capsys.readouterr().err
+
+
+def test_the_sampling_of_the_run_is_sent_or_refused(start: Start, here: Path) -> None:
+    server = start("vllm")
+    said = {"target": TARGET, "tasks": ["task.jsonl"], "max_new_tokens": 18, "temperatures": (0.0, 0.7)}
+    run = _of_target(said, load_plugins())
+
+    def asked(**options: Any) -> dict[str, Any]:
+        evaluated = evolve(run.file.evaluate, **options)
+        changed = Run(file=evolve(run.file, evaluate=evaluated), path=run.path, plugins=run.plugins)
+        return evaluate_server(changed, Asked(address=server.address, out=Path("served")))
+
+    with pytest.raises(ConfigError, match=r"(?s)evaluate\.stop"):
+        asked(stop=(".",))
+    assert not server.asked, "nothing was asked"
+    found = asked(repetition_penalty=1.3, top_p=0.9, samples=2)
+    assert {(one["repetition_penalty"], one["top_p"]) for one in server.asked} == {(1.3, 0.9)}
+    greedy, sampled = (one["samples"] for one in found["results"])
+    assert sampled == 2 * greedy, "greedy answers to one prompt are all the same"
+    assert found["settings"]["repetition_penalty"] == 1.3

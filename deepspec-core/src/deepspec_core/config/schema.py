@@ -348,7 +348,7 @@ class EvaluateOptions:
     confidence_threshold: A proposal ends before its first token of lower confidence, if the draft gives any; 0: not.
     draft: A draft checkpoint to evaluate (directory or Hub id) in place of the run's own.
     calibration: A file that `deepspec calibrate` wrote for this draft. The draft's confidences are scaled by it.
-    scheduler: {cost_table = "FILE"} verifies by Algorithm 1 of the DSpark paper, if the draft gives confidences.
+    scheduler: {cost_table = "FILE"} verifies what pays by that table, if the draft gives confidences.
     """
 
     tasks: tuple[str, ...] = (HELD_OUT,)

@@ -10,6 +10,7 @@ from itertools import pairwise
 
 from attrs import frozen
 
+from deepspec_core.contracts.proposer import Sampling
 from deepspec_core.decoding.engine import Completion, Request
 from deepspec_core.diagnosis.outcomes import Outcomes
 from deepspec_core.diagnosis.served import outcomes_of_counts
@@ -37,7 +38,7 @@ def ask(run: Run, requests: Sequence[Request], asked: Asked, *, max_new_tokens: 
     wanted = wanted_of(
         run,
         requests,
-        temperature=0.0,
+        sampling=Sampling(temperature=0.0),
         max_new_tokens=max_new_tokens,
         served_as=asked.served_as,
         api_key_env=asked.api_key_env,

@@ -16,7 +16,6 @@ from typing import Any, Final
 
 from attrs import evolve, frozen
 
-from deepspec_core.contracts.proposer import Sampling
 from deepspec_core.data.thinking import modes
 from deepspec_core.decoding.engine import Completion, Request
 from deepspec_core.disk import full_disk_is_an_error
@@ -28,6 +27,8 @@ from deepspec_core.evaluation.group_decoding import Failure
 from deepspec_core.evaluation.metrics_file import NAME as METRICS
 from deepspec_core.evaluation.metrics_file import VERSION, read_metrics, write_metrics
 from deepspec_core.evaluation.report import markdown
+from deepspec_core.evaluation.requests import repeated
+from deepspec_core.evaluation.sampled import sampling_at, told
 from deepspec_core.evaluation.served import figures
 from deepspec_core.evaluation.tasks import task_label
 from deepspec_core.evaluation.turns import LaterTurns
@@ -105,6 +106,14 @@ def evaluate_server(run: Run, asked: Asked) -> dict[str, Any]:
     """
     options = run.file.evaluate
     journals(options.tasks)
+    if options.stop:
+        raise ConfigError(
+            "A server is not asked to end answers at strings",
+            where="evaluate.stop",
+            found=", ".join(map(repr, options.stop)),
+            expected="none with --server: servers differ in whether an answer's ids have the tokens of such a string",
+            fix="Leave evaluate.stop out of the run file that --server reads.",
+        )
     asked = evolve(asked, address=address_of(asked.address))
     _require_free(asked)
     passes = [_pass(run, task, mode) for task, mode in product(options.tasks, modes(run.file.regenerate.thinking))]
@@ -115,7 +124,7 @@ def evaluate_server(run: Run, asked: Asked) -> dict[str, Any]:
         run,
         [request for one in passes for request in one.requests],
         # Whatever is drawn at all is asked with these settings later: a server must take them.
-        temperature=max(options.temperature),
+        sampling=sampling_at(options, max(options.temperature)),
         max_new_tokens=options.max_new_tokens,
         whole_context=options.turns != "first",
         served_as=asked.served_as,
@@ -132,13 +141,16 @@ def evaluate_server(run: Run, asked: Asked) -> dict[str, Any]:
     ):
         results, answers = [], []
         for one, temperature, batch_size in product(passes, options.temperature, options.batch_sizes):
+            # Greedy answers to one prompt are all the same.
+            samples = options.samples if temperature > 0 else 1
+            one = evolve(one, requests=tuple(repeated(one.requests, samples)))
             about = _about(run, one, temperature, batch_size)
             what = f"ask {server.engine.name} {one.task} at temperature {temperature:g}"
             with Progress(len(one.requests), what, "prompts") as progress:
                 measured = server.measure(
                     one.requests,
                     at_once=batch_size,
-                    wanted=evolve(wanted, sampling=Sampling(temperature=temperature)),
+                    wanted=evolve(wanted, sampling=sampling_at(options, temperature)),
                     following=_no_turn if one.later is None else one.later.next,
                     done=progress.advance,
                 )
@@ -193,13 +205,16 @@ def _recordings(run: Run, asked: Asked, passes: Sequence[_Pass]) -> _Recordings 
             fix="Evaluate again with --force evaluate, or compare with another run in --against.",
         )
     found = _Recordings(report=report, completions={key: _greedy(asked.own, report, *key) for key in map(_key, passes)})
-    comparable = 0.0 in run.file.evaluate.temperature and any(found.has(one) for one in passes)
+    options, settings = run.file.evaluate, report["settings"]
+    alike = settings.get("repetition_penalty", 1.0) == options.repetition_penalty and not settings.get("stop")
+    comparable = alike and 0.0 in options.temperature and any(found.has(one) for one in passes)
     if asked.required and not comparable:
         raise ConfigError(
             "Nothing could be compared",
             where=asked.own,
             found="no recorded greedy answer to a prompt that is asked greedily",
-            expected="an evaluation at temperature 0 of the same tasks, and --temperature 0 here",
+            expected="an evaluation at temperature 0 of the same tasks with the same penalty and without stop strings, "
+            "and --temperature 0 here",
             fix="Evaluate it with evaluate.temperature = [0.0], or leave --against out.",
         )
     return found if comparable else None
@@ -303,6 +318,7 @@ def _report(run: Run, server: Server, asked: Asked, results: list[dict[str, Any]
             "max_new_tokens": options.max_new_tokens,
             "seed": options.seed,
             "confidence_threshold": None,
+            **told(options),
             "system_prompt": run.file.data.system_prompt,
             "thinking": run.file.regenerate.thinking,
         },

@@ -76,7 +76,7 @@ class TokenIds:
             "top_p": sampling.top_p,
             "top_k": sampling.top_k or -1,  # off, to both
             "min_p": sampling.min_p,
-            "repetition_penalty": 1.0,
+            "repetition_penalty": sampling.repetition_penalty,
             "presence_penalty": 0.0,
             "frequency_penalty": 0.0,
             "stop_token_ids": list(wanted.stop_ids),
@@ -108,7 +108,8 @@ class GenerationConfigText:
 
     def body(self, wanted: Wanted, *, model: str, prompt_ids: tuple[int, ...], limit: int, seed: int) -> dict[str, Any]:
         """A request. Refusal where no text becomes these ids."""
-        config = {**_sampling(wanted.sampling), "max_new_tokens": limit, "repetition_penalty": 1.0}
+        sampling = wanted.sampling
+        config = {**_sampling(sampling), "max_new_tokens": limit, "repetition_penalty": sampling.repetition_penalty}
         config |= {"eos_token_id": list(wanted.stop_ids), "pad_token_id": wanted.end_id}
         return {
             "model": model,

@@ -108,6 +108,7 @@ class _LlamaCppIds:
     def body(self, wanted: Wanted, *, model: str, prompt_ids: tuple[int, ...], limit: int, seed: int) -> dict[str, Any]:
         """A request. What it may reuse of earlier prompts is computed anew."""
         sampling = wanted.sampling
+        penalties = ["penalties"] if sampling.repetition_penalty != 1 else []
         return {
             "prompt": list(prompt_ids),
             "n_predict": limit,
@@ -116,8 +117,9 @@ class _LlamaCppIds:
             "top_k": sampling.top_k,
             "top_p": sampling.top_p,
             "min_p": sampling.min_p,
-            "samplers": ["temperature", "top_k", "top_p", "min_p"],
-            "repeat_penalty": 1.0,
+            "samplers": [*penalties, "temperature", "top_k", "top_p", "min_p"],
+            "repeat_penalty": sampling.repetition_penalty,
+            "repeat_last_n": -1,  # prompt and answer
             "presence_penalty": 0.0,
             "frequency_penalty": 0.0,
             "cache_prompt": False,
@@ -131,7 +133,7 @@ class _LlamaCppIds:
     def in_form(self, content: dict[str, Any], body: dict[str, Any]) -> dict[str, Any]:
         """Its `tokens` and counts. Fault where it sampled otherwise than it was asked."""
         took = content.get("generation_settings")
-        for name in ("temperature", "top_k", "top_p", "min_p"):
+        for name in ("temperature", "top_k", "top_p", "min_p", "repeat_penalty"):
             value = took.get(name) if isinstance(took, dict) else None
             # It keeps settings in single precision.
             if type(value) in (int, float) and abs(value - body[name]) > 1e-6 * max(1.0, abs(body[name])):
@@ -201,7 +203,7 @@ class _SGLangIds:
             "top_p": sampling.top_p,
             "top_k": sampling.top_k or -1,
             "min_p": sampling.min_p,
-            "repetition_penalty": 1.0,
+            "repetition_penalty": sampling.repetition_penalty,
             "presence_penalty": 0.0,
             "frequency_penalty": 0.0,
             "stop_token_ids": list(wanted.stop_ids),

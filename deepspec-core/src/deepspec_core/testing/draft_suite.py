@@ -383,9 +383,7 @@ class DraftModelSuite(ProposerSuite):
         for row in range(len(rows.hidden)):
             by_block.setdefault(int(rows.block[row]), []).append(row)
         for found in by_block.values():
-            if where is None or [place for _, place in (where[row] for row in found)][:count] == list(
-                range(at, at + count)
-            ):
+            if where is None or [where[row][1] for row in found][:count] == list(range(at, at + count)):
                 return found[:count]
         return None
 
