@@ -82,9 +82,14 @@ def finished(output: Path) -> list[dict[str, Any]]:
         for folder in sorted(output.glob(f"{name}-seed*"))
         if (folder / "metrics.json").is_file()
     ]
-    if len({run["steps"] for run in runs}) > 1:
-        sys.exit(f"{output} has runs of different numbers of steps: choose another --output")
+    if len({how_made(run) for run in runs}) > 1:
+        sys.exit(f"{output} has runs of other steps, temperatures or numbers of prompts: choose another --output")
     return runs
+
+
+def how_made(run: dict[str, Any]) -> tuple[Any, ...]:
+    """What has to be equal for two runs to stand in one table."""
+    return (run["steps"], *((result["temperature"], result["samples"]) for result in run["results"]))
 
 
 def of_all_seeds(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -14,12 +14,13 @@ from attrs import evolve
 from torch import Tensor
 
 from deepspec_core.contracts.draft import DraftBatch, DraftDescription
-from deepspec_core.contracts.proposer import Proposer
 from deepspec_core.contracts.rows import Rows
 from deepspec_core.contracts.target import TargetAdapter
 from deepspec_core.errors import ConfigError
 from deepspec_core.layers.softcap import softcapped
 from deepspec_dflash.model import DFlashModel
+from deepspec_dflash.proposer import DFlashProposer
+from deepspec_dflash.tree import DFlashTreeProposer
 from deepspec_dflash2.convolution import BlockConvolution
 from deepspec_dflash2.options import CLASS, KEYS, DFlash2Options
 from deepspec_dflash2.proposer import DFlash2Proposer, DFlash2TreeProposer
@@ -36,7 +37,8 @@ class DFlash2Draft(DFlashModel):
         super().__init__(options, adapter, taps)
         self.class_name, architecture = CLASS, adapter.architecture
         size, taps_of_kernel, group = architecture.hidden_size, options.conv_kernel_size, options.conv_group_size
-        self.vocab_size, self.candidate_selector = architecture.vocab_size, None
+        self.vocab_size = architecture.vocab_size
+        self.candidate_selector: CandidateSelector | None = None
         # Of a reduced vocabulary there may be no more.
         self.num_candidates = min(options.selector_top_k, self.head_rows)
         if taps_of_kernel and size % group:
@@ -74,11 +76,11 @@ class DFlash2Draft(DFlashModel):
 
         return given
 
-    def proposer(self) -> Proposer:
+    def proposer(self) -> DFlashProposer:
         """Chains; without a selector, DFlash's."""
         return DFlash2Proposer(self) if self.candidate_selector else super().proposer()
 
-    def tree_proposer(self, nodes: int) -> Proposer:
+    def tree_proposer(self, nodes: int) -> DFlashTreeProposer:
         """Trees; without a selector, DFlash's."""
         return DFlash2TreeProposer(self, nodes) if self.candidate_selector else super().tree_proposer(nodes)
 
