@@ -21,8 +21,6 @@ from deepspec_core.data.conversations import Conversation, from_row
 from deepspec_core.data.regenerate import RegenerateReport, regenerate
 from deepspec_core.data.tokenize import ChatTokenizer
 from deepspec_core.errors import ConfigError, DataError
-from deepspec_core.servers.connection import Fault
-from deepspec_core.servers.engines import ENGINES
 from deepspec_core.servers.farm import Farm
 from deepspec_core.servers.wanted import Wanted
 from deepspec_core.stopping import stopped_by_sigterm
@@ -378,21 +376,6 @@ def test_settings_are_sent_as_they_are(tmp_path: Path, tokenizer: ChatTokenizer,
     assert config["do_sample"] is True
     assert sent["seed"] == text.asked[0]["seed"]
     assert sent["stop_token_ids"] == config["eos_token_id"] == [END]
-
-
-@pytest.mark.parametrize("penalty", [1.0, 1.2])
-def test_every_engine_that_is_measured_is_sent_the_penalty(tokenizer: ChatTokenizer, penalty: float) -> None:
-    wanted = _wanted(tokenizer, sampling=Sampling(temperature=0.0, repetition_penalty=penalty))
-    for engine in ENGINES:
-        body = engine.dialect.body(wanted, model="m", prompt_ids=(3, 4), limit=5, seed=1)
-        settings = body.get("sampling_params", body)
-        assert settings["repeat_penalty" if engine.name == "llama.cpp" else "repetition_penalty"] == penalty
-        if engine.name == "llama.cpp":
-            assert ("penalties" in settings["samplers"]) == (penalty != 1)
-            assert settings["repeat_last_n"] == -1, "of the prompt and the answer"
-            took = {name: body[name] for name in ("temperature", "top_k", "top_p", "min_p")}
-            with pytest.raises(Fault, match="repeat_penalty = 3"):
-                engine.dialect.in_form({"generation_settings": {**took, "repeat_penalty": 3.0}}, body)
 
 
 def test_a_key_opens_and_is_in_no_message(tokenizer: ChatTokenizer, servers: Servers) -> None:

@@ -1,8 +1,8 @@
 """A cache of sealed shards: one writer at a time, shards that count only once they are whole, readers that trust none.
 
 A shard is written as NAME.HOST-PID.partial, synced, renamed, and entered in the manifest; only then do its samples
-count. What is inside a shard, a `ShardLayout` says (shard_layout.py). Knows files,
-locks and manifests; not where features come from.
+count. What is inside a shard, a `ShardLayout` says (shard_layout.py). Knows files, locks and manifests; not where
+features come from.
 """
 
 from __future__ import annotations
@@ -332,8 +332,7 @@ class ShardedReader:
         narrow = getattr(file, "features_of", None)
         if narrow is None:
             return of_layers(file.features(row), self._layers, self.header.hidden_size)
-        features: TargetFeatures = narrow(row, self._layers)
-        return features
+        return narrow(row, self._layers)  # type: ignore[no-any-return]
 
     def _read(self, index: int, *, with_features: bool) -> Sample:
         if not 0 <= index < len(self):
