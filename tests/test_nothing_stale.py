@@ -131,6 +131,27 @@ def test_edited_answers_are_refused(finished_copy: Path, capsys: pytest.CaptureF
     assert "The file of regenerated conversations changed" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("says_what_it_knew", [True, False])
+def test_a_key_that_came_with_a_later_version_is_refused(
+    finished_copy: Path, capsys: pytest.CaptureFixture[str], says_what_it_knew: bool
+) -> None:
+    """Results that were made before run files had `evaluate.top_p` do not follow it."""
+    path = _folder(finished_copy) / "evaluate" / "stage.json"
+    record = json.loads(path.read_text())
+    known = [key for key in record["known"] if key != "evaluate.top_p"]
+    assert len(known) == len(record["known"]) - 1
+    record |= {"known": known if says_what_it_knew else []}
+    del record["keys"]["evaluate.top_p"]
+    record["reads"].remove("evaluate.top_p")
+    path.write_text(json.dumps(record))
+    command = ["run", str(finished_copy), "--smoke", *ONE_THREAD]
+    assert main(command) == 0
+    assert main([*command, "--set", "evaluate.top_p=0.3"]) == 2
+    told = capsys.readouterr().err
+    assert "`evaluate.top_p` changed under the results of the stage `evaluate`" in told
+    assert "evaluate.top_p = 1.0, which the results were made with" in told
+
+
 def test_a_stage_left_out_later_is_refused(finished_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", str(finished_copy), "--smoke", "--set", 'run.stages=["cache", "train"]']) == 2
     assert "`run.stages.regenerate` changed under the results of the stage `cache`" in capsys.readouterr().err

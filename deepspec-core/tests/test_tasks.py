@@ -12,6 +12,7 @@ import pytest
 
 from deepspec_core.errors import DataError
 from deepspec_core.evaluation.tasks import Prompt, load_task, task_digest, task_name
+from deepspec_core.evaluation.turns import prompt_of, sample_id
 from deepspec_core.plugins.registry import Registry
 
 
@@ -112,3 +113,12 @@ def test_every_benchmark_file_loads_whole() -> None:
     for file in files:
         prompts = load_task(str(file), limit=None, seed=7, base=Path(), registry=Registry(), held_out=list)
         assert len(prompts) == sum(bool(line.strip()) for line in file.read_bytes().split(b"\n")), file.name
+
+
+@pytest.mark.parametrize("named", ["q (sample 2)", "q (turn 3)"])
+def test_no_prompt_is_named_as_a_sample_or_a_turn_is(tmp_path: Path, named: str) -> None:
+    """Answers are told apart by the names of samples and turns."""
+    prompts = _load(tmp_path, [{"id": name, "turns": ["Why?"]} for name in ("q", named)])
+    assert [prompt.id for prompt in prompts] == ["q", f"{named}."]
+    assert [prompt_of(prompt.id) for prompt in prompts] == ["q", f"{named}."]
+    assert prompt_of(sample_id(f"{named}.", 2)) == f"{named}."

@@ -78,6 +78,17 @@ class TokenStore:
             return None
         return StoredSamples([self.folder / shard.file for shard in found.shards]), Counter(found.counts)
 
+    def of_other_facts(self) -> list[str] | None:
+        """The names of the facts that differ, where the store is whole and was made from others; else None."""
+        try:
+            content = read_object(self.folder / MANIFEST, kind=DataError)
+        except (FileNotFoundError, DataError):
+            return None
+        made_from = content.get("made_from")
+        if content.get("counts") is None or not isinstance(made_from, dict) or made_from == self.made_from:
+            return None
+        return _changed(self.made_from, made_from)
+
     def fill(self, make: Make, read: Counter[str], check: Callable[[], None]) -> None:
         """Store what is missing. What is wrong with the store is a warning. StageError where another process writes it.
 
@@ -172,9 +183,7 @@ class TokenStore:
             return empty, f"{MANIFEST} is damaged"
         made_from: dict[str, Any] = parts["made_from"] or {}
         if made_from != self.made_from:
-            now = self.made_from
-            changed = [key for key in {**now, **made_from} if now.get(key) != made_from.get(key)]
-            return empty, "changed since: " + ", ".join(changed)
+            return empty, "changed since: " + ", ".join(_changed(self.made_from, made_from))
         try:
             shards = tuple(StoredShard(**shard) for shard in parts["shards"] or ())
         except (TypeError, ValueError) as error:
@@ -186,6 +195,10 @@ class TokenStore:
         for index, shard in enumerate(shards):
             if (problem := _problem(self.folder / shard.file, shard)) is not None:
                 yield index, f"A shard of the stored tokens is damaged: {self.folder / shard.file}: {problem}"
+
+
+def _changed(now: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
+    return [key for key in {**now, **before} if now.get(key) != before.get(key)]
 
 
 def _problem(path: Path, shard: StoredShard) -> str | None:

@@ -28,6 +28,7 @@ from deepspec_core.plugins.specs import TaskSpec
 
 HELD_OUT_QUOTA = 500
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*")
+_OF_A_PROMPT = re.compile(r" \((sample|turn) \d+\)$")
 # A file of a task's rows may hold conversations instead, under one of these. Other names may be columns of the task's.
 _CONVERSATIONS = ("messages", "conversations", "turns")
 
@@ -168,6 +169,11 @@ def _read_file(path: Path, base: Path, name: str, mapped: Callable[[Any, str], A
     ]
 
 
+def _plain(identity: str) -> str:
+    """The id, with a full stop behind it where it ends as the ids of further samples and turns do (turns.py)."""
+    return f"{identity}." if _OF_A_PROMPT.search(identity) else identity
+
+
 def _prompt(row: Any, index: int, name: str, where: str) -> Prompt:
     """The messages up to the first user turn. DataError if there is none, or if the row is malformed."""
     said = {key: row[key] for key in row if key not in TOKENS} if isinstance(row, Mapping) else row
@@ -184,7 +190,7 @@ def _prompt(row: Any, index: int, name: str, where: str) -> Prompt:
     if not conversation.messages[asked]["content"].strip():
         raise DataError("A task's question is empty", where=where, expected="a user message with text")
     prompt = Prompt(
-        id=identity_of(row, where) or f"{name}-{index}",
+        id=_plain(identity_of(row, where) or f"{name}-{index}"),
         index=index,
         messages=conversation.messages[: asked + 1],
         tools=conversation.tools,

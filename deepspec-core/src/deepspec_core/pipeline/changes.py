@@ -15,7 +15,7 @@ from deepspec_core.digests import digests_of
 from deepspec_core.errors import DeepSpecError, StageError
 from deepspec_core.evaluation.metrics_file import NAME as METRICS
 from deepspec_core.pipeline import contents
-from deepspec_core.pipeline.fingerprint import StageRecord, differences, fingerprint, flatten
+from deepspec_core.pipeline.fingerprint import StageRecord, added_since, differences, fingerprint, flatten
 from deepspec_core.pipeline.run import Run
 
 # How many characters of a digest messages show.
@@ -27,6 +27,7 @@ def refuse_changes(run: Run, record: StageRecord) -> None:
     stage, folder = record.stage, run.stage_folder(record.stage)
     back = f"choose another run.output, or discard the results with --force {stage}."
     changes = differences(record.keys, fingerprint(flatten(run.file), record.names_read))
+    changes += added_since(run.file, record)
     if changes:
         key, old, new = changes[0]
         others = ", ".join(name for name, _, _ in changes[1:6])

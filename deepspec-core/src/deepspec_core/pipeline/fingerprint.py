@@ -18,7 +18,7 @@ from attrs import field, frozen
 from attrs.validators import instance_of
 
 from deepspec_core.config.load import RunFile
-from deepspec_core.config.schema import KNOWN_STAGES, READ_ALONE
+from deepspec_core.config.schema import KNOWN_STAGES, READ_ALONE, changes_results
 from deepspec_core.disk import refuse_folder
 from deepspec_core.errors import StageError
 
@@ -45,6 +45,38 @@ def flatten(run_file: RunFile) -> dict[str, Any]:
     # Each stage is a key by itself, because a stage may depend on whether the run has another one (Run.has).
     flat |= {f"run.stages.{stage}": stage in run_file.run.stages for stage in KNOWN_STAGES}
     return flat
+
+
+def schema_keys(run_file: RunFile) -> dict[str, tuple[Any, Any]]:
+    """The keys that core's sections have in this version, with their values and defaults. Keys that change no results,
+    and those without a default, are left out, as are those that a plugin or the user names.
+    """
+    keys: dict[str, tuple[Any, Any]] = {}
+    for section in attrs.fields(RunFile):
+        options = getattr(run_file, section.name)
+        for attribute in attrs.fields(type(options)) if attrs.has(type(options)) else ():
+            value, default = getattr(options, attribute.name), attribute.default
+            if isinstance(default, attrs.Factory):  # type: ignore[arg-type]
+                default = default.factory() if not default.takes_self else attrs.NOTHING
+            if default is not attrs.NOTHING and changes_results(attribute) and attribute.name != "options":
+                keys[f"{section.name}.{attribute.name}"] = (value, default)
+    return keys
+
+
+def added_since(run_file: RunFile, record: StageRecord) -> list[tuple[str, Any, Any]]:
+    """(key, default, value) of every key that is not at its default, and that no results of `record` can know: the
+    version that made them did not have it.
+
+    An older record does not say which keys there were. Of its own section, keys that it did not read then count.
+    """
+
+    def unknown(key: str) -> bool:
+        if record.known:
+            return key not in record.known
+        return key.startswith(f"{record.stage}.") and not any(_covers(name, key) for name in record.names_read)
+
+    added = [(key, *both) for key, both in sorted(schema_keys(run_file).items()) if unknown(key)]
+    return [(key, default, value) for key, value, default in added if value != default]
 
 
 def _plain(value: Any) -> Any:
@@ -78,6 +110,8 @@ class StageRecord:
     content: The digests of the other content that the stage read.
     made: The digests of what a finished stage left for later ones.
     plugins: The installed versions. Where a stage was resumed with another one, both stand there.
+    known: The keys that run files could have. Later versions have more, which these results do not follow. Older
+        records do not say them.
     """
 
     stage: str = field(validator=instance_of(str))
@@ -89,6 +123,7 @@ class StageRecord:
     reads: list[str] = field(factory=list, validator=instance_of(list))
     content: dict[str, str] = field(factory=dict, validator=instance_of(dict))
     made: dict[str, str] = field(factory=dict, validator=instance_of(dict))
+    known: list[str] = field(factory=list, validator=instance_of(list))
 
     @property
     def names_read(self) -> list[str]:

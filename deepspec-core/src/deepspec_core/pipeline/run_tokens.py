@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, Final
 
 import attrs
 import jinja2
@@ -33,6 +33,10 @@ from deepspec_core.errors import DataError
 from deepspec_core.pipeline import workers
 from deepspec_core.progress import Progress
 
+# How long a worker looks at tokens made from something else before it says so.
+_PATIENCE_SECONDS: Final = 120.0
+# So many rows of a plugin tell whether its code gives other ones; it may give more than anybody waits for.
+_ROWS_THAT_TELL: Final = 4096
 # run_data.RunData, which imports this module.
 RunData = Any
 
@@ -54,9 +58,22 @@ def stored_samples(data: RunData) -> tuple[StoredSamples, Counter[str]]:
                 where=store.folder,
                 fix="Check the disk, and what else writes there.",
             )
+    since = time.monotonic()
     while ready is None:
+        workers.crew().check()
         time.sleep(workers.POLL_SECONDS)
         ready = store.ready()
+        # What an earlier run left is of other facts too, until the first worker begins to make it anew.
+        if (others := store.of_other_facts()) is None:
+            since = time.monotonic()
+        elif time.monotonic() - since > _PATIENCE_SECONDS:
+            raise DataError(
+                f"Worker {workers.rank()} would make other tokens than the first one",
+                where=store.folder,
+                found="other values of: " + ", ".join(others),
+                expected="the same sources, tokenizer and versions for every worker",
+                fix="Sources of a plugin must give the same rows in the same order in every process.",
+            )
     return ready
 
 
@@ -95,11 +112,12 @@ def made_from(data: RunData) -> dict[str, Any]:
 
 
 def _rows_digest(data: RunData, index: int) -> str:
-    """Of the rows that a plugin ships: they come from its code, which may change under one version."""
+    """Of the first rows that a plugin ships: they come from its code, which may change under one version."""
     source = data.options.sources[index]
     assert source.path.startswith(BUILTIN), "every other source has a digest"
     digest = xxhash.xxh3_128()
-    for row in rows_of(source, "train", seed=data.seed, base=data.base, registry=data.registry):
+    rows = rows_of(source, "train", seed=data.seed, base=data.base, registry=data.registry)
+    for row in islice(rows, min(source.limit or _ROWS_THAT_TELL, _ROWS_THAT_TELL)):
         digest.update(json.dumps(row.value, default=str).encode())
     return digest.hexdigest()
 

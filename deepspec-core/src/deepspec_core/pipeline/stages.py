@@ -22,7 +22,7 @@ from deepspec_core.errors import StageError, nearest
 from deepspec_core.locks import LOCK
 from deepspec_core.pipeline import contents, threads, workers
 from deepspec_core.pipeline.changes import digest_now, refuse_changes
-from deepspec_core.pipeline.fingerprint import RECORD, StageRecord, fingerprint, flatten, read_record
+from deepspec_core.pipeline.fingerprint import RECORD, StageRecord, fingerprint, flatten, read_record, schema_keys
 from deepspec_core.pipeline.reads import Trace
 from deepspec_core.pipeline.run import Run
 from deepspec_core.plugins.references import resolve
@@ -210,7 +210,8 @@ def execute(run: Run, steps: Sequence[Step], *, say: Callable[[str], None]) -> d
 def _do(run: Run, step: Step, say: Callable[[str], None]) -> StageRecord:
     """Do one stage. At every moment its record on disk names everything that was read so far."""
     name, folder, before, start = step.stage.name, run.stage_folder(step.stage.name), step.record, time.monotonic()
-    flat, versions = flatten(run.file), _versions(run, name, before)
+    # All keys are looked at here, before what the stage reads is noted.
+    flat, known, versions = flatten(run.file), sorted(schema_keys(run.file)), _versions(run, name, before)
 
     def record_of(read: Trace, *, complete: bool = False, summary: dict[str, Any] | None = None) -> StageRecord:
         if before is not None:
@@ -226,6 +227,7 @@ def _do(run: Run, step: Step, say: Callable[[str], None]) -> StageRecord:
             reads=sorted(read.keys),
             content=read.content,
             made=_made(run, step.stage) if complete else {},
+            known=known,
         )
 
     def keep(read: Trace) -> None:
