@@ -1,13 +1,15 @@
 """Masks by the bytes of tokens are those by the tokenizer's offsets, and a chunk's samples those of each alone."""
 
+import json
 import random
 from typing import Any
 
 import pytest
 import torch
-from tokenizers import AddedToken, decoders, normalizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
-from deepspec_core.data.answers import Answer, supervised
+from deepspec_core.data.answers import Answer, Supervision, supervised
 from deepspec_core.data.conversations import Conversation
 from deepspec_core.data.encoding import Encoding, TextRow
 from deepspec_core.data.tokenize import ChatTokenizer
@@ -63,20 +65,13 @@ def test_masks_are_those_by_offsets(kind: str) -> None:
     rng = random.Random(kind)
     encoding = Encoding(tokenizer=_tokenizer(kind))
     assert (encoding.bytes is None) == (kind == "no bytes")
-    spaces = 0
     for _ in range(150):
         rows, most = _rows(rng), rng.choice((1, 5, 12, 1000))
         for row, (ids_T, mask_T) in zip(rows, encoding.masked(rows, most), strict=True):
             ids, offsets = encoding.with_offsets(row.text)
             assert ids_T.tolist() == ids[:most]
             wanted = supervised(offsets[:most], row.spans)
-            differs = [i for i, pair in enumerate(zip(mask_T.tolist(), wanted, strict=True)) if pair[0] != pair[1]]
-            # What by trimmed offsets has no width, a token of nothing but spaces, is text like any other.
-            if kind == "trimmed offsets":
-                differs = [i for i in differs if encoding.bytes.bytes_V[ids[i]].strip(b" ")]
-                spaces += mask_T.tolist() != wanted
-            assert not differs, (row, offsets, most, mask_T)
-    assert (spaces > 0) == (kind == "trimmed offsets")
+            assert mask_T.tolist() == wanted, (row, offsets, most)
 
 
 def test_a_chunk_is_each_of_its_conversations_alone() -> None:
@@ -106,3 +101,55 @@ def test_a_chunk_is_each_of_its_conversations_alone() -> None:
             assert (a.id, a.original_length) == (b.id, b.original_length)
             assert torch.equal(a.input_ids, b.input_ids)
             assert torch.equal(a.loss_mask, b.loss_mask)
+
+
+def _chat_with_end(**flags: bool) -> Any:
+    """The tiny tokenizer, whose end marker takes white space beside it."""
+    tokenizer = tiny_tokenizer()
+    facts = json.loads(tokenizer.backend_tokenizer.to_str())
+    (end,) = (token for token in facts["added_tokens"] if token["content"] == "<|end|>")
+    end.update(flags)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(facts)), chat_template=tokenizer.chat_template
+    )
+
+
+@pytest.mark.parametrize("decoder", [decoders.ByteLevel(), decoders.WordPiece()], ids=["bytes", "offsets"])
+@pytest.mark.parametrize("newline", [False, True])
+@pytest.mark.parametrize("flags", [{"rstrip": True}, {"lstrip": True}, {"lstrip": True, "rstrip": True}])
+def test_a_marker_that_swallows_white_space_is_supervised(flags: dict[str, bool], newline: bool, decoder: Any) -> None:
+    tokenizer = _chat_with_end(**flags)
+    tokenizer.backend_tokenizer.decoder = decoder
+    said = [("user", "1+1"), ("assistant", "two"), ("user", "X"), ("assistant", "the answer")]
+    messages = tuple({"role": role, "content": content} for role, content in said)
+    chat = ChatTokenizer(tokenizer)
+    supervision = Supervision(newline=newline)
+    samples = chat.samples(Conversation(id="c", messages=messages), tiny_format(), None, 999, supervision)
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    for sample in samples:
+        assert sample.input_ids[sample.loss_mask].tolist().count(end) == 2 // len(samples)
+    assert chat.template_fingerprint(tiny_format(), None) != ChatTokenizer(tiny_tokenizer()).template_fingerprint(
+        tiny_format(), None
+    )
+
+
+@pytest.mark.parametrize("change", ["a normaliser", "a space before"])
+def test_spaces_are_supervised_where_trimmed_offsets_alone_tell(change: str) -> None:
+    tokenizer = tiny_tokenizer()
+    backend = tokenizer.backend_tokenizer
+    backend.post_processor = processors.ByteLevel(trim_offsets=True)
+    if change == "a normaliser":
+        backend.normalizer = normalizers.NFC()
+    else:
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    encoding = Encoding(tokenizer=tokenizer)
+    head, said, rest = "<|start|>assistant\n", "    if e\u0301:\n        X\n\n   日  ", "\n  X"
+    end = len(head) + len(said)
+    row = TextRow(text=head + said + "<|end|>" + rest, spans=[Answer(start=len(head), text_end=end, end=end + 7)])
+    ((ids_T, mask_T),) = encoding.masked([row], 999)
+    (begin, *_), stop = mask_T.nonzero()[0], ids_T.tolist().index(1) + 1
+    assert mask_T.tolist() == [begin <= place < stop for place in range(len(ids_T))]
+    assert tokenizer.decode(ids_T[mask_T]).replace("\u00e9", "e\u0301").replace(" ", "") == (
+        said.replace(" ", "") + "<|end|>"
+    )
+    assert tokenizer.decode(ids_T[mask_T]).count(" ") >= said.count(" ")

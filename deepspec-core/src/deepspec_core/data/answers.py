@@ -171,15 +171,29 @@ def rows(answers: Sequence[Reply], supervision: Supervision) -> list[tuple[str, 
 
 
 def supervised(offsets: Sequence[tuple[int, int]], answers: Sequence[Answer]) -> list[bool]:
-    """Per token, whether it lies within an answer. Of a marker that is cut off, no token counts."""
+    """Per token, whether it lies within an answer. Of a marker that is cut off, no token counts.
+
+    A token without characters stands where its offsets end, for what is between it and the token before it: offsets
+    that are trimmed leave nothing of a token that is only spaces.
+    """
     seen = offsets[-1][1] if offsets else 0
-    mask = [False] * len(offsets)
+    offsets, mask = _with_spaces(offsets), [False] * len(offsets)
     for answer in answers:
         start, end = answer.start, answer.end if answer.end <= seen else answer.text_end
         # Tokens begin one after the other in the text.
         first, last = (bisect_left(offsets, place, key=_BEGIN) for place in (start, end))
-        mask[first:last] = [begin < stop <= end for begin, stop in offsets[first:last]]
+        mask[first:last] = [start <= begin < stop <= end for begin, stop in offsets[first:last]]
     return mask
+
+
+def _with_spaces(offsets: Sequence[tuple[int, int]]) -> Sequence[tuple[int, int]]:
+    if all(begin < stop for begin, stop in offsets):
+        return offsets
+    found, before = [], 0
+    for begin, stop in offsets:
+        found.append((min(before, stop) if begin == stop else begin, stop))
+        before = max(before, stop)
+    return found
 
 
 def last_run(mask: Sequence[int]) -> list[bool]:

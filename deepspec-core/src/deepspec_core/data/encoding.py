@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from deepspec_core.contracts.draft import Sample
 from deepspec_core.data.answers import Answer, supervised
-from deepspec_core.data.token_bytes import TokenBytes, token_bytes
+from deepspec_core.data.token_bytes import TokenBytes, token_bytes, trims_offsets
 
 Array = np.ndarray[Any, Any]
 # What the tokenizer returns for a text is a hundred times as large, so few long texts are encoded at once.
@@ -61,14 +61,18 @@ class Encoding:
     tokenizer: Any
 
     def with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Token ids, and the characters each stands for."""
+        """Token ids, and the characters each stands for, without white space that an added token swallows."""
         if not self._has_own_ways:
             # What is around the Rust tokenizer takes a third of the time, and does nothing for one text.
             read = self._undisturbed().encode(text, add_special_tokens=False)
-            return read.ids, read.offsets
-        # verbose: samples are cut at the target's positions, so the library's warning of long ones means nothing here.
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        return encoded["input_ids"], encoded["offset_mapping"]
+            ids, offsets = read.ids, read.offsets
+        else:
+            # verbose: samples are cut at the target's positions, so the library's warning of long ones means nothing.
+            encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+        if self.swallowing:
+            offsets = [self._own(text, *each) for each in zip(ids, offsets, strict=True)]
+        return ids, offsets
 
     def masked(self, rows: Sequence[TextRow], most: int) -> Iterator[tuple[Array, Array]]:
         """The first `most` token ids [T] int64 of each text, and which of them are supervised, [T] bool."""
@@ -92,10 +96,21 @@ class Encoding:
         """The bytes of tokens; None where they tell nothing of a text."""
         return None if self._has_own_ways else token_bytes(self.tokenizer)
 
-    @property
+    @cached_property
+    def swallowing(self) -> dict[int, str]:
+        """The added tokens that take the white space beside them, by id: an answer's end marker may be one."""
+        added = self.tokenizer.added_tokens_decoder.items()
+        return {index: token.content for index, token in added if token.lstrip or token.rstrip}
+
+    @cached_property
     def counts_spaces(self) -> bool:
         """Whether tokens of nothing but spaces are supervised against the tokenizer's own offsets."""
-        return self.bytes is not None and self.bytes.trims
+        return trims_offsets(self.tokenizer.backend_tokenizer)
+
+    def _own(self, text: str, index: int, offset: tuple[int, int]) -> tuple[int, int]:
+        content = self.swallowing.get(index)
+        at = -1 if content is None else text.find(content, *offset)
+        return offset if content is None or at < 0 else (at, at + len(content))
 
     def _masked_by_offsets(self, row: TextRow, most: int) -> tuple[Array, Array]:
         ids, offsets = self.with_offsets(row.text)

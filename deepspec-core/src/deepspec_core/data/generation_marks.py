@@ -1,13 +1,15 @@
 """The {% generation %} marks of a chat template: what its author wants to be supervised.
 
 The marks write nothing. To see where they stand, each is replaced by a sign that no text has, with the white space
-that Jinja removes around a block removed as well. Knows a template's source and its renderings; not how it is run.
+that Jinja removes around a block removed as well. Which of them are blocks is Jinja's to say: in a comment, a string
+or a raw section a mark is text. Knows a template's source and its renderings; not how it is run.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Final
 
 from deepspec_core.data.answers import Answer
@@ -21,21 +23,46 @@ _TAG: Final = re.compile(
 )
 
 
+@lru_cache(maxsize=8)  # asked for every row, of few templates
 def with_signs(source: str) -> str:
-    """The template with a sign in place of each mark; itself where it has none."""
+    """The template with a sign in place of each mark; itself where it has none, or is no Jinja template."""
+    written = source.replace("\r\n", "\n").replace("\r", "\n")  # as Jinja reads it
+    places = _marks(written)
 
     def sign(tag: re.Match[str]) -> str:
+        if tag.start("kind") not in places:
+            return tag[0]
         left, right = tag["left"], tag["right"]
-        written = _BEGIN if tag["kind"] == "generation" else _END
+        mark = _BEGIN if tag["kind"] == "generation" else _END
         return (
             (tag["indent"] or "" if left == "+" else "")
             + ("{{-" if left == "-" else "{{")
-            + f" '{written}' "
+            + f" '{mark}' "
             + ("-}}" if right == "-" else "}}")
             + (tag["newline"] if right == "+" else "")
         )
 
-    return _TAG.sub(sign, source)
+    return _TAG.sub(sign, written) if places else source
+
+
+def _marks(source: str) -> set[int]:
+    """Where the names of its blocks for marks begin."""
+    from jinja2 import Environment, TemplateSyntaxError
+
+    if _TAG.search(source) is None:
+        return set()
+    places, at, last = set(), 0, ""
+    try:
+        for _, kind, value in Environment().lex(source):
+            # White space that a block removes is in no lexeme, and no lexeme after it begins with white space.
+            at = source.index(value, at)
+            if kind == "name" and last == "block_begin" and value in ("generation", "endgeneration"):
+                places.add(at)
+            at += len(value)
+            last = last if kind == "whitespace" else kind
+    except TemplateSyntaxError:
+        return set()  # rendering says so
+    return places
 
 
 def marked_spans(rendered: str) -> tuple[str, list[tuple[int, int]]]:

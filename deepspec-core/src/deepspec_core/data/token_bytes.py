@@ -37,7 +37,8 @@ class TokenBytes:
     """The bytes of each token of a vocabulary. lengths_V, leading_V, trailing_V count them, and spaces at their ends.
 
     `trims`: the tokenizer's own offsets leave those spaces out, and so does this, so that both say the same. But a
-    token that is nothing but spaces has no width there, and its own here: leading_V and trailing_V are 0.
+    token that is nothing but spaces has no width there (see answers.supervised), and its own here: leading_V and
+    trailing_V are 0.
     """
 
     bytes_V: list[bytes]
@@ -106,12 +107,12 @@ def token_bytes(tokenizer: Any) -> TokenBytes | None:
     counts = np.array([lengths, leading, trailing], dtype=np.int64).reshape(3, -1)
     counts[1:] *= counts[1] < counts[0]
     return TokenBytes(
-        bytes_V=bytes_V, trims=_trims(backend), lengths_V=counts[0], leading_V=counts[1], trailing_V=counts[2]
+        bytes_V=bytes_V, trims=trims_offsets(backend), lengths_V=counts[0], leading_V=counts[1], trailing_V=counts[2]
     )
 
 
-def _trims(backend: Any) -> bool:
-    """Whether its offsets leave out spaces at the ends of tokens."""
+def trims_offsets(backend: Any) -> bool:
+    """Whether a Rust tokenizer's offsets leave out spaces at the ends of tokens."""
 
     def found(value: Any) -> bool:
         if isinstance(value, list):

@@ -336,7 +336,8 @@ class ChatTokenizer:
             self.thinking,
             *([asdict(supervision)] if supervision != PLAIN else []),
             *(["between generation marks"] if self._template.has_marks else []),
-            *(["spaces"] if self._encoding.counts_spaces else []),
+            *(["all spaces"] if self._encoding.counts_spaces else []),
+            *(["markers that swallow space"] if self._encoding.swallowing else []),
         ]
         return _digest(json.dumps(facts))
 
