@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepspec_core.data import json_array
@@ -45,6 +45,7 @@ def test_every_kind_of_file_holds_the_same_rows(tmp_path: Path) -> None:
         assert _values(tmp_path / name) == ROWS, name
 
 
+@settings(deadline=None)
 @given(
     rows=st.lists(st.dictionaries(st.text(), st.text() | st.lists(st.text() | st.integers())), max_size=5),
     chunk=st.integers(1, 40),

@@ -93,6 +93,10 @@ def _elements(pieces: _Pieces, path: Path, most_bytes: int | None) -> Iterator[E
         kept += piece if most_bytes is None else piece[: max(most_bytes - len(kept), 0)]
 
     for piece, kind in pieces:
+        if kind == _TEXT_GOES_ON and around and not ended:
+            keep(piece)
+            before = b'"'
+            continue
         if ended:
             if piece.strip(_SPACE):
                 if broken_row:
@@ -124,7 +128,7 @@ def _elements(pieces: _Pieces, path: Path, most_bytes: int | None) -> Iterator[E
                 around.append(piece)
             elif kind == _BRACKET and piece in b"]}":
                 around.pop()
-            before = b'"' if kind == _TEXT_GOES_ON else piece.rstrip(_SPACE)[-1:] or before
+            before = piece.rstrip(_SPACE)[-1:] or before
             continue
         if key := _FIRST_KEY.match(kept):
             keys.add(key[1])
@@ -137,9 +141,8 @@ def _elements(pieces: _Pieces, path: Path, most_bytes: int | None) -> Iterator[E
         for passed in pieces.passed_over(again, keys):
             keep(passed)
         if longest and size > _TOO_MUCH * longest:
-            raise _hidden(
-                path, number, f"{size:,} bytes to the next row that begins like others, at most {longest:,} before"
-            )
+            found = f"{size:,} bytes up to the next row that begins like others; no row before has over {longest:,}"
+            raise _hidden(path, number, found)
         if not pieces.found:
             if not pieces.last.rstrip(_SPACE).endswith(b"]"):
                 break
@@ -153,8 +156,6 @@ def _elements(pieces: _Pieces, path: Path, most_bytes: int | None) -> Iterator[E
 
 def _fits(piece: bytes, kind: int, around: bytes, before: bytes) -> bool:
     """Whether the piece may stand after the byte `before` within this bracket. Words and numbers are not looked at."""
-    if kind == _TEXT_GOES_ON:
-        return True
     if before == b'"' and (first := piece.lstrip(_SPACE)[:1]) and first not in _AFTER_TEXT:
         return False
     if kind == _TEXT_BEGINS:
@@ -212,9 +213,10 @@ class _Pieces:
                 yield mark[0], _TEXT_BEGINS if self._in_text else _BRACKET
 
     def passed_over(self, again: bytes, keys: set[bytes]) -> Iterator[bytes]:
-        """The text, from what is read `again`, up to the next comma after which an object begins with one of the keys, which `found` tells.
+        """The text, from what is read `again`, up to the next comma before an object that begins with one of the keys.
 
-        A text of JSON holds no bare quote, so this is no part of one, whatever was broken before.
+        `found` tells whether there is one. A text of JSON holds no bare quote, so this is no part of one,
+        whatever was broken before.
         """
         begins = re.compile(rb",[ \t\r\n]*\{[ \t\r\n]*(?:" + b"|".join(map(re.escape, sorted(keys))) + rb")[ \t\r\n]*:")
         rest = again + self._chunk[self._position :]
