@@ -163,7 +163,7 @@ def test_a_journal_of_other_prompts_is_refused(tmp_path: Path) -> None:
     journal.append({"prompts": "one"})
     journal.close()
     with pytest.raises(StageError, match="prompts are not those"):
-        evaluate([], None, journal=path, prompts_digest="another", what="x")  # type: ignore[arg-type]
+        evaluate([], SimpleNamespace(batch_size=1), journal=path, prompts_digest="another", what="x")  # type: ignore[arg-type]
 
 
 def test_one_cache_is_not_written_by_two_runs(finished_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepspec_core.data import json_array
@@ -45,6 +45,7 @@ def test_every_kind_of_file_holds_the_same_rows(tmp_path: Path) -> None:
         assert _values(tmp_path / name) == ROWS, name
 
 
+@settings(deadline=None)
 @given(
     rows=st.lists(st.dictionaries(st.text(), st.text() | st.lists(st.text() | st.integers())), max_size=5),
     chunk=st.integers(1, 40),
@@ -73,6 +74,72 @@ def test_a_bad_element_hides_none_of_the_others(tmp_path: Path) -> None:
     assert rows[2].text.strip() == '{"c": "\\xff"}'
     assert len(rows[3].text) <= MOST_BYTES
     assert "too long" in str(rows[3].error)
+
+
+_BREAKS = {
+    "no closing bracket": ("}]}", "}}"),
+    "one too many": ("}]}", "}]]}"),
+    "no closing brace": ("}]}", "}]"),
+    "no opening bracket": (": [{", ": {"),
+    "no opening brace": (": [{", ": ["),
+    "no closing quote": ('"messages"', '"messages'),
+    "no closing quote at its end": ('[y"', "[y"),
+    "no opening quote": ('"messages"', 'messages"'),
+}
+
+
+@pytest.mark.parametrize("separator", [", ", ",\n  "])
+@pytest.mark.parametrize("chunk", [7, 1 << 20])
+@pytest.mark.parametrize("how", _BREAKS)
+def test_broken_brackets_and_quotes_hide_no_other_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, chunk: int, separator: str
+) -> None:
+    """Two broken rows, whose faults may cancel out, with good ones before, between and after them."""
+    monkeypatch.setattr(json_array, "_CHUNK_BYTES", chunk)
+    rows = [
+        {
+            "id": f"c{i}",
+            "messages": [{"role": "user", "content": 'x}, {"id": '}, {"role": "assistant", "content": "[y"}],
+        }
+        for i in range(40)
+    ]
+    texts = [json.dumps(row) for row in rows]
+    old, new = _BREAKS[how]
+    for first, second in ((3, 30), (0, 39)):
+        opposite = {"no closing bracket": "one too many", "one too many": "no closing bracket"}.get(how, how)
+        broken = list(texts)
+        broken[first] = texts[first].replace(old, new)
+        broken[second] = texts[second].replace(*_BREAKS[opposite])
+        path = tmp_path / "rows.json"
+        path.write_text(f"[{separator.join(broken)}]\n")
+        if how == "no closing quote at its end" and second == 39:
+            # Then the array itself does not end, which is an error.
+            with pytest.raises(DataError, match=r"row 40\n"):
+                list(read_rows(path))
+            broken[second] = texts[second]
+            path.write_text(f"[{separator.join(broken)}]\n")
+        read = list(read_rows(path))
+        good = [row.value for row in read if row.error is None]
+        assert good == [row for row, text in zip(rows, broken, strict=True) if text == json.dumps(row)]
+        assert f"{path}: row {first + 1}|A row's brackets or quotes do not match|" in _problems(path)[0]
+
+
+def test_a_broken_row_that_may_hide_others_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    good, other = '{"id": 1, "turns": ["a"]}', '{"turns": ["a"], "id": 2}'
+    path.write_text(f'[{good}, {{"id": 1, "turns": ["a"}}, {", ".join([other] * 9)}, {good}]')
+    with pytest.raises(DataError, match="may hide others") as raised:
+        _values(path)
+    assert f"{path}: row 2" in str(raised.value)
+    # An object within the row begins as rows do.
+    path.write_text('[{"id": 1, "calls": [{"id": 2}}, {"id": 3}, {"id": 4}], "x": 1}, {"id": 5}]')
+    with pytest.raises(DataError, match="may hide others"):
+        _problems(path)
+
+
+def test_a_missing_comma_between_rows_loses_none(tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text('[{"a": 1}\n{"a": 2}, {"a": 3}]')
+    assert _values(tmp_path / "rows.json") == [{"a": 1}, {"a": 2}, {"a": 3}]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import pytest
 
 from deepspec_core.config.schema import SourceOptions
 from deepspec_core.data.bad_rows import BadRows
+from deepspec_core.data.source_rows import check_source
 from deepspec_core.data.sources import read_sources
 from deepspec_core.errors import DataError
 
@@ -207,3 +208,32 @@ def test_a_broken_row_of_a_dataset_folder_is_left_out_and_kept(tmp_path: Path) -
     assert places == [f"{folder / 'train-0.jsonl'}:10", f"{folder / 'train-1.jsonl'}:1"]
     with pytest.raises(DataError, match="2 of 12 rows"):
         list(read_sources([source], split="train", bad_rows=BadRows(most=0.1), **options))
+
+
+def test_files_of_a_dataset_folder_are_not_left_out_without_a_word(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`datasets` reads one kind of file, and names that belong to splits where there are any."""
+    pytest.importorskip("datasets")
+    source = SourceOptions(path="data")
+    folder = tmp_path / "data"
+    folder.mkdir()
+    _write(folder / "a.jsonl", [_row("a")])
+    pq.write_table(pa.Table.from_pylist([_row("b")]), folder / "b.parquet")
+    for read in (lambda: check_source(source, base=tmp_path, registry=Registry()), lambda: _ids(tmp_path, source)):
+        with pytest.raises(DataError, match=r"would not be read\n.*\n.*a\.jsonl"):
+            read()
+    (folder / "b.parquet").unlink()
+    assert _ids(tmp_path, source) == ["a"]
+    assert not caplog.records
+    _write(folder / "train.jsonl", [_row("t")])
+    with pytest.raises(DataError, match=r"would not be read\n.*\n.*a\.jsonl"):
+        _ids(tmp_path, source)
+    (folder / "a.jsonl").rename(folder / "test.jsonl")
+    assert _ids(tmp_path, source) == ["t"]
+    assert "which does not hold test.jsonl" in caplog.text
+    # What the folder itself lists is believed.
+    _write(folder / "more.jsonl", [_row("m")])
+    (folder / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: train.jsonl\n---\n")
+    assert _ids(tmp_path, source) == ["t"]
+    assert "which does not hold more.jsonl, test.jsonl" in caplog.text

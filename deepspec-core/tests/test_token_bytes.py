@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from attrs import evolve
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -80,7 +81,7 @@ def test_a_chunk_is_each_of_its_conversations_alone() -> None:
         tokenizer.chat_template
     )
     tokenisation = Tokenisation(
-        tokenizer=ChatTokenizer(tokenizer), fmt=tiny_format(), max_length=40, system_prompt="Be short."
+        tokenizer=ChatTokenizer(tokenizer), fmt=tiny_format(), max_length=40, system_prompt="Be short.", vocab_size=500
     )
     rng = random.Random(0)
     conversations = []
@@ -91,11 +92,15 @@ def test_a_chunk_is_each_of_its_conversations_alone() -> None:
         ]
         conversations.append(Conversation(id=f"c{number}", messages=tuple(said)))
     conversations[7] = Conversation(id="given", messages=(), input_ids=(5, 6, 7), loss_mask=(0, 1, 0))
+    conversations[8] = Conversation(id="not its own", messages=(), input_ids=(5, 500, 7), loss_mask=(0, 1, 0))
+    conversations[9] = evolve(conversations[7], rewritten=(((5, 501), (6,)),))
     together = tokenisation(conversations)
     alone = [tokenisation([one])[0] for one in conversations]
     assert [one.dropped for one in together] == [one.dropped for one in alone]
     assert sum(one.dropped is not None and "too long" in one.dropped[1] for one in together) > 1
     assert sum(bool(one.samples) for one in together) > 3
+    for number, token in ((8, 500), (9, 501)):
+        assert together[number].dropped == ("refused", f"token id {token}, where the target has 500 tokens")
     for here, there in zip(together, alone, strict=True):
         for a, b in zip(here.samples, there.samples, strict=True):
             assert (a.id, a.original_length) == (b.id, b.original_length)

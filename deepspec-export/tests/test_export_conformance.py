@@ -39,7 +39,9 @@ PAIRS = [pytest.param(*pair, id="-".join(pair), marks=() if pair in FIRST else p
 
 
 def test_every_pair_is_here() -> None:
-    offered = {(spec.name, spec.algorithm) for spec in deepspec_export.plugin.deepspec_exporters()}
+    # A GGUF is one file, which holds a tokenizer that the suite's target does not have: test_gguf.py.
+    specs = deepspec_export.plugin.deepspec_exporters()
+    offered = {(spec.name, spec.algorithm) for spec in specs if spec.name != "gguf"}
     assert offered == OFFSETS.keys()
 
 

@@ -54,16 +54,11 @@ def target(family: Any, adapter: Any) -> TransformersTarget:
     return TransformersTarget(family.model(), adapter.architecture)
 
 
-test_features = test_families.test_features_of_ragged_rows_are_the_models_hidden_states
-test_packed = test_families.test_packed_documents_are_as_if_alone
-test_decoding = test_families.test_ragged_decoding_with_rejected_tokens_is_the_full_forward
 test_loading = test_families.test_a_saved_target_loads_and_is_checked_strictly
 test_adapter = test_family_blocks.test_it_is_a_target_adapter_that_supports_its_targets
-test_layer = test_family_blocks.test_a_layer_of_blocks_with_a_target_layers_weights_computes_that_layer
 test_embedding_and_norm = test_family_blocks.test_the_embedding_and_final_norm_are_the_targets
 test_new_weights = test_family_blocks.test_new_weights_start_as_published
 test_config = test_family_blocks.test_transformers_reads_the_config_back_and_builds_the_blocks_shapes
-test_targets_config = test_family_blocks.test_the_targets_own_config_stays
 
 
 def test_it_is_written_against_public_names_of_core_alone() -> None:

@@ -1,7 +1,8 @@
 """The elements of a file that holds one JSON array, one after the other: the array never stands in memory.
 
 Elements are told apart by brackets, commas and quotes alone. So an element that is no JSON, not UTF-8 or too long does
-not hide those after it. Knows bytes; not what an element means.
+not hide those after it. Where brackets or quotes do not match, reading goes on at the next object that begins with the
+key that other elements begin with. Knows bytes; not what an element means.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Final
 
+from attrs import frozen
+
 from deepspec_core.errors import DataError
 from deepspec_core.json_lines import UNREADABLE, opened
 
@@ -20,6 +23,29 @@ _MARK: Final = re.compile(rb'["{}\[\],]')
 # To the end of a text, or to a backslash at the end of a chunk.
 _TEXT: Final = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
 _SPACE: Final = b" \t\r\n"
+# Kinds of pieces.
+_BRACKET, _TEXT_BEGINS, _TEXT_GOES_ON, _OTHER = range(4)
+_OPENED_BY: Final = {b"]": b"[", b"}": b"{"}
+# What stands before a bracket that opens, by the bracket around it; before a text; and after one.
+_BEFORE_OPENING: Final = {b"[": b"[,", b"{": b":"}
+_BEFORE_TEXT: Final = b"[{,:"
+_AFTER_TEXT: Final = b",:]}"
+_FIRST_KEY: Final = re.compile(rb'[ \t\r\n]*\{[ \t\r\n]*("[^"\\]{0,200}")[ \t\r\n]*:')
+_MOST_KEYS: Final = 64
+# Longer than the beginning of an element up to its first key.
+_OVERLAP: Final = 4096
+# A broken element that is so many times as long as any before it may hide others.
+_TOO_MUCH: Final = 4
+
+
+@frozen
+class Element:
+    """`content` is the beginning of it, of `size` bytes. `broken`: its brackets, commas or quotes do not match."""
+
+    number: int
+    content: bytes
+    size: int
+    broken: bool = False
 
 
 def is_array(path: Path) -> bool:
@@ -37,66 +63,171 @@ def is_array(path: Path) -> bool:
     return False
 
 
-def elements_of(path: Path, *, most_bytes: int | None = None) -> Iterator[tuple[int, bytes, int]]:
-    """(number from 1, content, bytes) of every element of a file that `is_array`.
+def elements_of(path: Path, *, most_bytes: int | None = None) -> Iterator[Element]:
+    """Every element of a file that `is_array`, numbered from 1; of one longer than `most_bytes` only the beginning.
 
-    Of an element longer than `most_bytes` only the beginning is kept; the number of bytes is the whole element's.
-    DataError where the file cannot be read, or is no array to its end.
+    DataError where the file cannot be read, is no array to its end, or has a broken element that may hide others.
     """
     number = 0
     try:
         with opened(path) as file:
-            for number, (content, size) in enumerate(_elements(file, path, most_bytes), start=1):
-                yield number, content, size
+            for element in _elements(_Pieces(file), path, most_bytes):
+                number = element.number
+                yield element
     except UNREADABLE as error:
         raise DataError("A file cannot be read", where=f"{path}: row {number + 1}", found=error) from error
 
 
-def _elements(file: IO[bytes], path: Path, most_bytes: int | None) -> Iterator[tuple[bytes, int]]:
-    kept, size, number, depth, ended = bytearray(), 0, 1, 0, False
-    for piece, is_mark in _pieces(file):
+def _elements(pieces: _Pieces, path: Path, most_bytes: int | None) -> Iterator[Element]:
+    kept, size, number, longest = bytearray(), 0, 1, 0
+    keys: set[bytes] = set()  # first keys of elements
+    around: list[bytes] = []  # the brackets that are open
+    before = b""  # the last byte that is no space
+    text_at = 0  # where the last text begins
+    broken_row = 0
+    ended = False
+
+    def keep(piece: bytes) -> None:
+        nonlocal size, kept
+        size += len(piece)
+        kept += piece if most_bytes is None else piece[: max(most_bytes - len(kept), 0)]
+
+    for piece, kind in pieces:
+        if kind == _TEXT_GOES_ON and around and not ended:
+            keep(piece)
+            before = b'"'
+            continue
         if ended:
             if piece.strip(_SPACE):
+                if broken_row:
+                    raise _hidden(path, broken_row, "the brackets after it do not match either")
                 raise DataError("There is text after a JSON array", where=path, found=repr(piece[:40]))
-        elif depth == 0:
-            depth = int(is_mark)
-        elif is_mark and depth == 1 and piece in b",]":
+            continue
+        if not around:
+            if kind == _BRACKET:
+                around, before = [b"["], b"["
+            continue
+        alone = len(around) == 1
+        # Between two elements a comma may be missing: both are there.
+        divided = alone and piece in (b"{", b"[") and kind == _BRACKET and before not in b"[,"
+        if (alone and kind == _BRACKET and piece in b",]") or divided:
             ended = piece == b"]"
             if number > 1 or not ended or kept.strip(_SPACE):
-                yield bytes(kept), size
-            kept, size, number = bytearray(), 0, number + 1
-        else:
-            if is_mark and piece in b"[{":
-                depth += 1
-            elif is_mark and piece in b"]}" and depth > 1:
-                depth -= 1
-            size += len(piece)
-            kept += piece if most_bytes is None else piece[: most_bytes - len(kept)]
+                longest = max(longest, size)
+                if len(keys) < _MOST_KEYS and (key := _FIRST_KEY.match(kept)):
+                    keys.add(key[1])
+                yield Element(number, bytes(kept), size)
+            kept, size, number, before, text_at = bytearray(), 0, number + 1, b",", 0
+            if not divided:
+                continue
+        if kind == _TEXT_BEGINS and _fits(piece, kind, around[-1], before):
+            text_at = size
+        keep(piece)
+        if _fits(piece, kind, around[-1], before) and not (alone and piece == b"}" and kind == _BRACKET):
+            if kind == _BRACKET and piece in b"[{":
+                around.append(piece)
+            elif kind == _BRACKET and piece in b"]}":
+                around.pop()
+            before = piece.rstrip(_SPACE)[-1:] or before
+            continue
+        if key := _FIRST_KEY.match(kept):
+            keys.add(key[1])
+        if not keys:
+            raise _hidden(path, number, "no row before it says how rows begin")
+        # A text whose end is missing has taken the beginning of the next row.
+        again = bytes(kept[text_at:]) if len(kept) == size else b""
+        size -= len(again)
+        del kept[size:]
+        for passed in pieces.passed_over(again, keys):
+            keep(passed)
+        if longest and size > _TOO_MUCH * longest:
+            found = f"{size:,} bytes up to the next row that begins like others; no row before has over {longest:,}"
+            raise _hidden(path, number, found)
+        if not pieces.found:
+            if not pieces.last.rstrip(_SPACE).endswith(b"]"):
+                break
+            ended = True
+        yield Element(number, bytes(kept), size, broken=True)
+        broken_row, around, before = number, [b"["], b","
+        kept, size, number, text_at = bytearray(), 0, number + 1, 0
     if not ended:
         raise DataError("A JSON array does not end", where=f"{path}: row {number}", expected="a closing bracket")
 
 
-def _pieces(file: IO[bytes]) -> Iterator[tuple[bytes, bool]]:
-    """The content in pieces, each with whether it is a bracket, a brace or a comma outside of texts."""
-    in_text = escaped = False
-    while chunk := file.read(_CHUNK_BYTES):
-        position = 0
-        while position < len(chunk):
-            begin = position
-            if in_text:
+def _fits(piece: bytes, kind: int, around: bytes, before: bytes) -> bool:
+    """Whether the piece may stand after the byte `before` within this bracket. Words and numbers are not looked at."""
+    if before == b'"' and (first := piece.lstrip(_SPACE)[:1]) and first not in _AFTER_TEXT:
+        return False
+    if kind == _TEXT_BEGINS:
+        return before in _BEFORE_TEXT
+    if kind != _BRACKET or piece == b",":
+        return True
+    return before in _BEFORE_OPENING[around] if piece in b"[{" else _OPENED_BY[piece] == around
+
+
+def _hidden(path: Path, number: int, found: str) -> DataError:
+    return DataError(
+        "A row's brackets or quotes do not match, and it may hide others",
+        where=f"{path}: row {number}",
+        found=found,
+        expected="rows whose brackets, commas and quotes match",
+        fix="Mend the row, or write the file as JSON lines, where a broken row hides no other.",
+    )
+
+
+class _Pieces:
+    """The content in pieces, each with its kind. Between two pieces the reader may have text passed over.
+
+    `found`: whether what was looked for last was found; `last`: the last bytes of the file, where not.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._chunk, self._position = b"", 0
+        self._in_text = self._escaped = False
+        self.found, self.last = False, b""
+
+    def __iter__(self) -> Iterator[tuple[bytes, int]]:
+        while True:
+            if self._position >= len(self._chunk):
+                self._chunk, self._position = self._file.read(_CHUNK_BYTES), 0
+                if not self._chunk:
+                    return
+            chunk, begin = self._chunk, self._position
+            if self._in_text:
                 # The character after a backslash ends no text, whatever it is.
-                found = _TEXT.match(chunk, position + escaped)
+                found = _TEXT.match(chunk, begin + self._escaped)
                 assert found is not None, "the pattern matches an empty text"
-                escaped = chunk[found.end() : found.end() + 1] == b"\\"
-                in_text = escaped or found.end() == len(chunk)
-                position = min(found.end() + 1, len(chunk))
-                yield chunk[begin:position], False
+                self._escaped = chunk[found.end() : found.end() + 1] == b"\\"
+                self._in_text = self._escaped or found.end() == len(chunk)
+                self._position = min(found.end() + 1, len(chunk))
+                yield chunk[begin : self._position], _TEXT_GOES_ON
                 continue
-            mark = _MARK.search(chunk, position)
+            mark = _MARK.search(chunk, begin)
             end = len(chunk) if mark is None else mark.start()
             if end > begin:
-                yield chunk[begin:end], False
-            if mark is not None:
-                in_text = mark[0] == b'"'
-                yield mark[0], not in_text
-            position = end + 1
+                self._position = end
+                yield chunk[begin:end], _OTHER
+            elif mark is not None:
+                self._position, self._in_text = end + 1, mark[0] == b'"'
+                yield mark[0], _TEXT_BEGINS if self._in_text else _BRACKET
+
+    def passed_over(self, again: bytes, keys: set[bytes]) -> Iterator[bytes]:
+        """The text, from what is read `again`, up to the next comma before an object that begins with one of the keys.
+
+        `found` tells whether there is one. A text of JSON holds no bare quote, so this is no part of one,
+        whatever was broken before.
+        """
+        begins = re.compile(rb",[ \t\r\n]*\{[ \t\r\n]*(?:" + b"|".join(map(re.escape, sorted(keys))) + rb")[ \t\r\n]*:")
+        rest = again + self._chunk[self._position :]
+        self._in_text = self._escaped = self.found = False
+        while (match := begins.search(rest)) is None:
+            more = self._file.read(max(_CHUNK_BYTES, _OVERLAP))
+            if not more:
+                self._chunk, self._position, self.last = b"", 0, rest
+                yield rest
+                return
+            yield rest[:-_OVERLAP]
+            rest = rest[-_OVERLAP:] + more
+        self._chunk, self._position, self.found = rest, match.start() + 1, True
+        yield rest[: match.start()]

@@ -29,8 +29,10 @@ def read_rows(path: Path, *, most_bytes: int | None = MOST_BYTES) -> Iterator[So
     elif not path.name.endswith(_JSON):
         yield from _lines(path, most_bytes)
     elif is_array(path):
-        for number, text, size in elements_of(path, most_bytes=most_bytes):
-            yield of_json(text, f"{path}: row {number}", size=size, most_bytes=most_bytes, what="A row")
+        for each in elements_of(path, most_bytes=most_bytes):
+            where = f"{path}: row {each.number}"
+            row = of_json(each.content, where, size=each.size, most_bytes=most_bytes, what="A row")
+            yield _broken(row, each.size) if each.broken else row
     else:
         for index, row in enumerate(_lines(path, most_bytes)):
             if index == 0 and row.error is not None:
@@ -41,6 +43,16 @@ def read_rows(path: Path, *, most_bytes: int | None = MOST_BYTES) -> Iterator[So
                     expected="[{...}, {...}], or one JSON object a line",
                 ) from row.error
             yield row
+
+
+def _broken(row: SourceRow, size: int) -> SourceRow:
+    error = DataError(
+        "A row's brackets or quotes do not match",
+        where=row.where,
+        found=f"{size:,} bytes up to the next row that begins like others",
+        expected="JSON",
+    )
+    return SourceRow(row.where, error=error, text=row.text)
 
 
 def _lines(path: Path, most_bytes: int | None) -> Iterator[SourceRow]:

@@ -14,6 +14,7 @@ from typing import Any, Final, Protocol
 
 from deepspec_core.config.schema import BUILTIN, ROW_FILES, SourceOptions
 from deepspec_core.data.columns import ColumnMap
+from deepspec_core.data.folder_files import require_all_read
 from deepspec_core.data.parquet_rows import parquet_columns
 from deepspec_core.data.prepared import check_prepared, is_prepared, prepared_rows
 from deepspec_core.data.row_files import PARQUET, read_rows
@@ -206,6 +207,7 @@ def _open_dataset(source: SourceOptions, base: Path, *, look_only: bool = False)
                 builder = datasets.load_dataset_builder(name)
                 if local.is_dir():
                     _require_inside(local, builder.config.data_files or {})
+                    require_all_read(local, builder.config.data_files or {}, split)
                 if look_only:
                     return builder
             rows = datasets.load_dataset(name, split=split, streaming=local.is_dir() or source.limit is not None)

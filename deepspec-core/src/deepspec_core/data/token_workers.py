@@ -57,8 +57,9 @@ def in_processes(
     except BrokenProcessPool as error:
         raise DataError(
             "A process that tokenised conversations has died",
-            found="it was killed, or had no memory left",
-            fix="Run again: it goes on from what is stored. Lower data.workers if memory is short.",
+            found="it was killed, had no memory left, or ran the script that started it from the beginning",
+            fix="Run again: it goes on from what is stored. Lower data.workers if memory is short. A script of your "
+            'own has to start its work below `if __name__ == "__main__":`, since each process reads the script again.',
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

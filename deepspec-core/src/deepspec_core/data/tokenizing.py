@@ -38,13 +38,17 @@ class Outcome:
 
 @frozen(kw_only=True)
 class Tokenisation:
-    """How a conversation becomes samples. It can be sent to other processes."""
+    """How a conversation becomes samples. It can be sent to other processes.
+
+    `vocab_size` is the target's: tokens that came with a conversation are below it. None: they are not looked at.
+    """
 
     tokenizer: ChatTokenizer
     fmt: ConversationFormat
     system_prompt: str | None = None
     max_length: int
     supervision: Supervision = PLAIN
+    vocab_size: int | None = None
 
     def __call__(self, conversations: Sequence[Conversation]) -> list[Outcome]:
         """The outcome for each conversation. It depends on nothing else, not on the others either."""
@@ -58,6 +62,9 @@ class Tokenisation:
 
     def _read(self, conversation: Conversation, known: Renderings) -> list[Row] | Outcome:
         """What becomes samples, or the outcome where none does."""
+        most = max((max(ids, default=0) for ids, _ in conversation.given()), default=0)
+        if self.vocab_size is not None and most >= self.vocab_size:
+            return Outcome(dropped=("refused", f"token id {most}, where the target has {self.vocab_size} tokens"))
         try:
             return self.tokenizer.sample_rows(conversation, self.fmt, self.system_prompt, self.supervision, known)
         except ControlTokens as error:
@@ -88,7 +95,8 @@ class Sorting:
     conversations that came with their tokens; `split`: conversations of several samples, since their template rewrites
     earlier answers. Dropped, and told to `on_drop`: `too_short`, samples with fewer than min_supervised_tokens
     supervised tokens within max_length; `no_answer`, conversations where nobody answers; `refused`, those the template
-    does not take, or not all of; `control_tokens`, those whose text contains the template's own markers. Kept, and
+    does not take, or not all of, and those with tokens that the target does not have; `control_tokens`, those
+    whose text contains the template's own markers. Kept, and
     counted as `mask_token`: samples that contain the draft's mask token. `seen` are the ids of samples so far.
     """
 

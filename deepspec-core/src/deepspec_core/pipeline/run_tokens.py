@@ -93,6 +93,7 @@ def made_from(data: RunData) -> dict[str, Any]:
         "the chat template or what of it is supervised": tokenizer.template_fingerprint(
             fmt, options.system_prompt, data.supervision
         ),
+        "the target's vocabulary": data.target.architecture.vocab_size,
         "the longest sample": data.max_length,
         "data.min_supervised_tokens": options.min_supervised_tokens,
     }
@@ -136,6 +137,7 @@ def _made(data: RunData, read: Counter[str], manifest: Manifest) -> Iterator[tup
         system_prompt=options.system_prompt,
         max_length=data.max_length,
         supervision=data.supervision,
+        vocab_size=data.target.architecture.vocab_size,
     )
     sorting = Sorting(
         max_length=data.max_length,
