@@ -224,8 +224,8 @@ def _rounds(label: str, folder: Path, evaluated: Mapping[str, Any]) -> tuple[dic
         except (DataError, StageError) as error:
             where = f"{report.task_of(result)} at temperature {result['temperature']:g}"
             remarks.append(
-                f"no difference from {label} on {where}: {error.problem} ({error.where}). Copy the whole folder of that "
-                "evaluation, with its folder evaluate/, or evaluate again there with --force evaluate"
+                f"no difference from {label} on {where}: {error.problem} ({error.where}). Copy the whole folder of "
+                "that evaluation, with its folder evaluate/, or evaluate again there with --force evaluate"
             )
         else:
             found[_key(result)] = [done for group in groups for done in group.completions]
