@@ -212,7 +212,9 @@ def test_servers_that_cannot_be_measured_are_refused(
     assert not server.asked
     server.metrics, server.restarts = "shown", True
     refused(capsys, server, "counted from anew", "nothing was written")
-    server.restarts, server.faults = False, ["out of memory"]
+    server.restarts, server.invented = False, {"num_accepted_tokens": 4000}
+    refused(capsys, server, "counters do not go together", "accepted tokens of", server.address)
+    server.invented, server.faults = {}, ["out of memory"]
     refused(capsys, server, "did not answer a prompt", "out of memory", "task.jsonl")
     server.stop()
     refused(capsys, server, "does not answer", server.address)

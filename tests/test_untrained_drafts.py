@@ -227,5 +227,16 @@ def test_baselines_beside_a_runs_draft(small_lm: Path, capsys: pytest.CaptureFix
     assert capsys.readouterr().out.count("already complete") == 2
     refused(capsys, [*command, "--with", "dflash"], "--with", "lookup or small-lm")
     refused(capsys, [*command, "--with", "lookup", "--beside", "nowhere"], "No evaluation there", "nowhere")
+    # A table alone, without its rounds: said before the first evaluation, and the rest is written.
+    (alone := small_lm.parent / "alone").mkdir()
+    shutil.copy(folder / "lookup" / "metrics.json", alone)
+    assert main([*command, "--with", "lookup", "--beside", str(alone)]) == 0
+    out = capsys.readouterr().out
+    assert out.index(f"no difference from {alone}") < out.index("already complete")
+    compared = json.loads((folder / "comparison.json").read_text())
+    ahead = {row["run"]: row["ahead"] for row in compared["rows"]}
+    assert ahead[str(alone)] is None
+    assert ahead["lookup"] is not None
+    assert any("rounds of an evaluation are missing" in remark for remark in compared["remarks"])
     refused(capsys, [*command, "--with", "baseline"], "--with", "the name of the run")
     refused(capsys, [*command, "--with", "small-lm:model=a/b,small-lm:model=a_b"], "--with", "share one folder")

@@ -25,7 +25,8 @@ class CountingServer(StandIn):
     """The server. `proposer` None: it does not speculate.
 
     metrics: "shown", "missing", "html" or "foreign". others: tokens that somebody else lets it generate before it
-    answers. restarts: whether its counters fall to zero before it answers. no_ids: it leaves meta_info or ids out.
+    answers. restarts: whether its counters fall to zero before it answers. invented: what it adds to its counters with
+    each answer. no_ids: it leaves meta_info or ids out.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class CountingServer(StandIn):
     ) -> None:
         self.proposer, self.metrics, self.others, self.restarts = proposer, "shown", 0, False
         self.counts: dict[str, int] = {}
+        self.invented: dict[str, int] = {}
         self.at: list[int] = []
         super().__init__(target, tokenizer, stop_ids, dialect)
 
@@ -72,6 +74,8 @@ class CountingServer(StandIn):
             if self.restarts:
                 self.counts, self.at = {}, []
             self._count("generated", self.others)
+            for name, number in self.invented.items():
+                self._count(name, number)
             if self.faults:
                 return _say_json(handler, {"error": self.faults.pop(0)}, status=500)
         done = self._decoded(tuple(asked["prompt"] if "prompt" in asked else asked["input_ids"]), limit)

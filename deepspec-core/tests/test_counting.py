@@ -3,10 +3,15 @@
 from typing import Any
 
 import pytest
+from attrs import evolve
 
+from deepspec_core.decoding.engine import Completion
+from deepspec_core.evaluation.served import figures
+from deepspec_core.evaluation.server_report import of_server
 from deepspec_core.servers.connection import Fault
-from deepspec_core.servers.counting import NoCounters, Reading, Reset, Tally, reading
+from deepspec_core.servers.counting import Impossible, NoCounters, Reading, Reset, Tally, impossible, reading
 from deepspec_core.servers.engines import VLLM, LlamaCpp, SGLang, engine_of
+from deepspec_core.servers.measuring import Measured
 
 LABELS = 'engine="0",model_name="a } b \\" 7"'
 VLLM_TEXT = f"""# HELP vllm:generation_tokens_total Number of generation tokens processed.
@@ -94,3 +99,58 @@ def test_an_engine_is_told_by_its_list_of_models() -> None:
     assert isinstance(engine_of([{"id": "m", "owned_by": "llamacpp"}]), LlamaCpp)
     assert engine_of([{"id": "m", "owned_by": "openai"}]) is None
     assert engine_of([]) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"accepted": 4000}, "4,000 accepted tokens of 90 proposed"),
+        ({"accepted": -7}, "-7 accepted tokens"),
+        ({"accepted": 10**5000, "proposed": None}, "more than 9,007,199,254,740,992 accepted tokens"),
+        ({"rounds": -1, "accepted_at": None}, "-1 rounds"),
+        ({"rounds": 0, "accepted_at": None}, "90 tokens in 0 rounds"),
+        ({"accepted_at": (15, 25, 5)}, "30 rounds, which accepted by position 15, 25, 5"),
+        ({"accepted_at": (31, 9, 5)}, "30 rounds, which accepted by position 31, 9, 5"),
+        ({"accepted_at": (25, 15, 0)}, "45 accepted tokens, and 40 by position"),
+        ({"accepted_at": (25, 15, 6)}, "45 accepted tokens, and 46 by position"),
+    ],
+)
+def test_counts_that_cannot_be_are_said_with_their_numbers(change: dict[str, Any], why: str) -> None:
+    tally = Tally(rounds=30, proposed=90, accepted=45, accepted_at=(25, 15, 5))
+    assert impossible(tally, at_least=75) is None
+    assert "for 76 tokens" in (impossible(tally, at_least=76) or "")
+    # Counts by position may end before the longest proposal does.
+    assert impossible(evolve(tally, accepted_at=(25, 15))) is None
+    assert impossible(evolve(tally, **change)) == why
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'vllm:spec_decode_num_accepted_tokens_per_pos_total{position="99999999999"} 1',
+        f'vllm:spec_decode_num_accepted_tokens_per_pos_total{{position="{"9" * 5000}"}} 1',
+        "\n".join(f'vllm:generation_tokens_total{{e="{k}"}} 1e308' for k in range(2)),
+        "vllm:generation_tokens_total -3",
+    ],
+)
+def test_lines_beyond_all_bounds_are_refused(line: str) -> None:
+    with pytest.raises(Impossible, match="vllm:"):
+        reading(f"{VLLM_TEXT}{line}\n", VLLM().counters)
+
+
+def test_tokens_that_no_counted_round_gave_are_told() -> None:
+    """vLLM and llama.cpp count no step without a proposal, so 2 rounds can stand beside 20 tokens."""
+    answer = Completion(id="a", prompt_ids=(1,), output_ids=tuple(range(20)), finish_reason="length", rounds=())
+    measured = Measured(
+        completions=(answer,),
+        wall=1.0,
+        tally=Tally(rounds=2, proposed=4, accepted=2, accepted_at=(2, 0)),
+        speculates=True,
+        counted=20,
+        by_counters=20,
+        running_before=0,
+        mismatched=0,
+    )
+    result = figures(measured)
+    assert result["counted"]["tokens_beside_rounds"] == 15
+    assert any("at least 15 tokens of the answers came in steps" in line for line in of_server(result))

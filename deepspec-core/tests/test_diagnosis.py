@@ -9,6 +9,7 @@ import pytest
 import torch
 from attrs import evolve
 
+from deepspec_core.config.schema import EvaluateOptions
 from deepspec_core.contracts.draft import Sample
 from deepspec_core.data.tokenize import ChatTokenizer
 from deepspec_core.decoding.engine import Completion, Round
@@ -27,6 +28,7 @@ from deepspec_core.diagnosis.prompt_check import PromptDifference, Trained, comp
 from deepspec_core.diagnosis.served import served_outcomes
 from deepspec_core.errors import DataError
 from deepspec_core.features.capture import capture
+from deepspec_core.pipeline.diagnosing import left_out
 from deepspec_core.testing.tiny_target import TinyTarget
 from deepspec_core.testing.tiny_tokenizer import ASSISTANT_START, tiny_tokenizer
 
@@ -224,3 +226,9 @@ def test_a_drop_without_a_cause_says_so_and_no_drop_says_the_noise() -> None:
     assert "99% intervals: `held-out`" in said
     # A difference that costs nothing measurable is still told.
     assert "rotary: It says 20." in " ".join(evolve(calm, findings=(CAUSE,)).sentences())
+
+
+def test_what_evaluation_does_otherwise_is_named() -> None:
+    assert left_out(EvaluateOptions()) == {}
+    (said,) = left_out(EvaluateOptions(repetition_penalty=1.5, stop=("x",), confidence_threshold=0.3)).values()
+    assert "without evaluate.repetition_penalty, evaluate.stop, evaluate.confidence_threshold:" in said

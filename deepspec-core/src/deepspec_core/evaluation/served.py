@@ -32,9 +32,10 @@ def figures(measured: Measured) -> dict[str, Any]:
     """
     answers = measured.completions
     tokens = sum(len(answer.output_ids) for answer in answers)
+    tally = measured.tally
     timing = {"tokens": tokens, "wall": measured.wall, **dict.fromkeys(_UNKNOWN)}
     timing["tokens_per_second"] = tokens / measured.wall
-    rounds = dict.fromkeys(_OF_ROUNDS) if measured.tally is None else _of_rounds(measured.tally)
+    rounds = dict.fromkeys(_OF_ROUNDS) if tally is None else _of_rounds(tally)
     return {
         "samples": len(answers),
         "output_tokens": tokens,
@@ -52,8 +53,9 @@ def figures(measured: Measured) -> dict[str, Any]:
             "tokens_by_counters": measured.by_counters,
             "disturbed": measured.disturbed,
             "mismatched_answers": measured.mismatched,
-            "kept_per_round": None if measured.tally is None else kept_per_round(answers, measured.tally.rounds),
-            "full_proposals": None if measured.tally is None else _full(measured.tally),
+            "kept_per_round": None if tally is None else kept_per_round(answers, tally.rounds),
+            "tokens_beside_rounds": None if tally is None else _beside(tokens - len(answers), tally),
+            "full_proposals": None if tally is None else _full(tally),
         },
     }
 
@@ -85,6 +87,11 @@ def _of_rounds(tally: Tally) -> dict[str, Any]:
         if at is None
         else [count / base if base else None for count, base in zip(at, before, strict=True)],
     }
+
+
+def _beside(kept: int, tally: Tally) -> int:
+    """How many of the tokens that answers kept no round can have given: engines count no step without a proposal."""
+    return max(0, kept - tally.rounds - tally.accepted)
 
 
 def _full(tally: Tally) -> bool | None:

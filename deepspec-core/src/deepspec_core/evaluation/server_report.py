@@ -27,6 +27,11 @@ def of_server(result: Mapping[str, Any]) -> Iterator[str]:
         yield "the server shows no counters, so other work that it did meanwhile is not noticed."
     if counted["full_proposals"] is False:
         yield "some proposals were shorter than others, so later positions were proposed in fewer rounds."
+    if beside_rounds := counted.get("tokens_beside_rounds"):
+        yield (
+            f"at least {beside_rounds:,} tokens of the answers came in steps that the server counts as no rounds, as "
+            "those without a proposal: the accepted length is of the rounds it counted, and not of all its steps."
+        )
     if counted["mismatched_answers"]:
         yield f"{counted['mismatched_answers']} answers came as text whose tokens are not those the server counted."
     beside = result.get("against")

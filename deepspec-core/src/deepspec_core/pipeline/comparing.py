@@ -19,7 +19,7 @@ from rich.table import Table
 from deepspec_core.config.load import RunFile
 from deepspec_core.config.schema import DraftOptions
 from deepspec_core.decoding.engine import Completion
-from deepspec_core.errors import ConfigError, StageError
+from deepspec_core.errors import ConfigError, DataError, StageError
 from deepspec_core.evaluation import comparison, report
 from deepspec_core.evaluation.comparison import Comparison, compare
 from deepspec_core.evaluation.evaluator import recorded
@@ -39,6 +39,9 @@ PAGE = "comparison.html"
 AHEAD = "run's draft ahead by"
 _AFTER = comparison.HEADINGS.index("accepted length") + 1
 HEADINGS = (*comparison.HEADINGS[:_AFTER], AHEAD, *comparison.HEADINGS[_AFTER:])
+
+
+_Key = tuple[str, float, int | None]
 
 
 @frozen(kw_only=True)
@@ -94,34 +97,37 @@ def compare_with(
 ) -> Compared:
     """Evaluate the run's draft and the named baselines, as far as that is not done, and write the table and its page.
 
-    `beside` are folders of evaluations that are there already, such as a server's. ConfigError for a name that is no
-    draft without training. DeepSpecError where an evaluation fails, and where there is none in `beside`.
+    `beside` are folders of evaluations that are there already, such as a server's. Where the rounds of one are missing
+    or damaged, its rows have no difference, and that is said before the first evaluation. ConfigError for a name that
+    is no draft without training. DeepSpecError where an evaluation fails, and where there is none in `beside`.
     """
     own = Run(file=file, path=path, plugins=plugins)
     others = {str(folder): folder for folder in beside}
     _refuse_shared_names(file.run.name, [*names, *others])
     finished = {label: _finished(folder) for label, folder in others.items()}
     drafts = {name: _draft(name, own) for name in names}
+    rounds = {label: _rounds(label, others[label], found) for label, found in finished.items()}
+    for _, remarks in rounds.values():
+        for remark in remarks:
+            say(remark)
     runs = {file.run.name: own}
     for name, draft in drafts.items():
         runs[name] = Run(file=_baseline(file, name, draft), path=path, plugins=plugins)
     for name, run in runs.items():
         say(f"{name}:")
         run_stages(run, only=["evaluate"], say=say)
-    reports = {name: read_metrics(run.folder / METRICS) for name, run in runs.items()} | finished
+    made = {name: read_metrics(run.folder / METRICS) for name, run in runs.items()}
+    rounds |= {name: _rounds(name, runs[name].folder, found) for name, found in made.items()}
+    reports = made | finished
     folders = {name: run.folder for name, run in runs.items()} | others
     evaluated = [comparison.Run(label=name, report=found) for name, found in reports.items()]
     whole = compare(evaluated)
-    completions = {
-        (name, *_key(result)): _completions(folders[name], result)
-        for name, found in reports.items()
-        if "server" not in found  # it tells counts, and not the rounds of each answer
-        for result in found["results"]
-    }
+    unknown = [remark for name in reports for remark in rounds[name][1]]
+    whole = evolve(whole, remarks=(*whole.remarks, *unknown))
     ahead: list[Difference | None] = []
     for row in whole.rows:
-        mine = completions.get((file.run.name, *_key(row.result)))
-        other = completions.get((row.run.label, *_key(row.result)))
+        mine = rounds[file.run.name][0].get(_key(row.result))
+        other = rounds[row.run.label][0].get(_key(row.result))
         if row.run.label == file.run.name or mine is None or other is None:
             ahead.append(None)
         else:
@@ -202,10 +208,25 @@ def _baseline(file: RunFile, name: str, draft: DraftOptions) -> RunFile:
     )
 
 
-def _key(result: Mapping[str, Any]) -> tuple[str, float, int | None]:
+def _key(result: Mapping[str, Any]) -> _Key:
     return report.task_of(result), result["temperature"], result.get("batch_size")
 
 
-def _completions(folder: Path, result: Mapping[str, Any]) -> list[Completion]:
-    _, groups = recorded(journal_of(folder, result))
-    return [done for group in groups for done in group.completions]
+def _rounds(label: str, folder: Path, evaluated: Mapping[str, Any]) -> tuple[dict[_Key, list[Completion]], list[str]]:
+    """The answers of every result with their rounds, and remarks on those whose rounds cannot be read."""
+    found: dict[_Key, list[Completion]] = {}
+    remarks: list[str] = []
+    if "server" in evaluated:  # it tells counts, and not the rounds of each answer
+        return found, remarks
+    for result in evaluated["results"]:
+        try:
+            _, groups = recorded(journal_of(folder, result))
+        except (DataError, StageError) as error:
+            where = f"{report.task_of(result)} at temperature {result['temperature']:g}"
+            remarks.append(
+                f"no difference from {label} on {where}: {error.problem} ({error.where}). Copy the whole folder of "
+                "that evaluation, with its folder evaluate/, or evaluate again there with --force evaluate"
+            )
+        else:
+            found[_key(result)] = [done for group in groups for done in group.completions]
+    return found, remarks

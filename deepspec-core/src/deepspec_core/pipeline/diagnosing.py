@@ -17,6 +17,7 @@ from attrs import asdict, define, evolve, field, frozen
 
 from deepspec_core.checkpoints.opening import draft_adapter
 from deepspec_core.checkpoints.published import check_draft, load_draft
+from deepspec_core.config.schema import EvaluateOptions
 from deepspec_core.contracts.draft import DraftModel, Sample
 from deepspec_core.contracts.proposer import Sampling
 from deepspec_core.contracts.target import TargetAdapter
@@ -62,6 +63,8 @@ from deepspec_core.training.trainer import METRICS
 # Lines of metrics.jsonl that stand for the end of training.
 _LAST_LINES = 4
 _COMPARED_SAMPLES = 4
+# What evaluation may change of greedy decoding. The training pass has none of it, so no stage here has.
+_NOT_OF_TRAINING = ("repetition_penalty", "stop", "confidence_threshold", "calibration", "scheduler")
 
 
 @frozen(kw_only=True)
@@ -93,6 +96,7 @@ def diagnose(
     count = threads.choose(run, ["evaluate"])["evaluate"]
     with threads.using(count):
         looking = _Looking(run=run, extent=extent, tolerance=tolerance, say=say)
+        looking.missing |= left_out(run.file.evaluate)
         if server is not None:
             counted = looking.ask(server)
         looking.look_at_training()
@@ -105,6 +109,16 @@ def diagnose(
         tolerance=tolerance,
         about={"run": run.file.run.name, "target": run.file.target.model, "draft": str(looking.folder)},
     )
+
+
+def left_out(options: EvaluateOptions) -> dict[str, str]:
+    """What these options change in decoding that no stage of a diagnosis has, as `not_measured` says it."""
+    usual = EvaluateOptions()
+    names = [name for name in _NOT_OF_TRAINING if getattr(options, name) != getattr(usual, name)]
+    if not names:
+        return {}
+    said = ", ".join(f"evaluate.{name}" for name in names)
+    return {"evaluation's settings": f"answers here are greedy, without {said}: training has none of them"}
 
 
 @define(kw_only=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Final
 
 from attrs import field, frozen
@@ -15,10 +16,17 @@ from attrs import field, frozen
 _LINE: Final = re.compile(r"^([A-Za-z_:][\w:]*)(?:\{(.*)\})?\s+([^\s]+)(?:\s+\d+)?$")
 _LABEL: Final = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 _STARTED: Final = "process_start_time_seconds"
+_MOST_POSITIONS: Final = 1024
+# Counters are doubles, which hold every whole number up to this one.
+_MOST: Final = 2**53
 
 
 class NoCounters(Exception):
     """The text has none of an engine's counters."""
+
+
+class Impossible(Exception):
+    """Counters that cannot be, in words."""
 
 
 class Reset(Exception):
@@ -50,6 +58,32 @@ class Tally:
             proposed=proposed,
             accepted_at=at,
         )
+
+
+def impossible(tally: Tally, *, at_least: int = 0) -> str | None:
+    """Why no engine can have counted this, with the numbers; None where one can.
+
+    at_least: Tokens that the rounds gave for certain, those that were accepted and one of the target's own each round.
+    An engine may count tokens after an answer's end too, so there may be more. Its counts by position may end before
+    its longest proposal does.
+    """
+    rounds, accepted, proposed, at = tally.rounds, tally.accepted, tally.proposed, tally.accepted_at or ()
+    for name, value in (("rounds", rounds), ("accepted tokens", accepted), ("proposed tokens", proposed or 0)):
+        if not 0 <= value <= _MOST:
+            return f"{_number(value)} {name}"
+    if proposed is not None and accepted > proposed:
+        return f"{accepted:,} accepted tokens of {proposed:,} proposed"
+    if rounds == 0 and max(accepted, proposed or 0) > 0:
+        return f"{max(accepted, proposed or 0):,} tokens in 0 rounds"
+    counts = (rounds, *at)
+    if min(counts) < 0 or any(after > before for before, after in pairwise(counts)):
+        return f"{rounds:,} rounds, which accepted by position {', '.join(map(_number, at[:8]))}"
+    # Where no round accepted the last position, none can have accepted one after it.
+    if tally.accepted_at is not None and (sum(at) > accepted or (sum(at) < accepted and counts[-1] == 0)):
+        return f"{accepted:,} accepted tokens, and {sum(at):,} by position"
+    if rounds + accepted < at_least:
+        return f"{rounds:,} rounds with {accepted:,} accepted tokens, for {at_least:,} tokens of answers"
+    return None
 
 
 @frozen(kw_only=True)
@@ -100,14 +134,14 @@ class Reading:
 def reading(text: str, names: Names) -> Reading:
     """The counters in the text of /metrics, those of several engines or models in one server together.
 
-    NoCounters where the text has no count of generated tokens.
+    NoCounters where the text has no count of generated tokens. Impossible where a count or a position is beyond bounds.
     """
     found: dict[str, list[tuple[Mapping[str, str], float]]] = {}
     for name, labels, value in _samples(text):
         found.setdefault(name, []).append((labels, value))
 
     def total(name: str) -> int | None:
-        return round(sum(value for _, value in found[name])) if name in found else None
+        return round(sum(_count(name, value) for _, value in found[name])) if name in found else None
 
     generated = total(names.generated)
     if generated is None:
@@ -118,7 +152,10 @@ def reading(text: str, names: Names) -> Reading:
         for labels, value in found.get(names.accepted_at or "", ()):
             position = labels.get(names.position, "")
             if position.isascii() and position.isdigit():
-                at[int(position)] = at.get(int(position), 0) + value
+                # Python refuses to read thousands of digits.
+                if len(position) > len(str(_MOST_POSITIONS)) or int(position) >= _MOST_POSITIONS:
+                    raise Impossible(f"{names.accepted_at} of a position {position[:16]}")
+                at[int(position)] = at.get(int(position), 0) + _count(names.accepted_at or "", value)
         positions = range(max(at, default=-1) + 1)
         tally = Tally(
             rounds=counted[0],
@@ -133,6 +170,17 @@ def reading(text: str, names: Names) -> Reading:
         tally=tally,
         started=None if started is None else started[0][1],
     )
+
+
+def _count(name: str, value: float) -> float:
+    if not 0 <= value <= _MOST:
+        raise Impossible(f"{name} {value:g}")
+    return value
+
+
+def _number(value: int) -> str:
+    # Python refuses to write thousands of digits.
+    return f"{value:,}" if abs(value) <= _MOST else f"more than {_MOST:,}" if value > 0 else f"less than -{_MOST:,}"
 
 
 def _samples(text: str) -> Iterator[tuple[str, Mapping[str, str], float]]:

@@ -227,7 +227,7 @@ class SGLang:
         """The rounds in meta_info. Fault where its numbers contradict each other."""
         meta = _meta(content)
         rounds = meta.get("spec_verify_ct")
-        if type(rounds) is not int or rounds < 0:
+        if type(rounds) is not int:
             return None
         accepted = _first(meta, ("spec_num_correct_drafts", "spec_accepted_drafts", "spec_accept_token_num"))
         proposed = _first(meta, ("spec_num_proposed_drafts", "spec_proposed_drafts", "spec_draft_token_num"))

@@ -17,7 +17,7 @@ from attrs import define, evolve, field, frozen
 from deepspec_core.decoding.engine import Completion, Request
 from deepspec_core.errors import ConfigError, StageError
 from deepspec_core.servers.connection import Connection, Fault, Kind, Refusal, client, shown
-from deepspec_core.servers.counting import NoCounters, Reading, Reset, Tally, reading
+from deepspec_core.servers.counting import Impossible, NoCounters, Reading, Reset, Tally, impossible, reading
 from deepspec_core.servers.engines import ENGINES, Engine, engine_of
 from deepspec_core.servers.probe import Served, listed, probe
 from deepspec_core.servers.reading import choice_of, has_ids, read
@@ -92,7 +92,7 @@ class Server:
     ) -> Measured:
         """Ask every request, `at_once` of them at a time, and their later turns. `done` is called after each prompt.
 
-        StageError where an answer cannot be used, or the counters do not cover the answers.
+        StageError where an answer cannot be used, or the counters do not cover the answers or cannot be.
         """
         return self._runner.run(self._measure(requests, at_once, wanted, following, done))
 
@@ -155,7 +155,22 @@ class Server:
         )
         # What answers tell of themselves is of nobody else.
         spoiled = measured.disturbed and not self.engine.tells_in_answers
-        return evolve(measured, tally=None) if spoiled else measured
+        if spoiled:
+            return evolve(measured, tally=None)
+        if self.engine.tells_in_answers:
+            for answer in answers:
+                # It verifies in every step but the first, which the prompt's own pass gives.
+                self._refuse(answer.tally, at_least=len(answer.completion.output_ids) - 1)
+        else:
+            # Steps without a proposal are no rounds there, so its rounds may give fewer tokens than the answers have.
+            self._refuse(tally)
+        return measured
+
+    def _refuse(self, tally: Tally | None, *, at_least: int = 0) -> None:
+        if tally is None or tally.rounds == 0 == tally.accepted:
+            return
+        if (why := impossible(tally, at_least=at_least)) is not None:
+            raise self._contradicting(why)
 
     async def _all(
         self,
@@ -231,6 +246,8 @@ class Server:
         try:
             text = await self._connection.text("/metrics", seconds=_SECONDS)
             return reading(text, self.engine.counters)
+        except Impossible as error:
+            raise self._contradicting(str(error)) from None
         except NoCounters:
             found = f"no {self.engine.counters.generated} in {shown(text)}"
         except Refusal as error:
@@ -293,6 +310,15 @@ class Server:
             where=self._where,
             found=fault.reason,
             fix="Start it and ask again: nothing was written.",
+        )
+
+    def _contradicting(self, why: str) -> StageError:
+        return StageError(
+            "The server's counters do not go together",
+            where=self._where,
+            found=why,
+            expected="counts of one engine's rounds, each of them possible beside the others",
+            fix="Ask the engine itself, and not a program between that counts otherwise. Nothing was written.",
         )
 
     @property
