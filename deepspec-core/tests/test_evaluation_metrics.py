@@ -8,6 +8,7 @@ from attrs import evolve
 
 from deepspec_core.decoding.engine import Completion, Round
 from deepspec_core.evaluation.metrics import loops, pool
+from deepspec_core.evaluation.report import prompts
 
 PARITY = Path(__file__).parents[2] / "tests" / "parity"
 
@@ -59,6 +60,11 @@ def test_pooled_over_rounds_not_averaged_over_samples() -> None:
     # Two turns of one prompt are not independent: together they are drawn or not.
     turns = pool([one, evolve(other, id="one (turn 2)")])
     assert (turns.samples, turns.acceptance_length_interval) == (2, pytest.approx((7 / 4, 7 / 4)))
+    # A table counts prompts, and says so where they have more answers.
+    several = pool([one, evolve(other, id="one (sample 2)"), other])
+    assert prompts(found.as_json()) == "2"
+    assert prompts(several.as_json()) == "2 (3 answers)"
+    assert prompts({"samples": 3}) == "3", "a file of before"
 
 
 def test_conditional_acceptance_counts_only_rounds_that_reached_the_position() -> None:

@@ -58,7 +58,7 @@ class Row:
             single.task_of(self.result),
             f"{self.result['temperature']:g}",
             single.batch(self.result),
-            str(self.result["samples"]),
+            single.prompts(self.result),
             single.accepted(self.result),
             f"{speed:.0f}" if (speed := self._speed()) is not None else "-",
             single.speedup(self.result),
@@ -158,7 +158,7 @@ def compare(runs: Sequence[Run]) -> Comparison:
             differences.append(f"{where} was not evaluated in {missing}")
         prompts = [(result["samples"], result.get("prompts_digest")) for _, result in have]
         if len(set(prompts)) > 1:
-            counts = ", ".join(f"{result['samples']} in {runs[index].label}" for index, result in have)
+            counts = ", ".join(f"{single.prompts(result)} in {runs[index].label}" for index, result in have)
             differences.append(f"{where} asked other prompts: {counts}")
         for (index, result), asked in zip(have, prompts, strict=True):
             marked = index in unlike or asked != prompts[0]

@@ -35,7 +35,7 @@ class ContextBucket:
 class PooledMetrics:
     """The figures of one task at one temperature.
 
-    samples: Answers; a prompt with later turns, or with several samples, has several.
+    prompts: Prompts with an answer. samples: Answers; a prompt with later turns, or with several samples, has several.
     acceptance_length: Tokens committed per round (tau), with a 95% bootstrap interval over prompts: all answers to a
         prompt are drawn together.
     draft_tokens_per_proposal: Tokens proposed per round, of a tree all of them.
@@ -50,6 +50,7 @@ class PooledMetrics:
     no round reached is None. Samples that loop or reach the limit inflate the accepted length.
     """
 
+    prompts: int
     samples: int
     rounds: int
     output_tokens: int
@@ -83,6 +84,7 @@ def pool(completions: Sequence[Completion], *, seed: int = 0) -> PooledMetrics:
     numbers: dict[str, int] = {}
     prompts = np.array([numbers.setdefault(prompt_of(c.id), len(numbers)) for c in completions], dtype=np.int64)
     return PooledMetrics(
+        prompts=len(numbers),
         samples=len(completions),
         rounds=len(rounds),
         output_tokens=sum(len(completion.output_ids) for completion in completions),

@@ -68,6 +68,13 @@ def batch(result: Mapping[str, Any]) -> str:
     return str(result.get("batch_size", "-")) + (f" (halved: {halved})" if halved else "")
 
 
+def prompts(result: Mapping[str, Any]) -> str:
+    """How many prompts, and how many answers they have where these are more. A file of before has the answers alone."""
+    answers = result["samples"]
+    asked = result.get("prompts", answers)
+    return str(asked) if asked == answers else f"{asked} ({answers} answers)"
+
+
 def speedup(result: Mapping[str, Any]) -> str:
     """The speed-up over plain decoding, if it was measured."""
     return f"{result['speedup']:.2f}x" if "speedup" in result else "-"
@@ -101,7 +108,7 @@ def _rows(report: Mapping[str, Any]) -> list[list[str]]:
                 task_of(result),
                 f"{result['temperature']:g}",
                 batch(result),
-                str(result["samples"]),
+                prompts(result),
                 accepted(result),
                 positions(result["marginal"]),
                 positions(result["conditional"]),

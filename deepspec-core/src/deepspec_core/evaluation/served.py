@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from deepspec_core.decoding.engine import Completion
 from deepspec_core.evaluation.metrics import loops
+from deepspec_core.evaluation.turns import prompt_of
 from deepspec_core.servers.counting import Tally
 from deepspec_core.servers.measuring import Measured
 
@@ -37,6 +38,7 @@ def figures(measured: Measured) -> dict[str, Any]:
     timing["tokens_per_second"] = tokens / measured.wall
     rounds = dict.fromkeys(_OF_ROUNDS) if tally is None else _of_rounds(tally)
     return {
+        "prompts": len({prompt_of(answer.id) for answer in answers}),
         "samples": len(answers),
         "output_tokens": tokens,
         **rounds,
