@@ -17,7 +17,14 @@ from deepspec_core.errors import DataError
 log = logging.getLogger("deepspec")
 
 # What describes a dataset and is no part of it.
-_ABOUT: Final = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+_ABOUT: Final = (
+    "config.json",
+    "dataset_dict.json",
+    "dataset_info.json",
+    "dataset_infos.json",
+    "manifest.json",
+    "state.json",
+)
 _SHOWN: Final = 5
 _told: set[tuple[str, ...]] = set()
 
