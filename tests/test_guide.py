@@ -201,7 +201,7 @@ def test_templates_are_files_of_the_package() -> None:
     build = tomllib.loads((ROOT / "deepspec-core" / "pyproject.toml").read_text())["tool"]["hatch"]["build"]
     assert build == {"targets": {"wheel": {"packages": ["src/deepspec_core"]}}}
     templates = importlib.resources.files("deepspec_core.scaffold") / "templates"
-    for kind in (*NEW, "common"):
+    for kind in (*NEW, "every_kind"):
         assert [one.name for one in (templates / kind).iterdir() if one.name.endswith(".tmpl")], kind
     ignored = subprocess.run(
         ["git", "check-ignore", "-q", "deepspec-core/src/deepspec_core/scaffold/templates/draft/train.toml.tmpl"],

@@ -1,7 +1,7 @@
 """A new plugin package, written from the templates beside this file: checked names, a whole folder or none.
 
 A template is a file whose name ends with .tmpl, with words like @NAME@ for what differs from package to package. Those
-of `common/` are in every package. Knows folders and names. Does not know what the templates say.
+of `every_kind/` are in every package. Knows folders and names. Does not know what the templates say.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def write_package(kind: str, name: str, out: Path, *, registry: Registry, taken:
     words = _words(kind, name, package, algorithm)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=out))
     try:
-        for template in sorted((*_TEMPLATES.glob("common/*.tmpl"), *_TEMPLATES.glob(f"{kind}/*.tmpl"))):
+        for template in sorted((*_TEMPLATES.glob("every_kind/*.tmpl"), *_TEMPLATES.glob(f"{kind}/*.tmpl"))):
             path = unfinished / _place(template.name.removesuffix(".tmpl"), package)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(_filled(template.read_text(encoding="utf-8"), words), encoding="utf-8")
