@@ -10,7 +10,7 @@ from deepspec_core.evaluation.served import figures
 from deepspec_core.evaluation.server_report import of_server
 from deepspec_core.servers.connection import Fault
 from deepspec_core.servers.counting import Impossible, NoCounters, Reading, Reset, Tally, impossible, reading
-from deepspec_core.servers.engines import VLLM, LlamaCpp, SGLang, engine_of
+from deepspec_core.servers.engines import LLAMA_CPP, VLLM, SGLang, engine_of
 from deepspec_core.servers.measuring import Measured
 
 LABELS = 'engine="0",model_name="a } b \\" 7"'
@@ -33,19 +33,19 @@ nothing:here NaN
 def test_text_becomes_numbers_whatever_labels_hold() -> None:
     tally = Tally(rounds=30, proposed=90, accepted=45, accepted_at=(25, 15, 5))
     expected = Reading(generated=125, running=2, tally=tally, started=1.7e9)
-    assert reading(VLLM_TEXT, VLLM().counters) == expected
+    assert reading(VLLM_TEXT, VLLM.counters) == expected
 
 
 def test_without_speculation_there_is_no_tally_and_without_tokens_nothing() -> None:
     text = "\n".join(line for line in VLLM_TEXT.splitlines() if "spec_decode" not in line)
-    assert reading(text, VLLM().counters).tally is None
+    assert reading(text, VLLM.counters).tally is None
     for foreign in (VLLM_TEXT, "<html><body>1 2</body></html>", ""):
         with pytest.raises(NoCounters):
-            reading(foreign, LlamaCpp().counters)
+            reading(foreign, LLAMA_CPP.counters)
 
 
 def test_a_difference_is_what_was_counted_in_between() -> None:
-    before = reading(VLLM_TEXT, VLLM().counters)
+    before = reading(VLLM_TEXT, VLLM.counters)
     none_yet = Reading(generated=100, running=0, tally=Tally(rounds=10, proposed=30, accepted=15), started=1.7e9)
     tally = before.since(none_yet).tally
     # llama.cpp has no counts by position before the first of them.
@@ -55,7 +55,7 @@ def test_a_difference_is_what_was_counted_in_between() -> None:
 
 @pytest.mark.parametrize("change", [{"generated": 126}, {"started": 1.8e9}, {"tally": Tally(rounds=31, accepted=45)}])
 def test_counters_that_fall_and_other_processes_are_a_reset(change: dict[str, Any]) -> None:
-    now = reading(VLLM_TEXT, VLLM().counters)
+    now = reading(VLLM_TEXT, VLLM.counters)
     values = {"generated": now.generated, "running": 0, "tally": now.tally, "started": now.started}
     with pytest.raises(Reset):
         now.since(Reading(**{**values, **change}))
@@ -83,7 +83,7 @@ def test_numbers_that_contradict_each_other_are_a_fault(change: dict[str, Any]) 
 
 
 def test_llama_cpp_may_not_sample_otherwise_than_it_was_asked() -> None:
-    dialect = LlamaCpp().dialect
+    dialect = LLAMA_CPP.dialect
     body = {"temperature": 0.7, "top_k": 0, "top_p": 1.0, "min_p": 0.05}
     answer = {"content": "a", "tokens": [7], "stop_type": "limit", "tokens_predicted": 1, "tokens_evaluated": 2}
     # It keeps numbers in single precision.
@@ -96,7 +96,7 @@ def test_llama_cpp_may_not_sample_otherwise_than_it_was_asked() -> None:
 
 
 def test_an_engine_is_told_by_its_list_of_models() -> None:
-    assert isinstance(engine_of([{"id": "m", "owned_by": "llamacpp"}]), LlamaCpp)
+    assert engine_of([{"id": "m", "owned_by": "llamacpp"}]) is LLAMA_CPP
     assert engine_of([{"id": "m", "owned_by": "openai"}]) is None
     assert engine_of([]) is None
 
@@ -135,7 +135,7 @@ def test_counts_that_cannot_be_are_said_with_their_numbers(change: dict[str, Any
 )
 def test_lines_beyond_all_bounds_are_refused(line: str) -> None:
     with pytest.raises(Impossible, match="vllm:"):
-        reading(f"{VLLM_TEXT}{line}\n", VLLM().counters)
+        reading(f"{VLLM_TEXT}{line}\n", VLLM.counters)
 
 
 def test_tokens_that_no_counted_round_gave_are_told() -> None:

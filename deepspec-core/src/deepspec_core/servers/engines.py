@@ -81,15 +81,15 @@ class Engine(Protocol):
         ...
 
 
-@frozen
-class VLLM:
-    """vLLM."""
+@frozen(kw_only=True)
+class Counting:
+    """An engine that counts rounds at /metrics, and says nothing of them in its answers."""
 
-    name: str = "vLLM"
-    owner: str = "vllm"
-    dialect: Dialect = _TOKEN_IDS
-    counters: Names = _VLLM
-    shows_counters: str = "Start it without --disable-log-stats."
+    name: str
+    owner: str
+    dialect: Dialect
+    counters: Names
+    shows_counters: str
     tells_in_answers: bool = False
 
     def tally(self, content: dict[str, Any]) -> Tally | None:
@@ -145,22 +145,6 @@ class _LlamaCppIds:
             "completion_tokens": content.get("tokens_predicted"),
         }
         return {"choices": [choice], "usage": usage}
-
-
-@frozen
-class LlamaCpp:
-    """The server of llama.cpp."""
-
-    name: str = "llama.cpp"
-    owner: str = "llamacpp"
-    dialect: Dialect = _LlamaCppIds()
-    counters: Names = _LLAMA_CPP
-    shows_counters: str = "Start it with --metrics."
-    tells_in_answers: bool = False
-
-    def tally(self, content: dict[str, Any]) -> Tally | None:
-        """Nothing: `timings` has tokens, and no rounds."""
-        return None
 
 
 @frozen
@@ -250,7 +234,21 @@ class SGLang:
         return Tally(rounds=rounds, proposed=proposed, accepted=accepted, accepted_at=at)
 
 
-ENGINES: Final[tuple[Engine, ...]] = (VLLM(), LlamaCpp(), SGLang())
+VLLM: Final = Counting(
+    name="vLLM",
+    owner="vllm",
+    dialect=_TOKEN_IDS,
+    counters=_VLLM,
+    shows_counters="Start it without --disable-log-stats.",
+)
+LLAMA_CPP: Final = Counting(
+    name="llama.cpp",
+    owner="llamacpp",
+    dialect=_LlamaCppIds(),
+    counters=_LLAMA_CPP,
+    shows_counters="Start it with --metrics.",
+)
+ENGINES: Final[tuple[Engine, ...]] = (VLLM, LLAMA_CPP, SGLang())
 
 
 def engine_of(models: Sequence[Mapping[str, Any]]) -> Engine | None:
