@@ -34,7 +34,7 @@ from deepspec_core.pipeline import workers
 from deepspec_core.progress import Progress
 
 # How long a worker looks at tokens made from something else before it says so.
-_PATIENCE_SECONDS: Final = 120.0
+_PATIENCE_SECONDS: Final = 600.0
 # So many rows of a plugin tell whether its code gives other ones; it may give more than anybody waits for.
 _ROWS_THAT_TELL: Final = 4096
 # run_data.RunData, which imports this module.
