@@ -193,10 +193,12 @@ class _Engine:
 
     def _see(self, slots_B: Tensor, tokens_BK: Tensor, counts_B: Tensor) -> None:
         """The first counts[b] of the tokens now stand in slots[b]."""
+        if self.seen_SV is None:
+            return
         counted_BK = torch.arange(tokens_BK.shape[1], device=counts_B.device) < counts_B[:, None]
         seen_BV = self._sampling_of(slots_B).after(tokens_BK, counted_BK).seen
-        if self.seen_SV is not None and seen_BV is not None:
-            self.seen_SV[slots_B] = seen_BV
+        assert seen_BV is not None, "it began with some"
+        self.seen_SV[slots_B] = seen_BV
 
     def _round(self) -> list[Completion]:
         """One proposal and one verification for every active slot, in ascending order of slots."""
