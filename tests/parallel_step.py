@@ -4,7 +4,7 @@
 
 A case is a split and a mode, such as even-ddp. FOLDER holds the draft, the loss, and for every split this rank's
 micro-batches, as saved by the test. Rank 0 writes gradients there, a file a case. Modes: "ddp", "fsdp", and "reshard",
-FSDP2 that frees gathered weights between forward and backward.
+FSDP2 that frees gathered weights between forward and backward. With DEVICE=cuda both ranks compute on one GPU.
 """
 
 import json
@@ -31,6 +31,8 @@ from deepspec_core.rows.engine import build_engine
 from deepspec_core.training.reduction import StepSums, normalise
 from deepspec_core.training.step import TrainingStep
 
+DEVICE = torch.device(os.environ.get("DEVICE", "cpu"))
+
 
 def main(folder: Path, cases: list[str]) -> None:
     torch.set_num_threads(1)
@@ -52,11 +54,13 @@ def step_of(folder: Path, split: str, mode: str) -> dict[str, torch.Tensor]:
     """Normalised gradients by parameter, their `norm` and the `loss`."""
     registry = load_plugins().registry
     adapter = draft_adapter(folder / "draft", registry=registry)
-    draft = load_draft(folder / "draft", registry=registry, adapter=adapter)
+    draft = load_draft(folder / "draft", registry=registry, adapter=adapter).to(DEVICE)
     loss = LossOptions(terms=json.loads((folder / "terms.json").read_text()))
     wrapped = wrap(TrainingStep(draft.train(), build_engine(loss, registry)), mode)
-    sums = StepSums(torch.device("cpu"))
-    micro_batches = torch.load(folder / f"{split}-{torch.distributed.get_rank()}.pt", weights_only=True)
+    sums = StepSums(DEVICE)
+    micro_batches = torch.load(
+        folder / f"{split}-{torch.distributed.get_rank()}.pt", weights_only=True, map_location=DEVICE
+    )
     for number, saved in enumerate(micro_batches):
         last = number + 1 == len(micro_batches)
         with wrapped.no_sync() if mode == "ddp" and not last else nullcontext():
@@ -68,8 +72,8 @@ def step_of(folder: Path, split: str, mode: str) -> dict[str, torch.Tensor]:
     world_size = torch.distributed.get_world_size()
     norm = normalise(list(trained.values()), vector[0], world_size=world_size, clip_norm=1e9)
     assert not any(value.grad is not None for value in draft.parameters() if not value.requires_grad)
-    gradients = {name: whole(value.grad).contiguous() for name, value in trained.items()}
-    return {**gradients, "norm": whole(norm).reshape(1), "loss": (vector[2] / vector[3]).reshape(1)}
+    gradients = {name: whole(value.grad).cpu().contiguous() for name, value in trained.items()}
+    return {**gradients, "norm": whole(norm).cpu().reshape(1), "loss": (vector[2] / vector[3]).cpu().reshape(1)}
 
 
 def wrap(step: TrainingStep, mode: str) -> Any:
