@@ -36,17 +36,20 @@ from torch.nn import functional as F
 MIX = {"ce": 0.1, "tv": 0.9, "confidence": 1.0}
 GAMMA = 4.0
 WAYS = ("straightforward", "compiled", "engine", "products")
+Sizes = tuple[int, int, int, int, int]
 # name -> rows, hidden size, rank of the correction (0: none), rows of a block, distinct target positions.
-SIZES = {
+SIZES: dict[str, dict[str, Sizes]] = {
     "cpu": {"dspark": (448, 896, 256, 7, 112), "eagle3": (448, 896, 0, 7, 70)},
     "cuda": {"dspark": (3584, 2560, 256, 7, 800), "eagle3": (28672, 2560, 0, 7, 4102)},
+    # To see that it runs.
+    "tiny": {"dspark": (28, 32, 8, 7, 14), "eagle3": (28, 32, 0, 7, 14)},
 }
 VOCAB = 151_936
 
 
-def make(case: str, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
+def make(sizes: Sizes, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """Random rows, sized so that draft and target agree about as much as half-trained drafts do."""
-    rows, hidden, rank, block, positions = SIZES[device][case]
+    rows, hidden, rank, block, positions = sizes
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
@@ -145,14 +148,14 @@ def engine(case: str, kernels: str) -> Callable[[dict[str, Tensor], str], Tensor
     return total
 
 
-def work(pipe: Connection, way: str, case: str, device: str, kernels: str, threads: int) -> None:
+def work(pipe: Connection, way: str, case: str, sizes: Sizes, device: str, kernels: str, threads: int) -> None:
     """One process: a step for each message, answered by its seconds; the last answers peak and error."""
     torch.set_num_threads(threads)
     dtype = torch.bfloat16
     function = {"straightforward": straightforward, "products": products}.get(way) or (
         torch.compile(straightforward) if way == "compiled" else engine(case, kernels)
     )
-    data = make(case, device, dtype)
+    data = make(sizes, device, dtype)
 
     def step() -> float:
         given = leaves(data)
@@ -172,14 +175,14 @@ def work(pipe: Connection, way: str, case: str, device: str, kernels: str, threa
         step()  # a process that has waited for its turn finds its memory cold
         pipe.send(step())
     # Last: what float64 takes would leave the process's memory in pieces.
-    error = 0.0 if way == "products" else worst_error(function, case, device)
+    error = 0.0 if way == "products" else worst_error(function, case, sizes, device)
     pipe.send({"peak_bytes": peak, "worst_error": error})
 
 
-def worst_error(function: Callable[..., Tensor], case: str, device: str) -> float:
+def worst_error(function: Callable[..., Tensor], case: str, sizes: Sizes, device: str) -> float:
     """Gradient of the hidden states against float64, relative to the largest entry, on a few blocks."""
-    data = make(case, device, torch.bfloat16)
-    rows = 4 * SIZES[device][case][3]
+    data = make(sizes, device, torch.bfloat16)
+    rows = 4 * sizes[3]
     few = {name: tensor[:rows] if len(tensor) == len(data["hidden"]) else tensor for name, tensor in data.items()}
     exact = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in few.items()}
     found, expected = leaves(few), leaves(exact)
@@ -226,18 +229,20 @@ def peak_since(device: str) -> int:
     return int(status["VmHWM"].split()[0]) * 1024
 
 
-def flops(case: str, device: str) -> int:
+def flops(sizes: Sizes) -> int:
     """2 * V * (rows * H forward, rows * H backward, positions * H, and rows * r three times)."""
-    rows, hidden, rank, _, positions = SIZES[device][case]
+    rows, hidden, rank, _, positions = sizes
     return 2 * VOCAB * (2 * rows * hidden + positions * hidden + 3 * rows * rank)
 
 
-def compare(case: str, ways: list[str], device: str, kernels: str, threads: int, turns: int) -> dict[str, Any]:
+def compare(
+    case: str, sizes: Sizes, ways: list[str], device: str, kernels: str, threads: int, turns: int
+) -> dict[str, Any]:
     context = multiprocessing.get_context("spawn")
     pipes, processes = {}, []
     for way in ways:
         pipes[way], other = context.Pipe()
-        process = context.Process(target=work, args=(other, way, case, device, kernels, threads), daemon=True)
+        process = context.Process(target=work, args=(other, way, case, sizes, device, kernels, threads), daemon=True)
         process.start()
         processes.append(process)
         ask(pipes[way])  # one at a time: peaks and warm-ups must not disturb each other
@@ -251,7 +256,7 @@ def compare(case: str, ways: list[str], device: str, kernels: str, threads: int,
         figures[way] = {"seconds": seconds[way], "median_seconds": statistics.median(seconds[way]), **pipes[way].recv()}
     for process in processes:
         process.join()
-    return {"flops": flops(case, device), "ways": figures}
+    return {"flops": flops(sizes), "ways": figures}
 
 
 def ask(pipe: Connection) -> float:
@@ -286,7 +291,8 @@ def table(results: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=SIZES, default="cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--sizes", choices=SIZES, help="default: those of the device")
     parser.add_argument("--cases", nargs="+", choices=SIZES["cpu"], default=list(SIZES["cpu"]))
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--kernels", default="auto")
@@ -294,10 +300,9 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path("rows.json"))
     options = parser.parse_args()
-    results = {
-        case: compare(case, options.ways, options.device, options.kernels, options.threads, options.turns)
-        for case in options.cases
-    }
+    sizes = SIZES[options.sizes or options.device]
+    given = options.ways, options.device, options.kernels, options.threads, options.turns
+    results = {case: compare(case, sizes[case], *given) for case in options.cases}
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     machine = {
         "machine": torch.cuda.get_device_name() if options.device == "cuda" else platform.machine(),
