@@ -80,6 +80,7 @@ def check_before(run: Run, steps: Sequence[Step], *, may_write: bool = True) -> 
             try_rollout(run, draft)
             try_training(run, draft)
             try_finished(run, draft, description)
+            _begun_with(run, steps, draft, description)
             _decoded_in_training(run)
             _room_for_checkpoint(run, tried.checkpoint_bytes)
     if "cache" in todo:
@@ -333,6 +334,16 @@ def _evaluation(run: Run, confidence: bool | None, proposed: int | None) -> None
                 warn_of_failures(f"evaluate.tasks: {task}", failures_of(asked.refused))
         else:
             _some_held_out(run)
+
+
+def _begun_with(run: Run, steps: Sequence[Step], draft: DraftModel, description: DraftDescription) -> None:
+    """Check the checkpoint of draft.init, unless training goes on with one of its own."""
+    from deepspec_core.pipeline.warm_start import check_init
+    from deepspec_core.training.checkpoint import latest
+
+    forced = any(step.forced for step in steps if step.stage.name == "train")
+    if forced or latest(run.stage_folder("train")) is None:
+        check_init(run, draft, description)
 
 
 def _decoded_in_training(run: Run) -> None:

@@ -19,6 +19,7 @@ from deepspec_core.pipeline import workers
 from deepspec_core.pipeline.offered import check_source
 from deepspec_core.pipeline.run import Run
 from deepspec_core.pipeline.training_evaluations import evaluations_of
+from deepspec_core.pipeline.warm_start import start_of, take_vocabulary, take_weights
 from deepspec_core.plugins.notices import notify
 from deepspec_core.training.checkpoint import step_of
 from deepspec_core.training.trainer import TrainResult, train
@@ -35,11 +36,14 @@ def run_stage(run: Run) -> dict[str, Any]:
     mode = run.file.features.mode
     source = check_source(registry, mode, registry.build("features", mode, run))
     draft = new_draft(run)
-    chosen = choose_vocabulary(run, draft, source)
+    start = start_of(run)
+    chosen = choose_vocabulary(run, draft, source) if start is None else take_vocabulary(draft, start)
     draft.adopt(run.target.model.embedding_weight(), run.target.model.head_weight())
     wanted = draft.describe().target_weights
     if wanted:
         draft.adopt_weights(run.target.extra_weights(wanted))
+    begun = {} if start is None else take_weights(draft, start)
+    del start
     folder = run.stage_folder("train")
     evaluations = evaluations_of(run)
     result = train(
@@ -59,6 +63,7 @@ def run_stage(run: Run) -> dict[str, Any]:
         publish(result.chosen / "draft", run.folder / "draft")
     return {
         "steps": result.steps,
+        **begun,
         **_finished(result),
         "samples": len(source),
         **run.data.losses(),
