@@ -139,6 +139,7 @@ class DFlashModel(DraftModel):
             config=self.config(),
             window=self.window,
             gives_confidence=False,
+            training_keys=("num_anchors",),
         )
 
     def config(self) -> dict[str, Any]:

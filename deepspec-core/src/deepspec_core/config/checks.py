@@ -12,6 +12,7 @@ from typing import Any
 
 from deepspec_core.config.batching import require_packed_draft
 from deepspec_core.config.columns import column_mistakes
+from deepspec_core.config.held_out import evaluation_mistakes, nothing_held_out
 from deepspec_core.config.paths import no_path
 from deepspec_core.config.schema import (
     BUILTIN,
@@ -45,6 +46,8 @@ def check_sections(sections: Mapping[str, Any], folder: Path, registry: Registry
             yield ConfigError(
                 "the export stage has nothing to write", where="export.to", found="[]", expected="a format"
             )
+        if "train" in run.stages and sections.get("train"):
+            yield from evaluation_mistakes(sections["train"], sections.get("data"))
         if "evaluate" in run.stages and sections.get("evaluate"):
             yield from _tasks(sections["evaluate"].tasks, sections.get("data"))
             if not sections["evaluate"].temperature:
@@ -119,6 +122,10 @@ def _untrained(sections: Mapping[str, Any]) -> Iterator[ConfigError]:
         )
     if draft.layer != LayerOptions():
         yield ConfigError(f"{what}, and have no layers to shape", where="draft.layer", expected="no such table")
+    if draft.init is not None:
+        yield ConfigError(
+            f"{what}: there is nothing to begin with", where="draft.init", found=draft.init, expected="no such key"
+        )
     if evaluate and evaluate.draft is not None:
         yield ConfigError(
             f"{what}: there is no checkpoint to evaluate",
@@ -183,9 +190,7 @@ def _tasks(tasks: tuple[str, ...], data: DataOptions | None) -> Iterator[ConfigE
             expected=f'at least one task, such as "{HELD_OUT}"',
             fix='add a task, or remove "evaluate" from run.stages',
         )
-    # Prompts that a plugin ships have a held-out part of their own, which counts where there is no other source.
-    alone = data is not None and len(data.sources) == 1 and data.sources[0].path.startswith(BUILTIN)
-    if HELD_OUT in tasks and data is not None and data.held_out == 0 and data.sources and not alone:
+    if HELD_OUT in tasks and data is not None and nothing_held_out(data):
         yield ConfigError(
             "no prompts are held out from training",
             where="data.held_out",

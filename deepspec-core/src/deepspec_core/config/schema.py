@@ -23,14 +23,16 @@ from deepspec_core.config.loss_options import Terms as Terms
 from deepspec_core.config.loss_options import WeightingOptions as WeightingOptions
 from deepspec_core.config.sampling_bounds import stop_string, temperatures
 from deepspec_core.config.train_options import BATCHING as BATCHING
+from deepspec_core.config.train_options import BEST as BEST
 from deepspec_core.config.train_options import PACKED as PACKED
+from deepspec_core.config.train_options import HeldOutOptions as HeldOutOptions
 from deepspec_core.config.train_options import TrainOptions as TrainOptions
 from deepspec_core.layers.options import LayerOptions
 
 KNOWN_STAGES = ("regenerate", "cache", "train", "evaluate", "export")
 # Keys that a stage reads only by asking for them. Of no other key of their section it can be said who reads it, because
 # a plugin's options are read as a whole.
-READ_ALONE = ("draft.tree",)
+READ_ALONE = ("draft.init", "draft.tree")
 DTYPES = ("float32", "bfloat16", "float16")
 # The task that asks the prompts a run never trained on.
 HELD_OUT = "held-out"
@@ -260,6 +262,8 @@ class DraftOptions:
 
     type: The algorithm; its own keys stand beside this one. See `deepspec plugins`.
     layer: The draft's own shape, where it is not the target's.
+    init: A draft checkpoint whose weights training begins with: a directory, the output of another run, or a Hub id.
+        It must be of this type, and as this section and `target.layers` say. Left out: new weights.
     tree: {nodes = 16} evaluates with trees of 16 tokens. Only evaluation reads it, so it may change under a trained
         draft. For draft types that propose trees. Left out: chains.
     """
@@ -267,6 +271,7 @@ class DraftOptions:
     type: str
     options: Any = field(metadata=FILLED_IN)
     layer: LayerOptions = field(factory=LayerOptions)
+    init: str | None = None
     tree: TreeOptions | None = None
 
 

@@ -10,10 +10,32 @@ from attrs.validators import deep_iterable, in_, optional
 
 from deepspec_core.config.bounds import above, below, real, whole
 from deepspec_core.config.key_marks import CHANGES_NOTHING
+from deepspec_core.config.sampling_bounds import temperatures
 
 PACKED = "packed"
+# Which checkpoint the finished draft is.
+BEST = "best"
 _SEQUENCES = 2**20  # more than any batch takes
 BATCHING = ("padded", "bucketed", PACKED)
+
+
+@frozen(kw_only=True)
+class HeldOutOptions:
+    """[train.evaluation]: what the draft decodes while it is trained, every `train.evaluate_every` steps.
+
+    prompts: Held-out prompts that are decoded, always the same.
+    max_new_tokens: New tokens of one answer at most.
+    temperature: 0 is greedy.
+    warn_after: A warning is given when the accepted length has fallen so many times in a row.
+    stop_after: Training ends when the accepted length has fallen so many times in a row. Left out: it does not end
+        early.
+    """
+
+    prompts: int = field(default=32, validator=whole(1, _SEQUENCES))
+    max_new_tokens: int = field(default=128, validator=whole(1, 2**27))
+    temperature: float = field(default=0.0, validator=temperatures)
+    warn_after: int = field(default=3, validator=whole(1))
+    stop_after: int | None = field(default=None, validator=optional(whole(1)))
 
 
 @frozen(kw_only=True)
@@ -37,6 +59,13 @@ class TrainOptions:
     precision: "bfloat16" is autocast over fp32 weights; "float32" is for exact results.
     checkpoint_every: Optimizer steps between checkpoints.
     keep_checkpoints: How many of the newest checkpoints stay.
+    evaluate_every: Optimizer steps between evaluations of the draft: it decodes held-out prompts with the target, and
+        the tokens that a round commits are counted. They are also at the start and at the end. Left out: there are
+        none.
+    evaluation: What is decoded then, and when a falling accepted length is told of or ends training.
+    keep_best: How many checkpoints of the greatest accepted length stay beside the newest, if there are evaluations.
+    final: The checkpoint that becomes the finished draft: the "best" by accepted length, or the "last". Without
+        evaluations it is the last.
     log_every: Optimizer steps between lines of metrics.jsonl.
     loader_workers: Processes that read and prepare samples; 0: the training process itself.
     """
@@ -54,5 +83,9 @@ class TrainOptions:
     precision: str = field(default="bfloat16", validator=in_(("float32", "bfloat16")))
     checkpoint_every: int = field(default=3000, validator=whole(1), metadata=CHANGES_NOTHING)
     keep_checkpoints: int = field(default=2, validator=whole(1), metadata=CHANGES_NOTHING)
+    evaluate_every: int | None = field(default=None, validator=optional(whole(1)))
+    evaluation: HeldOutOptions = field(factory=HeldOutOptions)
+    keep_best: int = field(default=1, validator=whole(1), metadata=CHANGES_NOTHING)
+    final: str = field(default=BEST, validator=in_((BEST, "last")))
     log_every: int = field(default=10, validator=whole(1), metadata=CHANGES_NOTHING)
     loader_workers: int = field(default=0, validator=whole(0, 512), metadata=CHANGES_NOTHING)

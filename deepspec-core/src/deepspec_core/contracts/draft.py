@@ -143,6 +143,8 @@ class DraftDescription:
     gives_confidence: Whether its proposals carry confidence; None if the algorithm does not say.
     weight_names: Published names of parameters, by the draft's own names or their prefixes. The longest match counts.
     config: The keys that the algorithm adds to config.json.
+    training_keys: Those of them that say how the draft was trained, not what it is. A run that begins with its
+        checkpoint ([draft] init) may have other values.
     """
 
     algorithm: str
@@ -157,6 +159,7 @@ class DraftDescription:
     window: int | None = None
     gives_confidence: bool | None = None
     target_weights: tuple[str, ...] = ()
+    training_keys: tuple[str, ...] = ()
 
 
 class DraftModel(nn.Module, ABC):

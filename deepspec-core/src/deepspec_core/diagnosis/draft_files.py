@@ -57,8 +57,8 @@ def draft_findings(
     """What differs between the draft's files and what was trained, and the facts.
 
     digest: Of the draft now. trained_digest: As training left it. expected: Its config.json by the run file. trained:
-    The draft of the newest training checkpoint, if that is still as training left it. anchor_predicts: Whether the
-    anchor's own slot predicts, as the files say and as the run file says. What is not known is None.
+    The draft of the training checkpoint that it was made from, if that is there as training left it. anchor_predicts:
+    Whether the anchor's own slot predicts, as the files say and as the run file says. What is not known is None.
     """
     differences = {} if expected is None else config_differences(read_draft_config(folder), expected)
     tensors = [] if trained is None else weight_differences(folder, trained)
@@ -83,7 +83,7 @@ def draft_findings(
         findings.append(
             Finding(
                 name="weights of the draft",
-                says=f"{len(tensors)} tensors are not those of the newest training checkpoint: "
+                says=f"{len(tensors)} tensors are not those of the training checkpoint it was made from: "
                 f"{', '.join(tensors[:_SHOWN])}{more}.",
                 fix=f"Copy {WEIGHTS} from the training checkpoint.",
                 explains=_AFTER,

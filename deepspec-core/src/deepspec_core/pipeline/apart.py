@@ -49,11 +49,13 @@ def _holds_other_files(run: Run, folder: Path) -> bool:
 
 def check_inputs_survive(run: Run, discarded: Sequence[str]) -> None:
     """StageError if something that the run reads lies in the folder of a stage that is to be discarded: a source, a
-    task, a draft to evaluate, its calibration or a cost table."""
+    task, a draft to begin with or to evaluate, its calibration or a cost table."""
     inputs = {f"data.sources[{i}]": source.path for i, source in enumerate(run.file.data.sources)}
     inputs |= {f"evaluate.tasks[{i}]": task_file(task) or task for i, task in enumerate(run.file.evaluate.tasks)}
     if run.file.evaluate.draft is not None:
         inputs["evaluate.draft"] = run.file.evaluate.draft
+    if run.file.draft.init is not None:
+        inputs["draft.init"] = run.file.draft.init
     if run.file.evaluate.calibration is not None:
         inputs["evaluate.calibration"] = run.file.evaluate.calibration
     if run.file.evaluate.scheduler is not None:

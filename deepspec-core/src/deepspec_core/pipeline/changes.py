@@ -94,6 +94,10 @@ def _look_up(run: Run, name: str, resuming: bool) -> Callable[[], str | None]:
         from deepspec_core.pipeline.evaluated_draft import draft_digest
 
         return lambda: draft_digest(run)
+    if name == contents.INIT:
+        from deepspec_core.pipeline.warm_start import init_digest
+
+        return lambda: init_digest(run, ask_hub=resuming)
     if name == contents.CALIBRATION and run.file.evaluate.calibration is not None:
         from deepspec_core.digests import digest_of
 

@@ -47,7 +47,8 @@ def check_before(run: Run, steps: Sequence[Step], *, may_write: bool = True) -> 
     _ = run.target.adapter  # opening it raises its errors
     if "train" in todo and run.file.features.mode == "online" and run.file.train.batching == PACKED:
         require_packed_target(run.target.architecture.model_type, run.plugins.registry)
-    if todo - {"train", "export"} or run.file.features.mode != "cached":
+    decodes = "train" in todo and run.file.train.evaluate_every is not None
+    if decodes or todo - {"train", "export"} or run.file.features.mode != "cached":
         _ = run.target.tokenizer
         if run.file.data.system_prompt is not None:
             _prompt_length(run, run.file.data.system_prompt)
@@ -79,6 +80,8 @@ def check_before(run: Run, steps: Sequence[Step], *, may_write: bool = True) -> 
             try_rollout(run, draft)
             try_training(run, draft)
             try_finished(run, draft, description)
+            _begun_with(run, steps, draft, description)
+            _decoded_in_training(run)
             _room_for_checkpoint(run, tried.checkpoint_bytes)
     if "cache" in todo:
         from deepspec_core.pipeline.trying_cache import try_format
@@ -89,7 +92,8 @@ def check_before(run: Run, steps: Sequence[Step], *, may_write: bool = True) -> 
     elif _caches(run) and "cache" not in run.file.run.stages and "train" in run.file.run.stages:
         if "train" in todo:
             run.cache.require()
-        if "evaluate" in run.file.run.stages and HELD_OUT in run.file.evaluate.tasks:
+        held_out = "evaluate" in run.file.run.stages and HELD_OUT in run.file.evaluate.tasks
+        if held_out or ("train" in todo and run.file.train.evaluate_every is not None):
             run.cache.require_same_split()
     if "evaluate" in todo:
         _evaluation(run, confidence, proposed)
@@ -214,7 +218,8 @@ def _sources(run: Run, todo: Collection[str], *, may_write: bool) -> None:
 
     data, registry = run.file.data, run.plugins.registry
     trains = _first_reader(run) in todo
-    if trains or ("evaluate" in todo and HELD_OUT in run.file.evaluate.tasks):
+    decodes = "train" in todo and run.file.train.evaluate_every is not None
+    if trains or decodes or ("evaluate" in todo and HELD_OUT in run.file.evaluate.tasks):
         check_sources(data.sources, base=run.base, registry=registry)
     if trains:
         turns = check_rows(
@@ -256,10 +261,12 @@ def _room_for_checkpoint(run: Run, needed: int) -> None:
     from deepspec_core.training.checkpoint import CHECKPOINTS
 
     there = len(list((run.stage_folder("train") / CHECKPOINTS).glob("step-*")))
-    most = run.file.train.keep_checkpoints + 1 - there
+    train = run.file.train
+    best = train.keep_best if train.evaluate_every is not None else 0
+    most = train.keep_checkpoints + best + 1 - there
     if needed * most > free:
         log.warning(
-            "%d checkpoints may take %s, and %s are free in %s; train.keep_checkpoints says how many stay",
+            "%d checkpoints may take %s, and %s are free in %s; train.keep_checkpoints and keep_best say how many stay",
             most,
             in_words(needed * most),
             in_words(free),
@@ -329,6 +336,25 @@ def _evaluation(run: Run, confidence: bool | None, proposed: int | None) -> None
             _some_held_out(run)
 
 
+def _begun_with(run: Run, steps: Sequence[Step], draft: DraftModel, description: DraftDescription) -> None:
+    """Check the checkpoint of draft.init, unless training goes on with one of its own."""
+    from deepspec_core.pipeline.warm_start import check_init
+    from deepspec_core.training.checkpoint import latest
+
+    forced = any(step.forced for step in steps if step.stage.name == "train")
+    if forced or latest(run.stage_folder("train")) is None:
+        check_init(run, draft, description)
+
+
+def _decoded_in_training(run: Run) -> None:
+    """Check what evaluations during training need: the target's weights, and a held-out prompt."""
+    from deepspec_core.pipeline.training_evaluations import check_evaluations
+
+    if run.file.train.evaluate_every is not None:
+        check_evaluations(run)
+        _some_held_out(run)
+
+
 def _some_held_out(run: Run) -> None:
     """Check that at least one prompt is held out, if that can be found out without the Hub."""
     from deepspec_core.data.source_rows import on_hub
@@ -341,5 +367,5 @@ def _some_held_out(run: Run) -> None:
             where=f"{run.path}: data.held_out",
             found=f"none of the conversations, at a share of {run.file.data.held_out:g}",
             expected="at least one",
-            fix="Raise data.held_out, give more data, or name other tasks in evaluate.tasks.",
+            fix="Raise data.held_out, give more data, or name other tasks and remove train.evaluate_every.",
         )

@@ -274,8 +274,8 @@ class _Looking:
         if not self.trained_here or record is None:
             return
         left = record.made.get(contents.OWN_DRAFT)
-        newest = checkpoints.latest(run.stage_folder("train"))
-        trained = None if newest is None or fingerprint(newest / "draft") != left else newest / "draft"
+        drafts = [one / "draft" for one in reversed(checkpoints.complete(run.stage_folder("train")))]
+        trained = next((draft for draft in drafts if fingerprint(draft) == left), None)
         with torch.device("meta"):
             described = run.plugins.registry.build(
                 "draft", run.file.draft.type, run.file.draft.options, run.target.draft_adapter, run.file.target.layers

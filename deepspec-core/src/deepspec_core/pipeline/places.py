@@ -21,7 +21,7 @@ _OF_EVERY_STAGE: Final = (RECORD, f"{RECORD}.partial")
 _OF_STAGES: Final[Mapping[str, tuple[str, ...]]] = {
     "regenerate": tuple(f"conversations.jsonl{end}" for end in ("", ".partial", ".ordered", ".failures.jsonl")),
     "cache": (LOCK,),
-    "train": ("metrics.jsonl",),
+    "train": ("metrics.jsonl", "evaluations.jsonl"),
     "evaluate": ("samples.json", "samples.json.partial"),
 }
 # Files of stored tokens in a folder of their own, beside its shards. These stages write them, whichever comes first.

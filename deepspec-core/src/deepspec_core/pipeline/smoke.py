@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from attrs import evolve
 
 from deepspec_core.config.load import RunFile
+from deepspec_core.config.schema import TrainOptions
 
 SAMPLES = 16
 STEPS = 10
@@ -29,6 +32,15 @@ def smoke(file: RunFile) -> RunFile:
             max_steps=STEPS,
             epochs=STEPS,
             global_batch_size=min(file.train.global_batch_size, SAMPLES),
+            **_few_evaluations(file.train),
         ),
         evaluate=evolve(file.evaluate, limit=PROMPTS, max_new_tokens=min(file.evaluate.max_new_tokens, NEW_TOKENS)),
     )
+
+
+def _few_evaluations(train: TrainOptions) -> dict[str, Any]:
+    if train.evaluate_every is None:
+        return {}
+    decoded = train.evaluation
+    few = evolve(decoded, prompts=min(decoded.prompts, PROMPTS), max_new_tokens=min(decoded.max_new_tokens, NEW_TOKENS))
+    return {"evaluate_every": min(train.evaluate_every, STEPS // 2), "evaluation": few}

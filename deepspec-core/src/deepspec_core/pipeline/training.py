@@ -18,8 +18,11 @@ from deepspec_core.errors import ConfigError, PluginError
 from deepspec_core.pipeline import workers
 from deepspec_core.pipeline.offered import check_source
 from deepspec_core.pipeline.run import Run
+from deepspec_core.pipeline.training_evaluations import evaluations_of
+from deepspec_core.pipeline.warm_start import start_of, take_vocabulary, take_weights
 from deepspec_core.plugins.notices import notify
-from deepspec_core.training.trainer import train
+from deepspec_core.training.checkpoint import step_of
+from deepspec_core.training.trainer import TrainResult, train
 
 log = logging.getLogger("deepspec")
 
@@ -33,12 +36,16 @@ def run_stage(run: Run) -> dict[str, Any]:
     mode = run.file.features.mode
     source = check_source(registry, mode, registry.build("features", mode, run))
     draft = new_draft(run)
-    chosen = choose_vocabulary(run, draft, source)
+    start = start_of(run)
+    chosen = choose_vocabulary(run, draft, source) if start is None else take_vocabulary(draft, start)
     draft.adopt(run.target.model.embedding_weight(), run.target.model.head_weight())
     wanted = draft.describe().target_weights
     if wanted:
         draft.adopt_weights(run.target.extra_weights(wanted))
+    begun = {} if start is None else take_weights(draft, start)
+    del start
     folder = run.stage_folder("train")
+    evaluations = evaluations_of(run)
     result = train(
         draft=draft,
         source=source,
@@ -50,17 +57,33 @@ def run_stage(run: Run) -> dict[str, Any]:
         save_draft=lambda path: save_draft(draft, run.target.draft_adapter, path),
         on_checkpoint=lambda path: notify(run.plugins.manager, "deepspec_checkpoint_saved", run=run, checkpoint=path),
         device=run.target.device,
+        evaluations=evaluations,
     )
     if workers.rank() == 0:
-        publish(result.checkpoint / "draft", run.folder / "draft")
+        publish(result.chosen / "draft", run.folder / "draft")
     return {
         "steps": result.steps,
+        **begun,
+        **_finished(result),
         "samples": len(source),
         **run.data.losses(),
         **chosen,
         "resumed_from": result.resumed_from,
         "figures": result.figures,
         "counts": result.counts,
+    }
+
+
+def _finished(result: TrainResult) -> dict[str, Any]:
+    """What the stage's summary says of the checkpoint that became the finished draft, where there was a choice."""
+    if not result.evaluations:
+        return {}
+    step = step_of(result.chosen)
+    lengths = {record["step"]: record["accepted_length"] for record in result.evaluations}
+    return {
+        "finished draft of step": step,
+        **({"accepted length on held-out prompts": round(lengths[step], 3)} if step in lengths else {}),
+        "seconds of evaluations": round(sum(record["seconds"] for record in result.evaluations), 1),
     }
 
 

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +38,21 @@ _NAME = re.compile(r"step-(\d{6,})")
 _FORMAT = 1
 
 
+def complete(folder: Path) -> list[Path]:
+    """The complete checkpoints of a training folder, the oldest first."""
+    found = [path for path in (folder / CHECKPOINTS).glob("step-*") if path.is_dir() and _NAME.fullmatch(path.name)]
+    return sorted(found, key=step_of)
+
+
 def latest(folder: Path) -> Path | None:
     """The newest complete checkpoint of a training folder, or None."""
-    found = _complete(folder)
+    found = complete(folder)
     return found[-1] if found else None
+
+
+def of_step(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step is, or would be."""
+    return folder / CHECKPOINTS / f"step-{step:06d}"
 
 
 def step_of(checkpoint: Path) -> int:
@@ -60,12 +71,13 @@ def save(
     optimizer: torch.optim.Optimizer,
     scalars: Mapping[str, Any],
     keep: int,
+    spare: Collection[int] = (),
 ) -> Path:
-    """Write the checkpoint of `step` and remove all but the newest `keep`. A checkpoint that exists is left as it is.
+    """Write the checkpoint of `step`, and `prune` the others. A checkpoint that exists is left as it is.
 
     `parameters` are the trained ones, by name. `save_draft(path)` writes the draft directory. `scalars` are JSON types.
     """
-    final = folder / CHECKPOINTS / f"step-{step:06d}"
+    final = of_step(folder, step)
     if final.exists():
         return final
     remove_unfinished(folder)
@@ -87,10 +99,16 @@ def save(
         _sync(path)
     unfinished.rename(final)
     _sync(final.parent)
-    for old in _complete(folder)[:-keep]:
-        # Renamed first, so that an interrupted removal does not leave half a checkpoint under a valid name.
-        shutil.rmtree(old.rename(old.with_name(f".{old.name}.removed")))
+    prune(folder, keep=keep, spare=spare)
     return final
+
+
+def prune(folder: Path, *, keep: int, spare: Collection[int] = ()) -> None:
+    """Remove all checkpoints but the newest `keep` and those of the steps in `spare`."""
+    for old in complete(folder)[:-keep]:
+        if step_of(old) not in spare:
+            # Renamed first, so that an interrupted removal does not leave half a checkpoint under a valid name.
+            shutil.rmtree(old.rename(old.with_name(f".{old.name}.removed")))
 
 
 def bytes_of_one(draft: nn.Module) -> int:
@@ -153,11 +171,6 @@ def restore(checkpoint: Path, *, parameters: Mapping[str, Tensor], optimizer: to
             fix="resume with the version of deepspec-core that wrote it, or train anew in another output folder",
         )
     return scalars
-
-
-def _complete(folder: Path) -> list[Path]:
-    found = [path for path in (folder / CHECKPOINTS).glob("step-*") if path.is_dir() and _NAME.fullmatch(path.name)]
-    return sorted(found, key=step_of)
 
 
 def _on_host(tensor: Tensor) -> Tensor:

@@ -45,21 +45,38 @@ class MetricsLog:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) <= resume_at]
-            shortened = path.with_name(f".{path.name}.new")
-            shortened.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-            os.replace(shortened, path)
+            self._replace([line for line in self._lines() if _step(line) <= resume_at])
 
     def last(self) -> dict[str, Any]:
         """The newest line; empty if there is none."""
-        written = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        written = self._lines()
         newest: dict[str, Any] = json.loads(written[-1]) if written else {}
         return newest
+
+    def of_step(self, step: int) -> dict[str, Any]:
+        """The line of a step; empty if it has none."""
+        found: dict[str, Any] = next((json.loads(line) for line in self._lines() if _step(line) == step), {})
+        return found
 
     def write(self, figures: Mapping[str, Any]) -> None:
         """Append one line."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(figures) + "\n")
+
+    def add(self, step: int, figures: Mapping[str, Any]) -> None:
+        """Give the line of a step more figures. A step without a line, or whose line has them, stays as it is."""
+        before = self.of_step(step)
+        if before and not figures.keys() <= before.keys():
+            added = json.dumps({**before, **figures})
+            self._replace([added if _step(line) == step else line for line in self._lines()])
+
+    def _lines(self) -> list[str]:
+        return self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+
+    def _replace(self, lines: Sequence[str]) -> None:
+        new = self.path.with_name(f".{self.path.name}.new")
+        new.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        os.replace(new, self.path)
 
 
 def _step(line: str) -> float:
@@ -73,6 +90,10 @@ class Clock:
     """Counts sequences and all their tokens, supervised or not, per second since the last line."""
 
     def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Count from now on."""
         self._start, self._sequences, self._tokens = time.monotonic(), 0, 0
 
     def count(self, sequences: int, tokens: int) -> None:
@@ -84,5 +105,5 @@ class Clock:
         now = time.monotonic()
         seconds = max(now - self._start, 1e-9)
         rates = {"tokens_per_second": self._tokens / seconds, "sequences_per_second": self._sequences / seconds}
-        self._start, self._sequences, self._tokens = now, 0, 0
+        self.restart()
         return rates

@@ -31,6 +31,7 @@ from deepspec_core.progress import Progress
 from deepspec_core.rows.engine import build_engine
 from deepspec_core.stopping import Stopped, StopRequest
 from deepspec_core.training import checkpoint as checkpoints
+from deepspec_core.training.best_checkpoints import Evaluations
 from deepspec_core.training.epoch_order import ORDERS
 from deepspec_core.training.host_batch import HostBatch
 from deepspec_core.training.loader import StepPlans, iterate
@@ -53,6 +54,9 @@ class TrainResult:
     """What training came to.
 
     checkpoint: The newest checkpoint, a directory with `draft/`.
+    chosen: The checkpoint that becomes the finished draft: the newest, or the best by accepted length.
+    steps: Optimizer steps that were done, up to an early end.
+    evaluations: The records of evaluations.jsonl.
     resumed_from: The step of the checkpoint that training went on from, or 0.
     figures: The last line of metrics.jsonl. On ranks other than the first, the last line of this call.
     counts: What preparation counted, over all epochs and ranks.
@@ -60,12 +64,14 @@ class TrainResult:
     """
 
     checkpoint: Path
+    chosen: Path
     steps: int
     resumed_from: int
     figures: dict[str, Any] = field(factory=dict)
     counts: dict[str, int] = field(factory=dict)
     unfinished: int = 0
     seconds: float = 0.0
+    evaluations: list[dict[str, Any]] = field(factory=list)
 
 
 def train(
@@ -80,13 +86,14 @@ def train(
     save_draft: Callable[[Path], None],
     on_checkpoint: Callable[[Path], None] | None = None,
     device: str | torch.device | None = None,
+    evaluations: Evaluations | None = None,
 ) -> TrainResult:
     """Train `draft` in place for the steps that `options` ask for, from the newest checkpoint of `folder` on.
 
     It writes `folder`/checkpoints and `folder`/metrics.jsonl. `save_draft(path)` writes the draft as published, and
     `on_checkpoint(path)` is called with each complete checkpoint; both on the first rank only. The schedule spans
-    min(max_steps, steps of all epochs). Ctrl-C or SIGTERM finishes the step, saves a checkpoint and raises Stopped. A
-    second one stops at once.
+    min(max_steps, steps of all epochs). `evaluations` evaluate checkpoints, and may end training early. Ctrl-C or
+    SIGTERM finishes the step, saves a checkpoint and raises Stopped. A second one stops at once.
 
     DataError if there are no samples. CheckpointError if a training state is damaged or of another run, or if there is
     no room for one. TrainingError if a loss or gradient is not finite, before weights are changed, or if no row of an
@@ -100,10 +107,13 @@ def train(
         )
     start = time.monotonic()
     trainer = _Trainer(draft, source, options, loss, registry, folder, seed, save_draft, on_checkpoint, device)
+    trainer.evaluations = evaluations or Evaluations(options)
     figures = trainer.run()
     return TrainResult(
         checkpoint=trainer.checkpoint,
-        steps=trainer.total_steps,
+        chosen=trainer.evaluations.chosen(trainer.checkpoint),
+        steps=checkpoints.step_of(trainer.checkpoint),
+        evaluations=trainer.evaluations.records,
         resumed_from=trainer.first_step,
         figures=figures,
         counts=trainer.all_counts(),
@@ -114,6 +124,7 @@ def train(
 
 class _Trainer:
     checkpoint: Path
+    evaluations: Evaluations
 
     def __init__(
         self,
@@ -215,8 +226,16 @@ class _Trainer:
     def run(self) -> dict[str, Any]:
         """Do every step that is left. Returns the last line of figures."""
         log = MetricsLog(self.folder / METRICS, resume_at=self.first_step) if self.is_main else None
+        self.evaluations.begin(
+            self.folder,
+            log,
+            self._save,
+            done=self.first_step,
+            total=self.total_steps,
+            epoch=self.batches.steps_per_epoch,
+        )
         line = log.last() if log is not None else {}
-        if self.first_step >= self.total_steps:
+        if self.first_step >= self.total_steps or self.evaluations.over():
             return line
         checkpoints.require_space(self.folder, self.checkpoint_bytes)
         plans = StepPlans(
@@ -236,7 +255,8 @@ class _Trainer:
             for step in range(self.first_step, self.total_steps):
                 done = step + 1
                 last = done == self.total_steps
-                logged = last or done % self.options.log_every == 0
+                due = self.evaluations.due(done)
+                logged = last or due or done % self.options.log_every == 0
                 rate, norm, stop = self._step(step, plans, micro_batches, logged, request.asked)
                 chosen = self.batches.indices(step)
                 clock.count(len(chosen), sum(self.batches.lengths[index] for index in chosen))
@@ -251,10 +271,15 @@ class _Trainer:
                 epoch = self.batches.epoch(step)
                 if self.batches.epoch(done) != epoch or (last and epoch == 0):
                     self._require_supervision()
-                if stop or last or done % self.options.checkpoint_every == 0:
+                if stop or last or due or done % self.options.checkpoint_every == 0:
                     self._save(done)
                 if stop:
                     raise Stopped(request.number or signal.SIGTERM)  # another rank's signal, where not ours
+                if due:
+                    line |= self.evaluations.evaluate(done, request.check)
+                    clock.restart()
+                    if self.evaluations.over():
+                        break
         return line
 
     def _step(
@@ -360,11 +385,12 @@ class _Trainer:
                     "epoch_weight": self.epoch_weight,
                 },
                 keep=self.options.keep_checkpoints,
+                spare=self.evaluations.spared(),
             )
             if self.on_checkpoint is not None:
                 self.on_checkpoint(self.checkpoint)
         self.accelerator.wait_for_everyone()
-        self.checkpoint = self.folder / checkpoints.CHECKPOINTS / f"step-{step:06d}"
+        self.checkpoint = checkpoints.of_step(self.folder, step)
 
 
 def _union(parts: list[list[str]]) -> list[str]:

@@ -89,6 +89,7 @@ class MedusaDraft(DraftModel):
             anchor_predicts=True,
             causal=True,
             gives_confidence=False,
+            training_keys=("num_anchors",),
             weight_names={
                 "blocks_KHH": "blocks.weight",
                 "biases_KH": "blocks.bias",
