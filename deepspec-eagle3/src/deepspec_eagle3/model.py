@@ -82,6 +82,7 @@ class Eagle3Model(DraftModel):
         )
         target_P = places.start_M[prepared["target_document"]] + prepared["target_position"]
         divisor = len(prepared["lengths"]) if self.options.normaliser == "sequence" else num_places
+        denominator = torch.full((), divisor, dtype=torch.float32, device=at_R.device)
         return Rows(
             hidden=self.drafter.norm(state.index_select(0, at_R)),
             target_hidden=batch.features.last_hidden.flatten(0, 1).index_select(0, target_P),
@@ -89,7 +90,8 @@ class Eagle3Model(DraftModel):
             weight=prepared["weight"],
             slot=prepared["step"],
             block=prepared["block"],
-            denominator=torch.full((), divisor, dtype=torch.float32, device=at_R.device),
+            denominator=denominator,
+            on_host=(*batch.on_host, (denominator, torch.full((), divisor, dtype=torch.float32))),
         )
 
     def unroll(self, batch: DraftBatch, places: Places) -> tuple[Tensor, list[Tensor]]:

@@ -81,7 +81,8 @@ class DraftBatch:
     """The right-padded sequences of one micro-batch, on the device.
 
     input_ids, loss_mask and attention_mask are [B, T]. features are [B, T, C] and [B, T, H], in the dtype they were
-    captured in. `prepared` is what `Preparation.collate` returned.
+    captured in. `prepared` is what `Preparation.collate` returned. `on_host` are pairs of its tensors and their copies
+    in the host's memory, where reading a number does not wait for the device. A draft hands them on to its rows.
 
     If sequences are packed, a row holds several conversations one after another, and position_ids and document_ids are
     [B, T]: a token's position in its own conversation, and the conversation's number in the order of `prepared`, -1 on
@@ -97,6 +98,7 @@ class DraftBatch:
     prepared: Mapping[str, Tensor]
     position_ids: Tensor | None = None
     document_ids: Tensor | None = None
+    on_host: tuple[tuple[Tensor, Tensor], ...] = ()
 
     def to(self, device: torch.device | str) -> DraftBatch:
         """The same batch with every tensor on `device`."""
@@ -104,6 +106,8 @@ class DraftBatch:
         def move(value: Tensor | None) -> Tensor | None:
             return None if value is None else value.to(device, non_blocking=True)
 
+        prepared = {name: tensor.to(device, non_blocking=True) for name, tensor in self.prepared.items()}
+        pairs = ((prepared[name], tensor) for name, tensor in self.prepared.items())
         return DraftBatch(
             input_ids=self.input_ids.to(device, non_blocking=True),
             loss_mask=self.loss_mask.to(device, non_blocking=True),
@@ -112,9 +116,10 @@ class DraftBatch:
                 hidden=self.features.hidden.to(device, non_blocking=True),
                 last_hidden=self.features.last_hidden.to(device, non_blocking=True),
             ),
-            prepared={name: tensor.to(device, non_blocking=True) for name, tensor in self.prepared.items()},
+            prepared=prepared,
             position_ids=move(self.position_ids),
             document_ids=move(self.document_ids),
+            on_host=tuple((of, tensor) for of, tensor in pairs if tensor.device.type == "cpu") or self.on_host,
         )
 
 

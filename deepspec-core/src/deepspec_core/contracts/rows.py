@@ -22,6 +22,10 @@ class Rows:
 
     Slots are from 0 on, and each is once in its block. A batch without supervised positions has N = 0. Its tensors are
     then empty and keep their other dimensions. Core checks all this in every step (rows/rows_check.py).
+
+    on_host: Pairs of a tensor and its copy in the host's memory. Core needs slot, block, weight, target_index,
+        target_ids and denominator there. It looks for each among the pairs, and reads it back if it is in none, for
+        which the host waits in every micro-batch. A draft hands on DraftBatch.on_host, and adds what it made itself.
     """
 
     hidden: Tensor  # [N, H] input of the draft's lm_head
@@ -36,6 +40,7 @@ class Rows:
     block: Tensor  # [N] int64, which proposal the row belongs to, non-decreasing; chunks never split a block
     extras: Mapping[str, Tensor] = field(factory=dict)  # e.g. {"confidence_logits": [N]}
     denominator: Tensor | None = None  # [] what the sums of the batch are divided by; None: the sum of the weights
+    on_host: tuple[tuple[Tensor, Tensor], ...] = ()
 
 
 @frozen(kw_only=True, eq=False)

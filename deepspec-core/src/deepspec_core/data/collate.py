@@ -15,7 +15,9 @@ from deepspec_core.contracts.target import TargetFeatures
 
 
 def pad(ragged: Sequence[Tensor]) -> Tensor:
-    """Tensors [t, ...] to [B, T, ...], zero (false) past each one's end."""
+    """Tensors [t, ...] to [B, T, ...], zero (false) past each one's end. One alone is not copied."""
+    if len(ragged) == 1:
+        return ragged[0][None]
     return torch.nn.utils.rnn.pad_sequence(list(ragged), batch_first=True)
 
 

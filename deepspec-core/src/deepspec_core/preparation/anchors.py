@@ -127,12 +127,15 @@ def anchored_rows(batch: DraftBatch, hidden_NKH: Tensor) -> Rows:
     """
     prepared = batch.prepared
     block_R, slot_R = prepared["block"], prepared["slot"]
+    ones_R = torch.ones(len(block_R), dtype=torch.float32)
+    weight_R = torch.ones_like(ones_R, device=block_R.device)
     return Rows(
         hidden=hidden_NKH[block_R, slot_R],
         target_hidden=batch.features.last_hidden[prepared["target_sequence"], prepared["target_position"]],
         target_index=prepared["target_index"],
         target_ids=prepared["labels"],
-        weight=torch.ones(len(block_R), dtype=torch.float32, device=block_R.device),
+        weight=weight_R,
         slot=slot_R,
         block=block_R,
+        on_host=(*batch.on_host, (weight_R, ones_R)),
     )

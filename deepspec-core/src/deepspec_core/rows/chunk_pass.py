@@ -21,6 +21,7 @@ from deepspec_core.contracts.loss import LossTerm, Weighting
 from deepspec_core.contracts.rows import Heads, Rows
 from deepspec_core.rows.fused_statistics import FusedStats
 from deepspec_core.rows.head_gradient import HeadGradient, SlotHeadsGradient, head_gradient
+from deepspec_core.rows.host_side import host_side
 from deepspec_core.rows.kernels.formulas import Logits, RowKernels
 from deepspec_core.rows.large_buffer import large_buffer
 from deepspec_core.rows.plain_statistics import PlainStats
@@ -66,11 +67,12 @@ class RowPass:
     """One pass. After `run`, which is called once, it holds sums, figures per row, and the total's `gradients`."""
 
     def __init__(self, settings: PassSettings, rows: Rows, heads: Heads, inside_VH: Tensor | None = None) -> None:
-        """`heads` are detached and in the dtype of the products.
+        """`heads` are detached and in the dtype of the products, and `rows` come from `weighted`.
 
         `inside_VH` are the rows of the target's head for a reduced vocabulary.
         """
         self.settings, self.rows, self.heads, self.inside_VH = settings, rows, heads, inside_VH
+        self.host = host_side(rows)
         ids = heads.draft_ids
         self.reduced = None if ids is None else ReducedVocabulary(ids, len(heads.target))
         self.stat_dtype = torch.promote_types(rows.hidden.dtype, torch.float32)
@@ -95,10 +97,11 @@ class RowPass:
         """
         rows, settings = self.rows, self.settings
         plan = plan_rows(
-            rows.block,
-            rows.target_index if settings.compares else None,
+            self.host["block"],
+            self.host["target_index"] if settings.compares else None,
             chunk_rows=settings.chunk_rows,
             most_kept=settings.most_kept,
+            device=rows.hidden.device,
         )
         # A row's gradient comes from its own chunk; a head's is a sum over all chunks.
         gathered = settings.product_dtype if len(plan.chunks) == 1 else self.stat_dtype
@@ -198,7 +201,7 @@ class _Products:
         self.span, self.heads = chunk.span, over.heads
         heads = (self.heads.draft, self.heads.correction)
         by_slot = any(head is not None and head.dim() == 3 for head in heads)
-        self.groups = groups_of(over.rows.slot[self.span]) if by_slot else ()
+        self.groups = groups_of(over.host["slot"][self.span], over.rows.hidden.device) if by_slot else ()
         dtype, size = over.settings.product_dtype, chunk.span.stop - chunk.span.start
         self.hidden_nH = inputs["hidden"][self.span].detach().to(dtype)
         if over.product_NV is None:

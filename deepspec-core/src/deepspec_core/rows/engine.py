@@ -28,7 +28,7 @@ from deepspec_core.rows.footprint import Footprint, footprint
 from deepspec_core.rows.head_gradient import scaled
 from deepspec_core.rows.kernels.choice import Choice, choose_kernels
 from deepspec_core.rows.metrics import Ratio, slot_metrics, survival_metrics
-from deepspec_core.rows.rows_check import check_numbers, check_shapes
+from deepspec_core.rows.rows_check import check_numbers, check_shapes, check_told
 from deepspec_core.rows.term_check import check_members
 from deepspec_core.rows.weighted import weighted
 
@@ -76,6 +76,7 @@ class RowEngine:
         self.needs_uncorrected = any(getattr(reader, "needs_uncorrected", False) for reader in readers.values())
         self._warned = False
         self._casts: dict[str, tuple[weakref.ref[Tensor], int, Tensor]] = {}
+        self._known_ids: tuple[weakref.ref[Tensor], int] | None = None
         self._kept_inside: tuple[tuple[weakref.ref[Tensor], ...], tuple[int, ...], Tensor] | None = None
 
     @torch.compiler.disable  # type: ignore[untyped-decorator,unused-ignore]
@@ -89,8 +90,9 @@ class RowEngine:
         """
         self.check(rows, heads)
         self._warn_of_idle(rows)
+        check_told(rows)
         rows = weighted(rows)
-        check_numbers(rows, heads)
+        check_numbers(rows, heads, new_ids=self._are_new(heads.draft_ids))
         inputs = {"hidden": rows.hidden, "draft_head": heads.draft}
         if rows.correction is not None:
             assert heads.correction is not None
@@ -183,6 +185,14 @@ class RowEngine:
                     expected=", ".join(missing),
                     fix=f"remove {name!r} from [loss] terms, or enable the head it trains under [draft]",
                 )
+
+    def _are_new(self, ids_D: Tensor | None) -> bool:
+        """Whether these ids were not looked at before. Looking at them waits for the device."""
+        known = self._known_ids
+        if ids_D is None or (known is not None and known[0]() is ids_D and known[1] == ids_D._version):
+            return False
+        self._known_ids = weakref.ref(ids_D), ids_D._version
+        return True
 
     def _warn_of_idle(self, rows: Rows) -> None:
         """Warn once if no term reads an extra that the draft could train."""

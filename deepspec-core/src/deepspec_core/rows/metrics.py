@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from deepspec_core.contracts.rows import Rows
+from deepspec_core.rows.host_side import host_side, sent
 
 Ratio = tuple[Tensor, Tensor]
 
@@ -26,18 +27,19 @@ def slot_metrics(rows: Rows, *, correct_N: Tensor, acceptance_N: Tensor | None) 
         acceptance rate of a slot that is not counted is 0 here.
     tau_greedy: The same, of whether a row's label is the draft's argmax.
 
-    Waits for the device.
+    `rows` come from `weighted`, so nothing waits for the device.
     """
     if rows.slot.numel() == 0:
         return {}
-    counted_N = rows.weight > 0
-    num_slots = int(rows.slot.max()) + 1
+    counted_N, host = rows.weight > 0, host_side(rows)
+    num_slots = int(host["slot"].max()) + 1
     count_S = _per_slot(counted_N, rows.slot, num_slots)
     correct_S = _per_slot(correct_N & counted_N, rows.slot, num_slots)
     metrics = {f"accuracy@{k}": (correct_S[k], count_S[k]) for k in range(num_slots)}
-    _, block_N = torch.unique_consecutive(rows.block, return_inverse=True)
-    started_M = torch.zeros(int(block_N[-1]) + 1, dtype=torch.bool, device=block_N.device)
-    started_M[block_N[counted_N & (rows.slot == 0)]] = True
+    host_block_N = _numbered(rows)
+    host_started_M = torch.zeros(int(host_block_N[-1]) + 1, dtype=torch.bool)
+    host_started_M[host_block_N[(host["weight"] > 0) & (host["slot"] == 0)]] = True
+    block_N, started_M = (sent(part, rows.slot.device) for part in (host_block_N, host_started_M))
 
     def expected_length(accepted_N: Tensor) -> Ratio:
         accepted_MS = accepted_N.new_zeros(len(started_M), num_slots)
@@ -67,8 +69,9 @@ def survival_metrics(
     if rows.slot.numel() == 0:
         return {}
     survival_N = survival_logits_N.detach().to(acceptance_N.dtype).sigmoid()
-    block_N = torch.unique_consecutive(rows.block, return_inverse=True)[1]
-    shape = int(block_N[-1]) + 1, int(rows.slot.max()) + 1
+    host_block_N = _numbered(rows)
+    shape = int(host_block_N[-1]) + 1, int(host_side(rows)["slot"].max()) + 1
+    block_N = sent(host_block_N, rows.slot.device)
 
     def cumulative(values_N: Tensor) -> Tensor:
         return values_N.new_ones(shape).index_put((block_N, rows.slot), values_N).cumprod(dim=1)[block_N, rows.slot]
@@ -79,6 +82,12 @@ def survival_metrics(
         "cumprod_bias": cumulative(survival_N) - cumulative(acceptance_N),
     }
     return {f"{name}_{error}": ((weight_N * value_N).sum(), weight_N.sum()) for error, value_N in errors.items()}
+
+
+def _numbered(rows: Rows) -> Tensor:
+    """The blocks of the rows, [N], numbered from 0 on without a gap, on the host."""
+    numbered_N: Tensor = torch.unique_consecutive(host_side(rows)["block"], return_inverse=True)[1]
+    return numbered_N
 
 
 def _per_slot(values_N: Tensor, slot_N: Tensor, num_slots: int) -> Tensor:

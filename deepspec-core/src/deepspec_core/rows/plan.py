@@ -17,6 +17,8 @@ from attrs import frozen
 from numpy.typing import NDArray
 from torch import Tensor
 
+from deepspec_core.rows.host_side import sent
+
 _Indices = NDArray[np.int64]
 
 
@@ -45,24 +47,29 @@ class RowPlan:
     window_rows: int
 
 
-def plan_rows(block_N: Tensor, target_index_N: Tensor | None, *, chunk_rows: int, most_kept: int = 0) -> RowPlan:
+def plan_rows(
+    block_N: Tensor,
+    target_index_N: Tensor | None,
+    *,
+    chunk_rows: int,
+    most_kept: int = 0,
+    device: torch.device | None = None,
+) -> RowPlan:
     """Cut the rows into chunks of at most `chunk_rows` rows; a longer block is a chunk of its own.
+
+    The arguments are on the host, and the chunks' tensors on `device` (None: on the host too). Does not wait for it.
 
     A window holds the positions that its chunk needs, and some that later chunks need. Positions of the previous window
     are kept while they fit into `most_kept` rows (at least `chunk_rows`); those that are needed soonest come first.
     Where positions have to be formed, others that are needed soon are formed with them, up to the rows of a chunk,
     because a product of few rows takes nearly as long as one of many. If blocks come in the order of their target
     positions, each position is formed once. Positions that did not fit are formed again.
-
-    Waits for the device once.
     """
     if target_index_N is None:
         spans, most_rows = _spans(block_N, chunk_rows)
         return RowPlan(chunks=tuple(Chunk(span=span) for span in spans), most_rows=most_rows, window_rows=0)
-    device = block_N.device
-    block_N, index_N = torch.stack((block_N, target_index_N)).cpu()
     spans, most_rows = _spans(block_N, chunk_rows)
-    index: _Indices = index_N.numpy()
+    index: _Indices = target_index_N.numpy()
     needed = [np.unique(index[span]) for span in spans]
     next_use, following = _uses(needed)
     held: _Indices = np.zeros(0, dtype=np.int64)
@@ -87,7 +94,7 @@ def plan_rows(block_N: Tensor, target_index_N: Tensor | None, *, chunk_rows: int
         window_rows = max(window_rows, len(held))
     sizes = [len(part) for part in parts]
     moved = torch.from_numpy(np.concatenate(parts)) if parts else torch.zeros(0, dtype=torch.int64)
-    pieces = torch.split(moved.to(device), sizes)
+    pieces = torch.split(moved if device is None else sent(moved, device), sizes)
     chunks = [
         Chunk(span=span, kept_U=kept_U, fresh_U=fresh_U, window_row_N=row_N)
         for span, kept_U, fresh_U, row_N in zip(spans, pieces[::3], pieces[1::3], pieces[2::3], strict=True)

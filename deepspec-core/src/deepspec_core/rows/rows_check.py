@@ -1,8 +1,8 @@
 """Whether what a draft hands to losses is what contracts/rows.py says: shapes, kinds of numbers, order, ranges.
 
-Shapes are looked at on the host. Numbers are read back in one small tensor, where the engine has just waited for the
-device (weighted.py). Every check takes as many operations as there are rows, so it is made in every step. Knows rows
-and heads. Does not know which draft made them; whoever knows tells it (`RowsError.of`).
+Shapes are looked at on the host, and numbers in the host's copies of them (host_side.py). Every check takes as many
+operations as there are rows, so it is made in every step. Knows rows and heads. Does not know which draft made them;
+whoever knows tells it (`RowsError.of`).
 
 Legend: N rows, P target positions, H hidden size, V the target's vocabulary, D the draft's, G slots, r rank of the
 correction.
@@ -18,6 +18,7 @@ from torch import Tensor
 from deepspec_core.contracts.rows import Heads, Rows
 from deepspec_core.errors import PluginError
 from deepspec_core.plugins.origin import component_of, package_of
+from deepspec_core.rows.host_side import differing, host_side
 
 # Where one head serves all slots.
 _ANY_SLOT = 2**62
@@ -76,34 +77,46 @@ def check_shapes(rows: Any, heads: Any) -> None:
     if rows.denominator is not None:
         _is("denominator", rows.denominator)
     _one_device(rows)
+    for pair in rows.on_host:
+        of, copy = pair if isinstance(pair, tuple) and len(pair) == 2 else (None, pair)
+        if not isinstance(of, Tensor) or not isinstance(copy, Tensor) or copy.shape != of.shape:
+            raise RowsError("on_host", _kind(copy), f"pairs of a tensor and its copy on the host, here of {_kind(of)}")
 
 
-def check_numbers(rows: Rows, heads: Heads) -> None:
+def check_told(rows: Rows) -> None:
+    """RowsError where the host was told other numbers than the rows have. On a CPU, where looking costs nothing."""
+    if rows.hidden.device.type == "cpu" and (name := differing(rows)) is not None:
+        raise RowsError("on_host", f"other numbers than `{name}` has", "copies of the rows' own tensors")
+
+
+def check_numbers(rows: Rows, heads: Heads, *, new_ids: bool = True) -> None:
     """RowsError where numbers are out of range or order. Of rows that are there: those of weight 0 were taken out.
 
-    Waits for the device.
+    `rows` come from `weighted`, so `on_host` is complete. `new_ids` is false if these `heads.draft_ids` were looked at
+    before; looking at them waits for the device.
     """
     if not len(rows.hidden):
         return
-    block_N, slot_N, weight_N = rows.block, rows.slot, rows.weight
+    host = host_side(rows)
+    block_N, slot_N, weight_N = host["block"], host["slot"], host["weight"]
     same_N = block_N[1:] == block_N[:-1]
     right = {
         "weight": ((weight_N >= 0) & weight_N.isfinite()).all(),
         "block": (block_N[1:] >= block_N[:-1]).all(),
         "slot": ((slot_N[1:] > slot_N[:-1]) | ~same_N).all() & (slot_N >= 0).all() & (slot_N < _slots(heads)).all(),
     }
-    if rows.target_index is not None and rows.target_hidden is not None:
-        right["target_index"] = _within(rows.target_index, len(rows.target_hidden))
+    if rows.target_hidden is not None:
+        right["target_index"] = _within(host["target_index"], len(rows.target_hidden))
     if rows.target_ids is not None:
-        right["target_ids"] = _within(rows.target_ids, heads.target.shape[0])
-    if heads.draft_ids is not None:
-        ids_D = heads.draft_ids
+        right["target_ids"] = _within(host["target_ids"], heads.target.shape[0])
+    if heads.draft_ids is not None and new_ids:
+        ids_D = heads.draft_ids.cpu()
         right["heads().draft_ids"] = _within(ids_D, heads.target.shape[0]) & (ids_D[1:] > ids_D[:-1]).all()
     if rows.denominator is not None:
-        right["denominator"] = (rows.denominator.isfinite() & (rows.denominator >= 0)).all()
+        right["denominator"] = (host["denominator"].isfinite() & (host["denominator"] >= 0)).all()
     for field, is_right in zip(right, torch.stack(list(right.values())).tolist(), strict=True):
         if not is_right:
-            values: Any = heads.draft_ids if field == "heads().draft_ids" else getattr(rows, field)
+            values: Any = heads.draft_ids if field == "heads().draft_ids" else host[field]
             raise RowsError(field, _extent(values), _expected(field, rows, heads))
 
 

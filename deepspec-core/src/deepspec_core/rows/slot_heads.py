@@ -13,16 +13,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from deepspec_core.rows.host_side import sent
+
 # A slot, and its rows in the chunk.
 Group = tuple[int, Tensor]
 
 
-def groups_of(slot_N: Tensor) -> Sequence[Group]:
-    """The rows of each slot that occurs. Waits for the device."""
+def groups_of(slot_N: Tensor, device: torch.device) -> Sequence[Group]:
+    """The rows of each slot that occurs, on `device`. The slots are on the host."""
     order_N = torch.argsort(slot_N, stable=True)
     slots_S, counts_S = torch.unique_consecutive(slot_N[order_N], return_counts=True)
     slots, counts = torch.stack((slots_S, counts_S)).tolist()
-    return list(zip(slots, torch.split(order_N, counts), strict=True)) if slots else []
+    return list(zip(slots, torch.split(sent(order_N, device), counts), strict=True)) if slots else []
 
 
 def multiply(row_NX: Tensor, head: Tensor, groups: Sequence[Group], *, out: Tensor, add: bool = False) -> Tensor:

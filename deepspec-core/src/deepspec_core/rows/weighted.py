@@ -12,21 +12,22 @@ from attrs import evolve
 from torch import Tensor
 
 from deepspec_core.contracts.rows import Rows
+from deepspec_core.rows.host_side import host_side, sent, with_host_side
 
 
 def weighted(rows: Rows) -> Rows:
-    """The rows whose own weight is not 0; `rows` itself if that is all of them. Autograd gives the others zeros.
-
-    Waits for the device.
-    """
-    kept_N = rows.weight.nonzero()[:, 0]
-    if len(kept_N) == len(rows.weight):
+    """The rows whose own weight is not 0, with `on_host` complete (host_side.py). Autograd gives the others zeros."""
+    rows = with_host_side(rows)
+    host = host_side(rows)
+    host_kept_N = host["weight"].nonzero()[:, 0]
+    if len(host_kept_N) == len(rows.weight):
         return rows
+    kept_N = sent(host_kept_N, rows.weight.device)
 
     def kept(tensor: Tensor) -> Tensor:
         return tensor.index_select(0, kept_N)
 
-    return evolve(
+    left = evolve(
         rows,
         hidden=kept(rows.hidden),
         correction=None if rows.correction is None else kept(rows.correction),
@@ -37,3 +38,5 @@ def weighted(rows: Rows) -> Rows:
         block=kept(rows.block),
         extras={name: kept(extra) for name, extra in rows.extras.items()},
     )
+    copies = {name: part.index_select(0, host_kept_N) if part.dim() else part for name, part in host.items()}
+    return evolve(left, on_host=tuple((getattr(left, name), copy) for name, copy in copies.items()))

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
+from typing import Any
 
 import torch
 from attrs import evolve, frozen
@@ -20,6 +21,11 @@ from deepspec_core.contracts.draft import DraftBatch, Preparation, PreparedSampl
 from deepspec_core.contracts.features import FeatureSource
 from deepspec_core.contracts.target import TargetFeatures
 from deepspec_core.data.collate import pad, pad_features, pad_ids
+from deepspec_core.training.one_buffer import Part, joined, split
+
+_ALWAYS = ("input_ids", "loss_mask", "attention_mask")
+_PACKED = ("position_ids", "document_ids")
+_PREPARED = "prepared."
 
 
 @frozen(kw_only=True, eq=False)
@@ -44,6 +50,27 @@ class HostBatch:
     row_sizes: tuple[int, ...] | None = None
     position_ids: Tensor | None = None
     document_ids: Tensor | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Between processes the tensors go as one piece of memory; the samples' own are found in the batch's again."""
+        about = {"counts": self.counts, "row_sizes": self.row_sizes}
+        names = [(one.id, len(one.input_ids), one.original_length) for one in self.samples]
+        return _received, (*joined(self._tensors(), shared=True), names, about)
+
+    def pin_memory(self) -> HostBatch:
+        """The batch in memory from which a device copies while the host goes on."""
+        return self._with(split(*joined(self._tensors(), pinned=True)))
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """The batch's tensors, by field or `prepared.NAME`."""
+        found = {name: getattr(self, name) for name in (*_ALWAYS, *_PACKED) if getattr(self, name) is not None}
+        if self.features is not None:
+            found |= {"hidden": self.features.hidden, "last_hidden": self.features.last_hidden}
+        return found | {_PREPARED + name: tensor for name, tensor in self.prepared.items()}
+
+    def _with(self, tensors: Mapping[str, Tensor]) -> HostBatch:
+        """The batch with these tensors in the place of its own. The samples keep theirs."""
+        return evolve(self, **_fields_of(tensors))
 
     def to_draft_batch(self, source: FeatureSource, device: torch.device) -> DraftBatch:
         """The batch on the device. `source` gives features that are missing."""
@@ -81,6 +108,39 @@ class HostBatch:
             hidden=apart.hidden[at].masked_fill(padding_BT1, 0),
             last_hidden=apart.last_hidden[at].masked_fill(padding_BT1, 0),
         )
+
+
+def _fields_of(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The fields of a HostBatch that hold tensors, from what `_tensors` gave."""
+    fields: dict[str, Any] = {name: tensors.get(name) for name in (*_ALWAYS, *_PACKED)}
+    fields["prepared"] = {
+        name.removeprefix(_PREPARED): tensor for name, tensor in tensors.items() if name.startswith(_PREPARED)
+    }
+    fields["features"] = None
+    if "hidden" in tensors:
+        fields["features"] = TargetFeatures(hidden=tensors["hidden"], last_hidden=tensors["last_hidden"])
+    return fields
+
+
+def _received(
+    buffer: Tensor,
+    parts: Mapping[str, Part],
+    names: Sequence[tuple[str, int, int]],
+    about: Mapping[str, Any],
+) -> HostBatch:
+    """A batch that another process sent."""
+    fields = _fields_of(split(buffer, parts))
+    samples: list[Sample] = []
+    rest = iter(names)
+    for row, size in enumerate(about["row_sizes"] or [1] * len(names)):
+        start = 0
+        for _ in range(size):
+            name, length, original_length = next(rest)
+            at = row, slice(start, start + length)
+            ids, mask = fields["input_ids"][at], fields["loss_mask"][at]
+            samples.append(Sample(id=name, input_ids=ids, loss_mask=mask, original_length=original_length))
+            start += length
+    return HostBatch(samples=tuple(samples), **fields, **about)
 
 
 def host_batch(

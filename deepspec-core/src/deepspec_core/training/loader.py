@@ -91,15 +91,26 @@ class StepPlans(Sampler[Plan]):
 
 
 def iterate(
-    source: FeatureSource, preparation: Preparation, plans: StepPlans, *, seed: int, workers: int
+    source: FeatureSource,
+    preparation: Preparation,
+    plans: StepPlans,
+    *,
+    seed: int,
+    workers: int,
+    pinned: bool = False,
 ) -> Iterator[HostBatch]:
-    """The micro-batches of the plans, in order. `workers` processes read ahead; with 0, this process reads."""
+    """The micro-batches of the plans, in order. `workers` processes read ahead; with 0, this process reads.
+
+    `pinned`: in memory from which a device copies while the host goes on; with workers, a thread copies them there.
+    """
     dataset = MicroBatches(source, preparation, seed)
     if workers == 0:
-        return map(dataset.__getitem__, plans)
+        made = map(dataset.__getitem__, plans)
+        return map(HostBatch.pin_memory, made) if pinned else made
     options: dict[str, Any] = {
         "num_workers": workers,
         "prefetch_factor": _READ_AHEAD,
+        "pin_memory": pinned,
         "worker_init_fn": _leave_stopping_to_the_trainer,
     }
     return iter(DataLoader(dataset, batch_size=None, sampler=plans, collate_fn=_as_is, **options))

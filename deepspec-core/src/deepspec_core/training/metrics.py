@@ -9,9 +9,11 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 class Figures:
@@ -87,23 +89,42 @@ def _step(line: str) -> float:
 
 
 class Clock:
-    """Counts sequences and all their tokens, supervised or not, per second since the last line."""
+    """Counts sequences and all their tokens, supervised or not, per second since the last line, and the time that the
+    training process waited for micro-batches."""
 
     def __init__(self) -> None:
         self.restart()
 
     def restart(self) -> None:
         """Count from now on."""
-        self._start, self._sequences, self._tokens = time.monotonic(), 0, 0
+        self._start, self._sequences, self._tokens, self._waited = time.monotonic(), 0, 0, 0.0
 
     def count(self, sequences: int, tokens: int) -> None:
         self._sequences += sequences
         self._tokens += tokens
 
+    def waiting(self, loader: Iterator[T]) -> Iterator[T]:
+        """What `loader` gives. The time until it gives it counts as waiting."""
+        while True:
+            asked = time.monotonic()
+            try:
+                item = next(loader)
+            except StopIteration:
+                return
+            self._waited += time.monotonic() - asked
+            yield item
+
     def rates(self) -> dict[str, float]:
-        """The speeds for metrics.jsonl. Then counting starts again."""
+        """The speeds for metrics.jsonl, and `loader_wait`: the share of the time that was waited for micro-batches.
+
+        Then counting starts again.
+        """
         now = time.monotonic()
         seconds = max(now - self._start, 1e-9)
-        rates = {"tokens_per_second": self._tokens / seconds, "sequences_per_second": self._sequences / seconds}
+        rates = {
+            "tokens_per_second": self._tokens / seconds,
+            "sequences_per_second": self._sequences / seconds,
+            "loader_wait": round(self._waited / seconds, 4),
+        }
         self.restart()
         return rates

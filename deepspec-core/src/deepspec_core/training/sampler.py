@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ class GlobalBatches:
         self.seed = seed
         self.steps_per_epoch = -(-len(lengths) // global_batch_size)
         self.total_steps = self.steps_per_epoch * epochs
-        self._epoch, self._order = -1, np.zeros(0, dtype=np.int64)
+        self._orders: dict[int, np.ndarray[Any, Any]] = {}
 
     def epoch(self, step: int) -> int:
         """The epoch of a zero-based step."""
@@ -43,11 +44,15 @@ class GlobalBatches:
     def indices(self, step: int) -> list[int]:
         """The samples of a zero-based step, longest first, so that micro-batches pad little."""
         epoch = self.epoch(step)
-        if epoch != self._epoch:
+        if epoch not in self._orders:
             generator = torch.Generator().manual_seed(self.seed + epoch)
-            self._epoch, self._order = epoch, self.order(self.lengths, self.global_batch_size, generator)
+            made = self.order(self.lengths, self.global_batch_size, generator)
+            # Loaders read ahead, so at the end of an epoch they ask for the next one's order while steps ask for this
+            # one's.
+            self._orders = {kept: order for kept, order in self._orders.items() if abs(kept - epoch) == 1}
+            self._orders[epoch] = made
         start = (step % self.steps_per_epoch) * self.global_batch_size
-        chosen = self._order[start : start + self.global_batch_size].tolist()
+        chosen = self._orders[epoch][start : start + self.global_batch_size].tolist()
         return sorted(chosen, key=lambda index: (-self.lengths[index], index))
 
     def share(self, step: int, *, rank: int, world_size: int) -> list[int]:

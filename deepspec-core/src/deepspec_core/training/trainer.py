@@ -246,11 +246,11 @@ class _Trainer:
             micro_batch_size=self.options.micro_batch_size,
             row_tokens=self.row_tokens,
         )
-        micro_batches = iterate(
-            self.source, self.preparation, plans, seed=self.seed, workers=self.options.loader_workers
-        )
+        pinned, workers = self.device.type == "cuda", self.options.loader_workers
+        loader = iterate(self.source, self.preparation, plans, seed=self.seed, workers=workers, pinned=pinned)
         progress = Progress(self.total_steps, "train", "steps", done=self.first_step, enabled=self.is_main)
         clock = Clock()
+        micro_batches = clock.waiting(loader)
         with StopRequest() as request, progress:
             for step in range(self.first_step, self.total_steps):
                 done = step + 1
