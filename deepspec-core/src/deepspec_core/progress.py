@@ -39,7 +39,7 @@ class Progress:
     def __init__(self, total: int | None, what: str, unit: str, *, done: int = 0, enabled: bool = True) -> None:
         self.total, self.what, self.unit = total, what, unit
         self.done = self._before = done
-        self.figures: dict[str, float] = {}
+        self.figures: dict[str, float | str] = {}
         self._enabled = enabled
         self._bar: RichProgress | None = None
         self._start = self._last_line = time.monotonic()
@@ -76,8 +76,8 @@ class Progress:
         """Units a second of this run so far."""
         return (self.done - self._before) / max(time.monotonic() - self._start, 1e-9)
 
-    def advance(self, n: int = 1, **figures: float) -> None:
-        """n more units are done; `figures` (a loss, a share) are shown until replaced."""
+    def advance(self, n: int = 1, **figures: float | str) -> None:
+        """n more units are done; `figures` (a loss, a share, or text that says what it is) are shown until replaced."""
         self.done += n
         self.figures.update(figures)
         if self._bar is not None:
@@ -97,7 +97,9 @@ class Progress:
         return ", ".join(filter(None, (line, self._figures())))
 
     def _figures(self) -> str:
-        return ", ".join(f"{name} {value:.4g}" for name, value in self.figures.items())
+        return ", ".join(
+            value if isinstance(value, str) else f"{name} {value:.4g}" for name, value in self.figures.items()
+        )
 
 
 def track(iterable: Iterable[T], what: str, unit: str, *, total: int | None = None) -> Iterator[T]:

@@ -24,6 +24,7 @@ from deepspec_core.config.loss_options import WeightingOptions as WeightingOptio
 from deepspec_core.config.sampling_bounds import stop_string, temperatures
 from deepspec_core.config.train_options import BATCHING as BATCHING
 from deepspec_core.config.train_options import PACKED as PACKED
+from deepspec_core.config.train_options import TENSORBOARD as TENSORBOARD
 from deepspec_core.config.train_options import TrainOptions as TrainOptions
 from deepspec_core.layers.options import LayerOptions
 

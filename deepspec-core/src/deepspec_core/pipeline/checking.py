@@ -18,6 +18,7 @@ from deepspec_core.pipeline.places import check_places
 from deepspec_core.pipeline.run import Run
 from deepspec_core.pipeline.run_data import BAD_ROWS
 from deepspec_core.pipeline.stages import Step
+from deepspec_core.training.trackers import require_trackers
 
 if TYPE_CHECKING:
     from deepspec_core.contracts.draft import DraftDescription, DraftModel
@@ -42,6 +43,8 @@ def check_before(run: Run, steps: Sequence[Step], *, may_write: bool = True) -> 
     check_inputs_survive(run, [step.stage.name for step in steps if step.forced])
     if "cache" in todo:
         check_cache_place(run)
+    if "train" in todo:
+        require_trackers(run.file.train.trackers, where=str(run.path))
     _offered(run, todo)
     _sources(run, todo, may_write=may_write)
     _ = run.target.adapter  # opening it raises its errors

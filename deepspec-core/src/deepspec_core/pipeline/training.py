@@ -19,7 +19,9 @@ from deepspec_core.pipeline import workers
 from deepspec_core.pipeline.offered import check_source
 from deepspec_core.pipeline.run import Run
 from deepspec_core.plugins.notices import notify
-from deepspec_core.training.trainer import train
+from deepspec_core.training.metrics_lines import METRICS
+from deepspec_core.training.trackers import Trackers, chosen_trackers
+from deepspec_core.training.trainer import TrainResult, train
 
 log = logging.getLogger("deepspec")
 
@@ -39,18 +41,10 @@ def run_stage(run: Run) -> dict[str, Any]:
     if wanted:
         draft.adopt_weights(run.target.extra_weights(wanted))
     folder = run.stage_folder("train")
-    result = train(
-        draft=draft,
-        source=source,
-        options=run.file.train,
-        loss=run.file.loss,
-        registry=registry,
-        folder=folder,
-        seed=run.file.run.seed,
-        save_draft=lambda path: save_draft(draft, run.target.draft_adapter, path),
-        on_checkpoint=lambda path: notify(run.plugins.manager, "deepspec_checkpoint_saved", run=run, checkpoint=path),
-        device=run.target.device,
-    )
+    names = chosen_trackers(run.file.train.trackers) if workers.rank() == 0 else []
+    metrics, project = folder / METRICS, run.file.train.tracker_project
+    with Trackers(names, metrics=metrics, config=run.folder / "config.toml", project=project) as trackers:
+        result = _trained(run, draft, source, folder, trackers)
     if workers.rank() == 0:
         publish(result.checkpoint / "draft", run.folder / "draft")
     return {
@@ -61,7 +55,24 @@ def run_stage(run: Run) -> dict[str, Any]:
         "resumed_from": result.resumed_from,
         "figures": result.figures,
         "counts": result.counts,
+        "trackers": trackers.summary(),
     }
+
+
+def _trained(run: Run, draft: DraftModel, source: FeatureSource, folder: Path, trackers: Trackers) -> TrainResult:
+    return train(
+        draft=draft,
+        source=source,
+        options=run.file.train,
+        loss=run.file.loss,
+        registry=run.plugins.registry,
+        folder=folder,
+        seed=run.file.run.seed,
+        save_draft=lambda path: save_draft(draft, run.target.draft_adapter, path),
+        on_checkpoint=lambda path: notify(run.plugins.manager, "deepspec_checkpoint_saved", run=run, checkpoint=path),
+        on_line=trackers.wake,
+        device=run.target.device,
+    )
 
 
 def new_draft(run: Run) -> DraftModel:
