@@ -126,6 +126,21 @@ def test_several_lines_of_one_step_are_all_told_once(tmp_path: Path) -> None:
     assert [steps_of(tracker) for tracker in Recorder.all] == [[2, 2], [2, 4, 4]]
 
 
+def test_figures_that_a_line_gets_later_are_told_alone(tmp_path: Path) -> None:
+    """An evaluation adds them to the line of its step, after the line was written; perhaps in a later process."""
+    follow(tmp_path, [2, 4])
+    metrics = tmp_path / "metrics.jsonl"
+    *before, last = metrics.read_text().splitlines()
+    longer = json.dumps({**json.loads(last), "held_out/accepted_length": 2.5})
+    (tmp_path / "new").write_text("\n".join([*before, longer, ""]))
+    (tmp_path / "new").replace(metrics)
+    follow(tmp_path, [6])
+    first, second = Recorder.all
+    assert steps_of(first) == [2, 4]
+    assert second.told[0] == (4, {"held_out/accepted_length": 2.5})
+    assert steps_of(second) == [4, 6]
+
+
 def test_a_tracker_that_fails_is_reported_once_and_the_others_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -49,7 +49,7 @@ def _lines(found: RunStatus) -> Iterator[str]:
     for one in found.evaluation:
         length = "none" if one["acceptance_length"] is None else f"{one['acceptance_length']:.2f}"
         if "step" in one:
-            yield f"held-out prompts at step {one['step']:,}: {one['figure']} {length}"
+            yield f"held-out prompts at step {one['step']:,}: accepted length {length}"
         else:
             yield f"evaluated on {one['task']}, T = {one['temperature']:g}: accepted length {length}"
     if found.warnings_count:

@@ -13,6 +13,7 @@ from deepspec_core.config.batching import require_packed_target
 from deepspec_core.config.schema import HELD_OUT, MASK, PACKED
 from deepspec_core.disk import free_bytes, in_words
 from deepspec_core.errors import CheckpointError, ConfigError, DataError
+from deepspec_core.pipeline import few_steps
 from deepspec_core.pipeline.apart import check_cache_place, check_inputs_survive
 from deepspec_core.pipeline.places import check_places
 from deepspec_core.pipeline.run import Run
@@ -45,6 +46,7 @@ def check_before(run: Run, steps: Sequence[Step], *, may_write: bool = True) -> 
         check_cache_place(run)
     if "train" in todo:
         require_trackers(run.file.train.trackers, where=str(run.path))
+        few_steps.warn_before(run)
     _offered(run, todo)
     _sources(run, todo, may_write=may_write)
     _ = run.target.adapter  # opening it raises its errors

@@ -23,12 +23,10 @@ from deepspec_core.evaluation.metrics_file import read_metrics
 from deepspec_core.json_files import read_object
 from deepspec_core.pipeline.fingerprint import read_record
 from deepspec_core.pipeline.heartbeat import BEAT_SECONDS, STATUS, VERSION, Process
-from deepspec_core.training.metrics_lines import METRICS, Line, read_lines
+from deepspec_core.training.metrics_lines import HELD_OUT_LENGTH, METRICS, Line, read_lines
 
 # Some beats may be late on a busy machine, and clocks of machines differ.
 SILENT_SECONDS: Final = 12 * BEAT_SECONDS
-# What figures of real speculative decoding on held-out prompts during training have in their names.
-HELD_OUT_LENGTH: Final = ("accepted_length", "acceptance_length")
 _TYPES: Final[Mapping[str, type | tuple[type, ...]]] = {
     "state": str,
     "process": dict,
@@ -69,7 +67,8 @@ class RunStatus:
     training: The last line of metrics.jsonl.
     slowest: The rank that takes longest, where there are several workers: {"rank", "seconds", "fastest_seconds"} in
         training, {"rank", "done", "most_done"} elsewhere.
-    evaluation: The newest accepted lengths, by task and temperature, or at a step of training.
+    evaluation: The newest accepted lengths: of the finished evaluation by "task" and "temperature", and of held-out
+        prompts at a "step" of training.
     warnings: The newest ones, {"time", "text"}, of `warnings_count`.
     remarks: What could not be read.
     """
@@ -217,7 +216,10 @@ def _stage(
         return "running", 0.0 if began is None else max(0.0, now - began)
     if record is None:
         return "not begun", 0.0
-    return "complete" if record.complete else "interrupted", record.seconds
+    seconds = record.seconds
+    if written is not None and written["stage"] == name and not record.complete and written["stage_began"] is not None:
+        seconds = max(seconds, written["beat"] - written["stage_began"])
+    return "complete" if record.complete else "interrupted", seconds
 
 
 def _cache_folder(folder: Path) -> Path:
@@ -255,11 +257,9 @@ def _evaluation(folder: Path, lines: list[Line], remarks: list[str]) -> list[dic
         pass
     except DeepSpecError as error:
         remarks.append(f"{EVALUATED}: {error.problem}")
-    for line in reversed(lines):
-        lengths = {name: value for name, value in line.items() if any(part in name for part in HELD_OUT_LENGTH)}
-        if lengths:
-            found += [{"step": line["step"], "figure": name, "acceptance_length": lengths[name]} for name in lengths]
-            break
+    newest = next((line for line in reversed(lines) if HELD_OUT_LENGTH in line), None)
+    if newest is not None:
+        found.append({"step": newest["step"], "acceptance_length": newest[HELD_OUT_LENGTH]})
     return found
 
 

@@ -15,7 +15,7 @@ from deepspec_core.contracts.draft import DraftModel
 from deepspec_core.contracts.features import FeatureSource
 from deepspec_core.data.frequent_tokens import frequent_tokens
 from deepspec_core.errors import ConfigError, PluginError
-from deepspec_core.pipeline import workers
+from deepspec_core.pipeline import few_steps, workers
 from deepspec_core.pipeline.offered import check_source
 from deepspec_core.pipeline.run import Run
 from deepspec_core.plugins.notices import notify
@@ -41,6 +41,7 @@ def run_stage(run: Run) -> dict[str, Any]:
     if wanted:
         draft.adopt_weights(run.target.extra_weights(wanted))
     folder = run.stage_folder("train")
+    few_steps.warn_exactly(run, len(source))
     names = chosen_trackers(run.file.train.trackers) if workers.rank() == 0 else []
     metrics, project = folder / METRICS, run.file.train.tracker_project
     with Trackers(names, metrics=metrics, config=run.folder / "config.toml", project=project) as trackers:

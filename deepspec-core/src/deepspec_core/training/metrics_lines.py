@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, Final
 
 METRICS: Final = "metrics.jsonl"
+# The accepted length of real speculative decoding on held-out prompts, at the steps that have it.
+HELD_OUT_LENGTH: Final = "held_out/accepted_length"
 Line = dict[str, float]
 # A line has some hundred figures at most.
 _LONGEST: Final = 1 << 20

@@ -23,6 +23,10 @@ class Pace:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self.restart()
+
+    def restart(self) -> None:
+        """Count from now on."""
         self._since, self._steps, self._own = time.perf_counter(), 0, 0.0
 
     def begin(self) -> None:
@@ -43,17 +47,17 @@ class Pace:
 
     def figures(self) -> dict[str, float]:
         """Means over the steps since the last line. Those of ranks are there where there are several."""
-        now = time.perf_counter()
+        seconds = time.perf_counter() - self._since
         steps = max(1, self._steps)
         ranks = gathered((self._own / steps, peak_bytes(self._device) or 0))
-        line: dict[str, float] = {"step_seconds": (now - self._since) / steps}
+        line: dict[str, float] = {"step_seconds": seconds / steps}
         if memory := max(most for _, most in ranks):
             line["peak_memory_bytes"] = memory
         if len(ranks) > 1:
             own = [seconds for seconds, _ in ranks]
             slowest = max(range(len(own)), key=own.__getitem__)
             line |= {"slowest_rank": slowest, "slowest_rank_seconds": own[slowest], "fastest_rank_seconds": min(own)}
-        self._since, self._steps, self._own = now, 0, 0.0
+        self.restart()
         return line
 
     def _now(self) -> Any:

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
-from attrs import asdict, define
+from attrs import asdict, define, field
 
 from deepspec_core.config.schema import TENSORBOARD
 from deepspec_core.errors import ConfigError
@@ -71,11 +71,22 @@ def tracked_name(name: str) -> str:
 
 @define
 class _Told:
-    """What a tracker was told: `lines` lines of step `step`, and all before. `run_id` is its name for this run."""
+    """What a tracker was told: `lines` lines of step `step`, the last one's figures `names`, and all lines before.
+
+    run_id: Its name for this run.
+    """
 
     step: int = 0
     lines: int = 0
+    names: list[str] = field(factory=list)
     run_id: str = ""
+
+    def new(self, place: tuple[int, int], line: Line) -> Line:
+        """What of a line was not told. The last one may have got more figures, from an evaluation of its step."""
+        if place < (self.step, self.lines):
+            return {}
+        known = self.names if place == (self.step, self.lines) else ()
+        return {name: value for name, value in line.items() if name != "step" and name not in known}
 
 
 class Trackers:
@@ -154,8 +165,8 @@ class _Teller:
                 self._ready.clear()
                 over = self._over.is_set()  # asked before the file is read: nothing is written once it is set
                 for place, line in self._following.new():
-                    if place > (self._told.step, self._told.lines):
-                        self._tell(tracker, place, line)
+                    if new := self._told.new(place, line):
+                        self._tell(tracker, place, new, [*line])
             tracker.finish()
         except BaseException as error:  # some libraries leave by sys.exit
             self._error = f"{type(error).__name__}: {error}"[:500]
@@ -195,9 +206,9 @@ class _Teller:
             tracker.store_init_configuration(dict(_flat({key: config[key] for key in _TOLD if key in config})))
         return tracker
 
-    def _tell(self, tracker: Any, place: tuple[int, int], line: Line) -> None:
-        values = {tracked_name(name): value for name, value in line.items() if name != "step"}
-        self._told.step, self._told.lines = place
+    def _tell(self, tracker: Any, place: tuple[int, int], new: Line, names: list[str]) -> None:
+        values = {tracked_name(name): value for name, value in new.items()}
+        self._told.step, self._told.lines, self._told.names = *place, names
         # TensorBoard forgets what it has beyond its state. Of the others a kill may cost a point: it is better missing
         # than there twice.
         if self.name == TENSORBOARD:
@@ -225,7 +236,12 @@ def _read(path: Path) -> dict[str, _Told]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         return {
-            name: _Told(step=int(state["step"]), lines=int(state["lines"]), run_id=str(state["run_id"]))
+            name: _Told(
+                step=int(state["step"]),
+                lines=int(state["lines"]),
+                names=[str(one) for one in state["names"]],
+                run_id=str(state["run_id"]),
+            )
             for name, state in content.items()
             if name in _TITLES
         }
