@@ -53,6 +53,24 @@ def metrics_files_are_as_documented() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def figures_of_training_are_documented() -> Iterator[None]:
+    """Every name in a line of metrics.jsonl that a test's own process writes is in docs/training-figures.md."""
+    from deepspec_core.training.figures_reference import figure_of
+    from deepspec_core.training.metrics import MetricsLog
+
+    write = MetricsLog.write
+
+    def checked(log: MetricsLog, figures: Mapping[str, Any]) -> None:
+        unknown = [name for name in figures if figure_of(name) is None]
+        assert not unknown, f"names that training/figures_reference.py does not have: {unknown}"
+        write(log, figures)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MetricsLog, "write", checked)
+        yield
+
+
 @pytest.fixture(scope="session")
 def registry() -> Registry:
     """Every installed plugin's offers."""

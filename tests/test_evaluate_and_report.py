@@ -239,4 +239,4 @@ def test_the_report_command(copy: Path, finished: Path, capsys: pytest.CaptureFi
     run_file.write_text(text)
     assert main(["report", str(run_file), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["rows"][0]["run"] == "quickstart-dflash"
-    refused(capsys, ["report", "nowhere"], "No evaluation there", "nowhere", "evaluate stage")
+    refused(capsys, ["report", "nowhere"], "Nothing to report there", "nowhere", "evaluate stage")

@@ -95,6 +95,13 @@ class Crew:
         others = sum(figures.get(name, 0) for figures in list(self._of_others.values()))
         return self._figures.get(name, 0) + others
 
+    def by_rank(self, name: str) -> list[float]:
+        """The figure of each worker, as far as this one knows. Only the first one sees the others'."""
+        return [
+            (self._figures if rank == self.rank else self._of_others.get(rank, {})).get(name, 0.0)
+            for rank in range(self.count)
+        ]
+
     @contextmanager
     def progress(
         self,

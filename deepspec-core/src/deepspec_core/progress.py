@@ -1,6 +1,6 @@
 """How far a stage is: a bar with rate and time left on a terminal, otherwise a log line every ten seconds.
 
-Knows counts and figures; not what is being done.
+`now` gives it to whoever tells of this process. Knows counts and figures; not what is being done.
 """
 
 from __future__ import annotations
@@ -23,7 +23,17 @@ LOG_EVERY_SECONDS = 10.0
 T = TypeVar("T")
 
 
-def _duration(seconds: float) -> str:
+# What is being done now: the outermost first. Others of this process ask `now` for it.
+_GOING_ON: list[Progress] = []
+
+
+def now() -> Progress | None:
+    """The innermost progress that is shown by this process now."""
+    return _GOING_ON[-1] if _GOING_ON else None
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people read them: 0:07, 1:02:07."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
@@ -39,13 +49,15 @@ class Progress:
     def __init__(self, total: int | None, what: str, unit: str, *, done: int = 0, enabled: bool = True) -> None:
         self.total, self.what, self.unit = total, what, unit
         self.done = self._before = done
-        self.figures: dict[str, float] = {}
+        self.figures: dict[str, float | str] = {}
         self._enabled = enabled
         self._bar: RichProgress | None = None
         self._start = self._last_line = time.monotonic()
 
     def __enter__(self) -> Progress:
         self._start = self._last_line = time.monotonic()
+        if self._enabled:
+            _GOING_ON.append(self)
         if self._enabled and sys.stderr.isatty():
             self._bar = RichProgress(
                 TextColumn("{task.description}"),
@@ -66,6 +78,8 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self in _GOING_ON:
+            _GOING_ON.remove(self)
         if self._bar is not None:
             self._bar.stop()
         elif self._enabled:
@@ -76,8 +90,14 @@ class Progress:
         """Units a second of this run so far."""
         return (self.done - self._before) / max(time.monotonic() - self._start, 1e-9)
 
-    def advance(self, n: int = 1, **figures: float) -> None:
-        """n more units are done; `figures` (a loss, a share) are shown until replaced."""
+    @property
+    def seconds_left(self) -> float | None:
+        """At the rate so far; None where it cannot be said."""
+        rate = self.rate
+        return (self.total - self.done) / rate if self.total is not None and self.done < self.total and rate else None
+
+    def advance(self, n: int = 1, **figures: float | str) -> None:
+        """n more units are done; `figures` (a loss, a share, or text that says what it is) are shown until replaced."""
         self.done += n
         self.figures.update(figures)
         if self._bar is not None:
@@ -92,12 +112,14 @@ class Progress:
         """One line: what, done of total, rate, time left, figures."""
         total = f"{self.done:,}" if self.total is None else f"{self.done:,} of {self.total:,}"
         line = f"{self.what}: {total} {self.unit}, {self.rate:.3g} {self.unit}/s"
-        if self.total is not None and self.done < self.total and self.rate > 0:
-            line += f", {_duration((self.total - self.done) / self.rate)} left"
+        if (left := self.seconds_left) is not None:
+            line += f", {duration(left)} left"
         return ", ".join(filter(None, (line, self._figures())))
 
     def _figures(self) -> str:
-        return ", ".join(f"{name} {value:.4g}" for name, value in self.figures.items())
+        return ", ".join(
+            value if isinstance(value, str) else f"{name} {value:.4g}" for name, value in self.figures.items()
+        )
 
 
 def track(iterable: Iterable[T], what: str, unit: str, *, total: int | None = None) -> Iterator[T]:

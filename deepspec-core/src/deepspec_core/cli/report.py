@@ -1,8 +1,9 @@
-"""`deepspec report RUN...`: finished evaluations in one table, with what makes them incomparable."""
+"""`deepspec report RUN...`: evaluations in one table, with what makes them incomparable, and the curves of training."""
 
 from __future__ import annotations
 
 import json
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,12 +12,13 @@ import click
 
 from deepspec_core.cli.options import no_plugin
 from deepspec_core.cli.run_folder import run_folder
-from deepspec_core.errors import StageError
+from deepspec_core.errors import ConfigError, StageError
 from deepspec_core.evaluation.metrics_file import NAME as METRICS
 from deepspec_core.evaluation.metrics_file import read_metrics
 
 if TYPE_CHECKING:
     from deepspec_core.evaluation.comparison import Comparison, Run
+    from deepspec_core.reporting.curves import Training
 
 
 @click.command()
@@ -24,58 +26,127 @@ if TYPE_CHECKING:
 @click.option("--json", "form", flag_value="json", help="Machine-readable: one object.")
 @click.option("--markdown", "form", flag_value="markdown", help="A Markdown page.")
 @click.option("--latex", "form", flag_value="latex", help="A LaTeX table, with the package booktabs.")
-@click.option("--html", metavar="FILE", help="Write a self-contained page there, with charts and sample answers.")
-@click.option("--output", metavar="FILE", help="Write there instead (Markdown, if no other format is asked for).")
+@click.option("--html", metavar="FILE", help="Write a self-contained page there: charts, curves of training, answers.")
+@click.option("--png", metavar="FILE", help="Write the curves of training there as one picture.")
+@click.option("--output", metavar="FILE", help="Write the table there (Markdown, if no other format is asked for).")
 @no_plugin
 def report(
-    places: tuple[str, ...], form: str | None, html: str | None, output: str | None, blocked: tuple[str, ...]
+    places: tuple[str, ...],
+    form: str | None,
+    html: str | None,
+    png: str | None,
+    output: str | None,
+    blocked: tuple[str, ...],
 ) -> None:
-    """Compare evaluated runs, given by their folders or their run files.
+    """Compare runs, given by their folders or their run files: evaluations, and curves of training.
 
-    Rows that cannot be compared with the first run (another target, other prompts, other settings) are marked.
+    Rows that cannot be compared with the first run (another target, other prompts, other settings) are marked. Of one
+    run that was trained, report.html and training.png are written into its folder where no other file is asked for.
     """
     from deepspec_core.evaluation.comparison import compare
+    from deepspec_core.reporting.curves import read_training
 
     folders = [run_folder(place, blocked) for place in places]
-    runs = _runs(folders)
+    found = _runs(folders)
+    trained = [one for folder, (label, _) in zip(folders, found, strict=True) if (one := read_training(folder, label))]
+    for folder, (label, run) in zip(folders, found, strict=True):
+        if run is None and all(one.label != label for one in trained):
+            raise StageError(
+                "Nothing to report there",
+                where=folder,
+                expected=f"a run's folder with {METRICS} or train/metrics.jsonl, or its run file",
+                fix="Run its train or evaluate stage first.",
+            )
+    evaluated = [run for _, run in found if run is not None]
+    beside = len(folders) == 1 and bool(trained) and not (form or html or png or output)
+    if not evaluated and (form or output):
+        raise StageError(
+            "No evaluation there, and a table is of evaluations",
+            where=folders[0],
+            expected=f"a run's folder with {METRICS}, or its run file",
+            fix="Run its evaluate stage first, or ask for the curves of training with --html or --png.",
+        )
+    if html is not None or png is not None:
+        _draw(folders, found, trained, html, png, quiet=output is None and form is not None)
+    if evaluated:
+        comparison = compare(evaluated)
+        if form == "json":
+            _put(json.dumps(comparison.as_json(), indent=1) + "\n", output)
+        elif form == "latex":
+            _put(comparison.latex(), output)
+        elif form == "markdown" or output is not None:
+            _put(comparison.markdown(), output)
+        elif html is None and png is None:
+            _show(comparison)
+    if beside:
+        _draw_beside(folders[0], found, trained)
+
+
+def _draw(
+    folders: Sequence[Path],
+    found: Sequence[tuple[str, Run | None]],
+    trained: Sequence[Training],
+    html: str | None,
+    png: str | None,
+    *,
+    quiet: bool = False,
+) -> None:
+    from deepspec_core.reporting.page import shown, shown_training, write_page
+    from deepspec_core.reporting.training import write_picture
+
+    if png is not None and not trained:
+        raise StageError("No curves there", where=folders[0], expected="a run's folder with train/metrics.jsonl")
     if html is not None:
-        from deepspec_core.reporting.page import shown, write_page
-
-        write_page(Path(html), [shown(folder, run) for folder, run in zip(folders, runs, strict=True)])
-        click.echo(f"written to {html}", err=output is None and form is not None)
-    comparison = compare(runs)
-    if form == "json":
-        _put(json.dumps(comparison.as_json(), indent=1) + "\n", output)
-    elif form == "latex":
-        _put(comparison.latex(), output)
-    elif form == "markdown" or output is not None:
-        _put(comparison.markdown(), output)
-    elif html is None:
-        _show(comparison)
+        pages = [
+            shown_training(folder, label) if run is None else shown(folder, run)
+            for folder, (label, run) in zip(folders, found, strict=True)
+        ]
+        write_page(Path(html), pages)
+        click.echo(f"written to {html}", err=quiet)
+    if png is not None:
+        write_picture(Path(png), trained)
+        click.echo(f"written to {png}", err=quiet)
 
 
-def _runs(folders: Sequence[Path]) -> list[Run]:
-    """Each run by its name; where two share one, by its folder."""
+def _draw_beside(folder: Path, found: Sequence[tuple[str, Run | None]], trained: Sequence[Training]) -> None:
+    """In the run's folder. Nobody asked for it, so what stands in its way is said, and is no error."""
+    from deepspec_core.reporting.page import NAME as PAGE
+    from deepspec_core.reporting.training import NAME as PICTURE
+
+    try:
+        _draw([folder], found, trained, str(folder / PAGE), str(folder / PICTURE))
+    except (ConfigError, OSError) as error:
+        click.echo(f"no curves are drawn: {error}", err=True)
+
+
+def _runs(folders: Sequence[Path]) -> list[tuple[str, Run | None]]:
+    """Each run by its name, where two share one by its folder, and its evaluation."""
     from deepspec_core.evaluation.comparison import Run
 
     reports = [_read(folder) for folder in folders]
-    names = [report["run"] for report in reports]
+    names = [
+        report["run"] if report is not None else _name(folder) for folder, report in zip(folders, reports, strict=True)
+    ]
+    labels = [name if names.count(name) == 1 else str(folder) for name, folder in zip(names, folders, strict=True)]
     return [
-        Run(label=name if names.count(name) == 1 else str(folder), report=report)
-        for name, folder, report in zip(names, folders, reports, strict=True)
+        (label, None if report is None else Run(label=label, report=report))
+        for label, report in zip(labels, reports, strict=True)
     ]
 
 
-def _read(folder: Path) -> Any:
+def _read(folder: Path) -> dict[str, Any] | None:
     try:
         return read_metrics(folder / METRICS)
     except FileNotFoundError:
-        raise StageError(
-            "No evaluation there",
-            where=folder,
-            expected=f"a run's folder with {METRICS}, or its run file",
-            fix="Run its evaluate stage first.",
-        ) from None
+        return None
+
+
+def _name(folder: Path) -> str:
+    """What the run is called in its file; else the folder's name."""
+    try:
+        return str(tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))["run"]["name"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return folder.resolve().name
 
 
 def _put(text: str, output: str | None) -> None:

@@ -61,7 +61,7 @@ def run(
     stop_with_starter()
     plugins = load_plugins(blocked=blocked)
     file = load_run_file(path, overrides=overrides, plugins=plugins)
-    the_run = Run(file=made_small(file) if smoke else file, path=Path(path), plugins=plugins)
+    the_run = Run(file=made_small(file) if smoke else file, path=Path(path), plugins=plugins, smoke=smoke)
     steps = pipeline.plan(the_run, only=stages, force=force)
     if dry_run:
         from deepspec_core.pipeline.preview import preview

@@ -6,7 +6,7 @@ Imports attrs only. Which batching a draft type takes, batching.py checks.
 from __future__ import annotations
 
 from attrs import field, frozen
-from attrs.validators import deep_iterable, in_, optional
+from attrs.validators import deep_iterable, in_, instance_of, matches_re, optional
 
 from deepspec_core.config.bounds import above, below, real, whole
 from deepspec_core.config.key_marks import CHANGES_NOTHING
@@ -17,6 +17,8 @@ PACKED = "packed"
 BEST = "best"
 _SEQUENCES = 2**20  # more than any batch takes
 BATCHING = ("padded", "bucketed", PACKED)
+TENSORBOARD = "tensorboard"
+TRACKERS = (TENSORBOARD, "wandb", "mlflow", "trackio")
 
 
 @frozen(kw_only=True)
@@ -68,6 +70,9 @@ class TrainOptions:
         evaluations it is the last.
     log_every: Optimizer steps between lines of metrics.jsonl.
     loader_workers: Processes that read and prepare samples; 0: the training process itself.
+    trackers: Where the lines of metrics.jsonl are shown as curves: "tensorboard", "wandb", "mlflow", "trackio". Each
+        has to be installed. Left out: TensorBoard, if it is installed. []: nowhere.
+    tracker_project: The project of Weights & Biases and Trackio, or the experiment of MLflow.
     """
 
     lr: float = field(default=6e-4, validator=above(0.0, 1e3))
@@ -89,3 +94,7 @@ class TrainOptions:
     final: str = field(default=BEST, validator=in_((BEST, "last")))
     log_every: int = field(default=10, validator=whole(1), metadata=CHANGES_NOTHING)
     loader_workers: int = field(default=0, validator=whole(0, 512), metadata=CHANGES_NOTHING)
+    trackers: tuple[str, ...] | None = field(
+        default=None, validator=optional(deep_iterable(in_(TRACKERS), instance_of(tuple))), metadata=CHANGES_NOTHING
+    )
+    tracker_project: str = field(default="deepspec", validator=matches_re(r"\S(.*\S)?"), metadata=CHANGES_NOTHING)

@@ -72,7 +72,7 @@ def train(
     else:
         path = path_of(run_file, "run_file", expected="the path of a run file, a RunFile, or a dictionary")
         file = load_run_file(path, plugins=plugins)
-    run = Run(file=made_small(file) if smoke else file, path=path, plugins=plugins)
+    run = Run(file=made_small(file) if smoke else file, path=path, plugins=plugins, smoke=smoke)
     summaries = run_stages(run, only=stages, force=force, say=log.info)
     trained, metrics, draft = summaries.get("train", {}), run.folder / "metrics.json", run.folder / "draft"
     return Training(

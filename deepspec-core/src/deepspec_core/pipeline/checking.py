@@ -13,11 +13,13 @@ from deepspec_core.config.batching import require_packed_target
 from deepspec_core.config.schema import HELD_OUT, MASK, PACKED
 from deepspec_core.disk import free_bytes, in_words
 from deepspec_core.errors import CheckpointError, ConfigError, DataError
+from deepspec_core.pipeline import few_steps
 from deepspec_core.pipeline.apart import check_cache_place, check_inputs_survive
 from deepspec_core.pipeline.places import check_places
 from deepspec_core.pipeline.run import Run
 from deepspec_core.pipeline.run_data import BAD_ROWS
 from deepspec_core.pipeline.stages import Step
+from deepspec_core.training.trackers import require_trackers
 
 if TYPE_CHECKING:
     from deepspec_core.contracts.draft import DraftDescription, DraftModel
@@ -42,6 +44,9 @@ def check_before(run: Run, steps: Sequence[Step], *, may_write: bool = True) -> 
     check_inputs_survive(run, [step.stage.name for step in steps if step.forced])
     if "cache" in todo:
         check_cache_place(run)
+    if "train" in todo:
+        require_trackers(run.file.train.trackers, where=str(run.path))
+        few_steps.warn_before(run)
     _offered(run, todo)
     _sources(run, todo, may_write=may_write)
     _ = run.target.adapter  # opening it raises its errors

@@ -58,7 +58,7 @@ from deepspec_core.pipeline.fingerprint import read_record
 from deepspec_core.pipeline.run import Run
 from deepspec_core.targets.opening import fingerprint
 from deepspec_core.training import checkpoint as checkpoints
-from deepspec_core.training.trainer import METRICS
+from deepspec_core.training.metrics_lines import METRICS
 
 # Lines of metrics.jsonl that stand for the end of training.
 _LAST_LINES = 4

@@ -13,15 +13,18 @@ from deepspec_core.disk import refuse_folder, why_not_writable
 from deepspec_core.errors import StageError
 from deepspec_core.locks import LOCK
 from deepspec_core.pipeline.fingerprint import RECORD
+from deepspec_core.pipeline.heartbeat import STATUS
 from deepspec_core.pipeline.run import Run
 from deepspec_core.pipeline.run_data import TOKENS
+from deepspec_core.training.metrics_lines import METRICS
+from deepspec_core.training.trackers import STATE as TRACKERS
 
 _OF_EVERY_STAGE: Final = (RECORD, f"{RECORD}.partial")
 # Files of stages in their own folders. Those of a cache beside its lock are its format's.
 _OF_STAGES: Final[Mapping[str, tuple[str, ...]]] = {
     "regenerate": tuple(f"conversations.jsonl{end}" for end in ("", ".partial", ".ordered", ".failures.jsonl")),
     "cache": (LOCK,),
-    "train": ("metrics.jsonl", "evaluations.jsonl"),
+    "train": (METRICS, TRACKERS, "evaluations.jsonl"),
     "evaluate": ("samples.json", "samples.json.partial"),
 }
 # Files of stored tokens in a folder of their own, beside its shards. These stages write them, whichever comes first.
@@ -29,7 +32,7 @@ _OF_TOKENS: Final = (LOCK, "manifest.json", "manifest.json.tmp")
 _STORE_TOKENS: Final = ("cache", "train")
 # Files in the run's folder, by the stage that writes them; those of "" are written by every run.
 _OF_RUNS: Final[Mapping[str, tuple[str, ...]]] = {
-    "": (LOCK, "config.toml"),
+    "": (LOCK, "config.toml", STATUS, f"{STATUS}.partial"),
     "evaluate": tuple(
         f"{name}{end}" for name in ("metrics.json", "report.md", "report.html") for end in ("", ".partial")
     ),

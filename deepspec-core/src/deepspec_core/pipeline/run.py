@@ -28,12 +28,14 @@ if TYPE_CHECKING:
 class Run:
     """A run file, its folder and the installed plugins. Relative paths in the file start at the folder of `path`.
 
+    `smoke`: The file was made small (smoke.py), so its figures are not meant to mean anything.
     `reads` records which keys of `file` are read, and what else the run's parts read.
     """
 
     file: RunFile
     path: Path
     plugins: Plugins
+    smoke: bool = False
     reads: Reads = field(factory=Reads, init=False)
 
     def __attrs_post_init__(self) -> None:

@@ -15,6 +15,7 @@ from deepspec_core.errors import StageError
 from deepspec_core.pipeline import stages, threads, workers
 from deepspec_core.pipeline.checking import check_before
 from deepspec_core.pipeline.fingerprint import flatten
+from deepspec_core.pipeline.heartbeat import beating
 from deepspec_core.pipeline.run import Run
 from deepspec_core.pipeline.stages import Step
 
@@ -65,7 +66,8 @@ def do(
         run.save_config()
         crew.told_by_first("plan", _plan(run, steps))
         crew.require_shared(run.folder)
-        return stages.execute(run, steps, say=say)
+        with beating(run.folder, [step.stage.name for step in steps if step.action != "skip"]):
+            return stages.execute(run, steps, say=say)
 
 
 def join(run: Run, steps: Sequence[Step]) -> None:

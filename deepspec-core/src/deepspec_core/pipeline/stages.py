@@ -20,7 +20,7 @@ from attrs import frozen
 from deepspec_core.disk import full_disk_is_an_error
 from deepspec_core.errors import StageError, nearest
 from deepspec_core.locks import LOCK
-from deepspec_core.pipeline import contents, threads, workers
+from deepspec_core.pipeline import contents, heartbeat, threads, workers
 from deepspec_core.pipeline.changes import digest_now, refuse_changes
 from deepspec_core.pipeline.fingerprint import RECORD, StageRecord, fingerprint, flatten, read_record, schema_keys
 from deepspec_core.pipeline.reads import Trace
@@ -240,6 +240,7 @@ def _do(run: Run, step: Step, say: Callable[[str], None]) -> StageRecord:
             fix="Run again: it is looked at anew.",
         )
     keep(Trace())
+    heartbeat.enter(name)
     say(f"{name}: {'resuming' if step.action == 'resume' else 'starting'}")
     try:
         with run.reads.traced(on_growth=keep) as read, full_disk_is_an_error(folder):

@@ -15,13 +15,16 @@ from deepspec_core.contracts.draft import DraftModel
 from deepspec_core.contracts.features import FeatureSource
 from deepspec_core.data.frequent_tokens import frequent_tokens
 from deepspec_core.errors import ConfigError, PluginError
-from deepspec_core.pipeline import workers
+from deepspec_core.pipeline import few_steps, workers
 from deepspec_core.pipeline.offered import check_source
 from deepspec_core.pipeline.run import Run
 from deepspec_core.pipeline.training_evaluations import evaluations_of
 from deepspec_core.pipeline.warm_start import start_of, take_vocabulary, take_weights
 from deepspec_core.plugins.notices import notify
+from deepspec_core.training.best_checkpoints import Evaluations
 from deepspec_core.training.checkpoint import step_of
+from deepspec_core.training.metrics_lines import METRICS
+from deepspec_core.training.trackers import Trackers, chosen_trackers
 from deepspec_core.training.trainer import TrainResult, train
 
 log = logging.getLogger("deepspec")
@@ -45,20 +48,12 @@ def run_stage(run: Run) -> dict[str, Any]:
     begun = {} if start is None else take_weights(draft, start)
     del start
     folder = run.stage_folder("train")
+    few_steps.warn_exactly(run, len(source))
+    names = chosen_trackers(run.file.train.trackers) if workers.rank() == 0 else []
+    metrics, project = folder / METRICS, run.file.train.tracker_project
     evaluations = evaluations_of(run)
-    result = train(
-        draft=draft,
-        source=source,
-        options=run.file.train,
-        loss=run.file.loss,
-        registry=registry,
-        folder=folder,
-        seed=run.file.run.seed,
-        save_draft=lambda path: save_draft(draft, run.target.draft_adapter, path),
-        on_checkpoint=lambda path: notify(run.plugins.manager, "deepspec_checkpoint_saved", run=run, checkpoint=path),
-        device=run.target.device,
-        evaluations=evaluations,
-    )
+    with Trackers(names, metrics=metrics, config=run.folder / "config.toml", project=project) as trackers:
+        result = _trained(run, draft, source, folder, trackers, evaluations)
     if workers.rank() == 0:
         publish(result.chosen / "draft", run.folder / "draft")
     return {
@@ -71,6 +66,7 @@ def run_stage(run: Run) -> dict[str, Any]:
         "resumed_from": result.resumed_from,
         "figures": result.figures,
         "counts": result.counts,
+        "trackers": trackers.summary(),
     }
 
 
@@ -85,6 +81,25 @@ def _finished(result: TrainResult) -> dict[str, Any]:
         **({"accepted length on held-out prompts": round(lengths[step], 3)} if step in lengths else {}),
         "seconds of evaluations": round(sum(record["seconds"] for record in result.evaluations), 1),
     }
+
+
+def _trained(
+    run: Run, draft: DraftModel, source: FeatureSource, folder: Path, trackers: Trackers, evaluations: Evaluations
+) -> TrainResult:
+    return train(
+        draft=draft,
+        source=source,
+        options=run.file.train,
+        loss=run.file.loss,
+        registry=run.plugins.registry,
+        folder=folder,
+        seed=run.file.run.seed,
+        save_draft=lambda path: save_draft(draft, run.target.draft_adapter, path),
+        on_checkpoint=lambda path: notify(run.plugins.manager, "deepspec_checkpoint_saved", run=run, checkpoint=path),
+        on_line=trackers.wake,
+        device=run.target.device,
+        evaluations=evaluations,
+    )
 
 
 def new_draft(run: Run) -> DraftModel:

@@ -1,4 +1,4 @@
-"""One self-contained HTML page of one or several evaluations: tables, charts, answers, and what reproduces them.
+"""One self-contained HTML page of one or several runs: tables, charts, answers, curves of training, what reproduces it.
 
 Needs no network and no script. Everything that comes from data is escaped by the template, except charts, which svg.py
 makes. Knows a run's folder by its files.
@@ -16,10 +16,11 @@ from attrs import frozen
 from deepspec_core.disk import in_words
 from deepspec_core.evaluation import comparison, report
 from deepspec_core.evaluation.comparison import Run, compare
-from deepspec_core.reporting import charts
+from deepspec_core.reporting import charts, curves, training
+from deepspec_core.reporting.curves import Training, read_training
 from deepspec_core.reporting.samples import NAME as SAMPLES
 from deepspec_core.reporting.samples import read_samples
-from deepspec_core.reporting.svg import COLOURS, page_wide
+from deepspec_core.reporting.svg import COLOURS, Chart, page_wide
 
 NAME: Final = "report.html"
 _TEMPLATE: Final = Path(__file__).with_name("page.html.jinja")
@@ -27,19 +28,38 @@ _TEMPLATE: Final = Path(__file__).with_name("page.html.jinja")
 
 @frozen(kw_only=True)
 class Shown:
-    """An evaluated run with what the page shows beside its figures: sample answers, and its run file as text."""
+    """A run with what the page shows of it.
 
-    run: Run
+    run: Its evaluation, None where there is none.
+    samples: Answers of the evaluation.
+    training: Its lines of training, None where there are none.
+    run_file: Its run file as text.
+    """
+
+    label: str
+    run: Run | None
     samples: Sequence[Mapping[str, Any]]
+    training: Training | None
     run_file: str | None
 
 
 def shown(folder: Path, run: Run) -> Shown:
-    """The run whose results lie in `folder`. StageError where its samples are damaged."""
+    """The evaluated run whose results lie in `folder`. StageError where its samples are damaged."""
+    return _shown(folder, run.label, run, read_samples(folder / "evaluate" / SAMPLES))
+
+
+def shown_training(folder: Path, label: str) -> Shown:
+    """The run of a folder that has no evaluation."""
+    return _shown(folder, label, None, ())
+
+
+def _shown(folder: Path, label: str, run: Run | None, samples: Sequence[Mapping[str, Any]]) -> Shown:
     config = folder / "config.toml"
     return Shown(
+        label=label,
         run=run,
-        samples=read_samples(folder / "evaluate" / SAMPLES),
+        samples=samples,
+        training=read_training(folder, label),
         run_file=config.read_text(encoding="utf-8") if config.is_file() else None,
     )
 
@@ -47,9 +67,13 @@ def shown(folder: Path, run: Run) -> Shown:
 def write_page(path: Path, runs: Sequence[Shown]) -> None:
     """Write the page; it appears when all of it is written. ConfigError where matplotlib is missing."""
     text = page(runs)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    # Two processes may write the page of one run: each file is whole.
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def page(runs: Sequence[Shown]) -> str:
@@ -58,19 +82,35 @@ def page(runs: Sequence[Shown]) -> str:
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
-    evaluated = [one.run for one in runs]
-    compared = compare(evaluated)
+    # A run has one number in all charts, and evaluated ones are the first.
+    runs = sorted(runs, key=lambda one: one.run is None)
+    evaluated = [one.run for one in runs if one.run is not None]
+    compared = compare(evaluated) if evaluated else None
+    trained = [(number, one.training) for number, one in enumerate(runs) if one.training is not None]
     return template.render(
-        title=", ".join(run.label for run in evaluated),
+        title=", ".join(one.label for one in runs),
         runs=[
-            {"label": one.run.label, "colour": index % len(COLOURS), "facts": _facts(one.run), "run_file": one.run_file}
+            {
+                "label": one.label,
+                "colour": index % len(COLOURS),
+                "facts": _facts(one.run) if one.run is not None else [],
+                "run_file": one.run_file,
+                "evaluated": one.run is not None,
+            }
             for index, one in enumerate(runs)
         ],
         headings=comparison.HEADINGS,
-        rows=[row.cells() for row in compared.rows],
-        notes=compared.notes(),
+        rows=[row.cells() for row in compared.rows] if compared is not None else [],
+        notes=compared.notes() if compared is not None else [],
         note=report.NOTE,
-        sections=_sections(evaluated),
+        sections=_sections(evaluated, trained),
+        training_headings=curves.HEADINGS,
+        training=[curves.summary(one) for _, one in trained],
+        training_notes=[
+            f"{one.label}: {one.unreadable} lines of its metrics.jsonl cannot be read"
+            for _, one in trained
+            if one.unreadable
+        ],
         parts=charts.PARTS,
         size_headings=("draft", "parameters", "of its own", "size", "peak memory", "without the draft"),
         sizes=[_sizes(run) for run in evaluated],
@@ -82,9 +122,9 @@ def page(runs: Sequence[Shown]) -> str:
     )
 
 
-def _sections(runs: Sequence[Run]) -> list[dict[str, Any]]:
+def _sections(runs: Sequence[Run], trained: Sequence[tuple[int, Training]]) -> list[dict[str, Any]]:
     """The charts under their headings; a heading without charts is left out."""
-    drawn = [
+    drawn: list[tuple[str, str, list[Chart]]] = [
         (
             "Accepted length",
             "Tokens that a round commits, the target's own included, with 95% intervals over prompts.",
@@ -120,6 +160,7 @@ def _sections(runs: Sequence[Run]) -> list[dict[str, Any]]:
             "Wall time of an output token. Host is what neither model computes. It depends on the machine.",
             charts.time_split(runs),
         ),
+        *training.charts(curves.groups(trained)),
     ]
     wide = iter(page_wide([chart for _, _, several in drawn for chart in several]))
     sections = [(title, about, [next(wide) for _ in several]) for title, about, several in drawn]
@@ -137,7 +178,7 @@ def _answers(runs: Sequence[Shown]) -> list[dict[str, Any]]:
             group["answers"].append(
                 {
                     **sample,
-                    "label": one.run.label,
+                    "label": one.label,
                     "colour": index % len(COLOURS),
                     "rounds": max((piece["round"] for piece in pieces), default=0),
                     "tokens": sum(piece["tokens"] for piece in pieces),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Final
 
 from attrs import frozen
@@ -70,7 +70,7 @@ def drawing(*, width: float, height: float, x: str, y: str = "", names: bool = F
     `names`: The rows have names of any length at the left. Margins are then measured; else they are fixed, which is
     twice as fast.
     """
-    with _matplotlib().rc_context(_SETTINGS):
+    with matplotlib_settings():
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(width, height), layout="constrained" if names else None)
@@ -78,15 +78,26 @@ def drawing(*, width: float, height: float, x: str, y: str = "", names: bool = F
             left, bottom, end = 0.62 / width, 0.5 / height, 0.12
             figure.subplots_adjust(left=left, bottom=bottom, right=1 - end / width, top=1 - end / height)
         axes = figure.add_subplot()
-        axes.set_axisbelow(True)
-        axes.grid(color=GRID, linewidth=0.8)
-        axes.tick_params(colors=MUTED, length=0)
-        for side, spine in axes.spines.items():
-            spine.set_visible(side in ("left", "bottom"))
-            spine.set_color(GRID)
-        axes.set_xlabel(x, color=MUTED)
-        axes.set_ylabel(y, color=MUTED)
+        styled(axes, x=x, y=y)
         yield Drawing(axes=axes, figure=figure)
+
+
+def matplotlib_settings() -> AbstractContextManager[Any]:
+    """How text and numbers are drawn inside the block. ConfigError where matplotlib is missing."""
+    settings: AbstractContextManager[Any] = _matplotlib().rc_context(_SETTINGS)
+    return settings
+
+
+def styled(axes: Any, *, x: str, y: str, muted: str = MUTED, grid: str = GRID) -> None:
+    """Axes with a grid behind what is drawn, two faint lines and labels."""
+    axes.set_axisbelow(True)
+    axes.grid(color=grid, linewidth=0.8)
+    axes.tick_params(which="both", colors=muted, length=0)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(grid)
+    axes.set_xlabel(x, color=muted)
+    axes.set_ylabel(y, color=muted)
 
 
 def page_wide(charts: Sequence[Chart]) -> list[Chart]:

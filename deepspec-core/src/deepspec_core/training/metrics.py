@@ -15,6 +15,21 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+from deepspec_core.disk import in_words
+
+
+def at_a_glance(line: Mapping[str, Any]) -> dict[str, float | str]:
+    """What of a line the progress line shows, besides steps and time: of each what it is called there."""
+    shown: dict[str, float | str] = {"loss": line["loss"]} if "loss" in line else {}
+    tau = line.get("tau_probabilistic", line.get("tau_greedy"))
+    if tau is not None:
+        shown["accepted length (estimated)"] = tau
+    if "tokens_per_second" in line:
+        shown["speed"] = f"{line['tokens_per_second']:,.0f} tokens/s"
+    if "peak_memory_bytes" in line:
+        shown["memory"] = in_words(line["peak_memory_bytes"])
+    return shown
+
 
 class Figures:
     """The sums since the last line, on the host.

@@ -31,6 +31,11 @@ class StepSums:
             ratio = torch.stack([part.to(torch.float32) for part in pair])
             self.ratios[name] = self.ratios[name] + ratio if name in self.ratios else ratio
 
+    def add_counts(self, name: str, numerator: int, denominator: int) -> None:
+        """Add to a metric what was counted on the host. Nothing is copied to the device."""
+        counts = [torch.full((), float(count), device=self.device) for count in (numerator, denominator)]
+        self.ratios[name] = torch.stack(counts) + self.ratios.get(name, 0.0)
+
     def reduce(self, names: Sequence[str], flag: bool) -> Tensor:
         """[2 + 2 * len(names)], equal on all ranks: the denominator, how many ranks raise `flag`, the ratios."""
         zero = torch.zeros(2, device=self.device)

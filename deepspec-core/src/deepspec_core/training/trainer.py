@@ -35,15 +35,16 @@ from deepspec_core.training.best_checkpoints import Evaluations
 from deepspec_core.training.epoch_order import ORDERS
 from deepspec_core.training.host_batch import HostBatch
 from deepspec_core.training.loader import StepPlans, iterate
-from deepspec_core.training.metrics import Clock, Figures, MetricsLog
+from deepspec_core.training.metrics import Clock, Figures, MetricsLog, at_a_glance
+from deepspec_core.training.metrics_lines import METRICS
 from deepspec_core.training.on_policy import Rollouts, Unprepared, rolls_out
+from deepspec_core.training.pace import Pace
 from deepspec_core.training.packed_check import check_draft_apart
 from deepspec_core.training.reduction import StepSums, gathered, normalise
 from deepspec_core.training.sampler import GlobalBatches
 from deepspec_core.training.schedule import learning_rate
 from deepspec_core.training.step import TrainingStep
 
-METRICS = "metrics.jsonl"
 _SHOWN_IDS = 8
 _FIXED_SCALARS = ("seed", "samples", "global_batch_size")
 _KEPT = {**dict.fromkeys(_FIXED_SCALARS, int), "figures": dict, "counts": dict}
@@ -85,15 +86,17 @@ def train(
     seed: int,
     save_draft: Callable[[Path], None],
     on_checkpoint: Callable[[Path], None] | None = None,
+    on_line: Callable[[], None] | None = None,
     device: str | torch.device | None = None,
     evaluations: Evaluations | None = None,
 ) -> TrainResult:
     """Train `draft` in place for the steps that `options` ask for, from the newest checkpoint of `folder` on.
 
     It writes `folder`/checkpoints and `folder`/metrics.jsonl. `save_draft(path)` writes the draft as published, and
-    `on_checkpoint(path)` is called with each complete checkpoint; both on the first rank only. The schedule spans
-    min(max_steps, steps of all epochs). `evaluations` evaluate checkpoints, and may end training early. Ctrl-C or
-    SIGTERM finishes the step, saves a checkpoint and raises Stopped. A second one stops at once.
+    `on_checkpoint(path)` is called with each complete checkpoint, `on_line()` after each line of metrics.jsonl; all on
+    the first rank only. The schedule spans min(max_steps, steps of all epochs). `evaluations` evaluate checkpoints, and
+    may end training early. Ctrl-C or SIGTERM finishes the step, saves a checkpoint and raises Stopped. A second one
+    stops at once.
 
     DataError if there are no samples. CheckpointError if a training state is damaged or of another run, or if there is
     no room for one. TrainingError if a loss or gradient is not finite, before weights are changed, or if no row of an
@@ -106,7 +109,7 @@ def train(
             fix="lower data.min_supervised_tokens, raise data.max_length, or add sources",
         )
     start = time.monotonic()
-    trainer = _Trainer(draft, source, options, loss, registry, folder, seed, save_draft, on_checkpoint, device)
+    trainer = _Trainer(draft, source, options, loss, registry, folder, seed, save_draft, on_checkpoint, on_line, device)
     trainer.evaluations = evaluations or Evaluations(options)
     figures = trainer.run()
     return TrainResult(
@@ -137,11 +140,12 @@ class _Trainer:
         seed: int,
         save_draft: Callable[[Path], None],
         on_checkpoint: Callable[[Path], None] | None,
+        on_line: Callable[[], None] | None,
         device: str | torch.device | None,
     ) -> None:
         self.source, self.options, self.folder, self.seed = source, options, folder, seed
         self.preparation: Preparation = Unprepared() if rolls_out(draft) else draft.preparation
-        self.save_draft, self.on_checkpoint = save_draft, on_checkpoint
+        self.save_draft, self.on_checkpoint, self.on_line = save_draft, on_checkpoint, on_line
         self.accelerator = Accelerator(
             cpu=device is not None and torch.device(device).type == "cpu",
             mixed_precision="no",
@@ -175,7 +179,8 @@ class _Trainer:
             weight_decay=options.weight_decay,
             fused=self.device.type in ("cpu", "cuda"),
         )
-        self.loss_names = ["loss", *(f"loss/{name}" for name in loss.terms)]
+        self.pace = Pace(self.device)
+        self.loss_names = ["loss", *(f"loss/{name}" for name in loss.terms), "padding_share"]
         self.figures = Figures()
         self.counts: Counter[str] = Counter()  # of this rank, since the start of this call
         self.counts_before: Counter[str] = Counter()  # of all ranks, up to the checkpoint resumed from
@@ -263,11 +268,12 @@ class _Trainer:
                 if logged:
                     epochs = round(done / self.batches.steps_per_epoch, 4)
                     line = {"step": done, "epoch": epochs, "lr": rate, "grad_norm": norm}
-                    line |= {**clock.rates(), **self.figures.take()}
+                    line |= {**clock.rates(), **self.pace.figures(), **self.figures.take()}
                     if log is not None:
                         log.write(line)
-                shown = {name: line[name] for name in ("loss", "tau_probabilistic") if name in line}
-                progress.advance(1, **shown)
+                        if self.on_line is not None:
+                            self.on_line()
+                progress.advance(1, **at_a_glance(line))
                 epoch = self.batches.epoch(step)
                 if self.batches.epoch(done) != epoch or (last and epoch == 0):
                     self._require_supervision()
@@ -291,6 +297,7 @@ class _Trainer:
         """
         sums = StepSums(self.device)
         done: list[tuple[list[str], Tensor]] = []
+        self.pace.begin()
         share = plans.of_step(step)
         for number, plan in enumerate(share):
             micro = next(micro_batches)
@@ -300,12 +307,15 @@ class _Trainer:
             waits = number + 1 < len(share)
             with self.accelerator.no_sync(self.model) if waits else nullcontext():
                 result = self.model(batch, step=step, with_metrics=with_metrics)
+                if not waits:
+                    self.pace.exchange()
                 (result.total if plan.live else result.total * 0.0).backward()
             if plan.live:
                 sums.add(result.denominator, result.metrics)
                 self.counts.update(micro.counts)
-                self.counts["positions"] += micro.attention_mask.numel()
-                self.counts["padding"] += int((~micro.attention_mask).sum())
+                positions, padding = micro.attention_mask.numel(), int((~micro.attention_mask).sum())
+                self.counts.update(positions=positions, padding=padding)
+                sums.add_counts("padding_share", padding, positions)
             done.append(([sample.id for sample in micro.samples], result.total.detach()))
         names = _union(gathered(list(sums.ratios))) if with_metrics else self.loss_names
         vector = sums.reduce(names, interrupted)
@@ -317,6 +327,7 @@ class _Trainer:
         )
         # Here, and only here, a step waits for the device.
         grad_norm, denominator, stop, *values = torch.cat((norm.to(vector.dtype).reshape(1), vector)).tolist()
+        self.pace.end()
         if not (math.isfinite(grad_norm) and math.isfinite(denominator) and all(map(math.isfinite, values))):
             raise self._not_finite(step, grad_norm, done)
         rate = learning_rate(step, peak=self.options.lr, total_steps=self.total_steps, warmup=self.options.warmup)

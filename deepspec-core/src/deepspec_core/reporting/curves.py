@@ -1,0 +1,239 @@
+"""The curves of training: which figures of metrics.jsonl are drawn together, and their points.
+
+Knows the names of figures by their meaning (docs/training-figures.md); a figure of another name has a panel of its own,
+and one that a run does not have is left out. Knows no colours, and nothing that draws.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Final, Literal
+
+from attrs import evolve, field, frozen
+
+from deepspec_core.disk import in_words
+from deepspec_core.training.metrics_lines import HELD_OUT_LENGTH, METRICS, Line, read_lines
+
+# More points than pixels are averaged.
+MOST_POINTS: Final = 400
+# So many of a curve's points are averaged for the bold line, if there are enough.
+_SMOOTHED_OVER: Final = 20
+_FEWEST_TO_SMOOTH: Final = 40
+_SLOT: Final = re.compile(r"(accept_rate|accuracy)@(\d+)")
+# Figures that are no curve, or say the same as another one.
+_NOT_DRAWN: Final = ("step", "epoch", "slowest_rank", "sequences_per_second")
+
+Kind = Literal["line", "dashed", "points"]
+
+
+@frozen(kw_only=True)
+class Training:
+    """A run's lines of training, by the name that the run has in a report."""
+
+    label: str
+    lines: Sequence[Line]
+    unreadable: int = 0
+
+
+@frozen(kw_only=True)
+class Series:
+    """One curve of the run with this number: its points, the same smoothed where there are many, how it is drawn.
+
+    shade: 1, or less for curves of a panel that follow each other, such as positions.
+    """
+
+    run: int
+    name: str
+    steps: Sequence[float]
+    values: Sequence[float]
+    smooth: Sequence[float] | None
+    kind: Kind = "line"
+    shade: float = 1.0
+
+
+@frozen(kw_only=True)
+class Panel:
+    """What is drawn on one pair of axes. `unit`: "", "share" or "log"."""
+
+    title: str
+    y: str
+    series: Sequence[Series]
+    remark: str = ""
+    unit: str = ""
+
+
+@frozen(kw_only=True)
+class Group:
+    """Panels under one heading."""
+
+    title: str
+    about: str
+    panels: list[Panel] = field(factory=list)
+
+
+def read_training(folder: Path, label: str) -> Training | None:
+    """The lines of a run's folder; None where it was not trained there."""
+    lines, unreadable = read_lines(folder / "train" / METRICS)
+    return Training(label=label, lines=lines, unreadable=unreadable) if lines else None
+
+
+def groups(runs: Sequence[tuple[int, Training]]) -> list[Group]:
+    """All panels of the runs, by what they are about; none is empty. Runs come with their numbers in the report."""
+    names = list(dict.fromkeys(name for _, run in runs for line in run.lines for name in line))
+    slots = [name for name in names if _SLOT.fullmatch(name)]
+    terms = [name for name in names if name.startswith("loss/")]
+    drawn = [
+        Group(
+            title="Training: loss",
+            about="Means over the steps between two lines. The loss is the sum of its terms times their coefficients.",
+            panels=[
+                _panel(runs, {"loss": "line"}, title="loss", y="loss"),
+                *(_panel(runs, {name: "line"}, title=name.removeprefix("loss/"), y="loss term") for name in terms),
+            ],
+        ),
+        Group(
+            title="Training: accepted length",
+            about="Tokens that a round commits. Solid: estimated from the draft's and the target's distributions. "
+            "Dashed: estimated by greedy decoding. Points: real speculative decoding on held-out prompts.",
+            panels=[
+                _panel(
+                    runs,
+                    {"tau_probabilistic": "line", "tau_greedy": "dashed", HELD_OUT_LENGTH: "points"},
+                    title="accepted length",
+                    y="tokens a round",
+                )
+            ],
+        ),
+        Group(
+            title="Training: acceptance by position",
+            about="The first position has the darkest line. Accepted is the expected share of proposed tokens that the "
+            "target accepts. Accuracy is the share of labels that are the draft's likeliest token.",
+            panels=[
+                _of_slots([one], figure, slots, title=what if len(runs) == 1 else f"{what}: {one[1].label}")
+                for figure, what in (("accept_rate", "accepted"), ("accuracy", "accuracy"))
+                for one in runs
+            ],
+        ),
+        Group(
+            title="Training: optimizer",
+            about="The gradient's norm is measured before it is clipped.",
+            panels=[
+                _panel(runs, {"lr": "line"}, title="learning rate", y="learning rate"),
+                _panel(runs, {"grad_norm": "line"}, title="gradient norm", y="norm", unit="log"),
+            ],
+        ),
+        Group(
+            title="Training: speed and memory",
+            about="They depend on the machine. Padding is the share of positions that hold no token of a sample.",
+            panels=[
+                _panel(runs, {"tokens_per_second": "line"}, title="tokens a second", y="tokens a second"),
+                _panel(runs, {"step_seconds": "line"}, title="time of a step", y="seconds"),
+                _panel(
+                    runs,
+                    {"slowest_rank_seconds": "line", "fastest_rank_seconds": "dashed"},
+                    title="slowest and fastest rank",
+                    y="own seconds a step",
+                ),
+                _panel(runs, {"padding_share": "line"}, title="padding", y="of positions", unit="share"),
+                _panel(
+                    runs, {"peak_memory_bytes": "line"}, title="peak memory", y="GB", scale=lambda value: value / 1e9
+                ),
+            ],
+        ),
+    ]
+    known = {one.name for group in drawn for panel in group.panels for one in panel.series}
+    others = [name for name in names if name not in known and name not in _NOT_DRAWN and name not in slots]
+    drawn.append(
+        Group(
+            title="Training: other figures",
+            about="As they are called in metrics.jsonl.",
+            panels=[_panel(runs, {name: "line"}, title=name, y="") for name in others],
+        )
+    )
+    filled = [
+        evolve(group, panels=[panel for panel in group.panels if any(one.values for one in panel.series)])
+        for group in drawn
+    ]
+    return [group for group in filled if group.panels]
+
+
+HEADINGS: Final = (
+    "run",
+    "steps",
+    "epochs",
+    "loss",
+    "accepted length, estimated",
+    "best on held-out prompts",
+    "tokens/s",
+    "peak memory",
+)
+
+
+def summary(run: Training) -> list[str]:
+    """The last figures of a run, under HEADINGS; on held-out prompts the greatest accepted length, with its step."""
+
+    def last(name: str) -> float | None:
+        return next((line[name] for line in reversed(run.lines) if name in line), None)
+
+    def number(name: str, form: str) -> str:
+        return "-" if (value := last(name)) is None else format(value, form)
+
+    held_out = [(line[HELD_OUT_LENGTH], line["step"]) for line in run.lines if HELD_OUT_LENGTH in line]
+    best = max(held_out, default=None)
+    memory = last("peak_memory_bytes")
+    return [
+        run.label,
+        f"{run.lines[-1]['step']:,.0f}",
+        number("epoch", ".2f"),
+        number("loss", ".4g"),
+        number("tau_probabilistic", ".2f"),
+        "-" if best is None else f"{best[0]:.2f} at step {best[1]:,.0f}",
+        number("tokens_per_second", ",.0f"),
+        "-" if memory is None else in_words(memory),
+    ]
+
+
+def _panel(
+    runs: Sequence[tuple[int, Training]],
+    names: Mapping[str, Kind],
+    *,
+    title: str,
+    y: str,
+    unit: str = "",
+    scale: Callable[[float], float] = float,
+) -> Panel:
+    found = [_series(number, run, name, kind, scale) for number, run in runs for name, kind in names.items()]
+    return Panel(title=title, y=y, series=[one for one in found if one.values], unit=unit)
+
+
+def _of_slots(runs: Sequence[tuple[int, Training]], figure: str, names: Sequence[str], *, title: str) -> Panel:
+    own = sorted(
+        (name for name in names if name.startswith(f"{figure}@")), key=lambda name: int(name.partition("@")[2])
+    )
+    found = [
+        evolve(_series(number, run, name, "line", float), shade=1.0 - 0.75 * place / max(1, len(own) - 1))
+        for number, run in runs
+        for place, name in enumerate(own)
+    ]
+    return Panel(title=title, y="share", series=[one for one in found if one.values], unit="share")
+
+
+def _series(number: int, run: Training, name: str, kind: Kind, scale: Callable[[float], float]) -> Series:
+    points = [(line["step"], scale(line[name])) for line in run.lines if name in line]
+    size = -(-len(points) // MOST_POINTS) or 1
+    bins = [points[start : start + size] for start in range(0, len(points), size)]
+    steps, values = ([sum(point[axis] for point in one) / len(one) for one in bins] for axis in (0, 1))
+    smooth = _smoothed(values) if kind != "points" and len(values) >= _FEWEST_TO_SMOOTH else None
+    return Series(run=number, name=name, steps=steps, values=values, smooth=smooth, kind=kind)
+
+
+def _smoothed(values: Sequence[float]) -> list[float]:
+    """The mean around each point, of what there is of it near an end."""
+    reach = max(1, len(values) // _SMOOTHED_OVER // 2)
+    means = []
+    for place in range(len(values)):
+        window = values[max(0, place - reach) : place + reach + 1]
+        means.append(sum(window) / len(window))
+    return means
