@@ -12,6 +12,8 @@ from deepspec_core.config.bounds import above, below, real, whole
 from deepspec_core.config.key_marks import CHANGES_NOTHING
 
 PACKED = "packed"
+AUTO, DDP, FSDP = "auto", "ddp", "fsdp"
+PARALLEL = (AUTO, DDP, FSDP)
 _SEQUENCES = 2**20  # more than any batch takes
 BATCHING = ("padded", "bucketed", PACKED)
 
@@ -39,6 +41,9 @@ class TrainOptions:
     keep_checkpoints: How many of the newest checkpoints stay.
     log_every: Optimizer steps between lines of metrics.jsonl.
     loader_workers: Processes that read and prepare samples; 0: the training process itself.
+    parallel: How several processes train one draft. "ddp": each has a copy of weights and optimizer state. "fsdp": each
+        has a part of both (FSDP2), and on several machines each machine has all parts. "auto": "ddp", unless a copy
+        does not fit a device. Changes results by rounding only.
     """
 
     lr: float = field(default=6e-4, validator=above(0.0, 1e3))
@@ -56,3 +61,4 @@ class TrainOptions:
     keep_checkpoints: int = field(default=2, validator=whole(1), metadata=CHANGES_NOTHING)
     log_every: int = field(default=10, validator=whole(1), metadata=CHANGES_NOTHING)
     loader_workers: int = field(default=0, validator=whole(0, 512), metadata=CHANGES_NOTHING)
+    parallel: str = field(default=AUTO, validator=in_(PARALLEL), metadata=CHANGES_NOTHING)

@@ -1,7 +1,8 @@
 """The training loop: optimizer steps over a source of samples, with checkpoints, resumption and figures.
 
 Knows sources, drafts, engines and optimizers through their contracts. Does not know stages, folders other than its own,
-algorithms or families. accelerate handles devices and data parallelism, step.py precision, reduction.py the division.
+algorithms or families. accelerate finds devices and ranks, parallel.py spreads the draft, step.py has the precision,
+reduction.py the division.
 """
 
 from __future__ import annotations
@@ -11,13 +12,11 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
 from attrs import field, frozen
 from torch import Tensor
 
@@ -32,11 +31,13 @@ from deepspec_core.rows.engine import build_engine
 from deepspec_core.stopping import Stopped, StopRequest
 from deepspec_core.training import checkpoint as checkpoints
 from deepspec_core.training.epoch_order import ORDERS
+from deepspec_core.training.fallback import resume
 from deepspec_core.training.host_batch import HostBatch
 from deepspec_core.training.loader import StepPlans, iterate
 from deepspec_core.training.metrics import Clock, Figures, MetricsLog
 from deepspec_core.training.on_policy import Rollouts, Unprepared, rolls_out
 from deepspec_core.training.packed_check import check_draft_apart
+from deepspec_core.training.parallel import Parallel, parallelise
 from deepspec_core.training.reduction import StepSums, gathered, normalise
 from deepspec_core.training.sampler import GlobalBatches
 from deepspec_core.training.schedule import learning_rate
@@ -57,6 +58,7 @@ class TrainResult:
     figures: The last line of metrics.jsonl. On ranks other than the first, the last line of this call.
     counts: What preparation counted, over all epochs and ranks.
     unfinished: The number of half-written checkpoints that were removed at the start.
+    damaged: The number of damaged checkpoints that were set aside at the start.
     """
 
     checkpoint: Path
@@ -65,6 +67,7 @@ class TrainResult:
     figures: dict[str, Any] = field(factory=dict)
     counts: dict[str, int] = field(factory=dict)
     unfinished: int = 0
+    damaged: int = 0
     seconds: float = 0.0
 
 
@@ -108,6 +111,7 @@ def train(
         figures=figures,
         counts=trainer.all_counts(),
         unfinished=trainer.unfinished,
+        damaged=trainer.damaged,
         seconds=time.monotonic() - start,
     )
 
@@ -134,8 +138,6 @@ class _Trainer:
         self.accelerator = Accelerator(
             cpu=device is not None and torch.device(device).type == "cpu",
             mixed_precision="no",
-            # A draft's buffers are constants, so they need not be broadcast in every forward pass.
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
         self.device: torch.device = self.accelerator.device
         self.is_main: bool = self.accelerator.is_main_process
@@ -148,9 +150,10 @@ class _Trainer:
         )
         self.row_tokens = max(self.batches.lengths) if options.batching == PACKED else None
         self.total_steps = min(self.batches.total_steps, options.max_steps or self.batches.total_steps)
-        self.model = self._wrap(draft, loss, registry)
+        self.parallel = self._wrap(draft, loss, registry)
         if self.row_tokens is not None:
-            check_draft_apart(draft, device=self.device, compute_dtype=torch_dtype(options.precision))
+            with self.parallel.whole_draft():
+                check_draft_apart(draft, device=self.device, compute_dtype=torch_dtype(options.precision))
         self.rollouts: Rollouts | None = None
         if rolls_out(draft):
             dtype = torch_dtype(options.precision)
@@ -171,23 +174,23 @@ class _Trainer:
         self.epoch_weight = 0.0  # the denominators of this epoch's steps so far, all ranks
         self.checkpoint_bytes = checkpoints.bytes_of_one(draft)
         self.unfinished = checkpoints.remove_unfinished(folder) if self.is_main else 0
+        self.damaged = 0
         self.first_step = self._resume()
 
-    def _wrap(self, draft: DraftModel, loss: LossOptions, registry: Registry) -> torch.nn.Module:
+    def _wrap(self, draft: DraftModel, loss: LossOptions, registry: Registry) -> Parallel:
         compute_dtype = torch_dtype(self.options.precision)
         for parameter in draft.parameters():
             # Trained weights are fp32, whatever the dtype of their checkpoint. Frozen weights keep their dtype.
             if parameter.requires_grad or compute_dtype == torch.float32:
                 parameter.data = parameter.data.to(torch.float32)
         step = TrainingStep(draft.train(), build_engine(loss, registry), compute_dtype=compute_dtype)
-        wrapped: torch.nn.Module = self.accelerator.prepare_model(step)
-        return wrapped
+        return parallelise(step, self.options.parallel, device=self.device, processes=self.accelerator.num_processes)
 
     def _resume(self) -> int:
-        newest = checkpoints.latest(self.folder)
-        if newest is None:
+        found = resume(self.folder, parameters=self.parameters, optimizer=self.optimizer, first=self.is_main)
+        if found is None:
             return 0
-        scalars = checkpoints.restore(newest, parameters=self.parameters, optimizer=self.optimizer)
+        newest, scalars, self.damaged = found.checkpoint, found.scalars, found.damaged
         for name, type_ in _KEPT.items():
             if type(scalars.get(name)) is not type_:
                 raise CheckpointError(
@@ -267,14 +270,14 @@ class _Trainer:
         sums = StepSums(self.device)
         done: list[tuple[list[str], Tensor]] = []
         share = plans.of_step(step)
+        self.parallel.begin_step()
         for number, plan in enumerate(share):
             micro = next(micro_batches)
             if self.rollouts is not None:
                 micro = self.rollouts(micro, plan.epoch)
             batch = micro.to_draft_batch(self.source, self.device)
-            waits = number + 1 < len(share)
-            with self.accelerator.no_sync(self.model) if waits else nullcontext():
-                result = self.model(batch, step=step, with_metrics=with_metrics)
+            with self.parallel.micro_batch(last=number + 1 == len(share)):
+                result = self.parallel.module(batch, step=step, with_metrics=with_metrics)
                 (result.total if plan.live else result.total * 0.0).backward()
             if plan.live:
                 sums.add(result.denominator, result.metrics)
@@ -345,24 +348,27 @@ class _Trainer:
 
     def _save(self, step: int) -> None:
         counts = self.all_counts()
-        if self.is_main:
-            checkpoints.require_space(self.folder, self.checkpoint_bytes)
-            self.checkpoint = checkpoints.save(
-                self.folder,
-                step,
-                save_draft=self.save_draft,
-                parameters=self.parameters,
-                optimizer=self.optimizer,
-                scalars={
-                    **self._scalars(step),
-                    "figures": self.figures.sums,
-                    "counts": counts,
-                    "epoch_weight": self.epoch_weight,
-                },
-                keep=self.options.keep_checkpoints,
-            )
-            if self.on_checkpoint is not None:
-                self.on_checkpoint(self.checkpoint)
+        with self.parallel.whole_draft():
+            if self.is_main:
+                checkpoints.require_space(self.folder, self.checkpoint_bytes)
+                self.checkpoint = checkpoints.save(
+                    self.folder,
+                    step,
+                    save_draft=self.save_draft,
+                    parameters=self.parameters,
+                    optimizer=self.optimizer,
+                    scalars={
+                        **self._scalars(step),
+                        "figures": self.figures.sums,
+                        "counts": counts,
+                        "epoch_weight": self.epoch_weight,
+                    },
+                    keep=self.options.keep_checkpoints,
+                )
+            else:
+                checkpoints.take_part(self.parameters, self.optimizer)
+        if self.is_main and self.on_checkpoint is not None:
+            self.on_checkpoint(self.checkpoint)
         self.accelerator.wait_for_everyone()
         self.checkpoint = self.folder / checkpoints.CHECKPOINTS / f"step-{step:06d}"
 
