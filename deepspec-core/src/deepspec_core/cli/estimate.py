@@ -21,6 +21,7 @@ _HELD = {
     "allocator": "freed, but kept by the C library; varies from run to run",
     "target_weights": "the target's weights",
     "trained_weights": "the draft's trained weights, fp32",
+    "gathered_weights": "all trained weights, gathered for a step",
     "frozen_weights": "the draft's embedding, head and constants",
     "head_copies": "copies of frozen heads in the precision of products",
     "optimizer_moments": "the optimizer's two moments, fp32",
@@ -34,7 +35,6 @@ _PHASES = {
     "rows": "the loss: activations, its workspace and gradients",
     "backward": "the draft's backward pass",
     "update": "the optimizer's update",
-    "checkpoint": "a checkpoint: copies of the moments, less gradients",
 }
 _FLOPS = {
     "features": "the target's forward pass",

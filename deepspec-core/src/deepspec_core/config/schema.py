@@ -25,8 +25,8 @@ from deepspec_core.config.sampling_bounds import stop_string, temperatures
 from deepspec_core.config.train_options import BATCHING as BATCHING
 from deepspec_core.config.train_options import BEST as BEST
 from deepspec_core.config.train_options import PACKED as PACKED
-from deepspec_core.config.train_options import HeldOutOptions as HeldOutOptions
 from deepspec_core.config.train_options import TENSORBOARD as TENSORBOARD
+from deepspec_core.config.train_options import HeldOutOptions as HeldOutOptions
 from deepspec_core.config.train_options import TrainOptions as TrainOptions
 from deepspec_core.layers.options import LayerOptions
 

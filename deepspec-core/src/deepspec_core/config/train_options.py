@@ -15,6 +15,8 @@ from deepspec_core.config.sampling_bounds import temperatures
 PACKED = "packed"
 # Which checkpoint the finished draft is.
 BEST = "best"
+AUTO, DDP, FSDP = "auto", "ddp", "fsdp"
+PARALLEL = (AUTO, DDP, FSDP)
 _SEQUENCES = 2**20  # more than any batch takes
 BATCHING = ("padded", "bucketed", PACKED)
 TENSORBOARD = "tensorboard"
@@ -73,6 +75,9 @@ class TrainOptions:
     trackers: Where the lines of metrics.jsonl are shown as curves: "tensorboard", "wandb", "mlflow", "trackio". Each
         has to be installed. Left out: TensorBoard, if it is installed. []: nowhere.
     tracker_project: The project of Weights & Biases and Trackio, or the experiment of MLflow.
+    parallel: How several processes train one draft. "ddp": each has a copy of weights and optimizer state. "fsdp": each
+        has a part of both (FSDP2), and on several machines each machine has all parts. "auto": "ddp", unless a copy
+        does not fit a device. Changes results by rounding only.
     """
 
     lr: float = field(default=6e-4, validator=above(0.0, 1e3))
@@ -98,3 +103,4 @@ class TrainOptions:
         default=None, validator=optional(deep_iterable(in_(TRACKERS), instance_of(tuple))), metadata=CHANGES_NOTHING
     )
     tracker_project: str = field(default="deepspec", validator=matches_re(r"\S(.*\S)?"), metadata=CHANGES_NOTHING)
+    parallel: str = field(default=AUTO, validator=in_(PARALLEL), metadata=CHANGES_NOTHING)

@@ -7,8 +7,11 @@ know how bytes and operations are counted.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from deepspec_core.cache.estimate import cache_bytes
 from deepspec_core.config.schema import PACKED
+from deepspec_core.config.train_options import FSDP
 from deepspec_core.dtypes import torch_dtype
 from deepspec_core.estimating.estimate import CacheSize, Estimate, Memory, MicroBatch
 from deepspec_core.estimating.features import TriedFeatures
@@ -64,13 +67,9 @@ def estimate(run: Run, *, processes: int = 1) -> Estimate:
         "allocator": kept_bytes(step.small, accumulates=micro_batches > 1) if on_cpu else 0,
         "target_weights": target_bytes,
         **step.held,
-        # Data-parallel training sends gradients in buffers of its own.
-        "gradient_buckets": step.held["trained_weights"] if processes > 1 else 0,
+        **_exchanged(step.held, processes, sharded=options.parallel == FSDP),
         "batches": _batch_bytes(batch, micro_batches),
     }
-    # A checkpoint is copied to the host before it is written, with both moments of the optimizer. There are no
-    # gradients then.
-    checkpoint = max(0, held["optimizer_moments"] - held["gradients"]) if on_cpu else 0
     return Estimate(
         device=run.target.device.type,
         processes=processes,
@@ -81,7 +80,7 @@ def estimate(run: Run, *, processes: int = 1) -> Estimate:
             target_positions=step.positions,
         ),
         micro_batches_per_step=micro_batches,
-        memory=Memory(held=held, phases={**step.phases, "checkpoint": checkpoint}),
+        memory=Memory(held=held, phases=step.phases),
         cache=cache,
         flops={
             part: 0 if part == "features" and source.problem else count * options.global_batch_size // sequences
@@ -89,6 +88,25 @@ def estimate(run: Run, *, processes: int = 1) -> Estimate:
         },
         not_counted=_not_counted(run, source.problem),
     )
+
+
+def _exchanged(held: Mapping[str, int], processes: int, *, sharded: bool) -> dict[str, int]:
+    """What is held otherwise by one of several processes. Gradients are sent in buffers of their own.
+
+    In shards, each process has a part of weights and moments, and during a step all of the weights beside it.
+    """
+    trained = held["trained_weights"]
+    if processes == 1:
+        return {"gathered_weights": 0, "gradient_buckets": 0}
+    if not sharded:
+        return {"gathered_weights": 0, "gradient_buckets": trained}
+    part = -(-trained // processes)
+    return {
+        "trained_weights": part,
+        "gathered_weights": trained,
+        "optimizer_moments": -(-held["optimizer_moments"] // processes),
+        "gradient_buckets": trained + part,
+    }
 
 
 def _not_counted(run: Run, problem: str | None) -> tuple[str, ...]:

@@ -64,6 +64,7 @@ def run_stage(run: Run) -> dict[str, Any]:
         **run.data.losses(),
         **chosen,
         "resumed_from": result.resumed_from,
+        "damaged_checkpoints": result.damaged,
         "figures": result.figures,
         "counts": result.counts,
         "trackers": trackers.summary(),

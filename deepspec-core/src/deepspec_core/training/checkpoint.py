@@ -1,9 +1,9 @@
 """Training states on disk: `checkpoints/step-000100/` with `draft/` (as published) and `state/` (what resuming needs).
 
 A checkpoint is complete or absent, because it is written under another name, synced and then renamed. `state/` holds
-fp32 master weights and optimizer tensors (safetensors) and scalars (JSON), by parameter name. Tensors are not split
-between ranks, so any number of ranks can read them. `manifest.json` holds sizes and checksums. Knows files and tensors.
-Does not know training.
+fp32 master weights and optimizer tensors (safetensors) and scalars (JSON), by parameter name. Tensors are whole, also
+where ranks hold parts of them, so any number of ranks can read them. `manifest.json` holds sizes and checksums. Knows
+files and tensors. Does not know training.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from deepspec_core.disk import free_bytes, in_words
 from deepspec_core.errors import CheckpointError
 from deepspec_core.json_files import read_object
+from deepspec_core.training.shards import cut_like, save_whole
 
 CHECKPOINTS = "checkpoints"
 DRAFT, STATE = "draft", "state"
@@ -36,6 +37,10 @@ _WEIGHTS, _OPTIMIZER, _SCALARS, _MANIFEST = (
 )
 _NAME = re.compile(r"step-(\d{6,})")
 _FORMAT = 1
+
+
+class DamagedCheckpoint(CheckpointError):
+    """A file of a checkpoint is missing, or is not what was written."""
 
 
 def complete(folder: Path) -> list[Path]:
@@ -79,18 +84,14 @@ def save(
     """
     final = of_step(folder, step)
     if final.exists():
+        take_part(parameters, optimizer)
         return final
     remove_unfinished(folder)
     unfinished = final.with_name(f".{final.name}.unfinished")
     (unfinished / STATE).mkdir(parents=True)
     save_draft(unfinished / DRAFT)
-    save_file({name: _on_host(tensor) for name, tensor in parameters.items()}, unfinished / STATE / _WEIGHTS)
-    moments = {
-        f"{key}:{name}": _on_host(value)
-        for name, parameter in parameters.items()
-        for key, value in optimizer.state[parameter].items()
-    }
-    save_file(moments, unfinished / STATE / _OPTIMIZER)
+    save_whole(parameters, unfinished / STATE / _WEIGHTS)
+    save_whole(_moments(parameters, optimizer), unfinished / STATE / _OPTIMIZER)
     _write_json(unfinished / STATE / _SCALARS, {"format": _FORMAT, "step": step, **scalars})
     files = sorted(path for path in unfinished.rglob("*") if path.is_file())
     manifest = {str(path.relative_to(unfinished)): _fingerprint(path) for path in files}
@@ -109,6 +110,20 @@ def prune(folder: Path, *, keep: int, spare: Collection[int] = ()) -> None:
         if step_of(old) not in spare:
             # Renamed first, so that an interrupted removal does not leave half a checkpoint under a valid name.
             shutil.rmtree(old.rename(old.with_name(f".{old.name}.removed")))
+
+
+def take_part(parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
+    """On ranks other than the first, while it saves: give it this rank's parts of weights and optimizer tensors."""
+    save_whole(parameters, None)
+    save_whole(_moments(parameters, optimizer), None)
+
+
+def _moments(parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return {
+        f"{key}:{name}": value
+        for name, parameter in parameters.items()
+        for key, value in optimizer.state[parameter].items()
+    }
 
 
 def bytes_of_one(draft: nn.Module) -> int:
@@ -146,11 +161,13 @@ def restore(checkpoint: Path, *, parameters: Mapping[str, Tensor], optimizer: to
     _same_names(checkpoint / STATE / _WEIGHTS, set(weights), parameters, weights)
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
+            parameter.copy_(cut_like(weights[name], parameter))
     states: dict[str, dict[str, Tensor]] = {name: {} for name in parameters}
     for entry, value in _load(checkpoint / STATE / _OPTIMIZER).items():
         key, _, name = entry.partition(":")
-        states.setdefault(name, {})[key] = value
+        like = parameters.get(name)
+        # Scalars, such as a count of steps, are whole on every rank.
+        states.setdefault(name, {})[key] = value if like is None or not value.dim() else cut_like(value, like)
     _same_names(checkpoint / STATE / _OPTIMIZER, set(states), parameters, {})
     # The optimizer numbers its parameters in the order in which it got them, which is that of the mapping.
     held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -173,11 +190,6 @@ def restore(checkpoint: Path, *, parameters: Mapping[str, Tensor], optimizer: to
     return scalars
 
 
-def _on_host(tensor: Tensor) -> Tensor:
-    # A copy: safetensors refuses tensors that share memory.
-    return tensor.detach().to("cpu", copy=True).contiguous()
-
-
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
@@ -198,9 +210,9 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _damaged(path: Path, found: object) -> CheckpointError:
+def _damaged(path: Path, found: object) -> DamagedCheckpoint:
     checkpoint = path.parent if path.name == _MANIFEST else path.parent.parent
-    return CheckpointError(
+    return DamagedCheckpoint(
         "damaged training state",
         where=path,
         found=found,

@@ -13,9 +13,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-T = TypeVar("T")
-
 from deepspec_core.disk import in_words
+
+T = TypeVar("T")
 
 
 def at_a_glance(line: Mapping[str, Any]) -> dict[str, float | str]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from deepspec_core.rows.metrics import Ratio
+from deepspec_core.training.shards import whole
 
 
 class StepSums:
@@ -49,12 +50,13 @@ class StepSums:
 def normalise(parameters: Sequence[Tensor], denominator: Tensor, *, world_size: int, clip_norm: float) -> Tensor:
     """Divide the gradients by the step's denominator, clip them, and return their norm [] before clipping.
 
-    A step without supervised rows has denominator 0. Its gradients are zero and stay zero.
+    The norm is that of the whole gradient, also where ranks hold parts of it. A step without supervised rows has
+    denominator 0. Its gradients are zero and stay zero.
     """
     scale = torch.where(denominator > 0, world_size / denominator, 0.0)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     torch._foreach_mul_(gradients, scale)
-    return torch.nn.utils.clip_grad_norm_(parameters, clip_norm)
+    return whole(torch.nn.utils.clip_grad_norm_(parameters, clip_norm))
 
 
 def gathered(value: Any) -> list[Any]:

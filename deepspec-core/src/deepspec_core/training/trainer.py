@@ -1,7 +1,8 @@
 """The training loop: optimizer steps over a source of samples, with checkpoints, resumption and figures.
 
 Knows sources, drafts, engines and optimizers through their contracts. Does not know stages, folders other than its own,
-algorithms or families. accelerate handles devices and data parallelism, step.py precision, reduction.py the division.
+algorithms or families. accelerate finds devices and ranks, parallel.py spreads the draft, step.py has the precision,
+reduction.py the division.
 """
 
 from __future__ import annotations
@@ -11,13 +12,11 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
 from attrs import field, frozen
 from torch import Tensor
 
@@ -25,7 +24,7 @@ from deepspec_core.config.schema import PACKED, LossOptions, TrainOptions
 from deepspec_core.contracts.draft import DraftModel, Preparation
 from deepspec_core.contracts.features import FeatureSource
 from deepspec_core.dtypes import torch_dtype
-from deepspec_core.errors import CheckpointError, DataError, TrainingError
+from deepspec_core.errors import DataError
 from deepspec_core.plugins.registry import Registry
 from deepspec_core.progress import Progress
 from deepspec_core.rows.engine import build_engine
@@ -33,6 +32,8 @@ from deepspec_core.stopping import Stopped, StopRequest
 from deepspec_core.training import checkpoint as checkpoints
 from deepspec_core.training.best_checkpoints import Evaluations
 from deepspec_core.training.epoch_order import ORDERS
+from deepspec_core.training.fallback import resume
+from deepspec_core.training.faults import not_finite, nothing_supervised
 from deepspec_core.training.host_batch import HostBatch
 from deepspec_core.training.loader import StepPlans, iterate
 from deepspec_core.training.metrics import Clock, Figures, MetricsLog, at_a_glance
@@ -40,14 +41,12 @@ from deepspec_core.training.metrics_lines import METRICS
 from deepspec_core.training.on_policy import Rollouts, Unprepared, rolls_out
 from deepspec_core.training.pace import Pace
 from deepspec_core.training.packed_check import check_draft_apart
+from deepspec_core.training.parallel import Parallel, parallelise
 from deepspec_core.training.reduction import StepSums, gathered, normalise
 from deepspec_core.training.sampler import GlobalBatches
 from deepspec_core.training.schedule import learning_rate
 from deepspec_core.training.step import TrainingStep
-
-_SHOWN_IDS = 8
-_FIXED_SCALARS = ("seed", "samples", "global_batch_size")
-_KEPT = {**dict.fromkeys(_FIXED_SCALARS, int), "figures": dict, "counts": dict}
+from deepspec_core.training.stored_scalars import check_scalars
 
 
 @frozen(kw_only=True)
@@ -62,6 +61,7 @@ class TrainResult:
     figures: The last line of metrics.jsonl. On ranks other than the first, the last line of this call.
     counts: What preparation counted, over all epochs and ranks.
     unfinished: The number of half-written checkpoints that were removed at the start.
+    damaged: The number of damaged checkpoints that were set aside at the start.
     """
 
     checkpoint: Path
@@ -71,6 +71,7 @@ class TrainResult:
     figures: dict[str, Any] = field(factory=dict)
     counts: dict[str, int] = field(factory=dict)
     unfinished: int = 0
+    damaged: int = 0
     seconds: float = 0.0
     evaluations: list[dict[str, Any]] = field(factory=list)
 
@@ -121,6 +122,7 @@ def train(
         figures=figures,
         counts=trainer.all_counts(),
         unfinished=trainer.unfinished,
+        damaged=trainer.damaged,
         seconds=time.monotonic() - start,
     )
 
@@ -149,8 +151,6 @@ class _Trainer:
         self.accelerator = Accelerator(
             cpu=device is not None and torch.device(device).type == "cpu",
             mixed_precision="no",
-            # A draft's buffers are constants, so they need not be broadcast in every forward pass.
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
         self.device: torch.device = self.accelerator.device
         self.is_main: bool = self.accelerator.is_main_process
@@ -163,9 +163,10 @@ class _Trainer:
         )
         self.row_tokens = max(self.batches.lengths) if options.batching == PACKED else None
         self.total_steps = min(self.batches.total_steps, options.max_steps or self.batches.total_steps)
-        self.model = self._wrap(draft, loss, registry)
+        self.parallel = self._wrap(draft, loss, registry)
         if self.row_tokens is not None:
-            check_draft_apart(draft, device=self.device, compute_dtype=torch_dtype(options.precision))
+            with self.parallel.whole_draft():
+                check_draft_apart(draft, device=self.device, compute_dtype=torch_dtype(options.precision))
         self.rollouts: Rollouts | None = None
         if rolls_out(draft):
             dtype = torch_dtype(options.precision)
@@ -187,40 +188,24 @@ class _Trainer:
         self.epoch_weight = 0.0  # the denominators of this epoch's steps so far, all ranks
         self.checkpoint_bytes = checkpoints.bytes_of_one(draft)
         self.unfinished = checkpoints.remove_unfinished(folder) if self.is_main else 0
+        self.damaged = 0
         self.first_step = self._resume()
 
-    def _wrap(self, draft: DraftModel, loss: LossOptions, registry: Registry) -> torch.nn.Module:
+    def _wrap(self, draft: DraftModel, loss: LossOptions, registry: Registry) -> Parallel:
         compute_dtype = torch_dtype(self.options.precision)
         for parameter in draft.parameters():
             # Trained weights are fp32, whatever the dtype of their checkpoint. Frozen weights keep their dtype.
             if parameter.requires_grad or compute_dtype == torch.float32:
                 parameter.data = parameter.data.to(torch.float32)
         step = TrainingStep(draft.train(), build_engine(loss, registry), compute_dtype=compute_dtype)
-        wrapped: torch.nn.Module = self.accelerator.prepare_model(step)
-        return wrapped
+        return parallelise(step, self.options.parallel, device=self.device, processes=self.accelerator.num_processes)
 
     def _resume(self) -> int:
-        newest = checkpoints.latest(self.folder)
-        if newest is None:
+        found = resume(self.folder, parameters=self.parameters, optimizer=self.optimizer, first=self.is_main)
+        if found is None:
             return 0
-        scalars = checkpoints.restore(newest, parameters=self.parameters, optimizer=self.optimizer)
-        for name, type_ in _KEPT.items():
-            if type(scalars.get(name)) is not type_:
-                raise CheckpointError(
-                    "damaged training state",
-                    where=f"{newest}: {name}",
-                    found=repr(scalars.get(name))[:80],
-                    fix=f"remove {newest} to resume from the checkpoint before it",
-                )
-        for name, value in self._scalars(0).items():
-            if name in _FIXED_SCALARS and scalars[name] != value:
-                raise CheckpointError(
-                    f"training cannot resume: {name} is not what the checkpoint was trained with",
-                    where=newest,
-                    found=f"{name} = {value}",
-                    expected=f"{name} = {scalars[name]}",
-                    fix="set it back, or train in another output folder",
-                )
+        newest, scalars, self.damaged = found.checkpoint, found.scalars, found.damaged
+        check_scalars(scalars, self._scalars(0), newest)
         self.figures = Figures(scalars["figures"])
         self.counts_before = Counter(scalars["counts"])
         # Older checkpoints do not say it; they are assumed to have seen supervised rows.
@@ -283,6 +268,8 @@ class _Trainer:
                     raise Stopped(request.number or signal.SIGTERM)  # another rank's signal, where not ours
                 if due:
                     line |= self.evaluations.evaluate(done, request.check)
+                    if self.is_main and self.on_line is not None:
+                        self.on_line()
                     clock.restart()
                     if self.evaluations.over():
                         break
@@ -299,15 +286,16 @@ class _Trainer:
         done: list[tuple[list[str], Tensor]] = []
         self.pace.begin()
         share = plans.of_step(step)
+        self.parallel.begin_step()
         for number, plan in enumerate(share):
             micro = next(micro_batches)
             if self.rollouts is not None:
                 micro = self.rollouts(micro, plan.epoch)
             batch = micro.to_draft_batch(self.source, self.device)
-            waits = number + 1 < len(share)
-            with self.accelerator.no_sync(self.model) if waits else nullcontext():
-                result = self.model(batch, step=step, with_metrics=with_metrics)
-                if not waits:
+            last = number + 1 == len(share)
+            with self.parallel.micro_batch(last=last):
+                result = self.parallel.module(batch, step=step, with_metrics=with_metrics)
+                if last:
                     self.pace.exchange()
                 (result.total if plan.live else result.total * 0.0).backward()
             if plan.live:
@@ -329,7 +317,7 @@ class _Trainer:
         grad_norm, denominator, stop, *values = torch.cat((norm.to(vector.dtype).reshape(1), vector)).tolist()
         self.pace.end()
         if not (math.isfinite(grad_norm) and math.isfinite(denominator) and all(map(math.isfinite, values))):
-            raise self._not_finite(step, grad_norm, done)
+            raise not_finite(step, grad_norm, done)
         rate = learning_rate(step, peak=self.options.lr, total_steps=self.total_steps, warmup=self.options.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -342,27 +330,8 @@ class _Trainer:
     def _require_supervision(self) -> None:
         """At the end of an epoch, TrainingError if none of its rows was supervised."""
         if self.epoch_weight <= 0:
-            counts = self.all_counts()
-            raise TrainingError(
-                "the draft has nothing to learn from: no row of an epoch is supervised",
-                where=f"{len(self.batches.lengths)} samples",
-                found=", ".join(f"{name} {count}" for name, count in sorted(counts.items()) if count) or None,
-                expected="samples with supervised tokens that the draft can predict",
-                fix="Raise data.max_length or data.min_supervised_tokens, or give longer answers.",
-            )
+            raise nothing_supervised(len(self.batches.lengths), self.all_counts())
         self.epoch_weight = 0.0
-
-    def _not_finite(self, step: int, grad_norm: float, done: list[tuple[list[str], Tensor]]) -> TrainingError:
-        culprits = [ids for ids, total in done if not bool(torch.isfinite(total))]
-        ids = [name for names in culprits or [names for names, _ in done] for name in names]
-        more = f" and {len(ids) - _SHOWN_IDS} more" if len(ids) > _SHOWN_IDS else ""
-        what = "loss" if culprits else "gradient"
-        return TrainingError(
-            f"the {what} of step {step + 1} is not finite; weights were left as they were after step {step}",
-            where=f"samples {', '.join(ids[:_SHOWN_IDS])}{more}",
-            found=f"gradient norm {grad_norm}",
-            fix="look at these samples and their features; lower train.lr or train.clip_norm where they are sound",
-        )
 
     def _scalars(self, step: int) -> dict[str, Any]:
         return {
@@ -381,25 +350,28 @@ class _Trainer:
 
     def _save(self, step: int) -> None:
         counts = self.all_counts()
-        if self.is_main:
-            checkpoints.require_space(self.folder, self.checkpoint_bytes)
-            self.checkpoint = checkpoints.save(
-                self.folder,
-                step,
-                save_draft=self.save_draft,
-                parameters=self.parameters,
-                optimizer=self.optimizer,
-                scalars={
-                    **self._scalars(step),
-                    "figures": self.figures.sums,
-                    "counts": counts,
-                    "epoch_weight": self.epoch_weight,
-                },
-                keep=self.options.keep_checkpoints,
-                spare=self.evaluations.spared(),
-            )
-            if self.on_checkpoint is not None:
-                self.on_checkpoint(self.checkpoint)
+        with self.parallel.whole_draft():
+            if self.is_main:
+                checkpoints.require_space(self.folder, self.checkpoint_bytes)
+                self.checkpoint = checkpoints.save(
+                    self.folder,
+                    step,
+                    save_draft=self.save_draft,
+                    parameters=self.parameters,
+                    optimizer=self.optimizer,
+                    scalars={
+                        **self._scalars(step),
+                        "figures": self.figures.sums,
+                        "counts": counts,
+                        "epoch_weight": self.epoch_weight,
+                    },
+                    keep=self.options.keep_checkpoints,
+                    spare=self.evaluations.spared(),
+                )
+            else:
+                checkpoints.take_part(self.parameters, self.optimizer)
+        if self.is_main and self.on_checkpoint is not None:
+            self.on_checkpoint(self.checkpoint)
         self.accelerator.wait_for_everyone()
         self.checkpoint = checkpoints.of_step(self.folder, step)
 

@@ -1,0 +1,41 @@
+"""Errors that end training: numbers that are not finite, and an epoch without anything to learn from.
+
+Knows what was seen, and how it is said. Does not know when it is looked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from deepspec_core.errors import TrainingError
+
+_SHOWN_IDS: Final = 8
+
+
+def not_finite(step: int, grad_norm: float, done: Sequence[tuple[Sequence[str], Tensor]]) -> TrainingError:
+    """The error of step `step`, counted from 0. `done`: the samples of each micro-batch by id, and its loss."""
+    culprits = [ids for ids, total in done if not bool(torch.isfinite(total))]
+    ids = [name for names in culprits or [names for names, _ in done] for name in names]
+    more = f" and {len(ids) - _SHOWN_IDS} more" if len(ids) > _SHOWN_IDS else ""
+    what = "loss" if culprits else "gradient"
+    return TrainingError(
+        f"the {what} of step {step + 1} is not finite; weights were left as they were after step {step}",
+        where=f"samples {', '.join(ids[:_SHOWN_IDS])}{more}",
+        found=f"gradient norm {grad_norm}",
+        fix="look at these samples and their features; lower train.lr or train.clip_norm where they are sound",
+    )
+
+
+def nothing_supervised(samples: int, counts: Mapping[str, int]) -> TrainingError:
+    """The error of an epoch in which no row was supervised. `counts`: what preparation counted."""
+    return TrainingError(
+        "the draft has nothing to learn from: no row of an epoch is supervised",
+        where=f"{samples} samples",
+        found=", ".join(f"{name} {count}" for name, count in sorted(counts.items()) if count) or None,
+        expected="samples with supervised tokens that the draft can predict",
+        fix="Raise data.max_length or data.min_supervised_tokens, or give longer answers.",
+    )

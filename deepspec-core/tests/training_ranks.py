@@ -1,0 +1,82 @@
+"""Trainings of the tiny draft by several processes over gloo: `train_in({folder: options}, ranks=2)`.
+
+They do one training after another, because starting takes longest. As a script it is one of the processes. It knows the
+options of test_trainer.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+HERE = Path(__file__).parent
+SAMPLES = 17  # three steps an epoch, the last one of one sample: ranks other than the first have no share of it
+
+
+def begin(
+    cases: Mapping[Path, Mapping[str, Any]], *, ranks: int, a_machine: int | None = None
+) -> list[subprocess.Popen[str]]:
+    """The processes, started. `a_machine`: how many of them say that they share a machine; None: all."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(a_machine or ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
+    return [
+        subprocess.Popen(
+            [sys.executable, __file__, json.dumps({str(folder): options for folder, options in cases.items()})],
+            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+
+
+def train_in(
+    cases: Mapping[Path, Mapping[str, Any]], *, ranks: int, a_machine: int | None = None, timeout: float = 240
+) -> dict[Path, dict[str, Any]]:
+    """Do every training to its end. What the first rank says came of each."""
+    processes = begin(cases, ranks=ranks, a_machine=a_machine)
+    try:
+        said = [process.communicate(timeout=timeout)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * ranks, "\n".join(said)
+    return {folder: json.loads((folder / "result.json").read_text()) for folder in cases}
+
+
+def main(cases: Mapping[str, Mapping[str, Any]]) -> None:
+    from attrs import evolve
+    from test_trainer import OPTIONS, run
+
+    from deepspec_core.testing.tiny_draft import TinySource
+
+    torch.set_num_threads(1)
+    for folder, options in cases.items():
+        _, result = run(Path(folder), evolve(OPTIONS, **options), source=TinySource(SAMPLES))
+        if os.environ["RANK"] == "0":
+            told = {"resumed_from": result.resumed_from, "damaged": result.damaged, "counts": result.counts}
+            (Path(folder) / "result.json").write_text(json.dumps(told))
+    # A group that outlives its process may abort it.
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(HERE))
+    main(json.loads(sys.argv[1]))
