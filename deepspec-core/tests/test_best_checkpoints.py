@@ -82,6 +82,7 @@ def records(folder: Path) -> list[dict[str, Any]]:
 def figures(folder: Path) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     timed = ("held_out/seconds", "held_out/time_share", "tokens_per_second", "sequences_per_second")
+    timed += ("loader_wait", "step_seconds", "peak_memory_bytes")
     return [{key: value for key, value in row.items() if key not in timed} for row in rows]
 
 

@@ -54,6 +54,11 @@ FIGURES: Final = (
     Figure("outside_vocabulary", "share", "Labels that a draft with a reduced vocabulary cannot say."),
     Figure("tokens_per_second", "tokens/s", "Tokens of samples, supervised or not, over all ranks, without padding."),
     Figure("sequences_per_second", "sequences/s", "Samples, over all ranks."),
+    Figure(
+        "loader_wait",
+        "share",
+        "Time since the last line in which the first rank waited for samples to be read and prepared.",
+    ),
     Figure("step_seconds", "s", "Time of an optimizer step. The mean over the steps since the last line."),
     Figure("padding_share", "share", "Positions of batches that hold no token of a sample, since the last line."),
     Figure(
