@@ -114,8 +114,6 @@ class DraftModelSuite(ProposerSuite):
         for name in ("max_tokens", "num_layers"):
             number = getattr(said, name)
             require(type(number) is int and number > 0, f"{name} = {number!r}")
-        unknown = sorted(set(said.training_keys) - set(said.config))
-        require(not unknown, f"training_keys has {unknown}, which are no keys of config")
         published = [published_name(name, said.weight_names) for name in draft.state_dict()]
         shared = sorted({name for name in published if published.count(name) > 1})
         require(not shared, f"weights that share a published name: {shared}")
