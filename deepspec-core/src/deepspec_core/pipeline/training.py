@@ -21,8 +21,9 @@ from deepspec_core.pipeline.run import Run
 from deepspec_core.pipeline.training_evaluations import evaluations_of
 from deepspec_core.pipeline.warm_start import start_of, take_vocabulary, take_weights
 from deepspec_core.plugins.notices import notify
+from deepspec_core.training.best_checkpoints import Evaluations
 from deepspec_core.training.checkpoint import step_of
-from deepspec_core.training.trainer import TrainResult, train
+from deepspec_core.training.trainer import train
 
 log = logging.getLogger("deepspec")
 
@@ -37,13 +38,16 @@ def run_stage(run: Run) -> dict[str, Any]:
     source = check_source(registry, mode, registry.build("features", mode, run))
     draft = new_draft(run)
     start = start_of(run)
-    chosen = choose_vocabulary(run, draft, source) if start is None else take_vocabulary(draft, start)
+    vocabulary = choose_vocabulary(run, draft, source) if start is None else take_vocabulary(draft, start)
     draft.adopt(run.target.model.embedding_weight(), run.target.model.head_weight())
     wanted = draft.describe().target_weights
     if wanted:
         draft.adopt_weights(run.target.extra_weights(wanted))
-    begun = {} if start is None else take_weights(draft, start)
-    del start
+    begun = {}
+    if start is not None:
+        take_weights(draft, start)
+        begun = {"begun with": run.file.draft.init}
+        del start
     folder = run.stage_folder("train")
     evaluations = evaluations_of(run)
     result = train(
@@ -59,31 +63,31 @@ def run_stage(run: Run) -> dict[str, Any]:
         device=run.target.device,
         evaluations=evaluations,
     )
+    chosen = evaluations.chosen(result.checkpoint)
     if workers.rank() == 0:
-        publish(result.chosen / "draft", run.folder / "draft")
+        publish(chosen / "draft", run.folder / "draft")
     return {
         "steps": result.steps,
         **begun,
-        **_finished(result),
+        **_finished(evaluations, step_of(chosen)),
         "samples": len(source),
         **run.data.losses(),
-        **chosen,
+        **vocabulary,
         "resumed_from": result.resumed_from,
         "figures": result.figures,
         "counts": result.counts,
     }
 
 
-def _finished(result: TrainResult) -> dict[str, Any]:
-    """What the stage's summary says of the checkpoint that became the finished draft, where there was a choice."""
-    if not result.evaluations:
+def _finished(evaluations: Evaluations, step: int) -> dict[str, Any]:
+    """What the stage's summary says of the checkpoint of `step`, the finished draft, where there was a choice."""
+    if not evaluations.records:
         return {}
-    step = step_of(result.chosen)
-    lengths = {record["step"]: record["accepted_length"] for record in result.evaluations}
+    lengths = {record["step"]: record["accepted_length"] for record in evaluations.records}
     return {
         "finished draft of step": step,
         **({"accepted length on held-out prompts": round(lengths[step], 3)} if step in lengths else {}),
-        "seconds of evaluations": round(sum(record["seconds"] for record in result.evaluations), 1),
+        "seconds of evaluations": round(sum(record["seconds"] for record in evaluations.records), 1),
     }
 
 
