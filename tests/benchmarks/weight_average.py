@@ -3,8 +3,7 @@
     python tests/benchmarks/weight_average.py --output runs/average [--drafts dflash dspark] [--seeds 42 43 44]
 
 The quickstart's drafts, trained for a number of steps on its target. A hook after every optimizer step keeps one
-average for each decay, avg = d * avg + (1 - d) * weights with d = min(decay, (1 + step) / (10 + step)), so all are
-averages of one training. All decode the same held-out prompts greedily at the last step, where the learning rate has
+average for each decay, avg = decay * avg + (1 - decay) * weights, so all are averages of one training. All decode the same held-out prompts greedily at the last step, where the learning rate has
 fallen to 0, and at the middle of the schedule, where it has not. Seeds share answers and features and differ in first
 weights and in the order of samples. Writes weight_average.json and prints the table of RESULTS.md.
 """
@@ -28,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from context_length import TARGET, held_out_questions
 from drafters import QUICKSTART
 
-DECAYS = (0.98, 0.995)
+DECAYS = (0.9, 0.98)
 NEW_TOKENS, BATCH = 64, 32
 
 
@@ -45,8 +44,7 @@ class Averages:
         weights = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         for decay in DECAYS:
             average = self.averages.setdefault(decay, [weight.clone() for weight in weights])
-            own = min(decay, (1 + self.step) / (10 + self.step))
-            torch._foreach_lerp_(average, weights, 1 - own)
+            torch._foreach_lerp_(average, weights, 1 - decay)
         self.step += 1
         if self.step in self.at:
             found = {"weights": weights, **{f"decay {decay:g}": self.averages[decay] for decay in DECAYS}}
