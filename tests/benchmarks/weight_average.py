@@ -3,9 +3,10 @@
     python tests/benchmarks/weight_average.py --output runs/average [--drafts dflash dspark] [--seeds 42 43 44]
 
 The quickstart's drafts, trained for a number of steps on its target. A hook after every optimizer step keeps one
-average for each decay, avg = decay * avg + (1 - decay) * weights, so all are averages of one training. All decode the same held-out prompts greedily at the last step, where the learning rate has
-fallen to 0, and at the middle of the schedule, where it has not. Seeds share answers and features and differ in first
-weights and in the order of samples. Writes weight_average.json and prints the table of RESULTS.md.
+average for each decay, avg = decay * avg + (1 - decay) * weights, so all are averages of one training. All decode the
+same held-out prompts greedily at the last step, where the learning rate has fallen to 0, and at the middle of the
+schedule, where it has not. Seeds share answers and features and differ in first weights and in the order of samples.
+Writes weight_average.json and prints the table of RESULTS.md.
 """
 
 from __future__ import annotations
