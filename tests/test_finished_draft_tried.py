@@ -107,6 +107,8 @@ def test_a_proposer_that_reads_numbers_is_not_refused(
         ("taps", (1,), "(1,)"),
         ("max_tokens", 0, "0"),
         ("num_layers", 2.0, "2.0"),
+        ("training_keys", ("num_anchor",), "num_anchor"),
+        ("training_keys", "num_anchors", "'num_anchors'"),
         ("weight_names", {"backbone": "one", "lm_head": "one", "embed_tokens": "one"}, "'one.weight' for"),
     ],
 )

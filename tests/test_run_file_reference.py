@@ -46,7 +46,8 @@ def test_every_key_of_the_schema_is_there() -> None:
 
 
 def test_facts_are_the_schema_s(capsys: pytest.CaptureFixture[str]) -> None:
-    train, *_ = sections_named("train", load_plugins().registry)
+    train, evaluation = sections_named("train", load_plugins().registry)
+    assert (evaluation.path, evaluation.keys[0].name) == ("train.evaluation", "prompts")
     by_name = {key.name: key for key in train.keys}
     assert by_name["lr"] == KeyFacts(
         name="lr", type="a number", default="0.0006", limits="> 0", meaning="The peak learning rate of AdamW."

@@ -10,7 +10,7 @@ import logging
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -58,7 +58,14 @@ class Scripted:
         return Decoded(accepted_length=length, interval=(1.0, 3.0), prompts=2, failures=0, rounds=9, tokens=20)
 
 
-def run(folder: Path, decode: Scripted | None, options: TrainOptions = OPTIONS) -> tuple[TinyDraft, TrainResult]:
+class Result(NamedTuple):
+    """What training came to, and the checkpoint that becomes the finished draft."""
+
+    trained: TrainResult
+    chosen: Path
+
+
+def run(folder: Path, decode: Scripted | None, options: TrainOptions = OPTIONS) -> tuple[TinyDraft, Result]:
     draft = TinyDraft(rank=2)
 
     def save(path: Path) -> None:
@@ -66,11 +73,12 @@ def run(folder: Path, decode: Scripted | None, options: TrainOptions = OPTIONS) 
         save_file({name: value.clone() for name, value in draft.state_dict().items()}, path / "model.safetensors")
 
     options = options if decode is not None else evolve(options, evaluate_every=None)
+    evaluations = Evaluations(options, decode)
     result = train(
         draft=draft, source=TinySource(22), options=options, loss=LOSS, registry=core_registry(), folder=folder,
-        seed=5, save_draft=save, device="cpu", evaluations=Evaluations(options, decode),
+        seed=5, save_draft=save, device="cpu", evaluations=evaluations,
     )  # fmt: skip
-    return draft, result
+    return draft, Result(result, evaluations.chosen(result.checkpoint))
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
@@ -94,7 +102,11 @@ def test_the_best_stays_beside_the_last_and_is_chosen(tmp_path: Path) -> None:
     _, result = run(tmp_path, Scripted(RISES_AND_FALLS))
     assert [record["step"] for record in records(tmp_path)] == [0, 2, 4, 6, 8, 10, 12]
     assert kept(tmp_path) == [4, 12]
-    assert (result.chosen.name, result.checkpoint.name, result.steps) == ("step-000004", "step-000012", 12)
+    assert (result.chosen.name, result.trained.checkpoint.name, result.trained.steps) == (
+        "step-000004",
+        "step-000012",
+        12,
+    )
     lines = {line["step"]: line for line in figures(tmp_path)}
     # Steps that are evaluated have a line, where the estimate and what was decoded stand side by side.
     assert sorted(lines) == [2, 4, 5, 6, 8, 10, 12]
@@ -104,13 +116,13 @@ def test_the_best_stays_beside_the_last_and_is_chosen(tmp_path: Path) -> None:
         assert line["tau_probabilistic"] == record["tau_probabilistic"] > 1
         assert line["epoch"] == record["epoch"]
     assert "held_out/accepted_length" not in lines[5]
-    assert result.figures["held_out/accepted_length"] == 2.3
+    assert result.trained.figures["held_out/accepted_length"] == 2.3
 
 
 def test_several_best_stay_and_the_last_is_chosen_where_asked(tmp_path: Path) -> None:
     _, result = run(tmp_path, Scripted(RISES_AND_FALLS), evolve(OPTIONS, keep_best=3, final="last"))
     assert kept(tmp_path) == [4, 6, 12]
-    assert result.chosen == result.checkpoint
+    assert result.chosen == result.trained.checkpoint
 
 
 def test_of_equal_ones_the_later_is_the_best(tmp_path: Path) -> None:
@@ -136,12 +148,12 @@ def test_a_fall_is_told_of_and_may_end_training(tmp_path: Path, caplog: pytest.L
     assert [text.count("has fallen") for text in warnings] == [1, 1, 0]
     assert "fallen 2 times in a row, up to step 8: 2.500, 2.400, 2.200. The best is that of step 4." in warnings[0]
     assert "training ends at step 10 of 12" in warnings[2]
-    assert (result.steps, result.chosen.name, script.asked) == (10, "step-000004", [0, 2, 4, 6, 8, 10])
+    assert (result.trained.steps, result.chosen.name, script.asked) == (10, "step-000004", [0, 2, 4, 6, 8, 10])
     assert "the finished draft is that of step 4" in caplog.text
     # Called again, it has still ended.
     again = Scripted({})
     _, result = run(tmp_path, again, evolve(OPTIONS, evaluation=HeldOutOptions(warn_after=2, stop_after=3)))
-    assert (result.steps, result.chosen.name, again.asked) == (10, "step-000004", [])
+    assert (result.trained.steps, result.chosen.name, again.asked) == (10, "step-000004", [])
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +176,7 @@ def test_killed_while_decoding_then_resumed(straight: Path, tmp_path: Path, step
     assert figures(tmp_path / "killed") == figures(straight)
     assert kept(tmp_path / "killed") == kept(straight)
     assert result.chosen.name == "step-000004"
-    assert result.resumed_from == step
+    assert result.trained.resumed_from == step
     torch.testing.assert_close(dict(draft.state_dict()), expected)
 
 
@@ -179,7 +191,7 @@ def test_killed_between_two_lines_of_two_files(straight: Path, tmp_path: Path) -
     _, result = run(tmp_path / "killed", script)
     assert script.asked == []
     assert figures(tmp_path / "killed") == figures(straight)
-    assert result.figures["held_out/accepted_length"] == 2.3
+    assert result.trained.figures["held_out/accepted_length"] == 2.3
 
 
 def test_a_half_written_record_is_found_again(straight: Path, tmp_path: Path) -> None:

@@ -40,13 +40,16 @@ def run_stage(run: Run) -> dict[str, Any]:
     source = check_source(registry, mode, registry.build("features", mode, run))
     draft = new_draft(run)
     start = start_of(run)
-    chosen = choose_vocabulary(run, draft, source) if start is None else take_vocabulary(draft, start)
+    vocabulary = choose_vocabulary(run, draft, source) if start is None else take_vocabulary(draft, start)
     draft.adopt(run.target.model.embedding_weight(), run.target.model.head_weight())
     wanted = draft.describe().target_weights
     if wanted:
         draft.adopt_weights(run.target.extra_weights(wanted))
-    begun = {} if start is None else take_weights(draft, start)
-    del start
+    begun = {}
+    if start is not None:
+        take_weights(draft, start)
+        begun = {"begun with": run.file.draft.init}
+        del start
     folder = run.stage_folder("train")
     few_steps.warn_exactly(run, len(source))
     names = chosen_trackers(run.file.train.trackers) if workers.rank() == 0 else []
@@ -54,15 +57,16 @@ def run_stage(run: Run) -> dict[str, Any]:
     evaluations = evaluations_of(run)
     with Trackers(names, metrics=metrics, config=run.folder / "config.toml", project=project) as trackers:
         result = _trained(run, draft, source, folder, trackers, evaluations)
+    chosen = evaluations.chosen(result.checkpoint)
     if workers.rank() == 0:
-        publish(result.chosen / "draft", run.folder / "draft")
+        publish(chosen / "draft", run.folder / "draft")
     return {
         "steps": result.steps,
         **begun,
-        **_finished(result),
+        **_finished(evaluations, step_of(chosen)),
         "samples": len(source),
         **run.data.losses(),
-        **chosen,
+        **vocabulary,
         "resumed_from": result.resumed_from,
         "damaged_checkpoints": result.damaged,
         "figures": result.figures,
@@ -71,16 +75,15 @@ def run_stage(run: Run) -> dict[str, Any]:
     }
 
 
-def _finished(result: TrainResult) -> dict[str, Any]:
-    """What the stage's summary says of the checkpoint that became the finished draft, where there was a choice."""
-    if not result.evaluations:
+def _finished(evaluations: Evaluations, step: int) -> dict[str, Any]:
+    """What the stage's summary says of the checkpoint of `step`, the finished draft, where there was a choice."""
+    if not evaluations.records:
         return {}
-    step = step_of(result.chosen)
-    lengths = {record["step"]: record["accepted_length"] for record in result.evaluations}
+    lengths = {record["step"]: record["accepted_length"] for record in evaluations.records}
     return {
         "finished draft of step": step,
         **({"accepted length on held-out prompts": round(lengths[step], 3)} if step in lengths else {}),
-        "seconds of evaluations": round(sum(record["seconds"] for record in result.evaluations), 1),
+        "seconds of evaluations": round(sum(record["seconds"] for record in evaluations.records), 1),
     }
 
 

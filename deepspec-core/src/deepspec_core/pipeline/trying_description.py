@@ -30,6 +30,7 @@ def described(run: Run, draft: DraftModel) -> DraftDescription:
         ("max_tokens", said.max_tokens, _counts(said.max_tokens), "a whole number above 0"),
         ("num_layers", said.num_layers, _counts(said.num_layers), "a whole number above 0"),
         ("target_weights", said.target_weights, _beginnings(said.target_weights), "beginnings of names of weights"),
+        ("training_keys", said.training_keys, _keys_of(said), "keys of `config`"),
     ):
         if not right:
             raise _refused(kind, package, field, repr(found), expected)
@@ -42,6 +43,10 @@ def described(run: Run, draft: DraftModel) -> DraftDescription:
 
 def _beginnings(prefixes: Any) -> bool:
     return isinstance(prefixes, tuple) and all(isinstance(prefix, str) and prefix for prefix in prefixes)
+
+
+def _keys_of(said: DraftDescription) -> bool:
+    return isinstance(said.training_keys, tuple) and set(said.training_keys) <= set(said.config)
 
 
 def _counts(number: Any) -> bool:

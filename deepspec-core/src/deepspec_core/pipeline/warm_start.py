@@ -152,10 +152,10 @@ def take_vocabulary(draft: DraftModel, start: Start) -> dict[str, Any]:
     return {"vocabulary": {"tokens": len(vocabulary.ids), "of": "the checkpoint that training began with"}}
 
 
-def take_weights(draft: DraftModel, start: Start) -> dict[str, Any]:
-    """Copy the checkpoint's weights into the draft, which has the target's embedding and head. Says what was taken.
+def take_weights(draft: DraftModel, start: Start) -> None:
+    """Copy the checkpoint's weights into the draft, which has the target's embedding and head.
 
-    Returns what the stage's summary says of it.
+    Says what was taken, unless the run resumes.
     """
     names = {name: published_name(name, draft.describe().weight_names) for name in draft.state_dict()}
     own = draft.state_dict()
@@ -164,7 +164,7 @@ def take_weights(draft: DraftModel, start: Start) -> dict[str, Any]:
         for name in taken:
             own[name].copy_(start.weights[names[name]])
     if start.named is None:
-        return {}
+        return
     numbers = sum(own[name].numel() for name in taken)
     left = sorted(names[name] for name in own if name.startswith(_OF_TARGET))
     log.info(
@@ -180,7 +180,6 @@ def take_weights(draft: DraftModel, start: Start) -> dict[str, Any]:
             "draft.init: %s of the checkpoint are not this target's: it was trained for another one of the same sizes",
             " and ".join(others),
         )
-    return {"begun with": start.named}
 
 
 def _own_name(names: dict[str, str], published: str) -> str:

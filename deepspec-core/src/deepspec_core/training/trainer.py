@@ -54,9 +54,6 @@ class TrainResult:
     """What training came to.
 
     checkpoint: The newest checkpoint, a directory with `draft/`.
-    chosen: The checkpoint that becomes the finished draft: the newest, or the best by accepted length.
-    steps: Optimizer steps that were done, up to an early end.
-    evaluations: The records of evaluations.jsonl.
     resumed_from: The step of the checkpoint that training went on from, or 0.
     figures: The last line of metrics.jsonl. On ranks other than the first, the last line of this call.
     counts: What preparation counted, over all epochs and ranks.
@@ -65,7 +62,6 @@ class TrainResult:
     """
 
     checkpoint: Path
-    chosen: Path
     steps: int
     resumed_from: int
     figures: dict[str, Any] = field(factory=dict)
@@ -73,7 +69,6 @@ class TrainResult:
     unfinished: int = 0
     damaged: int = 0
     seconds: float = 0.0
-    evaluations: list[dict[str, Any]] = field(factory=list)
 
 
 def train(
@@ -115,9 +110,7 @@ def train(
     figures = trainer.run()
     return TrainResult(
         checkpoint=trainer.checkpoint,
-        chosen=trainer.evaluations.chosen(trainer.checkpoint),
         steps=checkpoints.step_of(trainer.checkpoint),
-        evaluations=trainer.evaluations.records,
         resumed_from=trainer.first_step,
         figures=figures,
         counts=trainer.all_counts(),
