@@ -110,7 +110,7 @@ def groups(runs: Sequence[tuple[int, Training]]) -> list[Group]:
         ),
         Group(
             title="Training: acceptance by position",
-            about="The first position has the strongest line. Accepted is the expected share of proposed tokens that the "
+            about="The first position has the strongest line. Accepted is the expected share of tokens that the "
             "target accepts. Accuracy is the share of labels that are the draft's likeliest token.",
             panels=[
                 _of_slots([one], figure, slots, title=what if len(runs) == 1 else f"{what}: {one[1].label}")
