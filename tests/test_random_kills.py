@@ -23,8 +23,8 @@ COMMAND = [sys.executable, "-m", "deepspec_core", "run"]
 OPTIONS = ["--smoke", "--set", "run.threads=1"]
 # More moments at which something is half written.
 SMALL_PIECES = ["--set", "train.checkpoint_every=2", "--set", "cache.shard_samples=3"]
-# What differs between any two runs: how long things took, how fast they were, the memory, and the path and weights of the
-# draft, which are compared by themselves.
+# What differs between any two runs: times, speeds and memory, and the path and weights of the draft, which are compared
+# by themselves.
 _OWN = re.compile(r"(.*_)?seconds|.*_per_second|peak_memory_bytes|speedup.*|resumed_from|draft|content|run")
 _ROUNDING = 1e-4
 
