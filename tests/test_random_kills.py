@@ -23,9 +23,9 @@ COMMAND = [sys.executable, "-m", "deepspec_core", "run"]
 OPTIONS = ["--smoke", "--set", "run.threads=1"]
 # More moments at which something is half written.
 SMALL_PIECES = ["--set", "train.checkpoint_every=2", "--set", "cache.shard_samples=3"]
-# What differs between any two runs: how long things took, how fast they were, and the path and weights of the draft,
-# which are compared by themselves.
-_OWN = re.compile(r"seconds|.*_per_second|speedup.*|resumed_from|draft|content|run")
+# What differs between any two runs: times, speeds and memory, and the path and weights of the draft, which are compared
+# by themselves.
+_OWN = re.compile(r"(.*_)?seconds|.*_per_second|peak_memory_bytes|speedup.*|resumed_from|draft|content|run")
 _ROUNDING = 1e-4
 
 
@@ -34,11 +34,11 @@ def _folder(run_file: Path) -> Path:
 
 
 def _files(folder: Path) -> set[str]:
-    """Names of all files; locks are made when they are needed, and only the newest checkpoint's number matters."""
+    """Names of all files, without those of TensorBoard, which has one for every start; locks are made when needed."""
     return {
         str(path.relative_to(folder))
         for path in folder.rglob("*")
-        if path.is_file() and path.name not in (".lock", "writer.lock")
+        if path.is_file() and path.name not in (".lock", "writer.lock") and "tensorboard" not in path.parts
     }
 
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -110,9 +109,6 @@ def test_an_evaluated_and_trained_run_beside_one_that_was_only_trained(judged_co
     assert page.tags["svg"] == before.tags["svg"] + 3 + 1 + 4 + 2 + 4 + 1
     assert EVIL in page.words
     assert Path("picture.png").read_bytes().startswith(PNG)
-    shutil.rmtree(judged_copy / "evaluate")
-    assert main(["report", "run"]) == 0  # in the run's own folder
-    assert "Training: loss" in page_of(judged_copy / "report.html").headings
 
 
 def test_what_cannot_be_reported_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

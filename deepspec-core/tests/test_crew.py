@@ -171,3 +171,17 @@ def test_progress_is_that_of_all(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
         together(2, work)
     assert [record.getMessage().split(",")[0] for record in caplog.records] == ["work: 30 of 30 pieces"]
+
+
+def test_the_first_sees_who_is_slow() -> None:
+    def work(crew: Crew) -> list[float] | None:
+        with crew.progress(30, "work", "pieces") as progress:
+            for _ in range(10 * (crew.rank + 1)):
+                progress.advance()
+        return crew.by_rank("work") if crew.first else None
+
+    seen = together(2, work)[0]
+    assert seen[0] == 10
+    # What the other one has told by now; it tells it in time, and the sum of all is told in the end.
+    assert 0 <= seen[1] <= 20
+    assert Crew().by_rank("work") == [0.0]

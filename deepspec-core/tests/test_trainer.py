@@ -97,7 +97,9 @@ def test_training_lowers_the_loss_and_says_so(tmp_path: Path) -> None:
     assert written[-1] == result.figures
     assert written[-1]["loss"] < 0.9 * written[0]["loss"]
     assert written[-1]["epoch"] == 10.0
-    assert {"tokens_per_second", "sequences_per_second", "accept_rate@2", *FIXED} <= set(written[-1])
+    rates = {"tokens_per_second", "sequences_per_second", "step_seconds", "peak_memory_bytes", "padding_share"}
+    assert {*rates, "accept_rate@2", *FIXED} <= set(written[-1])
+    assert 0 < written[-1]["padding_share"] < 1
     assert written[-1]["loss"] == pytest.approx(0.3 * written[-1]["loss/ce"] + 0.7 * written[-1]["loss/tv"], rel=1e-5)
     for name, value in weights(draft).items():
         assert not torch.equal(value, before[name]), name
@@ -247,6 +249,10 @@ def test_two_ranks_equal_one_and_resume_each_other(tmp_path: Path) -> None:
     two = load_file(tmp_path / "two" / "checkpoints" / "step-000006" / "draft" / "model.safetensors")
     torch.testing.assert_close(two, dict(expected.state_dict()), **ROUNDING)
     check_log(tmp_path / "two", tmp_path / "one")
+    for line in lines(tmp_path / "two"):
+        assert line["slowest_rank"] in (0, 1)
+        assert line["slowest_rank_seconds"] >= line["fastest_rank_seconds"] > 0
+    assert "slowest_rank" not in lines(tmp_path / "one")[0]
     # What two ranks left, one rank continues.
     shutil.rmtree(tmp_path / "two" / "checkpoints" / "step-000006")
     draft, result = run(tmp_path / "two", source=TinySource(17))

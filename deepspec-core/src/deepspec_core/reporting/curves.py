@@ -24,6 +24,8 @@ _FEWEST_TO_SMOOTH: Final = 40
 _SLOT: Final = re.compile(r"(accept_rate|accuracy)@(\d+)")
 # Figures that are no curve, or say the same as another one.
 _NOT_DRAWN: Final = ("step", "epoch", "slowest_rank", "sequences_per_second")
+# Figures whose means would show what never was.
+_WITHOUT_NOISE: Final = ("lr", "peak_memory_bytes")
 
 Kind = Literal["line", "dashed", "points"]
 
@@ -55,7 +57,7 @@ class Series:
 
 @frozen(kw_only=True)
 class Panel:
-    """What is drawn on one pair of axes. `unit`: "", "share" or "log"."""
+    """What is drawn on one pair of axes. `unit`: "", "share", "log", or "amount" for an axis that begins at 0."""
 
     title: str
     y: str
@@ -108,7 +110,7 @@ def groups(runs: Sequence[tuple[int, Training]]) -> list[Group]:
         ),
         Group(
             title="Training: acceptance by position",
-            about="The first position has the darkest line. Accepted is the expected share of proposed tokens that the "
+            about="The first position has the strongest line. Accepted is the expected share of tokens that the "
             "target accepts. Accuracy is the share of labels that are the draft's likeliest token.",
             panels=[
                 _of_slots([one], figure, slots, title=what if len(runs) == 1 else f"{what}: {one[1].label}")
@@ -128,17 +130,25 @@ def groups(runs: Sequence[tuple[int, Training]]) -> list[Group]:
             title="Training: speed and memory",
             about="They depend on the machine. Padding is the share of positions that hold no token of a sample.",
             panels=[
-                _panel(runs, {"tokens_per_second": "line"}, title="tokens a second", y="tokens a second"),
-                _panel(runs, {"step_seconds": "line"}, title="time of a step", y="seconds"),
+                _panel(
+                    runs, {"tokens_per_second": "line"}, title="tokens a second", y="tokens a second", unit="amount"
+                ),
+                _panel(runs, {"step_seconds": "line"}, title="time of a step", y="seconds", unit="amount"),
                 _panel(
                     runs,
                     {"slowest_rank_seconds": "line", "fastest_rank_seconds": "dashed"},
                     title="slowest and fastest rank",
                     y="own seconds a step",
+                    unit="amount",
                 ),
                 _panel(runs, {"padding_share": "line"}, title="padding", y="of positions", unit="share"),
                 _panel(
-                    runs, {"peak_memory_bytes": "line"}, title="peak memory", y="GB", scale=lambda value: value / 1e9
+                    runs,
+                    {"peak_memory_bytes": "line"},
+                    title="peak memory",
+                    y="GB",
+                    unit="amount",
+                    scale=lambda value: value / 1e9,
                 ),
             ],
         ),
@@ -225,7 +235,8 @@ def _series(number: int, run: Training, name: str, kind: Kind, scale: Callable[[
     size = -(-len(points) // MOST_POINTS) or 1
     bins = [points[start : start + size] for start in range(0, len(points), size)]
     steps, values = ([sum(point[axis] for point in one) / len(one) for one in bins] for axis in (0, 1))
-    smooth = _smoothed(values) if kind != "points" and len(values) >= _FEWEST_TO_SMOOTH else None
+    noisy = kind != "points" and name not in _WITHOUT_NOISE and len(values) >= _FEWEST_TO_SMOOTH
+    smooth = _smoothed(values) if noisy else None
     return Series(run=number, name=name, steps=steps, values=values, smooth=smooth, kind=kind)
 
 

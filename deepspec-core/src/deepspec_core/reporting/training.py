@@ -17,6 +17,7 @@ from deepspec_core.reporting.svg import COLOURS, GRID, INK, MARKS, MUTED, Chart,
 NAME: Final = "training.png"
 _WIDTH, _HEIGHT = 3.4, 2.5  # inches of a panel
 _ACROSS: Final = 3
+_TOP: Final = 0.4  # inches above the panels, for the runs' names
 _DPI: Final = 110
 # The page's light theme, for pictures, which have one theme only.
 _LIGHT: Final = {
@@ -54,7 +55,17 @@ def write_picture(path: Path, runs: Sequence[Training]) -> None:
     with matplotlib_settings():
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(_ACROSS * _WIDTH, rows * _HEIGHT + 0.5), layout="constrained", facecolor="white")
+        width, height = _ACROSS * _WIDTH, rows * _HEIGHT + _TOP
+        figure = Figure(figsize=(width, height), facecolor="white")
+        # Fixed margins, in inches: measured ones take several times as long.
+        figure.subplots_adjust(
+            left=0.62 / width,
+            right=1 - 0.12 / width,
+            bottom=0.5 / height,
+            top=1 - (_TOP + 0.25) / height,
+            wspace=0.25,
+            hspace=0.45,
+        )
         cells = figure.subplots(rows, _ACROSS, squeeze=False).flat
         for axes, panel in zip(cells, panels, strict=False):
             styled(axes, x="step", y=panel.y, muted=_LIGHT[MUTED], grid=_LIGHT[GRID])
@@ -66,7 +77,7 @@ def write_picture(path: Path, runs: Sequence[Training]) -> None:
             _line(axes=figure.axes[0], colour=_LIGHT[COLOURS[number % len(COLOURS)]], mark=MARKS[number % len(MARKS)])
             for number in range(len(runs))
         ]
-        figure.legend(handles, [run.label for run in runs], loc="outside upper left", frameon=False, ncols=4)
+        figure.legend(handles, [run.label for run in runs], loc="upper left", frameon=False, ncols=4)
         written = io.BytesIO()
         figure.savefig(written, format="png", dpi=_DPI, metadata={"Software": None})
     partial = path.with_name(f".{path.name}.{os.getpid()}")
@@ -88,6 +99,8 @@ def _draw(axes: Any, panel: Panel, colours: dict[str, str]) -> None:
         low, high = (float(limit) for limit in axes.get_ylim())
         axes.set_ylim(max(-0.02, low), min(1.02, max(high, low + 0.02)))
         axes.yaxis.set_major_formatter(lambda value, _place: f"{value:.0%}")
+    elif panel.unit == "amount":
+        axes.set_ylim(bottom=0, top=1.1 * max(values) or 1.0)
     elif panel.unit == "log" and min(values) > 0 and max(values) > 10 * min(values):
         from matplotlib.ticker import LogLocator, NullLocator
 

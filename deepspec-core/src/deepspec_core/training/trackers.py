@@ -28,8 +28,10 @@ from deepspec_core.training.metrics_lines import Following, Line
 log = logging.getLogger("deepspec")
 
 STATE: Final = "trackers.json"
-# How long the end of training waits for trackers. A launcher kills what has not ended a minute after SIGTERM.
-SECONDS_TO_FINISH: Final = 15.0
+# How long the end of training waits for trackers, whose libraries may take long to start. Who is asked to stop has less
+# time: launchers kill what has not ended a minute after SIGTERM.
+SECONDS_TO_FINISH: Final = 60.0
+SECONDS_TO_STOP: Final = 15.0
 # Sections of the run file that a tracker is told. Others name files and servers, which are nobody's business.
 _TOLD: Final = ("target", "draft", "loss", "train")
 _TITLES: Final = {TENSORBOARD: "TensorBoard", "wandb": "Weights & Biases", "mlflow": "MLflow", "trackio": "Trackio"}
@@ -117,11 +119,12 @@ class Trackers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        until = time.monotonic() + SECONDS_TO_FINISH
+        seconds = SECONDS_TO_FINISH if error is None else SECONDS_TO_STOP
+        until = time.monotonic() + seconds
         for teller in self._tellers:
             teller.end()
         for teller in self._tellers:
-            teller.join(until)
+            teller.join(until, seconds)
 
 
 class _Teller:
@@ -145,12 +148,12 @@ class _Teller:
         self._over.set()
         self._ready.set()
 
-    def join(self, until: float) -> None:
+    def join(self, until: float, seconds: float) -> None:
         if self._thread is None:
             return
         self._thread.join(max(0.0, until - time.monotonic()))
         if self._thread.is_alive():
-            self._error = f"it did not end within {SECONDS_TO_FINISH:.0f} seconds"
+            self._error = f"it did not end within {seconds:.0f} seconds"
             log.warning("%s: %s; it was told the lines %s", _TITLES[self.name], self._error, self._up_to())
 
     def summary(self) -> dict[str, Any]:
