@@ -15,6 +15,7 @@ from deepspec_core.contracts.draft import DraftModel
 from deepspec_core.contracts.features import FeatureSource
 from deepspec_core.data.frequent_tokens import frequent_tokens
 from deepspec_core.errors import ConfigError, PluginError
+from deepspec_core.layers.recomputing import recompute_layers
 from deepspec_core.pipeline import workers
 from deepspec_core.pipeline.offered import check_source
 from deepspec_core.pipeline.run import Run
@@ -67,7 +68,8 @@ def run_stage(run: Run) -> dict[str, Any]:
 def new_draft(run: Run) -> DraftModel:
     """A draft of the run's type in the target's family. Its weights are drawn from the run's seed.
 
-    PluginError, with the package, where it cannot be built, or nothing of it is trained.
+    PluginError, with the package, where it cannot be built, or nothing of it is trained. ConfigError where the run
+    wants to recompute activations, and no layer of the draft can.
     """
     require_trained(run)
     kind, registry = run.file.draft.type, run.plugins.registry
@@ -89,6 +91,8 @@ def new_draft(run: Run) -> DraftModel:
             found=f"{len(list(draft.parameters()))} parameters, all frozen or the target's own",
             expected="at least one parameter that requires a gradient, beside embed_tokens and lm_head",
         )
+    if run.file.train.checkpoint_activations:
+        recompute_layers(draft)
     return draft
 
 
