@@ -76,7 +76,8 @@ def test_a_run_asks_for_it_and_its_estimate_says_what_it_saves(
 ) -> None:
     said = []
     for wanted in ("false", "true"):
-        asked = ["estimate", str(run_file), "--json", "--set", f"train.checkpoint_activations={wanted}"]
+        asked = ["estimate", str(run_file), "--json", "--set", "train.micro_batch_size=16"]
+        asked += ["--set", f"train.checkpoint_activations={wanted}"]
         assert main(asked) == 0
         said.append(json.loads(capsys.readouterr().out))
     most = [one["memory"]["phase_bytes"]["backward"] for one in said]

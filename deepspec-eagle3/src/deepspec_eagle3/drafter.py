@@ -55,6 +55,8 @@ class Eagle3Drafter(nn.Module):
 
         attend(layer, queries [B, h, T, D], keys, values [B, G, T, D]) -> [B, h, T, D].
         """
+        # The embedding is the target's, and may be in fewer bits than what the draft computes in.
+        embedded_BTH = embedded_BTH.to(self.fc.weight.dtype)
         for index, layer in enumerate(self.draft_layers()):
             tokens_BTH = embedded_BTH if index == 0 else None
             projected = layer.run(self._projected, layer, hidden_BTH, tokens_BTH, rotary)

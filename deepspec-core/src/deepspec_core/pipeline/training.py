@@ -35,7 +35,7 @@ def run_stage(run: Run) -> dict[str, Any]:
     source = check_source(registry, mode, registry.build("features", mode, run))
     draft = new_draft(run)
     chosen = choose_vocabulary(run, draft, source)
-    draft.adopt(run.target.model.embedding_weight(), run.target.model.head_weight())
+    draft.adopt(run.target.vocabulary.embedding, run.target.vocabulary.head)
     wanted = draft.describe().target_weights
     if wanted:
         draft.adopt_weights(run.target.extra_weights(wanted))
