@@ -86,6 +86,37 @@ def test_equals_a_dense_softmax(
         torch.testing.assert_close(gradient, reference, rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("window", [None, 150])
+@pytest.mark.parametrize("first", [None, [0] * 100 + [100] * 180 + [280] * 320], ids=["whole", "documents"])
+def test_the_flex_mask_lists_the_blocks_that_are_seen(first: list[int] | None, window: int | None) -> None:
+    """Those that evaluating every pair finds, though no pair is evaluated."""
+    tokens = 600
+    first_1T = None if first is None else torch.tensor([first])
+    mask = StepLayout(first_1T, window).flex_mask(tokens, torch.device("cpu"))
+    index_T = torch.arange(tokens)
+    seen = index_T <= index_T[:, None]
+    seen &= index_T >= (0 if first_1T is None else first_1T[0][:, None])
+    seen &= index_T > (index_T[:, None] - window if window is not None else -1)
+    blocks = torch.zeros(640, 640, dtype=torch.bool)
+    blocks[:tokens, :tokens] = seen
+    by_block = blocks.view(5, 128, 5, 128).transpose(1, 2)
+    rows = (torch.arange(640).view(5, 128) < tokens)[:, None, :, None]
+    listed, full = ([set(), set(), set(), set(), set()] for _ in range(2))
+    for found, counts, indices in (
+        (listed, mask.kv_num_blocks, mask.kv_indices),
+        (full, mask.full_kv_num_blocks, mask.full_kv_indices),
+    ):
+        for row in range(5):
+            found[row] |= set(indices[0, 0, row, : int(counts[0, 0, row])].tolist())
+    for row in range(5):
+        some = {key for key in range(5) if by_block[row, key].any()}
+        whole = {key for key in range(5) if (by_block[row, key] | ~rows[row, 0]).all()}
+        assert not listed[row] & full[row]
+        assert some <= listed[row] | full[row] <= set(range(min(some), max(some) + 1))
+        assert full[row] <= whole
+        assert first is not None or full[row] == whole
+
+
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("first", [None, DOCUMENTS], ids=["whole", "documents"])
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

@@ -28,12 +28,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
+from deepspec_core.layers.interval_mask import FLEX_BLOCK, interval_mask
+
 Path = Literal["split", "flex", "dense"]
 KeysValues = tuple[Tensor, Tensor]
 
 _CHUNK_ELEMENTS = 1 << 24  # context scores held at once: 64 MiB in fp32
 _DENSE_MOST_MASK_ELEMENTS = 1 << 26  # the fused kernel makes the mask fp32: 256 MiB
-_FLEX_BLOCK = 128
 _FLEX_LEAST_HEAD_DIM = 16
 _FLEX_LEAST_QUERIES = 256
 
@@ -112,7 +113,16 @@ class BlockLayout:
     def flex_mask(self, num_tokens: int) -> BlockMask:
         """Key blocks each query block sees wholly or in part; from the anchors, without evaluating the mask densely."""
         if num_tokens not in self._flex_masks:
-            self._flex_masks[num_tokens] = _flex_mask(self.first_BQ, self.limits_BQ, num_tokens)
+            first_BQ, limits_BQ = self.first_BQ, self.limits_BQ
+            # Queries that fill up the last block see nothing.
+            limits_BX = F.pad(limits_BQ, (0, FLEX_BLOCK))
+            first_BX = None if first_BQ is None else F.pad(first_BQ, (0, FLEX_BLOCK))
+
+            def in_sight(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+                before_anchor = kv_idx < limits_BX[b, q_idx]
+                return before_anchor if first_BX is None else before_anchor & (kv_idx >= first_BX[b, q_idx])
+
+            self._flex_masks[num_tokens] = interval_mask(first_BQ, limits_BQ, num_tokens, in_sight)
         return self._flex_masks[num_tokens]
 
     def dense_mask(self, num_tokens: int) -> Tensor:
@@ -294,39 +304,3 @@ def _flex(queries_BhQD: Tensor, context: KeysValues, mask: BlockMask, scale: flo
 @cache
 def _compiled_flex() -> Any:
     return torch.compile(flex_attention, dynamic=True)
-
-
-def _flex_mask(first_BQ: Tensor | None, limits_BQ: Tensor, num_tokens: int) -> BlockMask:
-    """Of the key blocks [begin, end) that a query block sees, those of [full, partial) are seen by all its queries."""
-    num_queries, last = limits_BQ.shape[1], -(-num_tokens // _FLEX_BLOCK) - 1
-    padding = (0, -num_queries % _FLEX_BLOCK)
-    limits_BX = F.pad(limits_BQ, padding)
-    first_BX = torch.zeros_like(limits_BX) if first_BQ is None else F.pad(first_BQ, padding)
-    limits_BYX, first_BYX = (rows.view(len(rows), -1, _FLEX_BLOCK) for rows in (limits_BX, first_BX))
-    # Padding queries see nothing, which would make their block's full key blocks partial: leave them out of the least.
-    padded_YX = (torch.arange(limits_BX.shape[1], device=limits_BQ.device) >= num_queries).view(-1, _FLEX_BLOCK)
-    begin_BY = first_BYX.masked_fill(padded_YX, num_tokens).amin(-1) // _FLEX_BLOCK
-    end_BY = torch.maximum(-(-limits_BYX.amax(-1) // _FLEX_BLOCK), begin_BY)
-    full_BY = torch.minimum(-(-first_BYX.amax(-1) // _FLEX_BLOCK), end_BY)
-    partial_BY = torch.maximum(limits_BYX.masked_fill(padded_YX, num_tokens).amin(-1) // _FLEX_BLOCK, full_BY)
-    order_Z = torch.arange(last + 1, device=limits_BQ.device)
-    full_indices_BYZ = full_BY[..., None] + order_Z
-    skipped_BYZ = (partial_BY - full_BY)[..., None] * (order_Z >= (full_BY - begin_BY)[..., None])
-    partial_indices_BYZ = begin_BY[..., None] + order_Z + skipped_BYZ
-
-    def in_sight(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        before_anchor = kv_idx < limits_BX[b, q_idx]
-        return before_anchor if first_BQ is None else before_anchor & (kv_idx >= first_BX[b, q_idx])
-
-    def shaped(tensor: Tensor) -> Tensor:
-        return tensor[:, None].to(torch.int32).contiguous()
-
-    return BlockMask.from_kv_blocks(
-        shaped(end_BY - begin_BY - (partial_BY - full_BY)),
-        shaped(partial_indices_BYZ.clamp(max=last)),
-        shaped(partial_BY - full_BY),
-        shaped(full_indices_BYZ.clamp(max=last)),
-        BLOCK_SIZE=_FLEX_BLOCK,
-        mask_mod=in_sight,
-        seq_lengths=(num_queries, num_tokens),
-    )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from deepspec_core.checkpoints.published import layer_names
 from deepspec_core.contracts.target import TargetAdapter
 from deepspec_core.layers.attention import DraftAttention, Rotary
-from deepspec_core.layers.decoder_layer import DraftLayer, initialise
+from deepspec_core.layers.decoder_layer import DraftLayer, as_input, initialise
 from deepspec_dflash.attention import BlockLayout, KeysValues, Path, attend
 
 
@@ -36,13 +36,13 @@ class DFlashBackbone(nn.Module):
 
     def context(self, features_BTC: Tensor) -> Tensor:
         """hidden_norm(fc(features)), [B, T, H]; the same for every layer."""
-        context_BTH: Tensor = self.hidden_norm(self.fc(features_BTC.to(self.fc.weight.dtype)))
+        context_BTH: Tensor = self.hidden_norm(self.fc(as_input(features_BTC, self.fc)))
         return context_BTH
 
     def context_keys_values(self, context_BTH: Tensor, positions_BT: Tensor) -> list[KeysValues]:
         """Each layer's keys and values [B, G, T, D] of the context, once a position. positions [B, T] or [1, T]."""
         rotary = self._rotary(context_BTH, positions_BT)
-        return [layer.attention.keys_values(context_BTH, rotary) for layer in self.draft_layers()]
+        return [layer.run(layer.attention.keys_values, context_BTH, rotary) for layer in self.draft_layers()]
 
     def forward(
         self,

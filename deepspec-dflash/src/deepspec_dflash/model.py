@@ -96,7 +96,9 @@ class DFlashModel(DraftModel):
         ids_NS = anchor_ids_N.new_full((len(anchor_ids_N), self.options.block_size), self.mask_token_id)
         ids_NS[:, 0] = anchor_ids_N
         positions_NS = anchors_N[:, None] + torch.arange(self.options.block_size, device=anchors_N.device)
-        output_NSH: Tensor = self.backbone(self.embed_tokens(ids_NS), positions_NS, context, layout)
+        # The embedding is the target's, and may be in fewer bits than the residual stream of the draft.
+        embedded_NSH = self.embed_tokens(ids_NS).to(self.backbone.fc.weight.dtype)
+        output_NSH: Tensor = self.backbone(embedded_NSH, positions_NS, context, layout)
         return output_NSH[:, -self.options.num_predictions :]
 
     def logits(self, hidden_H: Tensor) -> Tensor:

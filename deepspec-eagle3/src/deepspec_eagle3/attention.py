@@ -24,7 +24,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+
+from deepspec_core.layers.interval_mask import interval_mask
 
 Path = Literal["chunked", "flex"]
 KeysValues = tuple[Tensor, Tensor]
@@ -70,14 +72,15 @@ class StepLayout:
                     seen = seen & (kv_idx >= first_BT[b, q_idx])
                 return seen if reach is None else seen & (kv_idx > q_idx - reach)
 
-            self._flex_masks[num_tokens] = create_block_mask(
-                in_sight,
-                None if first_BT is None else len(first_BT),
-                None,
-                num_tokens,
-                num_tokens,
-                device=device,
-            )
+            index_1T = torch.arange(num_tokens, device=device)[None]
+            begins_BT = first_BT
+            if reach is not None:
+                reached_1T = (index_1T - reach + 1).clamp(min=0)
+                begins_BT = reached_1T if first_BT is None else torch.maximum(reached_1T, first_BT)
+            limits_BT = index_1T + 1
+            if begins_BT is not None:
+                limits_BT = limits_BT.expand_as(begins_BT)
+            self._flex_masks[num_tokens] = interval_mask(begins_BT, limits_BT, num_tokens, in_sight)
         return self._flex_masks[num_tokens]
 
 

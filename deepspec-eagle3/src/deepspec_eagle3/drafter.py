@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from deepspec_core.checkpoints.published import layer_names
 from deepspec_core.contracts.target import TargetAdapter
 from deepspec_core.layers.attention import Rotary
-from deepspec_core.layers.decoder_layer import DraftLayer, initialise
+from deepspec_core.layers.decoder_layer import DraftLayer, as_input, initialise
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
@@ -43,7 +43,7 @@ class Eagle3Drafter(nn.Module):
 
     def project(self, features_BTC: Tensor) -> Tensor:
         """Target features as the first step's hidden states, [B, T, H]."""
-        hidden_BTH: Tensor = self.fc(features_BTC.to(self.fc.weight.dtype))
+        hidden_BTH: Tensor = self.fc(as_input(features_BTC, self.fc))
         return hidden_BTH
 
     def rotary(self, x: Tensor, positions_BT: Tensor) -> Rotary:
@@ -55,16 +55,24 @@ class Eagle3Drafter(nn.Module):
 
         attend(layer, queries [B, h, T, D], keys, values [B, G, T, D]) -> [B, h, T, D].
         """
+        # The embedding is the target's, and may be in fewer bits than what the draft computes in.
+        embedded_BTH = embedded_BTH.to(self.fc.weight.dtype)
         for index, layer in enumerate(self.draft_layers()):
-            if index == 0:
-                inputs = torch.cat([layer.before_attention(embedded_BTH), self.hidden_norm(hidden_BTH)], dim=-1)
-            else:
-                inputs = layer.before_attention(hidden_BTH)
-            queries_BhTD = layer.attention.queries(inputs, rotary)
-            keys_BGTD, values_BGTD = layer.attention.keys_values(inputs, rotary)
-            attended_BhTD = attend(index, queries_BhTD, keys_BGTD, values_BGTD)
+            tokens_BTH = embedded_BTH if index == 0 else None
+            projected = layer.run(self._projected, layer, hidden_BTH, tokens_BTH, rotary)
+            attended_BhTD = attend(index, *projected)
             hidden_BTH = layer.finish(hidden_BTH, layer.attention.combine(attended_BhTD))
         return hidden_BTH
+
+    def _projected(
+        self, layer: DraftLayer, hidden_BTH: Tensor, embedded_BTH: Tensor | None, rotary: Rotary
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """A layer's queries [B, h, T, D], keys and values [B, G, T, D]; the first layer reads tokens too."""
+        if embedded_BTH is None:
+            inputs = layer.before_attention(hidden_BTH)
+        else:
+            inputs = torch.cat([layer.before_attention(embedded_BTH), self.hidden_norm(hidden_BTH)], dim=-1)
+        return layer.attention.queries(inputs, rotary), *layer.attention.keys_values(inputs, rotary)
 
     def names(self, under: str) -> dict[str, str]:
         """Published names of the parameters, where the drafter stands at `under` in its draft."""

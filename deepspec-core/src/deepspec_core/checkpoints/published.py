@@ -96,6 +96,12 @@ def save_draft(
         for name, tensor in own.items()
     }
     assert len(tensors) == len(own), "two parameters share a published name"
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        # Where the target's embedding is its lm_head, a file holds both.
+        if tensor.data_ptr() in seen:
+            tensors[name] = tensor.clone()
+        seen.add(tensor.data_ptr())
     config = config_text(draft, description, adapter)
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
@@ -115,7 +121,10 @@ def config_text(draft: DraftModel, description: DraftDescription, adapter: Targe
     Beside the draft's own keys and those of the family, it has `num_target_layers`, by which a draft is told from one
     for another target, `architectures` and `dtype`.
     """
-    dtype = str(draft.lm_head.weight.dtype).removeprefix("torch.")
+    # Embedding and lm_head may be the target's, in its dtype; what the draft itself computes in is that of its own.
+    shared = {id(weight) for part in (draft.embed_tokens, draft.lm_head) for weight in part.parameters()}
+    own = (weight.dtype for weight in draft.parameters() if id(weight) not in shared and weight.is_floating_point())
+    dtype = str(next(own, draft.lm_head.weight.dtype)).removeprefix("torch.")
     config = adapter.draft_config(
         description.num_layers,
         {

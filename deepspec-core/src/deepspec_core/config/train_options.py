@@ -60,6 +60,8 @@ class TrainOptions:
     weight_decay: AdamW's weight decay.
     betas: AdamW's two averaging factors, each below 1.
     clip_norm: A gradient with a larger norm is scaled down to this norm.
+    checkpoint_activations: Whether the draft's layers compute their activations again in backward and do not keep them.
+        A step takes about a third longer and much less memory, which long sequences need. Results are the same.
     precision: "bfloat16" is autocast over fp32 weights; "float32" is for exact results.
     checkpoint_every: Optimizer steps between checkpoints.
     keep_checkpoints: How many of the newest checkpoints stay.
@@ -91,6 +93,7 @@ class TrainOptions:
     betas: tuple[float, float] = field(default=(0.9, 0.999), validator=deep_iterable(below(0.0, 1.0)))
     clip_norm: float = field(default=1.0, validator=above(0.0, 1e9))
     precision: str = field(default="bfloat16", validator=in_(("float32", "bfloat16")))
+    checkpoint_activations: bool = field(default=False, metadata=CHANGES_NOTHING)
     checkpoint_every: int = field(default=3000, validator=whole(1), metadata=CHANGES_NOTHING)
     keep_checkpoints: int = field(default=2, validator=whole(1), metadata=CHANGES_NOTHING)
     evaluate_every: int | None = field(default=None, validator=optional(whole(1)))

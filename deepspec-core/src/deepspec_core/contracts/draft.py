@@ -168,7 +168,7 @@ class DraftDescription:
 
 
 class DraftModel(nn.Module, ABC):
-    """Base class of algorithms' networks. Their `embed_tokens` and `lm_head` hold the target's weights, frozen.
+    """Base class of algorithms' networks. Their `embed_tokens` and `lm_head` share the target's weights, frozen.
 
     Subclasses set `embed_tokens` (an adapter's embedding) and `lm_head` (nn.Linear without bias), and implement the
     methods below. `forward` draws no random numbers and does no work on the host.
@@ -227,19 +227,22 @@ class DraftModel(nn.Module, ABC):
         )
 
     def adopt(self, embedding_VH: Tensor, head_VH: Tensor) -> None:
-        """Copy the target's embedding and lm_head into the draft and freeze them.
+        """Take the target's embedding and lm_head, frozen. They stay the target's memory, and keep its dtype.
 
-        Of the lm_head, those rows that the draft's vocabulary has. The whole one is kept without a copy.
+        So what `embed_tokens` gives may be of another dtype than the draft's weights. Of the lm_head, a reduced
+        vocabulary has copies of its rows; the whole one is kept beside them.
         """
         own_VH = self.embed_tokens.weight
         assert isinstance(own_VH, Tensor), "an embedding has a weight"
-        with torch.no_grad():
-            own_VH.copy_(embedding_VH)
-            if self.vocabulary is None:
-                self.lm_head.weight.copy_(head_VH)
-            else:
-                self.lm_head.weight.copy_(head_VH[self.vocabulary.ids.to(head_VH.device)])
-                self.vocabulary.target_head = head_VH.detach()
+        assert own_VH.shape == embedding_VH.shape, f"{list(embedding_VH.shape)}, not {list(own_VH.shape)}"
+        rows_DH = head_VH.detach()
+        if self.vocabulary is not None:
+            self.vocabulary.target_head = rows_DH
+            rows_DH = rows_DH[self.vocabulary.ids.to(head_VH.device)]
+        own_DH = self.lm_head.weight
+        assert own_DH.shape == rows_DH.shape, f"{list(rows_DH.shape)}, not {list(own_DH.shape)}"
+        self.embed_tokens.weight = nn.Parameter(embedding_VH.detach(), requires_grad=False)
+        self.lm_head.weight = nn.Parameter(rows_DH, requires_grad=False)
         self.embed_tokens.requires_grad_(False)
         self.lm_head.requires_grad_(False)
 

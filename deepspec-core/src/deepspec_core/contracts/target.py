@@ -26,6 +26,7 @@ __all__ = [
     "TargetFeatures",
     "TargetModel",
     "TargetStep",
+    "TargetVocabulary",
 ]
 
 
@@ -74,6 +75,14 @@ class TargetFeatures:
 
     hidden: Tensor
     last_hidden: Tensor
+
+
+@frozen(kw_only=True, eq=False)
+class TargetVocabulary:
+    """The parts of a target that drafts share: embedding and head, [V, H], plain and frozen; one tensor if tied."""
+
+    embedding: Tensor
+    head: Tensor
 
 
 @frozen(kw_only=True)
@@ -233,6 +242,9 @@ class TargetAdapter(Protocol):
 
     It is made from a transformers config, and from the draft's own shape. The methods that return modules return new
     ones with new weights, in the draft's shape.
+
+    An adapter may have `vocabulary(where, *, dtype, device)`, which gives a directory's TargetVocabulary without the
+    rest of the target, or None if it has to be loaded whole. Training on stored features asks for it.
     """
 
     architecture: TargetArchitecture

@@ -27,6 +27,7 @@ from deepspec_core.contracts.target import (
     SpecialTokens,
     TargetArchitecture,
     TargetModel,
+    TargetVocabulary,
 )
 from deepspec_core.errors import TargetError
 from deepspec_core.families.masks import MaskBuilder
@@ -147,6 +148,17 @@ class FamilyAdapter(ABC):
             ignored=self.own_draft_weights if whole else (*self.own_draft_weights, *self.ignored_weights),
         )
         return TransformersTarget(model, self.architecture)
+
+    def vocabulary(
+        self, where: str | Path, *, dtype: torch.dtype, device: torch.device | str
+    ) -> TargetVocabulary | None:
+        """The embedding and the lm_head alone. None of a quantised target: only its modules know how to undo that."""
+        from deepspec_core.families.vocabulary import read_vocabulary
+
+        if any(getattr(config, "quantization_config", None) is not None for config in (self.config, self.text)):
+            return None
+        renamed = {} if self.text is self.config else self.text_weights
+        return read_vocabulary(Path(where), self.text, renamed=renamed, dtype=dtype, device=device)
 
     def skeleton(self, *, dtype: torch.dtype) -> TargetModel:
         """The text part with new weights in `dtype`, plain where the target is quantised."""

@@ -46,10 +46,16 @@ def estimate(run: Run, *, processes: int = 1) -> Estimate:
     _ = run.target.adapter  # opened first, because what a plugin makes on first use needs real memory
     with fake_tensors():
         with LiveBytes() as made:
-            # Training holds the target in memory, even if features come from a cache.
             target = run.target.adapter.skeleton(dtype=run.target.dtype)
-            target_bytes = made.now
+            whole = made.now
         draft = new_draft(run)
+        # The draft shares these. Of the rest of the target, training on stored features loads nothing.
+        shared = target.embedding_weight(), target.head_weight()
+        draft.adopt(*shared)
+        in_draft = [*draft.embed_tokens.parameters(), *draft.lm_head.parameters()]
+        target_bytes = 0 if run.file.features.mode == CACHED else whole - bytes_of(shared)
+        if draft.vocabulary is not None:
+            target_bytes += bytes_of([*shared, *in_draft]) - bytes_of(in_draft)
         stored = made_up_features(run, run.data.max_length) if run.file.features.mode == CACHED else None
     batch = made_up_batch(draft, made_up_samples(sequences, run.data.max_length, stored), run.file.run.seed)
     source = TriedFeatures(batch.samples, target, run.file.target.layers)

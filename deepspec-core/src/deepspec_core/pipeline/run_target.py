@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from deepspec_core.contracts.target import TargetAdapter, TargetArchitecture, TargetModel
+    from deepspec_core.contracts.target import TargetAdapter, TargetArchitecture, TargetModel, TargetVocabulary
     from deepspec_core.data.tokenize import ChatTokenizer
 
 
@@ -122,6 +122,36 @@ class RunTarget:
         )
         self._require_unchanged()
         return model
+
+    @remembered
+    def vocabulary(self) -> TargetVocabulary:
+        """The target's embedding and lm_head, which drafts share. Of a target that is not loaded, only these are read.
+
+        What else is asked of the target afterwards loads all of it.
+        """
+        from deepspec_core.contracts.target import TargetVocabulary
+        from deepspec_core.targets.opening import load_vocabulary
+
+        found = None
+        if not self.is_loaded:
+            self.reads.content(contents.TARGET, self.content_digest())
+            found = load_vocabulary(
+                self.adapter,
+                self.where,
+                dtype=self.dtype,
+                device=self.device,
+                trust_remote_code=self.options.trust_remote_code,
+                revision=self.options.revision,
+            )
+            self._require_unchanged()
+        if found is None:
+            found = TargetVocabulary(embedding=self.model.embedding_weight(), head=self.model.head_weight())
+        return found
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether `model` was asked for, so that all weights are in memory."""
+        return "_remembered_model" in self.__dict__
 
     def extra_weights(self, prefixes: Sequence[str]) -> dict[str, Tensor]:
         """The target's weights whose names begin with one of `prefixes`. TargetError where one fits none."""

@@ -15,6 +15,7 @@ from deepspec_core.contracts.draft import DraftModel
 from deepspec_core.contracts.features import FeatureSource
 from deepspec_core.data.frequent_tokens import frequent_tokens
 from deepspec_core.errors import ConfigError, PluginError
+from deepspec_core.layers.recomputing import recompute_layers
 from deepspec_core.pipeline import few_steps, workers
 from deepspec_core.pipeline.offered import check_source
 from deepspec_core.pipeline.run import Run
@@ -41,7 +42,7 @@ def run_stage(run: Run) -> dict[str, Any]:
     draft = new_draft(run)
     start = start_of(run)
     vocabulary = choose_vocabulary(run, draft, source) if start is None else take_vocabulary(draft, start)
-    draft.adopt(run.target.model.embedding_weight(), run.target.model.head_weight())
+    draft.adopt(run.target.vocabulary.embedding, run.target.vocabulary.head)
     wanted = draft.describe().target_weights
     if wanted:
         draft.adopt_weights(run.target.extra_weights(wanted))
@@ -109,7 +110,8 @@ def _trained(
 def new_draft(run: Run) -> DraftModel:
     """A draft of the run's type in the target's family. Its weights are drawn from the run's seed.
 
-    PluginError, with the package, where it cannot be built, or nothing of it is trained.
+    PluginError, with the package, where it cannot be built, or nothing of it is trained. ConfigError where the run
+    wants to recompute activations, and no layer of the draft can.
     """
     require_trained(run)
     kind, registry = run.file.draft.type, run.plugins.registry
@@ -131,6 +133,8 @@ def new_draft(run: Run) -> DraftModel:
             found=f"{len(list(draft.parameters()))} parameters, all frozen or the target's own",
             expected="at least one parameter that requires a gradient, beside embed_tokens and lm_head",
         )
+    if run.file.train.checkpoint_activations:
+        recompute_layers(draft)
     return draft
 
 
