@@ -98,7 +98,7 @@ def test_two_processes_give_the_gradient_of_one(
         for rank in range(2)
     ]
     try:
-        said = [worker.communicate(timeout=120)[0] for worker in workers]
+        said = [worker.communicate(timeout=300)[0] for worker in workers]
     finally:
         for worker in workers:
             worker.kill()

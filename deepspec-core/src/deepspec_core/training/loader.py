@@ -117,9 +117,11 @@ def dead_worker_is_an_error() -> Iterator[None]:
     except RuntimeError as error:
         if not _DEAD.match(str(error)):
             raise
+        # Noticed while a batch was waited for, it is told twice, and only the first time how it ended.
+        told = str(error.__cause__) if _DEAD.match(str(error.__cause__)) else str(error)
         raise TrainingError(
             "a loader worker ended",
-            found=str(error).splitlines()[0].strip(),
+            found=told.splitlines()[0].strip(),
             expected="processes that read samples for as long as training lasts",
             fix="Memory may have run out: lower train.loader_workers. Run again: it goes on from the last checkpoint.",
         ) from error
