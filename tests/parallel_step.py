@@ -3,23 +3,19 @@
     RANK=0 WORLD_SIZE=2 python parallel_step.py FOLDER CASE...
 
 A case is a split and a mode, such as even-ddp. FOLDER holds the draft, the loss, and for every split this rank's
-micro-batches, as saved by the test. Rank 0 writes gradients there, a file a case. Modes: "ddp", "fsdp", and "reshard",
-FSDP2 that frees gathered weights between forward and backward. With DEVICE=cuda both ranks compute on one GPU.
+micro-batches, as saved by the test. Rank 0 writes gradients there, a file a case. Modes are those of train.parallel.
+With DEVICE=cuda both ranks compute on one GPU.
 """
 
 import json
 import os
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed
 from safetensors.torch import save_file
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 
 from deepspec_core.checkpoints.opening import draft_adapter
 from deepspec_core.checkpoints.published import load_draft
@@ -28,7 +24,9 @@ from deepspec_core.contracts.draft import DraftBatch
 from deepspec_core.contracts.target import TargetFeatures
 from deepspec_core.plugins.discovery import load_plugins
 from deepspec_core.rows.engine import build_engine
+from deepspec_core.training.parallel import parallelise
 from deepspec_core.training.reduction import StepSums, normalise
+from deepspec_core.training.shards import is_sharded, whole
 from deepspec_core.training.step import TrainingStep
 
 DEVICE = torch.device(os.environ.get("DEVICE", "cpu"))
@@ -56,35 +54,25 @@ def step_of(folder: Path, split: str, mode: str) -> dict[str, torch.Tensor]:
     adapter = draft_adapter(folder / "draft", registry=registry)
     draft = load_draft(folder / "draft", registry=registry, adapter=adapter).to(DEVICE)
     loss = LossOptions(terms=json.loads((folder / "terms.json").read_text()))
-    wrapped = wrap(TrainingStep(draft.train(), build_engine(loss, registry)), mode)
+    world_size = torch.distributed.get_world_size()
+    step = TrainingStep(draft.train(), build_engine(loss, registry))
+    parallel = parallelise(step, mode, device=DEVICE, processes=world_size)
+    trained = {name: value for name, value in draft.named_parameters() if value.requires_grad}
+    assert all(is_sharded(value) == (mode == "fsdp") for value in trained.values())
+    parallel.begin_step()
     sums = StepSums(DEVICE)
-    micro_batches = torch.load(
-        folder / f"{split}-{torch.distributed.get_rank()}.pt", weights_only=True, map_location=DEVICE
-    )
+    share = folder / f"{split}-{torch.distributed.get_rank()}.pt"
+    micro_batches = torch.load(share, weights_only=True, map_location=DEVICE)
     for number, saved in enumerate(micro_batches):
-        last = number + 1 == len(micro_batches)
-        with wrapped.no_sync() if mode == "ddp" and not last else nullcontext():
-            result = wrapped(batch_of(saved), with_metrics=True)
+        with parallel.micro_batch(last=number + 1 == len(micro_batches)):
+            result = parallel.module(batch_of(saved), with_metrics=True)
             result.total.backward()
         sums.add(result.denominator, result.metrics)
     vector = sums.reduce(["loss"], flag=False)
-    trained = {name: value for name, value in draft.named_parameters() if value.requires_grad}
-    world_size = torch.distributed.get_world_size()
     norm = normalise(list(trained.values()), vector[0], world_size=world_size, clip_norm=1e9)
     assert not any(value.grad is not None for value in draft.parameters() if not value.requires_grad)
-    gradients = {name: whole(value.grad).cpu().contiguous() for name, value in trained.items()}
-    return {**gradients, "norm": whole(norm).cpu().reshape(1), "loss": (vector[2] / vector[3]).cpu().reshape(1)}
-
-
-def wrap(step: TrainingStep, mode: str) -> Any:
-    if mode == "ddp":
-        return DistributedDataParallel(step)
-    # Embedding and head are frozen: every rank has them whole. One unit: some layers' weights are used outside their
-    # own forward, where hooks of a unit of theirs would not run.
-    frozen = {value for value in step.parameters() if not value.requires_grad}
-    fully_shard(step, reshard_after_forward=mode == "reshard", ignored_params=frozen)
-    assert all(isinstance(value, DTensor) for value in step.parameters() if value.requires_grad)
-    return step
+    gradients = {name: gradient_of(value).cpu().contiguous() for name, value in trained.items()}
+    return {**gradients, "norm": norm.cpu().reshape(1), "loss": (vector[2] / vector[3]).cpu().reshape(1)}
 
 
 def batch_of(saved: dict[str, Any]) -> DraftBatch:
@@ -92,9 +80,9 @@ def batch_of(saved: dict[str, Any]) -> DraftBatch:
     return DraftBatch(features=features, **saved)
 
 
-def whole(tensor: Any) -> torch.Tensor:
-    assert tensor is not None
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def gradient_of(parameter: torch.Tensor) -> torch.Tensor:
+    assert parameter.grad is not None
+    return whole(parameter.grad)
 
 
 if __name__ == "__main__":

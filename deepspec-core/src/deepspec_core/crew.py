@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -30,6 +31,8 @@ _POLL_SECONDS: Final = 0.1
 # Shared file systems may show a new file this late on other machines.
 _VISIBLE_SECONDS: Final = 60.0
 _FAILURE: Final = "failure"
+# What PyTorch's backends say where a process at the other end is gone.
+_COLLECTIVE: Final = re.compile(r"gloo|NCCL|Connection (closed|reset)|remote process exited", re.IGNORECASE)
 
 
 class Store(Protocol):
@@ -195,6 +198,18 @@ class Crew:
             self._store.compare_set(_FAILURE, "", json.dumps({"rank": self.rank, "found": found, "asked": asked}))
         except RuntimeError:
             return  # nobody can be told
+
+    def cause_of(self, error: BaseException) -> BaseException:
+        """What ended this worker: `error`, or the failure of another one, which broke an operation of all of them.
+
+        Such an operation ends at once where a process is gone, and it takes a while until it is known which.
+        """
+        if self._store is None or not isinstance(error, RuntimeError) or _COLLECTIVE.search(str(error)) is None:
+            return error
+        until = time.monotonic() + SILENCE_SECONDS + SECONDS_TO_NOTICE
+        while self._trouble is None and time.monotonic() < until:
+            time.sleep(_POLL_SECONDS)
+        return self._trouble or error
 
     def watch(self, store: Store) -> Watch:
         """Begin to give signs of life, over a connection of the thread's own."""

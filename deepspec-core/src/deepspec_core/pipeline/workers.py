@@ -98,10 +98,13 @@ def together() -> Iterator[Crew]:
         PartialState().wait_for_everyone()
         PartialState().destroy_process_group()
     except BaseException as error:
-        _crew.fail(error)
+        cause = _crew.cause_of(error)
+        _crew.fail(cause)
         if rank() == 0 and os.environ.get(_STORE_OF_LAUNCHER) != "True":
             time.sleep(_SECONDS_TO_HEAR)
-        raise
+        if cause is error:
+            raise
+        raise cause from error
     finally:
         watch.end()
         _crew = ALONE

@@ -5,8 +5,10 @@ Knows plans, sources, rows and preparations. Does not know devices, features of 
 
 from __future__ import annotations
 
+import re
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from attrs import frozen
@@ -14,11 +16,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from deepspec_core.contracts.draft import Preparation
 from deepspec_core.contracts.features import FeatureSource
+from deepspec_core.errors import TrainingError
 from deepspec_core.training.host_batch import HostBatch, host_batch
 from deepspec_core.training.packing import micro_batches, packed_rows
 from deepspec_core.training.sampler import GlobalBatches, sample_rng
 
 _READ_AHEAD = 4  # micro-batches of each worker
+_DEAD = re.compile(r"DataLoader worker \(pid")  # how PyTorch's message of one begins
 
 
 @frozen(kw_only=True)
@@ -114,6 +118,24 @@ def iterate(
         "worker_init_fn": _leave_stopping_to_the_trainer,
     }
     return iter(DataLoader(dataset, batch_size=None, sampler=plans, collate_fn=_as_is, **options))
+
+
+@contextmanager
+def dead_worker_is_an_error() -> Iterator[None]:
+    """TrainingError where a loader worker ends inside the block. PyTorch notices it wherever the main thread is."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not _DEAD.match(str(error)):
+            raise
+        # Noticed while a batch was waited for, it is told twice, and only the first time how it ended.
+        told = str(error.__cause__) if _DEAD.match(str(error.__cause__)) else str(error)
+        raise TrainingError(
+            "a loader worker ended",
+            found=told.splitlines()[0].strip(),
+            expected="processes that read samples for as long as training lasts",
+            fix="Memory may have run out: lower train.loader_workers. Run again: it goes on from the last checkpoint.",
+        ) from error
 
 
 def _as_is(batch: Any) -> Any:

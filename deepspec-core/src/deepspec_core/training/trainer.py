@@ -35,7 +35,7 @@ from deepspec_core.training.epoch_order import ORDERS
 from deepspec_core.training.fallback import resume
 from deepspec_core.training.faults import not_finite, nothing_supervised
 from deepspec_core.training.host_batch import HostBatch
-from deepspec_core.training.loader import StepPlans, iterate
+from deepspec_core.training.loader import StepPlans, dead_worker_is_an_error, iterate
 from deepspec_core.training.metrics import Clock, Figures, MetricsLog, at_a_glance
 from deepspec_core.training.metrics_lines import METRICS
 from deepspec_core.training.on_policy import Rollouts, Unprepared, rolls_out
@@ -234,7 +234,7 @@ class _Trainer:
         progress = Progress(self.total_steps, "train", "steps", done=self.first_step, enabled=self.is_main)
         clock = Clock()
         micro_batches = clock.waiting(loader)
-        with StopRequest() as request, progress:
+        with StopRequest() as request, progress, dead_worker_is_an_error():
             for step in range(self.first_step, self.total_steps):
                 done = step + 1
                 last = done == self.total_steps
