@@ -12,12 +12,17 @@ from safetensors.torch import load_file
 
 FORMATS = ("vllm", "sglang", "speculators")
 ROPE = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 128}
+QWEN3 = {"layer": {"style": "qwen3"}}
 DRAFTS = {
     "dflash": ("dflash", "qwen3", {"anchor_predicts": False}),
     "dflash, anchor predicts": ("dflash", "qwen3", {}),
     "dflash, window": ("dflash", "qwen3", {"anchor_predicts": False, "layer": {"window": 6}}),
     "dflash, yarn": ("dflash", "qwen3", {"anchor_predicts": False, "layer": {"rope": ROPE}}),
     "dflash of experts": ("dflash", "qwen3_moe", {}),
+    "dflash of qwen2 in qwen3's style": ("dflash", "qwen2", {**QWEN3, "anchor_predicts": False}),
+    "dspark of llama in qwen3's style": ("dspark", "llama", {**QWEN3, "markov": {"rank": 6}}),
+    "dspark of gemma4 in qwen3's style": ("dspark", "gemma4", {**QWEN3, "markov": {"rank": 6}}),
+    "eagle3 of gemma3 in llama's style": ("eagle3", "gemma3", {"num_layers": 1, "layer": {"style": "llama"}}),
     "dspark": ("dspark", "qwen3", {"markov": {"rank": 6}}),
     "dspark, plain confidence": ("dspark", "qwen3", {"markov": {"rank": 6}, "confidence_with_markov": False}),
     "dspark, no confidence": ("dspark", "qwen3", {"markov": {"rank": 6}, "confidence_head": False}),
@@ -38,6 +43,7 @@ DRAFTS = {
 REFUSED = {
     "dspark, gated": ("vllm", "speculators"),
     "dspark, rnn": ("vllm", "speculators"),
+    "dspark of gemma4 in qwen3's style": ("sglang",),
     "eagle3": ("sglang",),
     "eagle3, two layers": ("sglang",),
     "eagle3 of mistral, window": ("sglang",),

@@ -53,7 +53,7 @@ def facts_of(
             published_name(name, description.weight_names): tuple(tensor.shape)
             for name, tensor in draft.state_dict().items()
         },
-        softcap=adapter.architecture.logit_softcap,
+        softcap=adapter.architecture.draft_softcap,
         target=target,
         settings=settings or {},
         results=results,

@@ -34,7 +34,7 @@ class ExportFacts:
 
     config: The keys of its checkpoint's config.json. Its `dtype` is that of the stored weights.
     shapes: The shapes of its weights, by published name.
-    softcap: The soft cap of the target's logits, which the draft's share; None if there is none.
+    softcap: The soft cap of the draft's logits; None if there is none.
     target: None if nothing beside a checkpoint says what its target is called.
     settings: Sections and keys of the run file that made the draft, as in TOML; empty if they are not known. A local
         path stands there by its last part.
