@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from packaging.version import Version
 
@@ -313,14 +314,14 @@ def test_every_hook_is_documented_and_reaches_a_plugin_that_implements_them_all(
         assert plugins.registry.load(kind, "complete", algorithm=algorithm).__name__ == "dumps"
     assert plugins.registry.adapter_for("complete").name == "complete"
 
-    caller = plugins.manager.hook
-    caller.deepspec_commands(cli="cli")
+    caller, cli = plugins.manager.hook, click.Group()
+    caller.deepspec_commands(cli=cli)
     caller.deepspec_checkpoint_saved(run="run", checkpoint="folder")
     caller.deepspec_evaluation_finished(run="run", report={})
     calls = list(complete.CALLS)
     assert calls == [
         ("addhooks", plugins.manager),
-        ("commands", "cli"),
+        ("commands", cli),
         ("checkpoint", "run", "folder"),
         ("evaluation", "run", {}),
     ]

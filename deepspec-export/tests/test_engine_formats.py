@@ -84,6 +84,27 @@ def test_what_is_exported_was_read_back_and_replayed(
     assert '"DIR"' in text or "path DIR" in text
 
 
+@pytest.mark.parametrize("name", [name for name, (algorithm, *_) in DRAFTS.items() if algorithm == "dflash"])
+def test_z_labs_layout_has_every_dflash_draft_whose_anchor_predicts_nothing(
+    drafted: Callable[..., Any], tmp_path: Path, name: str
+) -> None:
+    algorithm, family, options = DRAFTS[name]
+    made = drafted(algorithm, family, **options)
+    if options.get("anchor_predicts", True):
+        assert "anchor_predicts = false" in (made.unservable("z-lab") or "")
+        return
+    folder = made.export("z-lab", tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == ["DFlashDraftModel"]
+    assert config["dflash_config"] == {"target_layer_ids": [1, 4, 6], "mask_token_id": 47}
+    assert (config["block_size"], config["num_target_layers"], config["is_causal"]) == (4, 8, False)
+    replay = json.loads((folder / "export.json").read_text())["verified"]["replay"]
+    assert replay["log_probabilities_differ_by"] < 1e-4
+    text = (folder / "README.md").read_text()
+    assert '"method": "dflash"' in text
+    assert "--speculative-algorithm DFLASH" in text
+
+
 @pytest.mark.parametrize("format_name", FORMATS)
 def test_a_reduced_vocabulary_is_told_by_offsets(drafted: Callable[..., Any], tmp_path: Path, format_name: str) -> None:
     algorithm, family, options = DRAFTS["eagle3, reduced vocabulary"]
