@@ -30,6 +30,8 @@ def record(
         "format": name,
         "algorithm": facts.description.algorithm,
         "target": None if facts.target is None else {"name": facts.target.name, "local": facts.target.local},
+        **({"untrained": True} if facts.untrained else {}),
+        **({"draft_vocabulary": dict(facts.reduced)} if facts.reduced else {}),
         "written_by": {package: _version(package) for package in _PACKAGES},
         "written_for": dict(written_for),
         # What engines need not know, and an import of the export takes back.

@@ -41,6 +41,9 @@ class ExportFacts:
     results: The `results` of the metrics.json of an evaluation of this very draft; empty if there is none.
     tokenizer: Loads the target's tokenizer (transformers), for formats that hold one: TargetError where it cannot be
         had. None if nothing says where the target is.
+    reduced: Of a vocabulary that was reduced for the export: `tokens`, `of`, `covered`, and `measured`, the accepted
+        length before and after. Empty otherwise.
+    untrained: Whether the weights are as they were drawn, for something to load before there is a draft.
     """
 
     description: DraftDescription
@@ -51,6 +54,8 @@ class ExportFacts:
     settings: Mapping[str, Any] = field(factory=dict)
     results: Sequence[Mapping[str, Any]] = ()
     tokenizer: Callable[[], Any] | None = None
+    reduced: Mapping[str, Any] = field(factory=dict)
+    untrained: bool = False
 
 
 @runtime_checkable
