@@ -128,13 +128,13 @@ def test_package_readmes_are_one_screen() -> None:
 
 
 def test_packages_say_who_they_are() -> None:
-    licence = (ROOT / "LICENSE").read_text()
     for path in sorted(ROOT.glob("deepspec-*/pyproject.toml")):
         project = tomllib.loads(path.read_text())["project"]
         for key in ("description", "readme", "license", "license-files", "authors", "keywords", "classifiers", "urls"):
             assert project.get(key), f"{path.parent.name}: {key}"
         assert "Typing :: Typed" in project["classifiers"]
-        assert (path.parent / "LICENSE").read_text() == licence
+        for file in ("LICENSE", "NOTICE"):
+            assert (path.parent / file).read_text() == (ROOT / file).read_text()
 
 
 def test_pre_commit_runs_what_ci_runs() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 from torch import Tensor
 
 from deepspec_core.checkpoints.opening import draft_adapter
@@ -20,9 +20,11 @@ from deepspec_core.contracts.draft import DraftModel, Sample
 from deepspec_core.contracts.proposer import Proposal, Proposer, Sampling, features_for
 from deepspec_core.decoding.engine import Completion, Request, decode
 from deepspec_core.features.online import OnlineFeatures
+from deepspec_core.layers.options import LayerOptions
 from deepspec_core.plugins.discovery import load_plugins
 from deepspec_core.plugins.registry import Registry
 from deepspec_core.rows.engine import build_engine
+from deepspec_core.targets.opening import open_adapter
 from deepspec_core.training.loader import MicroBatches, Plan
 from deepspec_core.training.step import TrainingStep
 
@@ -33,6 +35,8 @@ PAIRS += [("dflash", "gemma4", "anchor_predicts=False"), ("dspark", "llama", "co
 PAIRS += [("eagle3", "qwen3", "qk_norm=False"), ("eagle3", "gemma4", "num_layers=2")]
 PAIRS += [("eagle3", "gemma4", "vocab_size=24"), ("dspark", "gemma4", "vocab_size=24")]
 PAIRS += [("dflash", "llama", "vocab_size=24")]
+# Layers of another family than the target's.
+PAIRS += [("dspark", "gemma4", "style='qwen3'"), ("eagle3", "qwen2", "style='llama'")]
 STEPS = 10
 NEW_TOKENS = 16
 STOP = (1,)
@@ -101,6 +105,9 @@ def pairs(tiny_target: Callable[..., Any], tiny_draft: Callable[..., DraftModel]
         target = tiny_target(family)
         name, _, value = option.partition("=")
         chosen = {name: ast.literal_eval(value)} if name else {}
+        if name == "style":
+            layer = LayerOptions(style=chosen.pop("style"))
+            target = evolve(target, adapter=open_adapter(target.where, registry=registry, draft_layer=layer))
         draft, plain = tiny_draft(algorithm, target, **chosen), decoded(target, None)
         losses = train(draft, target, list(plain.values()), registry)
         return Pair(target=target, draft=draft.eval(), losses=losses, plain=plain)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from packaging.version import Version
 
@@ -146,7 +147,7 @@ def test_the_changelog_has_every_change_of_the_contracts() -> None:
     told = (Path(__file__).parents[2] / "CHANGELOG.md").read_text(encoding="utf-8")
     section = told.split("### Contracts, second edition")[1].split("###")[0].lower()
     names = ("tokens_of", "deepspec_core.families", "head_norms", "last_hidden", "sees", "deepspec_core.preparation")
-    for change, name in zip(CHANGES["0.2"], (*names, "max_nodes", "trained_drafts", "importers"), strict=True):
+    for change, name in zip(CHANGES["0.2"], (*names, "max_nodes", "trained_drafts", "importers", "soft"), strict=True):
         assert name in change
         assert name in section
     assert max(CHANGES, key=Version) == ".".join(__version__.split(".")[:2]), "say what changed, or that nothing did"
@@ -313,14 +314,14 @@ def test_every_hook_is_documented_and_reaches_a_plugin_that_implements_them_all(
         assert plugins.registry.load(kind, "complete", algorithm=algorithm).__name__ == "dumps"
     assert plugins.registry.adapter_for("complete").name == "complete"
 
-    caller = plugins.manager.hook
-    caller.deepspec_commands(cli="cli")
+    caller, cli = plugins.manager.hook, click.Group()
+    caller.deepspec_commands(cli=cli)
     caller.deepspec_checkpoint_saved(run="run", checkpoint="folder")
     caller.deepspec_evaluation_finished(run="run", report={})
     calls = list(complete.CALLS)
     assert calls == [
         ("addhooks", plugins.manager),
-        ("commands", "cli"),
+        ("commands", cli),
         ("checkpoint", "run", "folder"),
         ("evaluation", "run", {}),
     ]

@@ -16,6 +16,7 @@ from deepspec_core.checkpoints.exports import Format
 from deepspec_core.contracts.draft import DraftModel
 from deepspec_core.contracts.export import ExportFacts, TargetName
 from deepspec_core.contracts.target import TargetAdapter
+from deepspec_core.families.styled import styled_adapter
 from deepspec_core.layers.options import LayerOptions
 from deepspec_core.plugins.registry import Registry
 from deepspec_core.testing.random_batches import with_large_weights
@@ -68,10 +69,12 @@ def drafted(registry: Registry) -> Callable[..., Drafted]:
         markov: dict[str, Any] | None = None,
         **options: Any,
     ) -> Drafted:
-        model_type = {"gemma3": "gemma3_text"}.get(family, family)
+        model_type = {"gemma3": "gemma3_text", "gemma4": "gemma4_text"}.get(family, family)
         config = AutoConfig.for_model(model_type, **SIZES)
         given = LayerOptions(**{"intermediate_size": 40, **(layer or {})})
-        adapter: TargetAdapter = registry.load("target", family)(config, given)
+        adapter: TargetAdapter = registry.load("target", family)(config, evolve(given, style=None))
+        if given.style is not None:
+            adapter = styled_adapter(adapter, config, given, None, registry=registry)
         spec = registry.get("draft", algorithm)
         assert spec.options is not None
         known = {one.name: one for one in fields(spec.options)}

@@ -12,12 +12,17 @@ from safetensors.torch import load_file
 
 FORMATS = ("vllm", "sglang", "speculators")
 ROPE = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 128}
+QWEN3 = {"layer": {"style": "qwen3"}}
 DRAFTS = {
     "dflash": ("dflash", "qwen3", {"anchor_predicts": False}),
     "dflash, anchor predicts": ("dflash", "qwen3", {}),
     "dflash, window": ("dflash", "qwen3", {"anchor_predicts": False, "layer": {"window": 6}}),
     "dflash, yarn": ("dflash", "qwen3", {"anchor_predicts": False, "layer": {"rope": ROPE}}),
     "dflash of experts": ("dflash", "qwen3_moe", {}),
+    "dflash of qwen2 in qwen3's style": ("dflash", "qwen2", {**QWEN3, "anchor_predicts": False}),
+    "dspark of llama in qwen3's style": ("dspark", "llama", {**QWEN3, "markov": {"rank": 6}}),
+    "dspark of gemma4 in qwen3's style": ("dspark", "gemma4", {**QWEN3, "markov": {"rank": 6}}),
+    "eagle3 of gemma3 in llama's style": ("eagle3", "gemma3", {"num_layers": 1, "layer": {"style": "llama"}}),
     "dspark": ("dspark", "qwen3", {"markov": {"rank": 6}}),
     "dspark, plain confidence": ("dspark", "qwen3", {"markov": {"rank": 6}, "confidence_with_markov": False}),
     "dspark, no confidence": ("dspark", "qwen3", {"markov": {"rank": 6}, "confidence_head": False}),
@@ -38,6 +43,7 @@ DRAFTS = {
 REFUSED = {
     "dspark, gated": ("vllm", "speculators"),
     "dspark, rnn": ("vllm", "speculators"),
+    "dspark of gemma4 in qwen3's style": ("sglang",),
     "eagle3": ("sglang",),
     "eagle3, two layers": ("sglang",),
     "eagle3 of mistral, window": ("sglang",),
@@ -76,6 +82,27 @@ def test_what_is_exported_was_read_back_and_replayed(
     text = (folder / "README.md").read_text()
     assert "org/target" in text
     assert '"DIR"' in text or "path DIR" in text
+
+
+@pytest.mark.parametrize("name", [name for name, (algorithm, *_) in DRAFTS.items() if algorithm == "dflash"])
+def test_z_labs_layout_has_every_dflash_draft_whose_anchor_predicts_nothing(
+    drafted: Callable[..., Any], tmp_path: Path, name: str
+) -> None:
+    algorithm, family, options = DRAFTS[name]
+    made = drafted(algorithm, family, **options)
+    if options.get("anchor_predicts", True):
+        assert "anchor_predicts = false" in (made.unservable("z-lab") or "")
+        return
+    folder = made.export("z-lab", tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == ["DFlashDraftModel"]
+    assert config["dflash_config"] == {"target_layer_ids": [1, 4, 6], "mask_token_id": 47}
+    assert (config["block_size"], config["num_target_layers"], config["is_causal"]) == (4, 8, False)
+    replay = json.loads((folder / "export.json").read_text())["verified"]["replay"]
+    assert replay["log_probabilities_differ_by"] < 1e-4
+    text = (folder / "README.md").read_text()
+    assert '"method": "dflash"' in text
+    assert "--speculative-algorithm DFLASH" in text
 
 
 @pytest.mark.parametrize("format_name", FORMATS)

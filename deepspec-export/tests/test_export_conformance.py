@@ -31,6 +31,7 @@ DRAFTS = {
 OFFSETS = {
     ("deepspec", "dflash"): 0, ("vllm", "dflash"): 0, ("sglang", "dflash"): 0, ("speculators", "dflash"): 0,
     ("deepspec", "dspark"): 0, ("vllm", "dspark"): 0, ("sglang", "dspark"): 0, ("speculators", "dspark"): 0,
+    ("z-lab", "dflash"): 0,
     ("deepspec", "eagle3"): 0, ("vllm", "eagle3"): 1, ("sglang", "eagle3"): 0, ("speculators", "eagle3"): 1,
 }  # fmt: skip
 # Each format once, and each algorithm. The other pairs are slow tests.

@@ -32,12 +32,14 @@ DRAFTS = {
     "dflash": ("dflash", "qwen3", {"anchor_predicts": False}),
     "dflash, anchor predicts": ("dflash", "qwen3", {}),
     "dflash, window": ("dflash", "qwen3", {"anchor_predicts": False, "layer": {"window": 6}}),
+    "dflash of qwen2 in qwen3's style": ("dflash", "qwen2", {"anchor_predicts": False, "layer": {"style": "qwen3"}}),
     "dspark": ("dspark", "qwen3", RANK),
     "dspark, plain confidence": ("dspark", "qwen3", {**RANK, "confidence_with_markov": False}),
     "dspark, no confidence": ("dspark", "qwen3", {**RANK, "confidence_head": False}),
     "dspark, anchor predicts nothing": ("dspark", "qwen3", {**RANK, "anchor_predicts": False}),
     "eagle3, no head norms": ("eagle3", "qwen3", {**LLAMA, "qk_norm": False}),
     "eagle3 of llama": ("eagle3", "llama", LLAMA),
+    "eagle3 of qwen2 in llama's style": ("eagle3", "qwen2", {**LLAMA, "layer": {"style": "llama"}}),
     "eagle3, reduced vocabulary": ("eagle3", "llama", {**LLAMA, "vocab_size": 20}),
 }
 
@@ -195,7 +197,7 @@ REFUSALS: list[tuple[str, str, dict[str, Any], tuple[str, ...]]] = [
     ("eagle3", "llama", {**LLAMA, "taps": (1, 4)}, ("reads 2", "exactly 3", "target.layers = [a, b, c]")),
     ("eagle3", "llama", {"num_layers": 2}, ("2 layers", "num_layers = 1")),
     ("eagle3", "mistral", {**LLAMA, "layer": {"window": 8}}, ("window of 8", "export to vllm")),
-    ("dflash", "llama", {}, ("norms of queries and keys", "An Eagle3 draft of the same target")),
+    ("dflash", "llama", {}, ("norms of queries and keys", "an Eagle3 draft")),
     ("dspark", "qwen3", {"markov": {"rank": 6, "head": "rnn"}}, ("rnn", "export to sglang")),
     ("dflash", "qwen3", {"taps": (1, 7)}, ("last layer, 7", "up to 6")),
     ("dflash", "qwen3", {"layer": {"rope": {"rope_type": "linear", "factor": 2.0}}}, ("linear", "not tried")),

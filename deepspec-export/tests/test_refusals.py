@@ -10,20 +10,28 @@ from attrs import evolve
 from deepspec_core.errors import ExportError
 
 RANK = {"markov": {"rank": 6}}
+STYLE = '[draft.layer] style = "qwen3"'
 ENGINES = ("vllm", "sglang", "speculators")
 REFUSALS = [
-    (ENGINES, "dflash", "qwen2", {}, ("biases (self_attn.k_proj.bias", "needs no export")),
-    (ENGINES, "eagle3", "qwen2", {}, ("biases", "needs no export")),
-    (ENGINES, "dflash", "llama", {}, ("norms of queries and keys", "An Eagle3 draft of the same target")),
-    (ENGINES, "dspark", "mistral", RANK, ("norms of queries and keys", "An Eagle3 draft")),
-    (ENGINES, "dflash", "gemma3", {}, ("gemma3", "needs no export")),
-    (ENGINES, "eagle3", "gemma3", {}, ("pre_feedforward_layernorm.weight", "needs no export")),
+    (ENGINES, "dflash", "qwen2", {}, ("biases (self_attn.k_proj.bias", STYLE)),
+    (ENGINES, "eagle3", "qwen2", {}, ("biases", STYLE)),
+    (ENGINES, "dflash", "llama", {}, ("norms of queries and keys", STYLE, "an Eagle3 draft")),
+    (ENGINES, "dspark", "mistral", RANK, ("norms of queries and keys", STYLE)),
+    (ENGINES, "dflash", "gemma3", {}, ("gemma3", STYLE)),
+    (ENGINES, "eagle3", "gemma3", {}, ("pre_feedforward_layernorm.weight", STYLE)),
     (ENGINES, "dflash", "qwen3", {"taps": (-1, 2)}, ("the target's embedding (layer -1)", "target.layers from 0")),
     (ENGINES[::2], "dspark", "qwen3", {"markov": {"rank": 6, "head": "rnn"}}, ("vanilla", "export to sglang")),
     (ENGINES, "dspark", "qwen3", {**RANK, "vocab_size": 20}, ("reduced vocabulary", "without [draft] vocab_size")),
     (("sglang",), "eagle3", "qwen3", {}, ("norms of queries and keys", "qk_norm = false", "export to vllm")),
     (("sglang",), "eagle3", "llama", {"num_layers": 2}, ("2 layers", "num_layers = 1", "export to vllm")),
     (("sglang",), "eagle3", "llama", {"num_layers": 1, "layer": {"window": 8}}, ("command line", "export to vllm")),
+    (
+        ("sglang",),
+        "dspark",
+        "gemma4",
+        {**RANK, "layer": {"style": "qwen3"}},
+        ("scales its embedding", "vllm"),
+    ),
     (("speculators",), "eagle3", "qwen3", {"target": None}, ("names the draft's target", "--target")),
 ]
 

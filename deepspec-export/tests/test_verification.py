@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 
 from deepspec_core.checkpoints.published import published_weights
 from deepspec_core.errors import ExportError
-from deepspec_export import sglang, speculators, vllm
+from deepspec_export import sglang, speculators, vllm, z_lab
 from deepspec_export.exporter import EngineExporter
 from deepspec_export.replay import replay
 from deepspec_export.served import draft_as_served
 from deepspec_export.verification import made_up_round, refuse_paths, verify
 
-MODULES = {"vllm": vllm, "sglang": sglang, "speculators": speculators}
+MODULES = {"vllm": vllm, "sglang": sglang, "speculators": speculators, "z-lab": z_lab}
 # (format, draft, options, a key of config.json or of a table in it, its wrong value, what the refusal says)
 WRONG = [
     ("vllm", "eagle3", {}, "eagle_aux_hidden_state_layer_ids", [1, 4, 6], "feature_layers"),
@@ -43,6 +43,10 @@ WRONG = [
     ("sglang", "dspark", {"anchor_predicts": False}, "sample_from_anchor", None, "anchor_predicts"),
     ("sglang", "eagle3", {"qk_norm": False}, "eagle_config.eagle_aux_hidden_state_layer_ids", [2, 5, 7], "feature_lay"),
     ("sglang", "eagle3", {"qk_norm": False}, "draft_vocab_size", 32, "draft_vocab_size"),
+    ("z-lab", "dflash", {"anchor_predicts": False}, "block_size", 5, "proposes"),
+    ("z-lab", "dflash", {"anchor_predicts": False}, "dflash_config.target_layer_ids", [2, 5, 7], "feature_layers"),
+    ("z-lab", "dflash", {"anchor_predicts": False, "layer": {"window": 6}}, "is_causal", None, "block_causal"),
+    ("z-lab", "dflash", {"anchor_predicts": False}, "dflash_config", None, "needs dflash_config"),
     ("speculators", "dspark", {}, "sample_from_anchor", None, "anchor_predicts"),
     ("speculators", "dspark", {}, "aux_hidden_state_layer_ids", [1, 4, 6], "feature_layers"),
     ("speculators", "dflash", {"anchor_predicts": False}, "sample_from_anchor", True, "needs sample_from_anchor"),

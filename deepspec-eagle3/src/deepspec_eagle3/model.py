@@ -45,7 +45,7 @@ class Eagle3Model(DraftModel):
         self.taps = tuple(sorted(taps))
         self.class_name = adapter.class_prefix + self.class_suffix
         self.num_target_layers = architecture.num_layers
-        self.softcap = architecture.logit_softcap
+        self.softcap, self.target_softcap = architecture.draft_softcap, architecture.logit_softcap
         self.embed_tokens = adapter.embedding().requires_grad_(False)
         if options.vocab_size is not None:
             self.vocabulary = DraftVocabulary(options.vocab_size, architecture)
@@ -137,7 +137,7 @@ class Eagle3Model(DraftModel):
 
     def heads(self) -> Heads:
         """One frozen projection for draft and target; of a reduced vocabulary, some of its rows for the draft."""
-        return self.shared_heads(softcap=self.softcap)
+        return evolve(self.shared_heads(softcap=self.softcap), target_softcap=self.target_softcap)
 
     def proposer(self) -> Eagle3Proposer:
         """The decoding side, sharing these weights."""

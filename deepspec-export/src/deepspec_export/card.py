@@ -13,6 +13,10 @@ from deepspec_core.contracts.export import ExportFacts
 # Sources have a row of their own; a system prompt is text of any kind and length.
 _NOT_SHOWN = ("sources", "system_prompt")
 _BUILTIN = "builtin:"
+_UNTRAINED = (
+    "**The weights are random: this draft was not trained.** It is there to be loaded, so that serving can be set up "
+    "before there is a draft. It speeds nothing up.\n"
+)
 _TITLES = {"eagle3": "Eagle3", "dflash": "DFlash", "dspark": "DSpark"}
 
 
@@ -21,9 +25,11 @@ def card(facts: ExportFacts, *, format_name: str, commands: Sequence[str], notes
     description = facts.description
     title = _TITLES.get(description.algorithm, description.algorithm)
     target = "its target" if facts.target is None else facts.target.name
+    trained = "with untrained weights, made with DeepSpec" if facts.untrained else "trained with DeepSpec"
     parts = [
         f"# {title} draft for {target}\n",
-        f"A draft model for speculative decoding, trained with DeepSpec, in the format `{format_name}`. It proposes up "
+        *([_UNTRAINED] if facts.untrained else []),
+        f"A draft model for speculative decoding, {trained}, in the format `{format_name}`. It proposes up "
         f"to {description.max_tokens} tokens a round from the outputs of the target's decoder layers "
         f"{', '.join(map(str, description.taps))} (counted from 0). `export.json` says what was checked.\n",
         "## Serve it\n",
@@ -34,7 +40,7 @@ def card(facts: ExportFacts, *, format_name: str, commands: Sequence[str], notes
     if target.startswith(_BUILTIN):
         parts.append(f"DeepSpec ships `{target}`: give the folder of its files in its place.\n")
     parts += [f"{note}\n" for note in notes]
-    parts += ["## Accepted length\n", _results(facts.results)]
+    parts += ["## Accepted length\n", _results(facts.results), *_reduced(facts.reduced)]
     parts += ["## How it was made\n", _settings(facts)]
     return "\n".join(parts).rstrip() + "\n"
 
@@ -51,6 +57,20 @@ def _results(results: Sequence[Mapping[str, Any]]) -> str:
         )
     lines.append("\nTokens a round commits, the target's own included, pooled over rounds, as DeepSpec decodes.\n")
     return "\n".join(lines)
+
+
+def _reduced(reduced: Mapping[str, Any]) -> list[str]:
+    if not reduced:
+        return []
+    measured = reduced["measured"]
+    (low, high), (lowest, highest) = measured["interval_before"], measured["interval_after"]
+    return [
+        f"The vocabulary was reduced to {reduced['tokens']:,} of {reduced['of']:,} tokens after training, which are "
+        f"{100 * reduced['covered']:.2f}% of the answers' tokens. On {measured['prompts']} prompts of "
+        f"{measured['task']}, greedily, the accepted length was {measured['accepted_length_before']:.2f} "
+        f"({low:.2f}-{high:.2f}) before and {measured['accepted_length_after']:.2f} ({lowest:.2f}-{highest:.2f}) "
+        "after.\n"
+    ]
 
 
 def _settings(facts: ExportFacts) -> str:

@@ -19,7 +19,7 @@ from deepspec_core.contracts.draft import DraftModel
 from deepspec_core.contracts.export import ExportFacts
 from deepspec_core.errors import ExportError
 from deepspec_core.layers.draft_vocabulary import KEY as DRAFT_IDS
-from deepspec_export import sglang, speculators, vllm
+from deepspec_export import sglang, speculators, vllm, z_lab
 from deepspec_export.card import card
 from deepspec_export.record import CARD, RECORD, record, write_json
 from deepspec_export.served import KNOWN, OFFSETS, SHARED, STAND_IN_RANK, Served, draft_as_served
@@ -84,6 +84,11 @@ def sglang_exporter() -> EngineExporter:
 def speculators_exporter() -> EngineExporter:
     """The format `speculators`, whose own package asks an Eagle3 checkpoint for its lm_head."""
     return EngineExporter(format=speculators, whole_for=("eagle3",))
+
+
+def z_lab_exporter() -> EngineExporter:
+    """The format `z-lab`, of DFlash alone."""
+    return EngineExporter(format=z_lab)
 
 
 def export_weights(draft: DraftModel, served: Served, facts: ExportFacts, *, whole: bool) -> dict[str, Tensor]:

@@ -9,8 +9,12 @@ from __future__ import annotations
 from typing import Final
 
 from deepspec_core.contracts.export import ExportFacts
+from deepspec_core.families.styled import TARGET_FAMILY
 
-_OURS: Final = "Its checkpoint, which `deepspec evaluate` decodes with, needs no export."
+_OURS: Final = (
+    'Train with [draft.layer] style = "qwen3", which gives the draft layers that engines have. Its checkpoint, which '
+    "`deepspec evaluate` decodes with, needs no export."
+)
 _NORMS: Final = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
 _LAYER: Final = frozenset(
     {
@@ -27,6 +31,8 @@ _LAYER: Final = frozenset(
 )
 # Families whose layers have the same names and compute otherwise are told apart by these.
 _PLAIN_FAMILIES: Final = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
+# Families of targets whose embedding is multiplied by a number before the first layer.
+_SCALED: Final = "gemma"
 
 
 def unlike_any_engine(facts: ExportFacts, *, engine: str) -> str | None:
@@ -60,6 +66,12 @@ def unlike_any_engine(facts: ExportFacts, *, engine: str) -> str | None:
     return None
 
 
+def scales_embedding(facts: ExportFacts) -> str | None:
+    """The target's family, where a draft in another family's style was trained without the scale of its embedding."""
+    target = facts.config.get(TARGET_FAMILY)
+    return str(target) if target is not None and str(target).startswith(_SCALED) else None
+
+
 def has_head_norms(facts: ExportFacts) -> bool:
     """Whether queries and keys are normed, as in Qwen3's layers and not in Llama's."""
     return all(f"layers.0.{name}" in facts.shapes for name in _NORMS)
@@ -72,11 +84,12 @@ def block_draft_unlike_engine(facts: ExportFacts, *, engine: str) -> str | None:
     if facts.config.get("draft_vocab_size"):
         return (
             f"whether {engine} maps the tokens of a DFlash or DSpark draft's reduced vocabulary as this one's was not "
-            f"tried. Train without [draft] vocab_size, or export an Eagle3 draft. {_OURS}"
+            "tried. Train without [draft] vocab_size, or export an Eagle3 draft."
         )
     if has_head_norms(facts):
         return None
     return (
         f"{engine} builds DFlash and DSpark drafts from Qwen3's layers, with norms of queries and keys, and layers of "
-        f"the {facts.config['model_type']} family have none. An Eagle3 draft of the same target can be exported."
+        f'the {facts.config["model_type"]} family have none. Train with [draft.layer] style = "qwen3", or train an '
+        "Eagle3 draft."
     )

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from deepspec_core.contracts.export import ExportFacts
 from deepspec_export import layers
-from deepspec_export.served import HEAD, KNOWN, OFFSETS, Served
+from deepspec_export.served import HEAD, KNOWN, OFFSETS, SHARED, Served
 
 NAME: Final = "gguf"
 WRITTEN_FOR: Final = {"llama.cpp": "build 11434", "gguf": "0.19.0"}
@@ -259,6 +259,30 @@ def published(tensors: Mapping[str, Tensor], served: Served) -> dict[str, Tensor
     return found
 
 
+def plain(served: Served, tensors: Mapping[str, Tensor]) -> Served:
+    """The inverse of `as_written`: numbers in their shortest form, and a Markov part of zeros is none."""
+    head_1F = tensors.get("conf_proj.weight")
+    return evolve(
+        served,
+        norm_eps=_shortest(served.norm_eps),
+        rope={"rope_type": "default", "rope_theta": _shortest(served.rope["rope_theta"])},
+        confidence_with_markov=head_1F is not None and bool(head_1F[:, served.hidden_size :].any()),
+    )
+
+
+def unprepared(weights: Mapping[str, Tensor], served: Served) -> dict[str, Tensor]:
+    """The inverse of `prepared`: norms and biases in the dtype of the matrices, where that holds their numbers."""
+    shared = {"token_embd.weight": SHARED[0], "output.weight": SHARED[1]}
+    found = {shared.get(name, name): tensor for name, tensor in weights.items()}
+    stored = found["fc.weight"].dtype if "fc.weight" in found else torch.float32
+    for name, tensor in found.items():
+        if tensor.ndim == 1 and tensor.is_floating_point() and torch.equal(tensor.to(stored).to(tensor.dtype), tensor):
+            found[name] = tensor.to(stored)
+    if served.confidence and not served.confidence_with_markov:
+        found[_CONFIDENCE] = found[_CONFIDENCE][:, : served.hidden_size].contiguous()
+    return found
+
+
 def _rotated_heads(name: str, served: Served) -> int | None:
     """The heads of a projection whose rows the file has in another order: Eagle3's queries and keys.
 
@@ -285,6 +309,11 @@ def _name_in_file(name: str) -> str:
 
 def _fp32(number: float) -> float:
     return float(torch.tensor(number, dtype=torch.float32))
+
+
+def _shortest(number: float) -> float:
+    """The number with the fewest digits that fp32 holds as this one."""
+    return next(short for digits in range(1, 18) if _fp32(short := float(f"{number:.{digits}g}")) == _fp32(number))
 
 
 def notes(served: Served) -> list[str]:

@@ -17,6 +17,8 @@ from deepspec_export.verification import CONFIG, WEIGHTS
 
 RECORD: Final = "export.json"
 CARD: Final = "README.md"
+# It may be a path.
+_NOT_PORTABLE: Final = ("target_model_name_or_path",)
 _PACKAGES: Final = ("deepspec-core", "deepspec-export")
 
 
@@ -28,10 +30,18 @@ def record(
         "format": name,
         "algorithm": facts.description.algorithm,
         "target": None if facts.target is None else {"name": facts.target.name, "local": facts.target.local},
+        **({"untrained": True} if facts.untrained else {}),
+        **({"draft_vocabulary": dict(facts.reduced)} if facts.reduced else {}),
         "written_by": {package: _version(package) for package in _PACKAGES},
         "written_for": dict(written_for),
+        # What engines need not know, and an import of the export takes back.
+        "checkpoint": {"model_type": facts.config["model_type"], **_training_keys(facts)},
         "sha256": {file: _digest(out / file) for file in files},
     }
+
+
+def _training_keys(facts: ExportFacts) -> dict[str, Any]:
+    return {name: value for name, value in facts.description.config.items() if name not in _NOT_PORTABLE}
 
 
 def _version(package: str) -> str:

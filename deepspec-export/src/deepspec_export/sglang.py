@@ -24,7 +24,14 @@ _HEADS: Final = ("vanilla", "gated", "rnn")
 def unservable(facts: ExportFacts) -> str | None:
     """Why SGLang cannot serve the draft, and the nearest alternative, or None."""
     if facts.description.algorithm != "eagle3":
-        return layers.block_draft_unlike_engine(facts, engine=_ENGINE)
+        if reason := layers.block_draft_unlike_engine(facts, engine=_ENGINE):
+            return reason
+        target = layers.scales_embedding(facts)
+        return target and (
+            f"the target's family, {target}, scales its embedding, and SGLang gives DFlash and DSpark drafts the "
+            "scaled one. This draft, in another family's style, was trained on the embedding as it is. Export to "
+            "vllm or gguf, or train an Eagle3 draft."
+        )
     if reason := layers.unlike_any_engine(facts, engine=_ENGINE):
         return reason
     if layers.has_head_norms(facts):

@@ -111,7 +111,7 @@ def _compare(
             "compared": "bit for bit",
             "shared_with_target": [name for name in SHARED if name not in tensors],
         },
-        replay=_replayed(path.parent, found, tensors, draft),
+        replay=replayed(path.parent, found, tensors, draft),
     )
 
 
@@ -158,7 +158,7 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
     )
 
 
-def _replayed(folder: Path, served: Served, tensors: Mapping[str, Tensor], draft: DraftModel) -> dict[str, Any]:
+def replayed(folder: Path, served: Served, tensors: Mapping[str, Tensor], draft: DraftModel) -> dict[str, Any]:
     """Propose once with the draft, and form the same distributions from the export's files."""
     context = _PROMPT if served.window is None else min(served.window, _MOST_CONTEXT) + _PROMPT
     with torch.no_grad():

@@ -39,6 +39,8 @@ def facts_of(
     settings: Mapping[str, Any] | None = None,
     results: Sequence[Mapping[str, Any]] = (),
     tokenizer: Callable[[], Any] | None = None,
+    reduced: Mapping[str, Any] | None = None,
+    untrained: bool = False,
 ) -> ExportFacts:
     """The facts of a draft, with or without memory for its weights. `dtype`: of the stored weights, if not the draft's.
 
@@ -53,11 +55,13 @@ def facts_of(
             published_name(name, description.weight_names): tuple(tensor.shape)
             for name, tensor in draft.state_dict().items()
         },
-        softcap=adapter.architecture.logit_softcap,
+        softcap=adapter.architecture.draft_softcap,
         target=target,
         settings=settings or {},
         results=results,
         tokenizer=tokenizer,
+        reduced=reduced or {},
+        untrained=untrained,
     )
 
 

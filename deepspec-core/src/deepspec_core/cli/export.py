@@ -1,50 +1,90 @@
-"""`deepspec export RUN_OR_DRAFT --to FORMAT`: a draft checkpoint as a serving engine loads it, without a run file."""
+"""`deepspec export RUN_OR_DRAFT --to FORMAT`: a draft as a serving engine loads it, without an export stage."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from deepspec_core.cli.options import no_plugin
 
+if TYPE_CHECKING:
+    from deepspec_core.checkpoints.exports import Format
+    from deepspec_core.contracts.draft import DraftModel
+    from deepspec_core.contracts.export import ExportFacts
+    from deepspec_core.plugins.discovery import Plugins
+    from deepspec_core.plugins.registry import Registry
+
 
 @click.command()
-@click.argument("draft", metavar="RUN_FOLDER_OR_DIR_OR_HUB_ID")
+@click.argument("draft", metavar="RUN_FOLDER_OR_DIR_OR_HUB_ID", required=False)
 @click.option("--to", "name", required=True, metavar="FORMAT", help="An export format; see `deepspec plugins`.")
 @click.option("-o", "--out", metavar="DIR", help="The folder to write. Default: the draft's name and the format's.")
 @click.option("--target", metavar="NAME", help="The target's name in the export. Default: that in the draft's run.")
+@click.option(
+    "--draft-vocab",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Keep the N tokens that the run's answers have most of. The target is loaded to measure both drafts.",
+)
+@click.option(
+    "--prompts",
+    type=click.IntRange(min=1),
+    default=64,
+    show_default=True,
+    help="With --draft-vocab: prompts of the run's first task that both are measured on.",
+)
+@click.option(
+    "--untrained",
+    metavar="RUN.toml",
+    help="In place of a draft: the one that this run file would begin to train, with random weights.",
+)
 @no_plugin
-def export(draft: str, name: str, out: str | None, target: str | None, blocked: tuple[str, ...]) -> None:
+def export(
+    draft: str | None,
+    name: str,
+    out: str | None,
+    target: str | None,
+    draft_vocab: int | None,
+    prompts: int,
+    untrained: str | None,
+    blocked: tuple[str, ...],
+) -> None:
     """Write a draft in the form that a serving engine loads.
 
     Of a run's folder it is the finished draft, and the model card has the run's settings and its evaluation.
-    No target is loaded. The folder appears when all of it is written; one that is there is never overwritten.
+    No target is loaded, but by --draft-vocab and --untrained. The folder appears when all of it is written; one that is
+    there is never overwritten.
     """
-    from deepspec_core.checkpoints.export_facts import facts_of
-    from deepspec_core.checkpoints.export_origin import checkpoint_in, origin_of
-    from deepspec_core.checkpoints.exports import Format, require_free
-    from deepspec_core.checkpoints.opening import draft_adapter, resolve_draft
-    from deepspec_core.checkpoints.published import (
-        build_empty,
-        check_draft,
-        load_draft,
-        read_options,
-        stored_dtype,
-    )
-    from deepspec_core.disk import full_disk_is_an_error, in_words, why_not_writable
-    from deepspec_core.errors import ExportError
     from deepspec_core.plugins.discovery import load_plugins
 
-    registry = load_plugins(blocked=blocked).registry
+    if (draft is None) == (untrained is None):
+        raise click.UsageError("Name a run's folder or a checkpoint, or a run file with --untrained.")
+    if untrained is not None and (draft_vocab is not None or target is not None):
+        raise click.UsageError("--untrained takes everything from the run file: --draft-vocab and --target do not go.")
+    plugins = load_plugins(blocked=blocked)
+    if untrained is not None:
+        return _write_untrained(untrained, name, out, plugins)
+    assert draft is not None
+    if draft_vocab is not None:
+        return _write_reduced(draft, name, out, target, draft_vocab, prompts, plugins)
+    return _write_draft(draft, name, out, target, plugins.registry)
+
+
+def _write_draft(draft: str, name: str, out: str | None, target: str | None, registry: Registry) -> None:
+    from deepspec_core.checkpoints.export_facts import facts_of
+    from deepspec_core.checkpoints.export_origin import checkpoint_in, origin_of
+    from deepspec_core.checkpoints.exports import Format
+    from deepspec_core.checkpoints.opening import draft_adapter, resolve_draft
+    from deepspec_core.checkpoints.published import build_empty, check_draft, load_draft, read_options, stored_dtype
+
     draft = checkpoint_in(draft)
     directory = resolve_draft(draft, base=Path())
     algorithm, _, _ = read_options(directory, registry)
     chosen = Format.of(name, algorithm, registry)
-    place = Path(f"{_own_name(draft, directory)}-{name}" if out is None else out).expanduser()
-    require_free(place, fix="Choose another with --out.")
-    if (problem := why_not_writable(place.parent)) is not None:
-        raise ExportError("the export cannot be written there", where=place, found=problem)
+    place = _free_place(out, _own_name(draft, directory), name)
     adapter = draft_adapter(directory, registry=registry)
     check_draft(directory, registry=registry, adapter=adapter)
     origin = origin_of(directory, target=target)
@@ -58,17 +98,91 @@ def export(draft: str, name: str, out: str | None, target: str | None, blocked: 
         tokenizer=origin.tokenizer(registry),
     )
     chosen.check(facts, where=f"--to {name}")
-    with full_disk_is_an_error(place.parent):
-        place.parent.mkdir(parents=True, exist_ok=True)
-        size = chosen.write(load_draft(directory, registry=registry, adapter=adapter), facts, place)
-    click.echo(f"wrote {place}: {in_words(size)}")
+    _write(chosen, load_draft(directory, registry=registry, adapter=adapter), facts, place)
     if origin.left_out:
         click.echo(f"the model card has no accepted lengths: {origin.left_out}", err=True)
+
+
+def _write_reduced(
+    draft: str, name: str, out: str | None, target: str | None, size: int, prompts: int, plugins: Plugins
+) -> None:
+    from deepspec_core.checkpoints.export_facts import facts_of
+    from deepspec_core.checkpoints.export_origin import checkpoint_in, origin_of
+    from deepspec_core.checkpoints.exports import Format
+    from deepspec_core.checkpoints.published import read_options, stored_dtype
+    from deepspec_core.errors import ConfigError
+    from deepspec_core.pipeline.diagnosed_run import run_of
+    from deepspec_core.pipeline.reduced_vocabulary import empty_reduced, reduced
+
+    where = "--draft-vocab"
+    directory = Path(checkpoint_in(draft))
+    if directory == Path(draft):
+        raise ConfigError(
+            "the tokens to keep are those of a run's answers",
+            where=where,
+            found=draft,
+            expected="the folder of a run that has trained",
+            fix="Name the run's folder in place of a checkpoint.",
+        )
+    run, registry = run_of(Path(draft), overrides=(), tasks=(), plugins=plugins), plugins.registry
+    algorithm, _, _ = read_options(directory, registry)
+    chosen = Format.of(name, algorithm, registry)
+    place = _free_place(out, _own_name(draft, directory), name)
+    origin, dtype = origin_of(directory, target=target), stored_dtype(directory)
+    facts = partial(
+        facts_of, dtype=dtype, target=origin.target, settings=origin.settings, tokenizer=origin.tokenizer(registry)
+    )
+    empty, adapter = empty_reduced(run, size, where=where)
+    chosen.check(facts(empty, adapter), where=f"--to {name}")
+    with run.locked():
+        found = reduced(run, size, prompts=prompts, where=where)
+    measured = found.about["measured"]
+    click.echo(
+        f"{size:,} tokens are {100 * found.about['covered']:.2f}% of the answers'; accepted length "
+        f"{measured['accepted_length_before']:.3f} before, {measured['accepted_length_after']:.3f} after, on "
+        f"{measured['prompts']} prompts"
+    )
+    _write(chosen, found.draft, facts(found.draft, adapter, reduced=found.about), place)
+
+
+def _write_untrained(path: str, name: str, out: str | None, plugins: Plugins) -> None:
+    from deepspec_core.checkpoints.exports import Format
+    from deepspec_core.config.load import load_run_file
+    from deepspec_core.pipeline.exporting import untrained_draft
+    from deepspec_core.pipeline.run import Run
+
+    run = Run(file=load_run_file(Path(path), plugins=plugins), path=Path(path), plugins=plugins)
+    chosen = Format.of(name, run.file.draft.type, plugins.registry)
+    place = _free_place(out, f"{run.file.run.name}-untrained", name)
+    draft, facts = untrained_draft(run, lambda facts: chosen.check(facts, where=f"--to {name}"))
+    _write(chosen, draft, facts, place)
+    click.echo("its weights are random: it is there to be loaded, and speeds nothing up", err=True)
+
+
+def _free_place(out: str | None, own: str, name: str) -> Path:
+    from deepspec_core.checkpoints.exports import require_free
+    from deepspec_core.disk import why_not_writable
+    from deepspec_core.errors import ExportError
+
+    place = Path(f"{own}-{name}" if out is None else out).expanduser()
+    require_free(place, fix="Choose another with --out.")
+    if (problem := why_not_writable(place.parent)) is not None:
+        raise ExportError("the export cannot be written there", where=place, found=problem)
+    return place
+
+
+def _write(chosen: Format, draft: DraftModel, facts: ExportFacts, place: Path) -> None:
+    from deepspec_core.disk import full_disk_is_an_error, in_words
+
+    with full_disk_is_an_error(place.parent):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        size = chosen.write(draft, facts, place)
+    click.echo(f"wrote {place}: {in_words(size)}")
 
 
 def _own_name(given: str, directory: Path) -> str:
     """A run's draft lies in `draft/` of the run's folder, which has the name that people know."""
     local = Path(given).expanduser().is_dir()
     if local and directory.name == "draft":
-        return directory.parent.name
+        return directory.resolve().parent.name
     return directory.name if local else given.rpartition("/")[2]

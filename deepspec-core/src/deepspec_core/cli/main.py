@@ -43,7 +43,6 @@ COMMANDS = {
     "simulate": "simulate:simulate",
     "checkpoint": "checkpoint:checkpoint",
     "export": "export:export",
-    "import": "import_draft:import_draft",
     "report": "report:report",
     "compare": "compare:compare",
     "status": "status:status",

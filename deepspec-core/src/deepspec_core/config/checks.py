@@ -66,6 +66,8 @@ def check_sections(sections: Mapping[str, Any], folder: Path, registry: Registry
             require_packed_draft(spec.name, registry)
         except ConfigError as error:
             yield error
+    if sections.get("draft") and sections["draft"].layer.style is not None:
+        yield from _style(sections["draft"].layer.style, registry)
     if sections.get("data") and not sections["data"].sources and _reads_data(sections):
         yield ConfigError("no data", where="data.sources", found="[]", expected="at least one source")
     if sections.get("data"):
@@ -133,6 +135,16 @@ def _untrained(sections: Mapping[str, Any]) -> Iterator[ConfigError]:
             found=evaluate.draft,
             expected="no such key",
             fix="remove it, or give the checkpoint's own type in [draft]",
+        )
+
+
+def _style(style: str, registry: Registry) -> Iterator[PluginError]:
+    """A style is the name of an installed family."""
+    try:
+        registry.get("target", style)
+    except PluginError as error:
+        yield PluginError(
+            error.problem, where="draft.layer.style", found=error.found, expected=error.expected, fix=error.fix
         )
 
 

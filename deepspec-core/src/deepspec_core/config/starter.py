@@ -44,7 +44,7 @@ class Start:
     sampling: Mapping[str, float]
     options: type[Any]
     option_values: Mapping[str, Any]
-    layer: Mapping[str, int]
+    layer: Mapping[str, int | str]
     loss: Mapping[str, Any]
     notes: Mapping[str, Sequence[str]]
     trained: bool = True

@@ -34,13 +34,16 @@ class ExportFacts:
 
     config: The keys of its checkpoint's config.json. Its `dtype` is that of the stored weights.
     shapes: The shapes of its weights, by published name.
-    softcap: The soft cap of the target's logits, which the draft's share; None if there is none.
+    softcap: The soft cap of the draft's logits; None if there is none.
     target: None if nothing beside a checkpoint says what its target is called.
     settings: Sections and keys of the run file that made the draft, as in TOML; empty if they are not known. A local
         path stands there by its last part.
     results: The `results` of the metrics.json of an evaluation of this very draft; empty if there is none.
     tokenizer: Loads the target's tokenizer (transformers), for formats that hold one: TargetError where it cannot be
         had. None if nothing says where the target is.
+    reduced: Of a vocabulary that was reduced for the export: `tokens`, `of`, `covered`, and `measured`, the accepted
+        length before and after. Empty otherwise.
+    untrained: Whether the weights are as they were drawn, for something to load before there is a draft.
     """
 
     description: DraftDescription
@@ -51,6 +54,8 @@ class ExportFacts:
     settings: Mapping[str, Any] = field(factory=dict)
     results: Sequence[Mapping[str, Any]] = ()
     tokenizer: Callable[[], Any] | None = None
+    reduced: Mapping[str, Any] = field(factory=dict)
+    untrained: bool = False
 
 
 @runtime_checkable

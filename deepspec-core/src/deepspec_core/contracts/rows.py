@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from attrs import field, frozen
+from attrs import Factory, field, frozen
 from torch import Tensor
 
 __all__ = ["Heads", "Rows"]
@@ -48,7 +48,8 @@ class Heads:
     """The vocabulary projections that turn rows into logits.
 
     draft [D, H] and target [V, H] may be the same frozen tensor. correction [D, r] is given if rows carry a correction.
-    With a `softcap` c, logits of draft and target become c * tanh(logits / c), before the correction is added.
+    With a `softcap` c, the draft's logits become c * tanh(logits / c), before the correction is added. The target's
+    do so by `target_softcap`; left out: the same.
 
     draft may be [G, D, H], and correction [G, D, r]: a head for each slot. A row is multiplied with that of its slot.
 
@@ -61,3 +62,4 @@ class Heads:
     correction: Tensor | None = None
     softcap: float | None = None
     draft_ids: Tensor | None = None
+    target_softcap: float | None = Factory(lambda self: self.softcap, takes_self=True)

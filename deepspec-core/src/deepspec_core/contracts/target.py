@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from attrs import field, frozen
+from attrs import Factory, field, frozen
 from torch import Tensor, nn
 
 __all__ = [
@@ -37,6 +37,7 @@ class TargetArchitecture:
     mask_token_id: None if the target has no mask token.
     name: The Hub id or directory that its config was read from; "" if it was made in memory.
     known_taps: The taps of published drafts for this very target; () if none are known.
+    draft_softcap: The soft cap of a draft's logits, where its layers are another family's; left out: the target's.
     """
 
     model_type: str
@@ -52,6 +53,7 @@ class TargetArchitecture:
     dense: bool = True
     name: str = ""
     known_taps: tuple[int, ...] = ()
+    draft_softcap: float | None = Factory(lambda self: self.logit_softcap, takes_self=True)
 
 
 @frozen(kw_only=True)

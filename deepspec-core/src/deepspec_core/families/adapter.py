@@ -70,6 +70,7 @@ class FamilyAdapter(ABC):
         self.config = config
         self.text = self.text_config(config)
         self.draft_layer = draft_layer or LayerOptions()
+        assert self.draft_layer.style is None, "a style takes two adapters: families/styled.py"
         sizes = {key: getattr(self.draft_layer, option) for option, key in self.size_keys().items()}
         own = {key: size for key, size in sizes.items() if size is not None}
         if self.draft_layer.rope is not None:

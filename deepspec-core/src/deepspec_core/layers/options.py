@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from attrs import Attribute, field, frozen
-from attrs.validators import optional
+from attrs.validators import instance_of, optional
 
 from deepspec_core.config.bounds import whole
 
@@ -76,6 +76,9 @@ def rope_problem(entry: Mapping[str, Any]) -> str | None:
 class LayerOptions:
     """[draft.layer]: the draft's own shape. What is left out is the target's.
 
+    style: The family whose layers the draft has, by its name in `deepspec plugins`: projections, norms, MLP, rotary
+        embedding. The sizes are still the target's. The draft then embeds tokens and forms logits as that family does,
+        with the target's weights. Serving engines have draft layers of few families. Left out: the target's own family.
     intermediate_size: Width of the MLP. Needed for targets without dense layers.
     num_heads: Query heads.
     num_kv_heads: Key and value heads.
@@ -89,6 +92,7 @@ class LayerOptions:
         least as large as what the draft proposes in one round. Left out: the whole context.
     """
 
+    style: str | None = field(default=None, validator=optional(instance_of(str)))
     intermediate_size: int | None = field(default=None, validator=optional(whole(1, _SIZES)))
     num_heads: int | None = field(default=None, validator=optional(whole(1, _HEADS)))
     num_kv_heads: int | None = field(default=None, validator=optional(whole(1, _HEADS)))

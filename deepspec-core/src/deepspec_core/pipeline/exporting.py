@@ -7,8 +7,11 @@ checkpoints/exports.py.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from deepspec_core.checkpoints.export_facts import facts_of, settings_of, target_name
 from deepspec_core.checkpoints.exports import Format, require_free
@@ -22,6 +25,7 @@ from deepspec_core.evaluation.metrics_file import NAME as METRICS
 from deepspec_core.evaluation.metrics_file import results_of
 from deepspec_core.pipeline import contents
 from deepspec_core.pipeline.run import Run
+from deepspec_core.pipeline.training import new_draft
 from deepspec_core.targets.opening import fingerprint
 
 
@@ -58,6 +62,21 @@ def check_servable(run: Run, facts: ExportFacts) -> None:
 def facts_before(run: Run, draft: DraftModel) -> ExportFacts:
     """What is known before training. `draft` is one on fake tensors."""
     return _facts(run, draft, run.target.draft_adapter)
+
+
+def untrained_draft(run: Run, check: Callable[[ExportFacts], None]) -> tuple[DraftModel, ExportFacts]:
+    """The draft that the run would begin to train, with the target's embedding and head, and its facts.
+
+    `check` is asked before the target is loaded. A reduced vocabulary has the first tokens, because nothing is counted.
+    """
+    with torch.device("meta"):
+        check(_facts(run, new_draft(run), run.target.draft_adapter, untrained=True))
+    draft = new_draft(run).to(torch.float32)
+    draft.adopt(run.target.model.embedding_weight(), run.target.model.head_weight())
+    if wanted := draft.describe().target_weights:
+        draft.adopt_weights(run.target.extra_weights(wanted))
+    dtype = str(run.target.dtype).removeprefix("torch.")
+    return draft.to("cpu").eval(), _facts(run, draft, run.target.draft_adapter, dtype=dtype, untrained=True)
 
 
 def facts_of_finished(run: Run) -> ExportFacts:

@@ -23,7 +23,10 @@ from deepspec_core.data.template_check import check_template
 from deepspec_core.data.tokenize import ChatTokenizer
 from deepspec_core.disk import in_words
 from deepspec_core.errors import DataError
+from deepspec_core.layers.options import LayerOptions
+from deepspec_core.pipeline.served_style import ServedStyle, served_style
 from deepspec_core.plugins.registry import Registry
+from deepspec_core.plugins.specs import DraftModelSpec
 from deepspec_core.targets.opening import open_target_alone, resolve_model, tokenizer_for, weight_bytes
 from deepspec_core.targets.taps import spread_taps
 
@@ -31,6 +34,7 @@ DEFAULT_DATA: Final = "mlabonne/open-perfectblend"
 # Bytes of a trained weight: fp32, its gradient and the optimizer's two moments. Bytes of a frozen weight: bfloat16.
 _BYTES_TRAINED: Final = 16
 _BYTES_FROZEN: Final = 2
+_MLP_NOTE: Final = "The draft is dense, and the target is not: the size of the draft's MLP is a choice."
 
 
 @frozen(kw_only=True)
@@ -65,6 +69,9 @@ def start_of(model: str, draft_type: str, data: str | None, folder: Path, regist
     mask = _mask_token(adapter, tokenizer)
     if any(attribute.name == MASK for attribute in fields(options)):
         values[MASK] = mask.value
+    served = _served_style(spec, options, values, adapter, taps, where, layer, tokenizer, registry)
+    if served is not None:
+        adapter = served.adapter
     fmt = adapter.conversation_format()
     check_template(tokenizer, fmt, where=where)
     return Start(
@@ -77,11 +84,12 @@ def start_of(model: str, draft_type: str, data: str | None, folder: Path, regist
         sampling=asdict(fmt.sampling),
         options=options,
         option_values=values,
-        layer=layer,
+        layer={**({} if served is None else {"style": served.style}), **layer},
         loss=spec.default_loss,
         notes={
             "target": [_target_note(where)],
             **(_notes_of_training(registry, spec, values, adapter, taps, tokenizer) if spec.trained else {}),
+            "draft.layer": [*([_MLP_NOTE] if "intermediate_size" in layer else []), *_style_note(served)],
             f"draft.{MASK}": [mask.reason],
         },
         trained=spec.trained,
@@ -101,8 +109,42 @@ def _notes_of_training(
         "layers": [_tap_note(adapter) if taps else "The draft needs no decoder layer's outputs."],
         "cache": [_cache_note(adapter, taps, registry)],
         "draft": [_draft_note(registry, spec, values, adapter, taps)],
-        "draft.layer": ["The draft is dense, and the target is not: the size of the draft's MLP is a choice."],
     }
+
+
+def _served_style(
+    spec: DraftModelSpec,
+    options: type[Any],
+    values: dict[str, Any],
+    adapter: TargetAdapter,
+    taps: tuple[int, ...],
+    where: str | Path,
+    layer: dict[str, Any],
+    tokenizer: ChatTokenizer,
+    registry: Registry,
+) -> ServedStyle | None:
+    """None, too, for drafts that are not trained, or whose options the user has to complete."""
+    if not spec.trained or any(each.default is NOTHING and each.name not in values for each in fields(options)):
+        return None
+    return served_style(
+        spec.name,
+        spec.options and spec.options(**values),
+        adapter,
+        taps,
+        where=where,
+        layer=LayerOptions(**layer),
+        tokenizer=lambda: tokenizer.tokenizer,
+        registry=registry,
+    )
+
+
+def _style_note(served: ServedStyle | None) -> list[str]:
+    if served is None:
+        return []
+    return [
+        "No installed export format takes a draft with layers of the target's own family. In this style it can be "
+        f"exported to {', '.join(served.formats)}. Remove the style for layers like the target's."
+    ]
 
 
 def _mask_token(adapter: TargetAdapter, tokenizer: ChatTokenizer) -> _Found:

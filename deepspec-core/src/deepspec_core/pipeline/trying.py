@@ -249,5 +249,5 @@ def _few(rows: Rows, heads: Heads) -> tuple[Rows, Heads]:
     correction = None
     if heads.correction is not None:
         correction = drawn(*heads.correction.shape[:-2], _VOCABULARY, heads.correction.shape[-1])
-    few_heads = Heads(draft=head, target=target, correction=correction, softcap=heads.softcap, draft_ids=ids_D)
+    few_heads = evolve(heads, draft=head, target=target, correction=correction, draft_ids=ids_D)
     return few, few_heads

@@ -116,7 +116,8 @@ def _try_window(run: Run, description: DraftDescription, config: dict[str, Any])
     with fake_tensors():
         handed = adapter.attention_projections(adapter.architecture.hidden_size).window
     written = window_of(config, Path("config.json"))
-    family = registry.adapter_for(adapter.architecture.model_type)
+    style = run.file.draft.layer.style
+    family = registry.get("target", style) if style else registry.adapter_for(adapter.architecture.model_type)
     for what, package, found in (
         (f"target family {family.name!r}", registry.provider("target", family.name), handed),
         (f"draft type {run.file.draft.type!r}", registry.provider("draft", run.file.draft.type), description.window),

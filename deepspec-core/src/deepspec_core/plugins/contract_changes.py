@@ -24,6 +24,7 @@ CHANGES: Final[Mapping[str, tuple[str, ...]]] = {
         "wrappers of proposers hand on reads_last_hidden and max_nodes",
         "registry.trained_drafts() lists draft types that are trained",
         "importers are gone: nothing called them",
+        "a draft's own soft cap is architecture.draft_softcap, and Heads has target_softcap",
     ),
 }
 

@@ -37,6 +37,7 @@ PUBLIC_MODULES = {
     "deepspec_core.families.adapter": "The base of target families' adapters.",
     "deepspec_core.families.layouts": "Layouts of attention, norms and rotary embedding that families share.",
     "deepspec_core.families.vocabulary": "A target's embedding and lm_head without the rest of it.",
+    "deepspec_core.families.styled": "A draft whose layers are another family's than its target's.",
     "deepspec_core.families.transformers_target": "Any transformers causal language model as a target.",
     "deepspec_core.families.loading": "Loading such a model from a directory, strictly.",
     "deepspec_core.layers.attention": "A draft layer's attention without its pattern.",

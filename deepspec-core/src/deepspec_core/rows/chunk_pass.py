@@ -135,7 +135,7 @@ class RowPass:
             self.heads.target if self.inside_VH is None else self.inside_VH,
             rows=plan.window_rows,
             beside=plan.most_rows if self.product_NV is None else 0,
-            softcap=self.heads.softcap,
+            softcap=self.heads.target_softcap,
             kernels=self.settings.kernels,
             whole_head_VH=None if self.inside_VH is None else self.heads.target,
             # As many logits as a chunk has.

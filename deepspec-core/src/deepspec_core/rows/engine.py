@@ -215,6 +215,7 @@ class RowEngine:
             correction=None if heads.correction is None else self._cast("correction_head", heads.correction, dtype),
             softcap=heads.softcap,
             draft_ids=heads.draft_ids,
+            target_softcap=heads.target_softcap,
         )
 
     def _inside(self, heads: Heads, cast: Heads) -> Tensor | None:

@@ -109,8 +109,15 @@ def open_adapter(
         ) from error
     tokens = special_tokens(where, raw, revision=revision, trust_remote_code=trust_remote_code)
     build = registry.load("target", spec.name)
+    styled = draft_layer is not None and draft_layer.style is not None
     try:
-        adapter: TargetAdapter = build(config, draft_layer, tokens)
+        # With a style, the sizes are those of the style's layers.
+        own = LayerOptions(intermediate_size=draft_layer.intermediate_size) if styled and draft_layer else draft_layer
+        adapter: TargetAdapter = build(config, own, tokens)
+        if styled and draft_layer and adapter.unsupported() is None:
+            from deepspec_core.families.styled import styled_adapter
+
+            adapter = styled_adapter(adapter, config, draft_layer, tokens, registry=registry)
         reason = adapter.unsupported()
     except DeepSpecError:
         raise

@@ -141,8 +141,8 @@ class DraftModelSuite(ProposerSuite):
             len(heads.target) == len(embedding_VH),
             f"heads().target has {len(heads.target)} of {len(embedding_VH)} tokens",
         )
-        cap = self.adapter().architecture.logit_softcap
-        require(draft.heads().softcap == cap, f"heads().softcap = {draft.heads().softcap}, the target's is {cap}")
+        cap, found = self.adapter().architecture.logit_softcap, (heads.softcap, heads.target_softcap)
+        require(found == (cap, cap), f"heads() has softcap, target_softcap = {found}, the target's is {cap}")
 
     @clause("rows have the shapes, kinds and order of the contract; blocks are together and in order", written=_ROWS)
     def test_rows_keep_their_form(self) -> None:

@@ -1,0 +1,167 @@
+"""A finished draft with fewer tokens to propose: those that its run's answers have most of, and what that costs.
+
+Training is not repeated: rows of the lm_head, and of whatever else has a row for each token that can be proposed, are
+left out. Knows a run's folder and how a draft's weights follow its vocabulary; no format, and no algorithm.
+
+Legend: D tokens kept, V tokens of the target.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import attrs
+import torch
+from attrs import evolve, frozen
+
+from deepspec_core.checkpoints.opening import draft_adapter
+from deepspec_core.checkpoints.published import load_draft, read_options
+from deepspec_core.contracts.draft import DraftModel
+from deepspec_core.contracts.target import TargetAdapter
+from deepspec_core.data.frequent_tokens import frequent_tokens
+from deepspec_core.errors import ConfigError, PluginError
+from deepspec_core.evaluation.evaluator import evaluate, summarise
+from deepspec_core.evaluation.group_decoding import Decoding
+from deepspec_core.evaluation.sampled import sampling_at, stop_text
+from deepspec_core.evaluation.tasks import task_label
+from deepspec_core.pipeline.evaluating import prompts_of, requests_of
+from deepspec_core.pipeline.run import Run
+
+_OPTION = "vocab_size"
+_IDS = "vocabulary.ids"
+
+
+@frozen(kw_only=True, eq=False)
+class ReducedDraft:
+    """The draft, and what export.json says of its vocabulary: `tokens`, `of`, `covered` (the share of the answers'
+    tokens that are kept), and the accepted length before and after."""
+
+    draft: DraftModel
+    about: dict[str, Any]
+
+
+def empty_reduced(run: Run, size: int, *, where: str) -> tuple[DraftModel, TargetAdapter]:
+    """The run's finished draft with `size` tokens, without memory for weights, and its adapter.
+
+    ConfigError, at `where`, where such drafts have no vocabulary of their own, or not this many tokens.
+    """
+    with torch.device("meta"):
+        return _new(run, size, where)
+
+
+def reduced(run: Run, size: int, *, prompts: int, where: str) -> ReducedDraft:
+    """The run's finished draft with the `size` tokens that its training answers have most of.
+
+    Both drafts decode `prompts` prompts of the run's first task greedily. The target is loaded for it.
+    """
+    folder, registry = run.folder / "draft", run.plugins.registry
+    target = run.target
+    adapter = draft_adapter(folder, registry=registry)
+    whole = load_draft(folder, registry=registry, adapter=adapter)
+    draft, _ = _new(run, size, where)
+    samples, architecture = run.data.training_samples(), target.architecture
+    found = frequent_tokens(
+        (samples[index] for index in range(len(samples))),
+        size=size,
+        vocab_size=architecture.vocab_size,
+        always=architecture.stop_token_ids,
+    )
+    keep_rows(whole, draft, found.ids)
+    before, after = (_accepted(run, one, prompts) for one in (whole, draft))
+    return ReducedDraft(
+        draft=draft.to(device="cpu", dtype=torch.float32).eval(),
+        about={
+            "tokens": size,
+            "of": architecture.vocab_size,
+            "covered": round(found.covered / max(1, found.supervised), 6),
+            "measured": {
+                "task": task_label(run.file.evaluate.tasks[0]),
+                "temperature": 0,
+                "prompts": before["samples"],
+                "accepted_length_before": before["acceptance_length"],
+                "accepted_length_after": after["acceptance_length"],
+                "interval_before": before["acceptance_length_interval"],
+                "interval_after": after["acceptance_length_interval"],
+            },
+        },
+    )
+
+
+def keep_rows(whole: DraftModel, draft: DraftModel, ids_D: torch.Tensor) -> None:
+    """Give `draft`, whose vocabulary has D tokens, the weights of `whole`, of which it has these rows.
+
+    PluginError where a weight is neither of its own shape nor one with a row for each token.
+    """
+    assert draft.vocabulary is not None
+    draft.vocabulary.choose(ids_D)
+    theirs, kept = whole.state_dict(), {}
+    for name, own in draft.state_dict().items():
+        given = theirs.get(name)
+        if name == _IDS:
+            kept[name] = own
+        elif given is not None and given.shape == own.shape:
+            kept[name] = given
+        elif given is not None and given.shape[1:] == own.shape[1:] and len(own) == len(ids_D):
+            kept[name] = given[ids_D]
+        else:
+            raise PluginError(
+                "the draft's weights do not follow its vocabulary",
+                where=name,
+                found=None if given is None else list(given.shape),
+                expected=f"{list(own.shape)}, or a row for each token of the target",
+            )
+    draft.load_state_dict(kept)
+
+
+def _new(run: Run, size: int, where: str) -> tuple[DraftModel, TargetAdapter]:
+    folder, registry = run.folder / "draft", run.plugins.registry
+    kind, options, taps = read_options(folder, registry)
+    if options is None or not any(one.name == _OPTION for one in attrs.fields(type(options))):
+        raise ConfigError(
+            "drafts of this type have no vocabulary of their own",
+            where=where,
+            found=kind,
+            expected=f"a draft type with the option {_OPTION}",
+        )
+    if getattr(options, _OPTION) is not None:
+        raise ConfigError(
+            "the draft's vocabulary is reduced already",
+            where=where,
+            found=f"{getattr(options, _OPTION):,} tokens",
+            expected="a draft that knows all of its target's tokens",
+            fix="Train with another [draft] vocab_size.",
+        )
+    adapter = draft_adapter(folder, registry=registry)
+    try:
+        draft: DraftModel = registry.load("draft", kind)(evolve(options, **{_OPTION: size}), adapter, taps)
+    except ConfigError as error:
+        raise ConfigError(error.problem, where=where, found=error.found, expected=error.expected) from error
+    draft.embed_tokens.requires_grad_(False)
+    draft.lm_head.requires_grad_(False)
+    return draft, adapter
+
+
+def _accepted(run: Run, draft: DraftModel, prompts: int) -> dict[str, Any]:
+    options, target = run.file.evaluate, run.target
+    task = options.tasks[0]
+    asked, _, _ = requests_of(run, task, prompts_of(run, task)[:prompts], thinking=run.file.regenerate.thinking is True)
+    longest = max(len(request.prompt_ids) for request in asked)
+    decoding = Decoding(
+        target=target.model,
+        proposer=draft.to(device=target.device, dtype=target.dtype).eval().proposer(),
+        sampling=sampling_at(options, 0.0),
+        stop_ids=target.architecture.stop_token_ids,
+        max_new_tokens=options.max_new_tokens,
+        max_length=min(target.architecture.max_positions, longest + options.max_new_tokens),
+        batch_size=options.batch_sizes[0],
+        plain=False,
+        confidence_threshold=0.0,
+        stop_text=stop_text(options, target.tokenizer.tokenizer),
+    )
+    with TemporaryDirectory() as folder:
+        groups = evaluate(
+            asked, decoding, journal=Path(folder) / "journal.jsonl", prompts_digest="", what="measure the vocabulary"
+        )
+    return summarise(groups, seed=options.seed)

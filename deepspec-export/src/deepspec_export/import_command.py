@@ -1,0 +1,40 @@
+"""`deepspec import DIR --target NAME -o OUT`: a draft of another project's format becomes a checkpoint of ours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from deepspec_core.cli.options import no_plugin
+
+
+@click.command("import")
+@click.argument("draft", metavar="DIR_OR_HUB_ID")
+@click.option("--target", required=True, metavar="NAME", help="The draft's target: a Hub id, a folder, builtin:NAME.")
+@click.option("-o", "--out", required=True, metavar="DIR", help="The checkpoint to write.")
+@click.option("--format", "name", metavar="FORMAT", help="What the draft's format is. Left out: what its keys say.")
+@no_plugin
+def import_command(draft: str, target: str, out: str, name: str | None, blocked: tuple[str, ...]) -> None:
+    """Make a checkpoint of ours of a draft in the format of speculators, vLLM, SGLang, z-lab or llama.cpp.
+
+    It can be evaluated, and its layers are those that [draft] and [draft.layer] describe. A draft that no draft type
+    here can express is refused, with the reason. The folder appears when all of it is written and checked.
+    """
+    from deepspec_core.checkpoints.exports import require_free
+    from deepspec_core.checkpoints.opening import resolve_draft
+    from deepspec_core.disk import full_disk_is_an_error, why_not_writable
+    from deepspec_core.errors import ExportError
+    from deepspec_core.plugins.discovery import load_plugins
+    from deepspec_export.importing import import_draft
+
+    registry = load_plugins(blocked=blocked).registry
+    folder, place = resolve_draft(draft, base=Path()), Path(out).expanduser()
+    require_free(place, fix="Choose another with --out.")
+    if (problem := why_not_writable(place.parent)) is not None:
+        raise ExportError("the checkpoint cannot be written there", where=place, found=problem)
+    with full_disk_is_an_error(place.parent):
+        imported = import_draft(folder, target, place, registry=registry, format_name=name)
+    click.echo(f"wrote {place}: a draft of type {imported.algorithm}, read as {imported.format}")
+    for note in imported.notes:
+        click.echo(f"note: {note}", err=True)
