@@ -167,6 +167,19 @@ def test_features_of_another_target(run_file: Path) -> None:
     assert found["first_drop"] == "live"
 
 
+def test_a_draft_that_is_fitted_to_its_own_texts(run_file: Path) -> None:
+    def few(run: Run, samples: Sequence[Sample]) -> Iterator[Sample]:
+        return (samples[index % 8] for index in range(len(samples)))
+
+    train_on(run_file, few)
+    found = diagnosis(run_file)
+    assert found["first_drop"] == "held-out", found["verdict"]
+    assert found["causes"] == [], "every part fits"
+    assert "the draft knows its own samples better" in " ".join(found["verdict"])
+    accepted = {stage["name"]: stage["accepted"] for stage in found["stages"]}
+    assert accepted["replayed"] > 2 > 1.5 > accepted["held-out"]
+
+
 def test_another_chat_template_at_evaluation(run_file: Path) -> None:
     (run_file.parent / "other.jinja").write_text("{{ '<|im_start|>system\nAnswer in verse.<|im_end|>\n' }}" + TEMPLATE)
     found = diagnosis(run_file, "--set", "target.chat_template=other.jinja")
@@ -281,7 +294,9 @@ def test_a_target_that_was_tuned_since(run_file: Path) -> None:
     shutil.copytree(resolve_model("builtin:tiny-qwen3", base=Path(), registry=load_plugins().registry), tuned)
     torch.manual_seed(0)
     edit_weights(
-        tuned, lambda _, weight: weight + 0.3 * weight.std() * torch.randn_like(weight) if weight.dim() > 1 else weight
+        # Less, such as 0.3, may cost no more than the tolerance.
+        tuned,
+        lambda _, weight: weight + 0.6 * weight.std() * torch.randn_like(weight) if weight.dim() > 1 else weight,
     )
     found = diagnosis(run_file, "--set", "target.model=tuned")
     assert "target" in found["causes"], found["verdict"]

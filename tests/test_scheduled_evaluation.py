@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 
+import deepspec_core as ds
 from deepspec_core.cli.main import main
 from deepspec_core.decoding.engine import Completion
 from deepspec_core.decoding.profiling import Step
 from deepspec_core.digests import digest_of
+from deepspec_core.errors import DeepSpecError
 from deepspec_core.evaluation.cost_table import write_cost_table
 from deepspec_core.evaluation.evaluator import recorded
 
@@ -28,10 +30,10 @@ def costs(judged_copy: Path) -> Callable[..., str]:
     report = json.loads((judged_copy / "metrics.json").read_text())
     most = report["draft"]["max_tokens"] + 1
 
-    def make(*, sizes: tuple[int, ...] = (1, 3), most: int = most, device: str | None = None, **target: Any) -> str:
+    def make(*, sizes: tuple[int, ...] = (1, 3), most: int = most, machine: Any = None, **target: Any) -> str:
         about = {
             "target": {**{key: report["target"][key] for key in ("model", "revision", "dtype")}, **target},
-            "machine": {**report["machine"], **({} if device is None else {"device": device})},
+            "machine": {**report["machine"], **(machine or {})},
         }
         steps = [step(size, size * width) for size in sizes for width in (1, most)]
         write_cost_table(judged_copy.parent / "costs.json", steps, about)
@@ -88,7 +90,7 @@ def test_greedy_outputs_stay_and_the_report_says_how_they_came(
     [
         ({"revision": "0" * 64}, ("is of another target", "deepspec profile")),
         ({"dtype": "float16"}, ("in another number format",)),
-        ({"device": "NVIDIA H200"}, ("another kind of machine", "NVIDIA H200")),
+        ({"machine": {"device": "NVIDIA H200"}}, ("another kind of machine", "NVIDIA H200")),
         ({"sizes": (2, 3)}, ("no step of so many requests", "--batch-size 1 --batch-size 3")),
         ({"sizes": (1, 2)}, ("no step of so many requests", "--batch-size 3")),
         ({"most": 2}, ("no step of so many tokens", "--draft-tokens")),
@@ -125,3 +127,26 @@ def test_what_does_not_go_with_a_scheduler_is_refused(
     ):
         assert main(["run", str(path), *(part for one in more for part in ("--set", one))]) == 2
         assert says in capsys.readouterr().err
+
+
+def test_from_python_too(
+    judged_copy: Path, drafts: dict[str, Path], costs: Callable[..., str], caplog: pytest.LogCaptureFixture
+) -> None:
+    target = ds.load_target("builtin:tiny-qwen3", dtype="float32", device="cpu")
+    draft = ds.load_draft(drafts["dspark"], target)
+    asked: dict[str, Any] = {"tasks": {"sums": ["What is 3 + 4?", "What is 5 + 6?"]}, "temperature": 0.0}
+    asked |= {"max_new_tokens": 8, "batch_size": 1, "plain": False}
+    [free] = ds.evaluate(target, draft, **asked)
+    [found] = ds.evaluate(target, draft, cost_table=costs(), **asked)
+    assert found.figures["output_tokens"] == free.figures["output_tokens"]
+    assert found.figures["scheduler"] == "synchronous"
+    assert found.figures["cost_table"] == digest_of(Path("costs.json"))
+    assert "threads" not in caplog.text
+    ds.evaluate(target, draft, cost_table=costs(machine={"threads": 77}), asynchronous=True, **asked)
+    assert "costs.json was measured with 77 threads, and this evaluation computes with 1" in caplog.text
+    with pytest.raises(DeepSpecError, match="is of another target"):
+        ds.evaluate(target, draft, cost_table=costs(revision="0" * 64), **asked)
+    with pytest.raises(DeepSpecError, match="two rules would end proposals"):
+        ds.evaluate(target, draft, cost_table=costs(), confidence_threshold=0.5, **asked)
+    with pytest.raises(DeepSpecError, match="no scheduler to be asynchronous"):
+        ds.evaluate(target, draft, asynchronous=True, **asked)

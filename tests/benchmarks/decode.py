@@ -14,18 +14,21 @@ Every way makes the same number of tokens: stop tokens do not end it. Figures ar
 that of the two of a pair. Greedy outputs are compared, and those that differ are counted. `of_floor` is the engine's
 time a token over the least there can be: the weights' bytes at the speed of a copy, or 2 operations for each weight and
 sequence at the speed of a large product, whichever takes longer; both speeds are measured in the run.
+On a CPU that other work shares, `--time cpu` counts the process's own time in place of the wall clock's. It is the sum
+over threads, and ratios are then of the work done.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
+from time import perf_counter, process_time
 from typing import Any
 
 import torch
@@ -58,6 +61,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--time", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--parts", nargs="+", default=["plain", "lookup", "loop", "batch", "temperature"])
     options = parser.parse_args()
     name = str(options.real) if options.real else BUILTIN
@@ -65,7 +69,7 @@ def main() -> None:
     target = ds.load_target(name, dtype=dtype, device=options.device)
     count = threads.for_decoding(target.architecture, target.model.device, batch_size=max(options.batch))
     with threads.using(count):
-        bench = Bench(target, options.pairs, options.tokens)
+        bench = Bench(target, options.pairs, options.tokens, process_time if options.time == "cpu" else perf_counter)
         figures: dict[str, Any] = {"ceilings": bench.ceilings}
         if "plain" in options.parts:
             figures["plain"] = [bench.plain(size) for size in options.batch]
@@ -82,8 +86,14 @@ def main() -> None:
     settings = {"target": BUILTIN if options.real is None else options.real.name, "dtype": dtype, "pairs": bench.pairs}
     report = {
         "commit": commit(),
-        "machine": {**machine, "compiler": _compiler()},
-        "settings": {**settings, "tokens": bench.tokens, "proposed": PROPOSED, "batch": options.batch},
+        "machine": {**machine, "compiler": _compiler(), "load": os.getloadavg()},
+        "settings": {
+            **settings,
+            "tokens": bench.tokens,
+            "proposed": PROPOSED,
+            "batch": options.batch,
+            "time": options.time,
+        },
         "figures": figures,
     }
     options.output.mkdir(parents=True, exist_ok=True)
@@ -94,14 +104,14 @@ def main() -> None:
 class Bench:
     """A target, its weights once more for transformers, and prompts that no pair has twice."""
 
-    def __init__(self, target: Any, pairs: int, tokens: int) -> None:
-        self.target, self.pairs, self.tokens = target, pairs, tokens
+    def __init__(self, target: Any, pairs: int, tokens: int, now: Callable[[], float]) -> None:
+        self.target, self.pairs, self.tokens, self.now = target, pairs, tokens, now
         self.model, self.device = target.model, target.model.device
         self.hub = AutoModelForCausalLM.from_pretrained(self._folder(), dtype=self.model.dtype).to(self.device).eval()
         reader = PromptReader(target, False, None)
         self.questions = (reader.ids([question], "prompt") for question in held_out_questions())
         self.weights = sum(one.numel() for one in self.hub.parameters())
-        self.ceilings = _ceilings(self.device, self.model.dtype)
+        self.ceilings = _ceilings(self.device, self.model.dtype, now)
 
     def _folder(self) -> str:
         where = self.target.architecture.name
@@ -117,7 +127,7 @@ class Bench:
     ) -> tuple[float, Outputs, Clock, int]:
         """Seconds, outputs, where the time went, and rounds."""
         requests = [Request(id=str(index), prompt_ids=ids, seed=index) for index, ids in enumerate(prompts)]
-        clock = Clock()
+        clock = Clock(now=self.now)
         start = self._now()
         found = decode(
             self.model, proposer, requests, sampling=Sampling(temperature=temperature), stop_ids=(),
@@ -266,7 +276,7 @@ class Bench:
     def _now(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+        return self.now()
 
 
 def _parts(clock: Clock, rounds: int) -> dict[str, float]:
@@ -280,7 +290,7 @@ def _medians(parts: list[dict[str, float]]) -> dict[str, float]:
     return {name: statistics.median(one[name] for one in parts) for name in parts[0]}
 
 
-def _ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+def _ceilings(device: torch.device, dtype: torch.dtype, now: Callable[[], float]) -> dict[str, float]:
     """What a large product and a copy of random numbers reach here, at best."""
     size, numbers = (8192, 2**28) if device.type == "cuda" else (1024, 2**24)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
@@ -292,11 +302,11 @@ def _ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
         for _ in range(6):
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            start = time.perf_counter()
+            start = now()
             act()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            times.append(time.perf_counter() - start)
+            times.append(now() - start)
         return min(times[1:])
 
     return {

@@ -53,7 +53,7 @@ def check_sections(sections: Mapping[str, Any], folder: Path, registry: Registry
             if not sections["evaluate"].temperature:
                 yield no_temperature("evaluate.temperature")
             yield from samples_mistakes(sections["evaluate"], "evaluate.samples")
-            yield from _cuts(sections["evaluate"])
+            yield from cut_mistakes(sections["evaluate"])
         if "regenerate" not in run.stages and sections.get("regenerate"):
             yield from _share(sections["regenerate"].thinking, run)
     spec = registry.get("draft", sections["draft"].type) if sections.get("draft") else None
@@ -148,7 +148,8 @@ def _style(style: str, registry: Registry) -> Iterator[PluginError]:
         )
 
 
-def _cuts(evaluate: EvaluateOptions) -> Iterator[ConfigError]:
+def cut_mistakes(evaluate: EvaluateOptions) -> Iterator[ConfigError]:
+    """Two rules that both would end proposals."""
     if evaluate.scheduler is not None and evaluate.confidence_threshold > 0:
         yield ConfigError(
             "two rules would end proposals",

@@ -10,7 +10,6 @@ C = taps * H, V vocabulary.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
@@ -116,7 +115,7 @@ class _Engine:
             self.seen_SV = torch.zeros(self.batch_size, vocab_size, dtype=torch.bool, device=self.target.device)
         exhausted = False
         while True:
-            start = time.perf_counter()
+            start = self.clock.now()
             done: list[Completion] = []
             free = [slot for slot in range(self.batch_size) if slot not in self.active]
             fresh: dict[int, Request] = {}
@@ -130,7 +129,7 @@ class _Engine:
                 done += self._admit(fresh)
             if self.active:
                 done += self._round()
-            self.clock.wall += time.perf_counter() - start
+            self.clock.wall += self.clock.now() - start
             yield from done
             if exhausted and not self.active:
                 return

@@ -52,6 +52,16 @@ class SlotKVCache:
         self.keys_SGLD[rows_B1, :, entries_BT] = keys_BGTD.transpose(1, 2).to(self.keys_SGLD.dtype)
         self.values_SGLD[rows_B1, :, entries_BT] = values_BGTD.transpose(1, 2).to(self.values_SGLD.dtype)
 
+    def write_run(self, slot: int, start: int, keys_1GTD: Tensor, values_1GTD: Tensor) -> None:
+        """Write one slot's keys and values at positions start, start + 1, ...: `write`, where the host knows them.
+
+        Only where all positions are kept, so that entries are positions.
+        """
+        assert self.size == self.max_length, "entries of a window wrap around"
+        for kept_SGLD, new_1GTD in ((self.keys_SGLD, keys_1GTD), (self.values_SGLD, values_1GTD)):
+            kept_1GLD = kept_SGLD if self.num_slots == 1 else kept_SGLD.narrow(0, slot, 1)
+            kept_1GLD.narrow(2, start, new_1GTD.shape[2]).copy_(new_1GTD)
+
     def move(self, slots_B: Tensor, from_BT: Tensor, to_BT: Tensor) -> None:
         """Copy entries from_BT of slots to entries to_BT, all read before any is written. -1 is the unused entry.
 
@@ -82,5 +92,5 @@ class SlotKVCache:
         Slots must ascend. Reading all slots gives a view.
         """
         if slots_B.numel() == self.num_slots:
-            return self.keys_SGLD[:, :, :length], self.values_SGLD[:, :, :length]
+            return self.keys_SGLD.narrow(2, 0, length), self.values_SGLD.narrow(2, 0, length)
         return self.keys_SGLD[slots_B, :, :length], self.values_SGLD[slots_B, :, :length]

@@ -24,6 +24,10 @@ __all__ = ["distribution", "draw", "draw_tokens", "next_token", "penalised"]
 _CANDIDATES = 256
 # Cumulative sums are formed over blocks of so many tokens, and then within one of them.
 _BLOCK = 512
+# A vocabulary of no more tokens is summed as one: so few sums take less time than finding a block.
+_WHOLE = 8 * _BLOCK
+# Drawn are the points below this part of the total, which a cumulative sum in fp64 reaches in whatever order it adds.
+_REACHED = 1 - 2.0**-46
 # Numbers of one fp32 tensor of the target's rows at most, 64 MiB; more rows are taken in turns.
 _CHUNK = 2**24
 
@@ -118,8 +122,9 @@ def draw(probs_V: Tensor, uniforms: Tensor) -> Tensor:
     Takes probs [..., V] and uniforms [...] in [0, 1), and gives ids [...] int64. A row's sum must be above 0 and need
     not be 1. A token of probability 0 is never drawn, however close u is to 1.
     """
-    if probs_V.shape[-1] <= _BLOCK:
-        return _reached(probs_V, uniforms)[0]
+    if probs_V.shape[-1] <= _WHOLE:
+        summed_V = probs_V.cumsum(dim=-1, dtype=torch.float64)
+        return _first_beyond(probs_V, summed_V, uniforms.double() * summed_V[..., -1])
     block, into = _reached(block_sums(probs_V), uniforms)
     inside_S = _of_block(probs_V, block)
     return block * _BLOCK + _first_beyond(inside_S, inside_S.cumsum(dim=-1, dtype=torch.float64), into)
@@ -159,11 +164,9 @@ def _reached(mass: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
 
 def _first_beyond(mass: Tensor, summed: Tensor, point: Tensor) -> Tensor:
     """The first entry that has mass and whose cumulative mass exceeds the point; the last that has mass, if none."""
-    possible = mass > 0
+    point = torch.minimum(point, summed[..., -1] * _REACHED)[..., None]
     # A parallel cumulative sum may not be monotone to the last bit, so every entry is compared, without binary search.
-    reached = possible & (summed > point[..., None])
-    last_possible = mass.shape[-1] - 1 - possible.flip(-1).int().argmax(dim=-1)
-    return torch.where(reached.any(dim=-1), reached.int().argmax(dim=-1), last_possible)
+    return ((mass > 0) & (summed > point)).view(torch.uint8).argmax(dim=-1)
 
 
 def _most_probable(probs_NV: Tensor, p: float) -> Tensor:

@@ -82,30 +82,29 @@ def outcome(
 
     It ends at an accepted stop token. `lengths` [B] are those of the proposals.
     """
-    num_draft = tokens_BK.shape[1]
-    stop_BK = torch.zeros_like(tokens_BK, dtype=torch.bool)
-    for stop_id in stop_ids:
-        stop_BK |= tokens_BK == stop_id
-    stop_BK &= torch.arange(num_draft, device=tokens_BK.device) < accepted_B[:, None]
-    before_stop_B = _leading(~stop_BK)
-    stopped_B = before_stop_B < num_draft
-    accepted_B = torch.where(stopped_B, before_stop_B + 1, accepted_B)
+    before_stop_B = accepted_B
+    if stop_ids:
+        stop_BK = tokens_BK == stop_ids[0]
+        for stop_id in stop_ids[1:]:
+            stop_BK |= tokens_BK == stop_id
+        before_stop_B = _leading(~stop_BK)
+    goes_on_B = before_stop_B >= accepted_B
+    accepted_B = torch.minimum(accepted_B, before_stop_B + 1)
     tokens = torch.cat([tokens_BK, own_B[:, None]], dim=1)
-    tokens.scatter_(
-        1, accepted_B[:, None], torch.where(stopped_B, tokens.gather(1, accepted_B[:, None])[:, 0], own_B)[:, None]
-    )
+    # After an accepted stop token this is padding.
+    tokens.scatter_(1, accepted_B[:, None], own_B[:, None])
     return Verdict(
         accepted=accepted_B,
-        committed=accepted_B + (~stopped_B).long(),
+        committed=accepted_B + goes_on_B,
         tokens=tokens,
-        proposal_lengths=torch.where(stopped_B, accepted_B, lengths_B),
+        proposal_lengths=torch.where(goes_on_B, lengths_B, accepted_B),
         path=path_BK,
     )
 
 
 def _leading(flags_BK: Tensor) -> Tensor:
     """The number of leading entries that are true, [B]."""
-    return flags_BK.long().cumprod(1).sum(1)
+    return flags_BK.cumprod(1).sum(1)
 
 
 def _target_probabilities(logits_BKV: Tensor, tokens_BK: Tensor, sampling: Sampling) -> Tensor:

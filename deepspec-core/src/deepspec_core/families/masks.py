@@ -58,6 +58,8 @@ class MaskBuilder:
 
         Padding sees position 0, so that no row of the softmax is empty.
         """
+        if self._all_seen(positions_BT, len(keys_L)):
+            return self._pack(None, None)
         offset_BTL = positions_BT.clamp(min=0)[:, :, None] - keys_L
         visible_BTL = offset_BTL >= 0
         return self._pack(self._additive(visible_BTL), self._windowed(visible_BTL, offset_BTL))
@@ -77,6 +79,15 @@ class MaskBuilder:
         seen_BTL = sees_BTT.gather(2, among_BL[:, None].expand(-1, width, -1)) & new_BL[:, None]
         visible_BTL = seen_BTL | (column_BL < 0)[:, None] | ((cells_BT < 0)[:, :, None] & (keys_L == 0))
         return self._pack(self._additive(visible_BTL), self._windowed(visible_BTL, offset_BTL))
+
+    def _all_seen(self, positions_BT: Tensor, keys: int) -> bool:
+        """Whether one new token a sequence stands at the last key of all, as where a sequence is decoded plainly alone.
+
+        Known where reading a tensor is free: an accelerator would have to be waited for.
+        """
+        if positions_BT.shape[1] != 1 or positions_BT.device.type != "cpu":
+            return False
+        return (self.window is None or keys <= self.window) and bool((positions_BT == keys - 1).all())
 
     def _windowed(self, visible_BTL: Tensor, offset_BTL: Tensor) -> Tensor | None:
         return None if self.window is None else self._additive(visible_BTL & (offset_BTL < self.window))

@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from deepspec_core.contracts.target import TargetArchitecture, TargetFeatures, TargetStep
 from deepspec_core.errors import TargetError
+from deepspec_core.families.grouped_attention import read_shared_keys
 from deepspec_core.families.masks import MaskBuilder
 from deepspec_core.families.slot_cache import SlotCache
 from deepspec_core.layers.softcap import softcapped
@@ -34,6 +35,7 @@ class TransformersTarget:
     def __init__(self, model: Any, architecture: TargetArchitecture) -> None:
         self.architecture = architecture
         self.model = model.eval().requires_grad_(False)
+        read_shared_keys(model)
         self.decoder = model.get_decoder()
         self.head = model.get_output_embeddings()
         self.device: torch.device = self.decoder.get_input_embeddings().weight.device

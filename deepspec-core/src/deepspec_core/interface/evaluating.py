@@ -14,10 +14,11 @@ from typing import Any
 
 from attrs import field, frozen
 
-from deepspec_core.config.checks import no_temperature, samples_mistakes
+from deepspec_core.config.checks import cut_mistakes, no_temperature, samples_mistakes
 from deepspec_core.config.schema import HELD_OUT, EvaluateOptions
 from deepspec_core.data.tokenize import ChatTokenizer
 from deepspec_core.decoding.engine import Request
+from deepspec_core.dtypes import dtype_name
 from deepspec_core.errors import ConfigError, DataError
 from deepspec_core.evaluation.evaluator import evaluate as decode_groups
 from deepspec_core.evaluation.evaluator import summarise
@@ -26,12 +27,14 @@ from deepspec_core.evaluation.group_decoding import Decoding
 from deepspec_core.evaluation.requests import Askable, repeated, requests_of_prompts
 from deepspec_core.evaluation.sampled import sampling_at, stop_text
 from deepspec_core.evaluation.tasks import load_task
-from deepspec_core.interface.arguments import names_of
+from deepspec_core.interface.arguments import flag_of, names_of, path_of
 from deepspec_core.interface.generating import check_confidence
 from deepspec_core.interface.models import Draft, Target, check_models
 from deepspec_core.interface.options import GenerateOptions, checked
 from deepspec_core.interface.prompts import Prompt, PromptReader, chat_tokenizer, listed
 from deepspec_core.pipeline import threads
+from deepspec_core.pipeline.scheduling import Costs, costs_from
+from deepspec_core.targets.opening import fingerprint
 
 Tasks = str | PathLike[str] | Sequence[str | PathLike[str]] | Mapping[str, Iterable[Prompt]]
 
@@ -80,14 +83,18 @@ def evaluate(
     thinking: bool = False,
     system_prompt: str | None = None,
     confidence_threshold: float = 0.0,
+    cost_table: str | PathLike[str] | None = None,
+    asynchronous: bool = False,
     seed: int = DEFAULTS.seed,
 ) -> list[Evaluation]:
     """Decode the prompts of every task at every temperature and batch size; one result each, in that order.
 
     `tasks` are registered tasks or JSON-lines files with `turns` or `messages`, relative to the working directory; or a
     dictionary of names and lists of prompts, as `generate` takes them. `limit` caps the prompts of each task. Samples
-    that fail are left out and listed in the figures, at most the share `max_failures`. Raises DeepSpecError where more
-    fail, a task cannot be read or an option is out of range.
+    that fail are left out and listed in the figures, at most the share `max_failures`. With a `cost_table`, a file that
+    `deepspec profile` wrote, only the draft tokens are verified that pay at the present load; `asynchronous` as in
+    [evaluate.scheduler]. Raises DeepSpecError where more samples fail, a task or the table cannot be read, or does not
+    fit, or an option is out of range.
     """
     check_models(target, draft)
     if draft is None:
@@ -118,6 +125,7 @@ def evaluate(
             "batch_size": batch_size,
             "plain": plain,
             "confidence_threshold": confidence_threshold,
+            "scheduler": _scheduler(cost_table, asynchronous),
             "seed": seed,
         },
         call="evaluate",
@@ -136,6 +144,7 @@ def evaluate(
         raise no_temperature("the argument `temperature`")
     for mistake in samples_mistakes(options, "the argument `samples`"):
         raise mistake
+    costs = _costs(target, draft, options)
     if own is not None:
         reader = PromptReader(target, asked.thinking, asked.system_prompt)
         asked_of = {
@@ -145,7 +154,7 @@ def evaluate(
         tokenizer = chat_tokenizer(target, asked.thinking)
         asked_of = {task: _of_task(target, tokenizer, task, options, asked.system_prompt) for task in names}
     return [
-        _evaluation(target, draft, task, found, value, size, options)
+        _evaluation(target, draft, task, found, value, size, options, costs)
         for task, found in asked_of.items()
         for value in options.temperature
         for size in options.batch_sizes
@@ -160,11 +169,12 @@ def _evaluation(
     temperature: float,
     batch_size: int,
     options: EvaluateOptions,
+    costs: Costs | None,
 ) -> Evaluation:
     architecture, (requests, too_long, refused) = target.architecture, asked
     decoding = Decoding(
         target=target.model,
-        proposer=draft.proposer(),
+        proposer=draft.proposer() if costs is None else costs.scheduled(draft.proposer()),
         sampling=sampling_at(options, temperature),
         stop_ids=architecture.stop_token_ids,
         max_new_tokens=options.max_new_tokens,
@@ -189,11 +199,12 @@ def _evaluation(
             max_failures=options.max_failures,
             refused=len(refused),
         )
-    summary = summarise(groups, seed=options.seed, cut=options.confidence_threshold > 0)
+    summary = summarise(groups, seed=options.seed, cut=options.confidence_threshold > 0 or costs is not None)
     figures = {
         "batch_size": batch_size,
         **with_refused(summary, refused),
         "prompts_too_long": too_long,
+        **({} if costs is None else costs.told()),
     }
     warn_of_failures(f"{task} at temperature {temperature:g}", figures["failures"])
     low, high = figures["acceptance_length_interval"]
@@ -208,6 +219,42 @@ def _evaluation(
         speedup=figures.get("speedup"),
         mismatches=tuple(one["id"] for one in figures["mismatches"]) if options.plain and temperature == 0 else None,
         figures=figures,
+    )
+
+
+def _scheduler(cost_table: object, asynchronous: object) -> dict[str, Any] | None:
+    asynchronous = flag_of(asynchronous, "asynchronous")
+    if cost_table is not None:
+        path = path_of(cost_table, "cost_table", expected="a file that `deepspec profile` wrote")
+        return {"cost_table": str(path), "asynchronous": asynchronous}
+    if asynchronous:
+        raise ConfigError(
+            "there is no scheduler to be asynchronous", where="the argument `asynchronous`", fix="Give a cost_table."
+        )
+    return None
+
+
+def _costs(target: Target, draft: Draft, options: EvaluateOptions) -> Costs | None:
+    """What the scheduler reads, with the mistakes that can be known of it now; None without one."""
+    if options.scheduler is None:
+        return None
+    for mistake in cut_mistakes(options):
+        raise mistake
+    device, most = target.model.device, max(options.batch_sizes)
+    return costs_from(
+        Path.cwd() / options.scheduler.cost_table,
+        asynchronous=options.scheduler.asynchronous,
+        target={
+            "model": target.name,
+            "revision": fingerprint(target.architecture.name, revision=target.revision),
+            "dtype": dtype_name(target.model.dtype),
+        },
+        device=device,
+        count=threads.for_decoding(target.architecture, device, batch_size=most),
+        batch_sizes=options.batch_sizes,
+        gives_confidence=draft.description.gives_confidence,
+        max_tokens=draft.description.max_tokens,
+        where="the argument `cost_table`",
     )
 
 

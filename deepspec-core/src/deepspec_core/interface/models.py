@@ -38,13 +38,14 @@ log = logging.getLogger("deepspec")
 
 @frozen(kw_only=True, eq=False)
 class Target:
-    """A loaded target. `name` is what it was asked for; `tokenizer` is transformers' own."""
+    """A loaded target. `name` and `revision` are what was asked for; `tokenizer` is transformers' own."""
 
     name: str
     adapter: TargetAdapter
     model: TargetModel
     tokenizer: Any = field(repr=False)
     plugins: Plugins = field(repr=False)
+    revision: str | None = None
 
     @property
     def architecture(self) -> TargetArchitecture:
@@ -129,7 +130,7 @@ def load_target(
     model = load_weights(
         adapter, where, dtype=numbers, device=place, trust_remote_code=trust_remote_code, revision=revision
     )
-    return Target(name=name, adapter=adapter, model=model, tokenizer=tokenizer, plugins=plugins)
+    return Target(name=name, adapter=adapter, model=model, tokenizer=tokenizer, plugins=plugins, revision=revision)
 
 
 def load_draft(name: str | Path, target: Target, *, tree_nodes: int | None = None) -> Draft:
