@@ -17,6 +17,7 @@ import pytest
 import torch
 from attrs import evolve
 
+from deepspec_core.cache.counting import samples_with
 from deepspec_core.cache.estimate import cache_bytes, require_space
 from deepspec_core.cache.hdf5 import HDF5Format
 from deepspec_core.contracts.cache import CacheFormat, CacheHeader, CacheReader, CacheWriter
@@ -217,6 +218,25 @@ def test_a_complete_cache_that_grows_is_unfinished_until_it_is_not(tmp_path: Pat
         HDF5Format().open(tmp_path, HEADER)
     writer.finish()
     _same(HDF5Format().open(tmp_path, HEADER)[4], make_sample(4))
+
+
+def test_a_cache_keeps_how_many_samples_have_a_token_until_it_grows(tmp_path: Path) -> None:
+    samples = [make_sample(index) for index in range(6)]
+    token = int(samples[0].input_ids[0])
+    having = sum(bool((one.input_ids == token).any()) for one in samples)
+    _fill(tmp_path, 6)
+    uncounted = HDF5Format().open(tmp_path, HEADER)
+    assert uncounted.samples_with(token) is None
+    assert samples_with(uncounted, token) == having
+    for count in (having, 4):  # what was noted is believed, and not counted again
+        writer = HDF5Format().create(tmp_path, HEADER)
+        writer.note_samples_with(token, count)
+        writer.finish()
+        assert samples_with(HDF5Format().open(tmp_path, HEADER), token) == count
+    writer = HDF5Format().create(tmp_path, HEADER)
+    writer.write(make_sample(6))
+    writer.finish()
+    assert HDF5Format().open(tmp_path, HEADER).samples_with(token) is None
 
 
 def test_a_shard_renamed_but_not_in_the_manifest_does_not_count(tmp_path: Path) -> None:

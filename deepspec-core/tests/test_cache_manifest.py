@@ -1,10 +1,13 @@
 """A manifest is believed only where every value in it can be true."""
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from attrs import evolve
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -79,6 +82,12 @@ def test_any_value_anywhere_is_read_as_it_stands_or_refused(folder: Path, data: 
         (lambda content: content["shards"][1].update(file="shard-0.h5"), "file 'shard-0.h5' is there twice"),
         (lambda content: content["shards"][0].update(file="../x.h5"), "file"),
         (lambda content: content["shards"][0].update(file=".."), "lies outside the cache"),
+        (lambda content: content["shards"][0].update(ids=["0-a", None]), "ids must be text"),
+        (lambda content: content["shards"][0].update(ids=["0-a", "\ud800"]), "surrogates"),
+        (lambda content: content.update(samples_with={"a": 1}), "'a'"),
+        (lambda content: content.update(samples_with={"07": 1}), "'07', where a token id belongs"),
+        (lambda content: content.update(samples_with={"7": -1}), "-1"),
+        (lambda content: content.update(samples_with={"7": 5}), "5 of 4 samples have token 7"),
         (lambda content: content["header"].update(hidden_size=True), "hidden_size"),
         (lambda content: content["header"].update(taps=[0, -2]), "taps"),
         (lambda content: content.pop("header"), "header"),
@@ -93,6 +102,21 @@ def test_what_cannot_be_true_is_named(tmp_path: Path, change: Any, says: str) ->
         with pytest.raises(CacheError, match="manifest is damaged") as caught:
             use(tmp_path)
         assert says in str(caught.value)
+
+
+def test_ids_and_lengths_take_few_bytes_a_sample(tmp_path: Path) -> None:
+    names = [f"conversation {number:06d}" for number in range(5000)]
+    shard = evolve(SHARDS[0], ids=names, lengths=[60] * 5000)
+    evolve(WHOLE, shards=(shard,)).save(tmp_path)
+    found = manifests.load(tmp_path, format="hdf5")
+    assert found is not None
+    ids = found.shards[0].ids
+    assert ids == names
+    assert list(ids) == names
+    assert (ids[7], ids[3:5]) == (names[7], names[3:5])
+    assert ids.take(np.array([5, 2])) == [names[5], names[2]]
+    # 19 of text, 4 for its place, 4 for the length.
+    assert len(pickle.dumps(found)) < 30 * 5000
 
 
 @pytest.mark.parametrize("version", [1, 3])

@@ -117,7 +117,7 @@ def test_cached_and_online_sources_agree(tmp_path: Path) -> None:
     samples, target = _samples(), TinyTarget()
     reader = _cache(tmp_path, samples, target)
     run = SimpleNamespace(
-        data=SimpleNamespace(training_samples=lambda: samples, count_mask_token=lambda ids: None),
+        data=SimpleNamespace(training_samples=lambda: samples, count_mask_token=lambda reader: None),
         cache=SimpleNamespace(open=lambda: reader),
         target=SimpleNamespace(model=target),
         file=SimpleNamespace(target=SimpleNamespace(layers=TAPS), train=SimpleNamespace(batching="packed")),

@@ -350,3 +350,23 @@ def test_the_last_answer_alone(tokenizer: ChatTokenizer) -> None:
     assert sample.id == "t"
     assert [span.endswith("2<|end|>") for span in _spans(tokenizer, sample)] == [True]
     assert tokenizer.template_fingerprint(FMT, None, last) != tokenizer.template_fingerprint(FMT, None)
+
+
+@pytest.mark.parametrize("joined", [True, False])
+def test_answers_whose_first_newline_is_the_headers_token_are_counted(joined: bool) -> None:
+    base = tiny_tokenizer()
+    base.chat_template = (
+        "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+    )
+    if joined:
+        base.add_tokens(["\n\n"])
+    counts: Counter[str] = Counter()
+    said = [_conversation("What?", "\nOne."), _conversation("And?", "Two."), _conversation("And?", "Three.\n\n")]
+    kept = tokenize_all(
+        [evolve(one, id=f"c{number}") for number, one in enumerate(said)], ChatTokenizer(base), FMT,
+        system_prompt=None, max_length=64, min_supervised_tokens=1, counts=counts,
+    )  # fmt: skip
+    first, *_ = kept
+    assert base.decode(first.input_ids[first.loss_mask]) == ("One.<|end|>" if joined else "\nOne.<|end|>")
+    assert counts["joined_start"] == joined

@@ -4,8 +4,9 @@ Warm reading: passes over all samples, in order and shuffled, by this process an
 memory map of one file that holds every sample's features, each copied out of it into a tensor once, and handed over by
 the same loader. Cold reading: the files' pages are dropped first (posix_fadvise), and the yardstick is plain `pread` of
 each sample's bytes; `pages dropped` is how much slower plain reading is cold than warm, which is near 1 where the
-system keeps the pages. Writing: until the last byte is synced, against one file written and synced. `checked` is what
-training pays: every feature is looked at once more, to see that it is finite.
+system keeps the pages. Writing: against plain files of the same samples, as many as the cache has shards, each written
+from its first byte to its last and synced before the next one begins: what a sealed shard promises, and no more.
+`checked` is what training pays: every feature is looked at once more, to see that it is finite.
 
 Legend: T tokens, C = taps * H, H hidden size.
 """
@@ -35,7 +36,7 @@ from deepspec_core.features.cached import CachedFeatures
 
 FORMATS = {"hdf5": HDF5Format, "deepspec-v2": BinaryV2Format}
 TAPS = (1, 2, 3, 4)
-SHARD_SAMPLES = 16
+SHARD_SAMPLES = 256  # about 600 MB at the default size
 WORKERS = (0, 1, 2)
 
 
@@ -129,6 +130,12 @@ def loader(source: Any, order: Order, workers: int) -> Callable[[], Iterator[Sam
     options: dict[str, Any] = {"num_workers": workers, "prefetch_factor": 4, "persistent_workers": True}
     ready = DataLoader(source, batch_size=None, sampler=order, collate_fn=as_is, **options)
     return lambda: iter(ready)
+
+
+def write_plain_shards(folder: Path, all_samples: Sequence[Sample]) -> None:
+    folder.mkdir()
+    for first in range(0, len(all_samples), SHARD_SAMPLES):
+        write_plain(folder / f"{first}.bin", all_samples[first : first + SHARD_SAMPLES])
 
 
 def write_plain(path: Path, all_samples: Sequence[Sample]) -> None:
@@ -242,12 +249,12 @@ def _writing(
         def work() -> float:
             target = place / "written"
             taken = seconds(lambda: write(target))
-            shutil.rmtree(target) if target.is_dir() else target.unlink()
+            shutil.rmtree(target)
             return taken
 
         return work
 
-    works = {"plain": again(lambda target: write_plain(target, all_samples))}
+    works = {"plain": again(lambda target: write_plain_shards(target, all_samples))}
     for name in FORMATS:
         works[name] = again(lambda target, name=name: write_cache(target, name, all_samples, about))
     return in_turns(works, options.turns, "plain")

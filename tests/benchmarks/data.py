@@ -26,6 +26,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -202,9 +203,10 @@ def rendering(options: argparse.Namespace, write: Callable[[dict[str, Any]], Non
             stream = in_processes(many, ours, processes)
             next(stream)  # the processes are there
             start = time.perf_counter()
-            found[name][f"{processes} processes, conversations/s"] = (sum(1 for _ in stream) + 1) / (
-                time.perf_counter() - start
-            )
+            count = sum(1 for _ in islice(stream, len(many) - 1))
+            # Until the last one: ending the processes is no more part of it than starting them.
+            found[name][f"{processes} processes, conversations/s"] = count / (time.perf_counter() - start)
+            assert next(stream, None) is None, "that was the last one"
             write(found)
 
 
@@ -221,7 +223,7 @@ def main() -> None:
         command.add_argument("--repeat", type=int, default=4)
     cache = commands.add_parser("cache")
     cache.add_argument("--output", type=Path, required=True)
-    cache.add_argument("--samples", type=int, default=96)
+    cache.add_argument("--samples", type=int, default=512)
     cache.add_argument("--hidden-size", type=int, default=1024)
     cache.add_argument("--turns", type=int, default=5)
     single = commands.add_parser("one-size")

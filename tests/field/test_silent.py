@@ -131,6 +131,10 @@ def test_a_mask_token_chosen_after_the_cache_was_made(finished_copy: Path, capsy
     cache = HDF5Format().open(folder / "cache", None)
     ids = [cache.tokens_of(index).input_ids.tolist() for index in range(len(cache))]
     assert ids == [cache[index].input_ids.tolist() for index in range(len(cache))]
+    # The cache keeps the count of the mask token that it was made for.
+    noted = json.loads((folder / "cache" / "manifest.json").read_text())["samples_with"]
+    assert noted == {mask: sum(int(mask) in one for one in ids) for mask in noted}
+    assert len(noted) == 1
     ordinary = 228
     meant = sum(ordinary in one for one in ids)
     assert meant > 0

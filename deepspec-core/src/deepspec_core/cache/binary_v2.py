@@ -24,6 +24,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
+from deepspec_core.cache.chunked_rows import mapped
 from deepspec_core.cache.manifest import Manifest, Shard, sync_folder
 from deepspec_core.cache.sharded import ShardedFormat
 from deepspec_core.cache.taps import runs
@@ -126,8 +127,6 @@ class _NewShard:
     def finish(self, lengths: Sequence[int], original_lengths: Sequence[int]) -> None:
         """The original lengths, and the end."""
         self._file.write(np.array(original_lengths, dtype="<i8").tobytes())
-        self._file.flush()
-        os.fsync(self._file.fileno())
         self._file.close()
 
     def close(self) -> None:
@@ -152,7 +151,7 @@ class OpenShard:
                 expected=f"{end:,} bytes of samples, and 8 for the original length of each",
                 fix=_MAKE_AGAIN,
             )
-        self._bytes = np.memmap(path, dtype=np.uint8, mode="r") if size else np.zeros(0, dtype=np.uint8)
+        self._bytes = mapped(path) if size else np.zeros(0, dtype=np.uint8)
         self._original = self._bytes[end:].view("<i8") if size > end else np.array(lengths)
 
     def tokens(self, row: int) -> tuple[Any, Any, int]:

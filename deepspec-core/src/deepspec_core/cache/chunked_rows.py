@@ -58,33 +58,47 @@ class GrownRows:
 
 
 class ChunkedRows:
-    """The file of a shard, mapped into memory beside HDF5's own handle."""
+    """The rows of one dataset, for reading. `content` is its whole file as bytes (`mapped`).
 
-    def __init__(self, path: Path) -> None:
-        self._bytes: Any = np.memmap(path, dtype=np.uint8, mode="r")
+    HDF5 is asked once for the place of each chunk. It reads what lies in no chunks, or in chunks of part of the
+    columns, as other programs may write it.
+    """
 
-    def close(self) -> None:
-        """Let go of the mapping."""
-        del self._bytes
+    def __init__(self, dataset: Any, content: Any) -> None:
+        self.dataset, self._content = dataset, content
+        # Asking a dataset for these takes as long as copying a chunk.
+        self._shape, self._dtype, chunks = dataset.shape, dataset.dtype, dataset.chunks
+        self._of_row = int(np.prod(self._shape[1:])) * self._dtype.itemsize
+        direct = chunks is not None and chunks[1:] == self._shape[1:]
+        self._rows = chunks[0] if direct else 0
+        # Where chunks begin in the file; 0, where no chunk can be, until HDF5 was asked.
+        self._places = np.zeros(-(-self._shape[0] // chunks[0]) if direct else 0, dtype=np.int64)
 
-    def read(self, dataset: Any, begin: int, end: int) -> Any:
-        """dataset[begin:end]. OSError where the file ends before the rows do.
-
-        HDF5 reads what lies in no chunks, or in chunks of part of the columns, as other programs may write it.
-        """
-        chunks, shape = dataset.chunks, dataset.shape
-        if not chunks or chunks[1:] != shape[1:] or begin == end:
-            return dataset[begin:end]
-        found = np.empty((end - begin, *shape[1:]), dtype=dataset.dtype)
-        of_row = found[0].nbytes
-        for first in range(begin - begin % chunks[0], end, chunks[0]):
-            info = dataset.id.get_chunk_info_by_coord((first, *(0 for _ in shape[1:])))
-            if info.byte_offset is None:  # never written: HDF5 knows what stands for it
-                return dataset[begin:end]
-            start, stop = max(begin, first), min(end, first + chunks[0])
-            into: Any = found[start - begin : stop - begin].reshape(-1).view(np.uint8)
-            at = info.byte_offset + (start - first) * of_row
-            if at + into.nbytes > len(self._bytes):
-                raise OSError(f"the file ends within chunk {first // chunks[0]} of {dataset.name}")
-            into[:] = self._bytes[at : at + into.nbytes]
+    def read(self, begin: int, end: int) -> Any:
+        """dataset[begin:end]. OSError where the file ends before the rows do."""
+        if not self._rows or begin >= end:
+            return self.dataset[begin:end]
+        found = np.empty((end - begin, *self._shape[1:]), dtype=self._dtype)
+        into: Any = found.reshape(-1).view(np.uint8)
+        of_row, rows, done = self._of_row, self._rows, 0
+        for chunk in range(begin // rows, (end - 1) // rows + 1):
+            start, stop = max(begin, chunk * rows), min(end, (chunk + 1) * rows)
+            place = int(self._places[chunk]) or self._ask(chunk)
+            if not place:  # never written: HDF5 knows what stands for it
+                return self.dataset[begin:end]
+            at, size = place + (start - chunk * rows) * of_row, (stop - start) * of_row
+            if at + size > len(self._content):
+                raise OSError(f"the file ends within chunk {chunk} of {self.dataset.name}")
+            into[done : done + size] = self._content[at : at + size]
+            done += size
         return found
+
+    def _ask(self, chunk: int) -> int:
+        info = self.dataset.id.get_chunk_info_by_coord((chunk * self._rows, *(0 for _ in self._shape[1:])))
+        self._places[chunk] = info.byte_offset or 0
+        return int(self._places[chunk])
+
+
+def mapped(path: Path) -> Any:
+    """The file's bytes, mapped into memory. As a plain array: a slice of np.memmap takes several times as long."""
+    return np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))

@@ -12,12 +12,12 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Final
 
-from attrs import frozen
+from attrs import field, frozen
 
 from deepspec_core.contracts.cache import CacheFormat, CacheHeader, MergingWriter
 from deepspec_core.contracts.draft import Sample
@@ -40,6 +40,7 @@ class Filling:
     ids, lengths: The ids and the tokens of all samples, in the order in which the cache has them.
     captured: captured(done) gives them with features, in that order, those left out whose ids are in `done`.
     require_space: require_space(tokens, shards) raises where the disk has no room for so many.
+    samples_with: Token -> how many samples have it, for a cache that can note it (contracts.cache.CacheReader).
     """
 
     cache_format: CacheFormat
@@ -50,6 +51,7 @@ class Filling:
     captured: Callable[[Collection[str]], Iterator[Sample]]
     require_space: Callable[[int, int], None]
     shard_samples: int
+    samples_with: Mapping[int, int] = field(factory=dict)
 
     def place(self, part: Part) -> Path:
         """The folder of a part."""
@@ -123,6 +125,9 @@ def _lead(work: Filling, crew: Crew) -> None:
                 crew.require_seen(work.place(part))
                 merging.absorb(work.place(part))
             merging.arrange({name: number for number, name in enumerate(work.ids)})
+        if (note := getattr(writer, "note_samples_with", None)) is not None:
+            for token, count in work.samples_with.items():
+                note(token, count)
         writer.finish()
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from deepspec_core.cache.chunked_rows import ChunkedRows, GrownRows
+from deepspec_core.cache.chunked_rows import ChunkedRows, GrownRows, mapped
 from deepspec_core.cache.manifest import Shard
 from deepspec_core.cache.shard_arrays import array_shapes, arrays_of, features_from
 from deepspec_core.cache.shard_file import ShardOutput, open_shard
@@ -80,7 +80,7 @@ class _NewShard:
         self._file["offsets"] = np.cumsum([0, *lengths], dtype="<i8")
         self._file["original_length"] = np.array(original_lengths, dtype="<i8")
         self._file.close()
-        self._output.sync_and_close()
+        self._output.finish()
 
     def close(self) -> None:
         """Close both files."""
@@ -94,31 +94,31 @@ class _OpenShard:
     def __init__(self, path: Path, header: CacheHeader, shard: Shard) -> None:
         shapes = _shapes(header, shard)
         self._file, self._header = open_shard(path, shapes, shard.lengths), header
+        content = mapped(path)
         # Opening a dataset takes as long as reading a short sample.
-        self._data = {name: self._file[name] for name in shapes}
-        self._rows = ChunkedRows(path)
+        self._data = {name: ChunkedRows(self._file[name], content) for name in shapes}
         self._begins = np.cumsum([0, *shard.lengths])
-        self._original = self._data["original_length"][:]
+        self._original = self._file["original_length"][:]
 
     def tokens(self, row: int) -> tuple[Any, Any, int]:
         """The sample's part of the datasets without features."""
         begin, end = self._span(row)
-        ids, mask = (self._rows.read(self._data[name], begin, end) for name in ("input_ids", "loss_mask"))
+        ids, mask = (self._data[name].read(begin, end) for name in ("input_ids", "loss_mask"))
         return ids, mask, int(self._original[row])
 
     def features(self, row: int) -> TargetFeatures:
         """Its part of the others."""
         begin, end = self._span(row)
-        return features_from(lambda name: self._rows.read(self._data[name], begin, end), self._header)
+        return features_from(lambda name: self._data[name].read(begin, end), self._header)
 
     def features_of(self, row: int, layers: Sequence[int]) -> TargetFeatures:
         """The same with some of the layers."""
         begin, end = self._span(row)
 
         def read(name: str) -> Any:
-            dataset = self._data[name]
             if not name.startswith("hidden"):
-                return self._rows.read(dataset, begin, end)
+                return self._data[name].read(begin, end)
+            dataset = self._data[name].dataset
             width = dataset.shape[1] // len(self._header.taps)
             parts = [dataset[begin:end, first * width : last * width] for first, last in runs(layers)]
             return np.concatenate(parts, axis=1)
@@ -126,9 +126,9 @@ class _OpenShard:
         return features_from(read, self._header)
 
     def close(self) -> None:
-        """Close both files."""
+        """Let go of the file and of its mapping."""
         self._file.close()
-        self._rows.close()
+        self._data.clear()
 
     def _span(self, row: int) -> tuple[int, int]:
         return int(self._begins[row]), int(self._begins[row + 1])

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import json
 import os
+from array import array
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from attrs import asdict, evolve, field, fields, frozen
-from attrs.validators import deep_iterable, instance_of, matches_re
+from attrs import evolve, field, fields, frozen
+from attrs.validators import deep_mapping, instance_of, matches_re
 
-from deepspec_core.config.bounds import whole
+from deepspec_core.cache.names import Names
+from deepspec_core.config.bounds import MANY, whole
 from deepspec_core.contracts.cache import CacheHeader
 from deepspec_core.digests import digests_of
 from deepspec_core.errors import CacheError
@@ -31,6 +33,21 @@ _FOR_THE_RECORD: Final = ("plugins", "computed_in", "split")
 _MAKE_AGAIN: Final = "Make the cache again (--force cache), or get it again from where it came."
 
 
+def _names(ids: Iterable[str]) -> Names:
+    return ids if isinstance(ids, Names) else Names(ids)
+
+
+def _lengths(lengths: Iterable[int]) -> array[int]:
+    """ValueError for what are no numbers of tokens."""
+    if isinstance(lengths, array):
+        return lengths
+    found = list(lengths)
+    for length in found:
+        if type(length) is not int or not 1 <= length <= MANY:
+            raise ValueError(f"lengths must be whole numbers from 1 to {MANY}: {length!r}")
+    return array("i", found)
+
+
 @frozen(kw_only=True)
 class Shard:
     """A sealed shard: its file, size and checksum, and the samples in it, in order, with their numbers of tokens."""
@@ -38,8 +55,8 @@ class Shard:
     file: str = field(validator=[instance_of(str), matches_re(r"[\w.-]+")])
     bytes: int = field(validator=whole(0, _LARGEST))
     xxh3: str = field(validator=[instance_of(str), matches_re("[0-9a-f]{32}")])
-    ids: tuple[str, ...] = field(validator=deep_iterable(instance_of(str), instance_of(tuple)))
-    lengths: tuple[int, ...] = field(validator=deep_iterable(whole(1), instance_of(tuple)))
+    ids: Names = field(converter=_names)
+    lengths: array[int] = field(converter=_lengths)
 
     def __attrs_post_init__(self) -> None:
         if self.file in (".", ".."):
@@ -47,15 +64,24 @@ class Shard:
         if len(self.ids) != len(self.lengths):
             raise ValueError(f"shard {self.file!r} has {len(self.ids)} samples and {len(self.lengths)} lengths")
 
+    def as_json(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        samples = {"ids": self.ids.tolist(), "lengths": self.lengths.tolist()}
+        return {"file": self.file, "bytes": self.bytes, "xxh3": self.xxh3, **samples}
+
 
 @frozen(kw_only=True)
 class Manifest:
-    """A cache on disk. `complete` is set when the writer has finished."""
+    """A cache on disk. `complete` is set when the writer has finished.
+
+    samples_with: Token id -> how many of a complete cache's samples have it, for tokens that were counted.
+    """
 
     format: str
     header: CacheHeader
     shards: tuple[Shard, ...] = ()
     complete: bool = field(default=False, validator=instance_of(bool))
+    samples_with: Mapping[int, int] = field(factory=dict, validator=deep_mapping(whole(0), whole(0)))
 
     @property
     def num_samples(self) -> int:
@@ -77,7 +103,8 @@ class Manifest:
             "format": self.format,
             "complete": self.complete,
             "header": self.header.as_json(),
-            "shards": [asdict(shard) for shard in self.shards],
+            "shards": [shard.as_json() for shard in self.shards],
+            "samples_with": {str(token): count for token, count in self.samples_with.items()},
         }
         temporary = folder / f"{name}.tmp"
         with temporary.open("w", encoding="utf-8") as file:
@@ -112,6 +139,8 @@ def load(folder: Path, *, format: str, name: str = NAME) -> Manifest | None:
             header=_header(content["header"]),
             shards=tuple(_shard(shard) for shard in _items(content["shards"])),
             complete=content["complete"],
+            # Caches that were made before there were counts have none.
+            samples_with={_token(key): count for key, count in content.get("samples_with", {}).items()},
         )
         _check(manifest)
         return manifest
@@ -207,8 +236,11 @@ def _check(manifest: Manifest) -> None:
     longest = max((length for shard in manifest.shards for length in shard.lengths), default=0)
     if longest > manifest.header.max_length:
         raise ValueError(f"a sample of {longest} tokens, where {manifest.header.max_length} is the most")
+    for token, count in manifest.samples_with.items():
+        if count > manifest.num_samples:
+            raise ValueError(f"{count} of {manifest.num_samples} samples have token {token}")
     files = [shard.file for shard in manifest.shards]
-    samples = [name for shard in manifest.shards for name in shard.ids]
+    samples = [name for shard in manifest.shards for name in shard.ids.tolist()]
     for what, names in (("file", files), ("sample", samples)):
         if len(set(names)) < len(names):
             twice = next(name for name, count in Counter(names).items() if count > 1)
@@ -221,6 +253,12 @@ def _header(content: Mapping[str, Any]) -> CacheHeader:
 
 def _shard(content: Mapping[str, Any]) -> Shard:
     return Shard(**{**content, "ids": _items(content["ids"]), "lengths": _items(content["lengths"])})
+
+
+def _token(key: str) -> int:
+    if str(int(key)) != key:
+        raise ValueError(f"{key!r}, where a token id belongs")
+    return int(key)
 
 
 def _items(value: Any) -> tuple[Any, ...]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
 
 from deepspec_core.contracts.cache import CacheReader
 from deepspec_core.contracts.draft import Sample
@@ -11,8 +14,9 @@ from deepspec_core.contracts.draft import Sample
 class SomeSamples:
     """contracts.cache.CacheReader over the samples of another one that have these numbers."""
 
-    def __init__(self, reader: CacheReader, numbers: Sequence[int]) -> None:
-        self._reader, self._numbers = reader, list(numbers)
+    def __init__(self, reader: CacheReader, numbers: Iterable[int]) -> None:
+        self._reader = reader
+        self._numbers: np.ndarray[Any, np.dtype[np.int64]] = np.array(numbers, dtype=np.int64)
         self.header = reader.header
 
     def __len__(self) -> int:
@@ -29,8 +33,8 @@ class SomeSamples:
         return [lengths[number] for number in self._numbers]
 
     def __getitem__(self, index: int) -> Sample:
-        return self._reader[self._numbers[index]]
+        return self._reader[int(self._numbers[index])]
 
     def tokens_of(self, index: int) -> Sample:
         """As of the whole cache."""
-        return self._reader.tokens_of(self._numbers[index])
+        return self._reader.tokens_of(int(self._numbers[index]))

@@ -31,11 +31,10 @@ class ShardOutput:
         if self._error is not None:
             raise self._error
 
-    def sync_and_close(self) -> None:
-        """Make what was written last. OSError where it does not."""
+    def finish(self) -> None:
+        """Let go of the file. The first error of writing is raised."""
         with self._file:
             self.check()
-            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Let go of the file."""

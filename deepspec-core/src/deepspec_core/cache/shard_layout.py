@@ -31,7 +31,7 @@ class NewShard(Protocol):
         ...
 
     def finish(self, lengths: Sequence[int], original_lengths: Sequence[int]) -> None:
-        """Write what remains, sync and close the file. OSError where the disk refuses."""
+        """Write what remains, and close the file. OSError where the disk refuses. The file is synced afterwards."""
         ...
 
     def close(self) -> None:

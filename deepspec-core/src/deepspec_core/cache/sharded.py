@@ -11,7 +11,7 @@ import os
 import shutil
 import socket
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
@@ -32,12 +32,13 @@ from deepspec_core.cache.manifest import (
     load,
     sync_folder,
 )
+from deepspec_core.cache.sealing import seal, storage_errors
 from deepspec_core.cache.shard_layout import NewShard, OpenShard, ShardLayout
 from deepspec_core.cache.taps import of_layers, places
 from deepspec_core.contracts.cache import CacheHeader
 from deepspec_core.contracts.draft import Sample
 from deepspec_core.contracts.target import TargetFeatures
-from deepspec_core.digests import digest_of
+from deepspec_core.data.digest_set import DigestSet, digest16
 from deepspec_core.errors import CacheError
 from deepspec_core.locks import Lock, lock
 
@@ -168,28 +169,29 @@ class ShardedWriter:
         self._path, self._layout, self._manifest = path, layout, manifest
         self._shard_samples, self._held = shard_samples, held
         self._shard: NewShard | None = None
-        self._written = {name for shard in manifest.shards for name in shard.ids}
-        self._seen = set(self._written)
+        self._seen = DigestSet()
+        for shard in manifest.shards:
+            self._see(shard.ids)
         self._ids: list[str] = []
         self._lengths: list[int] = []
         self._original_lengths: list[int] = []
 
     def written(self) -> set[str]:
         """Ids in sealed shards."""
-        return set(self._written)
+        return {name for shard in self._manifest.shards for name in shard.ids}
 
     def write(self, sample: Sample) -> None:
         """Append one sample with features. CacheError where the disk refuses."""
         features, header = sample.features, self._manifest.header
         assert features is not None, "a cache holds features"
-        assert sample.id not in self._seen, f"sample {sample.id} comes twice"
+        assert digest16(sample.id) not in self._seen, f"sample {sample.id} comes twice"
         length, channels = len(sample.input_ids), len(header.taps) * header.hidden_size
         assert features.hidden.shape == (length, channels), f"{tuple(features.hidden.shape)} for {length, channels}"
         assert features.last_hidden.shape == (length, header.hidden_size), f"{tuple(features.last_hidden.shape)}"
-        self._seen.add(sample.id)
+        self._see([sample.id])
         with storage_errors(self._path), self._closed_by_errors():
             if self._manifest.complete:
-                self._manifest = evolve(self._manifest, complete=False)
+                self._manifest = evolve(self._manifest, complete=False, samples_with={})
                 self._save()
             if self._shard is None:
                 self._shard = self._layout.new(self._partial, header)
@@ -219,24 +221,32 @@ class ShardedWriter:
             raise CacheError("A worker's part of the cache is unfinished", where=part, fix="Remove it and run again.")
         check_header(part, theirs.header, self._manifest.header)
         check_sizes(part, theirs)
-        if not self._seen.isdisjoint(name for shard in theirs.shards for name in shard.ids):
+        if any(digest16(name) in self._seen for shard in theirs.shards for name in shard.ids):
             raise CacheError("A worker's part of the cache is there twice", where=part, fix="Remove it and run again.")
         with storage_errors(self._path), self._closed_by_errors():
             for shard in theirs.shards:
                 name = self._shard_name
                 os.replace(part / shard.file, self._path / name)
                 sync_folder(self._path)
-                self._manifest = evolve(self._manifest.with_shard(evolve(shard, file=name)), complete=False)
+                manifest = self._manifest.with_shard(evolve(shard, file=name))
+                self._manifest = evolve(manifest, complete=False, samples_with={})
                 self._save()
-                self._written.update(shard.ids)
-                self._seen.update(shard.ids)
+                self._see(shard.ids)
         shutil.rmtree(part, ignore_errors=True)
+
+    def note_samples_with(self, token: int, count: int) -> None:
+        """The manifest keeps it once the cache is complete."""
+        self._manifest = evolve(self._manifest, samples_with={**self._manifest.samples_with, token: count})
 
     def arrange(self, order: Mapping[str, int]) -> None:
         """The manifest's order is the cache's."""
         with storage_errors(self._path), self._closed_by_errors():
             self._manifest = self._manifest.arranged(order)
             self._save()
+
+    def _see(self, names: Iterable[str]) -> None:
+        for name in names:
+            self._seen.add(digest16(name))
 
     def close(self) -> None:
         """Let go of the cache. Samples that are not in a sealed shard are lost."""
@@ -268,19 +278,17 @@ class ShardedWriter:
     def _seal(self, new: NewShard) -> None:
         partial, sealed = self._partial, self._path / self._shard_name
         new.finish(self._lengths, self._original_lengths)
-        os.replace(partial, sealed)
+        checksum = seal(partial, sealed)
         self._shard = None
-        sync_folder(self._path)
         shard = Shard(
             file=sealed.name,
             bytes=sealed.stat().st_size,
-            xxh3=digest_of(sealed),
-            ids=tuple(self._ids),
-            lengths=tuple(self._lengths),
+            xxh3=checksum,
+            ids=self._ids,
+            lengths=self._lengths,
         )
         self._manifest = self._manifest.with_shard(shard)
         self._save()
-        self._written.update(self._ids)
         self._ids, self._lengths, self._original_lengths = [], [], []
 
 
@@ -291,7 +299,7 @@ class ShardedReader:
         self.header = self._stored = manifest.header
         self._layers: tuple[int, ...] | None = None
         self._path, self._layout = path, layout
-        self._shards = manifest.shards
+        self._shards, self._samples_with = manifest.shards, manifest.samples_with
         # Shard i has the samples [firsts[i], firsts[i + 1]).
         self._firsts = np.cumsum([0, *(len(sealed.ids) for sealed in manifest.shards)])
         self._owner = os.getpid()
@@ -305,11 +313,15 @@ class ShardedReader:
 
     def ids(self) -> list[str]:
         """In the order of writing."""
-        return [name for shard in self._shards for name in shard.ids]
+        return [name for shard in self._shards for name in shard.ids.tolist()]
 
     def lengths(self) -> list[int]:
         """Tokens of each sample."""
         return [length for shard in self._shards for length in shard.lengths]
+
+    def samples_with(self, token: int) -> int | None:
+        """How many samples have the token, as it was counted when the cache was written; None where it was not."""
+        return self._samples_with.get(token)
 
     def __getitem__(self, index: int) -> Sample:
         """The sample, its features in the storage type (bfloat16 where that is float8)."""
@@ -384,17 +396,3 @@ class ShardedReader:
             self._files[shard] = self._layout.open(self._path / sealed.file, self._stored, sealed)
         self._files.move_to_end(shard)
         return self._files[shard]
-
-
-@contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
-    """CacheError for what the disk refuses."""
-    try:
-        yield
-    except OSError as error:
-        raise CacheError(
-            "The cache cannot be written",
-            where=path,
-            found=error,
-            fix="Make room or choose another cache.path, then run again: sealed shards are kept.",
-        ) from error

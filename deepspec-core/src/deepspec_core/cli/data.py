@@ -32,6 +32,7 @@ _WORDS = {
     "same_prompt": "with a prompt that another had before, dropped",
     "truncated": "cut at the length limit",
     "split": "split into a sample an answer, since the template rewrites earlier answers",
+    "joined_start": "with an answer whose first white space is the header's token, and is not trained on",
     "given_tokens": "with tokens of their own, taken as they are",
 }
 

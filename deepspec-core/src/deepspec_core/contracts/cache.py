@@ -57,7 +57,11 @@ class CacheHeader:
 
 @runtime_checkable
 class CacheWriter(Protocol):
-    """Appends samples to shards. A killed process loses at most the shard it was writing; a new writer goes on."""
+    """Appends samples to shards. A killed process loses at most the shard it was writing; a new writer goes on.
+
+    A writer may have `note_samples_with(token, count)`: keep how many samples of the whole cache contain the token. It
+    is called before `finish`.
+    """
 
     def written(self) -> set[str]:
         """The ids of the samples in sealed shards."""
@@ -102,6 +106,9 @@ class CacheReader(Protocol):
 
     A reader may have `of_taps(taps)`: a reader of the same cache with some of its taps, in their order, which does not
     read the others. Its header has these taps. Without it, core reads all taps and throws the others away.
+
+    It may also have `samples_with(token)`: how many samples contain the token, where the writer was told; else None.
+    Without it, core reads the tokens of all samples to count.
     """
 
     header: CacheHeader

@@ -91,6 +91,17 @@ class Encoding:
                 own = known.masks([row.text], [each], [row.spans], most)
                 yield self._masked_by_offsets(row, most) if own is None else own[0]
 
+    def joins_start(self, row: TextRow) -> bool:
+        """Whether an answer's first characters share a token with the text before it, so that they are not supervised.
+
+        Tokenizers join white space: a newline that begins an answer goes to the newline that ends the header.
+        """
+        starts = [span.start for span in row.spans if 0 < span.start < span.text_end and row.text[span.start].isspace()]
+        if not starts:
+            return False
+        _, offsets = self.with_offsets(row.text)
+        return any(begin < start < end for start in starts for begin, end in offsets)
+
     @cached_property
     def bytes(self) -> TokenBytes | None:
         """The bytes of tokens; None where they tell nothing of a text."""

@@ -17,7 +17,10 @@ from deepspec_core.contracts.draft import Sample
 
 
 class Samples(Sequence[Sample]):
-    """Samples in the order of the conversations they come from. No method but `samples[i]` reads their tokens."""
+    """Samples in the order of the conversations they come from.
+
+    No method reads their tokens but `samples[i]` and `with_token`.
+    """
 
     @abstractmethod
     def lengths(self) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -30,6 +33,10 @@ class Samples(Sequence[Sample]):
     @abstractmethod
     def by_id(self) -> np.ndarray[Any, np.dtype[np.int64]]:
         """The numbers of the samples, [S], in the order of their ids."""
+
+    @abstractmethod
+    def with_token(self, token: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """The numbers of the samples that contain the token, rising. Reads the tokens of all."""
 
     def longest_first(self) -> np.ndarray[Any, np.dtype[np.int64]]:
         """The numbers of the samples, [S], from the longest to the shortest, and in the order of ids where equal."""
@@ -72,6 +79,10 @@ class HeldSamples(Samples):
         """As of Samples."""
         order = sorted(range(len(self._samples)), key=lambda number: self._samples[number].id)
         return np.array(order, dtype=np.int64)
+
+    def with_token(self, token: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """As of Samples."""
+        return np.flatnonzero([bool((sample.input_ids == token).any()) for sample in self._samples])
 
     def sample(self, number: int) -> Sample:
         """As of Samples."""

@@ -51,9 +51,10 @@ class StoredSamples(Samples):
         order: np.ndarray[Any, np.dtype[np.int64]] = pa.compute.sort_indices(names).to_numpy().astype(np.int64)
         return order
 
-    def containing(self, token: int) -> int:
-        """How many samples contain the token."""
-        return sum(self._shard(index).containing(token) for index in range(len(self._paths)))
+    def with_token(self, token: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """As of Samples."""
+        shards = [self._shard(index).with_token(token) + first for index, first in enumerate(self._firsts[:-1])]
+        return np.concatenate([np.zeros(0, dtype=np.int64), *shards])
 
     def sample(self, number: int) -> Sample:
         """As of Samples."""

@@ -56,6 +56,10 @@ class SamplesOfPart(Samples):
         order: Numbers = own[self._whole.by_id()]
         return order[order >= 0]
 
+    def with_token(self, token: int) -> Numbers:
+        """As of Samples."""
+        return np.flatnonzero(np.isin(self._numbers, self._whole.with_token(token)))
+
     def sample(self, number: int) -> Sample:
         """As of Samples."""
         return self._whole.sample(int(self._numbers[number]))

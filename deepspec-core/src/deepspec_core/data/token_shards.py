@@ -8,7 +8,7 @@ Legend: S samples of a shard, N tokens of all of them.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from array import array
 from pathlib import Path
 from typing import Any, Final
 
@@ -53,29 +53,53 @@ class TokenShard:
             original_length=int(self.original_lengths[row]),
         )
 
-    def containing(self, token: int) -> int:
-        """How many samples contain the token."""
+    def with_token(self, token: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """The rows of the samples that contain the token, rising."""
         places = np.flatnonzero(self.input_ids == token)
-        return len(np.unique(np.searchsorted(self.starts, places, side="right")))
+        return np.unique(np.searchsorted(self.starts, places, side="right")) - 1
 
 
-def write_shard(path: Path, samples: Sequence[Sample]) -> None:
-    """Write at least one sample, and have it on the disk."""
-    starts = np.zeros(len(samples) + 1, dtype=np.int32)
-    np.cumsum([len(sample.input_ids) for sample in samples], out=starts[1:])
-    input_ids = torch.cat([sample.input_ids for sample in samples]).numpy().astype(np.int32)
-    loss_mask = torch.cat([sample.loss_mask for sample in samples]).numpy().astype(np.uint8)
-    columns = [
-        pa.array([sample.id for sample in samples], pa.string()),
-        pa.ListArray.from_arrays(pa.array(starts), pa.array(input_ids)),
-        pa.ListArray.from_arrays(pa.array(starts), pa.array(loss_mask)),
-        pa.array([sample.original_length for sample in samples], pa.int64()),
-    ]
-    with path.open("wb") as file:
-        with pa.ipc.new_file(file, _SCHEMA) as writer:
-            writer.write_batch(pa.record_batch(columns, schema=_SCHEMA))
-        file.flush()
-        os.fsync(file.fileno())
+class NewTokenShard:
+    """The samples of a shard until it is written, as its columns: a sample of tensors takes many times its tokens."""
+
+    def __init__(self) -> None:
+        self._ids: list[str] = []
+        self._lengths, self._original_lengths = array("q"), array("q")
+        self._input_ids, self._loss_mask = bytearray(), bytearray()
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    @property
+    def tokens(self) -> int:
+        """Of all samples."""
+        return len(self._loss_mask)
+
+    def append(self, sample: Sample) -> None:
+        """One more sample."""
+        self._ids.append(sample.id)
+        self._lengths.append(len(sample.input_ids))
+        self._original_lengths.append(sample.original_length)
+        self._input_ids += sample.input_ids.numpy().astype(np.int32).tobytes()
+        self._loss_mask += sample.loss_mask.numpy().astype(np.uint8).tobytes()
+
+    def write(self, path: Path) -> None:
+        """Write the samples, at least one, and have them on the disk."""
+        starts = np.zeros(len(self) + 1, dtype=np.int32)
+        np.cumsum(self._lengths, out=starts[1:])
+        input_ids = np.frombuffer(self._input_ids, dtype=np.int32)
+        loss_mask = np.frombuffer(self._loss_mask, dtype=np.uint8)
+        columns = [
+            pa.array(self._ids, pa.string()),
+            pa.ListArray.from_arrays(pa.array(starts), pa.array(input_ids)),
+            pa.ListArray.from_arrays(pa.array(starts), pa.array(loss_mask)),
+            pa.array(np.frombuffer(self._original_lengths, dtype=np.int64)),
+        ]
+        with path.open("wb") as file:
+            with pa.ipc.new_file(file, _SCHEMA) as writer:
+                writer.write_batch(pa.record_batch(columns, schema=_SCHEMA))
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def open_shard(path: Path, *, checked: bool = True) -> TokenShard:

@@ -23,7 +23,7 @@ from deepspec_core.cache.manifest import sync_folder
 from deepspec_core.config.bounds import whole
 from deepspec_core.contracts.draft import Sample
 from deepspec_core.data.stored_samples import StoredSamples
-from deepspec_core.data.token_shards import open_shard, write_shard
+from deepspec_core.data.token_shards import NewTokenShard, open_shard
 from deepspec_core.digests import digest_of
 from deepspec_core.errors import DataError
 from deepspec_core.json_files import read_object
@@ -118,26 +118,26 @@ class TokenStore:
         for leftover in self.folder.glob("tokens-*"):
             if leftover.name not in sealed:
                 leftover.unlink()
-        waiting: list[Sample] = []
-        tokens, done, counts = 0, manifest.shards[-1].conversations if manifest.shards else 0, Counter[str]()
+        waiting, counts = NewTokenShard(), Counter[str]()
+        done = manifest.shards[-1].conversations if manifest.shards else 0
         for samples, counts in make(manifest):
-            waiting += samples
-            tokens += sum(len(sample.input_ids) for sample in samples)
+            for sample in samples:
+                waiting.append(sample)
             done += 1
-            if tokens >= SHARD_TOKENS or len(waiting) >= SHARD_SAMPLES:
+            if waiting.tokens >= SHARD_TOKENS or len(waiting) >= SHARD_SAMPLES:
                 check()
                 manifest = self._seal(manifest, waiting, done, counts)
-                waiting, tokens = [], 0
+                waiting = NewTokenShard()
         check()
-        if waiting:
+        if len(waiting):
             manifest = self._seal(manifest, waiting, done, counts)
         last = counts or Counter(manifest.shards[-1].counts if manifest.shards else {})
         self._save(evolve(manifest, counts=dict(last + read)))
 
-    def _seal(self, manifest: Manifest, samples: Sequence[Sample], done: int, counts: Counter[str]) -> Manifest:
+    def _seal(self, manifest: Manifest, samples: NewTokenShard, done: int, counts: Counter[str]) -> Manifest:
         path = self.folder / f"tokens-{len(manifest.shards):05d}.arrow"
         partial = path.with_name(path.name + ".partial")
-        write_shard(partial, samples)
+        samples.write(partial)
         os.replace(partial, path)
         sync_folder(self.folder)
         shard = StoredShard(

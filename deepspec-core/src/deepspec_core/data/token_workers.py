@@ -29,7 +29,7 @@ _AHEAD: Final = 3  # chunks a process: one in work, one waiting, one on its way 
 _ours: Tokenisation | None = None
 
 # A sample as it is sent: tensors would be sent as open files, of which a process may not have so many.
-_Sent = tuple[tuple[tuple[str, Any, Any, int], ...], tuple[str, str] | None, tuple[Any, ...] | None]
+_Sent = tuple[tuple[tuple[str, Any, Any, int], ...], bool, tuple[str, str] | None, tuple[Any, ...] | None]
 
 
 def in_processes(
@@ -93,7 +93,7 @@ def _sent(outcome: Outcome) -> _Sent:
         for one in outcome.samples
     )
     told = None if error is None else (error.problem, _text(error.found), _text(error.expected))
-    return samples, outcome.dropped, told
+    return samples, outcome.joined_start, outcome.dropped, told
 
 
 def _text(part: object) -> str | None:
@@ -101,7 +101,7 @@ def _text(part: object) -> str | None:
 
 
 def _received(sent: _Sent) -> Outcome:
-    samples, dropped, error = sent
+    samples, joined_start, dropped, error = sent
     return Outcome(
         samples=tuple(
             Sample(
@@ -112,6 +112,7 @@ def _received(sent: _Sent) -> Outcome:
             )
             for identity, ids, mask, original_length in samples
         ),
+        joined_start=joined_start,
         dropped=dropped,
         error=None if error is None else DataError(error[0], found=error[1], expected=error[2]),
     )

@@ -297,6 +297,10 @@ class ChatTokenizer:
         names = [conversation.id] if len(found) == 1 else [f"{conversation.id}#{i + 1}" for i in range(len(found))]
         return [Row(id=name, content=content) for name, content in zip(names, found, strict=True)]
 
+    def joins_start(self, row: Row) -> bool:
+        """Whether an answer's first characters share a token with the header before it (Encoding.joins_start)."""
+        return isinstance(row.content, TextRow) and self._encoding.joins_start(row.content)
+
     def tokenised(self, conversations: Sequence[Sequence[Row]], max_length: int) -> list[list[Sample]]:
         """The samples of each conversation's rows, of at most max_length tokens, cut one after the last supervised one.
 

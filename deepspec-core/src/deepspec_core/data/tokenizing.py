@@ -29,9 +29,13 @@ CHUNK: Final = 64
 
 @frozen(kw_only=True)
 class Outcome:
-    """What one conversation became: samples, or `dropped` (the name it is counted under, and why), or an `error`."""
+    """What one conversation became: samples, or `dropped` (the name it is counted under, and why), or an `error`.
+
+    `joined_start`: whether an answer of it begins with characters that share a token with the header before it.
+    """
 
     samples: tuple[Sample, ...] = ()
+    joined_start: bool = False
     dropped: tuple[str, str] | None = None
     error: DataError | None = None
 
@@ -56,7 +60,9 @@ class Tokenisation:
         read = [self._read(*each) for each in zip(conversations, known, strict=True)]
         samples = self.tokenizer.tokenised([rows if isinstance(rows, list) else [] for rows in read], self.max_length)
         return [
-            Outcome(samples=tuple(made)) if isinstance(found, list) else found
+            Outcome(samples=tuple(made), joined_start=any(map(self.tokenizer.joins_start, found)))
+            if isinstance(found, list)
+            else found
             for found, made in zip(read, samples, strict=True)
         ]
 
@@ -93,7 +99,8 @@ class Sorting:
 
     `counts` receives samples, tokens, supervised_tokens; `truncated`: kept ones that reach max_length; `given_tokens`:
     conversations that came with their tokens; `split`: conversations of several samples, since their template rewrites
-    earlier answers. Dropped, and told to `on_drop`: `too_short`, samples with fewer than min_supervised_tokens
+    earlier answers; `joined_start`: conversations with an answer whose first white space is part of the header's token,
+    and so is not supervised. Dropped, and told to `on_drop`: `too_short`, samples with fewer than min_supervised_tokens
     supervised tokens within max_length; `no_answer`, conversations where nobody answers; `refused`, those the template
     does not take, or not all of, and those with tokens that the target does not have; `control_tokens`, those
     whose text contains the template's own markers. Kept, and
@@ -118,6 +125,7 @@ class Sorting:
             return []
         self.counts["given_tokens"] += conversation.input_ids is not None
         self.counts["split"] += len(outcome.samples) > 1
+        self.counts["joined_start"] += outcome.joined_start
         if not outcome.samples:
             self._drop("no_answer", conversation.id, "no answer to a user's message")
         return [kept for sample in outcome.samples if (kept := self._kept(conversation, sample)) is not None]

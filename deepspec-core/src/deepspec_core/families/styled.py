@@ -24,6 +24,7 @@ from deepspec_core.contracts.target import (
     SpecialTokens,
     TargetAdapter,
     TargetModel,
+    TargetVocabulary,
 )
 from deepspec_core.families.rotary_kinds import with_rope
 from deepspec_core.layers.options import ROPE_READS, LayerOptions
@@ -114,6 +115,14 @@ class StyledAdapter:
     ) -> TargetModel:
         """The target, by its own family."""
         return self.target.load(where, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+
+    def vocabulary(
+        self, where: str | Path, *, dtype: torch.dtype, device: torch.device | str
+    ) -> TargetVocabulary | None:
+        """The target's embedding and lm_head alone, if its own family can read them apart."""
+        read = getattr(self.target, "vocabulary", None)
+        found: TargetVocabulary | None = None if read is None else read(where, dtype=dtype, device=device)
+        return found
 
     def skeleton(self, *, dtype: torch.dtype) -> TargetModel:
         """The target's modules, by its own family."""

@@ -92,5 +92,5 @@ def _all_finite(values: Tensor) -> bool:
 def from_run(run: Any) -> CachedFeatures:
     """`[features] mode = "cached"`: the cache stage's result."""
     reader = run.cache.open()
-    run.data.count_mask_token(reader.tokens_of(index).input_ids for index in range(len(reader)))
+    run.data.count_mask_token(reader)
     return CachedFeatures(reader)

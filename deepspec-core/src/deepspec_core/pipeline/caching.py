@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Collection, Iterator
 from typing import Any
 
 from deepspec_core.cache.estimate import cache_bytes, require_space
 from deepspec_core.cache.filling import Filling, fill
+from deepspec_core.cache.names import Names
 from deepspec_core.contracts.draft import Sample
 from deepspec_core.dtypes import torch_dtype
 from deepspec_core.features.capture import capture
@@ -20,7 +22,7 @@ def run_stage(run: Run) -> dict[str, Any]:
     options, cache_format, folder = run.file.cache, run.cache.format, run.cache.folder
     samples = run.cache.samples()
     order = samples.longest_first()  # as `capture` goes through them
-    ids = list(samples.ids())
+    ids, mask = Names(samples.ids()), run.data.mask_token
     # Eight-bit features need scales, which the format computes from full precision.
     dtype = None if options.dtype == "float8_e4m3" else torch_dtype(options.dtype)
 
@@ -35,11 +37,12 @@ def run_stage(run: Run) -> dict[str, Any]:
         cache_format=cache_format,
         folder=folder,
         header=run.cache.header(),
-        ids=[ids[number] for number in order],
-        lengths=samples.lengths()[order].tolist(),
+        ids=ids.take(order),
+        lengths=array("i", samples.lengths()[order]),
         captured=captured,
         require_space=room,
         shard_samples=options.shard_samples,
+        samples_with={} if mask is None else {mask: len(samples.with_token(mask))},
     )
     crew = workers.crew()
     fill(work, crew)

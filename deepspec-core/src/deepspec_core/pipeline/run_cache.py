@@ -148,7 +148,7 @@ class RunCache:
         if numbers is None:
             return reader
         self.data.counts["not_in_subset"] = len(reader) - len(numbers)
-        return SomeSamples(reader, numbers.tolist())
+        return SomeSamples(reader, numbers)
 
     def _part(self, ids: Iterable[str], count: int) -> Numbers | None:
         from deepspec_core.data.subset import part_of

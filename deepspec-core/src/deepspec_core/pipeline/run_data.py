@@ -23,8 +23,7 @@ from deepspec_core.pipeline.run_target import RunTarget
 from deepspec_core.plugins.registry import Registry
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
+    from deepspec_core.contracts.cache import CacheReader
     from deepspec_core.contracts.draft import Sample
     from deepspec_core.data.answers import Supervision
     from deepspec_core.data.bad_rows import BadRows
@@ -39,7 +38,7 @@ log = logging.getLogger("deepspec")
 BAD_ROWS: Final = "bad-rows.jsonl"
 # The folder in a run's folder that keeps its tokenised conversations (data/token_store.py).
 TOKENS: Final = "tokens"
-# Counts of conversations that do not become one whole sample each, or ask what another one asks.
+# Counts of conversations that do not become one whole sample each, are not supervised whole, or ask what another asks.
 LOSSES = (
     "unusable",
     "malformed",
@@ -54,6 +53,7 @@ LOSSES = (
     "same_question",
     "same_prompt",
     "mask_token",
+    "joined_start",
     "not_in_subset",
 )
 
@@ -296,7 +296,7 @@ class RunData:
         samples, counts = stored_samples(self)
         self.counts.clear()
         self.counts.update(counts)
-        self.counts["mask_token"] = 0 if self.mask_token is None else samples.containing(self.mask_token)
+        self.counts["mask_token"] = 0 if self.mask_token is None else len(samples.with_token(self.mask_token))
         if not len(samples):
             raise DataError(
                 "No conversation is left to train on",
@@ -307,10 +307,12 @@ class RunData:
             )
         return samples
 
-    def count_mask_token(self, samples: Iterable[Tensor]) -> None:
-        """Count the stored samples (token ids) that contain the draft's mask token, which may be another by now."""
+    def count_mask_token(self, reader: CacheReader) -> None:
+        """How many samples of a cache contain the draft's mask token: as the cache says, or counted."""
+        from deepspec_core.cache.counting import samples_with
+
         if self.mask_token is not None and workers.rank() == 0:
-            self.counts["mask_token"] = sum(bool((ids == self.mask_token).any()) for ids in samples)
+            self.counts["mask_token"] = samples_with(reader, self.mask_token)
             if self.counts["mask_token"]:
                 log.warning(
                     "%d samples of the cache contain the draft's mask token, %d",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import signal
 import time
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -148,7 +149,7 @@ class _Trainer:
         self.device: torch.device = self.accelerator.device
         self.is_main: bool = self.accelerator.is_main_process
         self.batches = GlobalBatches(
-            list(source.lengths()),
+            array("i", source.lengths()),
             global_batch_size=options.global_batch_size,
             epochs=options.epochs,
             seed=seed,

@@ -7,7 +7,6 @@ one shard; sealing, manifests and checksums are core's.
 
 from __future__ import annotations
 
-import os
 import zipfile
 from collections.abc import Sequence
 from contextlib import suppress
@@ -81,8 +80,6 @@ class NewNpz:
         """What is of all samples, and the archive's directory."""
         self._write("original_length", np.array(original_lengths, dtype="<i8"))
         self._archive.close()
-        self._file.flush()
-        os.fsync(self._file.fileno())
         self._file.close()
 
     def close(self) -> None:

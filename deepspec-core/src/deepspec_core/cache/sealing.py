@@ -1,0 +1,59 @@
+"""The moment at which a shard begins to count: on the disk, with its checksum, under its own name. Or the disk refuses.
+
+Knows files; not what is inside a shard.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import xxhash
+
+from deepspec_core.cache.manifest import sync_folder
+from deepspec_core.errors import CacheError
+
+
+def seal(partial: Path, sealed: Path) -> str:
+    """Sync a shard's file, which is closed, rename it, and return its checksum. OSError where the disk refuses.
+
+    The checksum is taken of the pages in memory, without a copy of them, while the disk still writes them.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        digest = pool.submit(_digest, partial)
+        _sync(partial)
+    os.replace(partial, sealed)
+    sync_folder(sealed.parent)
+    return digest.result()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _digest(path: Path) -> str:
+    """As digests.digest_of, of a file that nobody else writes and that is not empty."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return xxhash.xxh3_128_hexdigest(content)
+
+
+@contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """CacheError for what the disk refuses."""
+    try:
+        yield
+    except OSError as error:
+        raise CacheError(
+            "The cache cannot be written",
+            where=path,
+            found=error,
+            fix="Make room or choose another cache.path, then run again: sealed shards are kept.",
+        ) from error
