@@ -17,6 +17,7 @@ from deepspec_core.families import vocabulary
 from deepspec_core.plugins.discovery import load_plugins
 from deepspec_core.plugins.registry import Registry
 from deepspec_core.targets import opening
+from deepspec_core.targets.vocabulary import load_vocabulary
 
 ALGORITHMS = ["dflash", "dspark", "eagle3"]
 
@@ -38,7 +39,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.mark.parametrize("family", load_plugins().registry.names("target"))
 def test_every_family_gives_its_vocabulary_alone(tiny_target: Callable[..., Any], read: list[str], family: str) -> None:
     target = tiny_target(family)
-    found = opening.load_vocabulary(target.adapter, target.where, dtype=torch.float32, device="cpu")
+    found = load_vocabulary(target.adapter, target.where, dtype=torch.float32, device="cpu")
     assert found is not None
     assert torch.equal(found.embedding, target.model.embedding_weight())
     assert torch.equal(found.head, target.model.head_weight())
@@ -48,7 +49,7 @@ def test_every_family_gives_its_vocabulary_alone(tiny_target: Callable[..., Any]
 @pytest.mark.parametrize("family", ["qwen3", "gemma3"])
 def test_a_tied_head_is_the_embedding(tiny_target: Callable[..., Any], read: list[str], family: str) -> None:
     target = tiny_target(family, tie_word_embeddings=True)
-    found = opening.load_vocabulary(target.adapter, target.where, dtype=torch.bfloat16, device="cpu")
+    found = load_vocabulary(target.adapter, target.where, dtype=torch.bfloat16, device="cpu")
     assert found is not None
     assert found.head is found.embedding
     assert found.head.dtype == torch.bfloat16
@@ -80,10 +81,10 @@ def test_files_that_do_not_fit_are_refused_or_left_to_the_loader(
     shorter = weights | {"model.embed_tokens.weight": weights["model.embed_tokens.weight"][:-1].clone()}
     save_file(shorter, where / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(TargetError, match="do not fit"):
-        opening.load_vocabulary(target.adapter, where, dtype=torch.float32, device="cpu")
+        load_vocabulary(target.adapter, where, dtype=torch.float32, device="cpu")
     named = {f"other.{name}": weight for name, weight in weights.items()}
     save_file(named, where / "model.safetensors", metadata={"format": "pt"})
-    assert opening.load_vocabulary(target.adapter, where, dtype=torch.float32, device="cpu") is None
+    assert load_vocabulary(target.adapter, where, dtype=torch.float32, device="cpu") is None
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

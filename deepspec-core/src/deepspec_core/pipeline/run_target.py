@@ -130,7 +130,7 @@ class RunTarget:
         What else is asked of the target afterwards loads all of it.
         """
         from deepspec_core.contracts.target import TargetVocabulary
-        from deepspec_core.targets.opening import load_vocabulary
+        from deepspec_core.targets.vocabulary import load_vocabulary
 
         found = None
         if not self.is_loaded:

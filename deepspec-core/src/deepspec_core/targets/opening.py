@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deepspec_core.config.schema import BUILTIN
-from deepspec_core.contracts.target import SpecialTokens, TargetAdapter, TargetModel, TargetVocabulary
+from deepspec_core.contracts.target import SpecialTokens, TargetAdapter, TargetModel
 from deepspec_core.digests import digests_of
 from deepspec_core.disk import is_folder
 from deepspec_core.errors import DeepSpecError, TargetError
@@ -170,23 +170,6 @@ def load_target(
     if (folder / INDEX).is_file():
         shards_of(folder / INDEX)  # refuses files elsewhere
     return adapter.load(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-
-
-def load_vocabulary(
-    adapter: TargetAdapter,
-    where: str | Path,
-    *,
-    dtype: torch.dtype,
-    device: torch.device | str,
-    trust_remote_code: bool = False,
-    revision: str | None = None,
-) -> TargetVocabulary | None:
-    """The target's embedding and lm_head without the rest of it; None if only the whole target has them."""
-    read = getattr(adapter, "vocabulary", None)
-    if read is None:
-        return None
-    found: TargetVocabulary | None = read(fetched(where, revision, trust_remote_code), dtype=dtype, device=device)
-    return found
 
 
 def extra_weights(where: str | Path, prefixes: Sequence[str], *, revision: str | None = None) -> dict[str, Tensor]:

@@ -265,6 +265,7 @@ class _Trainer:
                     if self.is_main and self.on_line is not None:
                         self.on_line()
                     clock.restart()
+                    self.pace.restart()
                     if self.evaluations.over():
                         break
         return line
