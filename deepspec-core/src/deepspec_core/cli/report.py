@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -101,7 +102,7 @@ def _draw(
             shown_training(folder, label) if run is None else shown(folder, run)
             for folder, (label, run) in zip(folders, found, strict=True)
         ]
-        write_page(Path(html), pages)
+        write_page(Path(html), pages, partial=f"{os.getpid()}")
         click.echo(f"written to {html}", err=quiet)
     if png is not None:
         write_picture(Path(png), trained)

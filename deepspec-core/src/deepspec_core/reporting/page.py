@@ -64,16 +64,18 @@ def _shown(folder: Path, label: str, run: Run | None, samples: Sequence[Mapping[
     )
 
 
-def write_page(path: Path, runs: Sequence[Shown]) -> None:
-    """Write the page; it appears when all of it is written. ConfigError where matplotlib is missing."""
+def write_page(path: Path, runs: Sequence[Shown], *, partial: str = "partial") -> None:
+    """Write the page; it appears when all of it is written. ConfigError where matplotlib is missing.
+
+    `partial` ends the name of the file that is written first. Who may write beside a stage of the run has its own.
+    """
     text = page(runs)
-    # Two processes may write the page of one run: each file is whole.
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished = path.with_name(f"{path.name}.{partial}")
     try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
+        unfinished.write_text(text, encoding="utf-8")
+        os.replace(unfinished, path)
     finally:
-        partial.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
 
 
 def page(runs: Sequence[Shown]) -> str:
