@@ -73,11 +73,15 @@ TEMPLATE = (
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run file of a draft that learned to foretell sums, trained for some seconds."""
-    path = tmp_path_factory.mktemp("sums") / "run.toml"
-    path.write_text(RUN_FILE)
-    asked = [f"What is {11 + 7 * i % 87} + {12 + 11 * i % 83}?" for i in range(130)]
+    return run_of_sums(tmp_path_factory.mktemp("sums"), RUN_FILE, 130)
+
+
+def run_of_sums(folder: Path, text: str, questions: int) -> Path:
+    path = folder / "run.toml"
+    path.write_text(text)
+    asked = [f"What is {11 + 7 * i % 87} + {12 + 11 * i % 83}?" for i in range(questions)]
     rows = (json.dumps({"turns": [question]}) for question in dict.fromkeys(asked))
-    (path.parent / "sums.jsonl").write_text("\n".join(rows) + "\n")
+    (folder / "sums.jsonl").write_text("\n".join(rows) + "\n")
     assert main(["run", str(path)]) == 0
     return path
 
@@ -167,17 +171,16 @@ def test_features_of_another_target(run_file: Path) -> None:
     assert found["first_drop"] == "live"
 
 
-def test_a_draft_that_is_fitted_to_its_own_texts(run_file: Path) -> None:
-    def few(run: Run, samples: Sequence[Sample]) -> Iterator[Sample]:
-        return (samples[index % 8] for index in range(len(samples)))
-
-    train_on(run_file, few)
-    found = diagnosis(run_file)
+def test_a_draft_that_is_fitted_to_its_own_texts(tmp_path: Path) -> None:
+    # A dozen texts, again and again, and a dozen held out.
+    few = RUN_FILE.replace("held_out = 0.2", "held_out = 0.5").replace("epochs = 20", "epochs = 150")
+    path = run_of_sums(tmp_path, few, 24)
+    found = diagnosis(path)
     assert found["first_drop"] == "held-out", found["verdict"]
     assert found["causes"] == [], "every part fits"
     assert "the draft knows its own samples better" in " ".join(found["verdict"])
     accepted = {stage["name"]: stage["accepted"] for stage in found["stages"]}
-    assert accepted["replayed"] > 2 > 1.5 > accepted["held-out"]
+    assert accepted["replayed"] > 2 * accepted["held-out"]
 
 
 def test_another_chat_template_at_evaluation(run_file: Path) -> None:

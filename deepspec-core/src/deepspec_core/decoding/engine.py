@@ -54,9 +54,10 @@ def decode(
     At most `batch_size` sequences are decoded at once, each of at most `max_length` tokens with its prompt. A prompt
     that leaves room for fewer than max_new_tokens gets as many as fit; a prompt that leaves no room is a ValueError.
     Another round starts while fewer than limit + 1 tokens are committed, as in the published loop; then the output is
-    trimmed. With a `confidence_threshold` above 0, each proposal ends before its first token of lower confidence.
-    `on_round` gets every token of the output once, in the order of the sequence. With `stop_text`, an output ends with
-    the token that completes one of its strings; its last round counts whole, as at the limit.
+    trimmed. Without a proposer no round goes beyond the limit.
+    With a `confidence_threshold` above 0, each proposal ends before its first token of lower confidence. `on_round`
+    gets every token of the output once, in the order of the sequence. With `stop_text`, an output ends with the token
+    that completes one of its strings; its last round counts whole, as at the limit.
 
     PluginError if the proposer returns what cannot be verified (proposal_check.py). What it returns can cost speed, and
     never changes an output: tokens of such a round are not committed.
@@ -166,15 +167,17 @@ class _Engine:
         self._see(slots_B, first_B[:, None], torch.ones_like(first_B))
         first, done, alive = first_B.tolist(), [], []
         for row, (slot, request) in enumerate(fresh.items()):
+            limit = min(self.max_new_tokens, self.max_length - lengths[row])
             sequence = Underway(
                 request=request,
-                limit=min(self.max_new_tokens, self.max_length - lengths[row]),
+                limit=limit,
+                enough=limit if self.proposer is None else limit + 1,
                 random=generators[row],
                 watch=None if self.stop_text is None else self.stop_text.watch(),
             )
             sequence.append(first[row : row + 1], self.stop_ids)
             self._tell(sequence, 0, 0)
-            if sequence.stopped:
+            if sequence.done:
                 done.append(self._finish(slot, sequence))
             else:
                 self.active[slot] = sequence
@@ -204,9 +207,8 @@ class _Engine:
         device = self.target.device
         self.active = dict(sorted(self.active.items()))
         sequences = list(self.active.values())
-        slots_B = torch.tensor(list(self.active), device=device)
-        last_B = torch.tensor([sequence.output[-1] for sequence in sequences], device=device)
-        position_B = torch.tensor([sequence.position for sequence in sequences], device=device)
+        known = [list(self.active), [one.output[-1] for one in sequences], [one.position for one in sequences]]
+        slots_B, last_B, position_B = torch.tensor(known, device=device)
         uniforms_BU = self._uniforms(sequences).to(device)
         with self.clock.measure("draft", device):
             proposal = self._propose(slots_B, uniforms_BU[:, : self.num_draft])
@@ -274,23 +276,25 @@ class _Engine:
         step: TargetStep,
     ) -> list[Completion]:
         """Append committed tokens, finish sequences that are over, and tell the proposer about the others."""
-        to_read = torch.stack([verdict.proposal_lengths, verdict.accepted, verdict.committed], dim=1)
-        if checked is not None:  # the lengths as they were given come first
-            to_read = torch.cat([to_read, checked.to_read], dim=1)
-        counts = to_read.tolist()
+        counts_B3 = torch.stack([verdict.proposal_lengths, verdict.accepted, verdict.committed], dim=1)
+        to_read = [counts_B3, verdict.tokens, *([] if checked is None else [checked.to_read])]
+        # Read once: every reading waits for the device.
+        rows, width = torch.cat(to_read, dim=1).tolist(), verdict.tokens.shape[1]
+        counts, tokens, given = (
+            [row[part] for row in rows] for part in (slice(3), slice(3, 3 + width), slice(3 + width, None))
+        )
         if self.check is not None and checked is not None:
-            self.check.refuse(checked, [row[3:] for row in counts])
+            self.check.refuse(checked, given)
         self._see(slots_B, verdict.tokens, verdict.committed)
-        tokens = verdict.tokens.tolist()
         confidence = None if proposal.confidence is None else proposal.confidence.tolist()
         if self.check is not None and confidence is not None:
             for row, values in enumerate(confidence):
                 self.check.refuse_confidence(values[: counts[row][0]], row)
         done, alive = [], []
         for row, (slot, sequence) in enumerate(zip(list(self.active), sequences, strict=True)):
-            proposed, accepted, committed = counts[row][:3]
+            proposed, accepted, committed = counts[row]
             survival = None if confidence is None else tuple(confidence[row][:proposed])
-            nodes = None if proposal.parents is None else counts[row][3]
+            nodes = None if proposal.parents is None else given[row][0]  # the lengths come first
             sequence.rounds.append(Round(proposed, accepted, committed, survival, nodes))
             before = len(sequence.output)
             sequence.append(tokens[row][:committed], self.stop_ids)

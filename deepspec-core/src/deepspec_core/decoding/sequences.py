@@ -59,10 +59,14 @@ class Committed:
 
 @define
 class Underway:
-    """A sequence in a slot. `position` is that of its last committed token, which the target has not read yet."""
+    """A sequence in a slot. `position` is that of its last committed token, which the target has not read yet.
+
+    `limit`: the tokens of its output at most. `enough`: with so many committed, no round follows.
+    """
 
     request: Request
     limit: int
+    enough: int
     random: np.random.Generator
     watch: Watch | None
     output: list[int] = field(factory=list)
@@ -86,7 +90,7 @@ class Underway:
 
     @property
     def done(self) -> bool:
-        return self.stopped or len(self.output) > self.limit
+        return self.stopped or len(self.output) >= self.enough
 
     def completion(self) -> Completion:
         """The finished sequence."""

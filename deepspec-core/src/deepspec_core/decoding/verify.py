@@ -17,7 +17,7 @@ from attrs import frozen
 from torch import Tensor
 
 from deepspec_core.contracts.proposer import Proposal, Sampling
-from deepspec_core.decoding.sampling import chunks, distribution, draw, penalised
+from deepspec_core.decoding.sampling import chunks, distribution, draw, penalised, pick
 
 
 @frozen(kw_only=True, eq=False)
@@ -51,6 +51,10 @@ def verify(
     """
     tokens_BK, lengths_B = proposal.tokens, proposal.lengths
     num_draft = tokens_BK.shape[1]
+    if num_draft == 0:
+        own_B = pick(logits_BKV[:, 0], sampling, uniforms[:, 0])
+        none_B = torch.zeros_like(lengths_B)
+        return Verdict(accepted=none_B, committed=none_B + 1, tokens=own_B[:, None], proposal_lengths=none_B)
     proposed_BK = torch.arange(num_draft, device=tokens_BK.device) < lengths_B[:, None]
     if sampling.temperature == 0 and sampling.seen is None:
         # Both distributions are one-hot, so argmaxes are compared and the draft's probabilities are not read.
@@ -127,8 +131,7 @@ def _own_tokens(
     parts = []
     for some in chunks(len(row_B), logits_BKV.shape[2]):
         p_RV = _target(logits_BKV, proposal.tokens, row_B[some], accepted_B[some], sampling)
-        if proposal.tokens.shape[1]:
-            p_RV = _residual(p_RV, _rejected(p_RV, proposal, row_B[some], accepted_B[some], sampling))
+        p_RV = _residual(p_RV, _rejected(p_RV, proposal, row_B[some], accepted_B[some], sampling))
         parts.append(draw(p_RV, uniforms_B[some]))
     return torch.cat(parts)
 
