@@ -225,10 +225,10 @@ def test_an_accelerators_memory_holds_no_libraries(make_run: MakeRun, tiny_targe
     held = found.memory.held
     assert held["process"] == held["allocator"] == found.memory.phases["checkpoint"] == 0
     assert held["optimizer_moments"] > 0
-    # The target is in bfloat16 there. With stored features its embedding and lm_head alone are loaded.
+    # With stored features the target's embedding and lm_head alone are loaded, which are the draft's frozen weights.
     on_cpu = estimate(make_run(tiny_target("qwen3").where)).memory.held
     assert held["target_weights"] == on_cpu["target_weights"] == 0
-    assert held["frozen_weights"] < 0.6 * on_cpu["frozen_weights"]
+    assert 0 < held["frozen_weights"] <= on_cpu["frozen_weights"]
     assert held["batches"] == on_cpu["batches"]
 
 
