@@ -175,11 +175,8 @@ def load_vocabulary(
     revision: str | None = None,
 ) -> TargetVocabulary | None:
     """The target's embedding and lm_head without the rest of it; None if only the whole target has them."""
-    read = getattr(adapter, "vocabulary", None)
-    if read is None:
-        return None
-    found: TargetVocabulary | None = read(fetched(where, revision, trust_remote_code), dtype=dtype, device=device)
-    return found
+    read: Any = getattr(adapter, "vocabulary", None)
+    return None if read is None else read(fetched(where, revision, trust_remote_code), dtype=dtype, device=device)
 
 
 def extra_weights(where: str | Path, prefixes: Sequence[str], *, revision: str | None = None) -> dict[str, Tensor]:
