@@ -29,7 +29,9 @@ class Killing(TinySource):
 
 
 def test_a_dead_loader_worker(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match=r"(?s)a loader worker ended.*(killed by signal: Killed|exited unexpectedly)"):
+    with pytest.raises(
+        TrainingError, match=r"(?s)a loader worker ended.*(killed by signal: Killed|exited unexpectedly)"
+    ):
         run(tmp_path, evolve(OPTIONS, loader_workers=1), source=Killing(SAMPLES))
 
 
