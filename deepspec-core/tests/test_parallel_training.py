@@ -89,6 +89,17 @@ def test_a_draft_in_shards_writes_its_own_texts_as_one_process_does(
         _same(two_ranks["rolls"], straight)
 
 
+@pytest.mark.parametrize(("left", "how"), [("ddp", "auto"), ("fsdp", "auto"), ("fsdp", "fsdp")])
+def test_one_goes_on_with_what_two_left(
+    left: str, how: str, straight: Path, two_ranks: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = _stopped_at_3(two_ranks[left], tmp_path / "one")
+    _, result = run(folder, evolve(OPTIONS, log_every=1, parallel=how), source=TinySource(SAMPLES))
+    assert result.resumed_from == 3
+    assert result.counts["samples"] == 2 * SAMPLES
+    _same(folder, straight)
+
+
 @pytest.mark.slow
 def test_any_number_goes_on_with_what_another_left(straight: Path, two_ranks: dict[str, Path], tmp_path: Path) -> None:
     by_two = {
@@ -106,11 +117,6 @@ def test_any_number_goes_on_with_what_another_left(straight: Path, two_ranks: di
             assert told["resumed_from"] == 3
             assert told["counts"]["samples"] == 2 * SAMPLES
             _same(folder, straight)
-    for how in ("auto", "fsdp"):
-        folder = _stopped_at_3(two_ranks["fsdp"], tmp_path / f"one, {how}")
-        _, result = run(folder, evolve(OPTIONS, log_every=1, parallel=how), source=TinySource(SAMPLES))
-        assert result.resumed_from == 3
-        _same(folder, straight)
     folder = _stopped_at_3(straight, tmp_path / "two, from one")
     assert train_in({folder: {"log_every": 1, **FSDP}}, ranks=2)[folder]["resumed_from"] == 3
     _same(folder, straight)
