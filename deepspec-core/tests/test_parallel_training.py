@@ -14,7 +14,7 @@ from attrs import evolve
 from safetensors.torch import load_file
 from test_trainer import OPTIONS, ROUNDING, fixed, run, weights
 from torch import Tensor
-from training_ranks import SAMPLES, train_in
+from training_ranks import SAMPLES, train, train_in
 
 from deepspec_core.testing.tiny_draft import TinyDraft, TinySource
 from deepspec_core.training.checkpoint import latest
@@ -36,8 +36,9 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The same by two processes, "ddp" and "fsdp"."""
     base = tmp_path_factory.mktemp("two")
-    train_in({base / how: {"parallel": how, "log_every": 1} for how in ("ddp", "fsdp")}, ranks=2)
-    return {how: base / how for how in ("ddp", "fsdp")}
+    cases = {"ddp": DDP, "fsdp": FSDP, "rolls": {**FSDP, "rolls": True, "micro_batch_size": 1}}
+    train_in({base / name: {"log_every": 1, **how} for name, how in cases.items()}, ranks=2)
+    return {name: base / name for name in cases}
 
 
 def _state(folder: Path) -> dict[str, Tensor]:
@@ -73,9 +74,30 @@ def _stopped_at_3(folder: Path, out: Path) -> Path:
 
 def test_two_processes_with_copies_or_shards_train_like_one(straight: Path, two_ranks: dict[str, Path]) -> None:
     """Ranks have other numbers of micro-batches in a step, and one sample in the last step of an epoch."""
-    for folder in two_ranks.values():
+    for name in ("ddp", "fsdp"):
+        folder = two_ranks[name]
         _same(folder, straight)
         assert not list(folder.rglob("*.pt")) + list(folder.rglob("*.metadata"))
+
+
+def test_a_draft_in_shards_writes_its_own_texts_as_one_process_does(
+    straight: Path, two_ranks: dict[str, Path], tmp_path: Path
+) -> None:
+    train(tmp_path / "one", rolls=True, log_every=1)
+    _same(two_ranks["rolls"], tmp_path / "one")
+    with pytest.raises(AssertionError):
+        _same(two_ranks["rolls"], straight)
+
+
+@pytest.mark.parametrize(("left", "how"), [("ddp", "auto"), ("fsdp", "auto"), ("fsdp", "fsdp")])
+def test_one_goes_on_with_what_two_left(
+    left: str, how: str, straight: Path, two_ranks: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = _stopped_at_3(two_ranks[left], tmp_path / "one")
+    _, result = run(folder, evolve(OPTIONS, log_every=1, parallel=how), source=TinySource(SAMPLES))
+    assert result.resumed_from == 3
+    assert result.counts["samples"] == 2 * SAMPLES
+    _same(folder, straight)
 
 
 @pytest.mark.slow
@@ -95,11 +117,6 @@ def test_any_number_goes_on_with_what_another_left(straight: Path, two_ranks: di
             assert told["resumed_from"] == 3
             assert told["counts"]["samples"] == 2 * SAMPLES
             _same(folder, straight)
-    for how in ("auto", "fsdp"):
-        folder = _stopped_at_3(two_ranks["fsdp"], tmp_path / f"one, {how}")
-        _, result = run(folder, evolve(OPTIONS, log_every=1, parallel=how), source=TinySource(SAMPLES))
-        assert result.resumed_from == 3
-        _same(folder, straight)
     folder = _stopped_at_3(straight, tmp_path / "two, from one")
     assert train_in({folder: {"log_every": 1, **FSDP}}, ranks=2)[folder]["resumed_from"] == 3
     _same(folder, straight)

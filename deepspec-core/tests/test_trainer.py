@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -210,55 +208,6 @@ def test_killed_while_saving_then_resumed(tmp_path: Path) -> None:
     check_log(tmp_path / "killed", tmp_path / "straight")
     assert_same(draft, weights(expected))
     assert not list((tmp_path / "killed" / "checkpoints").glob(".*"))
-
-
-RANK = """
-import sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[2])
-import test_trainer
-options = test_trainer.evolve(test_trainer.OPTIONS, max_steps=int(sys.argv[3]))
-test_trainer.run(Path(sys.argv[1]), options, source=test_trainer.TinySource(17))
-# A group that outlives its process may abort it.
-test_trainer.torch.distributed.destroy_process_group()
-"""
-
-
-def test_two_ranks_equal_one_and_resume_each_other(tmp_path: Path) -> None:
-    """17 samples: the last step of an epoch has one, so the second rank has no share of it."""
-    expected, _ = run(tmp_path / "one", source=TinySource(17))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    here = str(Path(__file__).parent)
-    common = {
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-    }
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(tmp_path / "two"), here, "6"],
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]
-    assert [rank.wait(timeout=180) for rank in ranks] == [0, 0]
-    two = load_file(tmp_path / "two" / "checkpoints" / "step-000006" / "draft" / "model.safetensors")
-    torch.testing.assert_close(two, dict(expected.state_dict()), **ROUNDING)
-    check_log(tmp_path / "two", tmp_path / "one")
-    for line in lines(tmp_path / "two"):
-        assert line["slowest_rank"] in (0, 1)
-        assert line["slowest_rank_seconds"] >= line["fastest_rank_seconds"] > 0
-    assert "slowest_rank" not in lines(tmp_path / "one")[0]
-    # What two ranks left, one rank continues.
-    shutil.rmtree(tmp_path / "two" / "checkpoints" / "step-000006")
-    draft, result = run(tmp_path / "two", source=TinySource(17))
-    assert result.resumed_from == 3
-    assert_same(draft, weights(expected))
-    assert result.counts["samples"] == 34
 
 
 class Interrupting(TinySource):

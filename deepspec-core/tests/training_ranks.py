@@ -17,8 +17,33 @@ from typing import Any
 
 import torch
 
-HERE = Path(__file__).parent
+sys.path.insert(0, str(Path(__file__).parent))
+
+from attrs import evolve
+from test_trainer import OPTIONS, run
+
+from deepspec_core.contracts.draft import Texts
+from deepspec_core.testing.tiny_draft import TinyDraft, TinySource
+
 SAMPLES = 17  # three steps an epoch, the last one of one sample: ranks other than the first have no share of it
+
+
+class RollingDraft(TinyDraft):
+    """Trains on texts that its own weights choose, which must be whole where it does."""
+
+    def rollout(self, texts: Texts, uniforms: torch.Tensor) -> Texts:
+        """Each token plus a number that follows from the token and the weights."""
+        shift_V = (self.embed_tokens.weight @ self.slots.sum(0)).sigmoid().mul(4).long()
+        ids = (texts.input_ids + shift_V[texts.input_ids]) % len(shift_V)
+        return evolve(texts, input_ids=ids)
+
+
+def train(folder: Path, *, rolls: bool = False, **options: Any) -> Any:
+    """One training, by this process or its share of it; with `rolls`, on the draft's own texts."""
+    source = TinySource(SAMPLES, stored=not rolls)
+    source.of_given_texts = True  # type: ignore[attr-defined]
+    draft = RollingDraft(rank=2) if rolls else TinyDraft(rank=2)
+    return run(folder, evolve(OPTIONS, **options), source=source, draft=draft)[1]
 
 
 def begin(
@@ -62,14 +87,9 @@ def train_in(
 
 
 def main(cases: Mapping[str, Mapping[str, Any]]) -> None:
-    from attrs import evolve
-    from test_trainer import OPTIONS, run
-
-    from deepspec_core.testing.tiny_draft import TinySource
-
     torch.set_num_threads(1)
     for folder, options in cases.items():
-        _, result = run(Path(folder), evolve(OPTIONS, **options), source=TinySource(SAMPLES))
+        result = train(Path(folder), **options)
         if os.environ["RANK"] == "0":
             told = {"resumed_from": result.resumed_from, "damaged": result.damaged, "counts": result.counts}
             (Path(folder) / "result.json").write_text(json.dumps(told))
@@ -78,5 +98,4 @@ def main(cases: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(HERE))
     main(json.loads(sys.argv[1]))
