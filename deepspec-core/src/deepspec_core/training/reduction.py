@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from deepspec_core.rows.metrics import Ratio
 
@@ -48,8 +49,15 @@ def normalise(parameters: Sequence[Tensor], denominator: Tensor, *, world_size: 
     """
     scale = torch.where(denominator > 0, world_size / denominator, 0.0)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    torch._foreach_mul_(gradients, scale)
-    return torch.nn.utils.clip_grad_norm_(parameters, clip_norm)
+    # The norm of undivided gradients, divided: gradients are read once for it, and written once for all.
+    norm = whole(torch.nn.utils.get_total_norm(gradients)) * scale
+    torch._foreach_mul_(gradients, scale * (clip_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The values of a tensor that is spread over ranks, or the tensor itself."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def gathered(value: Any) -> list[Any]:

@@ -31,6 +31,7 @@ from deepspec_core.progress import Progress
 from deepspec_core.rows.engine import build_engine
 from deepspec_core.stopping import Stopped, StopRequest
 from deepspec_core.training import checkpoint as checkpoints
+from deepspec_core.training.compiled_layers import compiles
 from deepspec_core.training.epoch_order import ORDERS
 from deepspec_core.training.host_batch import HostBatch
 from deepspec_core.training.loader import StepPlans, iterate
@@ -164,6 +165,7 @@ class _Trainer:
             weight_decay=options.weight_decay,
             fused=self.device.type in ("cpu", "cuda"),
         )
+        self.accelerator.unwrap_model(self.model).weights.follow(self.optimizer)
         self.loss_names = ["loss", *(f"loss/{name}" for name in loss.terms)]
         self.figures = Figures()
         self.counts: Counter[str] = Counter()  # of this rank, since the start of this call
@@ -179,7 +181,19 @@ class _Trainer:
             # Trained weights are fp32, whatever the dtype of their checkpoint. Frozen weights keep their dtype.
             if parameter.requires_grad or compute_dtype == torch.float32:
                 parameter.data = parameter.data.to(torch.float32)
-        step = TrainingStep(draft.train(), build_engine(loss, registry), compute_dtype=compute_dtype)
+        width, device_type = draft.lm_head.in_features, self.device.type
+        compiled, self.compiled = compiles(
+            self.options.compile, width=width, steps=self.total_steps, device_type=device_type
+        )
+        if self.is_main:
+            log.info(self.compiled)
+        step = TrainingStep(
+            draft.train(),
+            build_engine(loss, registry),
+            compute_dtype=compute_dtype,
+            compiled=compiled,
+            alone=self.accelerator.num_processes == 1,
+        )
         wrapped: torch.nn.Module = self.accelerator.prepare_model(step)
         return wrapped
 
