@@ -169,7 +169,7 @@ class StepDraft(_Draft):
         self.steps = steps
 
     def loss(self, data: Mapping[str, Tensor]) -> Tensor:
-        """The sum over steps and counted rows of weight * soft cross-entropy; the weights are 0.8^s / T, and the batch's."""
+        """The sum over steps and counted rows of weight * soft cross-entropy, with the batch's weights (0.8^s / T)."""
         ids_1T, hidden_1TH = data["input_ids"], self.fc(data["hidden"])
         length = ids_1T.shape[1]
         layer, index_T = self.layers[0], torch.arange(length, device=ids_1T.device)

@@ -6,6 +6,7 @@ algorithms or families. accelerate handles devices and data parallelism, step.py
 
 from __future__ import annotations
 
+import logging
 import math
 import signal
 import time
@@ -42,6 +43,8 @@ from deepspec_core.training.reduction import StepSums, gathered, normalise
 from deepspec_core.training.sampler import GlobalBatches
 from deepspec_core.training.schedule import learning_rate
 from deepspec_core.training.step import TrainingStep
+
+log = logging.getLogger("deepspec")
 
 METRICS = "metrics.jsonl"
 _SHOWN_IDS = 8
@@ -182,11 +185,9 @@ class _Trainer:
             if parameter.requires_grad or compute_dtype == torch.float32:
                 parameter.data = parameter.data.to(torch.float32)
         width, device_type = draft.lm_head.in_features, self.device.type
-        compiled, self.compiled = compiles(
-            self.options.compile, width=width, steps=self.total_steps, device_type=device_type
-        )
+        compiled, said = compiles(self.options.compile, width=width, steps=self.total_steps, device_type=device_type)
         if self.is_main:
-            log.info(self.compiled)
+            log.info(said)
         step = TrainingStep(
             draft.train(),
             build_engine(loss, registry),
@@ -228,8 +229,8 @@ class _Trainer:
 
     def run(self) -> dict[str, Any]:
         """Do every step that is left. Returns the last line of figures."""
-        log = MetricsLog(self.folder / METRICS, resume_at=self.first_step) if self.is_main else None
-        line = log.last() if log is not None else {}
+        lines = MetricsLog(self.folder / METRICS, resume_at=self.first_step) if self.is_main else None
+        line = lines.last() if lines is not None else {}
         if self.first_step >= self.total_steps:
             return line
         checkpoints.require_space(self.folder, self.checkpoint_bytes)
@@ -258,8 +259,8 @@ class _Trainer:
                     epochs = round(done / self.batches.steps_per_epoch, 4)
                     line = {"step": done, "epoch": epochs, "lr": rate, "grad_norm": norm}
                     line |= {**clock.rates(), **self.figures.take()}
-                    if log is not None:
-                        log.write(line)
+                    if lines is not None:
+                        lines.write(line)
                 shown = {name: line[name] for name in ("loss", "tau_probabilistic") if name in line}
                 progress.advance(1, **shown)
                 epoch = self.batches.epoch(step)
