@@ -4,8 +4,9 @@ With a window W, the slot at position p sees no context before p - W + 1. A bloc
 
 Knows this pattern only; projections, norms and caches are others'. One interface, three paths with the same numbers:
 
-- `dense`: one masked softmax over [context ; all blocks of the sequence], by torch's fused kernel. The plainest, and
-  the quickest on CPU; quadratic in blocks, and its mask takes batch * queries * keys.
+- `dense`: a masked softmax over [context ; blocks] for a few blocks at a time, by torch's fused kernel. Anchors rise,
+  so the keys are the context before the last anchor of these blocks, and their own slots. The quickest on CPU. Each few
+  blocks keep a copy of the keys and values that they see.
 - `split`: context and block apart, merged by their log-sum-exps. Context scores are formed in chunks, and again in
   backward, so memory does not grow with queries times tokens. Exact on any device.
 - `flex`: the same split with the context part by flex_attention, whose block mask follows from the anchors directly.
@@ -21,7 +22,7 @@ from __future__ import annotations
 
 import math
 from functools import cache, cached_property
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,7 +35,8 @@ Path = Literal["split", "flex", "dense"]
 KeysValues = tuple[Tensor, Tensor]
 
 _CHUNK_ELEMENTS = 1 << 24  # context scores held at once: 64 MiB in fp32
-_DENSE_MOST_MASK_ELEMENTS = 1 << 26  # the fused kernel makes the mask fp32: 256 MiB
+_DENSE_QUERIES = 128  # of one call: more see more keys in vain, fewer are slower products
+_DENSE_MOST_KEYS = 1 << 18  # copied a layer
 _FLEX_LEAST_HEAD_DIM = 16
 _FLEX_LEAST_QUERIES = 256
 
@@ -62,7 +64,7 @@ class BlockLayout:
         self.block_size, self.window = block_size, window
         # Every layer of a pass asks for the same mask.
         self._flex_masks: dict[int, BlockMask] = {}
-        self._dense_masks: dict[int, Tensor] = {}
+        self._dense_parts: list[DensePart] = []
 
     @classmethod
     def one_each(cls, anchors_B: Tensor, block_size: int, window: int | None = None) -> BlockLayout:
@@ -125,15 +127,27 @@ class BlockLayout:
             self._flex_masks[num_tokens] = interval_mask(first_BQ, limits_BQ, num_tokens, in_sight)
         return self._flex_masks[num_tokens]
 
-    def dense_mask(self, num_tokens: int) -> Tensor:
-        """[B, 1, Q, T + Q] bool: the context before the anchor, then the block's own slots."""
-        if num_tokens not in self._dense_masks:
-            batch, num_queries = self.limits_BQ.shape
-            seen_BQT = ~_hidden(self.first_BQ, self.limits_BQ, slice(0, num_tokens))
-            owner_Q = torch.arange(num_queries, device=self.limits_BQ.device) // self.block_size
-            own_BQQ = (owner_Q[:, None] == owner_Q).expand(batch, -1, -1)
-            self._dense_masks[num_tokens] = torch.cat([seen_BQT, own_BQQ], dim=2)[:, None]
-        return self._dense_masks[num_tokens]
+    def dense_parts(self, num_tokens: int) -> list[DensePart]:
+        """The queries in their order, a few blocks at a time; each part at least one block."""
+        if not self._dense_parts:
+            size = max(1, _DENSE_QUERIES // self.block_size) * self.block_size
+            owner_Q = torch.arange(size, device=self.limits_BQ.device) // self.block_size
+            own_XX = owner_Q[:, None] == owner_Q
+            for at, seen in _slices(self, size, num_tokens):
+                queries = at.stop - at.start
+                first_BX = None if self.first_BQ is None else self.first_BQ[:, at]
+                seen_BXT = ~_hidden(first_BX, self.limits_BQ[:, at], seen)
+                own_BXX = own_XX[:queries, :queries].expand(len(seen_BXT), -1, -1)
+                self._dense_parts.append(DensePart(at, seen, torch.cat([seen_BXT, own_BXX], dim=2)[:, None]))
+        return self._dense_parts
+
+
+class DensePart(NamedTuple):
+    """Queries `at`, the context tokens `seen` by any of them, and their mask over [these ; own slots], [B, 1, X, Y]."""
+
+    at: slice
+    seen: slice
+    mask_B1XY: Tensor
 
 
 def attend(
@@ -148,7 +162,8 @@ def attend(
     """softmax(scale * q [Kc ; Kb]^T + mask) [Vc ; Vb], [N, h, K, D].
 
     context: keys and values [B, G, T, D] of each sequence position; block: [N, G, K, D] of each slot. Under autocast
-    products are formed in its type, softmax in fp32. `path` None chooses by device and size.
+    products are formed in its type (in fp32 on CPUs without AMX), softmax in fp32. `path` None chooses by device and
+    size.
     """
     device = queries_NhKD.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else context[1].dtype
@@ -170,11 +185,11 @@ def attend(
 
 
 def choose(queries_NhKD: Tensor, layout: BlockLayout, num_tokens: int) -> Path:
-    """flex on CUDA where there is enough to do for its kernels; dense on CPU while its mask is small; else split."""
+    """flex on CUDA where there is enough to do for its kernels; dense on CPU while its copies are small; else split."""
     batch, num_queries = layout.limits_BQ.shape
     if queries_NhKD.is_cuda and queries_NhKD.shape[-1] >= _FLEX_LEAST_HEAD_DIM and num_queries >= _FLEX_LEAST_QUERIES:
         return "flex"
-    small = batch * num_queries * (num_tokens + num_queries) <= _DENSE_MOST_MASK_ELEMENTS
+    small = batch * -(-num_queries // _DENSE_QUERIES) * num_tokens <= _DENSE_MOST_KEYS
     return "dense" if queries_NhKD.device.type == "cpu" and small else "split"
 
 
@@ -245,9 +260,14 @@ class _ContextAttention(torch.autograd.Function):
 
 def _chunks(layout: BlockLayout, num_heads: int, num_tokens: int) -> list[tuple[slice, slice]]:
     """Slices of the queries, and the slice of the tokens that any query of theirs sees."""
+    size = max(1, _CHUNK_ELEMENTS // max(1, len(layout.limits_BQ) * num_heads * num_tokens))
+    return _slices(layout, size, num_tokens)
+
+
+def _slices(layout: BlockLayout, size: int, num_tokens: int) -> list[tuple[slice, slice]]:
+    """The same for slices of `size` queries."""
     limits_BQ, first_BQ = layout.limits_BQ, layout.first_BQ
-    batch, num_queries = limits_BQ.shape
-    size = max(1, _CHUNK_ELEMENTS // max(1, batch * num_heads * num_tokens))
+    num_queries = limits_BQ.shape[1]
     slices = [slice(start, min(start + size, num_queries)) for start in range(0, num_queries, size)]
     if limits_BQ.device.type != "cpu":  # reading the anchors would wait for the device
         return [(at, slice(0, num_tokens)) for at in slices]
@@ -280,17 +300,33 @@ def _probabilities(scores: Tensor, lse: Tensor) -> Tensor:
 
 
 def _dense(queries_NhKD: Tensor, context: KeysValues, block: KeysValues, layout: BlockLayout, scale: float) -> Tensor:
-    keys = torch.cat([context[0], layout.gather(block[0])], dim=2)
-    values = torch.cat([context[1], layout.gather(block[1])], dim=2)
-    attended_BhQD = F.scaled_dot_product_attention(
-        layout.gather(queries_NhKD),
-        keys,
-        values,
-        attn_mask=layout.dense_mask(context[0].shape[2]),
-        scale=scale,
-        enable_gqa=True,
-    )
-    return layout.scatter(attended_BhQD)
+    dtype = queries_NhKD.dtype
+    if dtype == torch.bfloat16 and queries_NhKD.device.type == "cpu" and not _fast_bfloat16():
+        queries_NhKD = queries_NhKD.float()
+        context, block = (context[0].float(), context[1].float()), (block[0].float(), block[1].float())
+    queries_BhQD = layout.gather(queries_NhKD)
+    own_keys_BGQD, own_values_BGQD = layout.gather(block[0]), layout.gather(block[1])
+    parts = [
+        F.scaled_dot_product_attention(
+            queries_BhQD[:, :, at],
+            torch.cat([context[0][:, :, seen], own_keys_BGQD[:, :, at]], dim=2),
+            torch.cat([context[1][:, :, seen], own_values_BGQD[:, :, at]], dim=2),
+            attn_mask=mask_B1XY,
+            scale=scale,
+            enable_gqa=True,
+        )
+        for at, seen, mask_B1XY in layout.dense_parts(context[0].shape[2])
+    ]
+    return layout.scatter(torch.cat(parts, dim=2)).to(dtype)
+
+
+@cache
+def _fast_bfloat16() -> bool:
+    """Whether the fused kernel multiplies bf16 faster than fp32 on this CPU: only with AMX.
+
+    Without it, its backward pass took three times as long in bf16 as in fp32.
+    """
+    return bool(torch.cpu._is_amx_tile_supported())
 
 
 def _flex(queries_BhQD: Tensor, context: KeysValues, mask: BlockMask, scale: float) -> tuple[Tensor, Tensor]:

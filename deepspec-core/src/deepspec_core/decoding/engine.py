@@ -308,9 +308,9 @@ class _Engine:
             with self.clock.measure("draft", self.target.device), self.check.calling("accept"):
                 seen_BKC = features_for(self.proposer, step)
                 if len(alive) < len(sequences):
-                    rows = torch.tensor(alive, dtype=torch.long, device=slots_B.device)
-                    slots_B, seen_BKC = slots_B[rows], seen_BKC[rows]
-                    committed_B, tokens_BK = verdict.committed[rows], verdict.tokens[rows]
+                    alive_B = torch.tensor(alive, dtype=torch.long, device=slots_B.device)
+                    slots_B, seen_BKC = slots_B[alive_B], seen_BKC[alive_B]
+                    committed_B, tokens_BK = verdict.committed[alive_B], verdict.tokens[alive_B]
                 else:
                     committed_B, tokens_BK = verdict.committed, verdict.tokens
                 if alive:

@@ -7,8 +7,10 @@ no logits, so it has nothing to recompute.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -19,6 +21,20 @@ from deepspec_core.layers.decoder_layer import DraftLayer
 from deepspec_core.plugins.origin import component_of, package_of
 
 __all__ = ["recompute_layers"]
+
+# What stands around the forward pass that is running. It stands around its recomputation too.
+_AROUND: Final[ContextVar[Callable[[], AbstractContextManager[None]]]] = ContextVar("around", default=nullcontext)
+
+
+@contextmanager
+def around_layers(context: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+    """Inside, `context()` is entered: now, and again in backward where a layer of this pass is computed again."""
+    before = _AROUND.set(context)
+    try:
+        with context():
+            yield
+    finally:
+        _AROUND.reset(before)
 
 
 def recompute_layers(draft: nn.Module) -> None:
@@ -42,5 +58,12 @@ def recompute_layers(draft: nn.Module) -> None:
 def _recomputed(function: Callable[..., Any], *arguments: Any) -> Any:
     if not torch.is_grad_enabled():
         return function(*arguments)
+    around = _AROUND.get()
     # Layers draw no random numbers, so the generators' states need not be kept.
-    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+    return checkpoint(
+        function,
+        *arguments,
+        use_reentrant=False,
+        preserve_rng_state=False,
+        context_fn=lambda: (nullcontext(), around()),
+    )

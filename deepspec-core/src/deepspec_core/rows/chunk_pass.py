@@ -32,7 +32,7 @@ from deepspec_core.rows.target_window import TargetWindow
 from deepspec_core.rows.term_check import one_a_row
 
 EXTRA = "extras."
-_HEADS = ("draft_head", "correction_head")
+HEADS = ("draft_head", "correction_head")
 
 
 @frozen(kw_only=True, eq=False)
@@ -105,8 +105,8 @@ class RowPass:
         )
         # A row's gradient comes from its own chunk; a head's is a sum over all chunks.
         gathered = settings.product_dtype if len(plan.chunks) == 1 else self.stat_dtype
-        self._heads = {name: head_gradient(inputs[name], gathered) for name in wanted if name in _HEADS}
-        self._rows = {name: torch.zeros_like(inputs[name]) for name in wanted if name not in _HEADS}
+        self._heads = {name: head_gradient(inputs[name], gathered) for name in wanted if name in HEADS}
+        self._rows = {name: torch.zeros_like(inputs[name]) for name in wanted if name not in HEADS}
         # Where one head serves draft and target, one product forms the logits of both, in the window's buffer.
         one_head = settings.compares and self.heads.target is self.heads.draft
         self.product_NV = None if one_head else self._empty(plan.most_rows)

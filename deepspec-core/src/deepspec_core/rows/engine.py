@@ -21,11 +21,12 @@ from deepspec_core.config.schema import LossOptions, TermOptions
 from deepspec_core.contracts.loss import LossTerm, Weighting
 from deepspec_core.contracts.rows import Heads, Rows
 from deepspec_core.errors import ConfigError
+from deepspec_core.layers.product_weights import ProductWeights
 from deepspec_core.plugins.registry import Registry
-from deepspec_core.rows.chunk_pass import EXTRA, PassSettings, RowPass
+from deepspec_core.rows.chunk_pass import EXTRA, HEADS, PassSettings, RowPass
 from deepspec_core.rows.coefficient_schedule import CoefficientSchedule
 from deepspec_core.rows.footprint import Footprint, footprint
-from deepspec_core.rows.head_gradient import scaled
+from deepspec_core.rows.head_gradient import add_scaled, scaled
 from deepspec_core.rows.kernels.choice import Choice, choose_kernels
 from deepspec_core.rows.metrics import Ratio, slot_metrics, survival_metrics
 from deepspec_core.rows.rows_check import check_numbers, check_shapes, check_told
@@ -80,13 +81,21 @@ class RowEngine:
         self._kept_inside: tuple[tuple[weakref.ref[Tensor], ...], tuple[int, ...], Tensor] | None = None
 
     @torch.compiler.disable  # type: ignore[untyped-decorator,unused-ignore]
-    def __call__(self, rows: Rows, heads: Heads, *, step: int = 0, with_metrics: bool = False) -> RowResult:
+    def __call__(
+        self,
+        rows: Rows,
+        heads: Heads,
+        *,
+        step: int = 0,
+        with_metrics: bool = False,
+        weights: ProductWeights | None = None,
+    ) -> RowResult:
         """The loss of these rows at optimizer step `step`, counted from 0; coefficients may depend on it.
 
         Rows of weight 0 are not there: nothing that they hold counts. `with_metrics` adds accuracy per slot and, if the
-        rows have a target, the acceptance rate per slot to the metrics. ConfigError if a term
-        reads what these rows do not carry, or if the chosen kernels cannot run. RowsError if the rows or the heads are
-        not what the contract says.
+        rows have a target, the acceptance rate per slot to the metrics. `weights` keep copies of trained heads, and say
+        where their gradients go. ConfigError if a term reads what these rows do not carry, or if the chosen kernels
+        cannot run. RowsError if the rows or the heads are not what the contract says.
         """
         self.check(rows, heads)
         self._warn_of_idle(rows)
@@ -99,12 +108,12 @@ class RowEngine:
             inputs |= {"correction": rows.correction, "correction_head": heads.correction}
         inputs |= {EXTRA + name: extra for name, extra in rows.extras.items() if extra.is_floating_point()}
         settings = self._settings(rows, heads, step, with_metrics)
-        cast = self._cast_heads(heads, settings.product_dtype)
+        cast = self._cast_heads(heads, settings.product_dtype, weights)
         over = RowPass(settings, rows, cast, self._inside(heads, cast) if settings.compares else None)
         # Autocast would change the dtype of statistics too. The dtype of products is chosen here, once.
         with torch.autocast(rows.hidden.device.type, enabled=False):
             total: Tensor = _RowSum.apply(  # type: ignore[no-untyped-call]
-                over, tuple(inputs), torch.is_grad_enabled(), *inputs.values()
+                over, tuple(inputs), torch.is_grad_enabled(), weights, *inputs.values()
             )
         denominator = over.weight_sum if rows.denominator is None else rows.denominator.detach()
         metrics = {"loss": (total.detach(), denominator)}
@@ -207,12 +216,17 @@ class RowEngine:
                 stacklevel=2,
             )
 
-    def _cast_heads(self, heads: Heads, dtype: torch.dtype) -> Heads:
-        draft = self._cast("draft_head", heads.draft, dtype)
+    def _cast_heads(self, heads: Heads, dtype: torch.dtype, weights: ProductWeights | None) -> Heads:
+        def cast(name: str, head: Tensor) -> Tensor:
+            if weights is not None and head.requires_grad and weights.dtype == dtype:
+                return weights.values(head)
+            return self._cast(name, head, dtype)
+
+        draft = cast("draft_head", heads.draft)
         return Heads(
             draft=draft,
-            target=draft if heads.target is heads.draft else self._cast("target_head", heads.target, dtype),
-            correction=None if heads.correction is None else self._cast("correction_head", heads.correction, dtype),
+            target=draft if heads.target is heads.draft else cast("target_head", heads.target),
+            correction=None if heads.correction is None else cast("correction_head", heads.correction),
             softcap=heads.softcap,
             draft_ids=heads.draft_ids,
             target_softcap=heads.target_softcap,
@@ -279,11 +293,19 @@ class _RowSum(torch.autograd.Function):
     """The pass as one node of the autograd graph. Forward forms the gradients; backward scales them."""
 
     @staticmethod
-    def forward(ctx: Any, over: RowPass, names: tuple[str, ...], grad_enabled: bool, *inputs: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        over: RowPass,
+        names: tuple[str, ...],
+        grad_enabled: bool,
+        weights: ProductWeights | None,
+        *inputs: Tensor,
+    ) -> Tensor:
         given = dict(zip(names, inputs, strict=True))
         wanted = tuple(name for name, tensor in given.items() if tensor.requires_grad) if grad_enabled else ()
         ctx.names, ctx.wanted = names, wanted
         ctx.dtypes = {name: tensor.dtype for name, tensor in given.items()}
+        ctx.weights, ctx.heads = weights, {name: given[name] for name in HEADS if name in wanted}
         total = over.run(given, wanted)
         gradients = over.gradients
         ctx.save_for_backward(*(gradients[name] for name in wanted))
@@ -292,6 +314,11 @@ class _RowSum(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator,unused-ignore]
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
-        saved = dict(zip(ctx.wanted, ctx.saved_tensors, strict=True))
-        found = {name: scaled(gradient, incoming, ctx.dtypes[name]) for name, gradient in saved.items()}
-        return None, None, None, *(found.get(name) for name in ctx.names)
+        found: dict[str, Tensor] = {}
+        for name, gradient in zip(ctx.wanted, ctx.saved_tensors, strict=True):
+            head = ctx.heads.get(name)
+            if head is not None and ctx.weights is not None and ctx.weights.gathers(head):
+                add_scaled(gradient, incoming, into=head.grad)
+            else:
+                found[name] = scaled(gradient, incoming, ctx.dtypes[name])
+        return None, None, None, None, *(found.get(name) for name in ctx.names)

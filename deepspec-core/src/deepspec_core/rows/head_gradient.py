@@ -92,6 +92,15 @@ def scaled(gradient: Tensor, by: Tensor, dtype: torch.dtype) -> Tensor:
     return result
 
 
+def add_scaled(gradient: Tensor, by: Tensor, *, into: Tensor) -> None:
+    """Add `gradient` [G, V, X] or [V, X] times `by` [] to `into`, of the same shape, without a tensor of its size."""
+    if gradient.dim() == 3:
+        gradient, into = gradient.flatten(0, 1), into.flatten(0, 1)
+    size = _slab_rows(gradient)
+    for part, into_part in zip(torch.split(gradient, size), torch.split(into, size), strict=True):
+        into_part.add_(part * by)
+
+
 def _slab_rows(tensor: Tensor) -> int:
     entries = _CPU_SLAB if tensor.device.type == "cpu" else _SLAB
     return max(1, entries // max(1, tensor[:1].numel()))

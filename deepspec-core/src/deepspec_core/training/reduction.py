@@ -55,8 +55,10 @@ def normalise(parameters: Sequence[Tensor], denominator: Tensor, *, world_size: 
     """
     scale = torch.where(denominator > 0, world_size / denominator, 0.0)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    torch._foreach_mul_(gradients, scale)
-    return whole(torch.nn.utils.clip_grad_norm_(parameters, clip_norm))
+    # The norm of undivided gradients, divided: gradients are read once for it, and written once for all.
+    norm = whole(torch.nn.utils.get_total_norm(gradients)) * scale
+    torch._foreach_mul_(gradients, scale * (clip_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm
 
 
 def gathered(value: Any) -> list[Any]:

@@ -5,27 +5,47 @@ Knows a draft and an engine. Does not know optimizers, ranks, or how sums are di
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
 import torch
 from torch import nn
 
 from deepspec_core.contracts.draft import DraftBatch, DraftModel
 from deepspec_core.contracts.rows import Rows
+from deepspec_core.layers.product_weights import ProductWeights
+from deepspec_core.layers.recomputing import around_layers
 from deepspec_core.rows.engine import RowEngine, RowResult
 from deepspec_core.rows.rows_check import RowsError
+from deepspec_core.training.compiled_layers import CompiledLayers
 
 
 class TrainingStep(nn.Module):
     """`step(batch)` gives a RowResult. With a `compute_dtype` of bfloat16 it runs under autocast; weights keep their
-    dtype.
+    dtype. Linear layers read copies of them, see layers/product_weights.py.
 
     Autocast is entered here, not by the launcher's settings, so that a run's results follow from its run file.
+
+    compiled: Rows of layers go through torch.compile, see compiled_layers.py.
+    alone: Nothing but `backward` of this module's results makes gradients of the draft, in this process or another:
+        gradients are then added to `parameter.grad` without autograd's knowledge. Not under data parallelism.
     """
 
-    def __init__(self, draft: DraftModel, engine: RowEngine, *, compute_dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        draft: DraftModel,
+        engine: RowEngine,
+        *,
+        compute_dtype: torch.dtype = torch.float32,
+        compiled: bool = False,
+        alone: bool = False,
+    ) -> None:
         super().__init__()
         self.draft = draft
         self.engine = engine
         self.compute_dtype = compute_dtype
+        self.weights = ProductWeights(draft, compute_dtype, alone=alone)
+        self.layers = CompiledLayers(draft) if compiled else None
 
     def forward(self, batch: DraftBatch, *, step: int = 0, with_metrics: bool = False) -> RowResult:
         """The batch's loss at optimizer step `step` as a sum, its denominator and its metrics.
@@ -34,9 +54,16 @@ class TrainingStep(nn.Module):
         """
         device = batch.input_ids.device.type
         with torch.autocast(device, dtype=torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16):
-            rows: Rows = self.draft(batch)
+            with around_layers(self._in_place):
+                rows: Rows = self.draft(batch)
+            heads = self.draft.heads()
             try:
-                result: RowResult = self.engine(rows, self.draft.heads(), step=step, with_metrics=with_metrics)
+                result: RowResult = self.engine(rows, heads, step=step, with_metrics=with_metrics, weights=self.weights)
             except RowsError as error:
                 raise error.of(self.draft) from error
         return result
+
+    @contextmanager
+    def _in_place(self) -> Iterator[None]:
+        with self.weights.in_place(), nullcontext() if self.layers is None else self.layers.in_place():
+            yield

@@ -7,6 +7,7 @@ reduction.py the division.
 
 from __future__ import annotations
 
+import logging
 import math
 import signal
 import time
@@ -32,6 +33,7 @@ from deepspec_core.rows.engine import build_engine
 from deepspec_core.stopping import Stopped, StopRequest
 from deepspec_core.training import checkpoint as checkpoints
 from deepspec_core.training.best_checkpoints import Evaluations
+from deepspec_core.training.compiled_layers import compiles
 from deepspec_core.training.epoch_order import ORDERS
 from deepspec_core.training.fallback import resume
 from deepspec_core.training.faults import not_finite, nothing_supervised
@@ -48,6 +50,8 @@ from deepspec_core.training.sampler import GlobalBatches
 from deepspec_core.training.schedule import learning_rate
 from deepspec_core.training.step import TrainingStep
 from deepspec_core.training.stored_scalars import check_scalars
+
+log = logging.getLogger("deepspec")
 
 
 @frozen(kw_only=True)
@@ -157,7 +161,9 @@ class _Trainer:
         )
         self.row_tokens = max(self.batches.lengths) if options.batching == PACKED else None
         self.total_steps = min(self.batches.total_steps, options.max_steps or self.batches.total_steps)
-        self.parallel = self._wrap(draft, loss, registry)
+        step = self._step_of(draft, loss, registry)
+        processes = self.accelerator.num_processes
+        self.parallel: Parallel = parallelise(step, options.parallel, device=self.device, processes=processes)
         if self.row_tokens is not None:
             with self.parallel.whole_draft():
                 check_draft_apart(draft, device=self.device, compute_dtype=torch_dtype(options.precision))
@@ -174,6 +180,7 @@ class _Trainer:
             weight_decay=options.weight_decay,
             fused=self.device.type in ("cpu", "cuda"),
         )
+        step.weights.follow(self.optimizer)
         self.pace = Pace(self.device)
         self.loss_names = ["loss", *(f"loss/{name}" for name in loss.terms), "padding_share"]
         self.figures = Figures()
@@ -185,14 +192,23 @@ class _Trainer:
         self.damaged = 0
         self.first_step = self._resume()
 
-    def _wrap(self, draft: DraftModel, loss: LossOptions, registry: Registry) -> Parallel:
+    def _step_of(self, draft: DraftModel, loss: LossOptions, registry: Registry) -> TrainingStep:
         compute_dtype = torch_dtype(self.options.precision)
         for parameter in draft.parameters():
             # Trained weights are fp32, whatever the dtype of their checkpoint. Frozen weights keep their dtype.
             if parameter.requires_grad or compute_dtype == torch.float32:
                 parameter.data = parameter.data.to(torch.float32)
-        step = TrainingStep(draft.train(), build_engine(loss, registry), compute_dtype=compute_dtype)
-        return parallelise(step, self.options.parallel, device=self.device, processes=self.accelerator.num_processes)
+        width, device_type = draft.lm_head.in_features, self.device.type
+        compiled, said = compiles(self.options.compile, width=width, steps=self.total_steps, device_type=device_type)
+        if self.is_main:
+            log.info(said)
+        return TrainingStep(
+            draft.train(),
+            build_engine(loss, registry),
+            compute_dtype=compute_dtype,
+            compiled=compiled,
+            alone=self.accelerator.num_processes == 1,
+        )
 
     def _resume(self) -> int:
         found = resume(self.folder, parameters=self.parameters, optimizer=self.optimizer, first=self.is_main)
@@ -209,16 +225,16 @@ class _Trainer:
 
     def run(self) -> dict[str, Any]:
         """Do every step that is left. Returns the last line of figures."""
-        log = MetricsLog(self.folder / METRICS, resume_at=self.first_step) if self.is_main else None
+        lines = MetricsLog(self.folder / METRICS, resume_at=self.first_step) if self.is_main else None
         self.evaluations.begin(
             self.folder,
-            log,
+            lines,
             self._save,
             done=self.first_step,
             total=self.total_steps,
             epoch=self.batches.steps_per_epoch,
         )
-        line = log.last() if log is not None else {}
+        line = lines.last() if lines is not None else {}
         if self.first_step >= self.total_steps or self.evaluations.over():
             return line
         checkpoints.require_space(self.folder, self.checkpoint_bytes)
@@ -248,8 +264,8 @@ class _Trainer:
                     epochs = round(done / self.batches.steps_per_epoch, 4)
                     line = {"step": done, "epoch": epochs, "lr": rate, "grad_norm": norm}
                     line |= {**clock.rates(), **self.pace.figures(), **self.figures.take()}
-                    if log is not None:
-                        log.write(line)
+                    if lines is not None:
+                        lines.write(line)
                         if self.on_line is not None:
                             self.on_line()
                 progress.advance(1, **at_a_glance(line))
