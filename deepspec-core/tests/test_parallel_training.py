@@ -118,8 +118,13 @@ def test_any_number_goes_on_with_what_another_left(straight: Path, two_ranks: di
             assert told["counts"]["samples"] == 2 * SAMPLES
             _same(folder, straight)
     folder = _stopped_at_3(straight, tmp_path / "two, from one")
-    assert train_in({folder: {"log_every": 1, **FSDP}}, ranks=2)[folder]["resumed_from"] == 3
-    _same(folder, straight)
+    damaged = tmp_path / "two, from one that is damaged"
+    shutil.copytree(straight, damaged)
+    (damaged / "checkpoints" / "step-000006" / "state" / "weights.safetensors").unlink()
+    done = train_in({path: {"log_every": 1, **FSDP} for path in (folder, damaged)}, ranks=2)
+    assert [(told["resumed_from"], told["damaged"]) for told in done.values()] == [(3, 0), (3, 1)]
+    for path in done:
+        _same(path, straight)
 
 
 @pytest.mark.slow

@@ -75,15 +75,16 @@ def import_draft(
     styled = _layers(foreign, adapter, where, registry, algorithm)
     keys |= {"target_model_name_or_path": target_name(target, base=base).name} if algorithm == "eagle3" else {}
     config = _config(foreign, styled, keys, algorithm, registry) | {"dtype": str(dtype).removeprefix("torch.")}
-    missing = [name for name in SHARED if name not in weights]
+    missing, own_head = [name for name in SHARED if name not in weights], HEAD in weights
     if missing:
         model = load_target(adapter, where, dtype=dtype, device="cpu")
         own = {SHARED[0]: model.embedding_weight(), HEAD: model.head_weight()}
         if DRAFT_IDS in weights:
             own[HEAD] = own[HEAD][weights[DRAFT_IDS]]
         weights |= {name: own[name].to(dtype).contiguous().clone() for name in missing}
+        own_head = not torch.equal(weights[HEAD], own[HEAD].to(dtype))
         del model, own
-    notes = [*foreign.notes, *_notes(foreign, missing)]
+    notes = [*foreign.notes, *_notes(foreign, missing, own_head=own_head)]
     _write(out, config, weights, foreign, notes, registry)
     return Imported(format=foreign.format, algorithm=algorithm, notes=tuple(notes))
 
@@ -250,7 +251,7 @@ def _config(
     return found | {name: foreign.layers[name] for name in _LAYER_KEYS if name in foreign.layers}
 
 
-def _notes(foreign: Foreign, missing: list[str]) -> list[str]:
+def _notes(foreign: Foreign, missing: list[str], *, own_head: bool) -> list[str]:
     notes = []
     trained = ("ttt_length", "step_loss_decay") if foreign.served.method == "eagle3" else ("num_anchors",)
     absent = [name for name in trained if name not in foreign.hints]
@@ -258,9 +259,9 @@ def _notes(foreign: Foreign, missing: list[str]) -> list[str]:
         values = ", ".join(f"{name} = {_DEFAULTS[name]}" for name in absent if name != "ttt_length")
         notes.append(f"the format does not say what concerns training alone: {values} was taken")
     if missing:
-        notes.append(f"{' and '.join(missing)} were left to the target, and are its own")
-    if HEAD not in missing and foreign.served.method == "eagle3":
-        notes.append("the draft has an lm_head of its own; training goes on with the target's rows instead")
+        notes.append(f"the format leaves weights to the target, and its own were taken: {', '.join(missing)}")
+    if own_head:
+        notes.append("the draft may have an lm_head of its own; training would take the target's rows instead")
     return notes
 
 
