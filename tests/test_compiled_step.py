@@ -13,6 +13,7 @@ from torch._dynamo.utils import counters
 
 from deepspec_core.config.loss_options import LossOptions
 from deepspec_core.contracts.draft import DraftModel
+from deepspec_core.layers.recomputing import recompute_layers
 from deepspec_core.plugins.registry import Registry
 from deepspec_core.rows.engine import build_engine
 from deepspec_core.rows.kernels.formulas import why_not_compiled
@@ -62,6 +63,25 @@ def test_compiled_layers_change_rounding_only_and_are_compiled_once(
         compiled_graphs.append(counters["stats"]["unique_graphs"])
     assert compiled_graphs[0] > 0
     assert compiled_graphs == compiled_graphs[:1] * len(compiled_graphs)
+
+
+@pytest.mark.parametrize("algorithm", list(LOSSES))
+def test_layers_compute_again_in_backward_as_they_did_forward(algorithm: str, registry: Registry) -> None:
+    """With the copies of weights that the forward pass had."""
+    torch.manual_seed(0)
+    spec = registry.get("draft", algorithm)
+    options = spec.options(mask_token_id=63) if algorithm != "eagle3" else spec.options()
+    draft = with_large_weights(registry.load("draft", algorithm)(options, tiny_adapter(), TAPS)).train()
+    engine = build_engine(LossOptions(terms=LOSSES[algorithm], kernels="plain"), registry)
+    step = TrainingStep(draft, engine, compute_dtype=torch.bfloat16, alone=True)
+    samples = [random_sample(str(place), length, seed=place) for place, length in enumerate((17, 31))]
+    batch = padded_batch(draft, prepare(draft, samples))
+    expected = gradients(step, draft, batch)
+    recompute_layers(draft)
+    found = gradients(step, draft, batch)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-2, atol=1e-2 * float(value.abs().max()), msg=name)
 
 
 def gradients(step: TrainingStep, draft: DraftModel, batch: object) -> dict[str, torch.Tensor]:

@@ -70,7 +70,8 @@ class TrainOptions:
     checkpoint_activations: Whether the draft's layers compute their activations again in backward and do not keep them.
         A step takes about a third longer and much less memory, which long sequences need. Results are the same.
     compile: Whether the layers' passes between products are compiled, in the first step. true, false, or "auto": where
-        there is a compiler, from 200 steps and a width of 512 on. Changes results by rounding only.
+        there is a compiler, from 200 steps and a width of 512 on. Not with `checkpoint_activations`. Changes results by
+        rounding only.
     precision: "bfloat16" is autocast over fp32 weights; "float32" is for exact results.
     checkpoint_every: Optimizer steps between checkpoints.
     keep_checkpoints: How many of the newest checkpoints stay.

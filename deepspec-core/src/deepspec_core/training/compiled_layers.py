@@ -34,14 +34,19 @@ LEAST_WIDTH = 512
 _LEAST_ROWS = 2
 
 
-def compiles(asked: bool | str, *, width: int, steps: int, device_type: str) -> tuple[bool, str]:
+def compiles(
+    asked: bool | str, *, width: int, steps: int, device_type: str, recomputed: bool = False
+) -> tuple[bool, str]:
     """Whether `[train] compile = asked` compiles the layers of a draft `width` wide, and why, in words.
 
     `steps` are those of the whole training, so a resumed one does the same. `asked` as the run file has it: "auto",
-    true, false.
+    true, false. recomputed: Whether the layers compute their activations again in backward, which torch.compile does
+    not take.
     """
     if asked is False:
         return False, "layers are not compiled: train.compile = false"
+    if recomputed:
+        return False, "layers are not compiled: train.checkpoint_activations = true"
     missing = why_not_compiled() if device_type == "cpu" else _why_not_on_device()
     if missing is not None:
         return False, f"layers are not compiled: {missing}"

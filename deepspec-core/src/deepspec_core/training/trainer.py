@@ -198,8 +198,13 @@ class _Trainer:
             # Trained weights are fp32, whatever the dtype of their checkpoint. Frozen weights keep their dtype.
             if parameter.requires_grad or compute_dtype == torch.float32:
                 parameter.data = parameter.data.to(torch.float32)
-        width, device_type = draft.lm_head.in_features, self.device.type
-        compiled, said = compiles(self.options.compile, width=width, steps=self.total_steps, device_type=device_type)
+        compiled, said = compiles(
+            self.options.compile,
+            width=draft.lm_head.in_features,
+            steps=self.total_steps,
+            device_type=self.device.type,
+            recomputed=self.options.checkpoint_activations,
+        )
         if self.is_main:
             log.info(said)
         return TrainingStep(
