@@ -16,8 +16,6 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-__all__ = ["read_shared_keys"]
-
 _NAME = "sdpa_shared_keys"
 # What the kernel below does not know; transformers' own function does, or refuses it.
 _OTHERS = ("softcap", "position_bias", "cache", "output_attentions")
