@@ -43,6 +43,13 @@ def test_greedy_speculation_equals_plain_greedy(stop_short: bool) -> None:
     assert {completion.finish_reason for completion in plain.values()} == {"stop", "length"}
 
 
+def test_plain_decoding_makes_no_token_that_is_cut_off() -> None:
+    found = _decode(_requests(9), proposer=None, temperature=0.0)
+    assert any(one.finish_reason == "length" for one in found.values())
+    # The first token of each comes with its prompt.
+    assert all(len(one.rounds) == len(one.output_ids) - 1 for one in found.values())
+
+
 def test_gradients_are_the_caller_s_between_completions() -> None:
     target = TinyTarget(vocab_size=VOCAB, hidden_size=8, num_layers=2, seed=3)
     sampling = Sampling(temperature=0.0)

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from deepspec_core.contracts.target import TargetModel
 from deepspec_core.errors import TargetError
+from deepspec_core.families.grouped_attention import _attend
 from deepspec_core.families.transformers_target import TransformersTarget
 from deepspec_targets.qwen3 import Qwen3Adapter
 
@@ -217,3 +219,19 @@ def test_greedy_decoding_is_the_recorded_one() -> None:
         limit = {slot: len(prompts[slot]) + case["max_new_tokens"] for slot in running}
         running = [s for s in running if texts[s][-1] not in case["stop_token_ids"] and len(texts[s]) < limit[s]]
     assert list(texts.values()) == case["target_greedy"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("new", [1, 5])
+def test_shared_keys_are_read_as_if_they_were_copied(dtype: torch.dtype, new: int) -> None:
+    torch.manual_seed(0)
+    module = nn.Module()
+    module.num_key_value_groups, module.is_causal = 3, True
+    query = torch.randn(2, 6, new, 16, dtype=dtype)
+    key, value = (torch.randn(2, 2, 40, 16, dtype=dtype).narrow(2, 0, 33) for _ in range(2))
+    mask = torch.zeros(2, 1, new, 33, dtype=dtype).masked_fill_(torch.rand(2, 1, new, 33) < 0.4, -torch.inf)
+    mask[..., 0] = 0
+    ours, theirs = (
+        act(module, query, key, value, mask, scaling=0.2, dropout=0.0)[0] for act in (_attend, sdpa_attention_forward)
+    )
+    torch.testing.assert_close(ours, theirs)

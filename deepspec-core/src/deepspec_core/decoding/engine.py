@@ -279,9 +279,9 @@ class _Engine:
         counts_B3 = torch.stack([verdict.proposal_lengths, verdict.accepted, verdict.committed], dim=1)
         to_read = [counts_B3, verdict.tokens, *([] if checked is None else [checked.to_read])]
         # Read once: every reading waits for the device.
-        rows, width = torch.cat(to_read, dim=1).tolist(), verdict.tokens.shape[1]
+        read, width = torch.cat(to_read, dim=1).tolist(), verdict.tokens.shape[1]
         counts, tokens, given = (
-            [row[part] for row in rows] for part in (slice(3), slice(3, 3 + width), slice(3 + width, None))
+            [numbers[part] for numbers in read] for part in (slice(3), slice(3, 3 + width), slice(3 + width, None))
         )
         if self.check is not None and checked is not None:
             self.check.refuse(checked, given)
