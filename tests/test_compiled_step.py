@@ -1,8 +1,9 @@
 """A training step with compiled layers against the same step as it is, for every algorithm with recorded vectors.
 
-Compiled passes keep intermediate values in fp32 where eager ones round each to bf16, so bf16 gradients agree within
-2 percent of their largest entry, and fp32 ones within rounding. Other lengths, batches and numbers of blocks must not
-compile anything anew.
+In fp32 gradients differ by rounding. In bf16 compiled passes keep intermediate values in fp32 where eager ones round each
+of them, and a gradient of a few entries may differ by a tenth. So there all gradients together are held against fp32: a
+compiled step is at most a quarter further from it than an eager one.
+Other lengths, batches and numbers of blocks must not compile anything anew.
 """
 
 from collections.abc import Sequence
@@ -46,19 +47,26 @@ def test_compiled_layers_change_rounding_only_and_are_compiled_once(
     options = spec.options(mask_token_id=63) if algorithm != "eagle3" else spec.options()
     draft = with_large_weights(registry.load("draft", algorithm)(options, tiny_adapter(), TAPS)).train()
     engine = build_engine(LossOptions(terms=LOSSES[algorithm], kernels="plain"), registry)
+    exact = TrainingStep(draft, engine)
     steps = [
         TrainingStep(draft, engine, compute_dtype=dtype, compiled=compiled, alone=True) for compiled in (False, True)
     ]
-    tolerance = 0.02 if dtype == torch.bfloat16 else 1e-5
     compiled_graphs: list[int] = []
     for number, (lengths, rows) in enumerate(SHAPES * 2):
         samples = [random_sample(str(place), length, seed=number) for place, length in enumerate(lengths)]
         batch = padded_batch(draft, prepare(draft, samples), rows=rows)
-        plain, fast = (gradients(step, draft, batch) for step in steps)
-        assert plain.keys() == fast.keys()
-        for name, expected in plain.items():
-            gap = (fast[name] - expected).abs().max() / expected.abs().max().clamp(min=1e-6)
-            assert gap <= tolerance, (name, lengths)
+        expected, plain, fast = (gradients(step, draft, batch) for step in (exact, *steps))
+        assert expected.keys() == plain.keys() == fast.keys()
+        off_plain, off_fast = (
+            {
+                name: float((found[name] - value).norm() / value.norm().clamp(min=1e-6))
+                for name, value in expected.items()
+            }
+            for found in (plain, fast)
+        )
+        assert sum(off_fast.values()) <= 1.25 * sum(off_plain.values()) + 1e-5 * len(off_fast), lengths
+        if dtype == torch.float32:
+            assert max(off_fast.values()) <= 1e-5, lengths
         compiled_graphs.append(counters["stats"]["unique_graphs"])
     assert compiled_graphs[0] > 0
     assert compiled_graphs == compiled_graphs[:1] * len(compiled_graphs)

@@ -152,7 +152,8 @@ def attend(
     """softmax(scale * q [Kc ; Kb]^T + mask) [Vc ; Vb], [N, h, K, D].
 
     context: keys and values [B, G, T, D] of each sequence position; block: [N, G, K, D] of each slot. Under autocast
-    products are formed in its type (in fp32 on CPUs without AMX), softmax in fp32. `path` None chooses by device and size.
+    products are formed in its type (in fp32 on CPUs without AMX), softmax in fp32. `path` None chooses by device and
+    size.
     """
     device = queries_NhKD.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else context[1].dtype

@@ -60,7 +60,7 @@ class TrainOptions:
     weight_decay: float = field(default=0.0, validator=real(0.0, 1e3))
     betas: tuple[float, float] = field(default=(0.9, 0.999), validator=deep_iterable(below(0.0, 1.0)))
     clip_norm: float = field(default=1.0, validator=above(0.0, 1e9))
-    compile: bool | str = field(default="auto", validator=_truth_or_auto, metadata=CHANGES_NOTHING)
+    compile: bool | str = field(default=False, validator=_truth_or_auto, metadata=CHANGES_NOTHING)
     precision: str = field(default="bfloat16", validator=in_(("float32", "bfloat16")))
     checkpoint_every: int = field(default=3000, validator=whole(1), metadata=CHANGES_NOTHING)
     keep_checkpoints: int = field(default=2, validator=whole(1), metadata=CHANGES_NOTHING)

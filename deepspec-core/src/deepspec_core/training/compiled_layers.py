@@ -90,7 +90,7 @@ class CompiledLayers:
         if len(rows[0]) < _LEAST_ROWS or name in self._failed:
             return function(part, *rows)
         for tensor in rows:
-            torch._dynamo.maybe_mark_dynamic(tensor, 0)  # type: ignore[no-untyped-call]
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
         try:
             return _compiled(function, rows[0].device.type)(part, *rows)
         except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
@@ -125,7 +125,7 @@ def _keys_values(
 
 def _finish(over: CompiledLayers, layer: DraftLayer, residual_TH: Tensor, attended_TH: Tensor) -> Tensor:
     output_MH: Tensor = over.run(_finish_of_rows, layer, residual_TH.flatten(0, -2), attended_TH.flatten(0, -2))
-    return output_MH.unflatten(0, residual_TH.shape[:-1])
+    return output_MH.reshape(residual_TH.shape)
 
 
 def _queries_of_rows(attention: DraftAttention, hidden_MI: Tensor, cos_MD: Tensor, sin_MD: Tensor) -> Tensor:
@@ -150,4 +150,5 @@ def _rows_of(hidden_TI: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]
 
 def _heads_first(rows_Mh1D: Tensor, hidden_TI: Tensor) -> Tensor:
     """[M, h, 1, D] -> [..., h, T, D]."""
-    return rows_Mh1D.squeeze(-2).unflatten(0, hidden_TI.shape[:-1]).transpose(-3, -2)
+    heads, _, size = rows_Mh1D.shape[1:]
+    return rows_Mh1D.reshape(*hidden_TI.shape[:-1], heads, size).transpose(-3, -2)
