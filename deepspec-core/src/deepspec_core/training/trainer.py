@@ -6,7 +6,6 @@ algorithms or families. accelerate handles devices and data parallelism, step.py
 
 from __future__ import annotations
 
-import logging
 import math
 import signal
 import time
@@ -32,7 +31,6 @@ from deepspec_core.progress import Progress
 from deepspec_core.rows.engine import build_engine
 from deepspec_core.stopping import Stopped, StopRequest
 from deepspec_core.training import checkpoint as checkpoints
-from deepspec_core.training.compiled_layers import compiles
 from deepspec_core.training.epoch_order import ORDERS
 from deepspec_core.training.host_batch import HostBatch
 from deepspec_core.training.loader import StepPlans, iterate
@@ -43,8 +41,6 @@ from deepspec_core.training.reduction import StepSums, gathered, normalise
 from deepspec_core.training.sampler import GlobalBatches
 from deepspec_core.training.schedule import learning_rate
 from deepspec_core.training.step import TrainingStep
-
-log = logging.getLogger("deepspec")
 
 METRICS = "metrics.jsonl"
 _SHOWN_IDS = 8
@@ -184,15 +180,10 @@ class _Trainer:
             # Trained weights are fp32, whatever the dtype of their checkpoint. Frozen weights keep their dtype.
             if parameter.requires_grad or compute_dtype == torch.float32:
                 parameter.data = parameter.data.to(torch.float32)
-        width, device_type = draft.lm_head.in_features, self.device.type
-        compiled, said = compiles(self.options.compile, width=width, steps=self.total_steps, device_type=device_type)
-        if self.is_main:
-            log.info(said)
         step = TrainingStep(
             draft.train(),
             build_engine(loss, registry),
             compute_dtype=compute_dtype,
-            compiled=compiled,
             alone=self.accelerator.num_processes == 1,
         )
         wrapped: torch.nn.Module = self.accelerator.prepare_model(step)
@@ -229,8 +220,8 @@ class _Trainer:
 
     def run(self) -> dict[str, Any]:
         """Do every step that is left. Returns the last line of figures."""
-        lines = MetricsLog(self.folder / METRICS, resume_at=self.first_step) if self.is_main else None
-        line = lines.last() if lines is not None else {}
+        log = MetricsLog(self.folder / METRICS, resume_at=self.first_step) if self.is_main else None
+        line = log.last() if log is not None else {}
         if self.first_step >= self.total_steps:
             return line
         checkpoints.require_space(self.folder, self.checkpoint_bytes)
@@ -259,8 +250,8 @@ class _Trainer:
                     epochs = round(done / self.batches.steps_per_epoch, 4)
                     line = {"step": done, "epoch": epochs, "lr": rate, "grad_norm": norm}
                     line |= {**clock.rates(), **self.figures.take()}
-                    if lines is not None:
-                        lines.write(line)
+                    if log is not None:
+                        log.write(line)
                 shown = {name: line[name] for name in ("loss", "tau_probabilistic") if name in line}
                 progress.advance(1, **shown)
                 epoch = self.batches.epoch(step)
