@@ -104,7 +104,7 @@ def compare(case: Case, ways: list[str], threads: int, turns: int, micro_batches
         process = context.Process(target=work, args=(other, way, case, threads, micro_batches), daemon=True)
         process.start()
         processes.append(process)
-    # Warm-ups, one process at a time. Two: a first turn after one alone took a sixth to a quarter longer than the next.
+    # Warm-ups, one process at a time. Two: after one alone the first turn was often the longest.
     first = {way: [ask(pipes[way], seed) for seed in (1, 2)] for way in ways}
     taken: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
     for turn in range(turns):
