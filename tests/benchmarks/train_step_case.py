@@ -132,13 +132,11 @@ def terms(case: Case) -> LossOptions:
 class OwnStep:
     """The step as training/trainer.py does it: forward, loss, backward, division, clipping, AdamW."""
 
-    compiled = False
-
     def __init__(self, case: Case, registry: Registry) -> None:
         self.draft = new_draft(case, registry).train()
         self.preparation = self.draft.preparation
         engine = build_engine(terms(case), registry)
-        self.step = TrainingStep(self.draft, engine, compute_dtype=case.torch_dtype, compiled=self.compiled, alone=True)
+        self.step = TrainingStep(self.draft, engine, compute_dtype=case.torch_dtype, alone=True)
         self.weights = [weight for weight in self.draft.parameters() if weight.requires_grad]
         self.optimizer = torch.optim.AdamW(self.weights, lr=LR, weight_decay=0.0, fused=True)
         self.step.weights.follow(self.optimizer)
@@ -162,12 +160,6 @@ class OwnStep:
     def kept_bytes(self) -> int:
         """Bytes of the gradients, which exist for a part of the step only."""
         return sum(weight.numel() * weight.element_size() for weight in self.weights)
-
-
-class CompiledStep(OwnStep):
-    """The same with compiled layers."""
-
-    compiled = True
 
 
 class Baseline:
@@ -312,7 +304,7 @@ class Products:
         return 0
 
 
-ARMS: dict[str, Any] = {"baseline": Baseline, "step": OwnStep, "compiled": CompiledStep, "products": Products}
+ARMS: dict[str, Any] = {"baseline": Baseline, "step": OwnStep, "products": Products}
 
 
 def new_arm(way: str, case: Case) -> Any:

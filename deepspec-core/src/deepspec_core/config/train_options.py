@@ -5,9 +5,7 @@ Imports attrs only. Which batching a draft type takes, batching.py checks.
 
 from __future__ import annotations
 
-from typing import Any
-
-from attrs import Attribute, field, frozen
+from attrs import field, frozen
 from attrs.validators import deep_iterable, in_, instance_of, matches_re, optional
 
 from deepspec_core.config.bounds import above, below, real, whole
@@ -44,11 +42,6 @@ class HeldOutOptions:
     stop_after: int | None = field(default=None, validator=optional(whole(1)))
 
 
-def _truth_or_auto(_options: object, attribute: Attribute[Any], value: bool | str) -> None:
-    if value not in (True, False, "auto"):
-        raise ValueError(f"'{attribute.name}' must be \"auto\", true or false: {value}")
-
-
 @frozen(kw_only=True)
 class TrainOptions:
     """[train]: the optimizer, the batch and how long.
@@ -69,9 +62,6 @@ class TrainOptions:
     clip_norm: A gradient with a larger norm is scaled down to this norm.
     checkpoint_activations: Whether the draft's layers compute their activations again in backward and do not keep them.
         A step takes about a third longer and much less memory, which long sequences need. Results are the same.
-    compile: Whether the layers' passes between products are compiled, in the first step. true, false, or "auto": where
-        there is a compiler, from 200 steps and a width of 512 on. Not with `checkpoint_activations`. Changes results by
-        rounding only.
     precision: "bfloat16" is autocast over fp32 weights; "float32" is for exact results.
     checkpoint_every: Optimizer steps between checkpoints.
     keep_checkpoints: How many of the newest checkpoints stay.
@@ -102,7 +92,6 @@ class TrainOptions:
     weight_decay: float = field(default=0.0, validator=real(0.0, 1e3))
     betas: tuple[float, float] = field(default=(0.9, 0.999), validator=deep_iterable(below(0.0, 1.0)))
     clip_norm: float = field(default=1.0, validator=above(0.0, 1e9))
-    compile: bool | str = field(default="auto", validator=_truth_or_auto, metadata=CHANGES_NOTHING)
     precision: str = field(default="bfloat16", validator=in_(("float32", "bfloat16")))
     checkpoint_activations: bool = field(default=False, metadata=CHANGES_NOTHING)
     checkpoint_every: int = field(default=3000, validator=whole(1), metadata=CHANGES_NOTHING)

@@ -54,7 +54,7 @@ class ProductWeights:
 
         Parameters are looked up anew each time, because sharding puts whole weights in their place before a pass.
         """
-        swapped: list[tuple[nn.Module, str, Tensor]] = []
+        swapped: list[tuple[nn.Module, str, nn.Parameter]] = []
         watched: list[nn.Module] = []
         copies: dict[int, Tensor] = {}
         try:
@@ -71,7 +71,7 @@ class ProductWeights:
             yield
         finally:
             for part, name, weight in swapped:
-                part._parameters[name] = weight  # type: ignore[assignment]
+                part._parameters[name] = weight
             for part in watched:
                 del part.forward
 

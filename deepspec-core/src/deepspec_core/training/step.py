@@ -5,9 +5,6 @@ Knows a draft and an engine. Does not know optimizers, ranks, or how sums are di
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-
 import torch
 from torch import nn
 
@@ -17,7 +14,6 @@ from deepspec_core.layers.product_weights import ProductWeights
 from deepspec_core.layers.recomputing import around_layers
 from deepspec_core.rows.engine import RowEngine, RowResult
 from deepspec_core.rows.rows_check import RowsError
-from deepspec_core.training.compiled_layers import CompiledLayers
 
 
 class TrainingStep(nn.Module):
@@ -26,7 +22,6 @@ class TrainingStep(nn.Module):
 
     Autocast is entered here, not by the launcher's settings, so that a run's results follow from its run file.
 
-    compiled: Rows of layers go through torch.compile, see compiled_layers.py.
     alone: Nothing but `backward` of this module's results makes gradients of the draft, in this process or another:
         gradients are then added to `parameter.grad` without autograd's knowledge. Not under data parallelism.
     """
@@ -37,7 +32,6 @@ class TrainingStep(nn.Module):
         engine: RowEngine,
         *,
         compute_dtype: torch.dtype = torch.float32,
-        compiled: bool = False,
         alone: bool = False,
     ) -> None:
         super().__init__()
@@ -45,7 +39,6 @@ class TrainingStep(nn.Module):
         self.engine = engine
         self.compute_dtype = compute_dtype
         self.weights = ProductWeights(draft, compute_dtype, alone=alone)
-        self.layers = CompiledLayers(draft) if compiled else None
 
     def forward(self, batch: DraftBatch, *, step: int = 0, with_metrics: bool = False) -> RowResult:
         """The batch's loss at optimizer step `step` as a sum, its denominator and its metrics.
@@ -54,7 +47,7 @@ class TrainingStep(nn.Module):
         """
         device = batch.input_ids.device.type
         with torch.autocast(device, dtype=torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16):
-            with around_layers(self._in_place):
+            with around_layers(self.weights.in_place):
                 rows: Rows = self.draft(batch)
             heads = self.draft.heads()
             try:
@@ -62,8 +55,3 @@ class TrainingStep(nn.Module):
             except RowsError as error:
                 raise error.of(self.draft) from error
         return result
-
-    @contextmanager
-    def _in_place(self) -> Iterator[None]:
-        with self.weights.in_place(), nullcontext() if self.layers is None else self.layers.in_place():
-            yield

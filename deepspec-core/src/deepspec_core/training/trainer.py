@@ -7,7 +7,6 @@ reduction.py the division.
 
 from __future__ import annotations
 
-import logging
 import math
 import signal
 import time
@@ -33,7 +32,6 @@ from deepspec_core.rows.engine import build_engine
 from deepspec_core.stopping import Stopped, StopRequest
 from deepspec_core.training import checkpoint as checkpoints
 from deepspec_core.training.best_checkpoints import Evaluations
-from deepspec_core.training.compiled_layers import compiles
 from deepspec_core.training.epoch_order import ORDERS
 from deepspec_core.training.fallback import resume
 from deepspec_core.training.faults import not_finite, nothing_supervised
@@ -50,8 +48,6 @@ from deepspec_core.training.sampler import GlobalBatches
 from deepspec_core.training.schedule import learning_rate
 from deepspec_core.training.step import TrainingStep
 from deepspec_core.training.stored_scalars import check_scalars
-
-log = logging.getLogger("deepspec")
 
 
 @frozen(kw_only=True)
@@ -198,20 +194,10 @@ class _Trainer:
             # Trained weights are fp32, whatever the dtype of their checkpoint. Frozen weights keep their dtype.
             if parameter.requires_grad or compute_dtype == torch.float32:
                 parameter.data = parameter.data.to(torch.float32)
-        compiled, said = compiles(
-            self.options.compile,
-            width=draft.lm_head.in_features,
-            steps=self.total_steps,
-            device_type=self.device.type,
-            recomputed=self.options.checkpoint_activations,
-        )
-        if self.is_main:
-            log.info(said)
         return TrainingStep(
             draft.train(),
             build_engine(loss, registry),
             compute_dtype=compute_dtype,
-            compiled=compiled,
             alone=self.accelerator.num_processes == 1,
         )
 

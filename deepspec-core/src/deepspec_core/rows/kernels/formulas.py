@@ -188,11 +188,11 @@ class TorchKernels:
 
 @functools.cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    options = vector_width() if why_not_compiled() is None else {}
+    options = _vector_width() if why_not_compiled() is None else {}
     return torch.compile(function, dynamic=True, options=options)
 
 
-def vector_width() -> dict[str, Any]:
+def _vector_width() -> dict[str, Any]:
     """Options for torch.compile that name this processor's vector width.
 
     torch.compile keeps generated code on disk under a key that leaves the processor out. But loops are generated for
@@ -213,7 +213,7 @@ def why_not_compiled() -> str | None:
     if not any(candidate and shutil.which(candidate) for candidate in (*candidates, "clang++", "c++")):
         return "there is no C++ compiler"
     try:
-        torch.compile(torch.neg, options=vector_width())(torch.zeros(8))
+        torch.compile(torch.neg, options=_vector_width())(torch.zeros(8))
     # The compiler, its headers or its flags may fail, each with another exception.
     except Exception as error:
         return f"the C++ compiler does not work for torch.compile ({str(error).strip().splitlines()[0]})"
