@@ -25,7 +25,7 @@ OPTIONS = ["--smoke", "--set", "run.threads=1"]
 SMALL_PIECES = ["--set", "train.checkpoint_every=2", "--set", "cache.shard_samples=3"]
 # What differs between any two runs: times, speeds and memory, and the path and weights of the draft, which are compared
 # by themselves.
-_OWN = re.compile(r"(.*_)?seconds|.*_per_second|peak_memory_bytes|speedup.*|resumed_from|draft|content|run")
+_OWN = re.compile(r"(.*_)?seconds|.*_per_second|peak_memory_bytes|loader_wait|speedup.*|resumed_from|draft|content|run")
 _ROUNDING = 1e-4
 
 

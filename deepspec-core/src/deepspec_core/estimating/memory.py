@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -25,6 +25,12 @@ def fake_tensors() -> FakeTensorMode:
     """Under it, new tensors hold no numbers. They may meet real ones later, outside it: what is computed from real
     tensors alone (indices, lengths) stays real, so code may read it."""
     return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def fake_beside(module: nn.Module) -> FakeTensorMode:
+    """The same, for tensors that are to meet this module's: those of two modes would be converted at every meeting."""
+    own = (value.fake_mode for value in module.parameters() if isinstance(value, FakeTensor))
+    return next(own, None) or fake_tensors()
 
 
 @contextmanager

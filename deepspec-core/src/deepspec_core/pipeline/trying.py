@@ -26,7 +26,7 @@ from deepspec_core.contracts.draft import DraftBatch, DraftDescription, DraftMod
 from deepspec_core.contracts.loss import LossTerm, RowStats, Weighting
 from deepspec_core.contracts.rows import Heads, Rows
 from deepspec_core.errors import DeepSpecError, PluginError
-from deepspec_core.estimating.memory import fake_tensors, without_torch_messages
+from deepspec_core.estimating.memory import fake_beside, fake_tensors, without_torch_messages
 from deepspec_core.pipeline.made_up import made_up_batch, made_up_features, made_up_samples
 from deepspec_core.pipeline.run import Run
 from deepspec_core.pipeline.training import new_draft
@@ -85,7 +85,7 @@ def _rows(run: Run, draft: DraftModel) -> Rows | None:
     """Rows of a made-up sample, or of two packed ones; None if the draft cannot run on fake tensors."""
     length, packs = min(_LENGTH, run.data.max_length), run.file.train.batching == PACKED
     try:
-        with fake_tensors():
+        with fake_beside(draft):
             features = made_up_features(run, length)
         samples = made_up_samples(2 if packs else 1, length, features)
         host = made_up_batch(draft, samples, run.file.run.seed, packed=packs)
