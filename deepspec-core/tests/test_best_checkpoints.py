@@ -63,6 +63,7 @@ class Result(NamedTuple):
 
     trained: TrainResult
     chosen: Path
+    evaluations: Evaluations
 
 
 def run(folder: Path, decode: Scripted | None, options: TrainOptions = OPTIONS) -> tuple[TinyDraft, Result]:
@@ -78,7 +79,7 @@ def run(folder: Path, decode: Scripted | None, options: TrainOptions = OPTIONS) 
         draft=draft, source=TinySource(22), options=options, loss=LOSS, registry=core_registry(), folder=folder,
         seed=5, save_draft=save, device="cpu", evaluations=evaluations,
     )  # fmt: skip
-    return draft, Result(result, evaluations.chosen(result.checkpoint))
+    return draft, Result(result, evaluations.chosen(result.checkpoint), evaluations)
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
@@ -222,6 +223,34 @@ def test_resuming_from_an_earlier_checkpoint_drops_later_records(
     _, result = run(tmp_path, Scripted({}), options)
     assert result.chosen.name == "step-000006"
     assert "the checkpoint of step 10, the best on held-out prompts, is gone" in caplog.text
+
+
+@pytest.mark.parametrize("how", ["cut", "flipped"])
+def test_a_damaged_best_is_set_aside_and_the_next_best_chosen(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, how: str
+) -> None:
+    options = evolve(OPTIONS, keep_best=2)
+    run(tmp_path, Scripted(RISES_AND_FALLS), options)
+    path = tmp_path / "checkpoints" / "step-000004" / "draft" / "model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-7] if how == "cut" else content[:-1] + bytes([content[-1] ^ 1]))
+    _, result = run(tmp_path, Scripted({}), options)
+    assert (result.chosen.name, result.evaluations.damaged) == ("step-000006", 1)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "damaged-step-000004",
+        "step-000006",
+        "step-000012",
+    ]
+    assert "checkpoint step-000004 is damaged" in caplog.text
+    assert "the finished draft is that of step 6" in caplog.text
+
+
+def test_what_is_gone_takes_no_place_among_the_best(tmp_path: Path) -> None:
+    with pytest.raises(Stopped):
+        run(tmp_path, Scripted(RISES_AND_FALLS, stop_at=8))
+    (tmp_path / "checkpoints" / "step-000004").rename(tmp_path / "gone")
+    run(tmp_path, Scripted(RISES_AND_FALLS | {12: 2.0}))
+    assert kept(tmp_path) == [8, 12]
 
 
 def test_a_damaged_record_is_named(tmp_path: Path) -> None:

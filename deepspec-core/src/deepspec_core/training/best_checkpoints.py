@@ -14,6 +14,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -24,6 +25,7 @@ from deepspec_core.crew import ALONE, Crew
 from deepspec_core.errors import CheckpointError
 from deepspec_core.journal import Journal
 from deepspec_core.training import checkpoint as checkpoints
+from deepspec_core.training.fallback import first_sound, set_aside
 from deepspec_core.training.metrics import MetricsLog
 
 log = logging.getLogger("deepspec")
@@ -79,6 +81,7 @@ class Evaluations:
         self._log: MetricsLog | None = None
         self.records: list[dict[str, Any]] = []
         self._seconds = 0.0
+        self.damaged = 0  # checkpoints that were set aside when the finished draft was chosen
 
     def begin(
         self, folder: Path, log: MetricsLog | None, save: Callable[[int], None], *, done: int, total: int, epoch: int
@@ -148,24 +151,36 @@ class Evaluations:
 
     def spared(self) -> frozenset[int]:
         """The steps whose checkpoints stay because they are the best."""
-        return frozenset(record["step"] for record in self._ranked()[: self._options.keep_best])
+        there = (record["step"] for record in self._ranked() if self._checkpoint(record).is_dir())
+        return frozenset(islice(there, self._options.keep_best))
 
     def chosen(self, last: Path) -> Path:
-        """The checkpoint that becomes the finished draft. `last` is the newest."""
+        """The checkpoint that becomes the finished draft. `last` is the newest, which this training wrote or read.
+
+        The best that is as it was written. Damaged ones are set aside and counted; CheckpointError where all are.
+        """
         if not self.records or self._options.final != BEST:
             return last
-        ranked = self._ranked()
-        there = [record for record in ranked if checkpoints.of_step(self._folder, record["step"]).is_dir()]
-        best, newest = there[0] if there else None, self.records[-1]
-        if best is None or best is not ranked[0]:
+        step = self._best_sound(last) if self._crew.first else None
+        return checkpoints.of_step(self._folder, self._crew.told_by_first("finished draft", step))
+
+    def _best_sound(self, last: Path) -> int:
+        """The step of the best checkpoint that is sound, or that of `last` where no best one is there."""
+        ranked, newest = self._ranked(), self.records[-1]
+        there = [path for path in map(self._checkpoint, ranked) if path.is_dir()]
+        found = first_sound(dict.fromkeys([*there, last]), checkpoints.verify)
+        assert found is not None, "there is a last one"
+        step, self.damaged = checkpoints.step_of(found[0]), len(found[2])
+        for path, damage in found[2]:
+            set_aside(path, damage, f"the finished draft is that of step {step}")
+        if self._checkpoint(ranked[0]) not in there:
             log.warning(
                 "the checkpoint of step %d, the best on held-out prompts, is gone: that of step %d is taken",
                 ranked[0]["step"],
-                checkpoints.step_of(last) if best is None else best["step"],
+                step,
             )
-        if best is None:
-            return last
-        if best is not newest and self._crew.first:
+        best = next((record for record in ranked if record["step"] == step), newest)
+        if best is not newest:
             log.info(
                 "the finished draft is that of step %d, with an accepted length of %.3f on held-out prompts; the last, "
                 "of step %d, has %.3f",
@@ -174,7 +189,10 @@ class Evaluations:
                 newest["step"],
                 newest["accepted_length"],
             )
-        return checkpoints.of_step(self._folder, best["step"])
+        return step
+
+    def _checkpoint(self, record: Mapping[str, Any]) -> Path:
+        return checkpoints.of_step(self._folder, record["step"])
 
     def _ranked(self) -> list[dict[str, Any]]:
         """Records by accepted length; of equal ones, the later first, which has learned from more samples."""
