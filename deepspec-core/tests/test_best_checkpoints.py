@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -55,7 +56,10 @@ class Scripted:
         if step == self.stop_at:
             raise Stopped(signal.SIGTERM)
         length = self.lengths[step]
-        return Decoded(accepted_length=length, interval=(1.0, 3.0), prompts=2, failures=0, rounds=9, tokens=20)
+        committed = round(length * 10)
+        return Decoded(
+            accepted_length=committed / 10, interval=(1.0, 3.0), prompts=2, failures=0, rounds=10, tokens=committed + 1
+        )
 
 
 class Result(NamedTuple):
@@ -253,10 +257,30 @@ def test_what_is_gone_takes_no_place_among_the_best(tmp_path: Path) -> None:
     assert kept(tmp_path) == [8, 12]
 
 
-def test_a_damaged_record_is_named(tmp_path: Path) -> None:
-    run(tmp_path, Scripted(RISES_AND_FALLS))
-    path = tmp_path / "evaluations.jsonl"
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"accepted_length": "high"},
+        {"accepted_length": 99.0},
+        {"accepted_length": 2.55},
+        {"accepted_length": 10**400},
+        {"accepted_length": 0.0, "interval": [0.0, 1.0], "tokens": 0},
+        {"interval": None},
+        {"interval": [2.6, 3.0]},
+        {"tokens": 40},
+        {"rounds": -10},
+        {"rounds": True},
+        {"step": -4},
+        {"step": 0},
+        {"tau_probabilistic": "high"},
+        {"time_share": float("nan")},
+    ],
+)
+def test_a_damaged_record_is_named(straight: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    shutil.copytree(straight, tmp_path / "damaged")
+    path = tmp_path / "damaged" / "evaluations.jsonl"
     lines = path.read_text().splitlines()
-    path.write_text("\n".join([lines[0], lines[1].replace("1.5", '"high"'), *lines[2:]]) + "\n")
-    with pytest.raises(CheckpointError, match=r"(?s)damaged record.*evaluations\.jsonl:2"):
-        run(tmp_path, Scripted({}))
+    lines[2] = json.dumps(json.loads(lines[2]) | changes)
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(CheckpointError, match=r"(?s)damaged record.*evaluations\.jsonl:3"):
+        run(tmp_path / "damaged", Scripted({}))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -38,6 +37,9 @@ _FIGURES: Final = {
     "time_share": "held_out/time_share",
 }
 _ESTIMATE: Final = "tau_probabilistic"
+# Numbers in a record are below this, so that arithmetic with them is exact or rounds.
+_MOST: Final = 2**53
+_ROUNDING: Final = 1e-9
 
 
 @frozen(kw_only=True)
@@ -236,14 +238,16 @@ class Evaluations:
 def _resumed(path: Path, resume_at: int) -> tuple[Journal, list[dict[str, Any]]]:
     """The journal at `path` without the records after step `resume_at`, and those that stay."""
     journal = Journal(path)
+    last = -1
     for number, record in enumerate(journal.entries, start=1):
-        if not _sound(record):
+        if not _sound(record, last):
             raise CheckpointError(
                 "damaged record of an evaluation",
                 where=f"{path}:{number}",
                 found=json.dumps(record)[:80],
                 fix="Remove that line and those after it, or train anew with --force train.",
             )
+        last = record["step"]
     kept = [record for record in journal.entries if record["step"] <= resume_at]
     if len(kept) < len(journal.entries):
         journal.close()
@@ -254,6 +258,27 @@ def _resumed(path: Path, resume_at: int) -> tuple[Journal, list[dict[str, Any]]]
     return journal, kept
 
 
-def _sound(record: Mapping[str, Any]) -> bool:
-    numbers: list[Any] = [record.get(name) for name in ("accepted_length", "seconds", "time_share")]
-    return type(record.get("step")) is int and all(type(one) in (int, float) and 0 <= one < math.inf for one in numbers)
+def _sound(record: Mapping[str, Any], after: int) -> bool:
+    """Whether a record is one that `evaluate` writes, of a step later than `after`."""
+    interval = record.get("interval")
+    if not isinstance(interval, list) or len(interval) != 2:
+        return False
+    counts: list[Any] = [record.get(name) for name in ("step", "prompts", "failures", "rounds", "tokens")]
+    length: Any = record.get("accepted_length")
+    figures: list[Any] = [length, *interval, *(record.get(name) for name in ("epoch", "seconds", "time_share"))]
+    if record.get(_ESTIMATE) is not None:
+        figures.append(record[_ESTIMATE])
+    if not all(type(one) is int and 0 <= one < _MOST for one in counts):
+        return False
+    if not all(type(one) in (int, float) and 0 <= one < _MOST for one in figures):
+        return False
+    step, prompts, _, rounds, tokens = counts
+    # What was committed is a whole number, at least one a round. Of each answer the first token is of no round, and
+    # what the last round commits beyond the answer's end is not among its tokens.
+    committed = round(length * rounds)
+    return bool(
+        step > after
+        and abs(length * rounds - committed) <= _ROUNDING * committed
+        and committed >= max(rounds, tokens - prompts)
+        and interval[0] * (1 - _ROUNDING) <= length <= interval[1] * (1 + _ROUNDING)
+    )
