@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +18,11 @@ from deepspec_core.checkpoints.opening import draft_adapter
 from deepspec_core.checkpoints.published import published_name, read_options
 from deepspec_core.cli.main import main
 from deepspec_core.contracts.draft import DraftModel
+from deepspec_core.errors import CheckpointError
 from deepspec_core.interface.models import Target
-from deepspec_core.pipeline.warm_start import Start, take_vocabulary, take_weights
+from deepspec_core.pipeline.warm_start import Start, start_of, take_vocabulary, take_weights
 from deepspec_core.plugins.registry import Registry
+from deepspec_core.training.checkpoint import complete, latest, of_step, step_of
 
 PARITY = Path(__file__).parent / "parity"
 TRAIN = ["--smoke", "--set", "run.threads=1", "--stages", "train"]
@@ -115,6 +120,38 @@ def test_the_run_begins_with_it_and_knows_when_it_was_edited(
     assert "train: resuming" in capsys.readouterr().out
     again = load_file(_folder(finished_copy) / "draft" / WEIGHTS)
     torch.testing.assert_close(again, trained, rtol=1e-5, atol=1e-6)
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:40])
+
+
+def _flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 64
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [_cut, _flip, Path.unlink])
+def test_a_resumed_run_reads_its_newest_sound_checkpoint(finished_copy: Path, damage: Callable[[Path], None]) -> None:
+    folder = _folder(finished_copy) / "train"
+    sound = latest(folder)
+    assert sound is not None
+    newest = of_step(folder, step_of(sound) + 1)
+    shutil.copytree(sound, newest)
+    damage(newest / "draft" / WEIGHTS)
+    run: Any = SimpleNamespace(
+        file=SimpleNamespace(draft=SimpleNamespace(init="gone")), stage_folder=lambda stage: folder
+    )
+    start = start_of(run)
+    assert start is not None
+    assert (start.folder, start.named) == (sound / "draft", None)
+    # What is damaged is set aside where training resumes, and not before.
+    assert newest.is_dir()
+    for checkpoint in complete(folder):
+        (checkpoint / "manifest.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="no earlier checkpoint to go on from"):
+        start_of(run)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -55,7 +56,10 @@ class Scripted:
         if step == self.stop_at:
             raise Stopped(signal.SIGTERM)
         length = self.lengths[step]
-        return Decoded(accepted_length=length, interval=(1.0, 3.0), prompts=2, failures=0, rounds=9, tokens=20)
+        committed = round(length * 10)
+        return Decoded(
+            accepted_length=committed / 10, interval=(1.0, 3.0), prompts=2, failures=0, rounds=10, tokens=committed + 1
+        )
 
 
 class Result(NamedTuple):
@@ -63,6 +67,7 @@ class Result(NamedTuple):
 
     trained: TrainResult
     chosen: Path
+    evaluations: Evaluations
 
 
 def run(folder: Path, decode: Scripted | None, options: TrainOptions = OPTIONS) -> tuple[TinyDraft, Result]:
@@ -78,7 +83,7 @@ def run(folder: Path, decode: Scripted | None, options: TrainOptions = OPTIONS) 
         draft=draft, source=TinySource(22), options=options, loss=LOSS, registry=core_registry(), folder=folder,
         seed=5, save_draft=save, device="cpu", evaluations=evaluations,
     )  # fmt: skip
-    return draft, Result(result, evaluations.chosen(result.checkpoint))
+    return draft, Result(result, evaluations.chosen(result.checkpoint), evaluations)
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
@@ -224,10 +229,58 @@ def test_resuming_from_an_earlier_checkpoint_drops_later_records(
     assert "the checkpoint of step 10, the best on held-out prompts, is gone" in caplog.text
 
 
-def test_a_damaged_record_is_named(tmp_path: Path) -> None:
-    run(tmp_path, Scripted(RISES_AND_FALLS))
-    path = tmp_path / "evaluations.jsonl"
+@pytest.mark.parametrize("how", ["cut", "flipped"])
+def test_a_damaged_best_is_set_aside_and_the_next_best_chosen(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, how: str
+) -> None:
+    options = evolve(OPTIONS, keep_best=2)
+    run(tmp_path, Scripted(RISES_AND_FALLS), options)
+    path = tmp_path / "checkpoints" / "step-000004" / "draft" / "model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-7] if how == "cut" else content[:-1] + bytes([content[-1] ^ 1]))
+    _, result = run(tmp_path, Scripted({}), options)
+    assert (result.chosen.name, result.evaluations.damaged) == ("step-000006", 1)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "damaged-step-000004",
+        "step-000006",
+        "step-000012",
+    ]
+    assert "checkpoint step-000004 is damaged" in caplog.text
+    assert "the finished draft is that of step 6" in caplog.text
+
+
+def test_what_is_gone_takes_no_place_among_the_best(tmp_path: Path) -> None:
+    with pytest.raises(Stopped):
+        run(tmp_path, Scripted(RISES_AND_FALLS, stop_at=8))
+    (tmp_path / "checkpoints" / "step-000004").rename(tmp_path / "gone")
+    run(tmp_path, Scripted(RISES_AND_FALLS | {12: 2.0}))
+    assert kept(tmp_path) == [8, 12]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"accepted_length": "high"},
+        {"accepted_length": 99.0},
+        {"accepted_length": 2.55},
+        {"accepted_length": 10**400},
+        {"accepted_length": 0.0, "interval": [0.0, 1.0], "tokens": 0},
+        {"interval": None},
+        {"interval": [2.6, 3.0]},
+        {"tokens": 40},
+        {"rounds": -10},
+        {"rounds": True},
+        {"step": -4},
+        {"step": 0},
+        {"tau_probabilistic": "high"},
+        {"time_share": float("nan")},
+    ],
+)
+def test_a_damaged_record_is_named(straight: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    shutil.copytree(straight, tmp_path / "damaged")
+    path = tmp_path / "damaged" / "evaluations.jsonl"
     lines = path.read_text().splitlines()
-    path.write_text("\n".join([lines[0], lines[1].replace("1.5", '"high"'), *lines[2:]]) + "\n")
-    with pytest.raises(CheckpointError, match=r"(?s)damaged record.*evaluations\.jsonl:2"):
-        run(tmp_path, Scripted({}))
+    lines[2] = json.dumps(json.loads(lines[2]) | changes)
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(CheckpointError, match=r"(?s)damaged record.*evaluations\.jsonl:3"):
+        run(tmp_path / "damaged", Scripted({}))

@@ -69,7 +69,7 @@ def run_stage(run: Run) -> dict[str, Any]:
         **run.data.losses(),
         **vocabulary,
         "resumed_from": result.resumed_from,
-        "damaged_checkpoints": result.damaged,
+        "damaged_checkpoints": result.damaged + evaluations.damaged,
         "figures": result.figures,
         "counts": result.counts,
         "trackers": trackers.summary(),

@@ -28,10 +28,11 @@ from deepspec_core.contracts.draft import DraftDescription, DraftModel
 from deepspec_core.diagnosis.draft_files import config_differences, expected_config
 from deepspec_core.errors import CheckpointError, ConfigError
 from deepspec_core.layers.draft_vocabulary import KEY
-from deepspec_core.pipeline import contents
+from deepspec_core.pipeline import contents, workers
 from deepspec_core.pipeline.run import Run
 from deepspec_core.targets.opening import fingerprint
 from deepspec_core.training import checkpoint as checkpoints
+from deepspec_core.training.fallback import first_sound
 
 log = logging.getLogger("deepspec")
 
@@ -102,16 +103,16 @@ def check_init(run: Run, draft: DraftModel, description: DraftDescription) -> No
 def start_of(run: Run) -> Start | None:
     """The weights that training begins with, read; None where [draft] init names none.
 
-    A run that has a checkpoint goes on with that, whatever became of the one it began with.
+    A run that has a checkpoint goes on with that, whatever became of the one it began with: with the newest sound one,
+    which is the one that training resumes from. CheckpointError where all are damaged.
     """
     named = run.file.draft.init
     if named is None:
         return None
-    own = checkpoints.latest(run.stage_folder("train"))
+    own = _own_checkpoint(run)
     if own is not None:
-        return Start(
-            folder=own / checkpoints.DRAFT, named=None, weights=read_tensors(own / checkpoints.DRAFT / WEIGHTS)
-        )
+        draft = own / checkpoints.DRAFT
+        return Start(folder=draft, named=None, weights=read_tensors(draft / WEIGHTS))
     folder = _folder(run)
     assert folder is not None, "it is named"
     digest = fingerprint(folder)
@@ -125,6 +126,14 @@ def start_of(run: Run) -> Start | None:
             fix="Another process writes it: wait for that, and run again.",
         )
     return Start(folder=folder, named=named, weights=weights)
+
+
+def _own_checkpoint(run: Run) -> Path | None:
+    """The run's newest sound checkpoint. The first worker looks, so that not all of them read every file."""
+    folder, crew = run.stage_folder("train"), workers.crew()
+    found = first_sound(reversed(checkpoints.complete(folder)), checkpoints.verify) if crew.first else None
+    step = crew.told_by_first("own checkpoint", None if found is None else checkpoints.step_of(found[0]))
+    return None if step is None else checkpoints.of_step(folder, step)
 
 
 def init_digest(run: Run, *, ask_hub: bool) -> str | None:

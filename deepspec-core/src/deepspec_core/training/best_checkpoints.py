@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import time
 from collections.abc import Callable, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -24,6 +24,7 @@ from deepspec_core.crew import ALONE, Crew
 from deepspec_core.errors import CheckpointError
 from deepspec_core.journal import Journal
 from deepspec_core.training import checkpoint as checkpoints
+from deepspec_core.training.fallback import first_sound, set_aside
 from deepspec_core.training.metrics import MetricsLog
 
 log = logging.getLogger("deepspec")
@@ -36,6 +37,9 @@ _FIGURES: Final = {
     "time_share": "held_out/time_share",
 }
 _ESTIMATE: Final = "tau_probabilistic"
+# Numbers in a record are below this, so that arithmetic with them is exact or rounds.
+_MOST: Final = 2**53
+_ROUNDING: Final = 1e-9
 
 
 @frozen(kw_only=True)
@@ -79,6 +83,7 @@ class Evaluations:
         self._log: MetricsLog | None = None
         self.records: list[dict[str, Any]] = []
         self._seconds = 0.0
+        self.damaged = 0  # checkpoints that were set aside when the finished draft was chosen
 
     def begin(
         self, folder: Path, log: MetricsLog | None, save: Callable[[int], None], *, done: int, total: int, epoch: int
@@ -148,24 +153,36 @@ class Evaluations:
 
     def spared(self) -> frozenset[int]:
         """The steps whose checkpoints stay because they are the best."""
-        return frozenset(record["step"] for record in self._ranked()[: self._options.keep_best])
+        there = (record["step"] for record in self._ranked() if self._checkpoint(record).is_dir())
+        return frozenset(islice(there, self._options.keep_best))
 
     def chosen(self, last: Path) -> Path:
-        """The checkpoint that becomes the finished draft. `last` is the newest."""
+        """The checkpoint that becomes the finished draft. `last` is the newest, which this training wrote or read.
+
+        The best that is as it was written. Damaged ones are set aside and counted; CheckpointError where all are.
+        """
         if not self.records or self._options.final != BEST:
             return last
-        ranked = self._ranked()
-        there = [record for record in ranked if checkpoints.of_step(self._folder, record["step"]).is_dir()]
-        best, newest = there[0] if there else None, self.records[-1]
-        if best is None or best is not ranked[0]:
+        step = self._best_sound(last) if self._crew.first else None
+        return checkpoints.of_step(self._folder, self._crew.told_by_first("finished draft", step))
+
+    def _best_sound(self, last: Path) -> int:
+        """The step of the best checkpoint that is sound, or that of `last` where no best one is there."""
+        ranked, newest = self._ranked(), self.records[-1]
+        there = [path for path in map(self._checkpoint, ranked) if path.is_dir()]
+        found = first_sound(dict.fromkeys([*there, last]), checkpoints.verify)
+        assert found is not None, "there is a last one"
+        step, self.damaged = checkpoints.step_of(found[0]), len(found[2])
+        for path, damage in found[2]:
+            set_aside(path, damage, f"the finished draft is that of step {step}")
+        if self._checkpoint(ranked[0]) not in there:
             log.warning(
                 "the checkpoint of step %d, the best on held-out prompts, is gone: that of step %d is taken",
                 ranked[0]["step"],
-                checkpoints.step_of(last) if best is None else best["step"],
+                step,
             )
-        if best is None:
-            return last
-        if best is not newest and self._crew.first:
+        best = next((record for record in ranked if record["step"] == step), newest)
+        if best is not newest:
             log.info(
                 "the finished draft is that of step %d, with an accepted length of %.3f on held-out prompts; the last, "
                 "of step %d, has %.3f",
@@ -174,7 +191,10 @@ class Evaluations:
                 newest["step"],
                 newest["accepted_length"],
             )
-        return checkpoints.of_step(self._folder, best["step"])
+        return step
+
+    def _checkpoint(self, record: Mapping[str, Any]) -> Path:
+        return checkpoints.of_step(self._folder, record["step"])
 
     def _ranked(self) -> list[dict[str, Any]]:
         """Records by accepted length; of equal ones, the later first, which has learned from more samples."""
@@ -218,14 +238,16 @@ class Evaluations:
 def _resumed(path: Path, resume_at: int) -> tuple[Journal, list[dict[str, Any]]]:
     """The journal at `path` without the records after step `resume_at`, and those that stay."""
     journal = Journal(path)
+    last = -1
     for number, record in enumerate(journal.entries, start=1):
-        if not _sound(record):
+        if not _sound(record, last):
             raise CheckpointError(
                 "damaged record of an evaluation",
                 where=f"{path}:{number}",
                 found=json.dumps(record)[:80],
                 fix="Remove that line and those after it, or train anew with --force train.",
             )
+        last = record["step"]
     kept = [record for record in journal.entries if record["step"] <= resume_at]
     if len(kept) < len(journal.entries):
         journal.close()
@@ -236,6 +258,27 @@ def _resumed(path: Path, resume_at: int) -> tuple[Journal, list[dict[str, Any]]]
     return journal, kept
 
 
-def _sound(record: Mapping[str, Any]) -> bool:
-    numbers: list[Any] = [record.get(name) for name in ("accepted_length", "seconds", "time_share")]
-    return type(record.get("step")) is int and all(type(one) in (int, float) and 0 <= one < math.inf for one in numbers)
+def _sound(record: Mapping[str, Any], after: int) -> bool:
+    """Whether a record is one that `evaluate` writes, of a step later than `after`."""
+    interval = record.get("interval")
+    if not isinstance(interval, list) or len(interval) != 2:
+        return False
+    counts: list[Any] = [record.get(name) for name in ("step", "prompts", "failures", "rounds", "tokens")]
+    length: Any = record.get("accepted_length")
+    figures: list[Any] = [length, *interval, *(record.get(name) for name in ("epoch", "seconds", "time_share"))]
+    if record.get(_ESTIMATE) is not None:
+        figures.append(record[_ESTIMATE])
+    if not all(type(one) is int and 0 <= one < _MOST for one in counts):
+        return False
+    if not all(type(one) in (int, float) and 0 <= one < _MOST for one in figures):
+        return False
+    step, prompts, _, rounds, tokens = counts
+    # What was committed is a whole number, at least one a round. Of each answer the first token is of no round, and
+    # what the last round commits beyond the answer's end is not among its tokens.
+    committed = round(length * rounds)
+    return bool(
+        step > after
+        and abs(length * rounds - committed) <= _ROUNDING * committed
+        and committed >= max(rounds, tokens - prompts)
+        and interval[0] * (1 - _ROUNDING) <= length <= interval[1] * (1 + _ROUNDING)
+    )

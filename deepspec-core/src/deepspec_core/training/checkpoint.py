@@ -156,7 +156,7 @@ def remove_unfinished(folder: Path) -> int:
 
 def restore(checkpoint: Path, *, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Restore weights and optimizer state, and return the scalars. CheckpointError names a file that does not fit."""
-    _verify(checkpoint)
+    verify(checkpoint)
     weights = _load(checkpoint / STATE / _WEIGHTS)
     _same_names(checkpoint / STATE / _WEIGHTS, set(weights), parameters, weights)
     with torch.no_grad():
@@ -228,8 +228,11 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise _damaged(path, error.found if isinstance(error, CheckpointError) else error) from error
 
 
-def _verify(checkpoint: Path) -> None:
-    """Check that every file is there and unchanged: training goes on from some, and the draft is published."""
+def verify(checkpoint: Path) -> None:
+    """DamagedCheckpoint where a file of the checkpoint is missing or changed.
+
+    Training goes on from some of them, and the draft is published.
+    """
     manifest = _read_json(checkpoint / _MANIFEST)
     for name in (_WEIGHTS, _OPTIMIZER, _SCALARS):
         if f"{STATE}/{name}" not in manifest:

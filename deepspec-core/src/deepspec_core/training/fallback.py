@@ -1,4 +1,4 @@
-"""Which checkpoint training goes on from: the newest that is as it was written. Damaged ones after it are set aside.
+"""Damaged checkpoints are set aside, and the next one is taken: to go on from, and as the finished draft.
 
 The first rank tries them, the others follow it. A damaged one is renamed, never removed, because something of it may be
 wanted. Where no sound one is left, it is an error: training from the first step again is the user's choice. Knows
@@ -8,9 +8,9 @@ checkpoints and ranks. Does not know training.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import torch
 from attrs import frozen
@@ -24,6 +24,9 @@ from deepspec_core.training.reduction import gathered
 log = logging.getLogger("deepspec")
 
 _ASIDE: Final = "damaged-"
+
+T = TypeVar("T")
+Damaged = tuple[Path, DamagedCheckpoint]
 
 
 @frozen(kw_only=True)
@@ -55,16 +58,31 @@ def resume(
 
 
 def _newest_sound(folder: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> Resumed | None:
-    damaged: list[tuple[Path, DamagedCheckpoint]] = []
-    for checkpoint in reversed(checkpoints.complete(folder)):
+    def restore(checkpoint: Path) -> dict[str, Any]:
+        return checkpoints.restore(checkpoint, parameters=parameters, optimizer=optimizer)
+
+    found = first_sound(reversed(checkpoints.complete(folder)), restore)
+    if found is None:
+        return None
+    checkpoint, scalars, damaged = found
+    for path, damage in damaged:
+        again = checkpoints.step_of(path) - checkpoints.step_of(checkpoint)
+        step = checkpoints.step_of(checkpoint)
+        set_aside(path, damage, f"training goes on from step {step}, and {again} steps are done again")
+    return Resumed(checkpoint=checkpoint, scalars=scalars, damaged=len(damaged))
+
+
+def first_sound(candidates: Iterable[Path], read: Callable[[Path], T]) -> tuple[Path, T, list[Damaged]] | None:
+    """The first checkpoint that `read` does not find damaged, what it gave, and the damaged ones before it.
+
+    None without candidates. CheckpointError where all are damaged.
+    """
+    damaged: list[Damaged] = []
+    for checkpoint in candidates:
         try:
-            scalars = checkpoints.restore(checkpoint, parameters=parameters, optimizer=optimizer)
+            return checkpoint, read(checkpoint), damaged
         except DamagedCheckpoint as error:
             damaged.append((checkpoint, error))
-            continue
-        for path, damage in damaged:
-            _set_aside(path, damage, checkpoint)
-        return Resumed(checkpoint=checkpoint, scalars=scalars, damaged=len(damaged))
     if damaged:
         path, first = damaged[0]
         raise CheckpointError(
@@ -77,19 +95,18 @@ def _newest_sound(folder: Path, parameters: Mapping[str, Tensor], optimizer: tor
     return None
 
 
-def _set_aside(path: Path, error: DamagedCheckpoint, instead: Path) -> None:
+def set_aside(path: Path, error: DamagedCheckpoint, instead: str) -> None:
+    """Rename a damaged checkpoint, and warn of it. `instead` says what happens without it."""
     aside, number = path.with_name(f"{_ASIDE}{path.name}"), 1
     while aside.exists():
         number += 1
         aside = path.with_name(f"{_ASIDE}{path.name}-{number}")
     path.rename(aside)
     log.warning(
-        "checkpoint %s is damaged (%s: %s): training goes on from step %d, and %d steps are done again; "
-        "the damaged one is kept as %s",
+        "checkpoint %s is damaged (%s: %s): %s; the damaged one is kept as %s",
         path.name,
         error.where,
         error.found,
-        checkpoints.step_of(instead),
-        checkpoints.step_of(path) - checkpoints.step_of(instead),
+        instead,
         aside,
     )
