@@ -11,10 +11,11 @@ import pytest
 
 from deepspec_core.cli.main import main
 from deepspec_core.config.load import load_run_file
-from deepspec_core.config.schema import changes_results
+from deepspec_core.config.schema import HeldOutOptions, changes_results
 from deepspec_core.errors import StageError
 from deepspec_core.evaluation.evaluator import evaluate
 from deepspec_core.journal import Journal
+from deepspec_core.pipeline.fingerprint import fingerprint, flatten
 from deepspec_core.pipeline.reads import Reads, recording, remembered
 from deepspec_core.plugins.discovery import load_plugins
 
@@ -45,6 +46,16 @@ def test_every_key_that_changes_results_is_noted_when_it_is_read(run_file: Path)
                 assert getattr(noted, attribute.name) == getattr(plain, attribute.name)
             own = section.name if attribute.name == "options" else f"{section.name}.{attribute.name}"
             assert trace.keys == ({own} if changes_results(attribute) else set()), attribute.name
+
+
+def test_when_to_warn_of_a_fall_is_no_setting_of_the_results(run_file: Path) -> None:
+    def keys(**changes: int) -> dict[str, object]:
+        changed = attrs.evolve(file, train=attrs.evolve(file.train, evaluation=HeldOutOptions(**changes)))
+        return fingerprint(flatten(changed), ["train.evaluation"])
+
+    file = load_run_file(run_file, plugins=load_plugins())
+    assert keys() == keys(warn_after=9)
+    assert keys() != keys(stop_after=9)
 
 
 def test_what_is_made_once_counts_as_read_by_everyone_who_uses_it() -> None:

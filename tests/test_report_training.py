@@ -117,6 +117,13 @@ def test_what_cannot_be_reported_says_why(tmp_path: Path, capsys: pytest.Capture
     trained(tmp_path, [line(1)])
     assert main(["report", str(tmp_path), "--json"]) == 2
     assert "a table is of evaluations" in capsys.readouterr().err
+    trained(tmp_path / "other", [line(1)])
+    assert main(["report", str(tmp_path), str(tmp_path / "other")]) == 2
+    assert "ask for the curves of training with --html or --png" in capsys.readouterr().err
+    trained(tmp_path, [{"step": 3}])
+    for asked in ([], ["--png", str(tmp_path / "x.png")]):
+        assert main(["report", str(tmp_path), *asked]) == 2
+        assert "curves in train/metrics.jsonl" in capsys.readouterr().err
 
 
 def test_without_matplotlib_nobody_asked_and_nothing_fails(

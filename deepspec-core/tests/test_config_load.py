@@ -53,6 +53,12 @@ def test_a_minimal_file_has_every_default(load: Loader) -> None:
         ("draft=3", "draft", "3 (a whole number)", "a table with the keys type, layer"),
         ("evaluate.temperature=[1, -1.0]", "evaluate.temperature[1]", "-1.0 (a number)", "a number, >= 0.0"),
         ("data.held_out=0.6", "data.held_out", "0.6 (a number)", "a number, <= 0.5"),
+        (
+            "train.evaluation.max_new_tokens=1",
+            "train.evaluation.max_new_tokens",
+            "1 (a whole number)",
+            "a whole number, >= 2",
+        ),
     ],
 )
 def test_nothing_is_coerced(load: Loader, override: str, path: str, found: str, expected: str) -> None:

@@ -149,6 +149,38 @@ def test_damaged_files_are_remarks_and_a_folder_without_a_run_is_an_error(folder
         status_of(tmp_path / "nothing")
 
 
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"warnings": {"count": 1, "newest": [{"time": "abc", "text": "x"}]}}, "warnings.newest"),
+        ({"warnings": {"count": 1, "newest": [{"time": 1e300, "text": "x"}]}}, "warnings.newest"),
+        ({"warnings": {"count": 1, "newest": 5}}, "warnings.newest"),
+        ({"process": {"pid": 10**30}}, "process.pid"),
+        ({"beat": 10**400}, "beat"),
+        ({"progress": {"what": "train", "done": 1, "total": 2, "unit": "steps", "rate": 10**400, "seconds_left": None,
+                       "figures": {"loss": 10**400}, "done_by_worker": [10**400, 1]}}, "rate, figures, done_by_worker"),
+    ],
+)  # fmt: skip
+def test_values_that_cannot_be_used_are_a_remark(folder: Path, values: dict[str, Any], named: str) -> None:
+    with beating(folder, ["train"]):
+        enter("train")
+        own = json.loads((folder / STATUS).read_text())["process"]
+    found = change(folder, **{"state": "running", **values, "process": own | values.get("process", {})})
+    assert found.remarks == [f"status.json cannot be used: {named}"]
+    assert found.remarks[0] in shown(folder)
+    assert CliRunner().invoke(status, [str(folder), "--json"]).exit_code == 0
+
+
+def test_text_of_files_does_not_command_the_terminal(folder: Path) -> None:
+    with beating(folder, ["train"]):
+        pass
+    warning = {"time": 1.0, "text": "two\nlines \x9b2J"}
+    change(folder, state="failed", error="\ud800 \x1b[2J at 3 °", warnings={"count": 1, "newest": [warning]})
+    text = shown(folder)
+    assert "failed: \ufffd \ufffd[2J at 3 °" in text
+    assert "two lines \ufffd2J" in text
+
+
 def test_the_command_imports_nothing_heavy(folder: Path) -> None:
     code = (
         "import sys; from deepspec_core.cli.main import main; code = main(['status', sys.argv[1]]);"

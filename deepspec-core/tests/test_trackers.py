@@ -211,3 +211,24 @@ def test_tensorboard_shows_one_curve_after_a_kill(tmp_path: Path, scalars: Any) 
     follow(tmp_path, [4, 6, 8], names=("tensorboard",))
     assert scalars(tmp_path, "loss") == [(step, step / 10) for step in (2, 4, 6, 8)]
     assert scalars(tmp_path, "accuracy/0") == [(step, 0.5) for step in (2, 4, 6, 8)]
+
+
+@pytest.mark.parametrize("name", ["wandb", "tensorboard"])
+def test_what_another_run_told_silences_nothing(
+    tmp_path: Path,
+    name: str,
+    recorder: type[Recorder],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    made = lambda project, _folder=None, **options: recorder(project, **options)  # noqa: E731
+    monkeypatch.setitem(accelerate.tracking.LOGGER_TYPE_TO_CLASS, name, made)
+    foreign = {"step": 100000, "lines": 1, "names": ["loss"], "run_id": "another"}
+    (tmp_path / STATE).write_text(json.dumps({name: foreign}))
+    with caplog.at_level(logging.WARNING, "deepspec"):
+        trackers = follow(tmp_path, [2, 4], names=(name,))
+    assert [step for tracker in Recorder.all for step in steps_of(tracker)] == [2, 4]
+    assert Recorder.all[-1].options.get("id") != "another"
+    assert trackers.summary() == {name: {"told_to_step": 4}}
+    (message,) = caplog.messages
+    assert "begins a new curve" in message

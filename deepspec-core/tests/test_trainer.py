@@ -23,6 +23,7 @@ from deepspec_core.rows.weighting_options import DecayOptions
 from deepspec_core.testing.core_registry import core_registry
 from deepspec_core.testing.tiny_draft import TinyDraft, TinySource
 from deepspec_core.training.checkpoint import latest
+from deepspec_core.training.metrics import MetricsLog
 from deepspec_core.training.trainer import TrainResult, train
 
 OPTIONS = TrainOptions(
@@ -220,6 +221,23 @@ class Interrupting(TinySource):
         if self.asked == 2 * 8 + 3:
             os.kill(os.getpid(), signal.SIGINT)
         return super().__getitem__(index)
+
+
+def test_who_follows_the_lines_is_called_where_nothing_is_left_to_train(tmp_path: Path) -> None:
+    """The process that wrote the last lines may have been killed before it told them."""
+    run(tmp_path)
+    seen: list[int] = []
+    run(tmp_path, on_line=lambda: seen.append(len(lines(tmp_path))))
+    assert seen == [3]
+
+
+@pytest.mark.parametrize("unreadable", [b'{"step": 1, "note": "\xff"}', b"\xff\xfe", b'{"step": 1' + b"0" * 400 + b"}"])
+def test_a_line_that_cannot_be_read_is_dropped(tmp_path: Path, unreadable: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "loss": 2.5}\n' + unreadable + b'\n{"step": 2}\n{"step": 3}\n')
+    log = MetricsLog(path, resume_at=2)
+    log.add(2, {"held_out": 1.5})
+    assert lines(tmp_path) == [{"step": 1, "loss": 2.5}, {"step": 2, "held_out": 1.5}]
 
 
 def test_ctrl_c_finishes_the_step_and_saves(tmp_path: Path) -> None:

@@ -55,12 +55,12 @@ def report(
             raise StageError(
                 "Nothing to report there",
                 where=folder,
-                expected=f"a run's folder with {METRICS} or train/metrics.jsonl, or its run file",
+                expected=f"a run's folder with {METRICS} or curves in train/metrics.jsonl, or its run file",
                 fix="Run its train or evaluate stage first.",
             )
     evaluated = [run for _, run in found if run is not None]
     beside = len(folders) == 1 and bool(trained) and not (form or html or png or output)
-    if not evaluated and (form or output):
+    if not evaluated and (form or output or not (html or png or beside)):
         raise StageError(
             "No evaluation there, and a table is of evaluations",
             where=folders[0],

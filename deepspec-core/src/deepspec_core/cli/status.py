@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import unicodedata
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,13 @@ def status(place: str, as_json: bool, blocked: tuple[str, ...]) -> None:
         click.echo(json.dumps(found.as_json(), indent=1))
         return
     for line in _lines(found):
-        click.echo(line)
+        click.echo(_printable(line))
+
+
+def _printable(text: str) -> str:
+    """Without what is no letter to a terminal: the files' text may be anybody's, and would command it."""
+    letters = (" " if letter.isspace() else letter for letter in text)
+    return "".join("\ufffd" if unicodedata.category(letter).startswith("C") else letter for letter in letters)
 
 
 def _lines(found: RunStatus) -> Iterator[str]:
@@ -55,7 +62,7 @@ def _lines(found: RunStatus) -> Iterator[str]:
     if found.warnings_count:
         yield f"{found.warnings_count} warnings since the start; the newest:"
         for warning in found.warnings[-5:]:
-            when = time.strftime("%H:%M:%S", time.localtime(warning.get("time", 0)))
+            when = time.strftime("%H:%M:%S", time.localtime(warning["time"]))
             yield f"  {when} {warning['text']}"
     for remark in found.remarks:
         yield f"not shown: {remark}"

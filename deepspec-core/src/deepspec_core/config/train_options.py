@@ -28,7 +28,7 @@ class HeldOutOptions:
     """[train.evaluation]: what the draft decodes while it is trained, every `train.evaluate_every` steps.
 
     prompts: Held-out prompts that are decoded, always the same.
-    max_new_tokens: New tokens of one answer at most.
+    max_new_tokens: New tokens of one answer at most, 2 or more: the first one is not the draft's.
     temperature: 0 is greedy.
     warn_after: A warning is given when the accepted length has fallen so many times in a row.
     stop_after: Training ends when the accepted length has fallen so many times in a row. Left out: it does not end
@@ -36,9 +36,9 @@ class HeldOutOptions:
     """
 
     prompts: int = field(default=32, validator=whole(1, _SEQUENCES))
-    max_new_tokens: int = field(default=128, validator=whole(1, 2**27))
+    max_new_tokens: int = field(default=128, validator=whole(2, 2**27))
     temperature: float = field(default=0.0, validator=temperatures)
-    warn_after: int = field(default=3, validator=whole(1))
+    warn_after: int = field(default=3, validator=whole(1), metadata=CHANGES_NOTHING)
     stop_after: int | None = field(default=None, validator=optional(whole(1)))
 
 

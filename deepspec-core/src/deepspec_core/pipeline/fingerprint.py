@@ -26,12 +26,17 @@ RECORD = "stage.json"
 
 
 def flatten(run_file: RunFile) -> dict[str, Any]:
-    """Every key of a run file, dotted as in errors, with its effective value in JSON types."""
+    """Every key of a run file, dotted as in errors, with its effective value in JSON types.
+
+    Reading a table inside a section counts as reading all of it, so its keys that change no result are left out.
+    """
     flat: dict[str, Any] = {}
 
     def visit(path: str, value: Any) -> None:
         if attrs.has(type(value)):
             for attribute in attrs.fields(type(value)):
+                if "." in path and not changes_results(attribute):
+                    continue
                 # A plugin's options stand in the section itself: [draft] block_size, not [draft.options] block_size.
                 inner = path if attribute.name == "options" else f"{path}.{attribute.name}".lstrip(".")
                 visit(inner, getattr(value, attribute.name))

@@ -51,6 +51,10 @@ _OF_PROGRESS: Final[Mapping[str, type | tuple[type, ...]]] = {
     "figures": dict,
     "done_by_worker": list,
 }
+_MOMENTS: Final = ("began", "stage_began", "moved", "beat")
+# Seconds since 1970; a later one is no time that a machine would tell.
+_LAST_MOMENT: Final = 1e11
+_MOST_PROCESSES: Final = 2**31
 
 
 @frozen(kw_only=True)
@@ -116,7 +120,6 @@ def status_of(folder: Path) -> RunStatus:
         remarks.append(f"{unreadable} lines of train/{METRICS} cannot be read")
     training = lines[-1] if lines else None
     warnings = written["warnings"] if written is not None else {}
-    newest = [one for one in warnings.get("newest", ()) if isinstance(one, dict) and isinstance(one.get("text"), str)]
     return RunStatus(
         name=name or folder.resolve().name,
         folder=folder,
@@ -130,8 +133,8 @@ def status_of(folder: Path) -> RunStatus:
         training=training,
         slowest=_slowest(progress, training if alive == "train" else None),
         evaluation=_evaluation(folder, lines, remarks),
-        warnings=newest,
-        warnings_count=warnings["count"] if isinstance(warnings.get("count"), int) else len(newest),
+        warnings=warnings.get("newest", []),
+        warnings_count=warnings.get("count", 0),
         remarks=remarks,
     )
 
@@ -147,13 +150,9 @@ def _read_status(folder: Path, remarks: list[str]) -> dict[str, Any] | None:
     if written.get("version") != VERSION:
         remarks.append(f"{STATUS} is of version {written.get('version')!r}, and this deepspec-core knows {VERSION}")
         return None
-    wrong = _mistyped(written, _TYPES)
-    if not wrong and not all(isinstance(one, str) for one in written["stages"]):
-        wrong = ["stages"]
+    wrong = _mistyped(written, _TYPES) or _unsound(written)
     if not wrong and written["progress"] is not None:
-        wrong = _mistyped(written["progress"], _OF_PROGRESS)
-        if not wrong and not all(isinstance(one, str | int | float) for one in written["progress"]["figures"].values()):
-            wrong = ["figures"]
+        wrong = _mistyped(written["progress"], _OF_PROGRESS) or _unsound_progress(written["progress"])
     if wrong:
         remarks.append(f"{STATUS} cannot be used: {', '.join(wrong)}")
         return None
@@ -162,6 +161,40 @@ def _read_status(folder: Path, remarks: list[str]) -> dict[str, Any] | None:
 
 def _mistyped(values: Mapping[str, Any], types: Mapping[str, type | tuple[type, ...]]) -> list[str]:
     return [name for name, kinds in types.items() if not isinstance(values.get(name), kinds)]
+
+
+def _unsound(written: Mapping[str, Any]) -> list[str]:
+    pid, count = written["process"].get("pid"), written["warnings"].get("count")
+    newest = written["warnings"].get("newest")
+    sound = {
+        "stages": all(isinstance(one, str) for one in written["stages"]),
+        **{name: written[name] is None or _is_moment(written[name]) for name in _MOMENTS},
+        "process.pid": type(pid) is int and 0 < pid < _MOST_PROCESSES,
+        "warnings.count": type(count) is int and _is_shown(count),
+        "warnings.newest": isinstance(newest, list) and all(_is_warning(one) for one in newest),
+    }
+    return [name for name, is_sound in sound.items() if not is_sound]
+
+
+def _unsound_progress(work: Mapping[str, Any]) -> list[str]:
+    numbers = {name: work[name] for name in ("done", "total", "rate", "seconds_left")}
+    wrong = [name for name, value in numbers.items() if value is not None and not _is_shown(value)]
+    if not all(isinstance(one, str) or _is_shown(one) for one in work["figures"].values()):
+        wrong.append("figures")
+    return wrong if all(_is_shown(one) for one in work["done_by_worker"]) else [*wrong, "done_by_worker"]
+
+
+def _is_warning(one: Any) -> bool:
+    return isinstance(one, dict) and isinstance(one.get("text"), str) and _is_moment(one.get("time"))
+
+
+def _is_moment(value: Any) -> bool:
+    return _is_shown(value) and 0 <= value < _LAST_MOMENT
+
+
+def _is_shown(value: Any) -> bool:
+    # A whole number of any length is JSON; what no float can hold cannot be reckoned with.
+    return isinstance(value, int | float) and abs(value) < 1e300
 
 
 def _planned(folder: Path, remarks: list[str]) -> tuple[list[str], str | None]:
@@ -190,7 +223,7 @@ def _life(written: Mapping[str, Any] | None, now: float) -> tuple[str, str]:
         process = None
     seen = f"last sign of life {_ago(ago)}"
     if process is not None and process.is_here:
-        there = Process.of(process.pid) if type(process.pid) is int and process.pid > 0 else None
+        there = Process.of(process.pid)
         if there is None or there.started != process.started:
             return "dead", f"dead: its process {process.pid} is gone, {seen}; run again to go on"
         if ago > SILENT_SECONDS:
@@ -240,7 +273,7 @@ def _slowest(progress: Mapping[str, Any] | None, training: Line | None) -> dict[
             "fastest_seconds": training.get("fastest_rank_seconds", 0.0),
         }
     done = progress.get("done_by_worker") if progress is not None else None
-    if not isinstance(done, list) or len(done) < 2 or not all(isinstance(one, int | float) for one in done):
+    if done is None or len(done) < 2:
         return None
     slowest = min(range(len(done)), key=done.__getitem__)
     return {"rank": slowest, "done": done[slowest], "most_done": max(done)}

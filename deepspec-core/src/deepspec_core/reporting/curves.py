@@ -76,9 +76,10 @@ class Group:
 
 
 def read_training(folder: Path, label: str) -> Training | None:
-    """The lines of a run's folder; None where it was not trained there."""
+    """The lines of a run's folder; None where they have no curves, or it was not trained there."""
     lines, unreadable = read_lines(folder / "train" / METRICS)
-    return Training(label=label, lines=lines, unreadable=unreadable) if lines else None
+    drawn = any(name not in _NOT_DRAWN for line in lines for name in line)
+    return Training(label=label, lines=lines, unreadable=unreadable) if drawn else None
 
 
 def groups(runs: Sequence[tuple[int, Training]]) -> list[Group]:

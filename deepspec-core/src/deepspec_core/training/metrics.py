@@ -58,7 +58,7 @@ class MetricsLog:
     """metrics.jsonl: one JSON object in each line, with rising `step`."""
 
     def __init__(self, path: Path, *, resume_at: int) -> None:
-        """Lines after step `resume_at` and a half-written last line are removed. They will be written again."""
+        """Lines after step `resume_at`, which will be written again, and lines that cannot be read are removed."""
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
@@ -84,22 +84,22 @@ class MetricsLog:
         """Give the line of a step more figures. A step without a line, or whose line has them, stays as it is."""
         before = self.of_step(step)
         if before and not figures.keys() <= before.keys():
-            added = json.dumps({**before, **figures})
+            added = json.dumps({**before, **figures}).encode()
             self._replace([added if _step(line) == step else line for line in self._lines()])
 
-    def _lines(self) -> list[str]:
-        return self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+    def _lines(self) -> list[bytes]:
+        return self.path.read_bytes().splitlines() if self.path.exists() else []
 
-    def _replace(self, lines: Sequence[str]) -> None:
+    def _replace(self, lines: Sequence[bytes]) -> None:
         new = self.path.with_name(f".{self.path.name}.new")
-        new.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        new.write_bytes(b"".join(line + b"\n" for line in lines))
         os.replace(new, self.path)
 
 
-def _step(line: str) -> float:
+def _step(line: bytes) -> float:
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return math.inf
 
 

@@ -122,7 +122,7 @@ class Trackers:
         seconds = SECONDS_TO_FINISH if error is None else SECONDS_TO_STOP
         until = time.monotonic() + seconds
         for teller in self._tellers:
-            teller.end()
+            teller.end(complete=error is None)
         for teller in self._tellers:
             teller.join(until, seconds)
 
@@ -135,6 +135,7 @@ class _Teller:
         self._following = Following(metrics)
         self._thread: threading.Thread | None = None
         self._ready, self._over = threading.Event(), threading.Event()
+        self._complete = False
         self._told = _Told()
         self._error: str | None = None
 
@@ -144,7 +145,9 @@ class _Teller:
             self._thread.start()
         self._ready.set()
 
-    def end(self) -> None:
+    def end(self, *, complete: bool) -> None:
+        """No line comes any more; `complete` where training has written its last one."""
+        self._complete = complete
         self._over.set()
         self._ready.set()
 
@@ -161,15 +164,20 @@ class _Teller:
 
     def _run(self) -> None:
         try:
-            tracker = self._start()
-            over = False
+            tracker = self._start(_read(self._metrics.parent / STATE).get(self.name, _Told()))
+            over, last = False, (0, 0)
             while not over:
                 self._ready.wait()
                 self._ready.clear()
                 over = self._over.is_set()  # asked before the file is read: nothing is written once it is set
-                for place, line in self._following.new():
-                    if new := self._told.new(place, line):
-                        self._tell(tracker, place, new, [*line])
+                last = self._tell_new(tracker) or last
+            # A killed run may have told what its resumption has yet to write again, so only the end shows it.
+            if self._complete and last < (self._told.step, self._told.lines):
+                self._begin_anew(f"it has step {self._told.step:,}, and {self._metrics} ends at {last[0]:,}")
+                tracker.finish()
+                self._following = Following(self._metrics)
+                tracker = self._start(_Told())
+                self._tell_new(tracker)
             tracker.finish()
         except BaseException as error:  # some libraries leave by sys.exit
             self._error = f"{type(error).__name__}: {error}"[:500]
@@ -181,10 +189,24 @@ class _Teller:
     def _up_to(self) -> str:
         return f"of {self._metrics} up to step {self._told.step:,}"
 
-    def _start(self) -> Any:
+    def _tell_new(self, tracker: Any) -> tuple[int, int] | None:
+        """Tell what was added to the file. Returns the place of its last line, if any."""
+        place = None
+        for place, line in self._following.new():
+            if new := self._told.new(place, line):
+                self._tell(tracker, place, new, [*line])
+        return place
+
+    def _begin_anew(self, why: str) -> None:
+        log.warning("%s is not of this run (%s): %s begins a new curve", STATE, why, _TITLES[self.name])
+
+    def _start(self, told: _Told) -> Any:
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-        self._told = _read(self._metrics.parent / STATE).get(self.name, _Told())
+        self._told = told
+        if self.name == TENSORBOARD and told.run_id and not (self._metrics.parent / TENSORBOARD).is_dir():
+            self._begin_anew(f"there is no folder {TENSORBOARD} beside it")
+            self._told = _Told()
         begun = bool(self._told.run_id)
         if not begun:
             self._told.run_id = os.urandom(4).hex()
@@ -193,7 +215,7 @@ class _Teller:
         build = LOGGER_TYPE_TO_CLASS[self.name]
         if self.name == TENSORBOARD:
             # What a killed process wrote beyond its state is not shown: it is told again.
-            purge = {"purge_step": self._told.step + 1} if begun else {}
+            purge = {"purge_step": self._told.step + 1 if begun else 0}
             tracker = build(name, folder / TENSORBOARD, **purge)
         elif self.name == "mlflow":
             tracker = build(self._project, run_id=self._told.run_id if begun else None, run_name=name)
@@ -250,7 +272,7 @@ def _read(path: Path) -> dict[str, _Told]:
         }
     except FileNotFoundError:
         return {}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         log.warning("%s cannot be read (%s): trackers begin a new curve", path, error)
         return {}
 

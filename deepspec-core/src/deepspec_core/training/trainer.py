@@ -227,6 +227,9 @@ class _Trainer:
         )
         line = lines.last() if lines is not None else {}
         if self.first_step >= self.total_steps or self.evaluations.over():
+            # A killed process may owe lines, and `begin` may have added figures. Where steps are left, their first line
+            # tells it: nothing may start a thread before loader workers are forked.
+            self._lines_changed()
             return line
         checkpoints.require_space(self.folder, self.checkpoint_bytes)
         plans = StepPlans(
@@ -257,8 +260,7 @@ class _Trainer:
                     line |= {**clock.rates(), **self.pace.figures(), **self.figures.take()}
                     if lines is not None:
                         lines.write(line)
-                        if self.on_line is not None:
-                            self.on_line()
+                        self._lines_changed()
                 progress.advance(1, **at_a_glance(line))
                 epoch = self.batches.epoch(step)
                 if self.batches.epoch(done) != epoch or (last and epoch == 0):
@@ -269,13 +271,16 @@ class _Trainer:
                     raise Stopped(request.number or signal.SIGTERM)  # another rank's signal, where not ours
                 if due:
                     line |= self.evaluations.evaluate(done, request.check)
-                    if self.is_main and self.on_line is not None:
-                        self.on_line()
+                    self._lines_changed()
                     clock.restart()
                     self.pace.restart()
                     if self.evaluations.over():
                         break
         return line
+
+    def _lines_changed(self) -> None:
+        if self.is_main and self.on_line is not None:
+            self.on_line()
 
     def _step(
         self, step: int, plans: StepPlans, micro_batches: Iterator[HostBatch], with_metrics: bool, interrupted: bool
