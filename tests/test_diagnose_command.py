@@ -42,6 +42,21 @@ def test_a_smoke_run_is_measured_at_every_stage_and_not_accused(
     assert {one["kind"] for one in found["facts"]["prompts"]} == {"same"}
 
 
+@pytest.mark.parametrize("output", ["{folder}", "/" + "a/" * 40, "a/" * 40 + "run"])
+@pytest.mark.parametrize("command", ["diagnose", "export"])
+def test_a_folder_that_does_not_say_where_its_run_file_lay_is_refused(
+    command: str, output: str, finished_copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = finished_copy.parent / "runs" / "quickstart-dflash-smoke"
+    saved = folder / "config.toml"
+    text = saved.read_text()
+    assert 'output = "runs/quickstart-dflash-smoke"' in text
+    saved.write_text(text.replace("runs/quickstart-dflash-smoke", output.format(folder=folder)))
+    more = ["--to", "deepspec", "--draft-vocab", "150"] if command == "export" else []
+    assert main([command, str(folder), *more]) == 2
+    assert "Name the run file in place of the folder" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [

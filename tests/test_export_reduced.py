@@ -1,6 +1,7 @@
 """`deepspec export --draft-vocab N` and `--untrained RUN.toml`: drafts that are made for the export."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,7 @@ def test_a_vocabulary_is_reduced_by_what_the_runs_answers_have(
     [
         (("--to", "vllm", "--draft-vocab", "150"), "reduced vocabulary"),
         (("--to", "deepspec", "--draft-vocab", "99999999"), "--draft-vocab"),
+        (("--to", "deepspec", "--draft-vocab", "1024"), "nothing is reduced"),
     ],
 )
 def test_what_cannot_be_reduced_is_refused_before_the_target_is_loaded(
@@ -56,6 +58,63 @@ def test_what_cannot_be_reduced_is_refused_before_the_target_is_loaded(
     assert main(["export", "runs/quickstart-dflash-smoke", *more, "--out", "small"]) == 2
     assert says in capsys.readouterr().err
     assert not Path("small").exists()
+
+
+@pytest.fixture
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither draft is decoded with: the target is not loaded."""
+    known = dict.fromkeys(("acceptance_length", "samples"), 1) | {"acceptance_length_interval": [1, 1]}
+    monkeypatch.setattr("deepspec_core.pipeline.reduced_vocabulary._accepted", lambda *_: known)
+
+
+@pytest.mark.usefixtures("unmeasured")
+@pytest.mark.parametrize("more", [(), ("--draft-vocab", "150")])
+def test_a_run_file_in_another_folder_than_the_results_is_taken(
+    finished_copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: tuple[str, ...]
+) -> None:
+    saved = finished_copy.parent / "runs" / "quickstart-dflash-smoke" / "config.toml"
+    saved.write_text(saved.read_text().replace('output = "runs/', 'output = "../runs/'))
+    run_file = finished_copy.parent / "files" / "mine.toml"
+    run_file.parent.mkdir()
+    run_file.write_text(saved.read_text())
+    out = tmp_path / "out"
+    assert main(["export", str(run_file), "--to", "deepspec", *more, "--out", str(out)]) == 0, capsys.readouterr().err
+    assert (out / "model.safetensors").is_file()
+
+
+def tokens_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (folder / "tokens").glob("*.*")}
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_answers_that_are_gone_or_edited_are_refused_and_the_run_stays_as_it_is(
+    finished_copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = finished_copy.parent / "runs" / "quickstart-dflash-smoke"
+    command = ["export", str(folder), "--to", "deepspec", "--draft-vocab", "150", "--out", str(tmp_path / "out")]
+    answers, before = folder / "regenerate" / "conversations.jsonl", tokens_of(folder)
+    lines = answers.read_text().splitlines(keepends=True)
+    answers.write_text("".join(lines[1:]))
+    assert main(command) == 2
+    assert "changed under the results of the stage" in capsys.readouterr().err
+    shutil.move(folder / "regenerate", tmp_path / "moved")
+    assert main(command) == 2
+    assert "the run's answers are not there" in capsys.readouterr().err
+    assert tokens_of(folder) == before
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_tokens_that_are_gone_are_made_apart(
+    finished_copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = finished_copy.parent / "runs" / "quickstart-dflash-smoke"
+    command = ["export", str(folder), "--to", "deepspec", "--draft-vocab", "150", "--out"]
+    assert main([*command, str(tmp_path / "one")]) == 0
+    shutil.rmtree(folder / "tokens")
+    assert main([*command, str(tmp_path / "other")]) == 0, capsys.readouterr().err
+    one, other = (load_file(tmp_path / name / "model.safetensors")["draft_ids"] for name in ("one", "other"))
+    assert torch.equal(one, other)
+    assert not (folder / "tokens").exists()
 
 
 def test_a_checkpoint_without_a_run_has_no_answers(

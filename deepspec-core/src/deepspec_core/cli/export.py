@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from deepspec_core.cli.options import no_plugin
+from deepspec_core.cli.run_folder import run_folder
 
 if TYPE_CHECKING:
     from deepspec_core.checkpoints.exports import Format
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("draft", metavar="RUN_FOLDER_OR_DIR_OR_HUB_ID", required=False)
+@click.argument("draft", metavar="RUN_OR_DIR_OR_HUB_ID", required=False)
 @click.option("--to", "name", required=True, metavar="FORMAT", help="An export format; see `deepspec plugins`.")
 @click.option("-o", "--out", metavar="DIR", help="The folder to write. Default: the draft's name and the format's.")
 @click.option("--target", metavar="NAME", help="The target's name in the export. Default: that in the draft's run.")
@@ -54,23 +55,24 @@ def export(
 ) -> None:
     """Write a draft in the form that a serving engine loads.
 
-    Of a run's folder it is the finished draft, and the model card has the run's settings and its evaluation.
-    No target is loaded, but by --draft-vocab and --untrained. The folder appears when all of it is written; one that is
-    there is never overwritten.
+    Of a run's folder or its run file it is the finished draft, and the model card has the run's settings and its
+    evaluation. No target is loaded, but by --draft-vocab and --untrained. The folder appears when all of it is written;
+    one that is there is never overwritten.
     """
     from deepspec_core.plugins.discovery import load_plugins
 
     if (draft is None) == (untrained is None):
-        raise click.UsageError("Name a run's folder or a checkpoint, or a run file with --untrained.")
+        raise click.UsageError("Name a run or a checkpoint, or a run file with --untrained.")
     if untrained is not None and (draft_vocab is not None or target is not None):
         raise click.UsageError("--untrained takes everything from the run file: --draft-vocab and --target do not go.")
     plugins = load_plugins(blocked=blocked)
     if untrained is not None:
         return _write_untrained(untrained, name, out, plugins)
     assert draft is not None
+    folder = str(run_folder(draft, blocked)) if Path(draft).is_file() else draft
     if draft_vocab is not None:
-        return _write_reduced(draft, name, out, target, draft_vocab, prompts, plugins)
-    return _write_draft(draft, name, out, target, plugins.registry)
+        return _write_reduced(draft, folder, name, out, target, draft_vocab, prompts, plugins)
+    return _write_draft(folder, name, out, target, plugins.registry)
 
 
 def _write_draft(draft: str, name: str, out: str | None, target: str | None, registry: Registry) -> None:
@@ -104,7 +106,7 @@ def _write_draft(draft: str, name: str, out: str | None, target: str | None, reg
 
 
 def _write_reduced(
-    draft: str, name: str, out: str | None, target: str | None, size: int, prompts: int, plugins: Plugins
+    given: str, folder: str, name: str, out: str | None, target: str | None, size: int, prompts: int, plugins: Plugins
 ) -> None:
     from deepspec_core.checkpoints.export_facts import facts_of
     from deepspec_core.checkpoints.export_origin import checkpoint_in, origin_of
@@ -115,19 +117,19 @@ def _write_reduced(
     from deepspec_core.pipeline.reduced_vocabulary import empty_reduced, reduced
 
     where = "--draft-vocab"
-    directory = Path(checkpoint_in(draft))
-    if directory == Path(draft):
+    directory = Path(checkpoint_in(folder))
+    if directory == Path(folder):
         raise ConfigError(
             "the tokens to keep are those of a run's answers",
             where=where,
-            found=draft,
-            expected="the folder of a run that has trained",
-            fix="Name the run's folder in place of a checkpoint.",
+            found=folder,
+            expected="the folder of a run that has trained, or its run file",
+            fix="Name the run in place of a checkpoint.",
         )
-    run, registry = run_of(Path(draft), overrides=(), tasks=(), plugins=plugins), plugins.registry
+    run, registry = run_of(Path(given), overrides=(), tasks=(), plugins=plugins), plugins.registry
     algorithm, _, _ = read_options(directory, registry)
     chosen = Format.of(name, algorithm, registry)
-    place = _free_place(out, _own_name(draft, directory), name)
+    place = _free_place(out, _own_name(folder, directory), name)
     origin, dtype = origin_of(directory, target=target), stored_dtype(directory)
     facts = partial(
         facts_of, dtype=dtype, target=origin.target, settings=origin.settings, tokenizer=origin.tokenizer(registry)

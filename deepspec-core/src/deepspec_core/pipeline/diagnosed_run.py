@@ -48,15 +48,16 @@ def _file_of(folder: Path, plugins: Plugins) -> Path:
             expected=f"a run file, or a run's folder with {_SAVED}; with --target, a checkpoint",
         )
     output = Path(load_run_file(saved, plugins=plugins).run.output)
-    base = folder.resolve().parents[len(output.parts) - 1] if output.parts else folder.resolve()
-    if output.is_absolute() or ".." in output.parts or (base / output).resolve() != folder.resolve():
+    parts, here = output.parts, folder.resolve().parts
+    base = here[: len(here) - len(parts)]
+    if output.is_absolute() or ".." in parts or (*base, *parts) != here:
         raise StageError(
             "The folder does not say where its run file lay, and paths start there",
             where=saved,
             found=f"run.output = {output}",
             fix="Name the run file in place of the folder.",
         )
-    return base / _SAVED
+    return Path(*base) / _SAVED
 
 
 def run_of_checkpoint(draft: str, *, target: str, tasks: Sequence[str], plugins: Plugins) -> Run:

@@ -8,6 +8,9 @@ Legend: D tokens kept, V tokens of the target.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,13 +24,20 @@ from deepspec_core.checkpoints.published import load_draft, read_options
 from deepspec_core.contracts.draft import DraftModel
 from deepspec_core.contracts.target import TargetAdapter
 from deepspec_core.data.frequent_tokens import frequent_tokens
-from deepspec_core.errors import ConfigError, PluginError
+from deepspec_core.data.samples import Samples
+from deepspec_core.data.token_store import TokenStore
+from deepspec_core.errors import ConfigError, PluginError, StageError
 from deepspec_core.evaluation.evaluator import evaluate, summarise
 from deepspec_core.evaluation.group_decoding import Decoding
 from deepspec_core.evaluation.sampled import sampling_at, stop_text
 from deepspec_core.evaluation.tasks import task_label
+from deepspec_core.pipeline.changes import refuse_changes
 from deepspec_core.pipeline.evaluating import prompts_of, requests_of
+from deepspec_core.pipeline.fingerprint import read_record
 from deepspec_core.pipeline.run import Run
+from deepspec_core.pipeline.run_tokens import made_from
+
+log = logging.getLogger("deepspec")
 
 _OPTION = "vocab_size"
 _IDS = "vocabulary.ids"
@@ -54,20 +64,23 @@ def empty_reduced(run: Run, size: int, *, where: str) -> tuple[DraftModel, Targe
 def reduced(run: Run, size: int, *, prompts: int, where: str) -> ReducedDraft:
     """The run's finished draft with the `size` tokens that its training answers have most of.
 
-    Both drafts decode `prompts` prompts of the run's first task greedily. The target is loaded for it.
+    Both drafts decode `prompts` prompts of the run's first task greedily. The target is loaded for it. Nothing is
+    written into the run's folder. StageError where the answers or the draft are not those of the training.
     """
+    _require_trained_answers(run)
     folder, registry = run.folder / "draft", run.plugins.registry
     target = run.target
     adapter = draft_adapter(folder, registry=registry)
     whole = load_draft(folder, registry=registry, adapter=adapter)
     draft, _ = _new(run, size, where)
-    samples, architecture = run.data.training_samples(), target.architecture
-    found = frequent_tokens(
-        (samples[index] for index in range(len(samples))),
-        size=size,
-        vocab_size=architecture.vocab_size,
-        always=architecture.stop_token_ids,
-    )
+    architecture = target.architecture
+    with _samples(run) as samples:
+        found = frequent_tokens(
+            (samples[index] for index in range(len(samples))),
+            size=size,
+            vocab_size=architecture.vocab_size,
+            always=architecture.stop_token_ids,
+        )
     keep_rows(whole, draft, found.ids)
     before, after = (_accepted(run, one, prompts) for one in (whole, draft))
     return ReducedDraft(
@@ -115,6 +128,36 @@ def keep_rows(whole: DraftModel, draft: DraftModel, ids_D: torch.Tensor) -> None
     draft.load_state_dict(kept)
 
 
+def _require_trained_answers(run: Run) -> None:
+    answers = run.data.regenerated
+    if answers is not None and not answers.is_file():
+        raise StageError(
+            "the run's answers are not there",
+            where=answers,
+            expected="the file that the stage `regenerate` left",
+            fix="Put it back.",
+        )
+    for stage in ("regenerate", "cache", "train"):
+        record = read_record(run.stage_folder(stage)) if stage in run.file.run.stages else None
+        # A cache may have been removed since: the answers are compared without it.
+        if stage == "train" and (record is None or not record.complete):
+            raise StageError("the run's training has not finished", where=run.stage_folder(stage))
+        if record is not None:
+            refuse_changes(run, record)
+
+
+@contextmanager
+def _samples(run: Run) -> Iterator[Samples]:
+    """The training samples: the stored ones, or where those are gone or of another version, made apart."""
+    data = run.data
+    if TokenStore(data.tokens_folder, made_from(data)).ready() is not None:
+        yield data.training_samples()
+        return
+    log.info("the answers are tokenised again: the run's stored tokens are gone, or of other versions")
+    with TemporaryDirectory() as folder:
+        yield evolve(data, folder=Path(folder)).training_samples()
+
+
 def _new(run: Run, size: int, where: str) -> tuple[DraftModel, TargetAdapter]:
     folder, registry = run.folder / "draft", run.plugins.registry
     kind, options, taps = read_options(folder, registry)
@@ -138,6 +181,13 @@ def _new(run: Run, size: int, where: str) -> tuple[DraftModel, TargetAdapter]:
         draft: DraftModel = registry.load("draft", kind)(evolve(options, **{_OPTION: size}), adapter, taps)
     except ConfigError as error:
         raise ConfigError(error.problem, where=where, found=error.found, expected=error.expected) from error
+    if draft.vocabulary is not None and size == draft.vocabulary.target_size:
+        raise ConfigError(
+            "these are all of the target's tokens: nothing is reduced",
+            where=where,
+            found=f"{size:,}",
+            expected=f"fewer than {size:,}",
+        )
     draft.embed_tokens.requires_grad_(False)
     draft.lm_head.requires_grad_(False)
     return draft, adapter
