@@ -1,4 +1,4 @@
-"""What a foreign draft says and cannot mean is refused at once, with the key."""
+"""What a foreign draft cannot mean is refused at once, with the key; another target than it names is noted."""
 
 from __future__ import annotations
 
@@ -86,6 +86,7 @@ def refused(folder: Path, target: Path, registry: Registry, tmp_path: Path) -> s
 
 EDITS: list[tuple[tuple[str, str, dict[str, Any]], str, tuple[Any, ...]]] = [
     (Z_LAB, "num_hidden_layers", (10**12, 0, "abc", None, [], {}, True, 2.5)),
+    (Z_LAB, "num_target_layers", (36, 7, 10**12, "abc", [])),
     (Z_LAB, "num_attention_heads", (None, {}, 0, 3, 10**9)),
     (Z_LAB, "num_key_value_heads", ([], -2, 3)),
     (Z_LAB, "head_dim", ({}, [], 0, 7, "8")),
@@ -170,3 +171,27 @@ def test_a_vocabulary_in_another_shape_is_refused(
     weights = {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
     save_file(weights | {name: change(weights).contiguous()}, folder / "model.safetensors")
     assert f"where:    {name}" in refused(folder, target, registry, tmp_path)
+
+
+def test_another_target_than_the_draft_names_is_noted(
+    foreign: Make, target: Path, registry: Registry, tmp_path: Path
+) -> None:
+    folder = foreign(SPECULATORS)
+    edit(folder, {"speculators_config.verifier.name_or_path": "org/another"})
+    own = load_file(target / "model.safetensors")["model.embed_tokens.weight"]
+    weights = load_file(folder / "model.safetensors")
+    same = "the draft says that its target is org/another, and target was given"
+    assert same in notes_of(folder, target, registry, tmp_path / "a")
+    edit(folder, {"speculators_config.verifier.name_or_path": "someone/Target"})
+    for embedding, noted in ((own, 0), (own + 1, 1)):
+        save_file(weights | {"embed_tokens.weight": embedding}, folder / "model.safetensors")
+        notes = notes_of(folder, target, registry, tmp_path / f"b{noted}")
+        assert sum("says that its target" in note for note in notes) == 0
+        assert sum("embed_tokens.weight is not the target's" in note for note in notes) == noted
+
+
+def notes_of(folder: Path, target: Path, registry: Registry, out: Path) -> tuple[str, ...]:
+    """What an import notes, in its message and in import.json."""
+    imported = import_draft(folder, str(target), out, registry=registry)
+    assert json.loads((out / "import.json").read_text())["notes"] == list(imported.notes)
+    return imported.notes

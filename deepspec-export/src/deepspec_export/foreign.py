@@ -58,6 +58,7 @@ class Foreign:
 
     layers: The keys of its config.json that describe layers. weights: By our published names; `d2t` is in them.
     hints: What our exporter wrote beside it of the checkpoint that it came from; empty if it is no export of ours.
+    target_layers, target_name: What it says of its target; None where it does not.
     notes: What was taken otherwise than it stands there.
     """
 
@@ -66,6 +67,8 @@ class Foreign:
     layers: Mapping[str, Any]
     weights: Mapping[str, Tensor]
     hints: Mapping[str, Any] = field(factory=dict)
+    target_layers: int | None = None
+    target_name: str | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -110,6 +113,8 @@ def read_foreign(folder: Path, target: TargetArchitecture, *, format_name: str |
         layers=keys.get("transformer_layer_config", keys),
         weights=_weights(folder),
         hints=hints,
+        target_layers=keys.get("num_target_layers"),
+        target_name=((keys.get("speculators_config") or {}).get("verifier") or {}).get("name_or_path"),
         notes=(*notes, *more),
     )
 
