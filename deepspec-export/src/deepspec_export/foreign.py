@@ -23,6 +23,7 @@ from deepspec_core.contracts.target import TargetArchitecture
 from deepspec_core.errors import CheckpointError
 from deepspec_core.json_files import read_object
 from deepspec_export import gguf_file, llama_cpp, sglang, speculators, vllm, z_lab
+from deepspec_export.foreign_keys import check_keys, check_served, check_vocabulary, unusable
 from deepspec_export.record import RECORD
 from deepspec_export.served import KNOWN, OFFSETS, Served
 from deepspec_export.verification import CONFIG
@@ -57,6 +58,7 @@ class Foreign:
 
     layers: The keys of its config.json that describe layers. weights: By our published names; `d2t` is in them.
     hints: What our exporter wrote beside it of the checkpoint that it came from; empty if it is no export of ours.
+    target_layers, target_name: What it says of its target; None where it does not.
     notes: What was taken otherwise than it stands there.
     """
 
@@ -65,6 +67,8 @@ class Foreign:
     layers: Mapping[str, Any]
     weights: Mapping[str, Tensor]
     hints: Mapping[str, Any] = field(factory=dict)
+    target_layers: int | None = None
+    target_name: str | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -83,6 +87,7 @@ def read_foreign(folder: Path, target: TargetArchitecture, *, format_name: str |
         raise CheckpointError(
             "there is no draft to import", where=folder, expected=f"a folder with {CONFIG}, or with {GGUF}"
         ) from None
+    check_keys(keys, path)
     hints, notes = _hints(folder, (CONFIG,))
     name = format_name or hints.get("format") or _format_of(keys, path)
     if name not in _READERS:
@@ -101,12 +106,15 @@ def read_foreign(folder: Path, target: TargetArchitecture, *, format_name: str |
         ) from error
     except (TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{CONFIG} is none of the format {name}", where=path, found=error) from error
+    check_served(served, path)
     return Foreign(
         format=name,
         served=served,
         layers=keys.get("transformer_layer_config", keys),
         weights=_weights(folder),
         hints=hints,
+        target_layers=keys.get("num_target_layers"),
+        target_name=((keys.get("speculators_config") or {}).get("verifier") or {}).get("name_or_path"),
         notes=(*notes, *more),
     )
 
@@ -151,9 +159,9 @@ def _modern(keys: Mapping[str, Any], target: TargetArchitecture, path: Path) -> 
         )
     heads, hidden = found.get("num_attention_heads"), found.get("hidden_size")
     if type(heads) is int and type(hidden) is int and heads > 0:
-        found.setdefault("num_key_value_heads", heads)
+        found["num_key_value_heads"] = found.get("num_key_value_heads") or heads
         found["head_dim"] = found.get("head_dim") or hidden // heads
-    if "rope_parameters" not in found:
+    if found.get("rope_parameters") is None:
         scaling = dict(found.get("rope_scaling") or {})
         kind = scaling.pop("type", None) or scaling.pop("rope_type", None) or "default"
         if found.get("rope_theta") is not None:
@@ -214,8 +222,11 @@ def _read_gguf(folder: Path) -> Foreign:
     hints, notes = _hints(folder, (GGUF,))
     try:
         name, keys, tensors = gguf_file.read(folder / GGUF)
-        served = llama_cpp.plain(llama_cpp.read(name, keys, tensors), tensors)
-    except (KeyError, ValueError) as error:
+        check_keys(keys, folder / GGUF, prefix=f"{name}.")
+        served = llama_cpp.read(name, keys, tensors)
+        check_served(served, folder / GGUF)
+        served = llama_cpp.plain(served, tensors)
+    except (KeyError, ValueError, TypeError, IndexError) as error:
         raise CheckpointError(
             "the file is no draft of llama.cpp's", where=folder / GGUF, found=f"{type(error).__name__}: {error}"
         ) from error
@@ -235,7 +246,10 @@ def _hints(folder: Path, files: tuple[str, ...]) -> tuple[dict[str, Any], tuple[
     same = isinstance(digests, dict) and all(digests.get(name) == _digest(folder / name) for name in files)
     if not same or not isinstance(checkpoint, dict):
         return {}, (f"{RECORD} beside the draft is of other files, or of another project, and was not read",)
-    return {**checkpoint, "format": said.get("format")}, ()
+    name = said.get("format")
+    if not isinstance(name, str):
+        raise unusable(folder / RECORD, "format", name, f"one of {', '.join(FORMATS)}")
+    return {**checkpoint, "format": name}, ()
 
 
 def _digest(path: Path) -> str:
@@ -248,6 +262,7 @@ def draft_tokens(foreign: Foreign) -> Tensor | None:
 
     CheckpointError where they are none of the target's, or `t2d` says otherwise.
     """
+    check_vocabulary(foreign.weights, foreign.served)
     offsets_D = foreign.weights.get(OFFSETS)
     if offsets_D is None or (not foreign.served.reduced and not offsets_D.any()):
         return None

@@ -34,7 +34,7 @@ from deepspec_core.plugins.registry import Registry
 from deepspec_core.targets.opening import load_target, open_adapter, open_target_alone, resolve_model
 from deepspec_export.foreign import Foreign, draft_tokens, read_foreign
 from deepspec_export.record import write_json
-from deepspec_export.served import HEAD, KNOWN, OFFSETS, SHARED, Served
+from deepspec_export.served import HEAD, KNOWN, OFFSETS, SHARED
 from deepspec_export.verification import CONFIG, WEIGHTS, replayed
 
 IMPORT_RECORD: Final = "import.json"
@@ -63,33 +63,34 @@ def import_draft(
     """Write the draft in `folder` as a checkpoint of ours, in the new folder `out`. `target` is as a run file names it.
 
     CheckpointError where a draft type here cannot be it; TargetError where the target cannot be had. The target's
-    weights are loaded where the draft leaves its embedding or head to the target. Nothing is left where it fails.
+    weights are loaded: its embedding and head are taken, or compared with the draft's. Nothing is left where it fails.
     """
     where = resolve_model(target, base=base, registry=registry)
     adapter, _ = open_target_alone(where, registry=registry)
     foreign = read_foreign(folder, adapter.architecture, format_name=format_name)
-    _refuse_inexpressible(foreign.served, adapter.architecture)
+    _refuse_inexpressible(foreign, adapter.architecture)
     weights = _our_weights(foreign)
     algorithm, keys, weights = _algorithm(foreign, weights)
     dtype = _dtype(weights)
     styled = _layers(foreign, adapter, where, registry, algorithm)
     keys |= {"target_model_name_or_path": target_name(target, base=base).name} if algorithm == "eagle3" else {}
     config = _config(foreign, styled, keys, algorithm, registry) | {"dtype": str(dtype).removeprefix("torch.")}
-    missing, own_head = [name for name in SHARED if name not in weights], HEAD in weights
-    if missing:
-        model = load_target(adapter, where, dtype=dtype, device="cpu")
-        own = {SHARED[0]: model.embedding_weight(), HEAD: model.head_weight()}
-        if DRAFT_IDS in weights:
-            own[HEAD] = own[HEAD][weights[DRAFT_IDS]]
-        weights |= {name: own[name].to(dtype).contiguous().clone() for name in missing}
-        own_head = not torch.equal(weights[HEAD], own[HEAD].to(dtype))
-        del model, own
-    notes = [*foreign.notes, *_notes(foreign, missing, own_head=own_head)]
+    missing = [name for name in SHARED if name not in weights]
+    model = load_target(adapter, where, dtype=dtype, device="cpu")
+    theirs = {SHARED[0]: model.embedding_weight(), HEAD: model.head_weight()}
+    if DRAFT_IDS in weights:
+        theirs[HEAD] = theirs[HEAD][weights[DRAFT_IDS]]
+    weights |= {name: theirs[name].to(dtype).contiguous().clone() for name in missing}
+    different = [name for name in SHARED if not torch.equal(weights[name].to(dtype), theirs[name].to(dtype))]
+    del model, theirs
+    notes = [*foreign.notes, *_notes(foreign, missing, different, target_name(target, base=base).name)]
     _write(out, config, weights, foreign, notes, registry)
     return Imported(format=foreign.format, algorithm=algorithm, notes=tuple(notes))
 
 
-def _refuse_inexpressible(served: Served, target: TargetArchitecture) -> None:
+def _refuse_inexpressible(foreign: Foreign, target: TargetArchitecture) -> None:
+    served = foreign.served
+
     def refuse(what: str, found: object, expected: object) -> CheckpointError:
         return CheckpointError(
             f"no draft type here can be this draft: {what}", where=CONFIG, found=found, expected=expected
@@ -109,6 +110,7 @@ def _refuse_inexpressible(served: Served, target: TargetArchitecture) -> None:
     for name, mine, theirs in (
         ("hidden_size", served.hidden_size, target.hidden_size),
         ("vocab_size", served.vocab_size, target.vocab_size),
+        ("num_target_layers", foreign.target_layers or target.num_layers, target.num_layers),
     ):
         if mine != theirs:
             raise CheckpointError(
@@ -251,8 +253,12 @@ def _config(
     return found | {name: foreign.layers[name] for name in _LAYER_KEYS if name in foreign.layers}
 
 
-def _notes(foreign: Foreign, missing: list[str], *, own_head: bool) -> list[str]:
+def _notes(foreign: Foreign, missing: list[str], different: list[str], target: str) -> list[str]:
+    """What whoever uses the draft should know. `different`: which of the shared weights are not the target's."""
     notes = []
+    # A folder is rarely called by the whole name.
+    if foreign.target_name and foreign.target_name.rstrip("/").split("/")[-1].lower() != target.split("/")[-1].lower():
+        notes.append(f"the draft says that its target is {foreign.target_name}, and {target} was given")
     trained = ("ttt_length", "step_loss_decay") if foreign.served.method == "eagle3" else ("num_anchors",)
     absent = [name for name in trained if name not in foreign.hints]
     if absent:
@@ -260,8 +266,13 @@ def _notes(foreign: Foreign, missing: list[str], *, own_head: bool) -> list[str]
         notes.append(f"the format does not say what concerns training alone: {values} was taken")
     if missing:
         notes.append(f"the format leaves weights to the target, and its own were taken: {', '.join(missing)}")
-    if own_head:
-        notes.append("the draft may have an lm_head of its own; training would take the target's rows instead")
+    if SHARED[0] in different:
+        notes.append(
+            "the draft's embed_tokens.weight is not the target's: it was trained for another target, or with an "
+            "embedding of its own; training would take the target's instead"
+        )
+    if HEAD in different:
+        notes.append("the draft has an lm_head of its own; training would take the target's rows instead")
     return notes
 
 

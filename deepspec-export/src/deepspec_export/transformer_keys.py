@@ -57,6 +57,8 @@ def read(keys: Mapping[str, Any]) -> dict[str, Any]:
     rope = dict(keys["rope_parameters"])
     rope.setdefault("rope_theta", keys.get("rope_theta", _DEFAULT_THETA))
     sliding = set(keys.get("layer_types") or [_FULL]) == {SLIDING}
+    if sliding and keys.get("sliding_window") is None:
+        raise KeyError("sliding_window")
     return {
         "num_layers": keys["num_hidden_layers"],
         "hidden_size": keys["hidden_size"],
