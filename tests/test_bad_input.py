@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from deepspec_core.cache.manifest_digest import sealed
 from deepspec_core.cli.main import main
 
 Says = Any
@@ -105,7 +106,7 @@ def test_cache_of_other_taps_or_another_target(finished_copy: Path, says: Says) 
     manifest = _results(finished_copy) / "cache" / "manifest.json"
     content = json.loads(manifest.read_text())
     content["header"]["target"] = "somebody/else"
-    manifest.write_text(json.dumps(content))
+    manifest.write_text(json.dumps(sealed(content)))
     says(arguments, "target", "somebody/else", "builtin:tiny-qwen3")
 
 
@@ -118,7 +119,7 @@ def test_half_written_cache(finished_copy: Path, says: Says) -> None:
         "did not finish",
     )
     manifest = record.with_name("manifest.json")
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "complete": False}))
+    manifest.write_text(json.dumps(sealed({**json.loads(manifest.read_text()), "complete": False})))
     says(_with_foreign_cache(finished_copy), "unfinished", "samples in")
 
 

@@ -6,7 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from deepspec_core.cache.manifest_digest import sealed
 from deepspec_core.cli.main import main
+from deepspec_core.config.load import load_run_file
+from deepspec_core.pipeline.run import Run
+from deepspec_core.pipeline.smoke import smoke as made_small
+from deepspec_core.plugins.discovery import load_plugins
 
 
 @pytest.fixture
@@ -34,6 +39,28 @@ def test_training_refuses_flipped_bytes(finished_copy: Path, cache: Path, capsys
     assert "A shard of the cache is damaged" in seen
     assert "shard-00000.h5" in seen
     assert "train: 1" not in seen
+
+
+def test_training_refuses_an_edited_manifest(
+    finished_copy: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One of an earlier version has no digest: a stage that opens it says so, and goes on."""
+    manifest = cache / "manifest.json"
+    content = json.loads(manifest.read_text())
+    ids = content["shards"][0]["ids"]
+    ids[0], ids[1] = ids[1], ids[0]
+    manifest.write_text(json.dumps(content))
+    assert _train(finished_copy) == 2
+    assert "The cache's manifest is not as it was written" in capsys.readouterr().err
+    del content["digest"]
+    manifest.write_text(json.dumps(content))
+    plugins = load_plugins()
+    overrides = (f"cache.path={json.dumps(str(cache))}", 'run.stages=["train"]')
+    run_file = made_small(load_run_file(finished_copy, overrides=overrides, plugins=plugins))
+    run = Run(file=run_file, path=finished_copy, plugins=plugins)
+    assert len(run.cache.open()) == 16
+    run.cache.let_go()
+    assert "the manifest has no digest" in capsys.readouterr().err
 
 
 def test_verify_says_that_all_is_well_or_names_every_damage(
@@ -66,7 +93,7 @@ def test_what_is_no_finished_cache_is_refused(cache: Path, tmp_path: Path, capsy
     assert "There is no cache" in capsys.readouterr().err
     assert list(tmp_path.glob(".lock")) == []
     manifest = json.loads((cache / "manifest.json").read_text())
-    (cache / "manifest.json").write_text(json.dumps({**manifest, "complete": False}))
+    (cache / "manifest.json").write_text(json.dumps(sealed({**manifest, "complete": False})))
     assert main(["cache", "verify", str(cache)]) == 2
     assert "The cache is unfinished" in capsys.readouterr().err
     assert main(["cache", "verify", str(cache), "--format", "hdf6"]) == 2
@@ -89,7 +116,7 @@ def test_a_cache_elsewhere_is_looked_at_before_the_first_stage(
     else:
         content["complete"] = False
     if what in ("another", "unfinished"):
-        manifest.write_text(json.dumps(content))
+        manifest.write_text(json.dumps(sealed(content)))
     (cache / "stage.json").unlink()
     options = ["--set", f"cache.path={json.dumps(str(cache))}", "--set", f"run.stages={stages}"]
     assert main(["run", str(run_file), "--smoke", *options]) == 2

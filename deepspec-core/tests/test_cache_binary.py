@@ -14,6 +14,7 @@ from deepspec_core.cache.adoption import adopt, source_of
 from deepspec_core.cache.binary_v2 import BinaryV2Format
 from deepspec_core.cache.conversion import convert
 from deepspec_core.cache.hdf5 import HDF5Format
+from deepspec_core.cache.manifest_digest import sealed
 from deepspec_core.contracts.cache import CacheFormat, CacheHeader, CacheReader, CacheWriter
 from deepspec_core.contracts.draft import Sample
 from deepspec_core.errors import CacheError
@@ -170,7 +171,7 @@ def test_a_shard_that_does_not_fit_its_lengths_is_refused(tmp_path: Path) -> Non
     _fill(tmp_path, 4)
     own = json.loads((tmp_path / "deepspec.json").read_text())
     own["shards"][0]["lengths"][0] += 1
-    (tmp_path / "deepspec.json").write_text(json.dumps(own))
+    (tmp_path / "deepspec.json").write_text(json.dumps(sealed(own)))
     with pytest.raises(CacheError, match="not what its manifest says"):
         BinaryV2Format().open(tmp_path, BF16)[0]
 

@@ -20,6 +20,7 @@ from attrs import evolve
 from deepspec_core.cache.counting import samples_with
 from deepspec_core.cache.estimate import cache_bytes, require_space
 from deepspec_core.cache.hdf5 import HDF5Format
+from deepspec_core.cache.manifest_digest import sealed
 from deepspec_core.contracts.cache import CacheFormat, CacheHeader, CacheReader, CacheWriter
 from deepspec_core.contracts.draft import Sample
 from deepspec_core.contracts.target import TargetFeatures
@@ -245,7 +246,7 @@ def test_a_shard_renamed_but_not_in_the_manifest_does_not_count(tmp_path: Path) 
         writer.write(make_sample(index))
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     manifest["shards"].pop()
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "manifest.json").write_text(json.dumps(sealed(manifest)))
     del writer  # as a kill does, without closing
     _fill(tmp_path, 4, shard_samples=2)
     reader = opened(tmp_path, HEADER)
@@ -299,7 +300,7 @@ def test_damage_is_found(tmp_path: Path) -> None:
         broken = copy(name)
         manifest = json.loads((broken / "manifest.json").read_text())
         manifest["shards"][0]["file"] = "../sound/shard-00000.h5"
-        (broken / "manifest.json").write_text(edit or json.dumps(manifest))
+        (broken / "manifest.json").write_text(edit or json.dumps(sealed(manifest)))
         with pytest.raises(CacheError, match="manifest is damaged"):
             HDF5Format().open(broken, HEADER)
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from deepspec_core.cache import manifest as manifests
 from deepspec_core.cache.hdf5 import HDF5Format
 from deepspec_core.cache.manifest import Manifest, Shard
+from deepspec_core.cache.manifest_digest import sealed
 from deepspec_core.contracts.cache import CacheHeader
 from deepspec_core.errors import CacheError
 
@@ -59,7 +60,7 @@ def test_any_value_anywhere_is_read_as_it_stands_or_refused(folder: Path, data: 
     for key in path:
         inner = inner[key]
     inner[last] = value
-    (folder / "manifest.json").write_text(json.dumps(content))
+    (folder / "manifest.json").write_text(json.dumps(sealed(content)))
     try:
         found = manifests.load(folder, format="hdf5")
     except CacheError:
@@ -67,7 +68,7 @@ def test_any_value_anywhere_is_read_as_it_stands_or_refused(folder: Path, data: 
     # What was read is written as it was: no value has become another one on the way.
     assert found is not None
     found.save(folder)
-    assert (folder / "manifest.json").read_text() == json.dumps(content)
+    assert (folder / "manifest.json").read_text() == json.dumps(sealed(content))
 
 
 @pytest.mark.parametrize(
@@ -97,7 +98,7 @@ def test_any_value_anywhere_is_read_as_it_stands_or_refused(folder: Path, data: 
 def test_what_cannot_be_true_is_named(tmp_path: Path, change: Any, says: str) -> None:
     content = _written(tmp_path)
     change(content)
-    (tmp_path / "manifest.json").write_text(json.dumps(content))
+    (tmp_path / "manifest.json").write_text(json.dumps(sealed(content)))
     for use in (HDF5Format().header, lambda path: HDF5Format().open(path, None), HDF5Format().verify):
         with pytest.raises(CacheError, match="manifest is damaged") as caught:
             use(tmp_path)
@@ -139,6 +140,6 @@ def test_what_is_no_manifest_is_refused(tmp_path: Path, text: str) -> None:
 def test_an_unknown_storage_type_is_refused(tmp_path: Path) -> None:
     content = _written(tmp_path)
     content["header"]["dtype"] = "int4"
-    (tmp_path / "manifest.json").write_text(json.dumps(content))
+    (tmp_path / "manifest.json").write_text(json.dumps(sealed(content)))
     with pytest.raises(CacheError, match=r"(?s)unknown type.*int4.*bfloat16"):
         HDF5Format().open(tmp_path, None)

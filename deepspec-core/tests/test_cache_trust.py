@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from deepspec_core.cache.hdf5 import HDF5Format
+from deepspec_core.cache.manifest_digest import reseal
 from deepspec_core.cache.shard_file import ShardOutput
 from deepspec_core.cache.sharded import ShardedReader
 from deepspec_core.contracts.cache import CacheHeader
@@ -125,12 +126,14 @@ def test_a_shard_that_is_not_what_the_manifest_says_is_refused(cache: Path, chan
     text = manifest.read_text()
     before = text.split('"bytes": ')[1].split(",")[0]
     manifest.write_text(text.replace(f'"bytes": {before}', f'"bytes": {shard.stat().st_size}'))
+    reseal(manifest)
     reader = HDF5Format().open(cache, HEADER)
     with pytest.raises(CacheError, match="not what its manifest says"):
         reader[0]
     # With a checksum that fits, it is still found before anything is read.
     checksum = json.loads(manifest.read_text())["shards"][0]["xxh3"]
     manifest.write_text(manifest.read_text().replace(checksum, digest_of(shard)))
+    reseal(manifest)
     (problem,) = HDF5Format().verify(cache)
     assert "not what its manifest says" in problem.problem
 

@@ -229,7 +229,8 @@ class ShardedWriter:
                 os.replace(part / shard.file, self._path / name)
                 sync_folder(self._path)
                 manifest = self._manifest.with_shard(evolve(shard, file=name))
-                self._manifest = evolve(manifest, complete=False, samples_with={})
+                checked = manifest.has_digest and theirs.has_digest
+                self._manifest = evolve(manifest, complete=False, samples_with={}, has_digest=checked)
                 self._save()
                 self._see(shard.ids)
         shutil.rmtree(part, ignore_errors=True)
@@ -298,7 +299,7 @@ class ShardedReader:
     def __init__(self, path: Path, layout: ShardLayout, manifest: Manifest) -> None:
         self.header = self._stored = manifest.header
         self._layers: tuple[int, ...] | None = None
-        self._path, self._layout = path, layout
+        self._path, self._layout, self.has_digest = path, layout, manifest.has_digest
         self._shards, self._samples_with = manifest.shards, manifest.samples_with
         # Shard i has the samples [firsts[i], firsts[i + 1]).
         self._firsts = np.cumsum([0, *(len(sealed.ids) for sealed in manifest.shards)])

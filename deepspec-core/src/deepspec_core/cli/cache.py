@@ -28,6 +28,7 @@ def cache() -> None:
 def info(folder: Path, name: str | None, as_json: bool, blocked: tuple[str, ...]) -> None:
     """Print what a cache was made from, how much is in it, and what a token takes. Reads no features."""
     from deepspec_core.cache.detection import format_of
+    from deepspec_core.cache.manifest_digest import CANNOT_BE_CHECKED
     from deepspec_core.disk import in_words
     from deepspec_core.plugins.discovery import load_plugins
 
@@ -43,7 +44,10 @@ def info(folder: Path, name: str | None, as_json: bool, blocked: tuple[str, ...]
         "bytes": size,
         "bytes_a_token": round(size / max(tokens, 1), 1),
         **reader.header.as_json(),
+        "has_digest": getattr(reader, "has_digest", None),
     }
+    if facts["has_digest"] is False:
+        click.echo(f"{click.style('Note:', fg='yellow')} {CANNOT_BE_CHECKED}", err=True)
     if as_json:
         click.echo(json.dumps(facts, indent=2))
         return
@@ -66,6 +70,7 @@ def verify(folder: Path, name: str | None, blocked: tuple[str, ...]) -> int:
     first reads a cache that another process wrote.
     """
     from deepspec_core.cache.detection import format_of
+    from deepspec_core.cache.manifest_digest import CANNOT_BE_CHECKED
     from deepspec_core.cli.messages import show_messages
     from deepspec_core.locks import lock
     from deepspec_core.plugins.discovery import load_plugins
@@ -78,7 +83,9 @@ def verify(folder: Path, name: str | None, blocked: tuple[str, ...]) -> int:
         problems = cache_format.verify(folder, remembered=False)
         if not problems:
             reader = cache_format.open(folder, None)
-            click.echo(f"{len(reader)} samples, {sum(reader.lengths()):,} tokens: all as it was written")
+            checked = getattr(reader, "has_digest", True)
+            says = "all as it was written" if checked else f"the shards are as they were written; {CANNOT_BE_CHECKED}"
+            click.echo(f"{len(reader)} samples, {sum(reader.lengths()):,} tokens: {says}")
     for problem in problems:
         click.echo(f"{click.style('Damaged:', fg='red')} {problem.render()}", err=True)
     return DAMAGED if problems else 0
@@ -98,6 +105,7 @@ def convert(folder: Path, to: str, out: Path, dtype: str | None, name: str | Non
     """
     from deepspec_core.cache.conversion import convert as write
     from deepspec_core.cache.detection import format_of
+    from deepspec_core.cache.manifest_digest import CANNOT_BE_CHECKED
     from deepspec_core.cli.messages import show_messages
     from deepspec_core.errors import CacheError
     from deepspec_core.locks import lock
@@ -113,6 +121,8 @@ def convert(folder: Path, to: str, out: Path, dtype: str | None, name: str | Non
         if problems := list(cache_format.verify(folder, remembered=False)):
             raise problems[0]
         reader = cache_format.open(folder, None)
+        if not getattr(reader, "has_digest", True):
+            click.echo(f"{click.style('Note:', fg='yellow')} {CANNOT_BE_CHECKED}", err=True)
         written = write(reader, wanted, out, dtype=dtype or reader.header.dtype)
     click.echo(f"{len(reader)} samples in {out}, {written} of them written now")
     return 0

@@ -109,6 +109,9 @@ class CacheReader(Protocol):
 
     It may also have `samples_with(token)`: how many samples contain the token, where the writer was told; else None.
     Without it, core reads the tokens of all samples to count.
+
+    And it may have `has_digest`: False says that what the cache's header and ids say could not be checked, because the
+    cache is of a version that kept no digest of them. Core tells the user.
     """
 
     header: CacheHeader

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from attrs import define, evolve, field
 
 from deepspec_core.cache.manifest import check_header
+from deepspec_core.cache.manifest_digest import CANNOT_BE_CHECKED
 from deepspec_core.cache.part import SomeSamples
 from deepspec_core.cache.taps import covers, of_taps
 from deepspec_core.config.schema import CacheOptions
@@ -122,6 +123,8 @@ class RunCache:
         reader = cache_format.open(self.folder, expected)
         if not self._written_now:
             self._verify()
+        if not getattr(reader, "has_digest", True):
+            log.warning("cache %s: %s", self.folder, CANNOT_BE_CHECKED)
         self.reads.content(contents.CACHE, self.digest())
         if reader.header.taps != taps:
             log.info("of the cache's taps %s, %s are read", list(reader.header.taps), list(taps))

@@ -57,6 +57,7 @@ PUBLIC_MODULES = {
     "deepspec_core.cache.shard_layout": "What is inside a shard: the part that such formats differ in.",
     "deepspec_core.cache.shard_arrays": "A sample as named arrays.",
     "deepspec_core.cache.manifest": "The sealed shards of a cache.",
+    "deepspec_core.cache.manifest_digest": "The digest of a cache's manifest, and sealing one that was edited.",
     "deepspec_core.checkpoints.published": "Draft checkpoints: writing, reading, published names of weights.",
     "deepspec_core.checkpoints.draft_window": "How a draft's config.json says its window.",
     "deepspec_core.targets.taps": "Which decoder layers may be tapped.",
