@@ -15,9 +15,10 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from deepspec_core.checkpoints.published import published_weights
-from deepspec_core.errors import ExportError
+from deepspec_core.errors import CheckpointError, ExportError
 from deepspec_core.layers.draft_vocabulary import KEY as DRAFT_IDS
 from deepspec_export import gguf_file, gguf_tokenizer, llama_cpp
+from deepspec_export.foreign import read_foreign
 from deepspec_export.served import draft_as_served
 from deepspec_export.verification import verify_file
 
@@ -229,3 +230,30 @@ def test_another_way_to_split_text_is_said(spoken: Callable[..., Any], tmp_path:
     folder = spoken("dspark", "qwen3", other, **RANK).export("gguf", tmp_path)
     assert _file(folder).fields["tokenizer.ggml.pre"].contents() == gguf_tokenizer.DEFAULT
     assert "splits text" in "".join(json.loads((folder / "export.json").read_text())["notes"])
+
+
+Q = "blk.0.attn_q.weight"
+Tensors = dict[str, torch.Tensor]
+NONSENSE: list[tuple[dict[str, Any], Callable[[Tensors], Tensors], str]] = [
+    ({"block_count": 10**9}, dict, "eagle3.block_count"),
+    ({"context_length": 0}, dict, "eagle3.context_length"),
+    ({"attention.head_count": "four"}, dict, "eagle3.attention.head_count"),
+    ({"target_layers": ["a"]}, dict, "eagle3.target_layers"),
+    ({}, lambda tensors: {"d2t": tensors["d2t"][:, None]}, "[20, 1] of int64"),
+    ({}, lambda tensors: {"d2t": tensors["d2t"].float()}, "[20] of float32"),
+    ({}, lambda tensors: {Q: tensors[Q][:31]}, "draft.gguf"),
+]
+
+
+@pytest.mark.parametrize(("keys", "change", "says"), NONSENSE)
+def test_a_file_that_cannot_be_meant_is_not_imported(
+    spoken: Callable[..., Any], tmp_path: Path, keys: dict[str, Any], change: Callable[[Tensors], Tensors], says: str
+) -> None:
+    made = spoken("eagle3", "llama", num_layers=1, vocab_size=20)
+    folder = made.export("gguf", tmp_path)
+    name, before, tensors = gguf_file.read(folder / "draft.gguf")
+    after = before | {f"{name}.{key}": value for key, value in keys.items()}
+    gguf_file.write(folder / "draft.gguf", name, after, tensors | change(tensors))
+    with pytest.raises(CheckpointError) as refused:
+        read_foreign(folder, made.adapter.architecture)
+    assert says in str(refused.value)

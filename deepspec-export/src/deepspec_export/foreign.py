@@ -225,14 +225,15 @@ def _read_gguf(folder: Path) -> Foreign:
         check_keys(keys, folder / GGUF, prefix=f"{name}.")
         served = llama_cpp.read(name, keys, tensors)
         check_served(served, folder / GGUF)
+        check_vocabulary(tensors, served)
         served = llama_cpp.plain(served, tensors)
-    except (KeyError, ValueError, TypeError, IndexError) as error:
+        weights = llama_cpp.unprepared(llama_cpp.published(tensors, served), served)
+    except (KeyError, ValueError, TypeError, IndexError, RuntimeError) as error:
         raise CheckpointError(
             "the file is no draft of llama.cpp's", where=folder / GGUF, found=f"{type(error).__name__}: {error}"
         ) from error
     context = keys.get(f"{name}.context_length")
     layers = {} if context is None else {"max_position_embeddings": context}
-    weights = llama_cpp.unprepared(llama_cpp.published(tensors, served), served)
     return Foreign(format=llama_cpp.NAME, served=served, layers=layers, weights=weights, hints=hints, notes=notes)
 
 
