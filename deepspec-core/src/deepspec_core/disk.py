@@ -30,6 +30,15 @@ def is_folder(path: Path) -> bool:
         return False
 
 
+def sync(path: Path) -> None:
+    """Make a file's content last, or of a folder the names in it. OSError where the disk refuses."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def nearest_folder(path: Path) -> Path:
     """The path itself, or the nearest of its parents that exists."""
     path = path.absolute()

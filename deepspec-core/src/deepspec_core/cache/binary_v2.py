@@ -25,12 +25,13 @@ import numpy as np
 import torch
 
 from deepspec_core.cache.chunked_rows import mapped
-from deepspec_core.cache.manifest import Manifest, Shard, sync_folder
+from deepspec_core.cache.manifest import Manifest, Shard
 from deepspec_core.cache.sharded import ShardedFormat
 from deepspec_core.cache.taps import runs
 from deepspec_core.contracts.cache import CacheHeader
 from deepspec_core.contracts.draft import Sample
 from deepspec_core.contracts.target import TargetFeatures
+from deepspec_core.disk import sync
 from deepspec_core.errors import CacheError
 
 FORMAT: Final = "deepspec-v2"
@@ -90,7 +91,7 @@ class BinaryV2Layout:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, folder / name)
-        sync_folder(folder)
+        sync(folder)
 
     def index_problems(self, folder: Path, manifest: Manifest) -> list[CacheError]:
         """Files beside the shards that are missing, or do not say what the shards hold."""

@@ -21,6 +21,7 @@ from deepspec_core.cache.names import Names
 from deepspec_core.config.bounds import MANY, whole
 from deepspec_core.contracts.cache import CacheHeader
 from deepspec_core.digests import digests_of
+from deepspec_core.disk import sync
 from deepspec_core.errors import CacheError
 
 __all__ = ["Manifest", "Shard"]
@@ -116,7 +117,7 @@ class Manifest:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, folder / name)
-        sync_folder(folder)
+        sync(folder)
 
 
 def load(folder: Path, *, format: str, name: str = NAME) -> Manifest | None:
@@ -225,15 +226,6 @@ def _of_another_size(folder: Path, shard: Shard) -> CacheError | None:
         expected=f"a file of {shard.bytes:,} bytes",
         fix=_MAKE_AGAIN,
     )
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames within the folder last."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _check(manifest: Manifest) -> None:

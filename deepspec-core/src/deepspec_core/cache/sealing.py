@@ -14,7 +14,7 @@ from pathlib import Path
 
 import xxhash
 
-from deepspec_core.cache.manifest import sync_folder
+from deepspec_core.disk import sync
 from deepspec_core.errors import CacheError
 
 
@@ -25,18 +25,10 @@ def seal(partial: Path, sealed: Path) -> str:
     """
     with ThreadPoolExecutor(1) as pool:
         digest = pool.submit(_digest, partial)
-        _sync(partial)
+        sync(partial)
     os.replace(partial, sealed)
-    sync_folder(sealed.parent)
+    sync(sealed.parent)
     return digest.result()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _digest(path: Path) -> str:

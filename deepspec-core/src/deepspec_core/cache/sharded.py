@@ -30,7 +30,6 @@ from deepspec_core.cache.manifest import (
     check_sizes,
     damaged_shards,
     load,
-    sync_folder,
 )
 from deepspec_core.cache.sealing import seal, storage_errors
 from deepspec_core.cache.shard_layout import NewShard, OpenShard, ShardLayout
@@ -39,6 +38,7 @@ from deepspec_core.contracts.cache import CacheHeader
 from deepspec_core.contracts.draft import Sample
 from deepspec_core.contracts.target import TargetFeatures
 from deepspec_core.data.digest_set import DigestSet, digest16
+from deepspec_core.disk import sync
 from deepspec_core.errors import CacheError
 from deepspec_core.locks import Lock, lock
 
@@ -227,7 +227,7 @@ class ShardedWriter:
             for shard in theirs.shards:
                 name = self._shard_name
                 os.replace(part / shard.file, self._path / name)
-                sync_folder(self._path)
+                sync(self._path)
                 manifest = self._manifest.with_shard(evolve(shard, file=name))
                 checked = manifest.has_digest and theirs.has_digest
                 self._manifest = evolve(manifest, complete=False, samples_with={}, has_digest=checked)

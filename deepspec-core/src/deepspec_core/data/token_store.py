@@ -19,12 +19,12 @@ import xxhash
 from attrs import asdict, evolve, field, frozen
 from attrs.validators import instance_of, matches_re
 
-from deepspec_core.cache.manifest import sync_folder
 from deepspec_core.config.bounds import whole
 from deepspec_core.contracts.draft import Sample
 from deepspec_core.data.stored_samples import StoredSamples
 from deepspec_core.data.token_shards import NewTokenShard, open_shard
 from deepspec_core.digests import digest_of
+from deepspec_core.disk import sync
 from deepspec_core.errors import DataError
 from deepspec_core.json_files import read_object
 from deepspec_core.locks import lock
@@ -139,7 +139,7 @@ class TokenStore:
         partial = path.with_name(path.name + ".partial")
         samples.write(partial)
         os.replace(partial, path)
-        sync_folder(self.folder)
+        sync(self.folder)
         shard = StoredShard(
             file=path.name,
             bytes=path.stat().st_size,
@@ -165,7 +165,7 @@ class TokenStore:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, self.folder / MANIFEST)
-        sync_folder(self.folder)
+        sync(self.folder)
 
     def _read(self) -> tuple[Manifest, str | None]:
         """The manifest, or an empty one with the reason why the one that is there does not count."""

@@ -9,7 +9,6 @@ files and tensors. Does not know training.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import zlib
@@ -22,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from deepspec_core.disk import free_bytes, in_words
+from deepspec_core.disk import free_bytes, in_words, sync
 from deepspec_core.errors import CheckpointError
 from deepspec_core.json_files import read_object
 from deepspec_core.training.shards import cut_like, save_whole
@@ -97,9 +96,9 @@ def save(
     manifest = {str(path.relative_to(unfinished)): _fingerprint(path) for path in files}
     _write_json(unfinished / _MANIFEST, manifest)
     for path in [*unfinished.rglob("*"), unfinished]:
-        _sync(path)
+        sync(path)
     unfinished.rename(final)
-    _sync(final.parent)
+    sync(final.parent)
     prune(folder, keep=keep, spare=spare)
     return final
 
@@ -200,14 +199,6 @@ def _fingerprint(path: Path) -> dict[str, int]:
         while block := file.read(1 << 22):
             crc, size = zlib.crc32(block, crc), size + len(block)
     return {"bytes": size, "crc32": crc}
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _damaged(path: Path, found: object) -> DamagedCheckpoint:
