@@ -1,10 +1,11 @@
 """How fast a feature cache is read and written, beside the same bytes in one plain file. Run by `data.py cache`.
 
-Warm reading: passes over all samples, in order and shuffled, by this process and by loader workers. The yardstick is a
-memory map of one file that holds every sample's features, each copied out of it into a tensor once, and handed over by
-the same loader. Cold reading: the files' pages are dropped first (posix_fadvise), and the yardstick is plain `pread` of
-each sample's bytes; `pages dropped` is how much slower plain reading is cold than warm, which is near 1 where the
-system keeps the pages. Writing: against plain files of the same samples, as many as the cache has shards, each written
+Warm reading: passes over all samples, in order and shuffled, by this process and by loader workers, which hand a sample
+over as the trainer's do, in one piece of shared memory. The yardstick is a memory map of one file that holds every
+sample's features, each copied out of it into a tensor once, and handed over in the same way. Cold reading: the files'
+pages are dropped first (posix_fadvise), and the yardstick is plain `pread` of each sample's bytes; `pages dropped` is
+how much slower plain reading is cold than warm, which is near 1 where the system keeps the pages.
+Writing: against plain files of the same samples, as many as the cache has shards, each written
 from its first byte to its last and synced before the next one begins: what a sealed shard promises, and no more.
 `checked` is what training pays: every feature is looked at once more, to see that it is finite.
 
@@ -33,6 +34,7 @@ from deepspec_core.contracts.cache import CacheHeader
 from deepspec_core.contracts.draft import Sample
 from deepspec_core.contracts.target import TargetFeatures
 from deepspec_core.features.cached import CachedFeatures
+from deepspec_core.training.one_buffer import joined, split
 
 FORMATS = {"hdf5": HDF5Format, "deepspec-v2": BinaryV2Format}
 TAPS = (1, 2, 3, 4)
@@ -116,19 +118,28 @@ class Checked(Dataset[Sample]):
         return self.source[index]
 
 
-def as_is(batch: Any) -> Any:
-    return batch
+class HandedOver:
+    """A sample that crosses the border between processes as the trainer's batches do (host_batch.py)."""
+
+    def __init__(self, sample: Sample) -> None:
+        self.sample = sample
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        features = self.sample.features
+        assert features is not None
+        tensors = {"ids": self.sample.input_ids, "mask": self.sample.loss_mask}
+        return split, joined({**tensors, "hidden": features.hidden, "last": features.last_hidden}, shared=True)
 
 
 class Order(list[int]):
     """The numbers of samples, in the order of the next pass."""
 
 
-def loader(source: Any, order: Order, workers: int) -> Callable[[], Iterator[Sample]]:
+def loader(source: Any, order: Order, workers: int) -> Callable[[], Iterator[Any]]:
     if workers == 0:
         return lambda: (source[index] for index in order)
     options: dict[str, Any] = {"num_workers": workers, "prefetch_factor": 4, "persistent_workers": True}
-    ready = DataLoader(source, batch_size=None, sampler=order, collate_fn=as_is, **options)
+    ready = DataLoader(source, batch_size=None, sampler=order, collate_fn=HandedOver, **options)
     return lambda: iter(ready)
 
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -114,26 +113,29 @@ class _NewShard:
     """shard_layout.NewShard."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("xb")
+        # Without a buffer: one write of a large array is a third faster than the buffer's pieces of it.
+        self._file = path.open("xb", buffering=0)
 
     def append(self, sample: Sample, features: TargetFeatures) -> None:
         """The sample's arrays, one behind the other."""
-        length = len(sample.input_ids)
-        self._file.write(sample.input_ids.numpy().astype("<i4").data)
-        self._file.write(b"\x01" * length)
-        self._file.write(sample.loss_mask.numpy().astype("<u1").data)
+        ids, mask = sample.input_ids.numpy().astype("<i4"), sample.loss_mask.numpy().astype("<u1")
+        self._write(ids.tobytes() + b"\x01" * len(ids) + mask.tobytes())
         for values in (features.hidden, features.last_hidden):
-            self._file.write(values.to(torch.bfloat16).contiguous().view(torch.uint8).numpy().data)
+            self._write(values.to(torch.bfloat16).contiguous().view(torch.uint8).numpy().reshape(-1).data)
 
     def finish(self, lengths: Sequence[int], original_lengths: Sequence[int]) -> None:
         """The original lengths, and the end."""
-        self._file.write(np.array(original_lengths, dtype="<i8").tobytes())
+        self._write(np.array(original_lengths, dtype="<i8").tobytes())
         self._file.close()
 
     def close(self) -> None:
-        """Close the file. What it did not take is lost with it."""
-        with suppress(OSError):  # a full disk, which was told when the write was refused
-            self._file.close()
+        """Close the file."""
+        self._file.close()
+
+    def _write(self, content: Any) -> None:
+        left = memoryview(content)
+        while left:
+            left = left[self._file.write(left) :]
 
 
 class OpenShard:

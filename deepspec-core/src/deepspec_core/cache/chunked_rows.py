@@ -60,8 +60,8 @@ class GrownRows:
 class ChunkedRows:
     """The rows of one dataset, for reading. `content` is its whole file as bytes (`mapped`).
 
-    HDF5 is asked once for the place of each chunk. It reads what lies in no chunks, or in chunks of part of the
-    columns, as other programs may write it.
+    HDF5 is asked once for the places of all chunks, at the first read: one question a chunk takes longer than the copy.
+    It reads what lies in no chunks, or in chunks of part of the columns, as other programs may write it.
     """
 
     def __init__(self, dataset: Any, content: Any) -> None:
@@ -71,8 +71,7 @@ class ChunkedRows:
         self._of_row = int(np.prod(self._shape[1:])) * self._dtype.itemsize
         direct = chunks is not None and chunks[1:] == self._shape[1:]
         self._rows = chunks[0] if direct else 0
-        # Where chunks begin in the file; 0, where no chunk can be, until HDF5 was asked.
-        self._places = np.zeros(-(-self._shape[0] // chunks[0]) if direct else 0, dtype=np.int64)
+        self._places: list[int] | None = None
 
     def read(self, begin: int, end: int) -> Any:
         """dataset[begin:end]. OSError where the file ends before the rows do."""
@@ -81,9 +80,10 @@ class ChunkedRows:
         found = np.empty((end - begin, *self._shape[1:]), dtype=self._dtype)
         into: Any = found.reshape(-1).view(np.uint8)
         of_row, rows, done = self._of_row, self._rows, 0
+        places = self._places = self._places or self._found_places()
         for chunk in range(begin // rows, (end - 1) // rows + 1):
             start, stop = max(begin, chunk * rows), min(end, (chunk + 1) * rows)
-            place = int(self._places[chunk]) or self._ask(chunk)
+            place = places[chunk]
             if not place:  # never written: HDF5 knows what stands for it
                 return self.dataset[begin:end]
             at, size = place + (start - chunk * rows) * of_row, (stop - start) * of_row
@@ -93,10 +93,17 @@ class ChunkedRows:
             done += size
         return found
 
-    def _ask(self, chunk: int) -> int:
-        info = self.dataset.id.get_chunk_info_by_coord((chunk * self._rows, *(0 for _ in self._shape[1:])))
-        self._places[chunk] = info.byte_offset or 0
-        return int(self._places[chunk])
+    def _found_places(self) -> list[int]:
+        """Where each chunk begins in the file; 0, where no chunk can be, for one that was never written."""
+        places = [0] * -(-self._shape[0] // self._rows)
+
+        def note(chunk: Any) -> None:
+            number = chunk.chunk_offset[0] // self._rows
+            if number < len(places):  # a file may hold chunks behind the end of its dataset
+                places[number] = chunk.byte_offset or 0
+
+        self.dataset.id.chunk_iter(note)
+        return places
 
 
 def mapped(path: Path) -> Any:
