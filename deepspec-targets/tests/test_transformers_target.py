@@ -223,7 +223,8 @@ def test_greedy_decoding_is_the_recorded_one() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("new", [1, 5])
-def test_shared_keys_are_read_as_if_they_were_copied(dtype: torch.dtype, new: int) -> None:
+@pytest.mark.parametrize("masked", [True, False])
+def test_shared_keys_are_read_as_if_they_were_copied(dtype: torch.dtype, new: int, masked: bool) -> None:
     torch.manual_seed(0)
     module = nn.Module()
     module.num_key_value_groups, module.is_causal = 3, True
@@ -231,6 +232,7 @@ def test_shared_keys_are_read_as_if_they_were_copied(dtype: torch.dtype, new: in
     key, value = (torch.randn(2, 2, 40, 16, dtype=dtype).narrow(2, 0, 33) for _ in range(2))
     mask = torch.zeros(2, 1, new, 33, dtype=dtype).masked_fill_(torch.rand(2, 1, new, 33) < 0.4, -torch.inf)
     mask[..., 0] = 0
+    mask = mask if masked else None
     ours, theirs = (
         act(module, query, key, value, mask, scaling=0.2, dropout=0.0)[0] for act in (_attend, sdpa_attention_forward)
     )
