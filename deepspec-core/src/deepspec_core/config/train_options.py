@@ -53,7 +53,8 @@ class TrainOptions:
     batching: What is done about different lengths. "padded": each sequence has a row, filled up to the longest beside
         it. "bucketed": the same, with steps of sequences of like length, so less is padding, and steps are others.
         "packed": a row holds several sequences, none longer than the longest alone, and each is computed as if alone.
-        Steps are those of "padded", so results change by rounding only. Not every draft type takes packed rows.
+        Steps are those of "padded", so results change by rounding only. Not every draft type takes packed rows. On a
+        CPU attention computes the whole square of a packed row, so long ones are slow there.
     epochs: Passes over the training samples.
     max_steps: Training ends after so many optimizer steps at most. The learning-rate schedule ends with it.
     warmup: The share of all steps over which the learning rate rises; after it, it falls to 0 along a cosine.
