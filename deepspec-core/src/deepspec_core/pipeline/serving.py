@@ -11,6 +11,7 @@ from deepspec_core.data.regenerate import sampling_of
 from deepspec_core.data.tokenize import ChatTokenizer
 from deepspec_core.errors import ConfigError
 from deepspec_core.pipeline.run import Run
+from deepspec_core.servers.answering import Answering
 from deepspec_core.servers.farm import Farm
 from deepspec_core.servers.wanted import Wanted
 
@@ -22,20 +23,22 @@ def farm_of(run: Run) -> Farm:
     where = target.where
     return Farm(
         addresses=options.servers,
-        wanted=Wanted(
-            names=(options.served_as,)
-            if options.served_as is not None
-            else tuple(dict.fromkeys((run.file.target.model, str(where)))),
-            tokenizer=target.tokenizer,
-            vocab_size=target.architecture.vocab_size,
-            sampling=sampling_of(options, target.adapter.conversation_format().sampling),
-            stop_ids=stop_ids,
-            end_id=end_of(target.tokenizer, stop_ids),
-            max_tokens=options.max_tokens,
-            max_length=run.data.max_length,
-            key=key_in(options.api_key_env, where=f"{run.path}: regenerate.api_key_env"),
-            timeout=options.timeout,
-            max_concurrency=options.max_concurrency,
+        work=Answering(
+            Wanted(
+                names=(options.served_as,)
+                if options.served_as is not None
+                else tuple(dict.fromkeys((run.file.target.model, str(where)))),
+                tokenizer=target.tokenizer,
+                vocab_size=target.architecture.vocab_size,
+                sampling=sampling_of(options, target.adapter.conversation_format().sampling),
+                stop_ids=stop_ids,
+                end_id=end_of(target.tokenizer, stop_ids),
+                max_tokens=options.max_tokens,
+                max_length=run.data.max_length,
+                key=key_in(options.api_key_env, where=f"{run.path}: regenerate.api_key_env"),
+                timeout=options.timeout,
+                max_concurrency=options.max_concurrency,
+            )
         ),
     )
 

@@ -18,7 +18,6 @@ from deepspec_core.servers.dialects import Dialect, GenerationConfigText, TokenI
 from deepspec_core.servers.reading import choice_of, has_ids, read
 from deepspec_core.servers.wanted import Wanted
 
-WHERE: Final = "regenerate.servers: "
 # A server may have to load the model first.
 _SECONDS: Final = 120.0
 _DIALECTS: Final[tuple[Dialect, ...]] = (TokenIds(), GenerationConfigText())
