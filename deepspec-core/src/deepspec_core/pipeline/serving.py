@@ -1,12 +1,13 @@
 """The servers of a run that regenerates through them: from its file to a farm (servers/farm.py).
 
-Knows [regenerate] and the run's target; not how servers are spoken to.
+Knows [regenerate] and the run's target, and which stages ask servers; not how servers are spoken to.
 """
 
 from __future__ import annotations
 
 import os
 
+from deepspec_core.config.schema import SERVER
 from deepspec_core.data.regenerate import sampling_of
 from deepspec_core.data.tokenize import ChatTokenizer
 from deepspec_core.errors import ConfigError
@@ -41,6 +42,13 @@ def farm_of(run: Run) -> Farm:
             )
         ),
     )
+
+
+def uses_servers(run: Run, stage: str) -> bool:
+    """Whether a stage takes features from servers: training by its mode, the cache stage if there are any."""
+    if stage == "train":
+        return run.file.features.mode == SERVER
+    return stage == "cache" and bool(run.file.features.servers)
 
 
 def end_of(tokenizer: ChatTokenizer, stop_ids: tuple[int, ...]) -> int:

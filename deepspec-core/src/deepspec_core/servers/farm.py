@@ -73,7 +73,7 @@ class Farm:
     pause: Seconds before a request or a server is tried again; doubled each time. health_every: seconds between looks
     at a server that is silent. look_every: seconds between looks for further requests while no answer comes.
     more: Whether requests may still come where none can be handed out, so that they are waited for.
-    on_fault: Called with what failed, whenever an exchange did.
+    on_fault: Called with what failed, whenever an exchange did. on_look: called at every look; what it raises ends all.
     """
 
     addresses: Sequence[str]
@@ -83,6 +83,7 @@ class Farm:
     look_every: float = 1.0
     more: Callable[[], bool] = lambda: False
     on_fault: Callable[[Fault], None] = lambda _fault: None
+    on_look: Callable[[], None] = lambda: None
 
     def check(self) -> None:
         """ConfigError where a server cannot be used, or none is there. One that is not there yet is a warning."""
@@ -165,6 +166,7 @@ class _Session:
     async def some(self) -> list[Any]:
         """Outcomes that are there, at least one; none where everything has been answered."""
         while True:
+            self.farm.on_look()
             self._assign()
             jobs = {task: server for server in self.servers for task in server.jobs}
             if not jobs and not self.waiting:
