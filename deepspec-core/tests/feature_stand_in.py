@@ -23,7 +23,7 @@ from deepspec_core.cache.quantize import encode
 from deepspec_core.contracts.target import TargetModel
 
 HTML = b"<html><body>Welcome to the gateway</body></html>"
-_ONE_AT_A_TIME = threading.Lock()
+ONE_AT_A_TIME = threading.Lock()
 States = Callable[[list[int]], Tensor]
 
 
@@ -32,7 +32,7 @@ def states_of(target: TargetModel, taps: Sequence[int]) -> States:
 
     def computed(ids: list[int]) -> Tensor:
         input_ids, size = torch.tensor([ids]), target.architecture.hidden_size
-        with _ONE_AT_A_TIME:
+        with ONE_AT_A_TIME:
             found = target.features(input_ids, torch.ones_like(input_ids).bool(), None, None, tuple(taps))
         hidden = found.hidden[0].view(len(ids), -1, size)
         return torch.cat([hidden, found.last_hidden[0][:, None]], 1)
