@@ -14,6 +14,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from deepspec_core.config.named_files import no_exchange
 from deepspec_core.contracts.proposer import Sampling
 from deepspec_core.data.tokenize import ChatTokenizer
 from deepspec_core.disk import free_bytes, in_words, is_folder, why_not_writable
@@ -191,13 +192,7 @@ def _folder(run: Run) -> Path:
     problem = None if is_folder(folder) else f"{folder} is no folder"
     problem = problem or why_not_writable(folder)
     if problem is not None:
-        raise ConfigError(
-            "The exchange folder cannot be used",
-            where=f"{run.path}: features.exchange",
-            found=problem,
-            expected="a folder that the servers and this run can both write to, under the same path",
-            fix="Make the folder, or mount it here.",
-        )
+        raise no_exchange(problem, where=f"{run.path}: features.exchange")
     return Path(os.path.realpath(folder))
 
 
