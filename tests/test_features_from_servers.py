@@ -38,7 +38,7 @@ def run_file(tmp_path: Path, new_run_file: Callable[[Path], Path]) -> Path:
     text = path.read_text()
     for old, new in {
         '{path = "builtin:tiny-dialogues", limit = 2500}': f'{{path = "{data}"}}',
-        "[data]": "[data]\nheld_out = 0.0\nmin_supervised_tokens = 1",
+        "\n[data]\n": "\n[data]\nheld_out = 0.0\nmin_supervised_tokens = 1\n",
         "global_batch_size = 16": "global_batch_size = 4",
         "micro_batch_size = 16": "micro_batch_size = 4",
         "epochs = 6": "epochs = 2\nlog_every = 1",

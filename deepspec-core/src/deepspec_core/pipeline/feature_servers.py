@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import secrets
 from pathlib import Path
 from typing import Any, Final
 
@@ -95,7 +96,7 @@ def servers_of(run: Run, *, ownership: Ownership, stored: str | None = None) -> 
 
 def check(run: Run) -> None:
     """ConfigError, before the first stage, where a server or the exchange folder cannot be used."""
-    trial = Ownership(owner=Ownership(owner="").session * 2)  # no run's own: another process may work in this one
+    trial = Ownership(owner=secrets.token_hex(8))  # not the run's own: another process may be at work in it
     servers = servers_of(run, ownership=trial)
     work: Any = servers.farm.work
     try:
