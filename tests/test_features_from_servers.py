@@ -235,15 +235,17 @@ def test_killed_in_the_middle_and_gone_on_with_it_is_the_same_draft(
     expected = weights(run_file)
     shutil.rmtree(folder_of(run_file) / "train")
     for server in servers:
-        server.slow = 0.2
+        server.slow = 0.5
+    run += ["--set", "features.prefetch=2"]
     process = subprocess.Popen([sys.executable, "-m", "deepspec_core", *run], stdout=subprocess.DEVNULL)
     checkpoints = folder_of(run_file) / "train" / "checkpoints"
-    wait_until(lambda: len(list(checkpoints.glob("step-*"))) > 1 and any(exchange.iterdir()), seconds=200)
+    wait_until(lambda: any(checkpoints.glob("step-00000[2-4]")) and sum(one.at_once for one in servers), seconds=200)
     process.send_signal(signal.SIGKILL)
     process.wait()
     for server in servers:
         server.slow = 0.0
         wait_until(lambda server=server: server.at_once == 0)
+    assert any(exchange.iterdir()), "servers write what nobody waits for any more"
     assert main(run) == 0
     torch.testing.assert_close(weights(run_file), expected, rtol=0, atol=0)
     assert list(exchange.iterdir()) == []
