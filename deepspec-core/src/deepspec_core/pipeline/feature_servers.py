@@ -25,7 +25,7 @@ from deepspec_core.features.served.exchange import Exchange, Ownership, owner_of
 from deepspec_core.features.served.final_norm import FinalNorm
 from deepspec_core.features.served.layers import AskedLayers
 from deepspec_core.features.served.server_probe import differences, require_alike, summary
-from deepspec_core.features.served.source import FeatureServers
+from deepspec_core.features.served.source import FeatureServers, ServedFeatures
 from deepspec_core.json_files import read_object
 from deepspec_core.pipeline import workers
 from deepspec_core.pipeline.run import Run
@@ -127,6 +127,11 @@ def begin(run: Run, stage: str) -> FeatureServers:
         partial.write_text(json.dumps({"numbers": work.stored}) + "\n", encoding="utf-8")
         os.replace(partial, record)
     return servers
+
+
+def from_run(run: Run) -> ServedFeatures:
+    """`[features] mode = "server"`."""
+    return ServedFeatures(run.data.training_samples(), begin(run, "train"))
 
 
 def _compare(run: Run, work: FeatureWork) -> None:
