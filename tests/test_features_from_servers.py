@@ -145,16 +145,20 @@ def test_servers_are_compared_with_the_target_before_the_first_stage(
 
 
 def test_what_is_missing_is_said_before_the_first_stage(
-    run_file: Path, exchange: Path, servers: list[FeatureStandIn], capsys: pytest.CaptureFixture[str]
+    run_file: Path, exchange: Path, servers: list[FeatureStandIn], target: Target, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def refused(*changes: str) -> str:
-        assert main(["run", str(run_file), *SMALL, "--force", "train", *served(exchange, servers, *changes)]) == 2
+    def refused(*changes: str, workers: int = 1) -> str:
+        run = ["run", str(run_file), *SMALL, "--workers", str(workers), "--force", "train"]
+        assert main([*run, *served(exchange, servers, *changes)]) == 2
         said = capsys.readouterr()
         assert "train: starting" not in said.out
         return said.err
 
     assert "is no folder" in refused("features.exchange=nowhere")
     assert "features.exchange_gb" in refused("features.exchange_gb=0.0001")
+    longest = 384 * (8 + 6 * 4 * target.model.architecture.hidden_size) + 8192
+    message = refused(f"features.exchange_gb={1.5 * longest / 1e9}", workers=2)
+    assert "for each of 2 processes" in message
     assert "none is named" in refused("features.servers=[]")
     assert 'features.mode = "online"' in refused("features.mode=online")
     for server in servers:
