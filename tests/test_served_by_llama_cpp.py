@@ -1,6 +1,7 @@
 """Exported drafts of every algorithm, served by llama.cpp: outputs are its own plain ones, and as many are accepted.
 
-Its server is built from source, and kept; it runs on loopback, in fp32.
+Its server runs in an environment of its own, on loopback, in fp32. DEEPSPEC_LLAMA_CPP=source takes one that is built
+from its source.
 """
 
 import json
@@ -95,7 +96,7 @@ def test_outputs_are_plain_ones_and_as_many_are_accepted(
     record = json.loads((run / "export" / "gguf" / "export.json").read_text())["served_as"]
     assert record["method"] == algorithm
     options = ["-md", str(run / "export" / "gguf" / "draft.gguf"), "--spec-type", f"draft-{algorithm}"]
-    options += ["--spec-draft-n-max", str(record["num_speculative_tokens"]), "--spec-draft-threads", "1"]
+    options += ["--spec-draft-n-max", str(record["num_speculative_tokens"])]
     with serving_llama_cpp(target_file, tmp_path / "drafted.log", *options) as server:
         assert [_continued(server, answer.prompt_ids, stop) for answer in ours] == plain
         command = ["evaluate", str(run), "--server", server.address, "--served-as", target_file.name]
