@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 from deepspec_core.cli.main import main
 from deepspec_core.interface.models import Target
 
+QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart" / "train.toml"
+
 
 @pytest.fixture
 def draft(finished_copy: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -102,3 +104,28 @@ def test_a_format_that_holds_the_targets_tokens(
     monkeypatch.chdir("runs")
     assert main(["export", "mine", "--to", "gguf"]) == 0
     assert Path("mine-gguf/draft.gguf").is_file()
+
+
+def test_a_run_whose_folder_does_not_say_where_its_run_file_lay(
+    drafts: dict[str, Path],
+    target: Target,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """`run.output` is absolute: a path in it is not taken from where one stands, and the run file tells."""
+    pytest.importorskip("gguf")
+    files, run = tmp_path / "files", tmp_path / "results" / "mine"
+    shutil.copytree(target.plugins.registry.load("builtin", "tiny-qwen3")(), files / "models" / "tiny")
+    shutil.copytree(drafts["dspark"], run / "draft")
+    text = QUICKSTART.read_text().replace("../../runs/quickstart-dflash", str(run))
+    text = text.replace("builtin:tiny-qwen3", "./models/tiny")
+    for path in (files / "train.toml", run / "config.toml"):
+        path.write_text(text)
+    monkeypatch.chdir(files)
+    assert main(["export", str(run), "--to", "gguf", "--out", "served"]) == 2
+    said = capsys.readouterr().err
+    assert "does not say where its run file lay" in said
+    assert "--target" in said
+    assert main(["export", "train.toml", "--to", "gguf", "--out", "served"]) == 0
+    assert Path("served/draft.gguf").is_file()

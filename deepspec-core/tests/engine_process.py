@@ -20,6 +20,9 @@ from engine_build import llama_server
 from engine_environment import environment
 
 _START_SECONDS = 600
+_LLAMA_CPP_SERVER = Path(__file__).with_name("llama_cpp_server.py")
+_LLAMA_SERVER_EXACT = ["-fa", "off", "-ctk", "f32", "-ctv", "f32", "--parallel", "1", "--threads-batch", "1"]
+_LLAMA_SERVER_EXACT += ["--metrics", "--cache-ram", "0"]
 
 
 def vllm() -> Path:
@@ -38,6 +41,11 @@ def transformers_serve() -> Path:
     return environment(
         "transformers-serve", "torch==2.13.0", "transformers[serving]==5.23.0", module="fastapi, uvicorn, openai, torch"
     )
+
+
+def llama_cpp() -> Path:
+    """The interpreter of a package that has llama.cpp's server built, of its build 11549."""
+    return environment("llama-cpp", "xllamacpp==2026.10.11549", module="xllamacpp")
 
 
 class Engine:
@@ -123,24 +131,17 @@ def serving_transformers(target: Path, log: Path) -> Iterator[Engine]:
 
 @contextmanager
 def serving_llama_cpp(target: Path, log: Path, *options: str) -> Iterator[Engine]:
-    """llama.cpp's server of a target's GGUF file, in fp32. It is stopped in the end.
+    """llama.cpp's server of a target's GGUF file, in fp32, with one thread. It is stopped in the end.
 
-    One thread: several wait for each other by spinning, and are many times slower where other work has the cores.
+    Several threads wait for each other by spinning, and are many times slower where other work has the cores. The
+    server is the one that the package xllamacpp has built. DEEPSPEC_LLAMA_CPP=source takes one built from source here.
     """
-    exact = ["-fa", "off", "-ctk", "f32", "-ctv", "f32"]
-    one = ["--parallel", "1", "--threads", "1", "--threads-batch", "1"]
-    command = [
-        str(llama_server()),
-        "-m",
-        str(target),
-        "--ctx-size",
-        "1024",
-        "--metrics",
-        "--cache-ram",
-        "0",
-        *exact,
-        *one,
-    ]
+    if os.environ.get("DEEPSPEC_LLAMA_CPP") == "source":
+        command = [str(llama_server()), *_LLAMA_SERVER_EXACT]
+        threads = ["--spec-draft-threads", "1"] if "-md" in options else []
+    else:
+        command, threads = [str(llama_cpp()), str(_LLAMA_CPP_SERVER), "--exact"], []
+    command += ["-m", str(target), "--ctx-size", "1024", "--threads", "1", *threads]
     with _running(Engine([*command, *options], log, {})) as engine:
         yield engine
 

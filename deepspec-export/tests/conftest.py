@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from attrs import evolve, field, fields, frozen
+from random_targets import SIZES, SMALL, TAPS
 from transformers import AutoConfig
 
 from deepspec_core.checkpoints.export_facts import facts_of
@@ -20,15 +21,6 @@ from deepspec_core.families.styled import styled_adapter
 from deepspec_core.layers.options import LayerOptions
 from deepspec_core.plugins.registry import Registry
 from deepspec_core.testing.random_batches import with_large_weights
-
-SIZES = {
-    "vocab_size": 48, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 8, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256, "eos_token_id": 1, "pad_token_id": 0,
-    "bos_token_id": 2, "initializer_range": 0.2, "tie_word_embeddings": False, "num_experts": 2,
-    "num_experts_per_tok": 1, "moe_intermediate_size": 16, "query_pre_attn_scalar": 8, "final_logit_softcapping": None,
-}  # fmt: skip
-TAPS = (1, 4, 6)
-SMALL = {"block_size": 4, "ttt_length": 4, "num_anchors": 8, "num_layers": 2, "mask_token_id": 47}
 
 
 @frozen(kw_only=True)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +75,11 @@ def is_cached(folder: Path) -> bool:
     return all((folder / stage / "stage.json").is_file() for stage in ("regenerate", "cache"))
 
 
-def finished(output: Path) -> list[dict[str, Any]]:
-    """Every finished run of the output folder, whichever call made it."""
+def finished(output: Path, names: Iterable[str] = CONFIGURATIONS) -> list[dict[str, Any]]:
+    """Every finished run of the output folder, whichever call made it. `names`: of the configurations."""
     runs = [
         {"configuration": name, "seed": int(folder.name.rpartition("seed")[2]), **figures(folder)}
-        for name in CONFIGURATIONS
+        for name in names
         for folder in sorted(output.glob(f"{name}-seed*"))
         if (folder / "metrics.json").is_file()
     ]

@@ -26,6 +26,23 @@ OFFSETS, KNOWN = "d2t", "t2d"
 """Of a reduced vocabulary: [D] int64, the target's token of column i less i; [V] bool, which tokens the draft knows."""
 STAND_IN_RANK: Final = 1
 """The rank of the Markov head of zeros that a draft without one is given, where an engine asks for one."""
+BLOCK: Final[Mapping[str, Any]] = {
+    "head_norms": True,
+    "norm_before_residual": None,
+    "norm_before_fc": None,
+    "norm_output": None,
+}
+"""The fields of Served that are the same for every draft of blocks, DFlash and DSpark."""
+DFLASH: Final[Mapping[str, Any]] = {
+    **BLOCK,
+    "method": "dflash",
+    "anchor_predicts": False,
+    "markov_rank": 0,
+    "markov_head": None,
+    "confidence": False,
+    "confidence_with_markov": False,
+}
+"""The fields of Served that are the same for every draft that an engine runs as DFlash."""
 
 
 @frozen(kw_only=True)

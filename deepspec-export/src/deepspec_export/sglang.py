@@ -8,11 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from attrs import evolve
-
 from deepspec_core.contracts.export import ExportFacts
 from deepspec_export import layers, transformer_keys
-from deepspec_export.served import Served
+from deepspec_export.served import BLOCK, DFLASH, Served
 
 NAME: Final = "sglang"
 WRITTEN_FOR: Final = {"sglang": "0.5.23"}
@@ -118,34 +116,30 @@ def read(keys: Mapping[str, Any]) -> Served:
             draft_vocab_size=keys["draft_vocab_size"] or keys["vocab_size"],
             **(shape | {"window": None}),
         )
-    dspark = architecture == _DSPARK
     inner = keys.get("dflash_config") or keys
-    confidence = dspark and bool(keys.get("enable_confidence_head", True))
-    with_markov = confidence and bool(keys.get("confidence_head_with_markov", keys["markov_rank"] > 0))
-    block = Served(
-        method="dspark" if dspark else "dflash",
-        feature_layers=tuple(inner["target_layer_ids"]),
-        anchor_predicts=bool(keys.get("sample_from_anchor", True)) if dspark else False,
-        block_causal=transformer_keys.causal(keys),
-        proposes=keys["block_size"] if dspark else keys["block_size"] - 1,
-        mask_token_id=inner["mask_token_id"],
-        head_norms=True,
-        norm_before_residual=None,
-        norm_before_fc=None,
-        norm_output=None,
-        markov_rank=0,
-        markov_head=None,
-        confidence=confidence,
-        confidence_with_markov=with_markov,
-        draft_vocab_size=keys["vocab_size"],
-        **shape,
-    )
-    if not dspark:
-        return block
+    shape |= {
+        "feature_layers": tuple(inner["target_layer_ids"]),
+        "block_causal": transformer_keys.causal(keys),
+        "mask_token_id": inner["mask_token_id"],
+        "draft_vocab_size": keys["vocab_size"],
+    }
+    if architecture != _DSPARK:
+        return Served(proposes=keys["block_size"] - 1, **shape, **DFLASH)
     head = str(keys.get("markov_head_type", "vanilla")).lower()
     if head not in _HEADS or keys["markov_rank"] < 1:
         raise KeyError("markov_head_type")
-    return evolve(block, markov_rank=keys["markov_rank"], markov_head=head)
+    confidence = bool(keys.get("enable_confidence_head", True))
+    return Served(
+        method="dspark",
+        anchor_predicts=bool(keys.get("sample_from_anchor", True)),
+        proposes=keys["block_size"],
+        markov_rank=keys["markov_rank"],
+        markov_head=head,
+        confidence=confidence,
+        confidence_with_markov=confidence and bool(keys.get("confidence_head_with_markov", True)),
+        **shape,
+        **BLOCK,
+    )
 
 
 def notes(served: Served) -> list[str]:

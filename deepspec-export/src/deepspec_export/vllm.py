@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from deepspec_core.contracts.export import ExportFacts
 from deepspec_export import layers, transformer_keys
-from deepspec_export.served import Served
+from deepspec_export.served import BLOCK, DFLASH, Served
 
 NAME: Final = "vllm"
 WRITTEN_FOR: Final = {"vllm": "0.33.0"}
@@ -109,26 +109,27 @@ def read(keys: Mapping[str, Any]) -> Served:
         )
     dspark = architecture == _DSPARK
     inner = keys if dspark else keys["dflash_config"]
-    anchor_predicts = bool(keys.get("sample_from_anchor", True)) if dspark else False
-    confidence = dspark and bool(keys.get("enable_confidence_head", False))
-    return Served(
-        method="dspark" if dspark else "dflash",
-        feature_layers=tuple(sorted(set(inner["target_layer_ids"]))),
-        anchor_predicts=anchor_predicts,
-        block_causal=transformer_keys.causal(keys),
+    anchor_predicts = dspark and bool(keys.get("sample_from_anchor", True))
+    shape |= {
+        "feature_layers": tuple(sorted(set(inner["target_layer_ids"]))),
+        "block_causal": transformer_keys.causal(keys),
         # Where the command line does not say: the block, whose first slot is the anchor if it predicts nothing.
-        proposes=keys["block_size"] - (0 if anchor_predicts else 1),
-        mask_token_id=inner["mask_token_id"],
-        head_norms=True,
-        norm_before_residual=None,
-        norm_before_fc=None,
-        norm_output=None,
-        markov_rank=keys["markov_rank"] if dspark else 0,
-        markov_head="vanilla" if dspark else None,
+        "proposes": keys["block_size"] - (0 if anchor_predicts else 1),
+        "mask_token_id": inner["mask_token_id"],
+        "draft_vocab_size": draft_vocab_size,
+    }
+    if not dspark:
+        return Served(**shape, **DFLASH)
+    confidence = bool(keys.get("enable_confidence_head", False))
+    return Served(
+        method="dspark",
+        anchor_predicts=anchor_predicts,
+        markov_rank=keys["markov_rank"],
+        markov_head="vanilla",
         confidence=confidence,
         confidence_with_markov=confidence and bool(keys.get("confidence_head_with_markov", False)),
-        draft_vocab_size=draft_vocab_size,
         **shape,
+        **BLOCK,
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from deepspec_core.contracts.export import ExportFacts
 from deepspec_export import layers, sglang, transformer_keys, vllm
-from deepspec_export.served import Served
+from deepspec_export.served import DFLASH, Served
 
 NAME: Final = "z-lab"
 WRITTEN_FOR: Final = {"z-lab/dflash": "October 2026"}
@@ -64,22 +64,13 @@ def read(keys: Mapping[str, Any]) -> Served:
     if value("target_layer_ids") is None or value("mask_token_id") is None:
         raise KeyError("dflash_config")
     return Served(
-        method="dflash",
         feature_layers=tuple(value("target_layer_ids")),
-        anchor_predicts=False,
         block_causal=transformer_keys.causal(keys),
         proposes=int(value("block_size", _BLOCK_SIZE)) - 1,
         mask_token_id=value("mask_token_id"),
-        head_norms=True,
-        norm_before_residual=None,
-        norm_before_fc=None,
-        norm_output=None,
-        markov_rank=0,
-        markov_head=None,
-        confidence=False,
-        confidence_with_markov=False,
         draft_vocab_size=keys.get("draft_vocab_size") or keys["vocab_size"],
         **transformer_keys.read(keys),
+        **DFLASH,
     )
 
 

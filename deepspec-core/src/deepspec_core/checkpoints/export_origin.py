@@ -5,7 +5,7 @@ Knows the files of a run's folder by their names. Does not know formats, or stag
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,13 @@ from attrs import evolve, field, frozen
 
 from deepspec_core.checkpoints.export_facts import settings_of, target_name
 from deepspec_core.checkpoints.published import CONFIG, read_draft_config
+from deepspec_core.config.run_file_place import run_file_folder
 from deepspec_core.contracts.export import TargetName
 from deepspec_core.errors import ConfigError
 from deepspec_core.evaluation.metrics_file import NAME as METRICS
 from deepspec_core.evaluation.metrics_file import results_of
 from deepspec_core.plugins.registry import Registry
-from deepspec_core.targets.opening import fingerprint, resolve_model, tokenizer_for
+from deepspec_core.targets.opening import fingerprint, is_relative, resolve_model, tokenizer_for
 
 _DRAFT, _RUN_FILE = "draft", "config.toml"
 
@@ -30,6 +31,7 @@ class Origin:
 
     left_out: What lies beside it and was not taken, in words; empty if nothing.
     model: What `[target] model` would say of its target; None if nothing says. base: What a path there is relative to.
+    base_known: Whether anything says so; else `base` is the run's folder, which holds no target.
     revision, trust_remote_code: As in the run's `[target]`.
     """
 
@@ -39,16 +41,24 @@ class Origin:
     left_out: str = ""
     model: str | None = None
     base: Path = Path()
+    base_known: bool = True
     revision: str | None = None
     trust_remote_code: bool = False
 
     def tokenizer(self, registry: Registry) -> Callable[[], Any] | None:
-        """Loads the target's tokenizer: TargetError where it cannot be had. None if nothing says what the target is."""
+        """Loads the target's tokenizer: TargetError or ConfigError where it cannot be had. None without `model`."""
         model = self.model
         if model is None:
             return None
 
         def load() -> Any:
+            if not self.base_known and is_relative(model):
+                raise ConfigError(
+                    "the run's folder does not say where its run file lay, and the target's path starts there",
+                    where="[target] model",
+                    found=model,
+                    fix="Name the run file in place of the folder, or the target with --target.",
+                )
             where = resolve_model(model, base=self.base, registry=registry, revision=self.revision)
             return tokenizer_for(where, self.trust_remote_code, revision=self.revision)
 
@@ -62,23 +72,26 @@ def checkpoint_in(name: str) -> str:
     return str(folder / _DRAFT) if inner.is_file() and not (folder / CONFIG).exists() else name
 
 
-def origin_of(directory: Path, *, target: str | None) -> Origin:
+def origin_of(directory: Path, *, target: str | None, run_file: Path | None = None) -> Origin:
     """What the run's folder around a checkpoint says of it. `target` overrules what its target is called there.
 
+    `run_file`: The run's own file, where it is known; else its place follows from the folder's, where that says it.
     ConfigError or StageError where the run file or the evaluation is there and damaged.
     """
     named = None if target is None else target_name(target, base=Path())
-    run_file = directory.parent / _RUN_FILE
-    if directory.name != _DRAFT or not run_file.is_file():
+    saved = directory.parent / _RUN_FILE
+    if directory.name != _DRAFT or not saved.is_file():
         own = read_draft_config(directory).get("target_model_name_or_path")
         if named is None and isinstance(own, str) and own:
             named = target_name(own, base=Path())
         return Origin(target=named, model=target or (own if isinstance(own, str) and own else None))
-    tables = _read(run_file)
+    tables = _read(saved)
     section = tables.get("target", {})
     model = section.get("model")
+    output = str(tables.get("run", {}).get("output", "."))
+    base = run_file_folder(directory.parent, output) if run_file is None else run_file.resolve().parent
     if named is None and isinstance(model, str):
-        named = target_name(model, base=directory.parent)
+        named = target_name(model, base=base or directory.parent)
     metrics = directory.parent / METRICS
     results = results_of(metrics, fingerprint(directory)) if metrics.is_file() else []
     left_out = f"{METRICS} beside it is of another draft" if metrics.is_file() and not results else ""
@@ -88,17 +101,11 @@ def origin_of(directory: Path, *, target: str | None) -> Origin:
     return evolve(
         known,
         model=model if isinstance(model, str) else None,
-        base=_base_of(directory.parent, tables),
+        base=base or directory.parent,
+        base_known=base is not None,
         revision=section.get("revision"),
         trust_remote_code=section.get("trust_remote_code") is True,
     )
-
-
-def _base_of(folder: Path, tables: Mapping[str, Any]) -> Path:
-    """The folder of the run file, from which relative paths start: `run.output` goes down from there to `folder`."""
-    parts = Path(str(tables.get("run", {}).get("output", "."))).parts
-    below = ".." not in parts and folder.resolve().parts[-len(parts) :] == parts
-    return Path(*folder.resolve().parts[: -len(parts)]) if parts and below else folder
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -5,7 +5,6 @@ Knows the command's options and run files. The asking is in pipeline/evaluating_
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -18,6 +17,7 @@ from deepspec_core.cli.messages import show_messages
 from deepspec_core.cli.run_folder import run_folder
 from deepspec_core.config.load import RunFile, load_run_file
 from deepspec_core.config.paths import no_path
+from deepspec_core.config.run_file_place import run_file_folder
 from deepspec_core.config.schema import (
     DataOptions,
     DraftOptions,
@@ -118,10 +118,7 @@ def _of_run(place: Path, folder: Path, said: dict[str, Any], plugins: Plugins) -
     file = evolve(file, evaluate=_evaluated(file.evaluate, said, plugins, has_data=True))
     if place.suffix == ".toml":
         return Run(file=file, path=path, plugins=plugins)
-    # Relative paths are those of the run file, whose folder `output` tells where it goes down from there.
-    parts = Path(os.path.normpath(file.run.output)).parts
-    below = ".." not in parts and folder.resolve().parts[-len(parts) :] == parts
-    base = Path(*folder.resolve().parts[: -len(parts)]) if below else folder
+    base = run_file_folder(folder, file.run.output) or folder
     here = evolve(file, run=evolve(file.run, output=str(folder.resolve())))
     return Run(file=here, path=base / "config.toml", plugins=plugins)
 

@@ -69,13 +69,16 @@ def export(
     if untrained is not None:
         return _write_untrained(untrained, name, out, plugins)
     assert draft is not None
-    folder = str(run_folder(draft, blocked)) if Path(draft).is_file() else draft
+    run_file = Path(draft) if Path(draft).is_file() else None
+    folder = draft if run_file is None else str(run_folder(draft, blocked))
     if draft_vocab is not None:
         return _write_reduced(draft, folder, name, out, target, draft_vocab, prompts, plugins)
-    return _write_draft(folder, name, out, target, plugins.registry)
+    return _write_draft(folder, name, out, target, run_file, plugins.registry)
 
 
-def _write_draft(draft: str, name: str, out: str | None, target: str | None, registry: Registry) -> None:
+def _write_draft(
+    draft: str, name: str, out: str | None, target: str | None, run_file: Path | None, registry: Registry
+) -> None:
     from deepspec_core.checkpoints.export_facts import facts_of
     from deepspec_core.checkpoints.export_origin import checkpoint_in, origin_of
     from deepspec_core.checkpoints.exports import Format
@@ -89,7 +92,7 @@ def _write_draft(draft: str, name: str, out: str | None, target: str | None, reg
     place = _free_place(out, _own_name(draft, directory), name)
     adapter = draft_adapter(directory, registry=registry)
     check_draft(directory, registry=registry, adapter=adapter)
-    origin = origin_of(directory, target=target)
+    origin = origin_of(directory, target=target, run_file=run_file)
     facts = facts_of(
         build_empty(directory, registry=registry, adapter=adapter),
         adapter,
@@ -130,7 +133,8 @@ def _write_reduced(
     algorithm, _, _ = read_options(directory, registry)
     chosen = Format.of(name, algorithm, registry)
     place = _free_place(out, _own_name(folder, directory), name)
-    origin, dtype = origin_of(directory, target=target), stored_dtype(directory)
+    run_file = Path(given) if Path(given).is_file() else None
+    origin, dtype = origin_of(directory, target=target, run_file=run_file), stored_dtype(directory)
     facts = partial(
         facts_of, dtype=dtype, target=origin.target, settings=origin.settings, tokenizer=origin.tokenizer(registry)
     )

@@ -13,6 +13,7 @@ from attrs import evolve
 from deepspec_core.checkpoints.opening import resolve_draft
 from deepspec_core.checkpoints.published import read_draft_config, read_options
 from deepspec_core.config.load import RunFile, load_run_file
+from deepspec_core.config.run_file_place import run_file_folder
 from deepspec_core.config.schema import (
     DataOptions,
     DraftOptions,
@@ -47,17 +48,15 @@ def _file_of(folder: Path, plugins: Plugins) -> Path:
             where=folder,
             expected=f"a run file, or a run's folder with {_SAVED}; with --target, a checkpoint",
         )
-    output = Path(load_run_file(saved, plugins=plugins).run.output)
-    parts, here = output.parts, folder.resolve().parts
-    base = here[: len(here) - len(parts)]
-    if output.is_absolute() or ".." in parts or (*base, *parts) != here:
+    output = load_run_file(saved, plugins=plugins).run.output
+    if (base := run_file_folder(folder, output)) is None:
         raise StageError(
             "The folder does not say where its run file lay, and paths start there",
             where=saved,
             found=f"run.output = {output}",
             fix="Name the run file in place of the folder.",
         )
-    return Path(*base) / _SAVED
+    return base / _SAVED
 
 
 def run_of_checkpoint(draft: str, *, target: str, tasks: Sequence[str], plugins: Plugins) -> Run:

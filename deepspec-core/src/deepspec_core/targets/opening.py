@@ -69,6 +69,11 @@ def resolve_model(name: str, *, base: Path, registry: Registry, revision: str | 
     return where
 
 
+def is_relative(name: str) -> bool:
+    """Whether `[target] model` can only be a directory relative to its run file, and no Hub id."""
+    return not name.startswith((BUILTIN, "/", "~")) and (name.startswith(".") or not HUB_ID.fullmatch(name))
+
+
 def open_adapter(
     where: str | Path,
     *,
