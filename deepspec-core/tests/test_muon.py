@@ -106,6 +106,7 @@ def test_a_draft_without_matrices_is_refused() -> None:
         build_optimizer({"slots": nn.Parameter(torch.zeros(3, 16))}, MUON, matrices=frozenset(), fused=True)
 
 
+@pytest.mark.slow
 def test_two_processes_with_copies_or_shards_train_like_one(tmp_path: Path) -> None:
     """And one goes on with what two in shards left."""
     run(tmp_path / "one", MUON, source=TinySource(SAMPLES_OF_RANKS))

@@ -14,6 +14,7 @@ from attrs.validators import deep_iterable, in_, matches_re, optional
 
 from deepspec_core.config.addresses import address
 from deepspec_core.config.bounds import MANY, above, real, whole
+from deepspec_core.config.draft_start import known_start
 from deepspec_core.config.key_marks import CHANGES_NOTHING as CHANGES_NOTHING
 from deepspec_core.config.key_marks import FILLED_IN as FILLED_IN
 from deepspec_core.config.loss_options import KERNELS as KERNELS
@@ -264,7 +265,9 @@ class DraftOptions:
     type: The algorithm; its own keys stand beside this one. See `deepspec plugins`.
     layer: The draft's own shape, where it is not the target's.
     init: A draft checkpoint whose weights training begins with: a directory, the output of another run, or a Hub id.
-        It must be of this type, and as this section and `target.layers` say. Left out: new weights.
+        It must be of this type, and as this section and `target.layers` say. Or the target's own layers, where the
+        draft's have their shapes: "target:last" copies its last ones, "target:taps" the tapped ones. Left out: new
+        weights.
     tree: {nodes = 16} evaluates with trees of 16 tokens. Only evaluation reads it, so it may change under a trained
         draft. For draft types that propose trees. Left out: chains.
     """
@@ -272,7 +275,7 @@ class DraftOptions:
     type: str
     options: Any = field(metadata=FILLED_IN)
     layer: LayerOptions = field(factory=LayerOptions)
-    init: str | None = None
+    init: str | None = field(default=None, validator=known_start)
     tree: TreeOptions | None = None
 
 
