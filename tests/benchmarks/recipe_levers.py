@@ -71,7 +71,7 @@ LEVERS: Final[dict[str, Lever]] = {
     "batch32": _set("train.global_batch_size=32", predicted="-0.3: half the steps"),
     # What the draft is.
     "block7": _set("draft.block_size=7", of=BLOCKS, predicted="0: two more proposals, which rarely stand"),
-    "from-last": _set("draft.init=target:last", of=BLOCKS, predicted="+0.1: a start, although they never saw a block"),
+    "from-last": _set("draft.init=target:last", of=BLOCKS, predicted="+0.1, although they never saw a block"),
     "from-taps": _set("draft.init=target:taps", of=BLOCKS, predicted="+0.1, less than from-last"),
     "layers2": _set("draft.num_layers=2", of=BLOCKS, predicted="-0.1, and more per draft time"),
     "rank64": _set("draft.markov.rank=64", of=_DSPARK, predicted="+0.05"),
@@ -89,6 +89,9 @@ LEVERS: Final[dict[str, Lever]] = {
     "fresh": _set(
         'data.sources=[{path = "builtin:tiny-dialogues", limit = 10000}]',
         predicted="+0.1: each answer is seen 1.5 times in place of 6, at four times the answering",
+    ),
+    "answers4": _set(
+        "regenerate.answers=4", predicted="0 to +0.1: as fresh, with a quarter of its prompts, at four times the answering"
     ),
     "half": _set(
         'data.sources=[{path = "builtin:tiny-dialogues", limit = 1250}]', predicted="-0.1: each answer seen 12 times"

@@ -49,6 +49,8 @@ MOST_NODES = 1024
 # More than any context, batch or generator of random numbers takes.
 _TOKENS = 2**27
 _SEQUENCES = 2**20
+# Answers to one prompt.
+MOST_ANSWERS = 1024
 _SEEDS = 2**63 - 1
 
 
@@ -184,6 +186,7 @@ class RegenerateOptions:
     thinking: Ask in the target's thinking mode, in regeneration and in evaluation. A number between 0 and 1 is the
         share of conversations that are asked so. Their ids decide which. Evaluation then reports both modes.
         The chat template has to know the modes.
+    answers: Answers to each conversation, with seeds of their own. Each is a training conversation.
     max_tokens: New tokens of one answer at most.
     temperature: 0 is greedy. Left out: what the target's makers recommend.
     top_p: Sample from the smallest set of most probable tokens whose probabilities add up to this; 1 is off. Left out:
@@ -202,6 +205,7 @@ class RegenerateOptions:
     servers: tuple[str, ...] = field(default=(), validator=deep_iterable(address), metadata=CHANGES_NOTHING)
     served_as: str | None = field(default=None, metadata=CHANGES_NOTHING)
     thinking: bool | float = field(default=False, validator=_truth_or_share)
+    answers: int = field(default=1, validator=whole(1, MOST_ANSWERS))
     max_tokens: int = field(default=4096, validator=whole(1, _TOKENS))
     temperature: float | None = field(default=None, validator=optional(temperatures))
     top_p: float | None = field(default=None, validator=optional(above(0.0, 1.0)))
