@@ -91,7 +91,7 @@ LEVERS: Final[dict[str, Lever]] = {
         predicted="+0.1: each answer is seen 1.5 times in place of 6, at four times the answering",
     ),
     "answers4": _set(
-        "regenerate.answers=4", predicted="0 to +0.1: as fresh, with a quarter of its prompts, at four times the answering"
+        "regenerate.answers=4", predicted="0 to +0.1: less than fresh, at four times the answering"
     ),
     "half": _set(
         'data.sources=[{path = "builtin:tiny-dialogues", limit = 1250}]', predicted="-0.1: each answer seen 12 times"
