@@ -35,9 +35,10 @@ from deepspec_core.pipeline.recorded_rounds import recorded_rounds
 from deepspec_core.pipeline.run import Run
 from deepspec_core.plugins.discovery import Plugins, load_plugins
 
-# What is not shared where a lever changes it, by the beginning of its setting.
-NOT_SHARED = {"regenerate.": ("regenerate", "cache"), "data.": ("regenerate", "cache"), "target.layers": ("cache",)}
 STAGES = ("regenerate", "cache")
+# What is shared only by rows that have the same settings of these beginnings. Answers do not depend on the taps, but
+# the record of their stage has them, so a row with other taps makes the same answers again.
+NOT_SHARED = ("regenerate.", "data.", "target.")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -133,18 +134,16 @@ def share_stages(output: Path, row: str, seed: int) -> None:
     folder = output / f"{row}-seed{seed}"
     for other in sorted(output.glob(f"*-seed{seed}")):
         name = other.name.rpartition("-seed")[0]
-        if other == folder or not is_row(name):
+        if other == folder or not is_row(name) or of_shared_stages(row) != of_shared_stages(name):
             continue
         for stage in STAGES:
-            alike = own_settings(row, stage) == own_settings(name, stage)
-            if alike and (other / stage / "stage.json").is_file() and complete(other / stage):
+            if (other / stage / "stage.json").is_file() and complete(other / stage):
                 share(other, folder, (stage,))
 
 
-def own_settings(row: str, stage: str) -> list[str]:
-    """The settings of a row that change what a shared stage makes."""
-    starts = tuple(start for start, stages in NOT_SHARED.items() if stage in stages)
-    return [one for one in settings(row, 1) if one.startswith(starts)]
+def of_shared_stages(row: str) -> list[str]:
+    """The settings of a row that the shared stages read."""
+    return [one for one in settings(row, 1) if one.startswith(NOT_SHARED)]
 
 
 def complete(stage: Path) -> bool:
