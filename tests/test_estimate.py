@@ -25,6 +25,7 @@ from deepspec_core.pipeline.training import new_draft
 from deepspec_core.plugins.discovery import load_plugins
 from deepspec_core.rows.engine import build_engine
 from deepspec_core.training.host_batch import host_batch
+from deepspec_core.training.optimizers import hidden_matrices
 from deepspec_core.training.sampler import sample_rng
 
 DRAFTS = {
@@ -105,7 +106,25 @@ def step_estimate(run: Run, *, fake: bool) -> StepEstimate:
         device_type="cpu",
         compute_dtype=torch.bfloat16 if run.file.train.precision == "bfloat16" else torch.float32,
         accumulates=True,
+        options=run.file.train,
     )
+
+
+def test_muon_keeps_one_moment_and_its_products_are_counted(make_run: MakeRun, tiny_target: Any) -> None:
+    """At H 32, with matrices [m, n], m <= n: five times a Gram matrix, its square, and both applied."""
+    where = tiny_target("qwen3").where
+    plain = step_estimate(make_run(where, "dflash"), fake=True)
+    found = step_estimate(make_run(where, "dflash", "train.optimizer=muon"), fake=True)
+    real = step_estimate(make_run(where, "dflash", "train.optimizer=muon"), fake=False)
+    assert (found.held, found.flops) == (real.held, real.flops)
+    assert plain.flops["update"] == 0
+    assert {**found.flops, "update": 0} == plain.flops
+    with fake_tensors():
+        draft = new_draft(make_run(where, "dflash"))
+    sides = [sorted(value.shape) for name, value in draft.named_parameters() if name in hidden_matrices(draft)]
+    assert found.flops["update"] == sum(5 * (4 * m * m * n + 2 * m**3) for m, n in sides)
+    # One moment in place of two, and no count of steps.
+    assert plain.held["optimizer_moments"] - found.held["optimizer_moments"] == sum(4 * m * n + 4 for m, n in sides)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -150,7 +169,7 @@ def test_features_online(draft: str, make_run: MakeRun, tiny_target: Any) -> Non
         bytes_of(target.model.model.parameters()), rel=0.02, abs=4096
     )
     assert found.memory.phases["features"] > 2 * LENGTH * (TAPS + 1) * HIDDEN * 4
-    assert all(count > 0 for count in found.flops.values())
+    assert all(count > 0 for part, count in found.flops.items() if part != "update")
     assert found.not_counted == ()
 
 
@@ -296,7 +315,7 @@ def test_the_table_and_the_object_say_the_same(
     assert memory["peak_bytes"] == sum(memory["held_bytes"].values()) + memory["phase_bytes"][memory["peak_phase"]]
     assert said["cache"].keys() == {"bytes_per_token", "most_tokens", "most_bytes"}
     parts = said["flops_per_step"]
-    assert parts.keys() == {"total", "features", "draft_forward", "draft_backward", "rows"}
+    assert parts.keys() == {"total", "features", "draft_forward", "draft_backward", "rows", "update"}
     assert parts["total"] == sum(parts.values()) / 2
 
     assert main(["estimate", path]) == 0

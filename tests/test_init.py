@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from attrs import evolve
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoTokenizer,
@@ -126,6 +127,31 @@ def test_defaults_are_the_plugins_own(draft: str, tmp_path: Path) -> None:
     assert _load(out).loss == file.loss
     assert _load(out).train == file.train
     assert file.regenerate.top_k == 20
+
+
+@pytest.mark.parametrize("draft", ["dspark", "eagle3"])
+def test_the_recommended_recipe_says_on_what_it_was_measured(draft: str, tmp_path: Path) -> None:
+    out, published = tmp_path / "train.toml", tmp_path / "published.toml"
+    command = ["init", "builtin:tiny-qwen3", "--draft", draft, "-o"]
+    assert main([*command, str(out), "--recipe", "recommended"]) == 0
+    assert main([*command, str(published), "--recipe", "published"]) == 0
+    file, plain, spec = _load(out), _load(published), load_plugins().registry.get("draft", draft)
+    recipe = spec.recommended
+    assert recipe is not None
+    assert file.draft.options == evolve(plain.draft.options, **recipe.options)
+    assert file.loss.terms == dict({**spec.default_loss, **recipe.loss}["terms"])
+    assert evolve(file, draft=plain.draft, loss=plain.loss) == plain, "nothing else differs"
+    assert file != plain
+    comments = " ".join(line.removeprefix("# ") for line in out.read_text().splitlines() if line.startswith("#"))
+    assert f"The recommended recipe, here and in [draft]. {recipe.evidence}" in comments
+    assert "ecommended" not in published.read_text()
+
+
+def test_no_recipe_is_recommended_without_evidence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "train.toml"
+    assert main(["init", "builtin:tiny-qwen3", "--draft", "dflash", "-o", str(out), "--recipe", "recommended"]) == 2
+    assert "no recipe is recommended for drafts of type 'dflash'" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_the_file_runs(tmp_path: Path) -> None:

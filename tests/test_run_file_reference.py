@@ -50,7 +50,7 @@ def test_facts_are_the_schema_s(capsys: pytest.CaptureFixture[str]) -> None:
     assert (evaluation.path, evaluation.keys[0].name) == ("train.evaluation", "prompts")
     by_name = {key.name: key for key in train.keys}
     assert by_name["lr"] == KeyFacts(
-        name="lr", type="a number", default="0.0006", limits="> 0", meaning="The peak learning rate of AdamW."
+        name="lr", type="a number", default="0.0006", limits="> 0", meaning="The peak learning rate."
     )
     assert (by_name["max_steps"].default, by_name["betas"].default) == ("", "[0.9, 0.999]")
     assert by_name["precision"].limits == "one of float32, bfloat16"

@@ -55,7 +55,7 @@ def test_a_round_trip_is_exact(tmp_path: Path) -> None:
     ]
     others, other = model(1)
     scalars = checkpoints.restore(path, parameters=others, optimizer=other)
-    assert scalars == {"format": 1, "step": 7, "epoch": 1, "figures": {"loss": [0.1, 3.0]}}
+    assert scalars == {"format": 1, "step": 7, "optimizer": "adamw", "epoch": 1, "figures": {"loss": [0.1, 3.0]}}
     for _ in range(3):
         step(parameters, optimizer)
         step(others, other)

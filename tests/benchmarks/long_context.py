@@ -25,7 +25,7 @@ import torch
 from transformers import AutoConfig
 from trees import commit
 
-from deepspec_core.config.schema import LossOptions
+from deepspec_core.config.schema import LossOptions, TrainOptions
 from deepspec_core.contracts.draft import DraftModel, Sample
 from deepspec_core.contracts.target import TargetFeatures
 from deepspec_core.estimating.memory import fake_tensors
@@ -114,7 +114,7 @@ def measure(algorithm: str, length: int, *, recomputes: bool, runs: bool = True)
         fake = new_draft(registry, algorithm, recomputes=recomputes)
     estimated = estimate_step(
         draft=fake, engine=build_engine(loss, registry), batch=batch, source=source, device_type="cpu",
-        compute_dtype=torch.bfloat16, accumulates=False,
+        compute_dtype=torch.bfloat16, accumulates=False, options=TrainOptions(),
     )  # fmt: skip
     if not runs:
         most = max(estimated.phases.values())

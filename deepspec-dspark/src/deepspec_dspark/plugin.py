@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from deepspec_core.plugins import DraftModelSpec, hookimpl
+from deepspec_core.plugins import DraftModelSpec, Recipe, hookimpl
 from deepspec_dspark.options import DSparkOptions, is_dspark
 
 
@@ -32,5 +32,14 @@ def deepspec_draft_models() -> Iterable[DraftModelSpec]:
                 "terms": {"ce": 0.1, "tv": 0.9, "confidence": 1.0},
                 "weighting": {"type": "decay", "gamma": 4.0},
             },
+            recommended=Recipe(
+                options={"confidence_gradient": "stop"},
+                loss={"terms": {"ce": 1.0, "confidence": 1.0}},
+                evidence=(
+                    "Measured on the built-in target alone, in 942 steps and three seeds: accepted length 3.40 at "
+                    "temperature 0 and 2.80 at temperature 1, against 2.70 and 2.51 as published. Nothing is known of "
+                    "long training or of a large target."
+                ),
+            ),
         )
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from deepspec_core.plugins import DraftModelSpec, hookimpl
+from deepspec_core.plugins import DraftModelSpec, Recipe, hookimpl
 from deepspec_eagle3.options import Eagle3Options, is_eagle3
 
 
@@ -30,5 +30,13 @@ def deepspec_draft_models() -> Iterable[DraftModelSpec]:
             },
             takes_packed=True,
             default_loss={"terms": {"soft_ce": 1.0}},
+            recommended=Recipe(
+                options={"count": "labels"},
+                evidence=(
+                    "Measured on the built-in target alone, in two seeds: accepted length 4.25 and 3.98 at temperature "
+                    "0, against 4.06 and 3.62 as published; 3.75 and 3.33 at temperature 1, against 3.45 and 3.14. "
+                    "Nothing is known of long training or of a large target."
+                ),
+            ),
         )
     ]

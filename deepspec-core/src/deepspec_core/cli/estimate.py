@@ -41,6 +41,7 @@ _FLOPS = {
     "draft_forward": "the draft's forward pass",
     "draft_backward": "the draft's backward pass",
     "rows": "the loss's vocabulary products, forward and backward",
+    "update": "the optimizer's products",
 }
 
 

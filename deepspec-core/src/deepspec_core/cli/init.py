@@ -16,8 +16,15 @@ from deepspec_core.cli.options import no_plugin
 @click.option(
     "-o", "--output", "out", default="train.toml", show_default=True, metavar="FILE", help="The run file to write."
 )
+@click.option(
+    "--recipe",
+    type=click.Choice(["published", "recommended"]),
+    default="published",
+    show_default=True,
+    help="The published settings, or those that decoded better for the same training; the file says where.",
+)
 @no_plugin
-def init(model: str, draft_type: str, data: str | None, out: str, blocked: tuple[str, ...]) -> None:
+def init(model: str, draft_type: str, data: str | None, out: str, recipe: str, blocked: tuple[str, ...]) -> None:
     """Write a run file that trains a draft for MODEL: a Hub id, a directory, or builtin:NAME.
 
     Reads the target's config and tokenizer, no weights. Taps, mask token, sampling and sizes are chosen and explained;
@@ -34,7 +41,8 @@ def init(model: str, draft_type: str, data: str | None, out: str, blocked: tuple
         raise exists
     if not path.parent.is_dir():
         raise ConfigError("no such folder", where=path.parent, fix="Make it first, or choose another with -o.")
-    text = starter(start_of(model, draft_type, data, path.parent, load_plugins(blocked=blocked).registry))
+    registry = load_plugins(blocked=blocked).registry
+    text = starter(start_of(model, draft_type, data, path.parent, registry, recommended=recipe == "recommended"))
     try:
         with path.open("x", encoding="utf-8") as file:
             file.write(text)

@@ -24,6 +24,7 @@ from deepspec_core.config.schema import (
     SERVER,
     DataOptions,
     EvaluateOptions,
+    RegenerateOptions,
     RunOptions,
     TermOptions,
 )
@@ -59,6 +60,8 @@ def check_sections(sections: Mapping[str, Any], folder: Path, registry: Registry
                 yield no_temperature("evaluate.temperature")
             yield from samples_mistakes(sections["evaluate"], "evaluate.samples")
             yield from cut_mistakes(sections["evaluate"])
+        if "regenerate" in run.stages and sections.get("regenerate"):
+            yield from _answers(sections["regenerate"])
         if "regenerate" not in run.stages and sections.get("regenerate"):
             yield from _share(sections["regenerate"].thinking, run)
     spec = registry.get("draft", sections["draft"].type) if sections.get("draft") else None
@@ -215,6 +218,17 @@ def _tasks(tasks: tuple[str, ...], data: DataOptions | None) -> Iterator[ConfigE
             found=f'0, with "{HELD_OUT}" in evaluate.tasks',
             expected="a share above 0",
             fix="set data.held_out = 0.05, or name other tasks",
+        )
+
+
+def _answers(regenerate: RegenerateOptions) -> Iterator[ConfigError]:
+    """Several greedy answers to a prompt are one, several times."""
+    if regenerate.answers > 1 and regenerate.temperature == 0:
+        yield ConfigError(
+            "greedy answers to one prompt are all the same",
+            where="regenerate.answers",
+            found=f"{regenerate.answers}, with regenerate.temperature = 0",
+            expected="1, or a temperature above 0",
         )
 
 

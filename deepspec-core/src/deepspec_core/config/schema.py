@@ -14,6 +14,7 @@ from attrs.validators import deep_iterable, in_, matches_re, optional
 
 from deepspec_core.config.addresses import address
 from deepspec_core.config.bounds import MANY, above, real, whole
+from deepspec_core.config.draft_start import known_start
 from deepspec_core.config.features_options import CACHED as CACHED
 from deepspec_core.config.features_options import ONLINE as ONLINE
 from deepspec_core.config.features_options import SERVER as SERVER
@@ -52,6 +53,8 @@ MOST_NODES = 1024
 # More than any context, batch or generator of random numbers takes.
 _TOKENS = 2**27
 _SEQUENCES = 2**20
+# Answers to one prompt.
+MOST_ANSWERS = 1024
 _SEEDS = 2**63 - 1
 
 
@@ -187,6 +190,7 @@ class RegenerateOptions:
     thinking: Ask in the target's thinking mode, in regeneration and in evaluation. A number between 0 and 1 is the
         share of conversations that are asked so. Their ids decide which. Evaluation then reports both modes.
         The chat template has to know the modes.
+    answers: Answers to each conversation, with seeds of their own. Each is a training conversation.
     max_tokens: New tokens of one answer at most.
     temperature: 0 is greedy. Left out: what the target's makers recommend.
     top_p: Sample from the smallest set of most probable tokens whose probabilities add up to this; 1 is off. Left out:
@@ -205,6 +209,7 @@ class RegenerateOptions:
     servers: tuple[str, ...] = field(default=(), validator=deep_iterable(address), metadata=CHANGES_NOTHING)
     served_as: str | None = field(default=None, metadata=CHANGES_NOTHING)
     thinking: bool | float = field(default=False, validator=_truth_or_share)
+    answers: int = field(default=1, validator=whole(1, MOST_ANSWERS))
     max_tokens: int = field(default=4096, validator=whole(1, _TOKENS))
     temperature: float | None = field(default=None, validator=optional(temperatures))
     top_p: float | None = field(default=None, validator=optional(above(0.0, 1.0)))
@@ -257,7 +262,9 @@ class DraftOptions:
     type: The algorithm; its own keys stand beside this one. See `deepspec plugins`.
     layer: The draft's own shape, where it is not the target's.
     init: A draft checkpoint whose weights training begins with: a directory, the output of another run, or a Hub id.
-        It must be of this type, and as this section and `target.layers` say. Left out: new weights.
+        It must be of this type, and as this section and `target.layers` say. Or the target's own layers, where the
+        draft's have their shapes: "target:last" copies its last ones, "target:taps" the tapped ones. Left out: new
+        weights.
     tree: {nodes = 16} evaluates with trees of 16 tokens. Only evaluation reads it, so it may change under a trained
         draft. For draft types that propose trees. Left out: chains.
     """
@@ -265,7 +272,7 @@ class DraftOptions:
     type: str
     options: Any = field(metadata=FILLED_IN)
     layer: LayerOptions = field(factory=LayerOptions)
-    init: str | None = None
+    init: str | None = field(default=None, validator=known_start)
     tree: TreeOptions | None = None
 
 

@@ -25,6 +25,7 @@ from deepspec_core.config.toml_values import toml
 
 _WIDTH = 116
 _COMMENT_AT = 36
+_LOSS_NOTE = "What the algorithm asks for; other terms: `deepspec plugins`."
 
 
 @frozen(kw_only=True)
@@ -64,7 +65,7 @@ def starter(start: Start) -> str:
         _section("cache", _cache(), start.notes.get("cache", ())),
         draft,
         *([_section("draft.layer", _layer(start), start.notes.get("draft.layer", ()))] if start.layer else []),
-        _section("loss", _loss(start), ["What the algorithm asks for; other terms: `deepspec plugins`."]),
+        _section("loss", _loss(start), start.notes.get("loss", [_LOSS_NOTE])),
         _section("train", _train()),
     ]
     evaluate = _section(

@@ -17,6 +17,7 @@ PACKED = "packed"
 BEST = "best"
 AUTO, DDP, FSDP = "auto", "ddp", "fsdp"
 PARALLEL = (AUTO, DDP, FSDP)
+ADAMW, MUON = "adamw", "muon"
 _SEQUENCES = 2**20  # more than any batch takes
 BATCHING = ("padded", "bucketed", PACKED)
 TENSORBOARD = "tensorboard"
@@ -46,7 +47,10 @@ class HeldOutOptions:
 class TrainOptions:
     """[train]: the optimizer, the batch and how long.
 
-    lr: The peak learning rate of AdamW.
+    lr: The peak learning rate.
+    optimizer: "adamw", or "muon": Muon for the matrices between hidden states, AdamW for embeddings, heads, norms and
+        biases. Muon's steps are scaled to the size of AdamW's, so `lr` and `weight_decay` serve both. They are computed
+        in bfloat16, so results are not exact even in float32.
     global_batch_size: Sequences of one optimizer step, over all processes.
     micro_batch_size: Sequences a process computes at once, or rows if they are packed. Changes results by rounding
         only.
@@ -58,7 +62,7 @@ class TrainOptions:
     epochs: Passes over the training samples.
     max_steps: Training ends after so many optimizer steps at most. The learning-rate schedule ends with it.
     warmup: The share of all steps over which the learning rate rises; after it, it falls to 0 along a cosine.
-    weight_decay: AdamW's weight decay.
+    weight_decay: The share of each weight that a step takes from it, times the learning rate.
     betas: AdamW's two averaging factors, each below 1.
     clip_norm: A gradient with a larger norm is scaled down to this norm.
     checkpoint_activations: Whether the draft's layers compute their activations again in backward and do not keep them.
@@ -84,6 +88,7 @@ class TrainOptions:
     """
 
     lr: float = field(default=6e-4, validator=above(0.0, 1e3))
+    optimizer: str = field(default=ADAMW, validator=in_((ADAMW, MUON)))
     global_batch_size: int = field(default=512, validator=whole(1, _SEQUENCES))
     micro_batch_size: int = field(default=1, validator=whole(1, _SEQUENCES), metadata=CHANGES_NOTHING)
     batching: str = field(default="padded", validator=in_(BATCHING))

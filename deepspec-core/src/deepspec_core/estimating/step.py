@@ -16,6 +16,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
+from deepspec_core.config.train_options import MUON, TrainOptions
 from deepspec_core.contracts.draft import DraftModel
 from deepspec_core.contracts.features import FeatureSource
 from deepspec_core.contracts.rows import Heads, Rows
@@ -24,6 +25,7 @@ from deepspec_core.estimating.memory import LiveBytes, bytes_of
 from deepspec_core.estimating.process import HEAP_BLOCK
 from deepspec_core.rows.engine import RowEngine, RowResult
 from deepspec_core.training.host_batch import HostBatch
+from deepspec_core.training.optimizers import build_optimizer, hidden_matrices
 from deepspec_core.training.reduction import normalise
 from deepspec_core.training.step import TrainingStep
 
@@ -32,8 +34,8 @@ from deepspec_core.training.step import TrainingStep
 class StepEstimate:
     """`held`: bytes there all through a step, by what they are. `phases`: the most beyond those, by part of a step.
 
-    `small`: the most bytes in storages of at most `process.HEAP_BLOCK` each. `flops`: of one micro-batch, by part.
-    `rows` and `positions`: N and P of the micro-batch.
+    `small`: the most bytes in storages of at most `process.HEAP_BLOCK` each. `flops`: of one micro-batch, by part, and
+    "update" of a step. `rows` and `positions`: N and P of the micro-batch.
     """
 
     held: Mapping[str, int]
@@ -53,19 +55,23 @@ def estimate_step(
     device_type: str,
     compute_dtype: torch.dtype,
     accumulates: bool,
+    options: TrainOptions,
 ) -> StepEstimate:
     """What a step takes with this micro-batch, given a `draft` (and what `source` computes with) made under
     `fake_tensors`. The draft's weights take the dtypes training gives them.
 
     `accumulates`: other micro-batches of the step came before, so gradients are there already, and the batch before
-    this one until this one has come. `device_type` is the row engine's; the rest runs as it does on the CPU.
+    this one until this one has come. `options` choose the optimizer. `device_type` is the row engine's; the rest
+    runs as it does on the CPU.
     """
     for parameter in draft.parameters():
         # As training does: fp32 master weights; frozen ones as they are.
         if parameter.requires_grad or compute_dtype == torch.float32:
             parameter.data = parameter.data.to(torch.float32)
-    trained = [parameter for parameter in draft.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, fused=True)
+    named = {name: parameter for name, parameter in draft.named_parameters() if parameter.requires_grad}
+    trained = list(named.values())
+    matrices = hidden_matrices(draft) if options.optimizer == MUON else frozenset()
+    optimizer = build_optimizer(named, options, matrices=matrices, fused=True)
     for parameter in trained:
         parameter.grad = torch.empty_like(parameter)
     optimizer.step()
@@ -97,6 +103,7 @@ def estimate_step(
         with live.phase("update", phases):
             normalise(trained, torch.ones(()), world_size=1, clip_norm=1.0)
             optimizer.step()
+        counted("update")
     flops["rows"] = rows.flops
     frozen = [parameter for parameter in draft.parameters() if not parameter.requires_grad]
     return StepEstimate(

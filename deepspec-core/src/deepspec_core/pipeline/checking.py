@@ -348,13 +348,16 @@ def _evaluation(run: Run, confidence: bool | None, proposed: int | None) -> None
 
 
 def _begun_with(run: Run, steps: Sequence[Step], draft: DraftModel, description: DraftDescription) -> None:
-    """Check the checkpoint of draft.init, unless training goes on with one of its own."""
+    """Check what draft.init names, unless training goes on with a checkpoint of its own."""
+    from deepspec_core.pipeline.target_layers import begins_with_target, check_target_start
     from deepspec_core.pipeline.warm_start import check_init
     from deepspec_core.training.checkpoint import latest
 
     forced = any(step.forced for step in steps if step.stage.name == "train")
     if forced or latest(run.stage_folder("train")) is None:
         check_init(run, draft, description)
+        if begins_with_target(run):
+            check_target_start(run, draft)
 
 
 def _decoded_in_training(run: Run) -> None:

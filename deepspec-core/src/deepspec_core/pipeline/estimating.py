@@ -68,6 +68,7 @@ def estimate(run: Run, *, processes: int = 1) -> Estimate:
         device_type=run.target.device.type,
         compute_dtype=torch_dtype(options.precision),
         accumulates=micro_batches > 1,
+        options=options,
     )
     held = {
         "process": process,
@@ -92,7 +93,9 @@ def estimate(run: Run, *, processes: int = 1) -> Estimate:
         flops={
             part: 0 if part == "features" and source.problem else count * options.global_batch_size // sequences
             for part, count in step.flops.items()
-        },
+            if part != "update"
+        }
+        | {"update": step.flops["update"] * processes},
         not_counted=_not_counted(run, source.problem),
     )
 

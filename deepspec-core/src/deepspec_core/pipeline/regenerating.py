@@ -7,13 +7,17 @@ from typing import Any
 
 from deepspec_core.crew import ALONE
 from deepspec_core.data.regenerate import regenerate, sampling_of
+from deepspec_core.data.several_answers import several
 from deepspec_core.pipeline import contents, workers
 from deepspec_core.pipeline.run import Run
 from deepspec_core.pipeline.serving import farm_of
 
 
 def run_stage(run: Run) -> dict[str, Any]:
-    """Answer every training conversation. An interrupted stage goes on with those that are missing."""
+    """Answer every training conversation, as often as the run file says.
+
+    An interrupted stage goes on with those that are missing.
+    """
     assert run.data.regenerated is not None, "this stage is in the run"
     fmt = run.target.adapter.conversation_format()
     counts: Counter[str] = Counter()
@@ -25,7 +29,7 @@ def run_stage(run: Run) -> dict[str, Any]:
         # The answers are this target's, although its weights are not read here.
         run.reads.content(contents.TARGET, run.target.content_digest())
     report = regenerate(
-        run.data.conversations("train", counts, keep=True),
+        several(run.data.conversations("train", counts, keep=True), run.file.regenerate.answers),
         target=run.target.model if farm is None else None,
         answerer=farm,
         tokenizer=run.target.tokenizer,

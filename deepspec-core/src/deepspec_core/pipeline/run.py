@@ -94,6 +94,7 @@ class Run:
             target=self.target,
             registry=self.plugins.registry,
             reads=self.reads,
+            answers=lambda: self.file.regenerate.answers if self.has("regenerate") else 1,
             mask_token=self._mask_token if self._mask_token is not None else self.target.architecture.mask_token_id,
         )
 

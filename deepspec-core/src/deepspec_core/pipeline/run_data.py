@@ -63,8 +63,8 @@ class RunData:
     """[data] in effect. `folder` is the run's.
 
     `regenerated` is the file of the regenerate stage, None where the run has no such stage. `mask_token` is the
-    draft's, which no text should contain. `counts` says what was read and what was dropped while `training_samples` was
-    formed.
+    draft's, which no text should contain. `answers` reads how many answers a conversation gets. `counts` says what was
+    read and what was dropped while `training_samples` was formed.
     """
 
     options: DataOptions
@@ -77,6 +77,7 @@ class RunData:
     registry: Registry
     reads: Reads
     mask_token: int | None = None
+    answers: Callable[[], int] = lambda: 1
     counts: Counter[str] = field(factory=Counter)
 
     @property
@@ -220,9 +221,13 @@ class RunData:
             )
 
     def expected_conversations(self) -> int | None:
-        """How many training conversations there are at most, None where a source has no limit."""
+        """How many training conversations there are at most, None where a source has no limit.
+
+        Of a run that regenerates, each answer to a conversation is one.
+        """
         limits = [source.limit for source in self.options.sources]
-        return None if None in limits else sum(limit for limit in limits if limit is not None)
+        most = None if None in limits else sum(limit for limit in limits if limit is not None)
+        return None if most is None else most * self.answers()
 
     def training_conversations(
         self,

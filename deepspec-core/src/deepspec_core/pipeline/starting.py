@@ -22,11 +22,11 @@ from deepspec_core.contracts.target import TargetAdapter
 from deepspec_core.data.template_check import check_template
 from deepspec_core.data.tokenize import ChatTokenizer
 from deepspec_core.disk import in_words
-from deepspec_core.errors import DataError
+from deepspec_core.errors import ConfigError, DataError
 from deepspec_core.layers.options import LayerOptions
 from deepspec_core.pipeline.served_style import ServedStyle, served_style
 from deepspec_core.plugins.registry import Registry
-from deepspec_core.plugins.specs import DraftModelSpec
+from deepspec_core.plugins.specs import DraftModelSpec, Recipe
 from deepspec_core.targets.opening import open_target_alone, resolve_model, tokenizer_for, weight_bytes
 from deepspec_core.targets.taps import spread_taps
 
@@ -50,13 +50,17 @@ class _Found:
     reason: str
 
 
-def start_of(model: str, draft_type: str, data: str | None, folder: Path, registry: Registry) -> Start:
+def start_of(
+    model: str, draft_type: str, data: str | None, folder: Path, registry: Registry, *, recommended: bool = False
+) -> Start:
     """Everything that a new run file in `folder` says.
 
     `model` and `data` are as the user gave them; relative paths start at the current folder. PluginError if the draft
-    type is not installed. TargetError or DataError if the target or the data do not exist.
+    type is not installed. TargetError or DataError if the target or the data do not exist. ConfigError if the
+    `recommended` recipe is asked for, and there is none.
     """
     spec = registry.get("draft", draft_type)
+    recipe = _recommended(spec) if recommended else None
     here = Path.cwd()
     where = resolve_model(model, base=here, registry=registry)
     adapter, layer = open_target_alone(where, registry=registry)
@@ -65,7 +69,7 @@ def start_of(model: str, draft_type: str, data: str | None, folder: Path, regist
     known = architecture.known_taps or spread_taps(architecture.num_layers)
     taps = known if spec.trained and spec.needs_taps else ()
     options: type[Any] = spec.options or _NoOptions
-    values = {}
+    values: dict[str, Any] = {} if recipe is None else dict(recipe.options)
     mask = _mask_token(adapter, tokenizer)
     if any(attribute.name == MASK for attribute in fields(options)):
         values[MASK] = mask.value
@@ -85,15 +89,26 @@ def start_of(model: str, draft_type: str, data: str | None, folder: Path, regist
         options=options,
         option_values=values,
         layer={**({} if served is None else {"style": served.style}), **layer},
-        loss=spec.default_loss,
+        loss={**spec.default_loss, **({} if recipe is None else recipe.loss)},
         notes={
             "target": [_target_note(where)],
             **(_notes_of_training(registry, spec, values, adapter, taps, tokenizer) if spec.trained else {}),
             "draft.layer": [*([_MLP_NOTE] if "intermediate_size" in layer else []), *_style_note(served)],
             f"draft.{MASK}": [mask.reason],
+            **({} if recipe is None else {"loss": [f"The recommended recipe, here and in [draft]. {recipe.evidence}"]}),
         },
         trained=spec.trained,
     )
+
+
+def _recommended(spec: DraftModelSpec) -> Recipe:
+    if spec.recommended is None:
+        raise ConfigError(
+            f"no recipe is recommended for drafts of type {spec.name!r}",
+            where="--recipe recommended",
+            expected="published, which nothing has been shown to beat",
+        )
+    return spec.recommended
 
 
 def _notes_of_training(

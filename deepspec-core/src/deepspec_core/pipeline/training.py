@@ -19,6 +19,7 @@ from deepspec_core.layers.recomputing import recompute_layers
 from deepspec_core.pipeline import few_steps, workers
 from deepspec_core.pipeline.offered import check_source
 from deepspec_core.pipeline.run import Run
+from deepspec_core.pipeline.target_layers import begins_with_target, take_target_layers
 from deepspec_core.pipeline.training_evaluations import evaluations_of
 from deepspec_core.pipeline.warm_start import start_of, take_vocabulary, take_weights
 from deepspec_core.plugins.notices import notify
@@ -51,6 +52,9 @@ def run_stage(run: Run) -> dict[str, Any]:
         take_weights(draft, start)
         begun = {"begun with": run.file.draft.init}
         del start
+    elif begins_with_target(run):
+        take_target_layers(run, draft)
+        begun = {"begun with": run.file.draft.init}
     folder = run.stage_folder("train")
     few_steps.warn_exactly(run, len(source))
     names = chosen_trackers(run.file.train.trackers) if workers.rank() == 0 else []

@@ -24,6 +24,7 @@ from deepspec_core.checkpoints.published import (
     read_options,
 )
 from deepspec_core.checkpoints.weight_file import check_finite, read_header, read_tensors
+from deepspec_core.config.draft_start import TARGET_STARTS
 from deepspec_core.contracts.draft import DraftDescription, DraftModel
 from deepspec_core.diagnosis.draft_files import config_differences, expected_config
 from deepspec_core.errors import CheckpointError, ConfigError
@@ -101,7 +102,7 @@ def check_init(run: Run, draft: DraftModel, description: DraftDescription) -> No
 
 
 def start_of(run: Run) -> Start | None:
-    """The weights that training begins with, read; None where [draft] init names none.
+    """The weights that training begins with, read; None where [draft] init names no checkpoint.
 
     A run that has a checkpoint goes on with that, whatever became of the one it began with: with the newest sound one,
     which is the one that training resumes from. CheckpointError where all are damaged.
@@ -114,7 +115,8 @@ def start_of(run: Run) -> Start | None:
         draft = own / checkpoints.DRAFT
         return Start(folder=draft, named=None, weights=read_tensors(draft / WEIGHTS))
     folder = _folder(run)
-    assert folder is not None, "it is named"
+    if folder is None:  # the target's own layers, which are copied once
+        return None
     digest = fingerprint(folder)
     run.reads.content(contents.INIT, digest)
     weights = read_tensors(folder / WEIGHTS)
@@ -139,7 +141,7 @@ def _own_checkpoint(run: Run) -> Path | None:
 def init_digest(run: Run, *, ask_hub: bool) -> str | None:
     """The digest of the checkpoint that [draft] init names; None if it names none, or a Hub id without `ask_hub`."""
     named = run.file.draft.init
-    if named is None or not (ask_hub or (run.base / Path(named).expanduser()).is_dir()):
+    if named is None or named in TARGET_STARTS or not (ask_hub or (run.base / Path(named).expanduser()).is_dir()):
         return None
     folder = _folder(run)
     return None if folder is None else fingerprint(folder)
@@ -203,9 +205,12 @@ def _differs(stored: Tensor, own: Tensor) -> bool:
 
 
 def _folder(run: Run) -> Path | None:
-    """The directory of the checkpoint. Of another run's output, or a checkpoint of its training, the draft in it."""
+    """The directory of the checkpoint, None where none is named.
+
+    Of another run's output, or a checkpoint of its training, the draft in it.
+    """
     named = run.file.draft.init
-    if named is None:
+    if named is None or named in TARGET_STARTS:
         return None
     try:
         folder = resolve_draft(named, base=run.base)

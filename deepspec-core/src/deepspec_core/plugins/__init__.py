@@ -9,6 +9,7 @@ from deepspec_core.plugins.specs import (
     ComponentSpec,
     DraftModelSpec,
     ExportSpec,
+    Recipe,
     TargetAdapterSpec,
     TaskSpec,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "ComponentSpec",
     "DraftModelSpec",
     "ExportSpec",
+    "Recipe",
     "TargetAdapterSpec",
     "TaskSpec",
     "hookimpl",

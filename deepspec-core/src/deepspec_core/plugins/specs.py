@@ -51,6 +51,20 @@ class ComponentSpec:
 
 
 @frozen(kw_only=True)
+class Recipe:
+    """Settings that decode better than an algorithm's published ones, for the same training.
+
+    evidence: What was measured, on what, and what was not: sentences, which stand in run files with these settings.
+    options: Keys of [draft] that differ from the defaults.
+    loss: Keys of [loss], as a run file writes them, in the place of the algorithm's own.
+    """
+
+    evidence: str = field(validator=matches_re(r"(?s)\S.*"))
+    options: Mapping[str, Any] = field(factory=dict, hash=False)
+    loss: Mapping[str, Any] = field(factory=dict, hash=False)
+
+
+@frozen(kw_only=True)
 class DraftModelSpec(ComponentSpec):
     """An algorithm of drafts. `build(options, adapter, taps)` returns a contracts.draft.DraftModel with new weights.
 
@@ -68,6 +82,7 @@ class DraftModelSpec(ComponentSpec):
     proposes_trees: Whether the draft has a `tree_proposer`. Others are refused where a run file has [draft] tree.
     default_loss: Keys of [loss], as a run file writes them, for those that the run file leaves out. An example is
         {"terms": {"ce": 1.0}}.
+    recommended: What `deepspec init --recipe recommended` writes, where something beats the published recipe.
     needs_taps: False if the draft works without tapped layers, as one does that reads only the target's last hidden
         state. Then [target] layers may be [].
     takes_packed: Whether the draft can be trained on rows that hold several conversations (contracts.draft.DraftBatch).
@@ -83,6 +98,7 @@ class DraftModelSpec(ComponentSpec):
     )
     proposes_trees: bool = field(default=False, validator=instance_of(bool))
     default_loss: Mapping[str, Any] = field(factory=dict, hash=False)
+    recommended: Recipe | None = field(default=None, validator=optional(instance_of(Recipe)))
     needs_taps: bool = field(default=True, validator=instance_of(bool))
     takes_packed: bool = field(default=False, validator=instance_of(bool))
 

@@ -21,9 +21,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from deepspec_core.config.train_options import ADAMW
 from deepspec_core.disk import free_bytes, in_words, sync
 from deepspec_core.errors import CheckpointError
 from deepspec_core.json_files import read_object
+from deepspec_core.training.optimizers import name_of
 from deepspec_core.training.shards import cut_like, save_whole
 
 CHECKPOINTS = "checkpoints"
@@ -91,7 +93,8 @@ def save(
     save_draft(unfinished / DRAFT)
     save_whole(parameters, unfinished / STATE / _WEIGHTS)
     save_whole(_moments(parameters, optimizer), unfinished / STATE / _OPTIMIZER)
-    _write_json(unfinished / STATE / _SCALARS, {"format": _FORMAT, "step": step, **scalars})
+    own = {"format": _FORMAT, "step": step, "optimizer": name_of(optimizer)}
+    _write_json(unfinished / STATE / _SCALARS, {**own, **scalars})
     files = sorted(path for path in unfinished.rglob("*") if path.is_file())
     manifest = {str(path.relative_to(unfinished)): _fingerprint(path) for path in files}
     _write_json(unfinished / _MANIFEST, manifest)
@@ -156,6 +159,7 @@ def remove_unfinished(folder: Path) -> int:
 def restore(checkpoint: Path, *, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Restore weights and optimizer state, and return the scalars. CheckpointError names a file that does not fit."""
     verify(checkpoint)
+    scalars = _scalars_for(checkpoint, optimizer)
     weights = _load(checkpoint / STATE / _WEIGHTS)
     _same_names(checkpoint / STATE / _WEIGHTS, set(weights), parameters, weights)
     with torch.no_grad():
@@ -177,14 +181,29 @@ def restore(checkpoint: Path, *, parameters: Mapping[str, Tensor], optimizer: to
             "param_groups": optimizer.state_dict()["param_groups"],
         }
     )
-    scalars: dict[str, Any] = _read_json(checkpoint / STATE / _SCALARS)
+    return scalars
+
+
+def _scalars_for(checkpoint: Path, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """CheckpointError where they are of another version, or of another optimizer."""
+    path = checkpoint / STATE / _SCALARS
+    scalars: dict[str, Any] = _read_json(path)
     if scalars.get("format") != _FORMAT:
         raise CheckpointError(
             "training state of another version",
-            where=checkpoint / STATE / _SCALARS,
+            where=path,
             found=f"format {scalars.get('format')}",
             expected=f"format {_FORMAT}",
             fix="resume with the version of deepspec-core that wrote it, or train anew in another output folder",
+        )
+    written = scalars.get("optimizer", ADAMW)  # older checkpoints do not say it
+    if written != name_of(optimizer):
+        raise CheckpointError(
+            "training state of another optimizer",
+            where=path,
+            found=str(written),
+            expected=name_of(optimizer),
+            fix="set train.optimizer back, or train in another output folder",
         )
     return scalars
 

@@ -22,6 +22,7 @@ from attrs import field, frozen
 from torch import Tensor
 
 from deepspec_core.config.schema import PACKED, LossOptions, TrainOptions
+from deepspec_core.config.train_options import MUON
 from deepspec_core.contracts.draft import DraftModel, Preparation
 from deepspec_core.contracts.features import FeatureSource
 from deepspec_core.dtypes import torch_dtype
@@ -40,6 +41,7 @@ from deepspec_core.training.loader import StepPlans, dead_worker_is_an_error, it
 from deepspec_core.training.metrics import Clock, Figures, MetricsLog, at_a_glance
 from deepspec_core.training.metrics_lines import METRICS
 from deepspec_core.training.on_policy import Rollouts, Unprepared, rolls_out
+from deepspec_core.training.optimizers import build_optimizer, hidden_matrices
 from deepspec_core.training.pace import Pace
 from deepspec_core.training.packed_check import check_draft_apart
 from deepspec_core.training.parallel import Parallel, parallelise
@@ -158,6 +160,7 @@ class _Trainer:
         self.row_tokens = max(self.batches.lengths) if options.batching == PACKED else None
         self.total_steps = min(self.batches.total_steps, options.max_steps or self.batches.total_steps)
         step = self._step_of(draft, loss, registry)
+        matrices = hidden_matrices(draft) if options.optimizer == MUON else frozenset()
         processes = self.accelerator.num_processes
         self.parallel: Parallel = parallelise(step, options.parallel, device=self.device, processes=processes)
         if self.row_tokens is not None:
@@ -168,13 +171,8 @@ class _Trainer:
             dtype = torch_dtype(options.precision)
             self.rollouts = Rollouts(draft, source, seed=seed, device=self.device, compute_dtype=dtype)
         self.parameters = {name: value for name, value in draft.named_parameters() if value.requires_grad}
-        self.optimizer = torch.optim.AdamW(
-            list(self.parameters.values()),
-            lr=options.lr,
-            betas=options.betas,
-            eps=1e-8,
-            weight_decay=options.weight_decay,
-            fused=self.device.type in ("cpu", "cuda"),
+        self.optimizer = build_optimizer(
+            self.parameters, options, matrices=matrices, fused=self.device.type in ("cpu", "cuda")
         )
         step.weights.follow(self.optimizer)
         self.pace = Pace(self.device)

@@ -1,0 +1,269 @@
+"""Recipes side by side at equal training compute: what each lever gives in accepted length, and for what draft time.
+
+    python tests/benchmarks/recipes.py --output runs/recipes [--seeds 42 43 44] [--only dspark dspark+ce] [--plan]
+
+A row is a published run file of examples/quickstart with levers (recipe_levers.py). One optimizer step of a row takes
+what `deepspec estimate` counts for samples of --tokens tokens: the target's forward pass, the draft's both passes, the
+loss's products and the optimizer's. A row has as many steps as make its total that of the row `--reference` with
+--steps. Anchors count as drawn, so a row with more of them than a sample has room for is charged too much.
+
+Within a seed all rows have the same prompts, the same held-out prompts and, unless a lever changes the answers or the
+taps, the same answers and features. Each row is compared with its drafter as published, prompt by prompt, with a 95%
+interval of the difference. Beside it stands the draft's own time a round, and the tokens committed per second of it.
+
+Finished runs are kept, and an interrupted one goes on where it was, so the table may be made row by row; recipes.json
+and the tables have every finished run of the output folder. A run that was made with other settings is refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from drafters import run, share
+from recipe_levers import parts, predicted, rows, run_file, settings
+
+from deepspec_core.config.load import load_run_file
+from deepspec_core.evaluation.paired import paired_difference
+from deepspec_core.pipeline.estimating import estimate
+from deepspec_core.pipeline.recorded_rounds import recorded_rounds
+from deepspec_core.pipeline.run import Run
+from deepspec_core.plugins.discovery import Plugins, load_plugins
+
+STAGES = ("regenerate", "cache")
+# What is shared only by rows that have the same settings of these beginnings. Answers do not depend on the taps, but
+# the record of their stage has them, so a row with other taps makes the same answers again.
+NOT_SHARED = ("regenerate.", "data.", "target.")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
+    parser.add_argument("--only", nargs="+", default=rows(), metavar="ROW", help="drafter+lever+..., default: all")
+    parser.add_argument("--reference", default="dspark", metavar="ROW", help="the row that has --steps steps")
+    parser.add_argument("--steps", type=int, default=942)
+    parser.add_argument("--tokens", type=int, default=79, help="tokens of a sample, on average; the quickstart's")
+    parser.add_argument("--prompts", type=int, default=100, help="held-out prompts each run is evaluated on")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--set", dest="overrides", action="append", default=[], help="passed on to every run")
+    parser.add_argument("--plan", action="store_true", help="print what each row would take, and run nothing")
+    options = parser.parse_args(arguments)
+    plugins = load_plugins()
+    for row in options.only:
+        parts(row)
+    ruler = Ruler(plugins, options)
+    if options.plan:
+        print(plan(ruler, options.only))
+        return
+    output = options.output.resolve()
+    output.mkdir(parents=True, exist_ok=True)
+    same_ruler(output / "recipes.json", ruler)
+    found: list[dict[str, Any]] = []
+    for seed in options.seeds:
+        for row in options.only:
+            folder = output / f"{row}-seed{seed}"
+            share_stages(output, row, seed)
+            run(run_file(row), ruler.settings(row, folder, seed))
+            found = finished(output, ruler)
+            written = {"ruler": ruler.as_json(), "runs": found, "differences": differences(output, found)}
+            (output / "recipes.json").write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+    print(tables(found, differences(output, found)))
+
+
+class Ruler:
+    """Equal compute: what a step of a row takes, and how many steps it therefore has."""
+
+    def __init__(self, plugins: Plugins, options: argparse.Namespace) -> None:
+        self.plugins, self.options = plugins, options
+        self._flops: dict[str, dict[str, int]] = {}
+        self.budget = sum(self.flops(options.reference).values()) * options.steps
+
+    def flops(self, row: str) -> dict[str, int]:
+        """Of one optimizer step, by part. The target counts as run in every step, although the quickstart caches it."""
+        if row not in self._flops:
+            path, opt = run_file(row), self.options
+            online = ('features.mode="online"', 'run.stages=["train"]', f"data.max_length={opt.tokens}")
+            # No lever's cost depends on the number of steps.
+            changed = (*settings(row, opt.steps), *opt.overrides, *online)
+            file = load_run_file(path, overrides=changed, plugins=self.plugins)
+            self._flops[row] = dict(estimate(Run(file=file, path=path, plugins=self.plugins)).flops)
+        return self._flops[row]
+
+    def steps(self, row: str) -> int:
+        """As many as come nearest to the budget."""
+        return max(1, round(self.budget / sum(self.flops(row).values())))
+
+    def settings(self, row: str, folder: Path, seed: int) -> list[str]:
+        """Everything that a row's run changes of its run file."""
+        steps = self.steps(row)
+        return [
+            f'run.output="{folder}"',
+            f"run.seed={seed}",
+            f"run.threads={self.options.threads}",
+            f"train.max_steps={steps}",
+            "train.epochs=100000",
+            f"evaluate.limit={self.options.prompts}",
+            "evaluate.plain=false",
+            *settings(row, steps),
+            *self.options.overrides,
+        ]
+
+    def as_json(self) -> dict[str, Any]:
+        opt = self.options
+        names = ("reference", "steps", "tokens", "prompts", "overrides")
+        return {"flops": self.budget, **{name: getattr(opt, name) for name in names}}
+
+
+def same_ruler(path: Path, ruler: Ruler) -> None:
+    """Exits where the folder's runs were measured otherwise."""
+    now = json.loads(json.dumps(ruler.as_json()))
+    before = json.loads(path.read_text(encoding="utf-8"))["ruler"] if path.is_file() else now
+    if before != now:
+        differing = ", ".join(f"{key} {before.get(key)} and {now[key]}" for key in now if before.get(key) != now[key])
+        sys.exit(f"{path.parent} has runs with another ruler ({differing}): choose another --output")
+
+
+def share_stages(output: Path, row: str, seed: int) -> None:
+    """Give a row the answers and features of a finished row that would make the same ones."""
+    folder = output / f"{row}-seed{seed}"
+    for other in sorted(output.glob(f"*-seed{seed}")):
+        name = other.name.rpartition("-seed")[0]
+        if other == folder or not is_row(name) or of_shared_stages(row) != of_shared_stages(name):
+            continue
+        for stage in STAGES:
+            if (other / stage / "stage.json").is_file() and complete(other / stage):
+                share(other, folder, (stage,))
+
+
+def of_shared_stages(row: str) -> list[str]:
+    """The settings of a row that the shared stages read."""
+    return [one for one in settings(row, 1) if one.startswith(NOT_SHARED)]
+
+
+def complete(stage: Path) -> bool:
+    found: bool = json.loads((stage / "stage.json").read_text(encoding="utf-8"))["complete"]
+    return found
+
+
+def is_row(name: str) -> bool:
+    try:
+        parts(name)
+    except SystemExit:
+        return False
+    return True
+
+
+def finished(output: Path, ruler: Ruler) -> list[dict[str, Any]]:
+    """The figures of every finished run of the folder, whichever call made it, in the order of the table."""
+    found = []
+    for folder in output.glob("*-seed*"):
+        row, _, seed = folder.name.rpartition("-seed")
+        if is_row(row) and (folder / "metrics.json").is_file():
+            found.append({"row": row, "seed": int(seed), **figures(folder), "predicted": predicted(row)})
+            if found[-1]["steps"] != ruler.steps(row):
+                sys.exit(f"{folder} has {found[-1]['steps']} steps, not {ruler.steps(row)}: choose another --output")
+            found[-1]["flops"] = ruler.flops(row)
+    order = {row: number for number, row in enumerate(rows())}
+    return sorted(found, key=lambda one: (order.get(one["row"], len(order)), one["row"], one["seed"]))
+
+
+def figures(folder: Path) -> dict[str, Any]:
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    record = json.loads((folder / "train" / "stage.json").read_text(encoding="utf-8"))
+    kept = ("temperature", "samples", "rounds", "acceptance_length", "acceptance_length_interval", "conditional")
+    results = []
+    for result in metrics["results"]:
+        seconds = result["speculative"]["draft"] / result["rounds"]
+        per_second = result["acceptance_length"] / seconds
+        drafted = {"draft_seconds_per_round": seconds, "tokens_per_draft_second": per_second}
+        results.append({**{key: result[key] for key in kept}, **drafted})
+    return {
+        "steps": record["summary"]["steps"],
+        "train_seconds": record["seconds"],
+        "trainable_parameters": metrics["draft"]["trainable_parameters"],
+        "machine": metrics["machine"],
+        "results": results,
+    }
+
+
+def differences(output: Path, found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each row's accepted length minus its drafter's as published, by seed and temperature, paired by prompts."""
+    made = {(one["row"], one["seed"]) for one in found}
+    differing = []
+    for one in found:
+        drafter, levers = parts(one["row"])
+        if not levers or (drafter, one["seed"]) not in made:
+            continue
+        for result in one["results"]:
+            pair = (
+                recorded_rounds(output / f"{row}-seed{one['seed']}", temperature=result["temperature"]).completions
+                for row in (one["row"], drafter)
+            )
+            difference = paired_difference(*pair, seed=one["seed"])
+            if difference is None:
+                sys.exit(f"{one['row']}, seed {one['seed']}: other prompts than {drafter}: choose another --output")
+            where = {"row": one["row"], "seed": one["seed"], "temperature": result["temperature"]}
+            differing.append({**where, "ahead": difference.value, "interval": list(difference.interval)})
+    return differing
+
+
+def plan(ruler: Ruler, names: Sequence[str]) -> str:
+    """What each row takes: operations a step, and so many steps."""
+    lines = ["| row | GFLOP a step | of them the target's | steps | predicted |", "|---|---|---|---|---|"]
+    for row in names:
+        flops = ruler.flops(row)
+        cells = [row, f"{sum(flops.values()) / 1e9:.2f}", f"{flops['features'] / 1e9:.2f}", str(ruler.steps(row))]
+        lines.append(f"| {' | '.join([*cells, predicted(row)])} |")
+    return "\n".join(lines)
+
+
+def tables(found: Sequence[dict[str, Any]], differing: Sequence[dict[str, Any]]) -> str:
+    """A table for each temperature. Differences are from the drafter as published, of each seed with its interval."""
+    lines: list[str] = []
+    seeds = sorted({one["seed"] for one in found})
+    for index, result in enumerate(found[0]["results"]):
+        lines += ["", f"Temperature {result['temperature']:g}:", ""]
+        heads = [*(f"seed {seed}" for seed in seeds), "mean", "ahead", *(f"ahead, seed {seed}" for seed in seeds)]
+        lines += [f"| row | steps | {' | '.join(heads)} | draft ms a round | tokens a draft second | predicted |"]
+        lines += [f"|---|---|{'---|' * len(heads)}---|---|---|"]
+        for row in dict.fromkeys(one["row"] for one in found):
+            of_row = {one["seed"]: one for one in found if one["row"] == row}
+            results = {seed: one["results"][index] for seed, one in of_row.items()}
+            lengths = {seed: one["acceptance_length"] for seed, one in results.items()}
+            ahead = {
+                one["seed"]: one
+                for one in differing
+                if one["row"] == row and one["temperature"] == result["temperature"]
+            }
+            cells = [str(next(iter(of_row.values()))["steps"]), *_by_seed(seeds, lengths)]
+            cells += [f"{statistics.mean(lengths.values()):.3f}", _mean([one["ahead"] for one in ahead.values()])]
+            cells += [_interval(ahead.get(seed)) for seed in seeds]
+            seconds = statistics.median(one["draft_seconds_per_round"] for one in results.values())
+            tokens = statistics.median(one["tokens_per_draft_second"] for one in results.values())
+            lines.append(f"| {row} | {' | '.join(cells)} | {1e3 * seconds:.2f} | {tokens:.0f} | {predicted(row)} |")
+    return "\n".join(lines)
+
+
+def _by_seed(seeds: Sequence[int], values: dict[int, float]) -> Iterator[str]:
+    return (f"{values[seed]:.3f}" if seed in values else "" for seed in seeds)
+
+
+def _mean(values: Sequence[float]) -> str:
+    return f"{statistics.mean(values):+.3f}" if values else ""
+
+
+def _interval(one: dict[str, Any] | None) -> str:
+    if one is None:
+        return ""
+    low, high = one["interval"]
+    return f"{one['ahead']:+.2f} ({low:+.2f} to {high:+.2f})"
+
+
+if __name__ == "__main__":
+    main()

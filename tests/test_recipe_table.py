@@ -1,0 +1,124 @@
+"""tests/benchmarks/recipes.py: equal compute in steps, shared stages, runs that are kept, paired differences."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from attrs import evolve
+
+from deepspec_core.config.load import load_run_file
+from deepspec_core.plugins.discovery import load_plugins
+
+BENCHMARKS = Path(__file__).parent / "benchmarks"
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture
+def recipes(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("recipes")
+
+
+@pytest.fixture
+def levers(recipes: Any) -> Any:
+    return sys.modules["recipe_levers"]
+
+
+def test_every_row_is_a_valid_run(recipes: Any, levers: Any) -> None:
+    """Every lever's keys exist for each of its drafters, and change something."""
+    plugins = load_plugins()
+    names = levers.rows()
+    assert len(names) == len(set(names)) > 60
+    for row in names:
+        path = levers.run_file(row)
+        changed = load_run_file(path, overrides=levers.settings(row, 942), plugins=plugins)
+        published = load_run_file(path, plugins=plugins)
+        assert (changed == published) == (row in levers.DRAFTERS), row
+
+
+@pytest.mark.parametrize("row", ["dflash+ce", "dspark+nothing", "medusa"])
+def test_what_is_no_row_is_refused(levers: Any, row: str) -> None:
+    with pytest.raises(SystemExit, match="there are"):
+        levers.parts(row)
+
+
+def test_terms_move_in_the_second_third_of_training(levers: Any) -> None:
+    file = load_run_file(
+        levers.run_file("dspark"), overrides=levers.settings("dspark+ce-tv", 300), plugins=load_plugins()
+    )
+    for term, first, last in (("ce", 1.0, 0.1), ("tv", 0.0, 0.9)):
+        moving = file.loss.terms[term]
+        assert (moving.start, moving.end, moving.after, moving.steps) == (first, last, 100, 100)
+
+
+@pytest.mark.slow
+def test_a_dearer_step_means_fewer_of_them(recipes: Any) -> None:
+    options = argparse.Namespace(reference="dflash", steps=100, tokens=40, overrides=["draft.num_layers=1"])
+    ruler = recipes.Ruler(load_plugins(), options)
+    assert ruler.steps("dflash") == 100
+    for row in ("dflash+anchors8", "dflash+anchors32", "eagle3"):
+        flops = ruler.flops(row)
+        assert flops["features"] > 0, "the target's pass is counted"
+        assert sum(flops.values()) * ruler.steps(row) == pytest.approx(ruler.budget, rel=0.01)
+    assert ruler.steps("dflash+anchors32") < 100 < ruler.steps("dflash+anchors8")
+
+
+@pytest.mark.parametrize("name", ["dspark", "eagle3"])
+def test_recommended_run_files_are_the_quickstart_with_what_init_recommends(name: str) -> None:
+    plugins = load_plugins()
+    quickstart = EXAMPLES / "quickstart" / f"{name}.toml"
+    recipe = plugins.registry.get("draft", name).recommended
+    assert recipe is not None
+    changed = [f"draft.{key}={json.dumps(value)}" for key, value in recipe.options.items()]
+    terms = recipe.loss.get("terms", {})
+    changed += [f"loss.terms={{{', '.join(f'{term} = {value}' for term, value in terms.items())}}}"] if terms else []
+    expected = load_run_file(quickstart, overrides=changed, plugins=plugins)
+    found = load_run_file(EXAMPLES / "recipes" / "recommended" / f"{name}.toml", plugins=plugins)
+    assert found.run.name == f"recommended-{name}"
+    assert evolve(found, run=expected.run) == expected
+
+
+@pytest.mark.slow
+def test_the_table_row_by_row(recipes: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = [
+        "run.threads=1", 'data.sources=[{path = "builtin:tiny-dialogues", limit = 40}]', "regenerate.max_tokens=24",
+        "evaluate.max_new_tokens=12", "evaluate.temperature=[0.0]", "train.trackers=[]", "draft.num_layers=1",
+    ]  # fmt: skip
+    common = ["--output", str(tmp_path), "--seeds", "42", "--steps", "4", "--prompts", "3"]
+    common += [word for one in small for word in ("--set", one)]
+    recipes.main([*common, "--only", "dflash", "dflash+anchors8"])
+    first = json.loads((tmp_path / "recipes.json").read_text())
+    assert [run["row"] for run in first["runs"]] == ["dflash", "dflash+anchors8"]
+    folders = [tmp_path / f"{row}-seed42" for row in ("dflash", "dflash+anchors8")]
+    answers = [folder / "regenerate" / "conversations.jsonl" for folder in folders]
+    assert answers[0].stat().st_ino == answers[1].stat().st_ino, "the same answers, not made again"
+    for run in first["runs"]:
+        assert sum(run["flops"].values()) * run["steps"] == pytest.approx(first["ruler"]["flops"], rel=0.2)
+        (result,) = run["results"]
+        assert result["tokens_per_draft_second"] > 0
+    capsys.readouterr()
+    # Later another row, with other taps: the answers are the same, made again. Finished runs stay as they are.
+    before = (tmp_path / "dflash-seed42" / "metrics.json").stat().st_mtime_ns
+    recipes.main([*common, "--only", "dflash", "dflash+taps-late"])
+    assert (tmp_path / "dflash-seed42" / "metrics.json").stat().st_mtime_ns == before
+    late = tmp_path / "dflash+taps-late-seed42"
+    assert (late / "regenerate" / "conversations.jsonl").read_bytes() == answers[0].read_bytes()
+    assert (late / "regenerate" / "conversations.jsonl").stat().st_ino != answers[0].stat().st_ino
+    found = json.loads((tmp_path / "recipes.json").read_text())
+    assert [run["row"] for run in found["runs"]] == ["dflash", "dflash+anchors8", "dflash+taps-late"]
+    assert [one["row"] for one in found["differences"]] == ["dflash+anchors8", "dflash+taps-late"]
+    lengths = {run["row"]: run["results"][0]["acceptance_length"] for run in found["runs"]}
+    for one in found["differences"]:
+        assert one["ahead"] == pytest.approx(lengths[one["row"]] - lengths["dflash"])
+        assert one["interval"][0] <= one["ahead"] <= one["interval"][1]
+    table = capsys.readouterr().out
+    assert "Temperature 0:" in table
+    assert len([line for line in table.splitlines() if line.startswith("| dflash")]) == 3
+    with pytest.raises(SystemExit, match="another ruler"):
+        recipes.main([*common, "--only", "dflash", "--tokens", "200"])
