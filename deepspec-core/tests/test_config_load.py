@@ -49,7 +49,7 @@ def test_a_minimal_file_has_every_default(load: Loader) -> None:
         ("draft.head.rank='x'", "draft.head.rank", '"x" (text)', "a whole number"),
         ("draft.head.rank=0", "draft.head.rank", "0 (a whole number)", "a whole number, > 0"),
         ("draft.layer.head_dim=0", "draft.layer.head_dim", "0 (a whole number)", "a whole number, >= 1"),
-        ("train=3", "train", "3 (a whole number)", "a table with the keys lr, global_batch_size"),
+        ("train=3", "train", "3 (a whole number)", "a table with the keys lr, optimizer, global_batch_size"),
         ("draft=3", "draft", "3 (a whole number)", "a table with the keys type, layer"),
         ("evaluate.temperature=[1, -1.0]", "evaluate.temperature[1]", "-1.0 (a number)", "a number, >= 0.0"),
         ("data.held_out=0.6", "data.held_out", "0.6 (a number)", "a number, <= 0.5"),
