@@ -60,14 +60,12 @@ def serve(place: str, extra: tuple[str, ...], blocked: tuple[str, ...], **said: 
         served = _of_run(place, said, extra, plugins)
     else:
         served = _of_target(place, said, extra, plugins)
+    words = command(served)
     if said["dry_run"]:
-        click.echo(as_shell(command(served), variables(served, {})))
-        click.echo(
-            f"\n# On a machine without DeepSpec, copy {CONNECTOR}\n# and name its folder in PYTHONPATH.", err=True
-        )
+        click.echo(as_shell(words, variables(served, {})))
+        click.echo(f"On a machine without DeepSpec, copy {CONNECTOR} and put its folder in PYTHONPATH.", err=True)
         return None
     served = evolve(served, executable=executable(said["vllm"]))
-    command(served)  # what is wrong with it is said before anything is made
     require_free(served)
     _make_folder(served.exchange)
     if not served.is_local:
