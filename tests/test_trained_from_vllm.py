@@ -1,4 +1,4 @@
-"""Training with the target in vLLM, two servers on loopback: as good a draft as online; servers that fail and return."""
+"""Training with the target in vLLM, on two servers: as good a draft as online; servers that fail and return."""
 
 import json
 import statistics
