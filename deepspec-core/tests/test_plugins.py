@@ -45,7 +45,7 @@ def test_core_offers_its_own_components_like_any_plugin() -> None:
         "loss": ["ce", "soft_ce", "kl", "tv", "lk", "confidence"],
         "weighting": ["uniform", "decay", "d-pace"],
         "cache": ["hdf5", "deepspec-v2"],
-        "features": ["cached", "online"],
+        "features": ["cached", "online", "server"],
     }
 
 

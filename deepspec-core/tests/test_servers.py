@@ -21,6 +21,7 @@ from deepspec_core.data.conversations import Conversation, from_row
 from deepspec_core.data.regenerate import RegenerateReport, regenerate
 from deepspec_core.data.tokenize import ChatTokenizer
 from deepspec_core.errors import ConfigError, DataError
+from deepspec_core.servers.answering import Answering
 from deepspec_core.servers.farm import Farm
 from deepspec_core.servers.wanted import Wanted
 from deepspec_core.stopping import stopped_by_sigterm
@@ -71,7 +72,7 @@ def _wanted(tokenizer: ChatTokenizer, **changes: Any) -> Wanted:
 def _farm(tokenizer: ChatTokenizer, *servers: StandIn, **changes: Any) -> Farm:
     health = changes.pop("health_every", 30.0)
     addresses = [server.address for server in servers]
-    return Farm(addresses=addresses, wanted=_wanted(tokenizer, **changes), pause=0.02, health_every=health)
+    return Farm(addresses=addresses, work=Answering(_wanted(tokenizer, **changes)), pause=0.02, health_every=health)
 
 
 def _conversations(count: int, turns: int = 2) -> list[Conversation]:

@@ -28,6 +28,7 @@ from deepspec_core.contracts.proposer import Sampling
 from deepspec_core.data.conversations import from_row
 from deepspec_core.data.regenerate import regenerate
 from deepspec_core.data.tokenize import ChatTokenizer
+from deepspec_core.servers.answering import Answering
 from deepspec_core.servers.farm import Farm
 from deepspec_core.servers.wanted import Wanted
 
@@ -74,7 +75,7 @@ def main() -> None:
             start = time.perf_counter()
             report = regenerate(
                 conversations,
-                answerer=Farm(addresses=[options.address], wanted=wanted),
+                answerer=Farm(addresses=[options.address], work=Answering(wanted)),
                 tokenizer=tokenizer,
                 fmt=target.adapter.conversation_format(),
                 options=RegenerateOptions(max_tokens=MAX_TOKENS),

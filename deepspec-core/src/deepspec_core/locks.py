@@ -20,7 +20,7 @@ log = logging.getLogger("deepspec")
 
 LOCK: Final = ".lock"
 # What flock answers on file systems of clusters that are mounted without locks.
-_WITHOUT_LOCKS: Final = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+WITHOUT_LOCKS: Final = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class Lock:
@@ -73,7 +73,7 @@ def lock(folder: Path, *, problem: str, fix: str, shared: bool = False, name: st
         raise StageError(problem, where=folder, fix=fix) from error
     except OSError as error:
         os.close(handle)
-        if error.errno not in _WITHOUT_LOCKS:
+        if error.errno not in WITHOUT_LOCKS:
             raise
         log.warning(
             "the file system of %s has no locks (%s): see to it that no other process writes there",

@@ -87,7 +87,7 @@ def deepspec_cache_formats() -> list[ComponentSpec]:
 
 @hookimpl
 def deepspec_feature_sources() -> list[ComponentSpec]:
-    """Features from the run's cache, or from the target while training."""
+    """Features from the run's cache, from the target while training, or from servers of the target."""
     return [
         ComponentSpec(
             name="cached",
@@ -98,5 +98,10 @@ def deepspec_feature_sources() -> list[ComponentSpec]:
             name="online",
             summary="features computed by the target while training",
             build="deepspec_core.features.online:from_run",
+        ),
+        ComponentSpec(
+            name="server",
+            summary="features that serving engines compute elsewhere while training",
+            build="deepspec_core.features.served.source:from_run",
         ),
     ]

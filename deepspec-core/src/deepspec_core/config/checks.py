@@ -18,13 +18,16 @@ from deepspec_core.config.schema import (
     BUILTIN,
     HELD_OUT,
     KNOWN_STAGES,
+    ONLINE,
     PACKED,
     ROW_FILES,
+    SERVER,
     DataOptions,
     EvaluateOptions,
     RunOptions,
     TermOptions,
 )
+from deepspec_core.config.served_checks import served_mistakes
 from deepspec_core.config.trees import require_trees, tree_mistakes
 from deepspec_core.errors import ConfigError, DeepSpecError, PluginError
 from deepspec_core.layers.options import LayerOptions
@@ -42,6 +45,8 @@ def check_sections(sections: Mapping[str, Any], folder: Path, registry: Registry
         if sections.get("features") and sections.get("cache"):
             yield from _cache_stage(run, sections["features"].mode, sections["cache"].path, folder)
             yield from _subset(sections["features"].mode, sections["cache"].subset)
+        if sections.get("features"):
+            yield from served_mistakes(sections["features"], run, folder)
         if "export" in run.stages and sections.get("export") and not sections["export"].to:
             yield ConfigError(
                 "the export stage has nothing to write", where="export.to", found="[]", expected="a format"
@@ -264,21 +269,21 @@ def _cache_stage(run: RunOptions, mode: str, path: str | None, folder: Path) -> 
                 expected="a cache that exists",
                 fix='add "cache" to run.stages, before "train"',
             )
-    if mode == "online" and "cache" in run.stages:
+    if mode in (ONLINE, SERVER) and "cache" in run.stages:
         yield ConfigError(
             "the cache stage would write features that nothing reads",
             where="run.stages",
-            found='"cache", with features.mode = "online"',
+            found=f'"cache", with features.mode = "{mode}"',
             expected='no cache stage, or features.mode = "cached"',
         )
 
 
 def _subset(mode: str, subset: int | float | None) -> Iterator[ConfigError]:
-    if subset is not None and mode == "online":
+    if subset is not None and mode in (ONLINE, SERVER):
         yield ConfigError(
             "no cache is read of which this could be a part",
             where="cache.subset",
-            found=f'{subset:g}, with features.mode = "online"',
+            found=f'{subset:g}, with features.mode = "{mode}"',
             expected='features.mode = "cached"',
             fix="remove it; `limit` of an entry of data.sources takes fewer conversations",
         )

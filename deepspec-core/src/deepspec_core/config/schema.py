@@ -14,6 +14,10 @@ from attrs.validators import deep_iterable, in_, matches_re, optional
 
 from deepspec_core.config.addresses import address
 from deepspec_core.config.bounds import MANY, above, real, whole
+from deepspec_core.config.features_options import CACHED as CACHED
+from deepspec_core.config.features_options import ONLINE as ONLINE
+from deepspec_core.config.features_options import SERVER as SERVER
+from deepspec_core.config.features_options import FeaturesOptions as FeaturesOptions
 from deepspec_core.config.key_marks import CHANGES_NOTHING as CHANGES_NOTHING
 from deepspec_core.config.key_marks import FILLED_IN as FILLED_IN
 from deepspec_core.config.loss_options import KERNELS as KERNELS
@@ -212,17 +216,6 @@ class RegenerateOptions:
     timeout: float = field(default=1800.0, validator=above(0.0, 1e6), metadata=CHANGES_NOTHING)
     max_failures: float = field(default=0.05, validator=real(0.0, 1.0), metadata=CHANGES_NOTHING)
     api_key_env: str | None = field(default=None, metadata=CHANGES_NOTHING)
-
-
-@frozen(kw_only=True)
-class FeaturesOptions:
-    """[features]: where training takes the target's features from.
-
-    mode: "online": the target runs beside the draft while training. "cached": training reads what the cache stage
-        wrote.
-    """
-
-    mode: str = "online"
 
 
 @frozen(kw_only=True)

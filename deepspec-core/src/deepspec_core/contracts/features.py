@@ -29,6 +29,13 @@ class FeatureSource(Protocol):
     A source of features that are not stored may have `packed_features(input_ids, attention_mask, position_ids,
     document_ids)`, for rows [B, T] that hold several conversations each, as in contracts.draft.DraftBatch. Without it,
     `features` is called with a row for each conversation, and core packs what it returns.
+
+    A source that reads ahead by itself may have `in_order(indices)`, which gives the samples of these indices with
+    their features, in this order. What it returns is iterated over in a thread of the training process, and has
+    `close()`, which may be called from another thread and ends the iteration. Then no loader workers are started.
+
+    A source may have `figures()`, a mapping of names to numbers for metrics.jsonl, which are summed over ranks, and
+    `summary()`, a mapping for the summary of the train stage.
     """
 
     def __len__(self) -> int: ...

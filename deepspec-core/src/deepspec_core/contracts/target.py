@@ -247,6 +247,9 @@ class TargetAdapter(Protocol):
 
     An adapter may have `vocabulary(where, *, dtype, device)`, which gives a directory's TargetVocabulary without the
     rest of the target, or None if it has to be loaded whole. Training on stored features asks for it.
+
+    An adapter may have `final_norm(where)`, which gives a directory's norm before the lm_head, in float32 on the CPU,
+    or None if it cannot be read apart. Features from servers are normed with it where the servers give states before.
     """
 
     architecture: TargetArchitecture

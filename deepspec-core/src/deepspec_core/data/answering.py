@@ -25,10 +25,11 @@ class Answer:
 
 @frozen(kw_only=True)
 class Unanswered:
-    """A request that nobody could answer, and why in words."""
+    """A request that nobody could answer, and why in words. `cause` is what was raised last."""
 
     id: str
     reason: str
+    cause: Exception | None = None
 
 
 HandOut = Callable[[], Iterator[Request]]

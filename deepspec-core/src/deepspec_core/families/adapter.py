@@ -161,6 +161,13 @@ class FamilyAdapter(ABC):
         renamed = {} if self.text is self.config else self.text_weights
         return read_vocabulary(Path(where), self.text, renamed=renamed, dtype=dtype, device=device)
 
+    def final_norm(self, where: str | Path) -> nn.Module | None:
+        """The norm before the lm_head alone. Quantised targets have it as others do."""
+        from deepspec_core.families.final_norm import read_final_norm
+
+        renamed = {} if self.text is self.config else self.text_weights
+        return read_final_norm(Path(where), self.text, renamed=renamed)
+
     def skeleton(self, *, dtype: torch.dtype) -> TargetModel:
         """The text part with new weights in `dtype`, plain where the target is quantised."""
         from transformers import AutoModelForCausalLM

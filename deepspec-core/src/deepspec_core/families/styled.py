@@ -124,6 +124,12 @@ class StyledAdapter:
         found: TargetVocabulary | None = None if read is None else read(where, dtype=dtype, device=device)
         return found
 
+    def final_norm(self, where: str | Path) -> nn.Module | None:
+        """The target's last norm alone, if its own family can read it apart."""
+        read = getattr(self.target, "final_norm", None)
+        found: nn.Module | None = None if read is None else read(where)
+        return found
+
     def skeleton(self, *, dtype: torch.dtype) -> TargetModel:
         """The target's modules, by its own family."""
         return self.target.skeleton(dtype=dtype)

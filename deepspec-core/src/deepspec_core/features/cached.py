@@ -14,6 +14,7 @@ from deepspec_core.contracts.draft import Sample
 from deepspec_core.contracts.target import TargetFeatures
 from deepspec_core.data.collate import pad_features
 from deepspec_core.errors import CacheError
+from deepspec_core.features.finite import all_finite
 
 _MAKE_AGAIN: Final = "Make the cache again (--force cache), or get it again from where it came."
 
@@ -44,7 +45,7 @@ class CachedFeatures:
         features = sample.features
         assert features is not None, "a cache holds features"
         for name, values in (("hidden", features.hidden), ("last_hidden", features.last_hidden)):
-            if not _all_finite(values):
+            if not all_finite(values):
                 token, channel = torch.nonzero(~torch.isfinite(values))[0].tolist()
                 raise CacheError(
                     "A feature of the cache is not finite",
@@ -82,11 +83,6 @@ class CachedFeatures:
         return TargetFeatures(
             hidden=features.hidden.to(input_ids.device), last_hidden=features.last_hidden.to(input_ids.device)
         )
-
-
-def _all_finite(values: Tensor) -> bool:
-    """In one pass, without a mask: the least and the greatest value are NaN where one is. Each read pays for it."""
-    return not values.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(values))).all())
 
 
 def from_run(run: Any) -> CachedFeatures:

@@ -60,11 +60,11 @@ def capture(
                     (stored.hidden, features.hidden[row, :length], [f"layer {tap}" for tap in taps]),
                     (stored.last_hidden, features.last_hidden[row, :length], ["the last layer"]),
                 ):
-                    _require_finite(kept_TC, computed_TC, layers, sample.id)
+                    require_finite(kept_TC, computed_TC, layers, sample.id)
                 yield evolve(sample, features=stored)
 
 
-def _require_finite(kept_TC: Tensor, computed_TC: Tensor, layers: Sequence[str], sample: str) -> None:
+def require_finite(kept_TC: Tensor, computed_TC: Tensor, layers: Sequence[str], sample: str) -> None:
     """CacheError, naming layer and value, where a feature is not finite in the type it is kept in."""
     if bool(torch.isfinite(kept_TC).all()):
         return

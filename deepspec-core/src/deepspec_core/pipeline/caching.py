@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Collection, Iterator
-from typing import Any
+from typing import Any, Final
 
 from deepspec_core.cache.estimate import cache_bytes, require_space
 from deepspec_core.cache.filling import Filling, fill
@@ -12,9 +12,12 @@ from deepspec_core.cache.names import Names
 from deepspec_core.contracts.draft import Sample
 from deepspec_core.dtypes import torch_dtype
 from deepspec_core.features.capture import capture
-from deepspec_core.pipeline import workers
+from deepspec_core.pipeline import contents, workers
 from deepspec_core.pipeline.fingerprint import RECORD
 from deepspec_core.pipeline.run import Run
+from deepspec_core.pipeline.serving import uses_servers
+
+SERVERS: Final = "servers"
 
 
 def run_stage(run: Run) -> dict[str, Any]:
@@ -26,8 +29,20 @@ def run_stage(run: Run) -> dict[str, Any]:
     # Eight-bit features need scales, which the format computes from full precision.
     dtype = None if options.dtype == "float8_e4m3" else torch_dtype(options.dtype)
 
+    run.reads.content(contents.COMPUTED_BY, computed_by(run))
+    servers = None
+    if uses_servers(run, "cache"):
+        from deepspec_core.features.served.capturing import captured_by
+        from deepspec_core.pipeline.feature_servers import begin
+
+        # The features are this target's, although its weights are not read here.
+        run.reads.content(contents.TARGET, run.target.content_digest())
+        servers = begin(run, "cache")
+
     def captured(done: Collection[str]) -> Iterator[Sample]:
         taps = run.file.target.layers
+        if servers is not None:
+            return captured_by(servers, samples, taps, dtype=dtype, done=done)
         return capture(samples, run.target.model, taps, batch_size=options.batch_size, dtype=dtype, done=done)
 
     def room(tokens: int, shards: int) -> None:
@@ -54,4 +69,10 @@ def run_stage(run: Run) -> dict[str, Any]:
         "tokens": int(samples.lengths().sum()),
         "bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and path.name != RECORD),
         **run.data.losses(),
+        **({} if servers is None else servers.tally.summary()),
     }
+
+
+def computed_by(run: Run) -> str:
+    """What computes the features: another number format and other kernels make them a little different."""
+    return SERVERS if uses_servers(run, "cache") else "this process"

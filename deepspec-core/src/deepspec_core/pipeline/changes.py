@@ -80,6 +80,10 @@ def _look_up(run: Run, name: str, resuming: bool) -> Callable[[], str | None]:
         return run.target.template_digest
     if name == contents.DTYPE:
         return lambda: str(run.target.dtype).removeprefix("torch.") if resuming else None
+    if name == contents.COMPUTED_BY:
+        from deepspec_core.pipeline.caching import computed_by
+
+        return lambda: computed_by(run)
     if name == contents.REGENERATED:
         return run.data.regenerated_digest if run.data.regenerated is not None else lambda: None
     if name == contents.SPLIT:

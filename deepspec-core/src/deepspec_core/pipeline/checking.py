@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from deepspec_core.config.batching import require_packed_target
-from deepspec_core.config.schema import HELD_OUT, MASK, PACKED
+from deepspec_core.config.schema import CACHED, HELD_OUT, MASK, ONLINE, PACKED
 from deepspec_core.disk import free_bytes, in_words
 from deepspec_core.errors import CheckpointError, ConfigError, DataError
 from deepspec_core.pipeline import few_steps
@@ -18,6 +18,7 @@ from deepspec_core.pipeline.apart import check_cache_place, check_inputs_survive
 from deepspec_core.pipeline.places import check_places
 from deepspec_core.pipeline.run import Run
 from deepspec_core.pipeline.run_data import BAD_ROWS
+from deepspec_core.pipeline.serving import uses_servers
 from deepspec_core.pipeline.stages import Step
 from deepspec_core.training.trackers import require_trackers
 
@@ -50,10 +51,10 @@ def check_before(run: Run, steps: Sequence[Step], *, may_write: bool = True) -> 
     _offered(run, todo)
     _sources(run, todo, may_write=may_write)
     _ = run.target.adapter  # opening it raises its errors
-    if "train" in todo and run.file.features.mode == "online" and run.file.train.batching == PACKED:
+    if "train" in todo and run.file.features.mode == ONLINE and run.file.train.batching == PACKED:
         require_packed_target(run.target.architecture.model_type, run.plugins.registry)
     decodes = "train" in todo and run.file.train.evaluate_every is not None
-    if decodes or todo - {"train", "export"} or run.file.features.mode != "cached":
+    if decodes or todo - {"train", "export"} or run.file.features.mode != CACHED:
         _ = run.target.tokenizer
         if run.file.data.system_prompt is not None:
             _prompt_length(run, run.file.data.system_prompt)
@@ -64,6 +65,10 @@ def check_before(run: Run, steps: Sequence[Step], *, may_write: bool = True) -> 
         from deepspec_core.pipeline.serving import farm_of
 
         farm_of(run).check()
+    if any(stage in todo and uses_servers(run, stage) for stage in ("cache", "train")):
+        from deepspec_core.pipeline.feature_servers import check as check_feature_servers
+
+        check_feature_servers(run)
     if _first_reader(run) in todo:
         _room_for_answers(run)
     confidence: bool | None = None
@@ -246,7 +251,7 @@ def _first_reader(run: Run) -> str:
 
 
 def _caches(run: Run) -> bool:
-    return run.file.features.mode == "cached"
+    return run.file.features.mode == CACHED
 
 
 def _room_for_checkpoint(run: Run, needed: int) -> None:

@@ -11,6 +11,7 @@ from typing import Final
 TARGET: Final = "the target"
 TEMPLATE: Final = "the file of target.chat_template"
 DTYPE: Final = "what the target computes with, where target.dtype is left out,"
+COMPUTED_BY: Final = "what computes the features of the cache"
 REGENERATED: Final = "the file of regenerated conversations"
 CACHE: Final = "the cache"
 DRAFT: Final = "the draft"

@@ -17,7 +17,7 @@ from attrs import asdict, define, evolve, field, frozen
 
 from deepspec_core.checkpoints.opening import draft_adapter
 from deepspec_core.checkpoints.published import check_draft, load_draft
-from deepspec_core.config.schema import EvaluateOptions
+from deepspec_core.config.schema import SERVER, EvaluateOptions
 from deepspec_core.contracts.draft import DraftModel, Sample
 from deepspec_core.contracts.proposer import Sampling
 from deepspec_core.contracts.target import TargetAdapter
@@ -173,7 +173,11 @@ class _Looking:
             self.facts["features"] = [asdict(one) for one in compared]
             self._add(features_finding(compared))
         else:
-            self.missing[names.LIVE] = "training computed the features itself, with the target as it is loaded now"
+            self.missing[names.LIVE] = (
+                "training took its features from servers, and nothing of them is kept"
+                if self.run.file.features.mode == SERVER
+                else "training computed the features itself, with the target as it is loaded now"
+            )
             samples = self._live(online_samples(self.run, self.extent.samples))
         asked = prompt_differences(self.run, samples)
         self.facts["prompts"] = [asdict(one) for one in asked]

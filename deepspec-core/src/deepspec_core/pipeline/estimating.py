@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from deepspec_core.cache.estimate import cache_bytes
-from deepspec_core.config.schema import PACKED
+from deepspec_core.config.schema import CACHED, PACKED, SERVER
 from deepspec_core.config.train_options import FSDP
 from deepspec_core.dtypes import torch_dtype
 from deepspec_core.estimating.estimate import CacheSize, Estimate, Memory, MicroBatch
@@ -24,7 +24,8 @@ from deepspec_core.pipeline.training import new_draft, require_trained
 from deepspec_core.rows.engine import RowEngine, build_engine
 from deepspec_core.training.host_batch import HostBatch
 
-CACHED = "cached"
+# Training on features of which nothing is computed in its own process.
+STORED = (CACHED, SERVER)
 
 
 def estimate(run: Run, *, processes: int = 1) -> Estimate:
@@ -53,10 +54,10 @@ def estimate(run: Run, *, processes: int = 1) -> Estimate:
         shared = target.embedding_weight(), target.head_weight()
         draft.adopt(*shared)
         in_draft = [*draft.embed_tokens.parameters(), *draft.lm_head.parameters()]
-        target_bytes = 0 if run.file.features.mode == CACHED else whole - bytes_of(shared)
+        target_bytes = 0 if run.file.features.mode in STORED else whole - bytes_of(shared)
         if draft.vocabulary is not None:
             target_bytes += bytes_of([*shared, *in_draft]) - bytes_of(in_draft)
-        stored = made_up_features(run, run.data.max_length) if run.file.features.mode == CACHED else None
+        stored = made_up_features(run, run.data.max_length) if run.file.features.mode in STORED else None
     batch = made_up_batch(draft, made_up_samples(sequences, run.data.max_length, stored), run.file.run.seed)
     source = TriedFeatures(batch.samples, target, run.file.target.layers)
     step = estimate_step(

@@ -111,6 +111,7 @@ class Run:
             reads=self.reads,
             registry=self.plugins.registry,
             plugin_versions=self.plugins.versions(),
+            by_servers=bool(self.file.features.servers),
         )
 
     @property

@@ -39,7 +39,11 @@ log = logging.getLogger("deepspec")
 
 @define(kw_only=True)
 class RunCache:
-    """[cache] in effect. `made_here`: this run has the stage that writes it."""
+    """[cache] in effect.
+
+    made_here: This run has the stage that writes it.
+    by_servers: Servers compute the features, in numbers that are not known here.
+    """
 
     options: CacheOptions
     folder: Path
@@ -49,6 +53,7 @@ class RunCache:
     reads: Reads
     registry: Registry
     plugin_versions: Mapping[str, str]
+    by_servers: bool = False
     _held: Lock = field(factory=lambda: Lock(None), init=False)
     _written_now: bool = field(default=False, init=False)
 
@@ -81,7 +86,7 @@ class RunCache:
                 self.target.adapter.conversation_format(), self.data.options.system_prompt, self.data.supervision
             ),
             source=source,
-            computed_in=str(self.target.dtype).removeprefix("torch."),
+            computed_in="" if self.by_servers else str(self.target.dtype).removeprefix("torch."),
             split=self._split(),
             subset="" if self.options.subset is None else str(self.options.subset),
         )

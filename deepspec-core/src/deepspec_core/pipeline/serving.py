@@ -1,16 +1,18 @@
 """The servers of a run that regenerates through them: from its file to a farm (servers/farm.py).
 
-Knows [regenerate] and the run's target; not how servers are spoken to.
+Knows [regenerate] and the run's target, and which stages ask servers; not how servers are spoken to.
 """
 
 from __future__ import annotations
 
 import os
 
+from deepspec_core.config.schema import SERVER
 from deepspec_core.data.regenerate import sampling_of
 from deepspec_core.data.tokenize import ChatTokenizer
 from deepspec_core.errors import ConfigError
 from deepspec_core.pipeline.run import Run
+from deepspec_core.servers.answering import Answering
 from deepspec_core.servers.farm import Farm
 from deepspec_core.servers.wanted import Wanted
 
@@ -22,22 +24,31 @@ def farm_of(run: Run) -> Farm:
     where = target.where
     return Farm(
         addresses=options.servers,
-        wanted=Wanted(
-            names=(options.served_as,)
-            if options.served_as is not None
-            else tuple(dict.fromkeys((run.file.target.model, str(where)))),
-            tokenizer=target.tokenizer,
-            vocab_size=target.architecture.vocab_size,
-            sampling=sampling_of(options, target.adapter.conversation_format().sampling),
-            stop_ids=stop_ids,
-            end_id=end_of(target.tokenizer, stop_ids),
-            max_tokens=options.max_tokens,
-            max_length=run.data.max_length,
-            key=key_in(options.api_key_env, where=f"{run.path}: regenerate.api_key_env"),
-            timeout=options.timeout,
-            max_concurrency=options.max_concurrency,
+        work=Answering(
+            Wanted(
+                names=(options.served_as,)
+                if options.served_as is not None
+                else tuple(dict.fromkeys((run.file.target.model, str(where)))),
+                tokenizer=target.tokenizer,
+                vocab_size=target.architecture.vocab_size,
+                sampling=sampling_of(options, target.adapter.conversation_format().sampling),
+                stop_ids=stop_ids,
+                end_id=end_of(target.tokenizer, stop_ids),
+                max_tokens=options.max_tokens,
+                max_length=run.data.max_length,
+                key=key_in(options.api_key_env, where=f"{run.path}: regenerate.api_key_env"),
+                timeout=options.timeout,
+                max_concurrency=options.max_concurrency,
+            )
         ),
     )
+
+
+def uses_servers(run: Run, stage: str) -> bool:
+    """Whether a stage takes features from servers: training by its mode, the cache stage if there are any."""
+    if stage == "train":
+        return run.file.features.mode == SERVER
+    return stage == "cache" and bool(run.file.features.servers)
 
 
 def end_of(tokenizer: ChatTokenizer, stop_ids: tuple[int, ...]) -> int:

@@ -68,6 +68,7 @@ def run_stage(run: Run) -> dict[str, Any]:
         "samples": len(source),
         **run.data.losses(),
         **vocabulary,
+        **_of_source(source),
         "resumed_from": result.resumed_from,
         "damaged_checkpoints": result.damaged + evaluations.damaged,
         "figures": result.figures,
@@ -86,6 +87,12 @@ def _finished(evaluations: Evaluations, step: int) -> dict[str, Any]:
         **({"accepted length on held-out prompts": round(lengths[step], 3)} if step in lengths else {}),
         "seconds of evaluations": round(sum(record["seconds"] for record in evaluations.records), 1),
     }
+
+
+def _of_source(source: FeatureSource) -> dict[str, Any]:
+    """What the stage's summary says of a source that has something to say."""
+    summary = getattr(source, "summary", None)
+    return {} if summary is None else dict(summary())
 
 
 def _trained(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from deepspec_core.config.schema import HELD_OUT
+from deepspec_core.config.schema import CACHED, HELD_OUT, SERVER
 from deepspec_core.errors import TargetError
 from deepspec_core.evaluation.requests import requests_of_prompts
 from deepspec_core.evaluation.tasks import load_task
@@ -63,13 +63,14 @@ def evaluations_of(run: Run) -> Evaluations:
 def check_evaluations(run: Run) -> None:
     """TargetError where the target's weights, which decoding needs, are not there. Says what else an evaluation needs.
 
-    With cached features nothing else would have asked for them before training begins.
+    With cached features, or features from servers, nothing else would have asked for them before training begins.
     """
     options = run.file.train
     if options.evaluate_every is None:
         return
-    if run.file.features.mode == "cached":
-        log.info("%s = %d: the target is loaded beside cached features", _PLACE, options.evaluate_every)
+    if run.file.features.mode in (CACHED, SERVER):
+        kind = "cached features" if run.file.features.mode == CACHED else "features from servers"
+        log.info("%s = %d: the target is loaded beside %s", _PLACE, options.evaluate_every, kind)
     where, revision = run.target.where, run.file.target.revision
     if isinstance(where, Path):
         found = "no safetensors files" if weight_bytes(where) is None else None

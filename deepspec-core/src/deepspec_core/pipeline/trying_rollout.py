@@ -9,6 +9,7 @@ import logging
 
 import torch
 
+from deepspec_core.config.schema import CACHED, SERVER
 from deepspec_core.contracts.draft import DraftModel, Texts
 from deepspec_core.errors import DeepSpecError, PluginError
 from deepspec_core.estimating.memory import fake_tensors, without_torch_messages
@@ -30,7 +31,7 @@ def try_rollout(run: Run, draft: DraftModel) -> None:
     if not rolls_out(draft):
         return
     mode = run.file.features.mode
-    if mode == "cached":
+    if mode in (CACHED, SERVER):
         raise stored_features(f"{run.path}: features.mode", f'"{mode}"')
     try:
         with fake_tensors(), without_torch_messages(), torch.no_grad():

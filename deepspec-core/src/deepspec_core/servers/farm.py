@@ -1,8 +1,8 @@
 """Many servers as one answerer: each request is answered once, by whichever server can.
 
 A request that fails on one is asked again, on another where there is one. A server that cannot answer is taken out, its
-requests go to the others, and it is probed until it can be let in again. Knows servers and requests; no dialects, no
-conversations.
+requests go to the others, and it is probed until it can be let in again. What is asked of a server, and how its answer
+is taken, is the farm's work (servers/work.py). Knows servers and requests; no dialects, no conversations.
 """
 
 from __future__ import annotations
@@ -11,21 +11,19 @@ import asyncio
 import logging
 import random
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from typing import Any, Final
 
 from attrs import define, field
 
-from deepspec_core.data.answering import Answer, HandOut, Unanswered
-from deepspec_core.decoding.engine import Request
+from deepspec_core.data.answering import Unanswered
 from deepspec_core.errors import ConfigError, DataError
 from deepspec_core.servers.connection import Connection, Fault, Kind, Refusal, client
 from deepspec_core.servers.level import Level
-from deepspec_core.servers.probe import WHERE, NotServed, Served, probe
-from deepspec_core.servers.reading import read
-from deepspec_core.servers.wanted import Wanted
+from deepspec_core.servers.probe import NotServed
+from deepspec_core.servers.work import Work
 
 log = logging.getLogger("deepspec")
 
@@ -40,7 +38,7 @@ _LONGEST_PAUSE: Final = 60.0
 class _Job:
     """A request under way, and what became of it so far."""
 
-    request: Request
+    request: Any
     attempts: int = 0
     pauses: int = 0
     wait: float = 0.0
@@ -53,12 +51,12 @@ class _Server:
 
     connection: Connection
     level: Level
-    served: Served | None = None
-    jobs: dict[asyncio.Task[Answer], _Job] = field(factory=dict)
+    served: Any = None
+    jobs: dict[asyncio.Task[Any], _Job] = field(factory=dict)
     strikes: int = 0
     answers: int = 0
     faults: int = 0
-    mismatched: int = 0
+    remarks: Counter[str] = field(factory=Counter)
     heard: float = 0.0
 
     @property
@@ -68,16 +66,24 @@ class _Server:
 
 @define(kw_only=True)
 class Farm:
-    """Servers by address. Called with a HandOut it is an Answerer; `check` says before any work whether they can serve.
+    """Servers by address. Where its work is servers/answering.py, it is an Answerer of data/answering.py.
+
+    `check` says before any work whether they can serve.
 
     pause: Seconds before a request or a server is tried again; doubled each time. health_every: seconds between looks
-    at a server that is silent.
+    at a server that is silent. look_every: seconds between looks for further requests while no answer comes.
+    more: Whether requests may still come where none can be handed out, so that they are waited for.
+    on_fault: Called with what failed, whenever an exchange did. on_look: called at every look; what it raises ends all.
     """
 
     addresses: Sequence[str]
-    wanted: Wanted
+    work: Work
     pause: float = 0.5
     health_every: float = 30.0
+    look_every: float = 1.0
+    more: Callable[[], bool] = lambda: False
+    on_fault: Callable[[Fault], None] = lambda _fault: None
+    on_look: Callable[[], None] = lambda: None
 
     def check(self) -> None:
         """ConfigError where a server cannot be used, or none is there. One that is not there yet is a warning."""
@@ -88,8 +94,11 @@ class Farm:
             finally:
                 runner.run(session.close())
 
-    def __call__(self, hand_out: HandOut) -> Iterator[Answer | Unanswered]:
-        """Answers, as they come. DataError where no server is left for `wanted.timeout` seconds."""
+    def __call__(self, hand_out: Callable[[], Iterator[Any]]) -> Iterator[Any]:
+        """Answers and Unanswered, as they come. DataError where no server is left for `work.timeout` seconds.
+
+        `hand_out()` gives the requests that can be handed out now. It is asked whenever a server has room.
+        """
         with asyncio.Runner() as runner:
             session = _Session(self, hand_out)
             try:
@@ -106,22 +115,22 @@ class _Session:
     """One call of a farm: it runs on one event loop, which stands still while an answer is settled."""
 
     farm: Farm
-    hand_out: HandOut
+    hand_out: Callable[[], Iterator[Any]]
     servers: list[_Server] = field(factory=list)
     waiting: deque[_Job] = field(factory=deque)
-    revivals: dict[asyncio.Task[Served], _Server] = field(factory=dict)
+    revivals: dict[asyncio.Task[Any], _Server] = field(factory=dict)
     watches: dict[asyncio.Task[None], _Server] = field(factory=dict)
     _stack: AsyncExitStack = field(factory=AsyncExitStack)
     _heard: float = field(factory=time.monotonic)
 
     async def open(self) -> None:
         """Probe all servers. ConfigError as Farm.check has it."""
-        wanted = self.farm.wanted
-        shared = await self._stack.enter_async_context(client(wanted.key))
+        work = self.farm.work
+        shared = await self._stack.enter_async_context(client(work.key))
         for address in dict.fromkeys(self.farm.addresses):
-            self.servers.append(_Server(Connection(address, shared), Level(wanted.max_concurrency)))
+            self.servers.append(_Server(Connection(address, shared), Level(work.max_concurrency)))
         found = await asyncio.gather(
-            *(probe(server.connection, wanted) for server in self.servers), return_exceptions=True
+            *(work.probe(server.connection) for server in self.servers), return_exceptions=True
         )
         problems = [served for served in found if isinstance(served, NotServed)]
         if problems:
@@ -134,13 +143,16 @@ class _Session:
                 raise served
         if len(away) == len(self.servers):
             raise ConfigError(
-                "no server answers", where=WHERE.rstrip(": "), found="; ".join(away), fix="Start them, or correct them."
+                "no server answers",
+                where=work.called.servers,
+                found="; ".join(away),
+                fix="Start them, or correct them.",
             )
         for server, served in zip(self.servers, found, strict=True):
-            if isinstance(served, Served):
-                self._let_in(server, served)
-            else:
+            if isinstance(served, Fault):
                 self._take_out(server, str(served))
+            else:
+                self._let_in(server, served)
 
     async def close(self) -> None:
         """End what is under way."""
@@ -151,16 +163,19 @@ class _Session:
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._stack.aclose()
 
-    async def some(self) -> list[Answer | Unanswered]:
+    async def some(self) -> list[Any]:
         """Outcomes that are there, at least one; none where everything has been answered."""
         while True:
+            self.farm.on_look()
             self._assign()
             jobs = {task: server for server in self.servers for task in server.jobs}
             if not jobs and not self.waiting:
-                return []
+                if not self.farm.more():
+                    return []
+                self._heard = time.monotonic()  # nobody was asked
             self._require_somebody()
             tasks: list[asyncio.Task[Any]] = [*jobs, *self.revivals, *self.watches]
-            done, _ = await asyncio.wait(tasks, timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(tasks, timeout=self.farm.look_every, return_when=asyncio.FIRST_COMPLETED)
             outcomes = [
                 outcome
                 for task in done
@@ -178,11 +193,10 @@ class _Session:
         """Log what each server did."""
         for server in self.servers:
             log.info(
-                "%s: %d answers, %d of them with other token counts than the server's, %d failed exchanges, "
-                "%d requests at once",
+                "%s: %d answers%s, %d failed exchanges, %d requests at once",
                 server.connection.address,
                 server.answers,
-                server.mismatched,
+                "".join(f", {count} of them {remark}" for remark, count in server.remarks.items()),
                 server.faults,
                 server.level.value,
             )
@@ -202,40 +216,34 @@ class _Session:
                 server.heard = time.monotonic()
             server.jobs[asyncio.create_task(self._ask(server, job))] = job
 
-    async def _ask(self, server: _Server, job: _Job) -> Answer:
-        served, wanted = server.served, self.farm.wanted
+    async def _ask(self, server: _Server, job: _Job) -> Any:
+        served = server.served
         assert served is not None
         await asyncio.sleep(job.wait)
-        request = job.request
-        body = served.dialect.body(
-            wanted,
-            model=served.model,
-            prompt_ids=request.prompt_ids,
-            limit=wanted.limit(request.prompt_ids),
-            seed=request.seed,
-        )
-        sent = await server.connection.complete(body, seconds=wanted.timeout, path=served.dialect.path)
-        content = served.dialect.in_form(sent, body)
-        return read(content, request, wanted, model=served.model)
+        return await self.farm.work.ask(server.connection, served, job.request)
 
-    def _outcome(self, server: _Server, task: asyncio.Task[Answer]) -> Answer | Unanswered | None:
+    def _outcome(self, server: _Server, task: asyncio.Task[Any]) -> Any:
         job = server.jobs.pop(task)
         now = server.heard = time.monotonic()
         try:
             answer = task.result()
         except Refusal as error:
-            return Unanswered(id=job.request.id, reason=f"{server.connection.address} does not take it: {error}")
+            return Unanswered(
+                id=job.request.id, reason=f"{server.connection.address} does not take it: {error}", cause=error
+            )
         except Fault as error:
             return self._failed(server, job, error)
         self._heard = now
         server.strikes, server.answers = 0, server.answers + 1
-        server.mismatched += answer.mismatched
-        server.level.answered(len(answer.completion.output_ids), now)
+        remark = self.farm.work.remark(answer)
+        server.remarks.update([] if remark is None else [remark])
+        server.level.answered(self.farm.work.tokens(answer), now)
         return answer
 
     def _failed(self, server: _Server, job: _Job, fault: Fault) -> Unanswered | None:
         log.debug("%s: %s: %s", server.connection.address, job.request.id, fault.reason)
         server.faults += 1
+        self.farm.on_fault(fault)
         job.wait = max(fault.wait, self._pause(job.pauses))
         job.pauses += 1
         if fault.kind is Kind.BUSY:
@@ -248,7 +256,9 @@ class _Session:
             self.waiting.append(job)
         if fault.kind in (Kind.DOWN, Kind.DIED, Kind.WRONG) or server.strikes >= _STRIKES:
             self._take_out(server, fault.reason, died=fault.kind is Kind.DIED)
-        return Unanswered(id=job.request.id, reason=f"asked {_ATTEMPTS} times: {fault.reason}") if given_up else None
+        if not given_up:
+            return None
+        return Unanswered(id=job.request.id, reason=f"asked {_ATTEMPTS} times: {fault.reason}", cause=fault)
 
     def _take_out(self, server: _Server, reason: str, *, died: bool = False) -> None:
         if server not in self.revivals.values():
@@ -268,27 +278,21 @@ class _Session:
         if server not in self.revivals.values():
             self.revivals[asyncio.create_task(self._revive(server))] = server
 
-    def _let_in(self, server: _Server, served: Served) -> None:
+    def _let_in(self, server: _Server, served: Any) -> None:
         if server.answers or server.faults:
             log.warning("%s is in again", server.connection.address)
-        log.info(
-            "%s serves %s: %s, %s",
-            server.connection.address,
-            served.model,
-            served.dialect.name,
-            "it returns token ids" if served.exact else "its texts are tokenised here",
-        )
+        log.info("%s serves %s", server.connection.address, self.farm.work.describe(served))
         server.served = served
-        server.level = Level(self.farm.wanted.max_concurrency)
+        server.level = Level(self.farm.work.max_concurrency)
         self.watches[asyncio.create_task(self._watch(server))] = server
 
-    async def _revive(self, server: _Server) -> Served:
+    async def _revive(self, server: _Server) -> Any:
         said, tries = "", 0
         while True:
             await asyncio.sleep(self._pause(tries))
             tries += 1
             try:
-                return await probe(server.connection, self.farm.wanted)
+                return await self.farm.work.probe(server.connection)
             except (Fault, NotServed) as error:
                 if isinstance(error, NotServed) and str(error) != said:
                     said = str(error)
@@ -308,14 +312,14 @@ class _Session:
 
     def _require_somebody(self) -> None:
         if any(server.served is not None for server in self.servers):
-            patience = 2 * self.farm.wanted.timeout + _LONGEST_PAUSE
+            patience = 2 * self.farm.work.timeout + _LONGEST_PAUSE
         else:
-            patience = self.farm.wanted.timeout
+            patience = self.farm.work.timeout
         if time.monotonic() - self._heard > patience:
             raise DataError(
                 "No server answers any more",
-                where=WHERE.rstrip(": "),
+                where=self.farm.work.called.servers,
                 found=", ".join(server.connection.address for server in self.servers),
-                expected=f"an answer within {patience:g} s (regenerate.timeout)",
+                expected=f"an answer within {patience:g} s ({self.farm.work.called.timeout})",
                 fix="Start them and run again: the answers that are there are kept.",
             )

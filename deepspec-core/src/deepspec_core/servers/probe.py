@@ -18,7 +18,6 @@ from deepspec_core.servers.dialects import Dialect, GenerationConfigText, TokenI
 from deepspec_core.servers.reading import choice_of, has_ids, read
 from deepspec_core.servers.wanted import Wanted
 
-WHERE: Final = "regenerate.servers: "
 # A server may have to load the model first.
 _SECONDS: Final = 120.0
 _DIALECTS: Final[tuple[Dialect, ...]] = (TokenIds(), GenerationConfigText())
@@ -41,12 +40,7 @@ class Served:
 
 async def probe(connection: Connection, wanted: Wanted, *, dialects: Sequence[Dialect] = _DIALECTS) -> Served:
     """How the server is spoken to. NotServed where it cannot be used, Fault where nobody answers or it is not ready."""
-    models, said = await listed(connection, wanted)
-    entry = _entry(models, wanted.names)
-    if entry is not None:
-        _require_length(connection, entry, wanted)
-    elif _is_engine(models):
-        raise _other_model(connection, models, wanted)
+    entry, models, said = await entry_of(connection, wanted)
     for dialect in dialects:
         for name in wanted.names if entry is None else (str(entry.get("id")),):
             served, refused = await _tried(connection, dialect, name, wanted)
@@ -63,6 +57,22 @@ async def probe(connection: Connection, wanted: Wanted, *, dialects: Sequence[Di
         expected=f"an OpenAI-compatible server of {' or '.join(wanted.names)}, at an address like http://host:8000/v1",
         fix=f"If it knows the target by another name, say so in {wanted.called.served_as}.",
     )
+
+
+async def entry_of(
+    connection: Connection, wanted: Wanted
+) -> tuple[dict[str, Any] | None, list[dict[str, Any]], list[str]]:
+    """The target's entry in the server's list, the list, and what the server says in its place.
+
+    NotServed where it serves another model, or shorter texts. No entry where the list is not of what is served.
+    """
+    models, said = await listed(connection, wanted)
+    entry = _entry(models, wanted.names)
+    if entry is not None:
+        _require_length(connection, entry, wanted)
+    elif _is_engine(models):
+        raise _other_model(connection, models, wanted)
+    return entry, models, said
 
 
 def _where(connection: Connection, wanted: Wanted) -> str:

@@ -16,6 +16,7 @@ class Names:
     served_as: str = "regenerate.served_as"
     key: str = "regenerate.api_key_env"
     length: str = "data.max_length"
+    timeout: str = "regenerate.timeout"
 
 
 @frozen(kw_only=True)

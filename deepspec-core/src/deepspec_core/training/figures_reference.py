@@ -59,6 +59,16 @@ FIGURES: Final = (
         "share",
         "Time since the last line in which the first rank waited for samples to be read and prepared.",
     ),
+    Figure(
+        "served_bytes",
+        "bytes",
+        "Features that servers wrote for this run since this process started, over all ranks.",
+    ),
+    Figure(
+        "served_failures",
+        "",
+        "Exchanges with servers that failed since this process started, over all ranks. The text was asked for again.",
+    ),
     Figure("step_seconds", "s", "Time of an optimizer step. The mean over the steps since the last line."),
     Figure("padding_share", "share", "Positions of batches that hold no token of a sample, since the last line."),
     Figure(

@@ -11,31 +11,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from attrs import frozen
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from deepspec_core.contracts.draft import Preparation
 from deepspec_core.contracts.features import FeatureSource
 from deepspec_core.errors import TrainingError
+from deepspec_core.training.ahead import batches_ahead
 from deepspec_core.training.host_batch import HostBatch, host_batch
-from deepspec_core.training.packing import micro_batches, packed_rows
-from deepspec_core.training.sampler import GlobalBatches, sample_rng
+from deepspec_core.training.plans import Plan as Plan
+from deepspec_core.training.plans import StepPlans as StepPlans
+from deepspec_core.training.sampler import sample_rng
 
 _READ_AHEAD = 4  # micro-batches of each worker
 _DEAD = re.compile(r"DataLoader worker \(pid")  # how PyTorch's message of one begins
-
-
-@frozen(kw_only=True)
-class Plan:
-    """The samples of one micro-batch. If `live` is false, its rank has no share of the step, and the batch counts 0.
-
-    row_sizes: How many samples each row has, in order; None: each sample has a row, and nothing is packed.
-    """
-
-    epoch: int
-    indices: tuple[int, ...]
-    live: bool = True
-    row_sizes: tuple[int, ...] | None = None
 
 
 class MicroBatches(Dataset[HostBatch]):
@@ -51,49 +39,6 @@ class MicroBatches(Dataset[HostBatch]):
         return host_batch(prepared, self.preparation, row_sizes=plan.row_sizes)
 
 
-class StepPlans(Sampler[Plan]):
-    """The plans of one rank's micro-batches from a step onwards, in order, each of at most `micro_batch_size` rows.
-
-    row_tokens: A row holds samples of at most so many tokens together; None: each sample has a row.
-    """
-
-    def __init__(
-        self,
-        batches: GlobalBatches,
-        steps: range,
-        *,
-        rank: int,
-        world_size: int,
-        micro_batch_size: int,
-        row_tokens: int | None = None,
-    ) -> None:
-        self.batches, self.steps, self.row_tokens = batches, steps, row_tokens
-        self.rank, self.world_size, self.micro_batch_size = rank, world_size, micro_batch_size
-
-    def of_step(self, step: int) -> list[Plan]:
-        """The plans of a step. There is at least one, because every rank takes part in the reduction of every step."""
-        share = self.batches.share(step, rank=self.rank, world_size=self.world_size)
-        live = bool(share)
-        epoch, indices = self.batches.epoch(step), share or self.batches.indices(step)[:1]
-        size, lengths = self.micro_batch_size, self.batches.lengths
-        if self.row_tokens is None:
-            cut = (indices[start : start + size] for start in range(0, len(indices), size))
-            return [Plan(epoch=epoch, indices=tuple(part), live=live) for part in cut]
-        return [
-            Plan(
-                epoch=epoch,
-                indices=tuple(index for row in rows for index in row),
-                live=live,
-                row_sizes=tuple(map(len, rows)),
-            )
-            for rows in micro_batches(packed_rows(indices, lengths, self.row_tokens), lengths, size)
-        ]
-
-    def __iter__(self) -> Iterator[Plan]:
-        for step in self.steps:
-            yield from self.of_step(step)
-
-
 def iterate(
     source: FeatureSource,
     preparation: Preparation,
@@ -105,8 +50,12 @@ def iterate(
 ) -> Iterator[HostBatch]:
     """The micro-batches of the plans, in order. `workers` processes read ahead; with 0, this process reads.
 
+    A source with `in_order` reads ahead by itself, in this process, and no worker is started.
+
     `pinned`: in memory from which a device copies while the host goes on; with workers, a thread copies them there.
     """
+    if hasattr(source, "in_order"):
+        return batches_ahead(source, preparation, plans, seed=seed, pinned=pinned)
     dataset = MicroBatches(source, preparation, seed)
     if workers == 0:
         made = map(dataset.__getitem__, plans)

@@ -44,15 +44,16 @@ class GlobalBatches:
     def indices(self, step: int) -> list[int]:
         """The samples of a zero-based step, longest first, so that micro-batches pad little."""
         epoch = self.epoch(step)
-        if epoch not in self._orders:
+        order = self._orders.get(epoch)
+        if order is None:
             generator = torch.Generator().manual_seed(self.seed + epoch)
-            made = self.order(self.lengths, self.global_batch_size, generator)
+            order = self.order(self.lengths, self.global_batch_size, generator)
             # Loaders read ahead, so at the end of an epoch they ask for the next one's order while steps ask for this
-            # one's.
-            self._orders = {kept: order for kept, order in self._orders.items() if abs(kept - epoch) == 1}
-            self._orders[epoch] = made
+            # one's. They may do so in another thread: what is kept is replaced in one go, and only saves time.
+            self._orders = {kept: other for kept, other in self._orders.items() if abs(kept - epoch) == 1}
+            self._orders = {**self._orders, epoch: order}
         start = (step % self.steps_per_epoch) * self.global_batch_size
-        chosen = self._orders[epoch][start : start + self.global_batch_size].tolist()
+        chosen = order[start : start + self.global_batch_size].tolist()
         return sorted(chosen, key=lambda index: (-self.lengths[index], index))
 
     def share(self, step: int, *, rank: int, world_size: int) -> list[int]:

@@ -257,7 +257,7 @@ class _Trainer:
                 if logged:
                     epochs = round(done / self.batches.steps_per_epoch, 4)
                     line = {"step": done, "epoch": epochs, "lr": rate, "grad_norm": norm}
-                    line |= {**clock.rates(), **self.pace.figures(), **self.figures.take()}
+                    line |= {**clock.rates(), **self.pace.figures(), **self._of_source(), **self.figures.take()}
                     if lines is not None:
                         lines.write(line)
                         self._lines_changed()
@@ -277,6 +277,11 @@ class _Trainer:
                     if self.evaluations.over():
                         break
         return line
+
+    def _of_source(self) -> dict[str, float]:
+        """The figures of a source that has some, summed over all ranks. All ranks must call it together."""
+        own = getattr(self.source, "figures", None)
+        return {} if own is None else dict(sum(map(Counter, gathered(dict(own()))), Counter()))
 
     def _lines_changed(self) -> None:
         if self.is_main and self.on_line is not None:

@@ -1,0 +1,44 @@
+"""Whether the keys of [features] that are about servers go together. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from deepspec_core.config.features_options import CACHED, ONLINE, SERVER, FeaturesOptions
+from deepspec_core.config.paths import no_path
+from deepspec_core.config.schema import RunOptions
+from deepspec_core.errors import ConfigError
+
+
+def served_mistakes(features: FeaturesOptions, run: RunOptions, folder: Path) -> Iterator[ConfigError]:
+    """Every misfit. `folder` is the run file's."""
+    asks = (features.mode == SERVER and "train" in run.stages) or (features.mode == CACHED and bool(features.servers))
+    if features.mode == SERVER and "train" in run.stages and not features.servers:
+        yield ConfigError(
+            "features come from servers, and none is named",
+            where="features.servers",
+            found="[]",
+            expected='the address of at least one, such as "http://host:8000/v1"',
+            fix="Start one with `deepspec serve`, and name it.",
+        )
+    if asks and features.exchange is None:
+        yield ConfigError(
+            "servers write features into a folder, and none is named",
+            where="features.exchange",
+            found="nothing",
+            expected="a folder that the servers and this run both see under the same path",
+            fix="Name one: for servers on this machine a folder in /dev/shm, for others one of a shared file system.",
+        )
+    elif features.exchange is not None:
+        problem = no_path("features.exchange", features.exchange, base=folder)
+        if problem is not None:
+            yield problem
+    if features.mode == ONLINE and features.servers:
+        yield ConfigError(
+            "no stage would ask these servers: the target runs beside the draft",
+            where="features.servers",
+            found=f'{len(features.servers)}, with features.mode = "{ONLINE}"',
+            expected=f'features.mode = "{SERVER}", or "{CACHED}" for a cache stage that asks them',
+            fix=f'Set features.mode = "{SERVER}", or remove them.',
+        )

@@ -1,0 +1,196 @@
+"""The exchange folder: which files are whose, and how much of it this process fills.
+
+An engine writes the file, and the run removes it. So the run names it: the name of a request is part of its file's
+name, and begins with what tells this run and this process from all others. A process removes files with its own
+beginning, and no others. Several runs, and several processes of one, may share a folder.
+
+Knows a folder, names and sizes. Does not know what is in a file, nor servers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import re
+import secrets
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Final
+
+from attrs import define, field, frozen
+
+from deepspec_core.errors import StageError
+
+OWNER: Final = "exchange-owner"
+_SWEEP_EVERY: Final = 5.0
+
+
+def owner_of(folder: Path) -> str:
+    """What tells the run in this folder from all others: 16 digits, the same whenever it is asked.
+
+    They are made from a random number kept in the folder, and from the folder's path: a copy is another run.
+    StageError where the file of the number holds something else.
+    """
+    path = folder / OWNER
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        new = folder / f".{OWNER}.{secrets.token_hex(4)}"
+        new.write_text(secrets.token_hex(16) + "\n", encoding="ascii")
+        try:
+            os.link(new, path)  # the first of several processes has its number taken
+        except OSError:
+            if not path.exists():  # a file system without links
+                os.replace(new, path)
+        finally:
+            new.unlink(missing_ok=True)
+    number = path.read_text(encoding="ascii", errors="replace").strip()
+    if not re.fullmatch(r"[0-9a-f]{32}", number):
+        raise StageError(
+            "The file that says which files of the exchange folder are this run's is damaged",
+            where=path,
+            found=repr(number[:40]),
+            expected="32 hexadecimal digits",
+            fix="Remove it. Files that an earlier process left in the exchange folder then stay there.",
+        )
+    return hashlib.sha256(f"{number}\0{folder.resolve()}".encode()).hexdigest()[:16]
+
+
+@frozen(kw_only=True)
+class Ownership:
+    """A process of a run: `rank` of `world` processes, in one session from start to end."""
+
+    owner: str
+    rank: int = 0
+    world: int = 1
+    session: str = field(factory=lambda: secrets.token_hex(4))
+
+    @property
+    def beginning(self) -> str:
+        """How the names of this session's requests begin."""
+        return f"ds-{self.owner}-{self.rank}-{self.session}-"
+
+    def is_own(self, file: str) -> bool:
+        """Whether a file is this session's, or an earlier one's that this process cleans up after.
+
+        A run works in one session at a time, and the number of its processes may change: rank r of n takes over from
+        the earlier ranks r, r + n, r + 2n and so on, which no other process now does.
+        """
+        found = re.search(rf"ds-{self.owner}-(\d+)-[0-9a-f]{{8}}-", file)
+        return found is not None and int(found[1]) % self.world == self.rank
+
+
+@define(eq=False)
+class Ticket:
+    """A request that is under way. `settled`: its file was removed, or never will be written."""
+
+    name: str
+    settled: bool = False
+
+
+@define(kw_only=True, eq=False)
+class Exchange:
+    """This process's share of the folder. All but `clear` is used in one event loop.
+
+    folder: The exchange folder, without links.
+    most: Bytes of this process's files at most, those included that servers are still to write.
+    late: Seconds for which the file of a request that was given up may still come, and counts.
+    """
+
+    folder: Path
+    ownership: Ownership
+    most: int
+    late: float = 600.0
+    used: int = 0
+    peak: int = 0
+    removed_late: int = 0
+    _number: int = 0
+    _live: set[str] = field(factory=set)
+    _given_up: dict[str, tuple[int, float]] = field(factory=dict)
+    _waiting: deque[tuple[int, asyncio.Future[None]]] = field(factory=deque)
+    _swept: float = 0.0
+
+    @asynccontextmanager
+    async def ticket(self, size: int) -> AsyncIterator[Ticket]:
+        """A request whose file has `size` bytes; waits until there is room for it. Whoever came first is first."""
+        assert size <= self.most, "checked before the first request"
+        await self._room(size)
+        self._number += 1
+        ticket = Ticket(f"{self.ownership.beginning}{self._number:09d}")  # none begins another
+        self._live.add(ticket.name)
+        try:
+            yield ticket
+        finally:
+            self._live.discard(ticket.name)
+            if ticket.settled:
+                self._give_back(size)
+            else:
+                self._given_up[ticket.name] = (size, time.monotonic() + self.late)
+
+    def clear(self) -> tuple[int, int]:
+        """Remove what this process has in the folder and nobody waits for: (files, bytes), locks not counted."""
+        count = total = 0
+        for entry in self._own_files():
+            if any(name in entry.name for name in self._live):
+                continue
+            try:
+                size = entry.stat(follow_symlinks=False).st_size
+                os.unlink(entry.path)
+            except (FileNotFoundError, IsADirectoryError):
+                continue
+            if not entry.name.endswith(".lock"):
+                count, total = count + 1, total + size
+            for name in [name for name in self._given_up if name in entry.name]:
+                self._give_back(self._given_up.pop(name)[0])
+        return count, total
+
+    def sweep(self) -> None:
+        """Now and then: remove files of requests that were given up, and forget those that have not come."""
+        now = time.monotonic()
+        if now - self._swept < _SWEEP_EVERY or not self._given_up:
+            return
+        self._swept = now
+        self.removed_late += self.clear()[0]
+        for name in [name for name, (_, end) in self._given_up.items() if end < now]:
+            self._give_back(self._given_up.pop(name)[0])
+
+    async def _room(self, size: int) -> None:
+        self.sweep()
+        if self._waiting or self.used + size > self.most:
+            turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            entry = (size, turn)
+            self._waiting.append(entry)
+            try:
+                while not turn.done():
+                    await asyncio.wait([turn], timeout=_SWEEP_EVERY)
+                    self.sweep()
+            except BaseException:
+                if turn.done() and not turn.cancelled():
+                    self._give_back(size)
+                else:
+                    self._waiting.remove(entry)
+                    self._admit()
+                raise
+        else:
+            self._take(size)
+
+    def _take(self, size: int) -> None:
+        self.used += size
+        self.peak = max(self.peak, self.used)
+
+    def _give_back(self, size: int) -> None:
+        self.used -= size
+        self._admit()
+
+    def _admit(self) -> None:
+        while self._waiting and self.used + self._waiting[0][0] <= self.most:
+            size, turn = self._waiting.popleft()
+            self._take(size)
+            turn.set_result(None)
+
+    def _own_files(self) -> Iterator[os.DirEntry[str]]:
+        with os.scandir(self.folder) as entries:
+            yield from [entry for entry in entries if self.ownership.is_own(entry.name)]

@@ -1,0 +1,90 @@
+"""Features from servers while training: `[features] mode = "server"`.
+
+Knows samples and streams of them. Does not know servers, files, or what is asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from attrs import define, evolve, field
+from torch import Tensor
+
+from deepspec_core.contracts.draft import Sample
+from deepspec_core.contracts.target import TargetFeatures
+from deepspec_core.data.collate import pad_features
+from deepspec_core.data.samples import as_samples
+from deepspec_core.features.served.stream import Stream, Tally
+from deepspec_core.servers.farm import Farm
+
+
+@define(kw_only=True)
+class FeatureServers:
+    """A run's feature servers, as one process asks them. `prefetch`: samples that it asks for ahead, at most."""
+
+    farm: Farm
+    prefetch: int
+    tally: Tally = field(factory=Tally)
+
+    def check(self) -> None:
+        """ConfigError where a server cannot be used, or none is there. One that is not there yet is a warning."""
+        self.farm.check()
+
+    def stream(self, samples: Iterable[Sample]) -> Stream:
+        """The samples with features, in this order."""
+        return Stream(self.farm, iter(samples), prefetch=self.prefetch, tally=self.tally)
+
+
+class ServedFeatures:
+    """Samples ordered by id, the same order as with a cache; features from servers, in the type that they write.
+
+    `in_order` asks for them ahead of training. It works in the training process: no loader worker has the servers.
+    """
+
+    def __init__(self, samples: Sequence[Sample], servers: FeatureServers) -> None:
+        self._samples = as_samples(samples)
+        self._order = self._samples.by_id()
+        self.servers = servers
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def lengths(self) -> Sequence[int]:
+        """Tokens of each sample."""
+        lengths: list[int] = self._samples.lengths()[self._order].tolist()
+        return lengths
+
+    def __getitem__(self, index: int) -> Sample:
+        """The sample, without features."""
+        return self._samples.sample(int(self._order[index]))
+
+    def in_order(self, indices: Iterable[int]) -> Stream:
+        """The samples of these indices with features, in this order, read ahead. It must be closed."""
+        return self.servers.stream(self[index] for index in indices)
+
+    def features(self, samples: Sequence[Sample], input_ids: Tensor, attention_mask: Tensor) -> TargetFeatures:
+        """The features of a batch that came without; nothing is read ahead."""
+        missing = [evolve(sample, features=None) for sample in samples]
+        with self.servers.stream(missing) as stream:
+            features = pad_features(list(stream))
+        assert features is not None, "a stream gives features"
+        return TargetFeatures(
+            hidden=features.hidden.to(input_ids.device), last_hidden=features.last_hidden.to(input_ids.device)
+        )
+
+    def figures(self) -> Mapping[str, float]:
+        """What this process got so far, by the names of metrics.jsonl."""
+        tally = self.servers.tally
+        return {"served_bytes": tally.bytes, "served_failures": tally.failed}
+
+    def summary(self) -> Mapping[str, Any]:
+        """What the stage's summary says."""
+        return self.servers.tally.summary()
+
+
+def from_run(run: Any) -> ServedFeatures:
+    """`[features] mode = "server"`."""
+    from deepspec_core.pipeline.feature_servers import begin
+
+    return ServedFeatures(run.data.training_samples(), begin(run, "train"))

@@ -1,0 +1,196 @@
+"""The feature servers of a run: from its file to a farm of them (features/served/).
+
+Knows [features], the run's target and its processes. Does not know how servers are asked.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any, Final
+
+from deepspec_core.contracts.proposer import Sampling
+from deepspec_core.data.tokenize import ChatTokenizer
+from deepspec_core.disk import free_bytes, in_words, is_folder, why_not_writable
+from deepspec_core.errors import ConfigError, StageError
+from deepspec_core.features.served.asking import FeatureWork, short_sample
+from deepspec_core.features.served.exchange import Exchange, Ownership, owner_of
+from deepspec_core.features.served.final_norm import FinalNorm
+from deepspec_core.features.served.layers import AskedLayers
+from deepspec_core.features.served.source import FeatureServers
+from deepspec_core.json_files import read_object
+from deepspec_core.pipeline import workers
+from deepspec_core.pipeline.run import Run
+from deepspec_core.pipeline.serving import end_of, key_in
+from deepspec_core.servers.farm import Farm
+from deepspec_core.servers.wanted import Names, Wanted
+from deepspec_core.targets.opening import fetched
+
+log = logging.getLogger("deepspec")
+
+RECORD: Final = "served.json"
+NAMES: Final = Names(
+    servers="features.servers",
+    served_as="features.served_as",
+    key="features.api_key_env",
+    timeout="features.timeout",
+)
+_QUESTION: Final = (
+    "A ferry crosses the strait in forty minutes with the current and in one hour against it. How fast is the current, "
+    "if the strait is twelve kilometres wide? Answer in one sentence, then name the equation you solved."
+)
+_GB: Final = 10**9
+
+
+def servers_of(run: Run, *, ownership: Ownership, stored: str | None = None) -> FeatureServers:
+    """The servers, nobody asked yet. ConfigError where the exchange folder, its bound or the key will not do.
+
+    `stored`: The number format that they have to write; None: any.
+    """
+    options, target, count = run.file.features, run.target, workers.count()
+    layers = AskedLayers(taps=run.file.target.layers, num_layers=target.architecture.num_layers)
+    max_length, stop_ids = run.data.max_length, tuple(target.architecture.stop_token_ids)
+    at_once = max(1, options.in_flight // count)
+    work = FeatureWork(
+        wanted=Wanted(
+            names=(options.served_as,)
+            if options.served_as is not None
+            else tuple(dict.fromkeys((run.file.target.model, str(target.where)))),
+            tokenizer=target.tokenizer,
+            vocab_size=target.architecture.vocab_size,
+            sampling=Sampling(),
+            stop_ids=stop_ids,
+            end_id=end_of(target.tokenizer, stop_ids),
+            max_tokens=1,
+            max_length=max_length + 1,
+            key=key_in(options.api_key_env, where=f"{run.path}: features.api_key_env"),
+            timeout=options.timeout,
+            max_concurrency=at_once,
+            called=NAMES,
+        ),
+        layers=layers,
+        hidden_size=target.architecture.hidden_size,
+        exchange=Exchange(
+            folder=_folder(run),
+            ownership=ownership,
+            most=int(options.exchange_gb * _GB) // count,
+            late=options.file_timeout,
+        ),
+        norm=_final_norm(run),
+        file_timeout=options.file_timeout,
+        sample=short_sample(_prompt(target.tokenizer), max_length),
+        stored=stored,
+    )
+    _require_room(run, work, max_length)
+    prefetch = options.prefetch if options.prefetch is not None else 2 * at_once * len(options.servers)
+    return FeatureServers(farm=Farm(addresses=options.servers, work=work), prefetch=prefetch)
+
+
+def check(run: Run) -> None:
+    """ConfigError, before the first stage, where a server or the exchange folder cannot be used."""
+    trial = Ownership(owner=Ownership(owner="").session * 2)  # no run's own: another process may work in this one
+    servers = servers_of(run, ownership=trial)
+    work: Any = servers.farm.work
+    try:
+        servers.check()
+    finally:
+        work.exchange.clear()
+
+
+def begin(run: Run, stage: str) -> FeatureServers:
+    """The servers, for this process of a stage: tried, and what an earlier one left in the exchange folder removed.
+
+    ConfigError where a server cannot be used, or writes another number format than when the stage was begun.
+    """
+    ownership = Ownership(owner=owner_of(run.folder), rank=workers.rank(), world=workers.count())
+    record = run.stage_folder(stage) / RECORD
+    stored = _begun_with(record)
+    servers = servers_of(run, ownership=ownership, stored=stored)
+    work: Any = servers.farm.work
+    files, size = work.exchange.clear()
+    if files:
+        log.warning("removed %d files (%s) of an earlier process from %s", files, in_words(size), work.exchange.folder)
+    servers.check()
+    if stored is None and workers.rank() == 0:
+        record.parent.mkdir(parents=True, exist_ok=True)
+        partial = record.with_name(f".{record.name}.partial")
+        partial.write_text(json.dumps({"numbers": work.stored}) + "\n", encoding="utf-8")
+        os.replace(partial, record)
+    return servers
+
+
+def _begun_with(record: Path) -> str | None:
+    """The number format that a stage was begun with; None where it was not begun."""
+    if not record.exists():
+        return None
+    found = read_object(record, kind=StageError).get("numbers")
+    if not isinstance(found, str):
+        raise StageError(
+            "The record of what servers wrote is damaged",
+            where=record,
+            found=json.dumps(found),
+            expected="the name of a number format",
+            fix=f"Run again with --force {record.parent.name}, or choose another output.",
+        )
+    return found
+
+
+def _prompt(tokenizer: ChatTokenizer) -> tuple[int, ...]:
+    return tokenizer.render_prompt(({"role": "user", "content": _QUESTION},))
+
+
+def _folder(run: Run) -> Path:
+    assert run.file.features.exchange is not None, "config/checks.py asks for it"
+    folder = run.base / run.file.features.exchange
+    problem = None if is_folder(folder) else f"{folder} is no folder"
+    problem = problem or why_not_writable(folder)
+    if problem is not None:
+        raise ConfigError(
+            "The exchange folder cannot be used",
+            where=f"{run.path}: features.exchange",
+            found=problem,
+            expected="a folder that the servers and this run can both write to, under the same path",
+            fix="Make the folder, or mount it here.",
+        )
+    return Path(os.path.realpath(folder))
+
+
+def _final_norm(run: Run) -> FinalNorm | None:
+    read = getattr(run.target.adapter, "final_norm", None)
+    if read is None:
+        return None
+    norm = read(fetched(run.target.where, run.file.target.revision, run.file.target.trust_remote_code))
+    return None if norm is None else FinalNorm(norm)
+
+
+def _require_room(run: Run, work: FeatureWork, max_length: int) -> None:
+    """ConfigError where the bound, or the disk, does not hold the longest sample."""
+    longest, most = work.bytes_of(max_length), work.exchange.most
+    if longest > most:
+        count = workers.count()
+        raise ConfigError(
+            "The exchange folder may not hold the longest sample",
+            where=f"{run.path}: features.exchange_gb",
+            found=f"{in_words(most)} for each of {count} process{'es' * (count > 1)}",
+            expected=f"at least {in_words(longest)}: data.max_length = {max_length:,} tokens, "
+            f"{len(work.layers.ids)} states of {work.hidden_size:,} numbers each, in the widest format",
+            fix="Raise features.exchange_gb, or lower data.max_length.",
+        )
+    free = free_bytes(work.exchange.folder)
+    if free < longest:
+        raise ConfigError(
+            "The disk of the exchange folder has no room for the longest sample",
+            where=work.exchange.folder,
+            found=f"{in_words(free)} free",
+            expected=in_words(longest),
+            fix="Make room, or name another folder in features.exchange.",
+        )
+    if free < most:
+        log.warning(
+            "features.exchange_gb allows %s, and %s are free in %s",
+            in_words(most),
+            in_words(free),
+            work.exchange.folder,
+        )

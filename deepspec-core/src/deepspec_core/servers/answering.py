@@ -1,0 +1,77 @@
+"""The work of a farm that answers prompts: a completion for each request, in whichever dialect a server speaks.
+
+Knows what is wanted, dialects and answers. Does not know farms.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from attrs import frozen
+
+from deepspec_core.data.answering import Answer
+from deepspec_core.decoding.engine import Request
+from deepspec_core.servers.connection import Connection
+from deepspec_core.servers.probe import Served, probe
+from deepspec_core.servers.reading import read
+from deepspec_core.servers.wanted import Names, Wanted
+
+_MISMATCHED: Final = "with other token counts than the server's"
+
+
+@frozen
+class Answering:
+    """A servers.work.Work: completions of what is wanted."""
+
+    wanted: Wanted
+
+    @property
+    def called(self) -> Names:
+        """As of Work."""
+        return self.wanted.called
+
+    @property
+    def key(self) -> str | None:
+        """As of Work."""
+        return self.wanted.key
+
+    @property
+    def timeout(self) -> float:
+        """As of Work."""
+        return self.wanted.timeout
+
+    @property
+    def max_concurrency(self) -> int:
+        """As of Work."""
+        return self.wanted.max_concurrency
+
+    async def probe(self, connection: Connection) -> Served:
+        """As of Work."""
+        return await probe(connection, self.wanted)
+
+    async def ask(self, connection: Connection, served: Served, request: Request) -> Answer:
+        """As of Work."""
+        wanted = self.wanted
+        body = served.dialect.body(
+            wanted,
+            model=served.model,
+            prompt_ids=request.prompt_ids,
+            limit=wanted.limit(request.prompt_ids),
+            seed=request.seed,
+        )
+        sent = await connection.complete(body, seconds=wanted.timeout, path=served.dialect.path)
+        content = served.dialect.in_form(sent, body)
+        return read(content, request, wanted, model=served.model)
+
+    def tokens(self, answer: Answer) -> int:
+        """The tokens that were generated."""
+        return len(answer.completion.output_ids)
+
+    def describe(self, served: Served) -> str:
+        """As of Work."""
+        exact = "it returns token ids" if served.exact else "its texts are tokenised here"
+        return f"{served.model}: {served.dialect.name}, {exact}"
+
+    def remark(self, answer: Answer) -> str | None:
+        """Answers whose ids were made from text, and are not as many as the server counted."""
+        return _MISMATCHED if answer.mismatched else None
