@@ -87,9 +87,8 @@ def _of_run(place: str, said: dict[str, Any], extra: tuple[str, ...], plugins: P
     path = Path(place)
     run = Run(file=load_run_file(path, overrides=said["overrides"], plugins=plugins), path=path, plugins=plugins)
     exchange = said["exchange"]
-    written: str | None = getattr(run.file.features, "exchange", None)
-    if exchange is None and written is not None:
-        exchange = run.base / written
+    if exchange is None and run.file.features.exchange is not None:
+        exchange = run.base / run.file.features.exchange
     return _served(run, said, extra, exchange=exchange, max_length=run.data.max_length, where=str(path))
 
 
