@@ -1,11 +1,6 @@
 """Runs whose features come from servers: the same draft as online, the same cache, and what is said when it fails."""
 
 import json
-import os
-import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,8 +9,11 @@ import pytest
 import torch
 from feature_stand_in import ONE_AT_A_TIME, FeatureStandIn, States, feature_servers
 from safetensors.torch import load_file
+from stand_in_server import wait_until
 
+from deepspec_core.cache.hdf5 import HDF5Format
 from deepspec_core.cli.main import main
+from deepspec_core.features.served.exchange import Ownership, owner_of
 from deepspec_core.interface.models import Target
 
 TAPS = (2, 4, 6, 8, 10)
@@ -83,3 +81,136 @@ def test_a_draft_trained_from_servers_is_the_one_trained_online(
     assert main([*run, *served(exchange, servers)]) == 0
     found = weights(finished_copy)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_servers_are_compared_with_the_target_before_the_first_stage(
+    finished_copy: Path,
+    exchange: Path,
+    servers: list[FeatureStandIn],
+    states: States,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def refused(*changes: str) -> str:
+        assert main(["run", str(finished_copy), *SMALL, "--force", "train", *served(exchange, servers, *changes)]) == 2
+        said = capsys.readouterr()
+        assert "train: starting" not in said.out
+        return said.err
+
+    one, other = servers
+    # vLLM started with L in place of L + 1: each state is the one below.
+    moved = states(list(range(5, 25)))
+    one.states = lambda ids: states(ids)[:, [0, 0, 1, 2, 3, 5]]
+    message = refused("features.probe=target")
+    assert "A server counts layers otherwise" in message
+    assert "layer 4: error" in message
+    assert "nearer to layer 2 (error 0)" in message
+    assert one.address in message
+    assert "A server counts layers otherwise" in refused()
+    one.states = lambda ids: states(ids) + 0.3 * moved.abs().mean() * torch.randn(len(ids), 6, moved.shape[-1])
+    assert "not those of this target" in refused("features.probe=target")
+    one.states, one.model = states, "somebody/else"
+    assert "serves another model" in refused()
+    one.model = MODEL
+    one.stop()
+    other.stop()
+    assert "no server answers" in refused()
+
+
+def test_what_is_missing_is_said_before_the_first_stage(
+    finished_copy: Path, exchange: Path, servers: list[FeatureStandIn], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*changes: str) -> str:
+        assert main(["run", str(finished_copy), *SMALL, "--force", "train", *served(exchange, servers, *changes)]) == 2
+        said = capsys.readouterr()
+        assert "train: starting" not in said.out
+        return said.err
+
+    assert "is no folder" in refused("features.exchange=nowhere")
+    assert "features.exchange_gb" in refused("features.exchange_gb=0.0001")
+    assert "none is named" in refused("features.servers=[]")
+    assert 'features.mode = "online"' in refused("features.mode=online")
+    for server in servers:
+        server.max_model_len = 384
+    message = refused()
+    assert "shorter texts" in message
+    assert "385" in message
+
+
+def test_a_cache_is_built_by_servers_and_says_so(
+    finished_copy: Path, exchange: Path, servers: list[FeatureStandIn], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In float32, and one sample a batch in this process: the same to the bit."""
+    stages = ["--set", 'run.stages=["regenerate", "cache", "train"]', "--set", "features.mode=cached"]
+    run = ["run", str(finished_copy), "--smoke", "--set", "run.threads=1", *stages]
+    run += ["--set", "cache.dtype=float32", "--set", "cache.batch_size=1", "--stages", "cache"]
+    asking = served(exchange, servers, "features.mode=cached")
+    assert main([*run, "--force", "cache"]) == 0
+    own = cached(finished_copy)
+    assert main([*run, *asking]) == 2, "another computer of features under the same cache"
+    assert "What computes the features of the cache changed" in capsys.readouterr().err
+    assert main([*run, *asking, "--force", "cache"]) == 0
+    theirs = cached(finished_copy)
+    assert theirs.keys() == own.keys()
+    for name, (hidden, last_hidden) in own.items():
+        torch.testing.assert_close(theirs[name][0], hidden, rtol=0, atol=0)
+        torch.testing.assert_close(theirs[name][1], last_hidden, rtol=0, atol=0)
+    summary = json.loads((folder_of(finished_copy) / "cache" / "stage.json").read_text())["summary"]
+    assert summary["texts from servers"] == summary["samples"] == len(own)
+    assert list(exchange.iterdir()) == []
+    # Which servers there are is nothing to the results: the stage is skipped although nobody listens there.
+    assert main([*run, "--set", "features.servers=['http://127.0.0.1:9/v1']", *asking[4:]]) == 0
+
+
+def cached(run_file: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    reader = HDF5Format().open(folder_of(run_file) / "cache", None)
+    samples = [reader[number] for number in range(len(reader))]
+    return {one.id: (one.features.hidden, one.features.last_hidden) for one in samples if one.features is not None}
+
+
+def test_what_a_killed_run_left_is_removed_when_it_goes_on(
+    finished_copy: Path, exchange: Path, servers: list[FeatureStandIn], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = ["run", str(finished_copy), *SMALL, "--set", "train.checkpoint_every=5", *served(exchange, servers)]
+    assert main([*run, "--force", "train", "--set", "train.max_steps=5"]) in (0, 2)
+    capsys.readouterr()
+    own = Ownership(owner=owner_of(folder_of(finished_copy))).beginning
+    for name in (f"{own}000000007.safetensors", f"{own}000000007.safetensors.lock", f"{own}000000008.safetensors"):
+        (exchange / name).write_bytes(b"half")
+    other = exchange / "ds-ffffffffffffffff-0-00000000-000000001.safetensors"
+    other.write_bytes(b"another run's")
+    assert main([*run, "--force", "train"]) == 0
+    assert "removed 2 files (8 bytes) of an earlier process" in capsys.readouterr().err
+    assert list(exchange.iterdir()) == [other]
+    lines = [
+        json.loads(line) for line in (folder_of(finished_copy) / "train" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert lines[-1]["served_bytes"] > 10 * 16 * 1000
+    assert lines[-1]["served_failures"] == 0
+    assert 0 <= lines[-1]["loader_wait"] <= 1
+    # Servers in another format would mix two kinds of features in one draft.
+    for server in servers:
+        server.dtype = "bfloat16"
+    assert main([*run, "--set", "train.max_steps=20"]) == 2
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_and_gone_on_with_it_is_the_same_draft(
+    finished_copy: Path, exchange: Path, servers: list[FeatureStandIn]
+) -> None:
+    run = ["run", str(finished_copy), *SMALL, "--set", "train.checkpoint_every=1", *served(exchange, servers)]
+    assert main([*run, "--force", "train"]) == 0
+    expected = weights(finished_copy)
+    shutil.rmtree(folder_of(finished_copy) / "train")
+    for server in servers:
+        server.slow = 0.2
+    process = subprocess.Popen([sys.executable, "-m", "deepspec_core", *run], stdout=subprocess.DEVNULL)
+    checkpoints = folder_of(finished_copy) / "train" / "checkpoints"
+    wait_until(lambda: len(list(checkpoints.glob("step-*"))) > 1 and any(exchange.iterdir()), seconds=200)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    for server in servers:
+        server.slow = 0.0
+        wait_until(lambda server=server: server.at_once == 0)
+    assert main(run) == 0
+    torch.testing.assert_close(weights(finished_copy), expected, rtol=0, atol=0)
+    assert list(exchange.iterdir()) == []

@@ -11,6 +11,9 @@ import os
 from pathlib import Path
 from typing import Any, Final
 
+import torch
+from torch import Tensor
+
 from deepspec_core.contracts.proposer import Sampling
 from deepspec_core.data.tokenize import ChatTokenizer
 from deepspec_core.disk import free_bytes, in_words, is_folder, why_not_writable
@@ -19,6 +22,7 @@ from deepspec_core.features.served.asking import FeatureWork, short_sample
 from deepspec_core.features.served.exchange import Exchange, Ownership, owner_of
 from deepspec_core.features.served.final_norm import FinalNorm
 from deepspec_core.features.served.layers import AskedLayers
+from deepspec_core.features.served.server_probe import differences, require_alike, summary
 from deepspec_core.features.served.source import FeatureServers
 from deepspec_core.json_files import read_object
 from deepspec_core.pipeline import workers
@@ -26,7 +30,7 @@ from deepspec_core.pipeline.run import Run
 from deepspec_core.pipeline.serving import end_of, key_in
 from deepspec_core.servers.farm import Farm
 from deepspec_core.servers.wanted import Names, Wanted
-from deepspec_core.targets.opening import fetched
+from deepspec_core.targets.opening import fetched, load_target
 
 log = logging.getLogger("deepspec")
 
@@ -97,6 +101,8 @@ def check(run: Run) -> None:
         servers.check()
     finally:
         work.exchange.clear()
+    if workers.rank() == 0 and run.file.features.probe != "off":
+        _compare(run, work)
 
 
 def begin(run: Run, stage: str) -> FeatureServers:
@@ -119,6 +125,44 @@ def begin(run: Run, stage: str) -> FeatureServers:
         partial.write_text(json.dumps({"numbers": work.stored}) + "\n", encoding="utf-8")
         os.replace(partial, record)
     return servers
+
+
+def _compare(run: Run, work: FeatureWork) -> None:
+    """Compare what servers gave with the target here, or with each other. ConfigError where one gives something else.
+
+    The target is loaded for this, computes one short text, and is let go: training does not need it.
+    """
+    given = {address: work.by_name(features) for address, features in work.tried.items()}
+    first = next(address for address in run.file.features.servers if address in given)
+    if run.file.features.probe == "target":
+        reference, whose = _of_target(run, work), "the target in this process"
+    else:
+        reference, whose = given.pop(first), f"the first server, {first}"
+    if not given:
+        log.info('%s is the only server, and compared with nothing; features.probe = "target" would', first)
+    for address, found in given.items():
+        compared = differences(found, reference)
+        require_alike(compared, where=f"features.servers: {address}", whose=whose)
+        log.info("%s, compared with %s: %s", address, whose, summary(compared))
+
+
+def _of_target(run: Run, work: FeatureWork) -> dict[str, Tensor]:
+    """The sample's states of every layer by the target here, so that a layer that is another one is recognised."""
+    target, options = run.target, run.file.target
+    every = AskedLayers(taps=tuple(range(-1, work.layers.num_layers - 1)), num_layers=work.layers.num_layers)
+    model = load_target(
+        target.adapter,
+        target.where,
+        dtype=target.dtype,
+        device=target.device,
+        trust_remote_code=options.trust_remote_code,
+        revision=options.revision,
+    )
+    ids = work.sample[None].to(model.device)
+    with torch.no_grad():
+        found = model.features(ids, torch.ones_like(ids).bool(), None, None, every.taps)
+    hidden, last = found.hidden[0].cpu(), found.last_hidden[0].cpu()
+    return {every.name(column): state for column, state in enumerate((*hidden.chunk(len(every.taps), -1), last))}
 
 
 def _begun_with(record: Path) -> str | None:

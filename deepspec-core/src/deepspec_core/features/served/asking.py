@@ -66,7 +66,7 @@ class FeatureWork:
     wanted: The target's names, the key and the limits. max_length is one more than the longest text has, because a
         server counts the token that it adds.
     stored: The number format that all servers have to write; None: that of the first one that answers.
-    sample: The text that a server is tried with.
+    sample: The text that a server is tried with. tried: what each address gave for it.
     """
 
     wanted: Wanted
@@ -77,7 +77,7 @@ class FeatureWork:
     file_timeout: float
     sample: Tensor
     stored: str | None = None
-    said: States | None = field(default=None, init=False)
+    tried: dict[str, TargetFeatures] = field(factory=dict, init=False)
 
     @property
     def called(self) -> Names:
@@ -148,7 +148,8 @@ class FeatureWork:
                 fix="Start all servers with the same format: the one that the stage was begun with, where it was.",
             )
         normed = self._normed(states, where)
-        self.stored, self.said = states.stored, states
+        self.stored = states.stored
+        self.tried[connection.address] = self._features(states, normed)
         return Served(model=model, normed=normed, stored=states.stored)
 
     async def ask(self, connection: Connection, served: Served, request: FeatureRequest) -> Taken:
@@ -185,6 +186,12 @@ class FeatureWork:
     def remark(self, answer: Taken) -> str | None:
         """None: a server's counts say it all."""
         return None
+
+    def by_name(self, features: TargetFeatures) -> dict[str, Tensor]:
+        """The features [T, C] and [T, H] of a text, by the name of each state."""
+        tapped = features.hidden.chunk(len(self.layers.taps), -1) if self.layers.taps else ()
+        named = {self.layers.name(column): state for column, state in zip(self.layers.columns, tapped, strict=True)}
+        return named | {self.layers.name(len(self.layers.ids) - 1): features.last_hidden}
 
     async def states(self, connection: Connection, model: str, ids: Tensor) -> States:
         """What the server gives for a text [T], checked. Its file is removed. Fault or Refusal where there is none."""
