@@ -1,6 +1,10 @@
 """Runs whose features come from servers: the same draft as online, the same cache, and what is said when it fails."""
 
 import json
+import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any

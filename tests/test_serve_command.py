@@ -149,7 +149,7 @@ def test_a_port_that_is_taken_is_told_at_once(
     assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 143)])
 def test_it_says_when_the_engine_answers_and_ends_with_it(
     program: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], number: int, code: int
 ) -> None:

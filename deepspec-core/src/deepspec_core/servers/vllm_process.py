@@ -18,8 +18,8 @@ import time
 import urllib.error
 import urllib.request
 from collections import deque
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -82,7 +82,7 @@ class Engine:
 
         StageError where it ends before it answers, or does not give features.
         """
-        with StopRequest() as request:
+        with StopRequest() as request, _a_closed_terminal_asks_to_stop():
             process = self._start()
             reader = threading.Thread(target=self._read, args=(process,), daemon=True)
             reader.start()
@@ -206,6 +206,20 @@ class Engine:
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         lines = "\n    ".join(self._last) if self._last else "nothing"
         return StageError(problem, where=self.served.executable, found=f"{how}; the last it said:\n    {lines}")
+
+
+@contextmanager
+def _a_closed_terminal_asks_to_stop() -> Iterator[None]:
+    """Inside the block SIGHUP is SIGTERM, unless it is ignored, as nohup asks. Otherwise the engine would be left."""
+    before = signal.getsignal(signal.SIGHUP)
+    own = threading.current_thread() is threading.main_thread() and before != signal.SIG_IGN
+    if own:
+        signal.signal(signal.SIGHUP, lambda _number, _frame: signal.raise_signal(signal.SIGTERM))
+    try:
+        yield
+    finally:
+        if own:
+            signal.signal(signal.SIGHUP, before)
 
 
 _LAYERS_FIX: Final = "Look at what it wrote; not every model of vLLM gives the states of its layers."
