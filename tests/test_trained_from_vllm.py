@@ -32,6 +32,15 @@ def path(new_run_file: Callable[[Path], Path], folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
+def answered(path: Path) -> Path:
+    """Conversations that the target answered, for every run of this file."""
+    sources = 'data.sources=[{path="builtin:tiny-dialogues", limit=' + str(SAMPLES) + "}]"
+    changes = ['run.stages=["regenerate"]', "run.output=answered", "run.threads=1", sources]
+    assert main(["run", str(path), *(word for change in changes for word in ("--set", change))]) == 0
+    return path.parent / "answered" / "regenerate" / "conversations.jsonl"
+
+
+@pytest.fixture(scope="module")
 def servers(path: Path, folder: Path) -> Iterator[list[FeatureServer]]:
     both = [FeatureServer(path, folder / "exchange", folder / f"{name}.log") for name in ("first", "second")]
     for server in both:
@@ -52,7 +61,7 @@ def _run(path: Path, output: str, *settings: str, seed: int = 1) -> Path:
         f"run.output={output}",
         f"run.seed={seed}",
         "run.threads=1",
-        'data.sources=[{path="builtin:tiny-dialogues", limit=' + str(SAMPLES) + "}]",
+        'data.sources=[{path="answered/regenerate/conversations.jsonl"}]',
         f"train.epochs={EPOCHS}",
         "train.log_every=1",
         "evaluate.temperature=[0.0]",
@@ -77,6 +86,7 @@ def _lines(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
 
 
+@pytest.mark.usefixtures("answered")
 def test_a_draft_is_as_good_as_one_trained_online(path: Path, servers: list[FeatureServer]) -> None:
     online, served = [], []
     for seed in SEEDS:
@@ -93,6 +103,7 @@ def test_a_draft_is_as_good_as_one_trained_online(path: Path, servers: list[Feat
     assert statistics.mean(served) / statistics.mean(online) == pytest.approx(1, abs=BY_ROUNDING), apart
 
 
+@pytest.mark.usefixtures("answered")
 def test_servers_that_are_killed_return(
     path: Path, servers: list[FeatureServer], capfd: pytest.CaptureFixture[str]
 ) -> None:
