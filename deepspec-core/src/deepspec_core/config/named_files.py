@@ -1,4 +1,5 @@
-"""What small files that a run file names say against it: the target's config.json, a chat template of the user's own.
+"""What files that a run file names say against it: the target's config.json, a chat template of the user's own, and
+the folder into which servers write.
 
 Reads them where they lie on this machine, and asks no Hub. Knows the keys for positions that all configs share. The
 target's family, which imports PyTorch, decides before a run (RunData.check_length).
@@ -12,6 +13,7 @@ from typing import Any
 
 from deepspec_core.config.load import RunFile
 from deepspec_core.config.schema import BUILTIN
+from deepspec_core.disk import is_folder
 from deepspec_core.errors import ConfigError, DeepSpecError, TargetError
 from deepspec_core.json_files import read_object
 from deepspec_core.plugins.registry import Registry
@@ -26,6 +28,9 @@ def problems_of_named_files(file: RunFile, base: Path, registry: Registry) -> It
             read_chat_template(base / template)
         except DeepSpecError as error:
             yield error
+    exchange = file.features.exchange
+    if exchange is not None and {"cache", "train"} & set(file.run.stages) and not is_folder(base / exchange):
+        yield no_exchange(str(base / exchange), where="features.exchange")
     if not {"regenerate", "cache", "train"} & set(file.run.stages):
         return
     local = model.startswith(BUILTIN)
@@ -39,6 +44,17 @@ def problems_of_named_files(file: RunFile, base: Path, registry: Registry) -> It
         return
     if most is not None and file.data.max_length > most:
         yield too_long(file.data.max_length, most, model, where="data.max_length")
+
+
+def no_exchange(found: str, *, where: str) -> ConfigError:
+    """The error for a folder that servers cannot write to, or that is not there."""
+    return ConfigError(
+        "The exchange folder cannot be used",
+        where=where,
+        found=found,
+        expected="a folder that the servers and this run can both write to, under the same path",
+        fix="Make the folder, or mount it here.",
+    )
 
 
 def too_long(asked: int, most: int, model: str, *, where: str) -> ConfigError:

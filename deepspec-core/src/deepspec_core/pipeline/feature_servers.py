@@ -8,12 +8,14 @@ from __future__ import annotations
 import json
 import logging
 import os
+import secrets
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
+from deepspec_core.config.named_files import no_exchange
 from deepspec_core.contracts.proposer import Sampling
 from deepspec_core.data.tokenize import ChatTokenizer
 from deepspec_core.disk import free_bytes, in_words, is_folder, why_not_writable
@@ -94,7 +96,7 @@ def servers_of(run: Run, *, ownership: Ownership, stored: str | None = None) -> 
 
 def check(run: Run) -> None:
     """ConfigError, before the first stage, where a server or the exchange folder cannot be used."""
-    trial = Ownership(owner=Ownership(owner="").session * 2)  # no run's own: another process may work in this one
+    trial = Ownership(owner=secrets.token_hex(8))  # not the run's own: another process may be at work in it
     servers = servers_of(run, ownership=trial)
     work: Any = servers.farm.work
     try:
@@ -191,13 +193,7 @@ def _folder(run: Run) -> Path:
     problem = None if is_folder(folder) else f"{folder} is no folder"
     problem = problem or why_not_writable(folder)
     if problem is not None:
-        raise ConfigError(
-            "The exchange folder cannot be used",
-            where=f"{run.path}: features.exchange",
-            found=problem,
-            expected="a folder that the servers and this run can both write to, under the same path",
-            fix="Make the folder, or mount it here.",
-        )
+        raise no_exchange(problem, where=f"{run.path}: features.exchange")
     return Path(os.path.realpath(folder))
 
 

@@ -281,7 +281,8 @@ class _Trainer:
     def _of_source(self) -> dict[str, float]:
         """The figures of a source that has some, summed over all ranks. All ranks must call it together."""
         own = getattr(self.source, "figures", None)
-        return {} if own is None else dict(sum(map(Counter, gathered(dict(own()))), Counter()))
+        parts = [] if own is None else gathered(dict(own()))
+        return {name: sum(part[name] for part in parts) for name in (parts[0] if parts else ())}
 
     def _lines_changed(self) -> None:
         if self.is_main and self.on_line is not None:

@@ -63,7 +63,7 @@ def read_states(file: BinaryIO, place: Path, *, ids: Tensor, layers: AskedLayers
             expected=int(sent_T[at]),
             fix="The states are of another text. Look at the server's log.",
         )
-    if said.get("layers") is not None and said["layers"] != json.dumps(list(layers.ids)):
+    if said.get("layers") is not None and _numbers(said["layers"]) != list(layers.ids):
         raise _other_layers(place, said["layers"], layers)
     if said.get("normed") not in _NORMED:
         raise _damaged(place, f"normed = {shown(str(said['normed']))}", "true or false")
@@ -91,6 +91,13 @@ def read_states(file: BinaryIO, place: Path, *, ids: Tensor, layers: AskedLayers
             fix="Let the server write a wider type, or look at its weights.",
         )
     return States(states=states, stored=stored, normed=_NORMED[said.get("normed")], size=size)
+
+
+def _numbers(text: object) -> object:
+    try:
+        return json.loads(str(text))
+    except (ValueError, RecursionError):
+        return None
 
 
 def _header(file: BinaryIO, place: Path) -> tuple[dict[str, Any], Mapping[str, Any], int, int]:

@@ -93,9 +93,12 @@ async def opened(place: Path, *, seconds: float) -> BinaryIO:
 
 
 def remove(place: Path) -> None:
-    """Remove an answer's file and its lock."""
+    """Remove an answer's file and its lock. BadAnswer where this user may not."""
     for path in (place, place.with_name(place.name + LOCK_SUFFIX)):
-        path.unlink(missing_ok=True)
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise _not_allowed("removed", path, error) from error
 
 
 def _try(place: Path) -> tuple[BinaryIO | None, str]:
@@ -132,14 +135,18 @@ def _open(path: Path) -> int | None:
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EMLINK, errno.ENXIO):
             raise _no_file(path) from error
-        raise BadAnswer(
-            "A server's file cannot be read",
-            kind=Kind.WRONG,
-            where=path,
-            found=error.strerror,
-            expected="a file that this user may read",
-            fix="Let server and run have the same user, or a umask that lets both read and remove.",
-        ) from error
+        raise _not_allowed("read", path, error) from error
+
+
+def _not_allowed(done: str, path: Path, error: OSError) -> BadAnswer:
+    return BadAnswer(
+        f"A server's file cannot be {done}",
+        kind=Kind.WRONG,
+        where=path,
+        found=error.strerror,
+        expected="a file that this user may read and remove",
+        fix="Let server and run have the same user, or a folder and a umask that let both read and remove.",
+    )
 
 
 def _no_file(path: Path) -> BadAnswer:

@@ -223,8 +223,17 @@ class FeatureWork:
 
     def _read(self, file: Any, place: Path, ids: Tensor) -> States:
         # Closed here: a thread that was given up still reads, and the number of a closed file may be another's by then.
-        with file:
-            return read_states(file, place, ids=ids, layers=self.layers, hidden_size=self.hidden_size)
+        try:
+            with file:
+                return read_states(file, place, ids=ids, layers=self.layers, hidden_size=self.hidden_size)
+        except OSError as error:
+            raise BadAnswer(
+                "A server's file cannot be read",
+                where=place,
+                found=error.strerror,
+                expected="a whole file",
+                fix="Look at the file system of the exchange folder.",
+            ) from error
 
     def _features(self, states: States, normed: bool) -> TargetFeatures:
         columns, values_TKH = list(self.layers.columns), states.states
