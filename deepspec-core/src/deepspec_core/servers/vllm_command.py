@@ -119,6 +119,8 @@ def command(served: Served) -> list[str]:
         words += ["--chat-template", str(served.chat_template)]
     # Every request is read once and generates one token: graphs of decoding steps would be captured for nothing.
     words += ["--enforce-eager", "--no-enable-prefix-caching"]
+    # Otherwise it writes a line for every text.
+    words += ["--disable-uvicorn-access-log"]
     words += ["--speculative-config", json.dumps(speculative), "--kv-transfer-config", json.dumps(transfer)]
     return [*words, *served.extra]
 
