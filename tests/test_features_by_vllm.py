@@ -27,8 +27,8 @@ TAPS = (-1, 1, 5, 9)
 LENGTHS = (1, 2, 15, 16, 17, 63, 64, 65, 200, 399, 400)
 LONGEST = max(LENGTHS)
 STEP_TOKENS = 64
-# fp32 sums in another order: 7.2e-5 was measured among values up to 112, ten steps of fp32 there. Four times that, and a
-# thousandth of what another layer's states differ by.
+# fp32 sums in another order: 7.2e-5 was measured among values up to 112, ten steps of fp32 there. Four times that; the
+# states of another layer are more than 1 apart.
 FP32 = 3e-4
 # The norm brings values down to about 5: 5.7e-6 was measured.
 FP32_NORMED = 3e-5

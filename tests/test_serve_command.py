@@ -37,6 +37,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.answer({{}})
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.headers["Authorization"] != ("Bearer k" if "VLLM_API_KEY" in os.environ else None):
+            self.send_error(401)
+            return
         if fault == "refuses":
             self.send_error(400, "no such model")
             return
@@ -120,6 +123,7 @@ def test_the_command_of_a_run_file(run_file: Path, tmp_path: Path, capsys: pytes
         ([*TARGET, "--exchange", "x", "--set", "train.lr=1"], "--set changes a run file"),
         ([*TARGET, "--exchange", "x", "--", "--kv_transfer_config.kv_role=kv_both"], "--exchange and --stored-as"),
         ([*TARGET, "--exchange", "x", "--", "--enable-prefix-caching"], "--enable-prefix-caching"),
+        ([*TARGET, "--exchange", "x", "--", "--api-key=k"], "VLLM_API_KEY"),
         ([*TARGET, "--exchange", "x", "tensor"], "Unexpected 'tensor'"),
         ([*TARGET, "--exchange", "x", "--vllm", "no-such-program"], "docs/target-elsewhere.md"),
     ],
@@ -151,8 +155,14 @@ def test_a_port_that_is_taken_is_told_at_once(
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 143)])
 def test_it_says_when_the_engine_answers_and_ends_with_it(
-    program: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], number: int, code: int
+    program: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    number: int,
+    code: int,
 ) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "k")
     served = Served(
         target="here",
         names=("here",),

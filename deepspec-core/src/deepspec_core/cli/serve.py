@@ -5,6 +5,7 @@ Knows the command's options and run files. The engine's own options are in serve
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,10 +69,8 @@ def serve(place: str, extra: tuple[str, ...], blocked: tuple[str, ...], **said: 
     served = evolve(served, executable=executable(said["vllm"]))
     require_free(served)
     _make_folder(served.exchange)
-    if not served.is_local:
-        click.echo(
-            f"Anyone who reaches {served.host} can ask this server; `-- --api-key KEY` asks for a key.", err=True
-        )
+    if not served.is_local and not os.environ.get("VLLM_API_KEY"):
+        click.echo(f"Anyone who reaches {served.host} can use this server. Set VLLM_API_KEY for a key.", err=True)
     return Engine(served, say=click.echo, quiet=said["quiet"]).run()
 
 
