@@ -228,7 +228,10 @@ _LAYERS_FIX: Final = "Look at what it wrote; not every model of vLLM gives the s
 def _get(url: str, body: Mapping[str, Any] | None, seconds: float) -> str:
     """The answer, asked without any proxy: the engine is this machine's."""
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data=data, headers={"Content-Type": "application/json"})
+    headers = {"Content-Type": "application/json"}
+    if key := os.environ.get("VLLM_API_KEY"):  # vLLM asks for it then
+        headers["Authorization"] = f"Bearer {key}"
+    request = urllib.request.Request(url, data=data, headers=headers)
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(request, timeout=seconds) as answer:
         return str(answer.read().decode())
