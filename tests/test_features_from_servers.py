@@ -145,16 +145,20 @@ def test_servers_are_compared_with_the_target_before_the_first_stage(
 
 
 def test_what_is_missing_is_said_before_the_first_stage(
-    run_file: Path, exchange: Path, servers: list[FeatureStandIn], capsys: pytest.CaptureFixture[str]
+    run_file: Path, exchange: Path, servers: list[FeatureStandIn], target: Target, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def refused(*changes: str) -> str:
-        assert main(["run", str(run_file), *SMALL, "--force", "train", *served(exchange, servers, *changes)]) == 2
+    def refused(*changes: str, workers: int = 1) -> str:
+        run = ["run", str(run_file), *SMALL, "--workers", str(workers), "--force", "train"]
+        assert main([*run, *served(exchange, servers, *changes)]) == 2
         said = capsys.readouterr()
         assert "train: starting" not in said.out
         return said.err
 
     assert "is no folder" in refused("features.exchange=nowhere")
     assert "features.exchange_gb" in refused("features.exchange_gb=0.0001")
+    longest = 384 * (8 + 6 * 4 * target.model.architecture.hidden_size) + 8192
+    message = refused(f"features.exchange_gb={1.5 * longest / 1e9}", workers=2)
+    assert "for each of 2 processes" in message
     assert "none is named" in refused("features.servers=[]")
     assert 'features.mode = "online"' in refused("features.mode=online")
     for server in servers:
@@ -235,15 +239,17 @@ def test_killed_in_the_middle_and_gone_on_with_it_is_the_same_draft(
     expected = weights(run_file)
     shutil.rmtree(folder_of(run_file) / "train")
     for server in servers:
-        server.slow = 0.2
+        server.slow = 0.5
+    run += ["--set", "features.prefetch=2"]
     process = subprocess.Popen([sys.executable, "-m", "deepspec_core", *run], stdout=subprocess.DEVNULL)
     checkpoints = folder_of(run_file) / "train" / "checkpoints"
-    wait_until(lambda: len(list(checkpoints.glob("step-*"))) > 1 and any(exchange.iterdir()), seconds=200)
+    wait_until(lambda: any(checkpoints.glob("step-00000[2-4]")) and sum(one.at_once for one in servers), seconds=200)
     process.send_signal(signal.SIGKILL)
     process.wait()
     for server in servers:
         server.slow = 0.0
         wait_until(lambda server=server: server.at_once == 0)
+    assert any(exchange.iterdir()), "servers write what nobody waits for any more"
     assert main(run) == 0
     torch.testing.assert_close(weights(run_file), expected, rtol=0, atol=0)
     assert list(exchange.iterdir()) == []

@@ -195,6 +195,9 @@ def test_missing_sections_and_keys_are_told(load: Loader) -> None:
     assert problems["target.model"].expected == "text in quotes"
 
 
+SERVERS = "features.servers=['http://host:8000/v1']"
+
+
 @pytest.mark.parametrize(
     ("overrides", "path"),
     [
@@ -204,6 +207,12 @@ def test_missing_sections_and_keys_are_told(load: Loader) -> None:
         (["features.mode=cached"], "run.stages"),
         (["features.mode=cached", "cache.path=nowhere"], "cache.path"),
         (["run.stages=['cache', 'train']"], "run.stages"),
+        (["features.mode=server", SERVERS, "features.exchange=x", "run.stages=['cache', 'train']"], "run.stages"),
+        (["features.mode=server", "features.exchange=x"], "features.servers"),
+        (["features.mode=server", SERVERS], "features.exchange"),
+        (["features.mode=cached", SERVERS, "run.stages=['cache', 'train']"], "features.exchange"),
+        ([SERVERS, "features.exchange=x"], "features.servers"),
+        (["features.mode=server", SERVERS, "features.exchange=x", "cache.subset=0.5"], "cache.subset"),
         (["run.stages=['train', 'export']"], "export.to"),
         (["export.to=['foreign']"], "export.to[0]"),
         (["target.layers=[]"], "target.layers"),
@@ -225,6 +234,8 @@ def test_sections_that_do_fit_together(load: Loader, tmp_path: Path) -> None:
     load(GOOD, "features.mode=cached", "cache.path=features")
     load(GOOD, "features.mode=cached", "run.stages=['cache', 'train']")
     load(GOOD, "features.mode=cached", "run.stages=['evaluate']")
+    load(GOOD, "features.mode=server", SERVERS, "features.exchange=x")
+    load(GOOD, "features.mode=cached", SERVERS, "features.exchange=x", "run.stages=['cache', 'train']")
     load(GOOD, "loss.terms={ce = 0, tv = {start = 0, end = 0.5, steps = 5}}")
     load(GOOD, "run.stages=['train', 'export']", "export.to=['served']")
     assert load(GOOD, "target.layers=[-1, 0, 7]").target.layers == (-1, 0, 7)

@@ -102,6 +102,6 @@ def deepspec_feature_sources() -> list[ComponentSpec]:
         ComponentSpec(
             name="server",
             summary="features that serving engines compute elsewhere while training",
-            build="deepspec_core.features.served.source:from_run",
+            build="deepspec_core.pipeline.feature_servers:from_run",
         ),
     ]

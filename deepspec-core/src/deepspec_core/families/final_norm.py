@@ -18,8 +18,6 @@ from transformers import AutoModelForCausalLM
 from deepspec_core.errors import TargetError
 from deepspec_core.targets.extra_weights import find_weights, read_weights
 
-__all__ = ["read_final_norm"]
-
 
 def read_final_norm(where: Path, text: Any, *, renamed: Mapping[str, str]) -> nn.Module | None:
     """The norm before the lm_head, of a directory, in float32 on the CPU. None where it cannot be told which that is.

@@ -28,10 +28,11 @@ if TYPE_CHECKING:
 log = logging.getLogger("deepspec")
 
 
-def check_before(run: Run, steps: Sequence[Step], *, may_write: bool = True) -> None:
+def check_before(run: Run, steps: Sequence[Step], *, may_write: bool = True, processes: int = 1) -> None:
     """Raise the errors that would stop a later stage. Does nothing if no stage is to run.
 
-    Nothing is written, except that the bad rows of a source that has too many are kept if it `may_write`.
+    `processes` is how many this command will start. Nothing is written, except that the bad rows of a source that has
+    too many are kept if it `may_write`.
 
     It checks folders, the feature source, the cache format, the target's config and tokenizer, taps, packed rows,
     sources, servers, the draft's options and forward pass, the weights it asks the target for, its description, its
@@ -68,7 +69,7 @@ def check_before(run: Run, steps: Sequence[Step], *, may_write: bool = True) -> 
     if any(stage in todo and uses_servers(run, stage) for stage in ("cache", "train")):
         from deepspec_core.pipeline.feature_servers import check as check_feature_servers
 
-        check_feature_servers(run)
+        check_feature_servers(run, processes)
     if _first_reader(run) in todo:
         _room_for_answers(run)
     confidence: bool | None = None

@@ -25,7 +25,7 @@ from deepspec_core.features.served.exchange import Exchange, Ownership, owner_of
 from deepspec_core.features.served.final_norm import FinalNorm
 from deepspec_core.features.served.layers import AskedLayers
 from deepspec_core.features.served.server_probe import differences, require_alike, summary
-from deepspec_core.features.served.source import FeatureServers
+from deepspec_core.features.served.source import FeatureServers, ServedFeatures
 from deepspec_core.json_files import read_object
 from deepspec_core.pipeline import workers
 from deepspec_core.pipeline.run import Run
@@ -50,12 +50,13 @@ _QUESTION: Final = (
 _GB: Final = 10**9
 
 
-def servers_of(run: Run, *, ownership: Ownership, stored: str | None = None) -> FeatureServers:
+def servers_of(run: Run, *, ownership: Ownership, stored: str | None = None, processes: int = 1) -> FeatureServers:
     """The servers, nobody asked yet. ConfigError where the exchange folder, its bound or the key will not do.
 
-    `stored`: The number format that they have to write; None: any.
+    `stored`: The number format that they have to write; None: any. `processes`: how many will share the bounds, where
+    they are not started yet.
     """
-    options, target, count = run.file.features, run.target, workers.count()
+    options, target, count = run.file.features, run.target, max(processes, workers.count())
     layers = AskedLayers(taps=run.file.target.layers, num_layers=target.architecture.num_layers)
     max_length, stop_ids = run.data.max_length, tuple(target.architecture.stop_token_ids)
     at_once = max(1, options.in_flight // count)
@@ -89,15 +90,15 @@ def servers_of(run: Run, *, ownership: Ownership, stored: str | None = None) -> 
         sample=short_sample(_prompt(target.tokenizer), max_length),
         stored=stored,
     )
-    _require_room(run, work, max_length)
+    _require_room(run, work, max_length, count)
     prefetch = options.prefetch if options.prefetch is not None else 2 * at_once * len(options.servers)
     return FeatureServers(farm=Farm(addresses=options.servers, work=work), prefetch=prefetch)
 
 
-def check(run: Run) -> None:
+def check(run: Run, processes: int = 1) -> None:
     """ConfigError, before the first stage, where a server or the exchange folder cannot be used."""
     trial = Ownership(owner=secrets.token_hex(8))  # not the run's own: another process may be at work in it
-    servers = servers_of(run, ownership=trial)
+    servers = servers_of(run, ownership=trial, processes=processes)
     work: Any = servers.farm.work
     try:
         servers.check()
@@ -127,6 +128,11 @@ def begin(run: Run, stage: str) -> FeatureServers:
         partial.write_text(json.dumps({"numbers": work.stored}) + "\n", encoding="utf-8")
         os.replace(partial, record)
     return servers
+
+
+def from_run(run: Run) -> ServedFeatures:
+    """`[features] mode = "server"`."""
+    return ServedFeatures(run.data.training_samples(), begin(run, "train"))
 
 
 def _compare(run: Run, work: FeatureWork) -> None:
@@ -205,11 +211,10 @@ def _final_norm(run: Run) -> FinalNorm | None:
     return None if norm is None else FinalNorm(norm)
 
 
-def _require_room(run: Run, work: FeatureWork, max_length: int) -> None:
+def _require_room(run: Run, work: FeatureWork, max_length: int, count: int) -> None:
     """ConfigError where the bound, or the disk, does not hold the longest sample."""
     longest, most = work.bytes_of(max_length), work.exchange.most
     if longest > most:
-        count = workers.count()
         raise ConfigError(
             "The exchange folder may not hold the longest sample",
             where=f"{run.path}: features.exchange_gb",

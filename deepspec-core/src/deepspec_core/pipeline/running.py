@@ -36,7 +36,7 @@ def run_stages(
 def begin(run: Run, steps: Sequence[Step], *, say: Callable[[str], None], processes: int = 1) -> None:
     """Say what the run computes with, then raise what would stop it later. The first of a run's messages come here."""
     threads.announce(run, [step.stage.name for step in steps if step.action != "skip"], say, processes=processes)
-    check_before(run, steps)
+    check_before(run, steps, processes=processes)
 
 
 def do(

@@ -1,4 +1,4 @@
-"""Features from servers while training: `[features] mode = "server"`.
+"""Features from servers while training: `[features] mode = "server"`, which pipeline/feature_servers.py makes of a run.
 
 Knows samples and streams of them. Does not know servers, files, or what is asked.
 """
@@ -81,10 +81,3 @@ class ServedFeatures:
     def summary(self) -> Mapping[str, Any]:
         """What the stage's summary says."""
         return self.servers.tally.summary()
-
-
-def from_run(run: Any) -> ServedFeatures:
-    """`[features] mode = "server"`."""
-    from deepspec_core.pipeline.feature_servers import begin
-
-    return ServedFeatures(run.data.training_samples(), begin(run, "train"))
