@@ -34,6 +34,7 @@ COMMANDS = {
     "data": "data:data",
     "cache": "cache:cache",
     "estimate": "estimate:estimate",
+    "serve": "serve:serve",
     "train": "train:train",
     "evaluate": "evaluate:evaluate",
     "generate": "generate:generate",
