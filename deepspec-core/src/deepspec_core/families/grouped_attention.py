@@ -40,8 +40,8 @@ def _attend(
     **more: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Queries [B, h, T, D], keys and values [B, G, L, D]; [B, T, h, D] comes back."""
-    # Several tokens without a mask are plain causal. One token sees all keys. transformers' function finds that out anew
-    # in every layer, which takes as long as attending.
+    # Several tokens without a mask are plain causal. One token sees all keys. transformers' function finds that out in
+    # every layer anew, which takes as long as attending.
     causal = attention_mask is None and query.shape[2] > 1
     if causal or key.device.type != "cpu" or any(more.get(name) for name in _OTHERS):
         found: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
