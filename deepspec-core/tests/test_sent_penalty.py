@@ -33,7 +33,7 @@ def test_every_engine_that_is_measured_is_sent_the_penalty(penalty: float) -> No
         assert settings["repeat_penalty" if engine.name == "llama.cpp" else "repetition_penalty"] == penalty
         if engine.name == "llama.cpp":
             assert ("penalties" in settings["samplers"]) == (penalty != 1)
-            assert settings["repeat_last_n"] == -1, "of the prompt and the answer"
+            assert settings["repeat_last_n"] == 2 + 5, "the prompt and the answer"
             took = {name: body[name] for name in ("temperature", "top_k", "top_p", "min_p")}
             with pytest.raises(Fault, match="repeat_penalty = 3"):
                 engine.dialect.in_form({"generation_settings": {**took, "repeat_penalty": 3.0}}, body)

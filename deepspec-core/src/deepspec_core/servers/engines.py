@@ -119,7 +119,8 @@ class _LlamaCppIds:
             "min_p": sampling.min_p,
             "samplers": [*penalties, "temperature", "top_k", "top_p", "min_p"],
             "repeat_penalty": sampling.repetition_penalty,
-            "repeat_last_n": -1,  # prompt and answer
+            # The prompt and the answer. Newer builds refuse -1, which said so.
+            "repeat_last_n": len(prompt_ids) + limit,
             "presence_penalty": 0.0,
             "frequency_penalty": 0.0,
             "cache_prompt": False,
