@@ -29,6 +29,7 @@ def test_ids_are_distinct_whatever_a_source_calls_its_own() -> None:
     assert [one.id for one in several(_named("a", "a (answer 2)", "a (answer 2) (again)"), 2)] == twice
 
 
+@pytest.mark.slow
 def test_each_answer_is_drawn_by_itself_and_an_interrupted_run_repeats_none(
     finished: Path, run_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
