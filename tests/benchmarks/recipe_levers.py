@@ -82,7 +82,7 @@ LEVERS: Final[dict[str, Lever]] = {
     # The optimizer.
     "lr2": _set("train.lr=8e-3", predicted="-0.2"),
     "lr-half": _set("train.lr=2e-3", predicted="-0.1 in so few steps"),
-    "muon": _set("train.optimizer=muon", predicted="+0.3, although its own products take a fifth of the steps"),
+    "muon": _set("train.optimizer=muon", predicted="+0.3, although its own products take an eighth of the steps"),
     "warmup10": _set("train.warmup=0.1", predicted="0"),
     # Data.
     "greedy": _set("regenerate.temperature=0.0", predicted="+0.2 at T = 0 and less at T = 1"),
@@ -104,7 +104,7 @@ LEVERS: Final[dict[str, Lever]] = {
     "decay0.6": _set("draft.step_decay=0.6", of=_EAGLE3, predicted="-0.05"),
     "padded": _set('draft.normaliser="padded_batch"', of=_EAGLE3, predicted="0"),
     "hard-ce": _set(*_terms("ce = 1.0"), of=_EAGLE3, predicted="-0.2: the label is one draw of the distribution"),
-    "draws16": _set("draft.num_anchors=16", of=_EAGLE3, predicted="+0.2: a third of the cost a step, so more steps"),
+    "draws16": _set("draft.num_anchors=16", of=_EAGLE3, predicted="+0.2: 0.6 of the cost a step, so more steps"),
 }  # fmt: skip
 # Best ones together, by what is known of them alone.
 TOGETHER: Final = ("dspark+ce+anchors32", "dspark+ce+anchors64", "dspark+ce+batch8", "eagle3+labels+draws16")
