@@ -135,6 +135,14 @@ def test_a_dataset_of_the_hub_that_moved_on_is_refused(
     assert "The content of data.sources[0] changed under" in capsys.readouterr().err
 
 
+def test_answers_do_not_depend_on_the_taps(finished_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = json.loads((_folder(finished_copy) / "regenerate" / "stage.json").read_text())
+    assert "target.layers" not in record["reads"]
+    taps = ["--set", "target.layers=[2, 4]", "--set", 'run.stages=["regenerate"]']
+    assert main(["run", str(finished_copy), "--smoke", *ONE_THREAD, *taps]) == 0
+    assert "regenerate: already complete" in "".join(capsys.readouterr())
+
+
 def test_edited_answers_are_refused(finished_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = _folder(finished_copy) / "regenerate" / "conversations.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))

@@ -19,7 +19,7 @@ def run_stage(run: Run) -> dict[str, Any]:
     An interrupted stage goes on with those that are missing.
     """
     assert run.data.regenerated is not None, "this stage is in the run"
-    fmt = run.target.adapter.conversation_format()
+    fmt = run.target.family.conversation_format()
     counts: Counter[str] = Counter()
     crew = workers.crew()
     if run.file.regenerate.servers and not crew.first:

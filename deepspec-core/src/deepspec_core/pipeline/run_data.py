@@ -284,7 +284,7 @@ class RunData:
         return tokenize_all(
             conversations,
             self.target.tokenizer,
-            self.target.adapter.conversation_format(),
+            self.target.family.conversation_format(),
             system_prompt=self.options.system_prompt,
             max_length=self.max_length,
             min_supervised_tokens=self.options.min_supervised_tokens,

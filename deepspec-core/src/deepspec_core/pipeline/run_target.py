@@ -71,7 +71,7 @@ class RunTarget:
 
     @remembered
     def family(self) -> TargetAdapter:
-        """The adapter. The taps are not checked."""
+        """The adapter. The taps are not checked, nor read: a stage that needs none does not depend on them."""
         from deepspec_core.targets.opening import open_adapter
 
         return open_adapter(
@@ -104,7 +104,7 @@ class RunTarget:
     @property
     def architecture(self) -> TargetArchitecture:
         """The target's sizes and special tokens."""
-        return self.adapter.architecture
+        return self.family.architecture
 
     @remembered
     def model(self) -> TargetModel:
@@ -113,7 +113,7 @@ class RunTarget:
 
         self.reads.content(contents.TARGET, self.content_digest())
         model = load_target(
-            self.adapter,
+            self.family,
             self.where,
             dtype=self.dtype,
             device=self.device,
@@ -136,7 +136,7 @@ class RunTarget:
         if not self.is_loaded:
             self.reads.content(contents.TARGET, self.content_digest())
             found = load_vocabulary(
-                self.adapter,
+                self.family,
                 self.where,
                 dtype=self.dtype,
                 device=self.device,

@@ -80,7 +80,7 @@ def stored_samples(data: RunData) -> tuple[StoredSamples, Counter[str]]:
 def made_from(data: RunData) -> dict[str, Any]:
     """All that decides the tokens, by names for people. Where one of these changes, the tokens are made anew."""
     options, tokenizer = data.options, data.target.tokenizer
-    fmt = data.target.adapter.conversation_format()
+    fmt = data.target.family.conversation_format()
     facts: dict[str, Any] = {
         "the versions": {
             "deepspec-core": __version__,
@@ -133,7 +133,7 @@ def _made(data: RunData, read: Counter[str], manifest: Manifest) -> Iterator[tup
     options = data.options
     tokenisation = Tokenisation(
         tokenizer=data.target.tokenizer,
-        fmt=data.target.adapter.conversation_format(),
+        fmt=data.target.family.conversation_format(),
         system_prompt=options.system_prompt,
         max_length=data.max_length,
         supervision=data.supervision,
