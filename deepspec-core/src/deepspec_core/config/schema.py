@@ -228,8 +228,8 @@ class CacheOptions:
     """[cache]: how the cache stage stores features.
 
     format: How features are stored; see `deepspec plugins`.
-    dtype: The number format of stored features. "float8_e4m3" takes about half the room of bfloat16, and trained as good
-        a draft on the quickstart (three seeds): take it where disk or network is short, and bfloat16 otherwise.
+    dtype: The number format of stored features. "float8_e4m3" takes about half the room of bfloat16. On the quickstart
+        it trained as good a draft (three seeds). Take it where disk or network is short, and bfloat16 otherwise.
     path: The cache's folder. Left out: cache/ in the run's output. Another run's cache may be named.
     subset: Cache and train on a part of the samples, for pilots: a share such as 0.1, or a number of samples. Their ids
         decide which, and a smaller part is contained in every larger one. Of another run's cache this part is read.
