@@ -102,33 +102,97 @@ def _norm_of(where: Path) -> torch.Tensor:
     return found
 
 
+def _refusal(run: Run) -> ConfigError:
+    with fake_tensors():
+        draft = new_draft(run)
+    with pytest.raises(ConfigError, match="cannot start from the target's") as caught:
+        check_target_start(run, draft)
+    assert "draft.init = 'target:" in str(caught.value.where)
+    return caught.value
+
+
 def test_drafts_of_other_shapes_are_refused_with_both_shapes(
     make_run: Callable[..., Run], tiny_target: Callable[..., Any]
 ) -> None:
     qwen3 = tiny_target("qwen3").where
 
     def refused(where: Path | str, *overrides: str) -> ConfigError:
-        run = make_run(where, *overrides)
-        with fake_tensors():
-            draft = new_draft(run)
-        with pytest.raises(ConfigError, match="cannot start from the target's") as caught:
-            check_target_start(run, draft)
-        assert "draft.init = 'target:" in str(caught.value.where)
-        return caught.value
+        return _refusal(make_run(where, *overrides))
 
     error = refused(qwen3, "draft.layer.intermediate_size=20")
-    assert re.search(r"layers\.1\.mlp\.\w+_proj\.weight \[", str(error.found))
-    assert "20" in str(error.expected)
+    assert str(error.found).startswith("draft.layer.intermediate_size = 20: model.layers.1.mlp.")
+    assert re.search(r"layers\.1\.mlp\.down_proj\.weight \[32, 20\]", str(error.found))
+    assert re.search(r"layers\.1\.mlp\.down_proj\.weight \[32, 48\]", str(error.expected))
     error = refused(qwen3, "draft.num_layers=40", "draft.init=target:last")
     assert (error.found, error.expected) == ("40 layers of the draft", "at most the target's 6")
-    assert "style" in str(refused(qwen3, "draft.layer.style=llama").found)
+    error = refused(qwen3, "draft.layer.style=llama")
+    assert (error.found, error.expected) == (
+        "draft.layer.style = 'llama'",
+        "layers of the target's own family, 'qwen3'",
+    )
     assert "one tapped layer" in str(refused(qwen3, "target.layers=[-1]").expected)
     # A layer with a window has other heads than those with full attention, which every draft has.
     error = refused(tiny_target("gemma4").where, "target.layers=[2, 3]")
-    assert "layers.3.self_attn.k_norm.weight [8]" in str(error.found)
-    assert "layers.3.self_attn.k_norm.weight [16]" in str(error.expected)
+    assert "layers.3.self_attn.k_norm.weight [16]" in str(error.found)
+    assert "layers.3.self_attn.k_norm.weight [8]" in str(error.expected)
     error = refused(tiny_target("qwen3_moe").where, "draft.layer.intermediate_size=48")
-    assert "mlp.down_proj.weight is not in the target's files" in str(error.found)
+    assert "mlp.down_proj.weight is not in the target's files" in str(error.expected)
+
+
+@pytest.mark.parametrize("sizes", [(8, 4, 4), (2, 1, 16)])
+def test_matrices_of_the_same_shape_cut_into_other_heads_are_refused(
+    sizes: tuple[int, int, int], make_run: Callable[..., Run], tiny_target: Callable[..., Any]
+) -> None:
+    """Llama has no norms of queries and keys, so no shape of a weight says the heads."""
+    keys = ("num_heads", "num_kv_heads", "head_dim")
+    overrides = [f"draft.layer.{key}={size}" for key, size in zip(keys, sizes, strict=True)]
+    run = make_run(tiny_target("llama").where, *overrides)
+    error = _refusal(run)
+    assert error.found == ", ".join(f"draft.layer.{key} = {size}" for key, size in zip(keys, sizes, strict=True))
+    assert str(error.expected).startswith(
+        "draft.layer.num_heads = 4, draft.layer.num_kv_heads = 2, draft.layer.head_dim = 8"
+    )
+    draft = new_draft(run)
+    with pytest.raises(ConfigError, match="cannot start from the target's"):
+        take_target_layers(run, draft)
+    found = _refusal(make_run(tiny_target("llama").where, overrides[1])).found
+    assert found == f"draft.layer.num_kv_heads = {sizes[1]}", "only what differs"
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
+def test_another_rotary_base_is_taken_with_a_warning(
+    family: str, make_run: Callable[..., Run], tiny_target: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    def warnings_of(*overrides: str) -> list[str]:
+        run = make_run(tiny_target(family).where, "draft.num_layers=1", "target.layers=[2]", *overrides)
+        caplog.clear()
+        with fake_tensors():
+            check_target_start(run, new_draft(run))
+        return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+    assert warnings_of() == []
+    assert warnings_of("draft.layer.window=8") == []
+    (said,) = warnings_of("draft.layer.rope={rope_theta=12345.0}")
+    theirs, ours = said.split("; the draft's have ")
+    assert "rope_theta = " in theirs
+    assert "rope_theta = 12345.0. The weights are taken" in ours
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_targets_own_family_as_a_style_is_accepted(
+    family: str, make_run: Callable[..., Run], tiny_target: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also where the target's config says more than sizes: Gemma 4's values are its keys here."""
+    run = make_run(tiny_target(family).where, "draft.num_layers=1", "target.layers=[2]", f"draft.layer.style={family}")
+    with fake_tensors():
+        check_target_start(run, new_draft(run))
+    assert [record for record in caplog.records if record.levelname == "WARNING"] == []
+    styled = new_draft(run)
+    take_target_layers(run, styled)
+    plain_run = make_run(tiny_target(family).where, "draft.num_layers=1", "target.layers=[2]")
+    plain = new_draft(plain_run)
+    take_target_layers(plain_run, plain)
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in styled.state_dict().items())
 
 
 @pytest.mark.slow
@@ -177,7 +241,10 @@ def test_before_the_first_stage_another_algorithm_and_another_name_are_refused(
     command = ["run", str(run_file), "--smoke"]
     assert main([*command, *(word for one in eagle3 for word in ("--set", one))]) == 2
     seen = capsys.readouterr()
-    assert "model.layers.11.self_attn.q_proj.weight [" in seen.err
+    # Its attention reads two hidden states, so no shape of [draft.layer] would help.
+    assert "its attention reads 256 numbers a token" in seen.err
+    assert "the 128 that the target's attention reads" in seen.err
+    assert "whatever their shape" in seen.err
     assert "starting" not in seen.out
     assert main([*command, "--set", "draft.init=target:first"]) == 2
     assert "one of target:last, target:taps, or a checkpoint" in capsys.readouterr().err

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from attrs import Attribute, field, frozen
+from attrs import Attribute, evolve, field, frozen
 from attrs.validators import instance_of, optional
 
 from deepspec_core.config.bounds import whole
@@ -99,3 +99,7 @@ class LayerOptions:
     head_dim: int | None = field(default=None, validator=optional(whole(1, _SIZES)))
     rope: dict[str, float | str] | None = field(default=None, validator=optional(_rotary))
     window: int | None = field(default=None, validator=optional(whole(1, _SIZES)))
+
+    def for_target(self, family: str) -> LayerOptions:
+        """The same for a target of `family`: a style that is its own is none, so that its config's other keys count."""
+        return evolve(self, style=None) if self.style == family else self

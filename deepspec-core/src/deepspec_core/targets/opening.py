@@ -114,6 +114,7 @@ def open_adapter(
         ) from error
     tokens = special_tokens(where, raw, revision=revision, trust_remote_code=trust_remote_code)
     build = registry.load("target", spec.name)
+    draft_layer = draft_layer and draft_layer.for_target(spec.name)
     styled = draft_layer is not None and draft_layer.style is not None
     try:
         # With a style, the sizes are those of the style's layers.
