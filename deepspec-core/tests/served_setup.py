@@ -71,7 +71,7 @@ def asking(folder: Path, servers: Sequence[FeatureStandIn], **changes: Any) -> F
     """What asks these servers. `changes`: most, file_timeout, timeout, at_once, prefetch, ownership, layers, norm."""
     settings: dict[str, Any] = {"most": 10**8, "file_timeout": 0.1, "timeout": 20.0, "at_once": 4, "prefetch": 8}
     settings |= {"ownership": Ownership(owner=OWNER), "layers": LAYERS, "norm": FinalNorm(RootMeanSquare())}
-    settings |= {"pause": 0.005, "stored": None} | changes
+    settings |= {"pause": 0.005, "stored": None, "references": (), "say_after": 5.0} | changes
     wanted = Wanted(
         names=("tiny",),
         tokenizer=tokenizer(),
@@ -100,8 +100,15 @@ def asking(folder: Path, servers: Sequence[FeatureStandIn], **changes: Any) -> F
         file_timeout=settings["file_timeout"],
         sample=short_sample(SAMPLE, 64),
         stored=settings["stored"],
+        references=settings["references"],
+        probe_pause=0.001,
     )
-    farm = Farm(addresses=[server.address for server in servers], work=work, pause=settings["pause"])
+    farm = Farm(
+        addresses=[server.address for server in servers],
+        work=work,
+        pause=settings["pause"],
+        say_after=settings["say_after"],
+    )
     return FeatureServers(farm=farm, prefetch=settings["prefetch"])
 
 

@@ -5,7 +5,6 @@ Knows [features], the run's target and its processes. Does not know how servers 
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import secrets
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from torch import Tensor
 
 from deepspec_core.config.named_files import no_exchange
 from deepspec_core.contracts.proposer import Sampling
@@ -24,10 +22,11 @@ from deepspec_core.features.served.asking import FeatureWork, short_sample
 from deepspec_core.features.served.exchange import Exchange, Ownership, owner_of
 from deepspec_core.features.served.final_norm import FinalNorm
 from deepspec_core.features.served.layers import AskedLayers
-from deepspec_core.features.served.server_probe import differences, require_alike, summary
+from deepspec_core.features.served.server_probe import Reference, differences, require_alike, summary
 from deepspec_core.features.served.source import FeatureServers, ServedFeatures
-from deepspec_core.json_files import read_object
+from deepspec_core.features.served.stage_record import ServedRecord, read_record
 from deepspec_core.pipeline import workers
+from deepspec_core.pipeline.fingerprint import RECORD as STAGE
 from deepspec_core.pipeline.run import Run
 from deepspec_core.pipeline.serving import end_of, key_in
 from deepspec_core.servers.farm import Farm
@@ -36,7 +35,7 @@ from deepspec_core.targets.opening import fetched, load_target
 
 log = logging.getLogger("deepspec")
 
-RECORD: Final = "served.json"
+RECORD: Final = "served.safetensors"
 NAMES: Final = Names(
     servers="features.servers",
     served_as="features.served_as",
@@ -105,28 +104,39 @@ def check(run: Run, processes: int = 1) -> None:
     finally:
         work.exchange.clear()
     if workers.rank() == 0 and run.file.features.probe != "off":
-        _compare(run, work)
+        run.served_like = _compare(run, work)
 
 
 def begin(run: Run, stage: str) -> FeatureServers:
     """The servers, for this process of a stage: tried, and what an earlier one left in the exchange folder removed.
 
-    ConfigError where a server cannot be used, or writes another number format than when the stage was begun.
+    A server stays out that does not give what it gave at the start, or what others gave when the stage was begun.
+    ConfigError where no server is left, StageError where a stage that was begun has no record of what it began with.
     """
     ownership = Ownership(owner=owner_of(run.folder), rank=workers.rank(), world=workers.count())
-    record = run.stage_folder(stage) / RECORD
-    stored = _begun_with(record)
-    servers = servers_of(run, ownership=ownership, stored=stored)
+    path, compares = run.stage_folder(stage) / RECORD, run.file.features.probe != "off"
+    begun = _begun_with(path, stage)
+    servers = servers_of(run, ownership=ownership, stored=None if begun is None else begun.stored)
     work: Any = servers.farm.work
+    start: tuple[Reference, ...] = () if run.served_like is None else (run.served_like,)
+    if compares:
+        work.references = start if begun is None else (*start, begun.reference(work, where=path))
     files, size = work.exchange.clear()
     if files:
         log.warning("removed %d files (%s) of an earlier process from %s", files, in_words(size), work.exchange.folder)
-    servers.check()
-    if stored is None and workers.rank() == 0:
-        record.parent.mkdir(parents=True, exist_ok=True)
-        partial = record.with_name(f".{record.name}.partial")
-        partial.write_text(json.dumps({"numbers": work.stored}) + "\n", encoding="utf-8")
-        os.replace(partial, record)
+    servers.check(strict=False)
+    crew = workers.crew()
+    if begun is None and crew.first:
+        first = next(address for address in run.file.features.servers if address in work.tried)
+        ServedRecord.of(work, first).write(path)
+    # The first process says what the stage begins with, and the others' servers have to give the same.
+    crew.told_by_first(f"what servers gave when the {stage} stage was begun", True)
+    if begun is None:
+        crew.require_seen(path)
+        begun = read_record(path)
+        work.stored = begun.stored
+        if compares:
+            work.references = (*start, begun.reference(work, where=path))
     return servers
 
 
@@ -135,26 +145,29 @@ def from_run(run: Run) -> ServedFeatures:
     return ServedFeatures(run.data.training_samples(), begin(run, "train"))
 
 
-def _compare(run: Run, work: FeatureWork) -> None:
+def _compare(run: Run, work: FeatureWork) -> Reference:
     """Compare what servers gave with the target here, or with each other. ConfigError where one gives something else.
+
+    Returns what they were compared with.
 
     The target is loaded for this, computes one short text, and is let go: training does not need it.
     """
     given = {address: work.by_name(features) for address, features in work.tried.items()}
     first = next(address for address in run.file.features.servers if address in given)
     if run.file.features.probe == "target":
-        reference, whose = _of_target(run, work), "the target in this process"
+        reference = Reference(states=_of_target(run, work), whose="the target in this process")
     else:
-        reference, whose = given.pop(first), f"the first server, {first}"
+        reference = Reference(states=given.pop(first), whose=f"the first server, {first}")
     if not given:
         log.info('%s is the only server, and compared with nothing; features.probe = "target" would', first)
     for address, found in given.items():
-        compared = differences(found, reference)
-        require_alike(compared, where=f"features.servers: {address}", whose=whose)
-        log.info("%s, compared with %s: %s", address, whose, summary(compared))
+        compared = differences(found, reference.states)
+        require_alike(compared, where=f"features.servers: {address}", whose=reference.whose)
+        log.info("%s, compared with %s: %s", address, reference.whose, summary(compared))
+    return reference
 
 
-def _of_target(run: Run, work: FeatureWork) -> dict[str, Tensor]:
+def _of_target(run: Run, work: FeatureWork) -> dict[str, torch.Tensor]:
     """The sample's states of every layer by the target here, so that a layer that is another one is recognised."""
     target, options = run.target, run.file.target
     every = AskedLayers(taps=tuple(range(-1, work.layers.num_layers - 1)), num_layers=work.layers.num_layers)
@@ -173,20 +186,24 @@ def _of_target(run: Run, work: FeatureWork) -> dict[str, Tensor]:
     return {every.name(column): state for column, state in enumerate((*hidden.chunk(len(every.taps), -1), last))}
 
 
-def _begun_with(record: Path) -> str | None:
-    """The number format that a stage was begun with; None where it was not begun."""
-    if not record.exists():
-        return None
-    found = read_object(record, kind=StageError).get("numbers")
-    if not isinstance(found, str):
+def _begun_with(record: Path, stage: str) -> ServedRecord | None:
+    """What a stage was begun with; None where it was not begun. StageError where that is not known."""
+    if record.exists():
+        return read_record(record)
+    folder = record.parent
+    results = folder / "checkpoints" if stage == "train" else folder
+    if any(
+        path.is_file() and not path.name.startswith(".") and path.name not in (STAGE, f"{STAGE}.partial")
+        for path in results.rglob("*")
+    ):
         raise StageError(
-            "The record of what servers wrote is damaged",
+            "A stage that servers began has no record of what they gave",
             where=record,
-            found=json.dumps(found),
-            expected="the name of a number format",
-            fix=f"Run again with --force {record.parent.name}, or choose another output.",
+            found="results of the stage, and no such file",
+            expected="the states that its servers gave for a short text when it was begun",
+            fix=f"Run again with --force {stage}, or choose another output.",
         )
-    return found
+    return None
 
 
 def _prompt(tokenizer: ChatTokenizer) -> tuple[int, ...]:

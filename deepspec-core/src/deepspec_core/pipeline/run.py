@@ -7,7 +7,7 @@ Knows where the files of a run lie and how its parts belong together. Each part 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from attrs import define, field
 
@@ -30,6 +30,7 @@ class Run:
 
     `smoke`: The file was made small (smoke.py), so its figures are not meant to mean anything.
     `reads` records which keys of `file` are read, and what else the run's parts read.
+    `served_like` is what feature servers were compared with before the first stage; None before that.
     """
 
     file: RunFile
@@ -37,6 +38,7 @@ class Run:
     plugins: Plugins
     smoke: bool = False
     reads: Reads = field(factory=Reads, init=False)
+    served_like: Any = field(default=None, init=False, eq=False)
 
     def __attrs_post_init__(self) -> None:
         self._draft_layer = self.file.draft.layer

@@ -22,7 +22,7 @@ from deepspec_core.data.answering import Unanswered
 from deepspec_core.errors import ConfigError, DataError
 from deepspec_core.servers.connection import Connection, Fault, Kind, Refusal, client
 from deepspec_core.servers.level import Level
-from deepspec_core.servers.probe import NotServed
+from deepspec_core.servers.probe import NotServed, NotServedNow
 from deepspec_core.servers.work import Work
 
 log = logging.getLogger("deepspec")
@@ -72,6 +72,7 @@ class Farm:
 
     pause: Seconds before a request or a server is tried again; doubled each time. health_every: seconds between looks
     at a server that is silent. look_every: seconds between looks for further requests while no answer comes.
+    say_after: seconds after which a server that a probe waits for is named.
     more: Whether requests may still come where none can be handed out, so that they are waited for.
     on_fault: Called with what failed, whenever an exchange did. on_look: called at every look; what it raises ends all.
     """
@@ -81,16 +82,20 @@ class Farm:
     pause: float = 0.5
     health_every: float = 30.0
     look_every: float = 1.0
+    say_after: float = 5.0
     more: Callable[[], bool] = lambda: False
     on_fault: Callable[[Fault], None] = lambda _fault: None
     on_look: Callable[[], None] = lambda: None
 
-    def check(self) -> None:
-        """ConfigError where a server cannot be used, or none is there. One that is not there yet is a warning."""
+    def check(self, *, strict: bool = True) -> None:
+        """ConfigError where no server can be used; if `strict`, also where one is not what it should be.
+
+        A server that is not there yet, or cannot be used now, is a warning.
+        """
         with asyncio.Runner() as runner:
             session = _Session(self, lambda: iter(()))
             try:
-                runner.run(session.open())
+                runner.run(session.open(strict=strict))
             finally:
                 runner.run(session.close())
 
@@ -102,7 +107,8 @@ class Farm:
         with asyncio.Runner() as runner:
             session = _Session(self, hand_out)
             try:
-                runner.run(session.open())
+                # One that was replaced since the check stays out: the others go on.
+                runner.run(session.open(strict=False))
                 while outcomes := runner.run(session.some()):
                     yield from outcomes
                 session.say()
@@ -123,24 +129,25 @@ class _Session:
     _stack: AsyncExitStack = field(factory=AsyncExitStack)
     _heard: float = field(factory=time.monotonic)
 
-    async def open(self) -> None:
+    async def open(self, *, strict: bool) -> None:
         """Probe all servers. ConfigError as Farm.check has it."""
         work = self.farm.work
         shared = await self._stack.enter_async_context(client(work.key))
         for address in dict.fromkeys(self.farm.addresses):
             self.servers.append(_Server(Connection(address, shared), Level(work.max_concurrency)))
-        found = await asyncio.gather(
-            *(work.probe(server.connection) for server in self.servers), return_exceptions=True
-        )
-        problems = [served for served in found if isinstance(served, NotServed)]
-        if problems:
-            raise ConfigError("servers cannot answer for this target", problems=problems)
+        found = await self._probed()
+        usable = any(not isinstance(served, BaseException) for served in found)
+        refused = [served for served in found if isinstance(served, NotServed)]
         away = []
         for server, served in zip(self.servers, found, strict=True):
             if isinstance(served, Fault):
                 away.append(f"{server.connection.address}: {served.reason}")
-            elif isinstance(served, BaseException):
+            elif isinstance(served, BaseException) and not isinstance(served, NotServed):
                 raise served
+        if refused and (not usable or (strict and not all(isinstance(one, NotServedNow) for one in refused))):
+            for reason in away:
+                log.warning("no answer from %s", reason)
+            raise ConfigError("servers cannot answer for this target", problems=refused)
         if len(away) == len(self.servers):
             raise ConfigError(
                 "no server answers",
@@ -151,8 +158,24 @@ class _Session:
         for server, served in zip(self.servers, found, strict=True):
             if isinstance(served, Fault):
                 self._take_out(server, str(served))
+            elif isinstance(served, NotServed):
+                log.warning("%s stays out: %s", server.connection.address, served)
+                self.revivals[asyncio.create_task(self._revive(server, said=str(served)))] = server
             else:
                 self._let_in(server, served)
+
+    async def _probed(self) -> list[Any]:
+        """What each server's probe returned or raised. Those that are waited for long are named."""
+        probes = [asyncio.create_task(self.farm.work.probe(server.connection)) for server in self.servers]
+        try:
+            _, late = await asyncio.wait(probes, timeout=self.farm.say_after)
+            for probe, server in zip(probes, self.servers, strict=True):
+                if probe in late:
+                    log.warning("waiting for %s, which does not answer yet", server.connection.address)
+            return await asyncio.gather(*probes, return_exceptions=True)
+        finally:
+            for probe in probes:
+                probe.cancel()
 
     async def close(self) -> None:
         """End what is under way."""
@@ -286,8 +309,8 @@ class _Session:
         server.level = Level(self.farm.work.max_concurrency)
         self.watches[asyncio.create_task(self._watch(server))] = server
 
-    async def _revive(self, server: _Server) -> Any:
-        said, tries = "", 0
+    async def _revive(self, server: _Server, said: str = "") -> Any:
+        tries = 0
         while True:
             await asyncio.sleep(self._pause(tries))
             tries += 1

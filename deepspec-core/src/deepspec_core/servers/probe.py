@@ -29,6 +29,10 @@ class NotServed(ConfigError):
     """The server answers, and cannot be used for this run."""
 
 
+class NotServedNow(NotServed):
+    """The server cannot be used now, and perhaps can later: its answers are damaged, or do not come."""
+
+
 @frozen(kw_only=True)
 class Served:
     """How a server is spoken to. `exact`: it returns token ids."""

@@ -9,4 +9,5 @@ asking.py          what is asked of one server, as the work of a farm (servers/f
 stream.py          the features of many samples, in order, read ahead of whoever uses them
 source.py          the feature source of training
 server_probe.py    comparing servers with the target in this process, or with each other
+stage_record.py    what servers gave when a stage was begun, which they have to give as long as it goes on
 """

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from attrs import define, field, frozen
+from attrs import define, evolve, field, frozen
 from torch import Tensor
 
 from deepspec_core.contracts.target import TargetFeatures
@@ -22,14 +22,18 @@ from deepspec_core.features.served.answer_place import BadAnswer, opened, place_
 from deepspec_core.features.served.exchange import Exchange
 from deepspec_core.features.served.final_norm import FinalNorm
 from deepspec_core.features.served.layers import AskedLayers, consecutive
+from deepspec_core.features.served.server_probe import Reference, precision_of
 from deepspec_core.servers.connection import Connection, Fault, Kind, Refusal, shown
-from deepspec_core.servers.probe import NotServed, entry_of
+from deepspec_core.servers.probe import NotServed, NotServedNow, entry_of
 from deepspec_core.servers.wanted import Names, Wanted
 
 # A header, token ids, and what a file system adds.
 _FILE_BYTES: Final = 8192
 _ID_BYTES: Final = 8
 _WIDEST: Final = 4
+# A damaged answer to a probe may be a passing fault; one that does not come is waited for no longer than this.
+_PROBE_TRIES: Final = 3
+_PROBE_SECONDS: Final = 60.0
 _SERVE: Final = "Start the server with `deepspec serve`."
 
 
@@ -43,11 +47,15 @@ class FeatureRequest:
 
 @frozen(kw_only=True, eq=False)
 class Served:
-    """How a server is asked. `normed`: whether its final states are after the target's last norm."""
+    """How a server is asked. `normed`: whether its final states are after the target's last norm.
+
+    compared: How its states of the short text compare with those that this run expects, one line each.
+    """
 
     model: str
     normed: bool
     stored: str
+    compared: tuple[str, ...] = ()
 
 
 @frozen(kw_only=True, eq=False)
@@ -66,7 +74,9 @@ class FeatureWork:
     wanted: The target's names, the key and the limits. max_length is one more than the longest text has, because a
         server counts the token that it adds.
     stored: The number format that all servers have to write; None: that of the first one that answers.
-    sample: The text that a server is tried with. tried: what each address gave for it.
+    sample: The text that a server is tried with. references: what its states of that text are compared with, each time.
+    tried: What each address gave for the text, once it was accepted. precisions: what they were computed in.
+    probe_pause: Seconds before a damaged answer to a probe is asked for again; doubled.
     """
 
     wanted: Wanted
@@ -77,7 +87,10 @@ class FeatureWork:
     file_timeout: float
     sample: Tensor
     stored: str | None = None
+    references: tuple[Reference, ...] = ()
+    probe_pause: float = 0.5
     tried: dict[str, TargetFeatures] = field(factory=dict, init=False)
+    precisions: dict[str, str] = field(factory=dict, init=False)
 
     @property
     def called(self) -> Names:
@@ -106,15 +119,38 @@ class FeatureWork:
         return _FILE_BYTES + tokens * (_ID_BYTES + states * (size * self.hidden_size + (4 if size == 1 else 0)))
 
     async def probe(self, connection: Connection) -> Served:
-        """Ask the server for a short text. NotServed where its states cannot be used, Fault where it is not ready."""
-        entry, _, said = await entry_of(connection, self.wanted)
+        """Ask the server for a short text. NotServed where its states cannot be used, Fault where it is not ready.
+
+        NotServedNow where it does not answer in time, or its answers are damaged each time.
+        """
+        seconds = min(self.timeout, _PROBE_SECONDS)
+        try:
+            async with asyncio.timeout(seconds):
+                for tries in range(_PROBE_TRIES - 1):
+                    try:
+                        return await self._probe(connection)
+                    except NotServedNow:
+                        await asyncio.sleep(self.probe_pause * 2**tries)
+                return await self._probe(connection)
+        except TimeoutError as error:
+            raise NotServedNow(
+                "A server does not answer in time",
+                where=f"{self.called.servers}: {connection.address}",
+                found=f"no states of a text of {len(self.sample)} tokens",
+                expected=f"an answer within {seconds:g} s",
+                fix="Look at the server's log, and whether it has too much to do.",
+            ) from error
+
+    async def _probe(self, connection: Connection) -> Served:
+        # A server that hangs is told by the time that `probe` allows.
+        entry, _, said = await entry_of(connection, evolve(self.wanted, timeout=2 * _PROBE_SECONDS))
         model = self.wanted.names[0] if entry is None else str(entry.get("id"))
         where = f"{self.called.servers}: {connection.address}"
         try:
             states = await self.states(connection, model, self.sample)
         except BadAnswer as error:
             told = error.error
-            raise NotServed(
+            raise (NotServedNow if error.kind is Kind.BAD else NotServed)(
                 told.problem,
                 where=f"{where}: {told.where}",
                 found=told.found,
@@ -132,7 +168,7 @@ class FeatureWork:
         except Fault as error:
             if error.kind in (Kind.DOWN, Kind.DIED, Kind.BUSY):
                 raise
-            raise NotServed(
+            raise (NotServedNow if error.kind is Kind.BAD else NotServed)(
                 "A server gives no hidden states",
                 where=where,
                 found="; ".join([*said, error.reason]),
@@ -148,9 +184,14 @@ class FeatureWork:
                 fix="Start all servers with the same format: the one that the stage was begun with, where it was.",
             )
         normed = self._normed(states, where)
+        features, precision = self._features(states, normed), states.stored
+        if precision == "float32":
+            precision = precision_of(states.states)
+        named = self.by_name(features)
+        compared = tuple(reference.require(named, precision, where=where) for reference in self.references)
         self.stored = states.stored
-        self.tried[connection.address] = self._features(states, normed)
-        return Served(model=model, normed=normed, stored=states.stored)
+        self.tried[connection.address], self.precisions[connection.address] = features, precision
+        return Served(model=model, normed=normed, stored=states.stored, compared=compared)
 
     async def ask(self, connection: Connection, served: Served, request: FeatureRequest) -> Taken:
         """The features of a text, in the order of the taps."""
@@ -181,7 +222,8 @@ class FeatureWork:
     def describe(self, served: Served) -> str:
         """As of Work."""
         when = "after" if served.normed else "before"
-        return f"{served.model}: states in {served.stored}, the final one {when} the last norm"
+        what = f"{served.model}: states in {served.stored}, the final one {when} the last norm"
+        return "; ".join((what, *served.compared))
 
     def remark(self, answer: Taken) -> str | None:
         """None: a server's counts say it all."""

@@ -1,8 +1,8 @@
 """Comparing what servers compute of one text: with the target in this process, or with each other.
 
 What differs is said by state: its error, and what the error is like. A state that is another layer's, or another
-model's, is refused. Token ids go to servers, so a server's own chat template has no part in it. Knows states; no
-servers, no target.
+model's, is refused. Token ids go to servers, so a server's own chat template has no part in it. Knows states; asks no
+server, and no target.
 
 The error of a state is the median over tokens of |found - reference| / |reference|. The median, because the first
 tokens of a text have states of another size in many models. A token with an error of e has a cosine of at least about
@@ -21,6 +21,7 @@ from attrs import frozen
 from torch import Tensor
 
 from deepspec_core.errors import ConfigError
+from deepspec_core.servers.probe import NotServed
 
 # A cosine of 0.989. Rounding to bfloat16 throughout a deep target stays below 0.03, and 8-bit weights and activations
 # below 0.1; a target with an error beyond this no longer says what the draft is to predict.
@@ -83,20 +84,66 @@ def differences(found: Mapping[str, Tensor], reference: Mapping[str, Tensor]) ->
     return made
 
 
-def require_alike(compared: Sequence[Difference], *, where: str, whose: str) -> None:
-    """ConfigError where a state is not the one that was asked for. `whose` is the reference."""
-    refused = [one for one in compared if one.refused]
+@frozen(kw_only=True, eq=False)
+class Reference:
+    """What the states of the short text have to be like: a server that comes, or comes back, is compared with it.
+
+    states: By name, [T, H]. whose: what messages call them. most: the largest error that is taken.
+    precisions: What the states may have been computed in, where that matters (precision_of).
+    """
+
+    states: Mapping[str, Tensor]
+    whose: str
+    most: float = MOST_ERROR
+    precisions: tuple[str, ...] | None = None
+
+    def require(self, found: Mapping[str, Tensor], precision: str, *, where: str) -> str:
+        """How `found` compares, in a line. NotServed where it is another model's, or computed in another precision."""
+        compared = differences(found, self.states)
+        require_alike(compared, where=where, whose=self.whose, most=self.most, kind=NotServed)
+        if self.precisions is not None and precision not in self.precisions:
+            raise NotServed(
+                "A server computes in another precision",
+                where=where,
+                found=f"{precision}, {summary(compared)}",
+                expected=f"{' or '.join(self.precisions)}, as {self.whose}",
+                fix="Start the server with the --dtype that the others had: `deepspec serve`.",
+            )
+        return f"compared with {self.whose}: {summary(compared)}"
+
+
+def precision_of(states: Tensor) -> str:
+    """The precision that states were computed in, as far as the numbers show it, whatever type they are stored in.
+
+    An engine that computes in bfloat16 keeps its residual stream in it, so a wider file has nothing in its lower bits.
+    """
+    for dtype in (torch.bfloat16, torch.float16):
+        if states.dtype == torch.float32 and torch.equal(states.to(dtype).float(), states):
+            return str(dtype).removeprefix("torch.")
+    return str(states.dtype).removeprefix("torch.")
+
+
+def require_alike(
+    compared: Sequence[Difference],
+    *,
+    where: str,
+    whose: str,
+    most: float = MOST_ERROR,
+    kind: type[ConfigError] = ConfigError,
+) -> None:
+    """An error of `kind` where a state is not the one that was asked for. `whose` is the reference."""
+    refused = [one for one in compared if one.refused or not one.error <= most]
     if not refused:
         return
     moved = [one for one in refused if one.nearest is not None]
-    raise ConfigError(
+    raise kind(
         "A server counts layers otherwise" if moved else "A server's features are not those of this target",
         where=where,
         found="; ".join(map(str, refused)),
-        expected=f"those of {whose}, with an error of at most {MOST_ERROR}",
+        expected=f"those of {whose}, with an error of at most {most:.2g}",
         fix="Engines count layer L of target.layers as L + 1. Start the server with `deepspec serve` for this run file."
         if moved
-        else "Look for another model, revision or quantisation on one side; features.probe says what is compared.",
+        else "Look for another model, revision, precision or quantisation; features.probe says what is compared.",
     )
 
 

@@ -27,9 +27,9 @@ class FeatureServers:
     prefetch: int
     tally: Tally = field(factory=Tally)
 
-    def check(self) -> None:
-        """ConfigError where a server cannot be used, or none is there. One that is not there yet is a warning."""
-        self.farm.check()
+    def check(self, *, strict: bool = True) -> None:
+        """As Farm.check."""
+        self.farm.check(strict=strict)
 
     def stream(self, samples: Iterable[Sample]) -> Stream:
         """The samples with features, in this order."""
