@@ -193,13 +193,23 @@ def no_temperature(where: str) -> ConfigError:
 
 def samples_mistakes(evaluate: EvaluateOptions, where: str) -> Iterator[ConfigError]:
     """Several answers to a prompt are of use only where they differ. `where` is the key or the argument."""
-    if evaluate.samples > 1 and evaluate.temperature and not any(evaluate.temperature):
-        yield ConfigError(
-            "greedy answers to one prompt are all the same",
-            where=where,
-            found=f"{evaluate.samples}, at temperature 0 alone",
-            expected="1, or a temperature above 0",
-        )
+    one = _one_choice(top_k=evaluate.top_k, min_p=evaluate.min_p)
+    if evaluate.samples > 1 and evaluate.temperature and (one or not any(evaluate.temperature)):
+        yield _same_answers(where, evaluate.samples, one or "temperature = 0 alone")
+
+
+def _one_choice(*, top_k: int | None, min_p: float | None) -> str | None:
+    """The setting, if there is one, that leaves nothing but the most probable token at any temperature."""
+    return "top_k = 1" if top_k == 1 else "min_p = 1" if min_p == 1 else None
+
+
+def _same_answers(where: str, count: int, setting: str) -> ConfigError:
+    return ConfigError(
+        "greedy answers to one prompt are all the same",
+        where=where,
+        found=f"{count}, with {setting}",
+        expected="1, or a temperature above 0, with top_k not 1 and min_p below 1",
+    )
 
 
 def _tasks(tasks: tuple[str, ...], data: DataOptions | None) -> Iterator[ConfigError]:
@@ -223,13 +233,10 @@ def _tasks(tasks: tuple[str, ...], data: DataOptions | None) -> Iterator[ConfigE
 
 def _answers(regenerate: RegenerateOptions) -> Iterator[ConfigError]:
     """Several greedy answers to a prompt are one, several times."""
-    if regenerate.answers > 1 and regenerate.temperature == 0:
-        yield ConfigError(
-            "greedy answers to one prompt are all the same",
-            where="regenerate.answers",
-            found=f"{regenerate.answers}, with regenerate.temperature = 0",
-            expected="1, or a temperature above 0",
-        )
+    greedy = "temperature = 0" if regenerate.temperature == 0 else None
+    greedy = greedy or _one_choice(top_k=regenerate.top_k, min_p=regenerate.min_p)
+    if regenerate.answers > 1 and greedy:
+        yield _same_answers("regenerate.answers", regenerate.answers, f"regenerate.{greedy}")
 
 
 def _share(thinking: bool | float, run: RunOptions) -> Iterator[ConfigError]:
