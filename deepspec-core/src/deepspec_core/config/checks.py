@@ -24,6 +24,7 @@ from deepspec_core.config.schema import (
     SERVER,
     DataOptions,
     EvaluateOptions,
+    LossOptions,
     RegenerateOptions,
     RunOptions,
     TermOptions,
@@ -85,15 +86,8 @@ def check_sections(sections: Mapping[str, Any], folder: Path, registry: Registry
             yield from column_mistakes(source.columns, f"data.sources[{index}].columns", builtin=builtin)
     if sections.get("data") and run and "regenerate" in run.stages:
         yield from _supervision(sections["data"])
-    if sections.get("loss") and not sections["loss"].terms:
-        yield ConfigError("nothing to train on", where="loss.terms", found="{}", expected="at least one loss term")
-    elif sections.get("loss") and not any(map(_counts, sections["loss"].terms.values())):
-        yield ConfigError(
-            "nothing to train on: every coefficient is 0, so that no weight would ever change",
-            where="loss.terms",
-            found=", ".join(sections["loss"].terms),
-            expected="at least one coefficient that is not 0",
-        )
+    if sections.get("loss"):
+        yield from loss_mistakes(sections["loss"])
     if sections.get("draft") and sections["draft"].tree is not None and sections.get("evaluate"):
         yield from tree_mistakes(sections["evaluate"])
         # The type of a checkpoint that is named is its own (pipeline/checking.py).
@@ -164,6 +158,19 @@ def cut_mistakes(evaluate: EvaluateOptions) -> Iterator[ConfigError]:
             where="evaluate.confidence_threshold",
             found=f"{evaluate.confidence_threshold:g}, with evaluate.scheduler",
             expected="a threshold or a scheduler",
+        )
+
+
+def loss_mistakes(loss: LossOptions) -> Iterator[ConfigError]:
+    """A loss that would train nothing."""
+    if not loss.terms:
+        yield ConfigError("nothing to train on", where="loss.terms", found="{}", expected="at least one loss term")
+    elif not any(map(_counts, loss.terms.values())):
+        yield ConfigError(
+            "nothing to train on: every coefficient is 0, so that no weight would ever change",
+            where="loss.terms",
+            found=", ".join(loss.terms),
+            expected="at least one coefficient that is not 0",
         )
 
 
