@@ -37,7 +37,7 @@ DRAFTS = {
     "eagle3": ("ttt_length = 4", "{soft_ce = 1.0}"),
 }
 FAMILIES = ("gemma3", "gemma4", "llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
-LENGTH, TAPS, HIDDEN = 64, 2, 32
+LENGTH, TAPS, HIDDEN, VOCABULARY = 64, 2, 32, 40
 
 MakeRun = Callable[..., Run]
 
@@ -125,6 +125,31 @@ def test_muon_keeps_one_moment_and_its_products_are_counted(make_run: MakeRun, t
     assert found.flops["update"] == sum(5 * (4 * m * m * n + 2 * m**3) for m, n in sides)
     # One moment in place of two, and no count of steps.
     assert plain.held["optimizer_moments"] - found.held["optimizer_moments"] == sum(4 * m * n + 4 for m, n in sides)
+
+
+@pytest.mark.parametrize(
+    ("draft", "override"),
+    [
+        *[(draft, f"draft.layer.intermediate_size={VOCABULARY}") for draft in DRAFTS],
+        *[(draft, f"draft.vocab_size={size}") for draft in DRAFTS for size in (HIDDEN, 16)],
+    ],
+)
+def test_a_layer_as_wide_as_a_vocabulary_is_still_muons(
+    draft: str, override: str, make_run: MakeRun, tiny_target: Any
+) -> None:
+    """Widths of layers, and of what they read, that happen to be the draft's number of tokens or the target's."""
+    where = tiny_target("qwen3").where
+
+    def matrices(*overrides: str) -> frozenset[str]:
+        run = make_run(where, draft, *overrides)
+        assert (run.target.architecture.vocab_size, run.target.architecture.hidden_size) == (VOCABULARY, HIDDEN)
+        with fake_tensors():
+            return hidden_matrices(new_draft(run))
+
+    found = matrices(override)
+    assert found == matrices()
+    assert any(name.endswith("fc.weight") for name in found)
+    assert any(name.endswith("mlp.down_proj.weight") for name in found)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

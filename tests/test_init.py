@@ -25,6 +25,8 @@ from deepspec_core.pipeline.checking import check_before
 from deepspec_core.pipeline.run import Run
 from deepspec_core.pipeline.stages import plan
 from deepspec_core.plugins.discovery import load_plugins
+from deepspec_core.plugins.registry import Registry
+from deepspec_core.plugins.specs import Recipe
 from deepspec_core.targets.taps import check_taps, spread_taps
 
 STRICT = """
@@ -152,6 +154,33 @@ def test_no_recipe_is_recommended_without_evidence(tmp_path: Path, capsys: pytes
     assert main(["init", "builtin:tiny-qwen3", "--draft", "dflash", "-o", str(out), "--recipe", "recommended"]) == 2
     assert "no recipe is recommended for drafts of type 'dflash'" in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_a_recipe_with_a_table_is_written_and_one_with_a_mistake_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, get = tmp_path / "train.toml", Registry.get
+    command = ["init", "builtin:tiny-qwen3", "--draft", "dspark", "-o", str(out), "--recipe", "recommended"]
+
+    def recommend(**parts: Any) -> None:
+        def with_recipe(registry: Registry, kind: str, name: str, **found: Any) -> Any:
+            spec = get(registry, kind, name, **found)
+            recipe = Recipe(evidence="Better.", **parts)
+            return evolve(spec, recommended=recipe) if (kind, name) == ("draft", "dspark") else spec
+
+        monkeypatch.setattr(Registry, "get", with_recipe)
+
+    for parts in ({"options": {"mask_token_id": 7}}, {"loss": {"weigting": {"type": "uniform"}}}):
+        recommend(**parts)
+        assert main(command) == 2
+        said = capsys.readouterr().err
+        assert "the recommended recipe of draft type 'dspark' cannot be used" in said
+        assert "deepspec-dspark" in said
+        assert not out.exists()
+    recommend(options={"markov": {"rank": 64}}, loss={"terms": {"ce": 1.0}})
+    assert main(command) == 0
+    file = _load(out)
+    assert (file.draft.options.markov.rank, file.loss.terms) == (64, {"ce": 1.0})
 
 
 def test_the_file_runs(tmp_path: Path) -> None:

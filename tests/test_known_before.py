@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,17 @@ def test_a_loss_term_the_draft_cannot_serve(refused: Refused) -> None:
     refused(
         "loss.terms={ce=1.0,confidence=1.0}",
         says=("loss term 'confidence' reads what this draft does not provide", "confidence_logits"),
+    )
+
+
+def test_an_optimizer_without_a_matrix_to_train(
+    refused: Refused, run_file: Path, example_plugin: Callable[[str], None]
+) -> None:
+    example_plugin("deepspec-medusa")
+    text = run_file.read_text().replace('type = "dflash"', 'type = "medusa"')
+    run_file.write_text(text.replace("block_size = 5\nnum_layers = 3\n", ""))
+    refused(
+        'train.optimizer="muon"', says=("no matrix that Muon could train", "train.optimizer", "3 trained parameters")
     )
 
 

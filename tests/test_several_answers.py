@@ -62,10 +62,16 @@ def test_each_answer_is_drawn_by_itself_and_an_interrupted_run_repeats_none(
     assert "regenerate.answers" in capsys.readouterr().err
 
 
-def test_several_greedy_answers_are_refused(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    greedy = ["--set", "regenerate.answers=2", "--set", "regenerate.temperature=0.0"]
-    assert main(["run", str(run_file), "--dry-run", *greedy]) == 2
-    assert "greedy answers to one prompt are all the same" in capsys.readouterr().err
+@pytest.mark.parametrize("setting", ["temperature=0.0", "top_k=1", "min_p=1.0"])
+def test_several_greedy_answers_are_refused(setting: str, run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for key in ("regenerate.answers", "evaluate.samples"):
+        greedy = ["--set", f"{key}=2", "--set", f"{key.partition('.')[0]}.{setting}"]
+        assert main(["config", "check", str(run_file), *greedy]) == 2
+        said = capsys.readouterr().err
+        assert "greedy answers to one prompt are all the same" in said
+        assert key in said
+    one = ["--set", f"regenerate.{setting}", "--set", f"evaluate.{setting}"]
+    assert main(["config", "check", str(run_file), *one]) == 0
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

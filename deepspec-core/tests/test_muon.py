@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from training_ranks import SAMPLES as SAMPLES_OF_RANKS
 from training_ranks import train_in
 
+from deepspec_core.contracts.rows import Heads
 from deepspec_core.errors import CheckpointError, ConfigError
 from deepspec_core.testing.tiny_draft import TinyDraft, TinySource
 from deepspec_core.training.checkpoint import latest
@@ -29,8 +30,8 @@ ROUNDED = {"rtol": 0.0, "atol": 6 * 1e-2 * 2**-6}
 class Shaped(TinyDraft):
     """Linear layers of every kind that a draft has."""
 
-    def __init__(self) -> None:
-        super().__init__(rank=2)
+    def __init__(self, **sizes: int) -> None:
+        super().__init__(rank=2, **sizes)
         self.gate = nn.Linear(18, 2)
         self.confidence = nn.Linear(16, 1)
         self.frozen = nn.Linear(16, 16).requires_grad_(False)
@@ -42,6 +43,35 @@ def test_matrices_between_hidden_states_are_its_own() -> None:
     # A bias, a parameter that is no layer's, an embedding, heads over tokens, one number, what is not trained.
     others = {"project.bias", "slots", "before.weight", "after.weight", "lm_head.weight", "confidence.weight"}
     assert others | {"frozen.weight", "gate.bias"} < names
+
+
+def test_no_number_decides_what_a_layer_is_for() -> None:
+    """As many tokens as hidden features: each matrix between hidden states has a side like the vocabulary's."""
+    assert hidden_matrices(Shaped(vocab_size=16)) == {"project.weight", "gate.weight"}
+    assert hidden_matrices(Shaped(vocab_size=18)) == {"project.weight", "gate.weight"}
+
+
+class Formed(Shaped):
+    """A draft that forms its heads of weights, and has an embedding that is a linear layer's too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.narrow = nn.Linear(16, 2, bias=False)
+        self.wide = nn.Linear(2, 48, bias=False)
+        self.tied = nn.Linear(2, 48, bias=False)
+        assert self.before is not None
+        self.tied.weight = self.before.weight
+
+    def heads(self) -> Heads:
+        heads = super().heads()
+        assert heads.correction is not None
+        adapted = heads.draft + self.wide.weight @ self.narrow.weight
+        return evolve(heads, draft=adapted, correction=2.0 * heads.correction[:, :])
+
+
+def test_weights_that_heads_are_formed_of_are_the_heads() -> None:
+    with torch.no_grad():
+        assert hidden_matrices(Formed()) == {"project.weight", "gate.weight"}
 
 
 def test_a_step_is_the_definition(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from deepspec_core.config.schema import (
     SERVER,
     DataOptions,
     EvaluateOptions,
+    LossOptions,
     RegenerateOptions,
     RunOptions,
     TermOptions,
@@ -85,15 +86,8 @@ def check_sections(sections: Mapping[str, Any], folder: Path, registry: Registry
             yield from column_mistakes(source.columns, f"data.sources[{index}].columns", builtin=builtin)
     if sections.get("data") and run and "regenerate" in run.stages:
         yield from _supervision(sections["data"])
-    if sections.get("loss") and not sections["loss"].terms:
-        yield ConfigError("nothing to train on", where="loss.terms", found="{}", expected="at least one loss term")
-    elif sections.get("loss") and not any(map(_counts, sections["loss"].terms.values())):
-        yield ConfigError(
-            "nothing to train on: every coefficient is 0, so that no weight would ever change",
-            where="loss.terms",
-            found=", ".join(sections["loss"].terms),
-            expected="at least one coefficient that is not 0",
-        )
+    if sections.get("loss"):
+        yield from loss_mistakes(sections["loss"])
     if sections.get("draft") and sections["draft"].tree is not None and sections.get("evaluate"):
         yield from tree_mistakes(sections["evaluate"])
         # The type of a checkpoint that is named is its own (pipeline/checking.py).
@@ -167,6 +161,19 @@ def cut_mistakes(evaluate: EvaluateOptions) -> Iterator[ConfigError]:
         )
 
 
+def loss_mistakes(loss: LossOptions) -> Iterator[ConfigError]:
+    """A loss that would train nothing."""
+    if not loss.terms:
+        yield ConfigError("nothing to train on", where="loss.terms", found="{}", expected="at least one loss term")
+    elif not any(map(_counts, loss.terms.values())):
+        yield ConfigError(
+            "nothing to train on: every coefficient is 0, so that no weight would ever change",
+            where="loss.terms",
+            found=", ".join(loss.terms),
+            expected="at least one coefficient that is not 0",
+        )
+
+
 def _counts(coefficient: float | CoefficientSchedule | TermOptions) -> bool:
     """Whether it is ever anything but 0."""
     if isinstance(coefficient, TermOptions):
@@ -193,13 +200,23 @@ def no_temperature(where: str) -> ConfigError:
 
 def samples_mistakes(evaluate: EvaluateOptions, where: str) -> Iterator[ConfigError]:
     """Several answers to a prompt are of use only where they differ. `where` is the key or the argument."""
-    if evaluate.samples > 1 and evaluate.temperature and not any(evaluate.temperature):
-        yield ConfigError(
-            "greedy answers to one prompt are all the same",
-            where=where,
-            found=f"{evaluate.samples}, at temperature 0 alone",
-            expected="1, or a temperature above 0",
-        )
+    one = _one_choice(top_k=evaluate.top_k, min_p=evaluate.min_p)
+    if evaluate.samples > 1 and evaluate.temperature and (one or not any(evaluate.temperature)):
+        yield _same_answers(where, evaluate.samples, one or "temperature = 0 alone")
+
+
+def _one_choice(*, top_k: int | None, min_p: float | None) -> str | None:
+    """The setting, if there is one, that leaves nothing but the most probable token at any temperature."""
+    return "top_k = 1" if top_k == 1 else "min_p = 1" if min_p == 1 else None
+
+
+def _same_answers(where: str, count: int, setting: str) -> ConfigError:
+    return ConfigError(
+        "greedy answers to one prompt are all the same",
+        where=where,
+        found=f"{count}, with {setting}",
+        expected="1, or a temperature above 0, with top_k not 1 and min_p below 1",
+    )
 
 
 def _tasks(tasks: tuple[str, ...], data: DataOptions | None) -> Iterator[ConfigError]:
@@ -223,13 +240,10 @@ def _tasks(tasks: tuple[str, ...], data: DataOptions | None) -> Iterator[ConfigE
 
 def _answers(regenerate: RegenerateOptions) -> Iterator[ConfigError]:
     """Several greedy answers to a prompt are one, several times."""
-    if regenerate.answers > 1 and regenerate.temperature == 0:
-        yield ConfigError(
-            "greedy answers to one prompt are all the same",
-            where="regenerate.answers",
-            found=f"{regenerate.answers}, with regenerate.temperature = 0",
-            expected="1, or a temperature above 0",
-        )
+    greedy = "temperature = 0" if regenerate.temperature == 0 else None
+    greedy = greedy or _one_choice(top_k=regenerate.top_k, min_p=regenerate.min_p)
+    if regenerate.answers > 1 and greedy:
+        yield _same_answers("regenerate.answers", regenerate.answers, f"regenerate.{greedy}")
 
 
 def _share(thinking: bool | float, run: RunOptions) -> Iterator[ConfigError]:

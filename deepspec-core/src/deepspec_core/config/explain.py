@@ -24,6 +24,7 @@ from deepspec_core.errors import ConfigError, DeepSpecError, nearest
 from deepspec_core.layers.options import CONFIG_NAMES
 from deepspec_core.plugins.references import message_of
 
+MISSING = "missing key"
 _LONGEST = 100
 _WORDS = {
     bool: ("true or false", "booleans"),
@@ -135,7 +136,7 @@ def explain(error: Exception, path: str, *, siblings: Mapping[str, Sequence[str]
         return [unknown_key(path, key, error.known, siblings) for key in error.keys]
     note = _noted(error, AttributeValidationNote)
     if isinstance(error, KeyError) and note and error.args == (note.name,):
-        return [ConfigError("missing key", where=path, expected=words(note.type))]
+        return [ConfigError(MISSING, where=path, expected=words(note.type))]
     if isinstance(error, Mismatch):
         close = nearest(error.found, error.known) if isinstance(error.found, str) else None
         return [

@@ -14,6 +14,7 @@ from typing import Any, Final
 import torch
 from attrs import NOTHING, asdict, fields, frozen
 
+from deepspec_core.config.recipe_check import CheckedRecipe, checked_recipe
 from deepspec_core.config.schema import BUILTIN, MASK, ROW_FILES, CacheOptions, DataOptions
 from deepspec_core.config.starter import Start
 from deepspec_core.contracts.cache import CacheFormat, CacheHeader
@@ -26,7 +27,7 @@ from deepspec_core.errors import ConfigError, DataError
 from deepspec_core.layers.options import LayerOptions
 from deepspec_core.pipeline.served_style import ServedStyle, served_style
 from deepspec_core.plugins.registry import Registry
-from deepspec_core.plugins.specs import DraftModelSpec, Recipe
+from deepspec_core.plugins.specs import DraftModelSpec
 from deepspec_core.targets.opening import open_target_alone, resolve_model, tokenizer_for, weight_bytes
 from deepspec_core.targets.taps import spread_taps
 
@@ -56,11 +57,12 @@ def start_of(
     """Everything that a new run file in `folder` says.
 
     `model` and `data` are as the user gave them; relative paths start at the current folder. PluginError if the draft
-    type is not installed. TargetError or DataError if the target or the data do not exist. ConfigError if the
-    `recommended` recipe is asked for, and there is none.
+    type is not installed, or if the `recommended` recipe is asked for and a run file could not say it. ConfigError if
+    there is no such recipe. TargetError or DataError if the target or the data do not exist.
     """
     spec = registry.get("draft", draft_type)
-    recipe = _recommended(spec) if recommended else None
+    recipe = _recommended(spec, registry) if recommended else None
+    evidence = spec.recommended.evidence if spec.recommended is not None else ""
     here = Path.cwd()
     where = resolve_model(model, base=here, registry=registry)
     adapter, layer = open_target_alone(where, registry=registry)
@@ -95,20 +97,20 @@ def start_of(
             **(_notes_of_training(registry, spec, values, adapter, taps, tokenizer) if spec.trained else {}),
             "draft.layer": [*([_MLP_NOTE] if "intermediate_size" in layer else []), *_style_note(served)],
             f"draft.{MASK}": [mask.reason],
-            **({} if recipe is None else {"loss": [f"The recommended recipe, here and in [draft]. {recipe.evidence}"]}),
+            **({} if recipe is None else {"loss": [f"The recommended recipe, here and in [draft]. {evidence}"]}),
         },
         trained=spec.trained,
     )
 
 
-def _recommended(spec: DraftModelSpec) -> Recipe:
+def _recommended(spec: DraftModelSpec, registry: Registry) -> CheckedRecipe:
     if spec.recommended is None:
         raise ConfigError(
             f"no recipe is recommended for drafts of type {spec.name!r}",
             where="--recipe recommended",
             expected="published, which nothing has been shown to beat",
         )
-    return spec.recommended
+    return checked_recipe(spec, registry)
 
 
 def _notes_of_training(

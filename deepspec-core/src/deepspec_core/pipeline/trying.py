@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import (
 )
 
 from deepspec_core.config.schema import PACKED
+from deepspec_core.config.train_options import MUON
 from deepspec_core.contracts.draft import DraftBatch, DraftDescription, DraftModel
 from deepspec_core.contracts.loss import LossTerm, RowStats, Weighting
 from deepspec_core.contracts.rows import Heads, Rows
@@ -36,6 +37,7 @@ from deepspec_core.rows.engine import RowEngine, build_engine
 from deepspec_core.rows.rows_check import RowsError
 from deepspec_core.rows.statistics import Undeclared
 from deepspec_core.training.checkpoint import bytes_of_one
+from deepspec_core.training.optimizers import hidden_matrices, no_matrices
 
 log = logging.getLogger("deepspec")
 
@@ -66,9 +68,11 @@ def try_draft(run: Run) -> tuple[DraftModel, Tried]:
 def try_training(run: Run, draft: DraftModel) -> None:
     """Run one forward pass of the draft, and the run's loss on rows like the draft's.
 
-    ConfigError if a term reads what the draft does not provide, or if the chosen kernels cannot run. PluginError, which
-    names the package, if the draft or a term fails.
+    ConfigError if a term reads what the draft does not provide, if the chosen kernels cannot run, or if the draft has
+    nothing for the chosen optimizer. PluginError, which names the package, if the draft or a term fails.
     """
+    if run.file.train.optimizer == MUON and not hidden_matrices(draft):
+        raise no_matrices(sum(weight.requires_grad for weight in draft.parameters()))
     engine = build_engine(run.file.loss, run.plugins.registry)
     engine.choice(run.target.device.type, run.target.architecture.vocab_size)
     rows = _rows(run, draft)

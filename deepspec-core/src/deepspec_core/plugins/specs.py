@@ -14,6 +14,7 @@ from attrs import Attribute, field, frozen, has
 from attrs.validators import deep_iterable, deep_mapping, instance_of, is_callable, matches_re, optional
 
 _REFERENCE = matches_re(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
+_TABLE = deep_mapping(instance_of(str), instance_of(object))
 _NAME = matches_re(r"[a-z0-9][a-z0-9_.-]*")
 
 
@@ -55,13 +56,15 @@ class Recipe:
     """Settings that decode better than an algorithm's published ones, for the same training.
 
     evidence: What was measured, on what, and what was not: sentences, which stand in run files with these settings.
-    options: Keys of [draft] that differ from the defaults.
+    options: Keys of the draft type's options that differ from the defaults. A mask token is the target's, and no key.
     loss: Keys of [loss], as a run file writes them, in the place of the algorithm's own.
+
+    `deepspec init` checks both as it would check a run file, and names the package in the error.
     """
 
     evidence: str = field(validator=matches_re(r"(?s)\S.*"))
-    options: Mapping[str, Any] = field(factory=dict, hash=False)
-    loss: Mapping[str, Any] = field(factory=dict, hash=False)
+    options: Mapping[str, Any] = field(factory=dict, hash=False, validator=_TABLE)
+    loss: Mapping[str, Any] = field(factory=dict, hash=False, validator=_TABLE)
 
 
 @frozen(kw_only=True)

@@ -38,12 +38,7 @@ def build_optimizer(
     hidden = [value for name, value in trained.items() if name in matrices]
     others = [value for name, value in trained.items() if name not in matrices]
     if not hidden:
-        raise ConfigError(
-            "the draft has no matrix that Muon could train",
-            where="train.optimizer",
-            found=f'"{MUON}", and {len(trained)} parameters that are embeddings, heads, norms or biases',
-            expected='a draft with linear layers between hidden states, or "adamw"',
-        )
+        raise no_matrices(len(trained))
     log.info(
         "optimizer: Muon for %d matrices with %s numbers, AdamW for %d other weights with %s",
         len(hidden),
@@ -55,17 +50,50 @@ def build_optimizer(
 
 
 def hidden_matrices(draft: DraftModel) -> frozenset[str]:
-    """The names of the trained weights of linear layers between hidden states: no side is tokens, or a single number.
+    """The names of the trained weights of linear layers between hidden states.
+
+    What a layer is for decides, not how large it is. Of embeddings are all weights of `embed_tokens` and of
+    nn.Embedding. Of heads over the vocabulary are the weights of `lm_head`, and those that `heads()` gives or forms its
+    tensors of. A layer from or to one number is refused by its shape. A plain parameter of a module is no linear layer.
 
     To be asked before the draft's weights are spread over processes, since a draft may form its heads of them.
     """
-    heads = draft.heads()
-    refused = {1, heads.draft.shape[-2], heads.target.shape[-2]}
+    refused = {id(weight) for part in (draft.embed_tokens, draft.lm_head) for weight in part.parameters()}
+    refused |= {id(part.weight) for part in draft.modules() if isinstance(part, nn.Embedding)}
+    with torch.enable_grad():
+        heads = draft.heads()
+    for head in (heads.draft, heads.target, heads.correction):
+        if head is not None:
+            refused |= _formed_of(head)
     linear = {id(part.weight) for part in draft.modules() if isinstance(part, nn.Linear)}
     return frozenset(
         name
         for name, value in draft.named_parameters()
-        if value.requires_grad and id(value) in linear and not refused & set(value.shape)
+        if value.requires_grad and id(value) in linear - refused and 1 not in value.shape
+    )
+
+
+def _formed_of(tensor: Tensor) -> set[int]:
+    """The ids of the trained weights that a tensor is, or is computed from."""
+    found, seen, ahead = {id(tensor)}, set[Any](), [tensor.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        ahead += [before for before, _ in node.next_functions]
+    return found
+
+
+def no_matrices(trained: int) -> ConfigError:
+    """The error of a run that asks for Muon, and whose draft has this many trained parameters, none of them for it."""
+    return ConfigError(
+        "the draft has no matrix that Muon could train",
+        where="train.optimizer",
+        found=f'"{MUON}", and {trained} trained parameters, no linear layer between hidden states among them',
+        expected='a draft with linear layers between hidden states, or "adamw"',
     )
 
 

@@ -1,0 +1,104 @@
+"""A recommended recipe, checked as strictly as a run file that has its keys; mistakes are those of its plugin.
+
+Knows DraftModelSpec and how sections are structured. Does not know targets, or what becomes of a recipe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from attrs import NOTHING, asdict, fields, frozen, has
+
+from deepspec_core.config.checks import loss_mistakes
+from deepspec_core.config.explain import MISSING, UnknownKeys, explain, keys_of
+from deepspec_core.config.load import as_toml
+from deepspec_core.config.schema import MASK, LossOptions
+from deepspec_core.config.structure import strict_converter
+from deepspec_core.errors import ConfigError, DeepSpecError, PluginError
+from deepspec_core.plugins.registry import Registry
+from deepspec_core.plugins.specs import DraftModelSpec
+
+
+@frozen(kw_only=True)
+class CheckedRecipe:
+    """What a run file says by it: values of the draft type's options, by key, and keys of [loss] as TOML has them."""
+
+    options: Mapping[str, Any]
+    loss: Mapping[str, Any]
+
+
+def checked_recipe(spec: DraftModelSpec, registry: Registry) -> CheckedRecipe:
+    """The recipe that `spec` recommends. PluginError names the package, and the first key that is wrong.
+
+    A value may be an options object in the place of its table. The mask token is the target's, so no recipe gives it.
+    """
+    recipe = spec.recommended
+    assert recipe is not None, "there is one"
+    # What it is made of is the plugin's, down to the keys of its tables.
+    with registry.blaming("draft", spec.name):
+        loss = _as_written(recipe.loss)
+        options, problems = _options(spec.options, _as_written(recipe.options), registry)
+        for part, given in (("options", recipe.options), ("loss", recipe.loss)):
+            problems += [
+                ConfigError("a run file cannot say it", where=f"{part}.{key}", found="None", expected="a value")
+                for key, value in given.items()
+                if value is None
+            ]
+        problems += _of_loss(loss, registry)
+    for problem in problems:
+        raise PluginError(
+            f"the recommended recipe of draft type {spec.name!r} cannot be used: {problem.problem}",
+            where=f"{registry.provider('draft', spec.name)}: recommended of {spec.name!r}, {problem.where}",
+            found=problem.found,
+            expected=problem.expected,
+            fix="take --recipe published, or correct the plugin",
+        )
+    return CheckedRecipe(options=options, loss=loss)
+
+
+def _as_written(table: Mapping[str, Any]) -> dict[str, Any]:
+    """As TOML would be read, options objects as tables."""
+    plain: dict[str, Any] = as_toml({key: _tables(value) for key, value in table.items()})
+    return plain
+
+
+def _tables(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _tables(entry) for key, entry in value.items()}
+    return asdict(value) if has(type(value)) else value
+
+
+def _options(
+    options: type | None, table: Mapping[str, Any], registry: Registry
+) -> tuple[dict[str, Any], list[DeepSpecError]]:
+    """The values, and what is wrong with them. Keys that the options need and the recipe lacks are not."""
+    known = [key for key in (() if options is None else keys_of(options)) if key != MASK]
+    unknown = [key for key in table if key not in known]
+    if unknown:
+        return {}, explain(UnknownKeys(unknown, known), "options", siblings={})
+    if options is None:
+        return {}, []
+    converter, every = strict_converter(registry), {attribute.name: attribute for attribute in fields(options)}
+    mask = {MASK: 0} if MASK in every else {}
+    try:
+        built = converter.get_structure_hook(options)({**mask, **table}, options)
+        return {key: getattr(built, key) for key in table}, []
+    except Exception as error:
+        left = {f"options.{key}" for key, attribute in every.items() if attribute.default is NOTHING} - {
+            f"options.{key}" for key in table
+        }
+        told = explain(error, "options", siblings={})
+        problems = [each for each in told if not (each.problem == MISSING and each.where in left)]
+    if problems:
+        return {}, problems
+    types = {key: every[key].type for key in table}
+    return {key: converter.get_structure_hook(types[key])(value, types[key]) for key, value in table.items()}, []
+
+
+def _of_loss(table: Mapping[str, Any], registry: Registry) -> list[DeepSpecError]:
+    """What is wrong with keys of [loss]."""
+    try:
+        return list(loss_mistakes(strict_converter(registry).get_structure_hook(LossOptions)(table, LossOptions)))
+    except Exception as error:
+        return explain(error, "loss", siblings={})
