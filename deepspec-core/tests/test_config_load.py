@@ -218,7 +218,7 @@ def twice(section: str) -> str:
         (["features.mode=cached", SERVERS, "run.stages=['cache', 'train']"], "features.exchange"),
         ([SERVERS, "features.exchange=x"], "features.servers"),
         (["features.mode=server", SERVERS, "features.exchange=x", "cache.subset=0.5"], "cache.subset"),
-        (["features.mode=server", SERVERS, "features.exchange="], "features.exchange"),
+        (["features.mode=server", SERVERS, "features.exchange=''"], "features.exchange"),
         (["features.mode=server", SERVERS, "features.exchange=x", "features.served_as=' '"], "features.served_as"),
         (["features.mode=server", "features.exchange=x", twice("features")], "features.servers"),
         (["run.stages=['regenerate', 'train']", twice("regenerate")], "regenerate.servers"),
