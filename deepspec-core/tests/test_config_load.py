@@ -198,6 +198,11 @@ def test_missing_sections_and_keys_are_told(load: Loader) -> None:
 SERVERS = "features.servers=['http://host:8000/v1']"
 
 
+def twice(section: str) -> str:
+    """One server under two addresses."""
+    return f"{section}.servers=['http://host/v1', 'http://other/v1', 'http://Host:80/v1/']"
+
+
 @pytest.mark.parametrize(
     ("overrides", "path"),
     [
@@ -213,6 +218,20 @@ SERVERS = "features.servers=['http://host:8000/v1']"
         (["features.mode=cached", SERVERS, "run.stages=['cache', 'train']"], "features.exchange"),
         ([SERVERS, "features.exchange=x"], "features.servers"),
         (["features.mode=server", SERVERS, "features.exchange=x", "cache.subset=0.5"], "cache.subset"),
+        (["features.mode=server", SERVERS, "features.exchange=''"], "features.exchange"),
+        (["features.mode=server", SERVERS, "features.exchange=x", "features.served_as=' '"], "features.served_as"),
+        (["features.mode=server", "features.exchange=x", twice("features")], "features.servers"),
+        (["run.stages=['regenerate', 'train']", twice("regenerate")], "regenerate.servers"),
+        (
+            [
+                "run.stages=['regenerate', 'cache', 'train']",
+                "features.mode=cached",
+                "features.exchange=x",
+                SERVERS,
+                "regenerate.servers=['http://HOST:8000/']",
+            ],
+            "features.servers",
+        ),
         (["run.stages=['train', 'export']"], "export.to"),
         (["export.to=['foreign']"], "export.to[0]"),
         (["target.layers=[]"], "target.layers"),
@@ -236,6 +255,11 @@ def test_sections_that_do_fit_together(load: Loader, tmp_path: Path) -> None:
     load(GOOD, "features.mode=cached", "run.stages=['evaluate']")
     load(GOOD, "features.mode=server", SERVERS, "features.exchange=x")
     load(GOOD, "features.mode=cached", SERVERS, "features.exchange=x", "run.stages=['cache', 'train']")
+    # A port, a scheme and a path make another server.
+    others = ["http://host:8001/v1", "https://host:8000/v1", "http://host:8000/a/v1", "http://host:8000/b"]
+    load(GOOD, "features.mode=server", f"features.servers={others}", "features.exchange=x")
+    answers = [f"regenerate.servers={others}", "run.stages=['regenerate', 'train']"]
+    load(GOOD, "features.mode=server", SERVERS, "features.exchange=x", *answers)
     load(GOOD, "loss.terms={ce = 0, tv = {start = 0, end = 0.5, steps = 5}}")
     load(GOOD, "run.stages=['train', 'export']", "export.to=['served']")
     assert load(GOOD, "target.layers=[-1, 0, 7]").target.layers == (-1, 0, 7)

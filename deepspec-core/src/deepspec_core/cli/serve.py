@@ -30,7 +30,11 @@ _STORED = ("float32", "bfloat16", "float8_e4m3")
 @click.option("--layers", metavar="N,N,...", help="Tapped decoder layers, counted from 0; -1: the embedding.")
 @click.option("--exchange", metavar="DIR", help="Where features are written; training sees it under the same path.")
 @click.option("--dtype", type=click.Choice(_COMPUTED), help="What the target computes with. Default: target.dtype.")
-@click.option("--stored-as", type=click.Choice(_STORED), help="What features are written in. Default: the same.")
+@click.option(
+    "--stored-as",
+    type=click.Choice(_STORED),
+    help="What features are written in. Default: what the target computes with.",
+)
 @click.option("--max-length", type=click.IntRange(min=1), help="Tokens of the longest conversation.")
 @click.option("--revision", help="A branch, tag or commit of a Hub id.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address it listens on.")

@@ -48,7 +48,7 @@ def check_sections(sections: Mapping[str, Any], folder: Path, registry: Registry
             yield from _cache_stage(run, sections["features"].mode, sections["cache"].path, folder)
             yield from _subset(sections["features"].mode, sections["cache"].subset)
         if sections.get("features"):
-            yield from served_mistakes(sections["features"], run, folder)
+            yield from served_mistakes(sections["features"], run, folder, sections.get("regenerate"))
         if "export" in run.stages and sections.get("export") and not sections["export"].to:
             yield ConfigError(
                 "the export stage has nothing to write", where="export.to", found="[]", expected="a format"

@@ -5,16 +5,23 @@ Imports attrs only. Which keys go together, served_checks.py knows.
 
 from __future__ import annotations
 
-from attrs import field, frozen
+from typing import Any
+
+from attrs import Attribute, field, frozen
 from attrs.validators import deep_iterable, in_, optional
 
-from deepspec_core.config.addresses import address
+from deepspec_core.config.addresses import address, different
 from deepspec_core.config.bounds import above, whole
 from deepspec_core.config.key_marks import CHANGES_NOTHING
 
 ONLINE, CACHED, SERVER = "online", "cached", "server"
 PROBES = ("target", "servers", "off")
 _REQUESTS = 2**20  # more than any server takes
+
+
+def _said(_options: object, attribute: Attribute[Any], value: str) -> None:
+    if not value.strip():
+        raise ValueError(f"'{attribute.name}' must not be empty: leave it out, or say it")
 
 
 @frozen(kw_only=True)
@@ -39,9 +46,11 @@ class FeaturesOptions:
     """
 
     mode: str = ONLINE
-    servers: tuple[str, ...] = field(default=(), validator=deep_iterable(address), metadata=CHANGES_NOTHING)
-    served_as: str | None = field(default=None, metadata=CHANGES_NOTHING)
-    exchange: str | None = field(default=None, metadata=CHANGES_NOTHING)
+    servers: tuple[str, ...] = field(
+        default=(), validator=[deep_iterable(address), different], metadata=CHANGES_NOTHING
+    )
+    served_as: str | None = field(default=None, validator=optional(_said), metadata=CHANGES_NOTHING)
+    exchange: str | None = field(default=None, validator=optional(_said), metadata=CHANGES_NOTHING)
     exchange_gb: float = field(default=32.0, validator=above(0.0, 1e9), metadata=CHANGES_NOTHING)
     in_flight: int = field(default=16, validator=whole(1, _REQUESTS), metadata=CHANGES_NOTHING)
     prefetch: int | None = field(default=None, validator=optional(whole(1, _REQUESTS)), metadata=CHANGES_NOTHING)

@@ -12,7 +12,7 @@ from typing import Any
 from attrs import Attribute, field, frozen
 from attrs.validators import deep_iterable, in_, matches_re, optional
 
-from deepspec_core.config.addresses import address
+from deepspec_core.config.addresses import address, different
 from deepspec_core.config.bounds import MANY, above, real, whole
 from deepspec_core.config.draft_start import known_start
 from deepspec_core.config.features_options import CACHED as CACHED
@@ -206,7 +206,9 @@ class RegenerateOptions:
     api_key_env: The environment variable that holds the servers' key.
     """
 
-    servers: tuple[str, ...] = field(default=(), validator=deep_iterable(address), metadata=CHANGES_NOTHING)
+    servers: tuple[str, ...] = field(
+        default=(), validator=[deep_iterable(address), different], metadata=CHANGES_NOTHING
+    )
     served_as: str | None = field(default=None, metadata=CHANGES_NOTHING)
     thinking: bool | float = field(default=False, validator=_truth_or_share)
     answers: int = field(default=1, validator=whole(1, MOST_ANSWERS))

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from deepspec_core.config.addresses import place
 from deepspec_core.config.features_options import CACHED, ONLINE, SERVER, FeaturesOptions
 from deepspec_core.config.paths import no_path
-from deepspec_core.config.schema import RunOptions
+from deepspec_core.config.schema import RegenerateOptions, RunOptions
 from deepspec_core.errors import ConfigError
 
 
-def served_mistakes(features: FeaturesOptions, run: RunOptions, folder: Path) -> Iterator[ConfigError]:
-    """Every misfit. `folder` is the run file's."""
+def served_mistakes(
+    features: FeaturesOptions, run: RunOptions, folder: Path, regenerate: RegenerateOptions | None
+) -> Iterator[ConfigError]:
+    """Every misfit. `folder` is the run file's; `regenerate` is None where that section has errors of its own."""
     asks = (features.mode == SERVER and "train" in run.stages) or (features.mode == CACHED and bool(features.servers))
     if features.mode == SERVER and "train" in run.stages and not features.servers:
         yield ConfigError(
@@ -42,3 +45,14 @@ def served_mistakes(features: FeaturesOptions, run: RunOptions, folder: Path) ->
             expected=f'features.mode = "{SERVER}", or "{CACHED}" for a cache stage that asks them',
             fix=f'Set features.mode = "{SERVER}", or remove them.',
         )
+    if asks and regenerate is not None and "regenerate" in run.stages:
+        answering = {place(server) for server in regenerate.servers}
+        both = [server for server in features.servers if place(server) in answering]
+        if both:
+            yield ConfigError(
+                "a server of features would also write a file for every answer, which nobody reads or removes",
+                where="features.servers",
+                found=f"{', '.join(both)}, also in regenerate.servers",
+                expected="other servers than those of regenerate.servers",
+                fix="Start one without features for regenerate.servers, such as `vllm serve`.",
+            )

@@ -69,7 +69,7 @@ def check_before(run: Run, steps: Sequence[Step], *, may_write: bool = True, pro
     if any(stage in todo and uses_servers(run, stage) for stage in ("cache", "train")):
         from deepspec_core.pipeline.feature_servers import check as check_feature_servers
 
-        check_feature_servers(run, processes)
+        check_feature_servers(run, processes, may_write=may_write)
     if _first_reader(run) in todo:
         _room_for_answers(run)
     confidence: bool | None = None

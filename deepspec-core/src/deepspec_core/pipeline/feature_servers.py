@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 from pathlib import Path
 from typing import Any, Final
 
@@ -94,15 +93,16 @@ def servers_of(run: Run, *, ownership: Ownership, stored: str | None = None, pro
     return FeatureServers(farm=Farm(addresses=options.servers, work=work), prefetch=prefetch)
 
 
-def check(run: Run, processes: int = 1) -> None:
+def check(run: Run, processes: int = 1, *, may_write: bool = True) -> None:
     """ConfigError, before the first stage, where a server or the exchange folder cannot be used."""
-    trial = Ownership(owner=secrets.token_hex(8))  # not the run's own: another process may be at work in it
+    owner = owner_of(run.folder, may_write=may_write)  # the run's own: begin() removes what a kill leaves
+    trial = Ownership(owner=owner, rank=workers.rank(), world=workers.count())
     servers = servers_of(run, ownership=trial, processes=processes)
     work: Any = servers.farm.work
     try:
         servers.check()
     finally:
-        work.exchange.clear()
+        work.exchange.clear(session=True)  # another process may be at work in this run
     if workers.rank() == 0 and run.file.features.probe != "off":
         run.served_like = _compare(run, work)
 

@@ -20,8 +20,8 @@ from deepspec_core.errors import ConfigError
 CONNECTOR: Final = Path(__file__).parent / "in_vllm" / "deepspec_vllm_connector.py"
 STORED: Final = ("float32", "bfloat16", "float8_e4m3")
 _CONNECTOR_CLASS: Final = "DeepSpecHiddenStates"
-# vLLM's options that are set here, and what sets them instead of the words behind `--`.
-_OWN: Final = {
+# vLLM's options that are set here, and what sets them in place of the words behind `--`.
+_SET: Final = {
     "--model": "the command's first argument",
     "--served-model-name": "the command's first argument",
     "--revision": "target.revision of the run file",
@@ -34,9 +34,33 @@ _OWN: Final = {
     "--max-model-len": "--max-length of deepspec serve",
     "--speculative-config": "--layers of deepspec serve",
     "--spec-method": "--layers of deepspec serve",
+    "--spec-model": "--layers of deepspec serve",
+    "--spec-tokens": "--layers of deepspec serve",
     "--kv-transfer-config": "--exchange and --stored-as of deepspec serve",
-    "--enable-prefix-caching": "nothing: a cached prefix would make features depend on what was asked before",
 }
+_HTTP: Final = "deepspec serve reaches it over HTTP at --host and --port; a proxy can give it another entrance"
+# Options that do not go with what is served, and why.
+_NEVER: Final = {
+    "--enable-prefix-caching": "a cached prefix would make features depend on what was asked before",
+    "--enforce-eager": "it is set already, because graphs of decoding steps would be made for nothing",
+    "--disable-uvicorn-access-log": "it is set already, because a line for every text would hide all others",
+    "--config": "a file could set what deepspec serve sets; write its options behind --",
+    "--headless": "such a server takes no requests; start it with `vllm serve`",
+    "--grpc": _HTTP,
+    "--uds": _HTTP,
+    **dict.fromkeys(
+        (
+            "--ssl-keyfile",
+            "--ssl-certfile",
+            "--ssl-ca-certs",
+            "--ssl-cert-reqs",
+            "--ssl-ciphers",
+            "--enable-ssl-refresh",
+        ),
+        _HTTP,
+    ),
+}
+_SHORT: Final = {"-sc": "--speculative-config"}
 
 
 @frozen(kw_only=True)
@@ -150,18 +174,28 @@ def as_shell(words: Sequence[str], environment: Mapping[str, str]) -> str:
 
 
 def _refuse_own(word: str) -> None:
-    if not word.startswith("--"):
-        return
+    """ConfigError for an option that is set here, or does not go with it: also where it is negated or abbreviated."""
     name = word.split("=")[0].split(".")[0].replace("_", "-")
-    positive = name.replace("--no-", "--", 1)
-    if name in _OWN or positive in _OWN:
-        option = name if name in _OWN else positive
+    if not name.strip("-"):
+        return
+    if name.startswith("--"):
+        # vLLM reads the beginning of an option as that option. No other option is the beginning of one of these.
+        known = (*_SET, *_NEVER)
+        asked = (name, name.replace("--no-", "--", 1))
+        exact = [option for option in known if option in asked]
+        meant = exact or [option for option in known if option.startswith(asked)]
+    else:
+        meant = [option for short, option in _SHORT.items() if name.startswith("-") and short.startswith(name)]
+    if meant:
+        option = meant[0]
         raise ConfigError(
-            "deepspec serve sets this option of vLLM itself",
+            "deepspec serve sets this option of vLLM itself"
+            if option in _SET
+            else "This option of vLLM does not go with deepspec serve",
             where="the words behind --",
-            found=word,
+            found=word if name.endswith(option[2:]) else f"{word}, which vLLM reads as {option}",
             expected="other options of `vllm serve`",
-            fix=f"Leave it out; it comes from {_OWN[option]}.",
+            fix=f"Leave it out; {_SET[option]} sets it." if option in _SET else f"Leave it out: {_NEVER[option]}.",
         )
 
 

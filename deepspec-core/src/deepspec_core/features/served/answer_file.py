@@ -22,9 +22,9 @@ from torch import Tensor
 
 from deepspec_core.cache.quantize import decode
 from deepspec_core.features.finite import all_finite
-from deepspec_core.features.served.answer_place import BadAnswer
+from deepspec_core.features.served.answer_place import BadAnswer, told
 from deepspec_core.features.served.layers import AskedLayers
-from deepspec_core.servers.connection import Kind, shown
+from deepspec_core.servers.connection import Kind
 
 _IDS: Final = {"I32": torch.int32, "I64": torch.int64}
 _FLOATS: Final = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -53,7 +53,7 @@ def read_states(file: BinaryIO, place: Path, *, ids: Tensor, layers: AskedLayers
     """The states of the text `ids` [T]. BadAnswer, with what is wrong, where the file does not hold them."""
     entries, said, start, size = _header(file, place)
     sent_T = ids.to(torch.int64)
-    found_T = _tensor(file, place, entries, "token_ids", _IDS, start, (len(ids),)).to(torch.int64)
+    found_T = _tensor(file, place, entries, "token_ids", _IDS, start, size, (len(ids),)).to(torch.int64)
     if not torch.equal(found_T, sent_T):
         at = int(torch.nonzero(found_T != sent_T)[0])
         raise BadAnswer(
@@ -64,22 +64,22 @@ def read_states(file: BinaryIO, place: Path, *, ids: Tensor, layers: AskedLayers
             fix="The states are of another text. Look at the server's log.",
         )
     if said.get("layers") is not None and _numbers(said["layers"]) != list(layers.ids):
-        raise _other_layers(place, said["layers"], layers)
+        raise _other_layers(place, told(said["layers"]), layers)
     if said.get("normed") not in _NORMED:
-        raise _damaged(place, f"normed = {shown(str(said['normed']))}", "true or false")
+        raise _damaged(place, f"normed = {told(said['normed'])}", "true or false")
     shape = (len(ids), len(layers.ids), hidden_size)
     stated = entries.get("hidden_states", {}).get("shape")
     if isinstance(stated, list) and len(stated) == 3 and stated[1] != shape[1]:
-        raise _other_layers(place, f"{stated[1]} states a token", layers)
+        raise _other_layers(place, f"{told(stated[1])} states a token", layers)
     if entries.get("hidden_states", {}).get("dtype") == _FLOAT8:
         stored = "float8_e4m3"
-        bits = _tensor(file, place, entries, "hidden_states", {_FLOAT8: torch.uint8}, start, shape)
-        scales_TK = _tensor(file, place, entries, "hidden_states_scale", _FLOATS, start, shape[:2]).float()
+        bits = _tensor(file, place, entries, "hidden_states", {_FLOAT8: torch.uint8}, start, size, shape)
+        scales_TK = _tensor(file, place, entries, "hidden_states_scale", _FLOATS, start, size, shape[:2]).float()
         if not all_finite(scales_TK) or bool((scales_TK <= 0).any()):
             raise _damaged(place, "a scale that is not a positive number", "positive scales")
         states = decode(bits.flatten(1).numpy(), scales_TK.numpy(), stored).view(shape)
     else:
-        states = _tensor(file, place, entries, "hidden_states", _FLOATS, start, shape)
+        states = _tensor(file, place, entries, "hidden_states", _FLOATS, start, size, shape)
         stored = str(states.dtype).removeprefix("torch.")
     if not all_finite(states):
         token, column, channel = torch.nonzero(~torch.isfinite(states))[0].tolist()
@@ -114,7 +114,9 @@ def _header(file: BinaryIO, place: Path) -> tuple[dict[str, Any], Mapping[str, A
         raise _damaged(place, f"a header that is no JSON ({error})", "a safetensors file") from error
     metadata = header.pop("__metadata__", {}) if isinstance(header, dict) else None
     if not isinstance(metadata, dict) or not all(isinstance(entry, dict) for entry in header.values()):
-        raise _damaged(place, f"the header {shown(str(header))}", "a safetensors file")
+        raise _damaged(place, f"the header {told(header)}", "a safetensors file")
+    if not all(isinstance(value, str) for value in metadata.values()):
+        raise _damaged(place, f"the metadata {told(metadata)}", "metadata of texts alone")
     return header, metadata, 8 + length, size
 
 
@@ -125,18 +127,20 @@ def _tensor(
     name: str,
     dtypes: Mapping[str, torch.dtype],
     start: int,
+    size: int,
     shape: tuple[int, ...],
 ) -> Tensor:
     """A tensor of the file, if it is of this shape and one of these types. Nothing is read of one that is not."""
     entry = entries.get(name)
     if entry is None:
-        raise _damaged(place, f"tensors {', '.join(entries) or 'none'}", f"a tensor {name}")
-    dtype = dtypes.get(str(entry.get("dtype")))
+        raise _damaged(place, f"tensors {told(list(entries))}", f"a tensor {name}")
+    stated = entry.get("dtype")
+    dtype = dtypes.get(stated) if isinstance(stated, str) else None
     if entry.get("shape") != list(shape) or dtype is None:
         raise BadAnswer(
             f"A server's {name} are of another shape or type",
             where=place,
-            found=shown(f"{entry.get('shape')}, {entry.get('dtype')}"),
+            found=f"{told(entry.get('shape'))}, {told(stated)}",
             expected=f"{list(shape)}, {' or '.join(dtypes)}",
             fix="Look at the server's log, and at what it was started with.",
         )
@@ -144,7 +148,10 @@ def _tensor(
     count = math.prod(shape) * dtype.itemsize
     whole = isinstance(offsets, list) and len(offsets) == 2 and all(type(offset) is int for offset in offsets)
     if not whole or offsets[0] < 0 or offsets[1] - offsets[0] != count:
-        raise _damaged(place, f"{name} at {shown(str(offsets))}", f"{count:,} bytes")
+        raise _damaged(place, f"{name} at {told(offsets)}", f"{count:,} bytes")
+    held = max(0, min(count, size - start - offsets[0]))
+    if held < count:
+        raise _damaged(place, f"{held:,} of {count:,} bytes of {name}", "a whole file")
     data = torch.empty(count, dtype=torch.uint8)
     file.seek(start + offsets[0])
     got, view = 0, memoryview(data.numpy())  # type: ignore[arg-type]
@@ -165,12 +172,12 @@ def _damaged(place: Path, found: str, expected: str) -> BadAnswer:
     )
 
 
-def _other_layers(place: Path, found: object, layers: AskedLayers) -> BadAnswer:
+def _other_layers(place: Path, found: str, layers: AskedLayers) -> BadAnswer:
     return BadAnswer(
         "A server gives other layers than this run asks for",
         kind=Kind.WRONG,
         where=place,
-        found=shown(str(found)),
+        found=found,
         expected=f"{len(layers.ids)} states a token, of the engine's layers {list(layers.ids)}",
         fix="Start the server for this run file: `deepspec serve`. Engines count layer L of target.layers as L + 1.",
     )

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import BinaryIO, Final
 
+from deepspec_core.config.paths import no_path
 from deepspec_core.errors import DataError
 from deepspec_core.locks import WITHOUT_LOCKS
 from deepspec_core.servers.connection import Fault, Kind, shown
@@ -34,19 +35,37 @@ class BadAnswer(Fault):
         super().__init__(kind, f"{problem}: {parts.get('found')} ({parts.get('where')})")
 
 
+def told(value: object) -> str:
+    """What a server said, for a message: anything that JSON can hold, on one line, its beginning."""
+    try:
+        return shown(str(value))
+    except RecursionError:
+        return "something nested too deeply to be shown"
+
+
 def place_of(said: object, *, name: str, folder: Path) -> Path:
     """The file that a server names for the request `name`. BadAnswer where it is none of this request's.
 
     `folder` is the exchange folder, without links.
     """
-    if not isinstance(said, str) or "\0" in said:
+    if not isinstance(said, str):
         raise BadAnswer(
             "A server gives no hidden states with its answer",
             kind=Kind.WRONG,
             where="kv_transfer_params.hidden_states_path",
-            found=shown(str(said)),
+            found=told(said),
             expected="the path of a safetensors file",
             fix="Start the server with `deepspec serve`, which turns that on.",
+        )
+    # With the lock's suffix: both files need a name that the file system takes. Messages need one that can be printed.
+    if no_path("", said + LOCK_SUFFIX) is not None or not os.path.basename(said).isprintable():
+        raise BadAnswer(
+            "A server names a path that no file can have",
+            kind=Kind.WRONG,
+            where="kv_transfer_params.hidden_states_path",
+            found=shown(said),
+            expected=f"a file in {folder}",
+            fix=_BOTH_SIDES,
         )
     path = Path(said)
     parent = Path(os.path.realpath(path.parent))

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from deepspec_core.contracts.target import TargetFeatures
 from deepspec_core.features.served.answer_file import States, read_states
-from deepspec_core.features.served.answer_place import BadAnswer, opened, place_of, remove
+from deepspec_core.features.served.answer_place import BadAnswer, opened, place_of, remove, told
 from deepspec_core.features.served.exchange import Exchange
 from deepspec_core.features.served.final_norm import FinalNorm
 from deepspec_core.features.served.layers import AskedLayers, consecutive
 from deepspec_core.features.served.server_probe import Reference, precision_of
-from deepspec_core.servers.connection import Connection, Fault, Kind, Refusal, shown
+from deepspec_core.servers.connection import Connection, Fault, Kind, Refusal
 from deepspec_core.servers.probe import NotServed, NotServedNow, entry_of
 from deepspec_core.servers.wanted import Names, Wanted
 
@@ -149,13 +149,13 @@ class FeatureWork:
         try:
             states = await self.states(connection, model, self.sample)
         except BadAnswer as error:
-            told = error.error
+            wrong = error.error
             raise (NotServedNow if error.kind is Kind.BAD else NotServed)(
-                told.problem,
-                where=f"{where}: {told.where}",
-                found=told.found,
-                expected=told.expected,
-                fix=told.fix,
+                wrong.problem,
+                where=f"{where}: {wrong.where}",
+                found=wrong.found,
+                expected=wrong.expected,
+                fix=wrong.fix,
             ) from error
         except Refusal as error:
             raise NotServed(
@@ -181,7 +181,7 @@ class FeatureWork:
                 where=where,
                 found=states.stored,
                 expected=self.stored,
-                fix="Start all servers with the same format: the one that the stage was begun with, where it was.",
+                fix="Start all servers with the same --stored-as. A stage goes on in the format it was begun with.",
             )
         normed = self._normed(states, where)
         features, precision = self._features(states, normed), states.stored
@@ -326,7 +326,7 @@ def _path_in(answer: dict[str, Any]) -> Any:
             "A server gives no hidden states with its answer",
             kind=Kind.WRONG,
             where="kv_transfer_params",
-            found=shown(str(answer)),
+            found=told(answer),
             expected="kv_transfer_params.hidden_states_path",
             fix="Start the server with `deepspec serve`, which turns that on.",
         )
@@ -334,7 +334,7 @@ def _path_in(answer: dict[str, Any]) -> Any:
         raise BadAnswer(
             "A server could not write the hidden states of a text",
             where="kv_transfer_params.hidden_states_error",
-            found=shown(str(params["hidden_states_error"])),
+            found=told(params["hidden_states_error"]),
             expected="kv_transfer_params.hidden_states_path",
             fix="Look at the server's log, and at what it was started with.",
         )

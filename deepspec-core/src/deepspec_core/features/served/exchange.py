@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import os
 import re
 import secrets
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
@@ -25,18 +26,24 @@ from attrs import define, field, frozen
 
 from deepspec_core.errors import StageError
 
+log = logging.getLogger("deepspec")
+
 OWNER: Final = "exchange-owner"
 _SWEEP_EVERY: Final = 5.0
 
 
-def owner_of(folder: Path) -> str:
+def owner_of(folder: Path, *, may_write: bool = True) -> str:
     """What tells the run in this folder from all others: 16 digits, the same whenever it is asked.
 
-    They are made from a random number kept in the folder, and from the folder's path: a copy is another run.
-    StageError where the file of the number holds something else.
+    They are made from a random number in a file of the folder, from the folder's path, and from the inode numbers of
+    both. So a copy is another run, on this machine or at the same path of another one. All machines of one run see the
+    same numbers, because file systems that are shared have them. Where there is no number
+    and it may not be written, the digits are random. StageError where the file of the number holds something else.
     """
     path = folder / OWNER
     if not path.exists():
+        if not may_write:
+            return secrets.token_hex(8)
         folder.mkdir(parents=True, exist_ok=True)
         new = folder / f".{OWNER}.{secrets.token_hex(4)}"
         new.write_text(secrets.token_hex(16) + "\n", encoding="ascii")
@@ -56,7 +63,10 @@ def owner_of(folder: Path) -> str:
             expected="32 hexadecimal digits",
             fix="Remove it. Files that an earlier process left in the exchange folder then stay there.",
         )
-    return hashlib.sha256(f"{number}\0{folder.resolve()}".encode()).hexdigest()[:16]
+    inodes = f"{folder.stat().st_ino}\0{path.stat().st_ino}"
+    return hashlib.sha256(b"\0".join([number.encode(), os.fsencode(folder.resolve()), inodes.encode()])).hexdigest()[
+        :16
+    ]
 
 
 @frozen(kw_only=True)
@@ -112,6 +122,7 @@ class Exchange:
     _given_up: dict[str, tuple[int, float]] = field(factory=dict)
     _waiting: deque[tuple[int, asyncio.Future[None]]] = field(factory=deque)
     _swept: float = 0.0
+    _stay: set[str] = field(factory=set)
 
     @asynccontextmanager
     async def ticket(self, size: int) -> AsyncIterator[Ticket]:
@@ -130,21 +141,31 @@ class Exchange:
             else:
                 self._given_up[ticket.name] = (size, time.monotonic() + self.late)
 
-    def clear(self) -> tuple[int, int]:
-        """Remove what this process has in the folder and nobody waits for: (files, bytes), locks not counted."""
+    def clear(self, *, session: bool = False) -> tuple[int, int]:
+        """Remove what this process has in the folder and nobody waits for: (files, bytes), locks not counted.
+
+        `session`: only what this session has. A file that cannot be removed is told once, and stays.
+        """
         count = total = 0
+        stay: dict[str, str] = {}
         for entry in self._own_files():
             if any(name in entry.name for name in self._live):
+                continue
+            if session and self.ownership.beginning not in entry.name:
                 continue
             try:
                 size = entry.stat(follow_symlinks=False).st_size
                 os.unlink(entry.path)
-            except (FileNotFoundError, IsADirectoryError):
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                stay[entry.name] = error.strerror or str(error)
                 continue
             if not entry.name.endswith(".lock"):
                 count, total = count + 1, total + size
             for name in [name for name in self._given_up if name in entry.name]:
                 self._give_back(self._given_up.pop(name)[0])
+        self._tell(stay)
         return count, total
 
     def sweep(self) -> None:
@@ -191,6 +212,24 @@ class Exchange:
             self._take(size)
             turn.set_result(None)
 
-    def _own_files(self) -> Iterator[os.DirEntry[str]]:
-        with os.scandir(self.folder) as entries:
-            yield from [entry for entry in entries if self.ownership.is_own(entry.name)]
+    def _own_files(self) -> list[os.DirEntry[str]]:
+        try:
+            with os.scandir(self.folder) as entries:
+                return [entry for entry in entries if self.ownership.is_own(entry.name)]
+        except OSError as error:
+            self._tell({".": error.strerror or str(error)})
+            return []
+
+    def _tell(self, stay: Mapping[str, str]) -> None:
+        """Say which of this run's files cannot be removed, each once."""
+        new = sorted(stay.keys() - self._stay)
+        self._stay.update(new)
+        if new:
+            log.warning(
+                "%d of this run's files in %s cannot be removed (%s: %s). Let server and run have the same user, or a "
+                "folder and a umask that let both remove files; then remove what stays by hand",
+                len(new),
+                self.folder,
+                new[0],
+                stay[new[0]],
+            )
