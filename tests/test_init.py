@@ -145,7 +145,8 @@ def test_the_recommended_recipe_says_on_what_it_was_measured(draft: str, tmp_pat
     assert evolve(file, draft=plain.draft, loss=plain.loss) == plain, "nothing else differs"
     assert file != plain
     comments = " ".join(line.removeprefix("# ") for line in out.read_text().splitlines() if line.startswith("#"))
-    assert f"The recommended recipe, here and in [draft]. {recipe.evidence}" in comments
+    sets = {"dspark": "draft.confidence_gradient and loss.terms", "eagle3": "draft.count"}[draft]
+    assert f"The recommended recipe sets {sets}. {recipe.evidence}" in comments
     assert "ecommended" not in published.read_text()
 
 

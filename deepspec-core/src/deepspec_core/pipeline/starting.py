@@ -62,7 +62,6 @@ def start_of(
     """
     spec = registry.get("draft", draft_type)
     recipe = _recommended(spec, registry) if recommended else None
-    evidence = spec.recommended.evidence if spec.recommended is not None else ""
     here = Path.cwd()
     where = resolve_model(model, base=here, registry=registry)
     adapter, layer = open_target_alone(where, registry=registry)
@@ -97,7 +96,7 @@ def start_of(
             **(_notes_of_training(registry, spec, values, adapter, taps, tokenizer) if spec.trained else {}),
             "draft.layer": [*([_MLP_NOTE] if "intermediate_size" in layer else []), *_style_note(served)],
             f"draft.{MASK}": [mask.reason],
-            **({} if recipe is None else {"loss": [f"The recommended recipe, here and in [draft]. {evidence}"]}),
+            **({} if recipe is None else {"loss": [_recipe_note(spec)]}),
         },
         trained=spec.trained,
     )
@@ -111,6 +110,14 @@ def _recommended(spec: DraftModelSpec, registry: Registry) -> CheckedRecipe:
             expected="published, which nothing has been shown to beat",
         )
     return checked_recipe(spec, registry)
+
+
+def _recipe_note(spec: DraftModelSpec) -> str:
+    """What the recommended recipe changes, and on what evidence."""
+    recipe = spec.recommended
+    assert recipe is not None, "it was checked"
+    keys = [*(f"draft.{key}" for key in recipe.options), *(f"loss.{key}" for key in recipe.loss)]
+    return f"The recommended recipe sets {' and '.join(keys)}. {recipe.evidence}"
 
 
 def _notes_of_training(
