@@ -183,13 +183,18 @@ def test_it_says_when_the_engine_answers_and_ends_with_it(
         executable=str(program),
     )
     lines = []
+    # Tests that were started by nohup ignore SIGHUP, and so would the engine.
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
     def say(line: str) -> None:
         lines.append(line)
         if line.startswith("  exchange"):
             os.kill(os.getpid(), number)
 
-    assert Engine(served, say=say).run() == code
+    try:
+        assert Engine(served, say=say).run() == code
+    finally:
+        signal.signal(signal.SIGHUP, before)
     assert f"answers at {served.address}/v1" in lines[0]
     assert json.loads(lines[2].partition("=")[2]) == str(tmp_path)
     assert "the engine reads its weights" in capfd.readouterr().err, "what it writes is shown"
