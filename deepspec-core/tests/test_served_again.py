@@ -63,9 +63,11 @@ def test_a_server_that_comes_back_as_another_model_stays_out(
         wait_until(lambda: one.at_once == 0)
         another_model(one)
         before = len(one.asked)
+        other.slow = 1.0  # so that there is something to ask when the first one is back
         one.start_again()
-        found += list(rest)
         wait_until(lambda: f"{one.address} stays out" in caplog.text)
+        other.slow = 0.0
+        found += list(rest)
     assert len(one.asked) == before
     assert "not those of this target" in caplog.text
     for sample in found:
