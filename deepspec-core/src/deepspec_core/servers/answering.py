@@ -14,7 +14,7 @@ from deepspec_core.decoding.engine import Request
 from deepspec_core.servers.connection import Connection
 from deepspec_core.servers.probe import Served, probe
 from deepspec_core.servers.reading import read
-from deepspec_core.servers.wanted import Names, Wanted
+from deepspec_core.servers.wanted import Wanted
 
 _MISMATCHED: Final = "with other token counts than the server's"
 
@@ -24,26 +24,6 @@ class Answering:
     """A servers.work.Work: completions of what is wanted."""
 
     wanted: Wanted
-
-    @property
-    def called(self) -> Names:
-        """As of Work."""
-        return self.wanted.called
-
-    @property
-    def key(self) -> str | None:
-        """As of Work."""
-        return self.wanted.key
-
-    @property
-    def timeout(self) -> float:
-        """As of Work."""
-        return self.wanted.timeout
-
-    @property
-    def max_concurrency(self) -> int:
-        """As of Work."""
-        return self.wanted.max_concurrency
 
     async def probe(self, connection: Connection) -> Served:
         """As of Work."""

@@ -100,7 +100,7 @@ class Farm:
                 runner.run(session.close())
 
     def __call__(self, hand_out: Callable[[], Iterator[Any]]) -> Iterator[Any]:
-        """Answers and Unanswered, as they come. DataError where no server is left for `work.timeout` seconds.
+        """Answers and Unanswered, as they come. DataError where no server is left for `work.wanted.timeout` seconds.
 
         `hand_out()` gives the requests that can be handed out now. It is asked whenever a server has room.
         """
@@ -132,9 +132,9 @@ class _Session:
     async def open(self, *, strict: bool) -> None:
         """Probe all servers. ConfigError as Farm.check has it."""
         work = self.farm.work
-        shared = await self._stack.enter_async_context(client(work.key))
+        shared = await self._stack.enter_async_context(client(work.wanted.key))
         for address in dict.fromkeys(self.farm.addresses):
-            self.servers.append(_Server(Connection(address, shared), Level(work.max_concurrency)))
+            self.servers.append(_Server(Connection(address, shared), Level(work.wanted.max_concurrency)))
         found = await self._probed()
         usable = any(not isinstance(served, BaseException) for served in found)
         refused = [served for served in found if isinstance(served, NotServed)]
@@ -151,7 +151,7 @@ class _Session:
         if len(away) == len(self.servers):
             raise ConfigError(
                 "no server answers",
-                where=work.called.servers,
+                where=work.wanted.called.servers,
                 found="; ".join(away),
                 fix="Start them, or correct them.",
             )
@@ -306,7 +306,7 @@ class _Session:
             log.warning("%s is in again", server.connection.address)
         log.info("%s serves %s", server.connection.address, self.farm.work.describe(served))
         server.served = served
-        server.level = Level(self.farm.work.max_concurrency)
+        server.level = Level(self.farm.work.wanted.max_concurrency)
         self.watches[asyncio.create_task(self._watch(server))] = server
 
     async def _revive(self, server: _Server, said: str = "") -> Any:
@@ -335,14 +335,14 @@ class _Session:
 
     def _require_somebody(self) -> None:
         if any(server.served is not None for server in self.servers):
-            patience = 2 * self.farm.work.timeout + _LONGEST_PAUSE
+            patience = 2 * self.farm.work.wanted.timeout + _LONGEST_PAUSE
         else:
-            patience = self.farm.work.timeout
+            patience = self.farm.work.wanted.timeout
         if time.monotonic() - self._heard > patience:
             raise DataError(
                 "No server answers any more",
-                where=self.farm.work.called.servers,
+                where=self.farm.work.wanted.called.servers,
                 found=", ".join(server.connection.address for server in self.servers),
-                expected=f"an answer within {patience:g} s ({self.farm.work.called.timeout})",
+                expected=f"an answer within {patience:g} s ({self.farm.work.wanted.called.timeout})",
                 fix="Start them and run again: the answers that are there are kept.",
             )

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from deepspec_core.servers.connection import Connection
-from deepspec_core.servers.wanted import Names
+from deepspec_core.servers.wanted import Wanted
 
 
 class Work(Protocol):
@@ -19,23 +19,8 @@ class Work(Protocol):
     """
 
     @property
-    def called(self) -> Names:
-        """How messages call the settings."""
-        ...
-
-    @property
-    def key(self) -> str | None:
-        """The servers' key."""
-        ...
-
-    @property
-    def timeout(self) -> float:
-        """Seconds for one answer."""
-        ...
-
-    @property
-    def max_concurrency(self) -> int:
-        """Requests that one server has at once, at most."""
+    def wanted(self) -> Wanted:
+        """How messages call the settings, the servers' key, seconds for one answer, and requests at once."""
         ...
 
     async def probe(self, connection: Connection) -> Any:

@@ -25,7 +25,7 @@ from deepspec_core.features.served.layers import AskedLayers, consecutive
 from deepspec_core.features.served.server_probe import Reference, precision_of
 from deepspec_core.servers.connection import Connection, Fault, Kind, Refusal
 from deepspec_core.servers.probe import NotServed, NotServedNow, entry_of
-from deepspec_core.servers.wanted import Names, Wanted
+from deepspec_core.servers.wanted import Wanted
 
 # A header, token ids, and what a file system adds.
 _FILE_BYTES: Final = 8192
@@ -92,26 +92,6 @@ class FeatureWork:
     tried: dict[str, TargetFeatures] = field(factory=dict, init=False)
     precisions: dict[str, str] = field(factory=dict, init=False)
 
-    @property
-    def called(self) -> Names:
-        """As of Work."""
-        return self.wanted.called
-
-    @property
-    def key(self) -> str | None:
-        """As of Work."""
-        return self.wanted.key
-
-    @property
-    def timeout(self) -> float:
-        """As of Work."""
-        return self.wanted.timeout
-
-    @property
-    def max_concurrency(self) -> int:
-        """As of Work."""
-        return self.wanted.max_concurrency
-
     def bytes_of(self, tokens: int) -> int:
         """The size of the file of so many tokens at most: in the servers' number format, or the widest."""
         size = {"float8_e4m3": 1, "bfloat16": 2, "float16": 2}.get(self.stored or "", _WIDEST)
@@ -123,7 +103,7 @@ class FeatureWork:
 
         NotServedNow where it does not answer in time, or its answers are damaged each time.
         """
-        seconds = min(self.timeout, _PROBE_SECONDS)
+        seconds = min(self.wanted.timeout, _PROBE_SECONDS)
         try:
             async with asyncio.timeout(seconds):
                 for tries in range(_PROBE_TRIES - 1):
@@ -135,7 +115,7 @@ class FeatureWork:
         except TimeoutError as error:
             raise NotServedNow(
                 "A server does not answer in time",
-                where=f"{self.called.servers}: {connection.address}",
+                where=f"{self.wanted.called.servers}: {connection.address}",
                 found=f"no states of a text of {len(self.sample)} tokens",
                 expected=f"an answer within {seconds:g} s",
                 fix="Look at the server's log, and whether it has too much to do.",
@@ -145,7 +125,7 @@ class FeatureWork:
         # A server that hangs is told by the time that `probe` allows.
         entry, _, said = await entry_of(connection, evolve(self.wanted, timeout=2 * _PROBE_SECONDS))
         model = self.wanted.names[0] if entry is None else str(entry.get("id"))
-        where = f"{self.called.servers}: {connection.address}"
+        where = f"{self.wanted.called.servers}: {connection.address}"
         try:
             states = await self.states(connection, model, self.sample)
         except BadAnswer as error:
@@ -163,7 +143,7 @@ class FeatureWork:
                 where=where,
                 found="; ".join([*said, str(error)]),
                 expected="an answer to a completion request of one token, with token ids as its prompt",
-                fix=f"{_SERVE} If it knows the target by another name, say so in {self.called.served_as}.",
+                fix=f"{_SERVE} If it knows the target by another name, say so in {self.wanted.called.served_as}.",
             ) from error
         except Fault as error:
             if error.kind in (Kind.DOWN, Kind.DIED, Kind.BUSY):
@@ -248,7 +228,7 @@ class FeatureWork:
                 "kv_transfer_params": {"file": ticket.name},
             }
             try:
-                answer = await connection.complete(body, seconds=self.timeout)
+                answer = await connection.complete(body, seconds=self.wanted.timeout)
             except Refusal:
                 ticket.settled = True
                 raise
