@@ -56,16 +56,20 @@ def capture(
                 stored = TargetFeatures(
                     hidden=hidden[row, :length].clone(), last_hidden=last_hidden[row, :length].clone()
                 )
-                for kept_TC, computed_TC, layers in (
-                    (stored.hidden, features.hidden[row, :length], [f"layer {tap}" for tap in taps]),
-                    (stored.last_hidden, features.last_hidden[row, :length], ["the last layer"]),
-                ):
-                    require_finite(kept_TC, computed_TC, layers, sample.id)
+                computed = TargetFeatures(
+                    hidden=features.hidden[row, :length], last_hidden=features.last_hidden[row, :length]
+                )
+                require_finite(stored, computed, taps, sample.id)
                 yield evolve(sample, features=stored)
 
 
-def require_finite(kept_TC: Tensor, computed_TC: Tensor, layers: Sequence[str], sample: str) -> None:
+def require_finite(kept: TargetFeatures, computed: TargetFeatures, taps: Sequence[int], sample: str) -> None:
     """CacheError, naming layer and value, where a feature is not finite in the type it is kept in."""
+    _require_finite(kept.hidden, computed.hidden, [f"layer {tap}" for tap in taps], sample)
+    _require_finite(kept.last_hidden, computed.last_hidden, ["the last layer"], sample)
+
+
+def _require_finite(kept_TC: Tensor, computed_TC: Tensor, layers: Sequence[str], sample: str) -> None:
     if bool(torch.isfinite(kept_TC).all()):
         return
     token, channel = (int(index) for index in torch.nonzero(~torch.isfinite(kept_TC))[0])

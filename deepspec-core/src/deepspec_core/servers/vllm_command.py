@@ -15,6 +15,7 @@ from typing import Final
 from attrs import frozen
 
 from deepspec_core.errors import ConfigError
+from deepspec_core.features.served.layers import AskedLayers
 
 # Alone in its folder, which becomes a place that vLLM's Python imports from.
 CONNECTOR: Final = Path(__file__).parent / "in_vllm" / "deepspec_vllm_connector.py"
@@ -94,8 +95,8 @@ class Served:
 
     @property
     def layer_ids(self) -> list[int]:
-        """The layers as vLLM numbers them, and the output of the last one. Id i is the input of decoder layer i."""
-        return [*(tap + 1 for tap in self.taps), self.num_layers]
+        """The layers as vLLM numbers them (features/served/layers.py). Id i is the input of decoder layer i."""
+        return list(AskedLayers(self.taps, self.num_layers).ids)
 
     @property
     def file_dtype(self) -> str:

@@ -111,14 +111,14 @@ class MuonWithAdamW(torch.optim.Optimizer):
     """
 
     def __init__(self, matrices: list[Tensor], others: list[Tensor], options: TrainOptions, *, fused: bool) -> None:
-        self._muon = torch.optim.Muon(
+        muon = torch.optim.Muon(
             matrices,
             lr=options.lr,
             weight_decay=options.weight_decay,
             momentum=_MOMENTUM,
             adjust_lr_fn="match_rms_adamw",
         )
-        self._parts: list[torch.optim.Optimizer] = [self._muon]
+        self._parts: list[torch.optim.Optimizer] = [muon]
         if others:
             self._parts.append(_adamw(others, options, fused=fused))
         super().__init__([group for part in self._parts for group in part.param_groups], {})

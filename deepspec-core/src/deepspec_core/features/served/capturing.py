@@ -39,9 +39,5 @@ def captured_by(
                 hidden=computed.hidden.to(dtype or computed.hidden.dtype),
                 last_hidden=computed.last_hidden.to(dtype or computed.last_hidden.dtype),
             )
-            for kept_TC, computed_TC, layers in (
-                (kept.hidden, computed.hidden, [f"layer {tap}" for tap in taps]),
-                (kept.last_hidden, computed.last_hidden, ["the last layer"]),
-            ):
-                require_finite(kept_TC, computed_TC, layers, sample.id)
+            require_finite(kept, computed, taps, sample.id)
             yield evolve(sample, features=kept)

@@ -116,7 +116,6 @@ class Exchange:
     late: float = 600.0
     used: int = 0
     peak: int = 0
-    removed_late: int = 0
     _number: int = 0
     _live: set[str] = field(factory=set)
     _given_up: dict[str, tuple[int, float]] = field(factory=dict)
@@ -174,7 +173,7 @@ class Exchange:
         if now - self._swept < _SWEEP_EVERY or not self._given_up:
             return
         self._swept = now
-        self.removed_late += self.clear()[0]
+        self.clear()
         for name in [name for name, (_, end) in self._given_up.items() if end < now]:
             self._give_back(self._given_up.pop(name)[0])
 
