@@ -11,11 +11,11 @@ from torch import Tensor
 from deepspec_core.config.schema import PACKED
 from deepspec_core.contracts.draft import Sample
 from deepspec_core.contracts.target import TargetFeatures, TargetModel
-from deepspec_core.data.samples import as_samples
+from deepspec_core.features.samples_by_id import SamplesById
 from deepspec_core.training.packed_check import check_target_apart
 
 
-class OnlineFeatures:
+class OnlineFeatures(SamplesById):
     """Samples ordered by id, the same order as with a cache; features on demand, in the target's dtype.
 
     Loader workers get the samples without the target.
@@ -24,25 +24,12 @@ class OnlineFeatures:
     of_given_texts = True
 
     def __init__(self, samples: Sequence[Sample], target: TargetModel, taps: Sequence[int]) -> None:
-        self._samples = as_samples(samples)
-        self._order = self._samples.by_id()
+        super().__init__(samples)
         self._target: TargetModel | None = target
         self._taps = tuple(taps)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_target": None}
-
-    def __len__(self) -> int:
-        return len(self._order)
-
-    def lengths(self) -> Sequence[int]:
-        """Tokens of each sample."""
-        lengths: list[int] = self._samples.lengths()[self._order].tolist()
-        return lengths
-
-    def __getitem__(self, index: int) -> Sample:
-        """The sample, without features."""
-        return self._samples.sample(int(self._order[index]))
 
     def features(self, samples: Sequence[Sample], input_ids: Tensor, attention_mask: Tensor) -> TargetFeatures:
         """One forward of the target over the batch. Positions past a sequence's end are set to 0."""

@@ -13,7 +13,7 @@ from deepspec_core.contracts.proposer import Sampling
 from deepspec_core.decoding.engine import Request
 from deepspec_core.errors import ConfigError
 from deepspec_core.pipeline.run import Run
-from deepspec_core.pipeline.serving import end_of, key_in
+from deepspec_core.pipeline.serving import key_in, wanted_of_target
 from deepspec_core.servers.wanted import Names, Wanted
 
 _OPTIONS: Final = Names(servers="--server", served_as="--served-as", key="--api-key-env", length="--max-new-tokens")
@@ -49,18 +49,12 @@ def wanted_of(
 ) -> Wanted:
     """The run's target with room for these requests, or with all its positions. `served_as` is the server's name of
     it, if it is another one. ConfigError where the environment has no such key."""
-    target = run.target
-    positions = target.architecture.max_positions
+    positions = run.target.architecture.max_positions
     longest = max(len(request.prompt_ids) for request in requests)
-    stop_ids = tuple(target.architecture.stop_token_ids)
-    names = tuple(dict.fromkeys((run.file.target.model, str(target.where))))
-    return Wanted(
-        names=names if served_as is None else (served_as,),
-        tokenizer=target.tokenizer,
-        vocab_size=target.architecture.vocab_size,
+    return wanted_of_target(
+        run,
+        served_as=served_as,
         sampling=sampling,
-        stop_ids=stop_ids,
-        end_id=end_of(target.tokenizer, stop_ids),
         max_tokens=max_new_tokens,
         max_length=positions if whole_context else min(positions, longest + max_new_tokens),
         key=key_in(api_key_env, where="--api-key-env"),

@@ -27,9 +27,9 @@ from deepspec_core.features.served.stage_record import ServedRecord, read_record
 from deepspec_core.pipeline import workers
 from deepspec_core.pipeline.fingerprint import RECORD as STAGE
 from deepspec_core.pipeline.run import Run
-from deepspec_core.pipeline.serving import end_of, key_in
+from deepspec_core.pipeline.serving import key_in, wanted_of_target
 from deepspec_core.servers.farm import Farm
-from deepspec_core.servers.wanted import Names, Wanted
+from deepspec_core.servers.wanted import Names
 from deepspec_core.targets.opening import fetched, load_target
 
 log = logging.getLogger("deepspec")
@@ -56,18 +56,12 @@ def servers_of(run: Run, *, ownership: Ownership, stored: str | None = None, pro
     """
     options, target, count = run.file.features, run.target, max(processes, workers.count())
     layers = AskedLayers(taps=run.file.target.layers, num_layers=target.architecture.num_layers)
-    max_length, stop_ids = run.data.max_length, tuple(target.architecture.stop_token_ids)
-    at_once = max(1, options.in_flight // count)
+    max_length, at_once = run.data.max_length, max(1, options.in_flight // count)
     work = FeatureWork(
-        wanted=Wanted(
-            names=(options.served_as,)
-            if options.served_as is not None
-            else tuple(dict.fromkeys((run.file.target.model, str(target.where)))),
-            tokenizer=target.tokenizer,
-            vocab_size=target.architecture.vocab_size,
+        wanted=wanted_of_target(
+            run,
+            served_as=options.served_as,
             sampling=Sampling(),
-            stop_ids=stop_ids,
-            end_id=end_of(target.tokenizer, stop_ids),
             max_tokens=1,
             max_length=max_length + 1,
             key=key_in(options.api_key_env, where=f"{run.path}: features.api_key_env"),

@@ -6,6 +6,7 @@ Knows [regenerate] and the run's target, and which stages ask servers; not how s
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from deepspec_core.config.schema import SERVER
 from deepspec_core.data.regenerate import sampling_of
@@ -19,28 +20,34 @@ from deepspec_core.servers.wanted import Wanted
 
 def farm_of(run: Run) -> Farm:
     """The run's servers, nobody asked yet. ConfigError where their key is not in the environment."""
-    options, target = run.file.regenerate, run.target
-    stop_ids = tuple(target.architecture.stop_token_ids)
-    where = target.where
-    return Farm(
-        addresses=options.servers,
-        work=Answering(
-            Wanted(
-                names=(options.served_as,)
-                if options.served_as is not None
-                else tuple(dict.fromkeys((run.file.target.model, str(where)))),
-                tokenizer=target.tokenizer,
-                vocab_size=target.architecture.vocab_size,
-                sampling=sampling_of(options, target.adapter.conversation_format().sampling),
-                stop_ids=stop_ids,
-                end_id=end_of(target.tokenizer, stop_ids),
-                max_tokens=options.max_tokens,
-                max_length=run.data.max_length,
-                key=key_in(options.api_key_env, where=f"{run.path}: regenerate.api_key_env"),
-                timeout=options.timeout,
-                max_concurrency=options.max_concurrency,
-            )
-        ),
+    options = run.file.regenerate
+    wanted = wanted_of_target(
+        run,
+        served_as=options.served_as,
+        sampling=sampling_of(options, run.target.family.conversation_format().sampling),
+        max_tokens=options.max_tokens,
+        max_length=run.data.max_length,
+        key=key_in(options.api_key_env, where=f"{run.path}: regenerate.api_key_env"),
+        timeout=options.timeout,
+        max_concurrency=options.max_concurrency,
+    )
+    return Farm(addresses=options.servers, work=Answering(wanted))
+
+
+def wanted_of_target(run: Run, *, served_as: str | None, **limits: Any) -> Wanted:
+    """What is wanted of servers of the run's target. `served_as` is the servers' name of it, if it is another one.
+
+    `limits` are the members of Wanted that are no facts of the target.
+    """
+    target, stop_ids = run.target, tuple(run.target.architecture.stop_token_ids)
+    names = tuple(dict.fromkeys((run.file.target.model, str(target.where))))
+    return Wanted(
+        names=names if served_as is None else (served_as,),
+        tokenizer=target.tokenizer,
+        vocab_size=target.architecture.vocab_size,
+        stop_ids=stop_ids,
+        end_id=end_of(target.tokenizer, stop_ids),
+        **limits,
     )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from deepspec_core.contracts.draft import Sample
 from deepspec_core.contracts.target import TargetFeatures
 from deepspec_core.data.collate import pad_features
-from deepspec_core.data.samples import as_samples
+from deepspec_core.features.samples_by_id import SamplesById
 from deepspec_core.features.served.stream import Stream, Tally
 from deepspec_core.servers.farm import Farm
 
@@ -36,28 +36,15 @@ class FeatureServers:
         return Stream(self.farm, iter(samples), prefetch=self.prefetch, tally=self.tally)
 
 
-class ServedFeatures:
+class ServedFeatures(SamplesById):
     """Samples ordered by id, the same order as with a cache; features from servers, in the type that they write.
 
     `in_order` asks for them ahead of training. It works in the training process: no loader worker has the servers.
     """
 
     def __init__(self, samples: Sequence[Sample], servers: FeatureServers) -> None:
-        self._samples = as_samples(samples)
-        self._order = self._samples.by_id()
+        super().__init__(samples)
         self.servers = servers
-
-    def __len__(self) -> int:
-        return len(self._order)
-
-    def lengths(self) -> Sequence[int]:
-        """Tokens of each sample."""
-        lengths: list[int] = self._samples.lengths()[self._order].tolist()
-        return lengths
-
-    def __getitem__(self, index: int) -> Sample:
-        """The sample, without features."""
-        return self._samples.sample(int(self._order[index]))
 
     def in_order(self, indices: Iterable[int]) -> Stream:
         """The samples of these indices with features, in this order, read ahead. It must be closed."""
