@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from random_targets import SIZES
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -17,11 +18,6 @@ from deepspec_core.errors import DeepSpecError
 from deepspec_core.plugins.registry import Registry
 from deepspec_export.importing import import_draft
 
-SIZES = {
-    "vocab_size": 48, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 8, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256, "eos_token_id": 1, "pad_token_id": 0,
-    "bos_token_id": 2, "initializer_range": 0.2, "tie_word_embeddings": False,
-}  # fmt: skip
 Z_LAB = ("z-lab", "dflash", {"anchor_predicts": False})
 VLLM = ("vllm", "eagle3", {"num_layers": 1})
 REDUCED = ("vllm", "eagle3", {"num_layers": 1, "vocab_size": 20})
