@@ -261,9 +261,14 @@ def test_stopped_by_a_signal_and_resumed(
 
     helper = threading.Thread(target=send)
     out = tmp_path / "out.jsonl"
+    # A shell that starts the tests in the background has them ignore SIGINT.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     helper.start()
-    with pytest.raises(KeyboardInterrupt), stopped_by_sigterm():
-        _run(out, tokenizer, _farm(tokenizer, server))
+    try:
+        with pytest.raises(KeyboardInterrupt), stopped_by_sigterm():
+            _run(out, tokenizer, _farm(tokenizer, server))
+    finally:
+        signal.signal(signal.SIGINT, before)
     helper.join()
     server._released.set()
     assert not out.exists()
