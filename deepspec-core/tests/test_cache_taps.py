@@ -15,7 +15,7 @@ import torch
 from attrs import evolve
 
 from deepspec_core.cache.binary_v2 import BinaryV2Format
-from deepspec_core.cache.chunked_rows import ChunkedRows, GrownRows, mapped
+from deepspec_core.cache.chunked_rows import ChunkedRows, GrownRows, MappedFile
 from deepspec_core.cache.hdf5 import HDF5Format
 from deepspec_core.cache.taps import FewerTaps, of_taps, runs
 from deepspec_core.contracts.cache import CacheHeader
@@ -118,7 +118,7 @@ def test_rows_are_the_same_by_hdf5_and_where_they_lie(tmp_path: Path, lengths: t
             grown.append(rows[begin:end])
         grown.finish()
     with h5py.File(tmp_path / "x.h5", "r") as file:
-        direct = ChunkedRows(file["rows"], mapped(tmp_path / "x.h5"))
+        direct = ChunkedRows(file["rows"], MappedFile(tmp_path / "x.h5"))
         assert file["rows"].chunks == (64, 2048)
         assert np.array_equal(file["rows"][:], rows)
         for begin, end in [*pairwise(ends), (0, sum(lengths)), (0, 0)]:

@@ -177,11 +177,16 @@ def drop_pages(place: Path) -> None:
 
 
 def in_turns(works: dict[str, Callable[[], float]], turns: int, yardstick: str) -> dict[str, Any]:
-    """Seconds of each, A B C A B C ..., after one turn that does not count; ratios are taken turn by turn."""
+    """Seconds of each, A B C, B C A, ..., after one turn that does not count; ratios are taken turn by turn.
+
+    Each comes first in some turns: a disk is slower after what came before.
+    """
     taken: dict[str, list[float]] = {name: [] for name in works}
+    names = list(works)
     for turn in range(turns + 1):
-        for name, work in works.items():
-            found = work()
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            found = works[name]()
             if turn:
                 taken[name].append(found)
     ratios = {

@@ -4,8 +4,9 @@
     python tests/benchmarks/servers.py --address http://127.0.0.1:8000/v1 --output runs/servers [--turns 3]
 
 DIR is the built-in target's folder, which --where prints. The same prompts are sent to the server at a fixed number of
-requests at once, and answered by regenerate() with a farm of that server that may have as many. Turns alternate. Writes
-servers.json and prints the medians.
+requests at once, and answered by regenerate() with a farm of that server that may have as many. Turns alternate. Two
+rates are taken of each: that of the whole, and that from a quarter of the answers to nine tenths of them, when the farm
+has found its number of requests at once and none of them lacks a successor. Writes servers.json and prints the medians.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import asyncio
 import json
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -25,6 +27,7 @@ import httpx2
 import deepspec_core as ds
 from deepspec_core.config.schema import RegenerateOptions
 from deepspec_core.contracts.proposer import Sampling
+from deepspec_core.data.answering import Answer
 from deepspec_core.data.conversations import from_row
 from deepspec_core.data.regenerate import regenerate
 from deepspec_core.data.tokenize import ChatTokenizer
@@ -70,12 +73,19 @@ def main() -> None:
         max_concurrency=options.at_once,
     )
 
-    def regenerated() -> float:
+    def regenerated() -> Arrivals:
+        came, farm = Arrivals(), Farm(addresses=[options.address], work=Answering(wanted))
+
+        def answerer(hand_out: Callable[[], Iterator[Any]]) -> Iterator[Any]:
+            for answer in farm(hand_out):
+                assert isinstance(answer, Answer), answer
+                came.take(len(answer.completion.output_ids))
+                yield answer
+
         with tempfile.TemporaryDirectory() as place:
-            start = time.perf_counter()
-            report = regenerate(
+            regenerate(
                 conversations,
-                answerer=Farm(addresses=[options.address], work=Answering(wanted)),
+                answerer=answerer,
                 tokenizer=tokenizer,
                 fmt=target.adapter.conversation_format(),
                 options=RegenerateOptions(max_tokens=MAX_TOKENS),
@@ -85,38 +95,63 @@ def main() -> None:
                 seed=0,
                 max_length=MAX_LENGTH,
             )
-            return report.output_tokens / (time.perf_counter() - start)
+        came.end()
+        return came
 
-    def asked() -> float:
+    def asked() -> Arrivals:
         return asyncio.run(ask(options.address, folder, prompts, stop_ids, options.at_once))
 
     asked()  # the first requests compile
-    figures: dict[str, list[float]] = {"asked": [], "regenerated": []}
-    for _ in range(options.turns):
-        figures["asked"].append(asked())
-        figures["regenerated"].append(regenerated())
-    summary = {name: median(values) for name, values in figures.items()}
-    share = median(ours / theirs for ours, theirs in zip(figures["regenerated"], figures["asked"], strict=True))
+    turns = [(asked(), regenerated()) for _ in range(options.turns)]
+    figures: dict[str, Any] = {}
+    for name, rate in (("whole", Arrivals.whole), ("settled", Arrivals.settled)):
+        rates = {way: [rate(turn[place]) for turn in turns] for place, way in enumerate(("asked", "regenerated"))}
+        share = median(ours / theirs for theirs, ours in zip(*rates.values(), strict=True))
+        figures[name] = {**rates, "share": share}
+        medians = ", ".join(f"{way} {median(values):.0f} tok/s" for way, values in rates.items())
+        print(f"{name}: {medians}, share {share:.3f}")
     options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "servers.json").write_text(json.dumps({"turns": figures, "share": share}, indent=1))
-    print(f"asked {summary['asked']:.0f} tok/s, regenerated {summary['regenerated']:.0f} tok/s, share {share:.3f}")
+    (options.output / "servers.json").write_text(json.dumps(figures, indent=1))
 
 
-async def ask(address: str, model: str, prompts: list[tuple[int, ...]], stop_ids: tuple[int, ...], most: int) -> float:
-    """Tokens a second of the server, `most` requests at once."""
-    places, tokens = asyncio.Semaphore(most), 0
+class Arrivals:
+    """When answers came, in seconds from the start, and how many tokens had come by then."""
+
+    def __init__(self) -> None:
+        self.start, self.seconds, self.tokens = time.perf_counter(), [0.0], [0]
+
+    def take(self, tokens: int) -> None:
+        self.seconds.append(time.perf_counter() - self.start)
+        self.tokens.append(self.tokens[-1] + tokens)
+
+    def end(self) -> None:
+        self.took = time.perf_counter() - self.start
+
+    def whole(self) -> float:
+        return self.tokens[-1] / self.took
+
+    def settled(self) -> float:
+        first, last = len(self.tokens) // 4, len(self.tokens) * 9 // 10
+        return (self.tokens[last] - self.tokens[first]) / (self.seconds[last] - self.seconds[first])
+
+
+async def ask(
+    address: str, model: str, prompts: list[tuple[int, ...]], stop_ids: tuple[int, ...], most: int
+) -> Arrivals:
+    """The server's answers, `most` requests at once."""
+    places, came = asyncio.Semaphore(most), Arrivals()
     async with httpx2.AsyncClient(timeout=None, limits=httpx2.Limits(max_connections=None)) as client:
 
-        async def one(prompt: tuple[int, ...]) -> int:
+        async def one(prompt: tuple[int, ...]) -> None:
             body: dict[str, Any] = {"model": model, "prompt": list(prompt), "temperature": 0.0, "top_k": -1}
             body |= {"max_tokens": min(MAX_TOKENS, MAX_LENGTH - len(prompt)), "stop_token_ids": list(stop_ids)}
             async with places:
                 answer = await client.post(f"{address}/completions", json=body | {"return_token_ids": True})
-            return len(answer.json()["choices"][0]["token_ids"])
+            came.take(len(answer.json()["choices"][0]["token_ids"]))
 
-        start = time.perf_counter()
-        tokens = sum(await asyncio.gather(*map(one, prompts)))
-        return tokens / (time.perf_counter() - start)
+        await asyncio.gather(*map(one, prompts))
+    came.end()
+    return came
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from deepspec_core.cache.chunked_rows import mapped
+from deepspec_core.cache.chunked_rows import MappedFile
 from deepspec_core.cache.manifest import Manifest, Shard
 from deepspec_core.cache.sharded import ShardedFormat
 from deepspec_core.cache.taps import runs
@@ -154,7 +154,8 @@ class OpenShard:
                 expected=f"{end:,} bytes of samples, and 8 for the original length of each",
                 fix=_MAKE_AGAIN,
             )
-        self._bytes = mapped(path) if size else np.zeros(0, dtype=np.uint8)
+        self._file = MappedFile(path) if size else None
+        self._bytes = np.zeros(0, dtype=np.uint8) if self._file is None else self._file.bytes
         self._original = self._bytes[end:].view("<i8") if size > end else np.array(lengths)
 
     def tokens(self, row: int) -> tuple[Any, Any, int]:
@@ -166,6 +167,9 @@ class OpenShard:
 
     def features(self, row: int) -> TargetFeatures:
         """The last two."""
+        if self._file is not None:
+            begin = self._begin(row, 3)
+            self._file.will_be_read(begin, int(self._begins[row + 1]) - begin)
         hidden, last_hidden = (self._bfloat16(self._part(row, array), row) for array in (3, 4))
         return TargetFeatures(hidden=hidden, last_hidden=last_hidden)
 
@@ -188,13 +192,15 @@ class OpenShard:
         return np.array(self._mapped(row, array))
 
     def _mapped(self, row: int, array: int) -> Any:
-        length = self._lengths[row]
-        begin = int(self._begins[row]) + length * sum(self._widths[:array])
-        return self._bytes[begin : begin + length * self._widths[array]]
+        begin = self._begin(row, array)
+        return self._bytes[begin : begin + self._lengths[row] * self._widths[array]]
+
+    def _begin(self, row: int, array: int) -> int:
+        return int(self._begins[row]) + self._lengths[row] * sum(self._widths[:array])
 
     def close(self) -> None:
         """Let go of the mapping."""
-        del self._bytes, self._original
+        del self._bytes, self._original, self._file
 
 
 def _widths(header: CacheHeader) -> tuple[int, ...]:

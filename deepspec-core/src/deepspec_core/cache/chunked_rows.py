@@ -6,6 +6,7 @@ copy. Knows datasets without filters, which shard_file.py checks; not what is in
 
 from __future__ import annotations
 
+import mmap
 from pathlib import Path
 from typing import Any, Final
 
@@ -58,13 +59,13 @@ class GrownRows:
 
 
 class ChunkedRows:
-    """The rows of one dataset, for reading. `content` is its whole file as bytes (`mapped`).
+    """The rows of one dataset, for reading. `content` is its whole file.
 
     HDF5 is asked once for the places of all chunks, at the first read: one question a chunk takes longer than the copy.
     It reads what lies in no chunks, or in chunks of part of the columns, as other programs may write it.
     """
 
-    def __init__(self, dataset: Any, content: Any) -> None:
+    def __init__(self, dataset: Any, content: MappedFile) -> None:
         self.dataset, self._content = dataset, content
         # Asking a dataset for these takes as long as copying a chunk.
         self._shape, self._dtype, chunks = dataset.shape, dataset.dtype, dataset.chunks
@@ -81,15 +82,20 @@ class ChunkedRows:
         into: Any = found.reshape(-1).view(np.uint8)
         of_row, rows, done = self._of_row, self._rows, 0
         places = self._places = self._places or self._found_places()
+        pieces = []
         for chunk in range(begin // rows, (end - 1) // rows + 1):
             start, stop = max(begin, chunk * rows), min(end, (chunk + 1) * rows)
             place = places[chunk]
             if not place:  # never written: HDF5 knows what stands for it
                 return self.dataset[begin:end]
             at, size = place + (start - chunk * rows) * of_row, (stop - start) * of_row
-            if at + size > len(self._content):
+            if at + size > len(self._content.bytes):
                 raise OSError(f"the file ends within chunk {chunk} of {self.dataset.name}")
-            into[done : done + size] = self._content[at : at + size]
+            pieces.append((at, size))
+        for at, size in pieces:
+            self._content.will_be_read(at, size)
+        for at, size in pieces:
+            into[done : done + size] = self._content.bytes[at : at + size]
             done += size
         return found
 
@@ -106,6 +112,16 @@ class ChunkedRows:
         return places
 
 
-def mapped(path: Path) -> Any:
-    """The file's bytes, mapped into memory. As a plain array: a slice of np.memmap takes several times as long."""
-    return np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
+class MappedFile:
+    """A file's bytes, mapped into memory; a file of none is refused with ValueError."""
+
+    def __init__(self, path: Path) -> None:
+        with path.open("rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        # As a plain array: a slice of np.memmap takes several times as long.
+        self.bytes: Any = np.frombuffer(self._map, dtype=np.uint8)
+
+    def will_be_read(self, at: int, size: int) -> None:
+        """Have the system read these bytes ahead. Without it a disk is asked for a few pages at a time."""
+        begin = at - at % mmap.ALLOCATIONGRANULARITY
+        self._map.madvise(mmap.MADV_WILLNEED, begin, at + size - begin)

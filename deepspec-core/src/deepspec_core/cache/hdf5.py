@@ -17,7 +17,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from deepspec_core.cache.chunked_rows import ChunkedRows, GrownRows, mapped
+from deepspec_core.cache.chunked_rows import ChunkedRows, GrownRows, MappedFile
 from deepspec_core.cache.manifest import Shard
 from deepspec_core.cache.shard_arrays import array_shapes, arrays_of, features_from
 from deepspec_core.cache.shard_file import ShardOutput, open_shard
@@ -94,7 +94,7 @@ class _OpenShard:
     def __init__(self, path: Path, header: CacheHeader, shard: Shard) -> None:
         shapes = _shapes(header, shard)
         self._file, self._header = open_shard(path, shapes, shard.lengths), header
-        content = mapped(path)
+        content = MappedFile(path)
         # Opening a dataset takes as long as reading a short sample.
         self._data = {name: ChunkedRows(self._file[name], content) for name in shapes}
         self._begins = np.cumsum([0, *shard.lengths])
