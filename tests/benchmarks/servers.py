@@ -35,7 +35,7 @@ from deepspec_core.servers.answering import Answering
 from deepspec_core.servers.farm import Farm
 from deepspec_core.servers.wanted import Wanted
 
-TARGET, MAX_TOKENS, MAX_LENGTH = "builtin:tiny-qwen3", 224, 384
+BUILTIN, MAX_LENGTH = "builtin:tiny-qwen3", 384
 
 
 def main() -> None:
@@ -46,9 +46,11 @@ def main() -> None:
     parser.add_argument("--conversations", type=int, default=400)
     parser.add_argument("--at-once", type=int, default=32)
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--target", help="a model's folder, in place of the built-in target")
+    parser.add_argument("--max-tokens", type=int, default=224)
     options = parser.parse_args()
-    target = ds.load_target(TARGET)
-    folder = str(Path(target.plugins.registry.load("builtin", "tiny-qwen3")()))
+    target = ds.load_target(options.target or BUILTIN)
+    folder = options.target or str(Path(target.plugins.registry.load("builtin", "tiny-qwen3")()))
     if options.where:
         print(folder)
         return
@@ -68,7 +70,7 @@ def main() -> None:
         sampling=Sampling(),
         stop_ids=stop_ids,
         end_id=stop_ids[0],
-        max_tokens=MAX_TOKENS,
+        max_tokens=options.max_tokens,
         max_length=MAX_LENGTH,
         max_concurrency=options.at_once,
     )
@@ -88,7 +90,7 @@ def main() -> None:
                 answerer=answerer,
                 tokenizer=tokenizer,
                 fmt=target.adapter.conversation_format(),
-                options=RegenerateOptions(max_tokens=MAX_TOKENS),
+                options=RegenerateOptions(max_tokens=options.max_tokens),
                 sampling=Sampling(),
                 stop_ids=stop_ids,
                 out=Path(place) / "out.jsonl",
@@ -99,7 +101,7 @@ def main() -> None:
         return came
 
     def asked() -> Arrivals:
-        return asyncio.run(ask(options.address, folder, prompts, stop_ids, options.at_once))
+        return asyncio.run(ask(options, folder, prompts, stop_ids))
 
     asked()  # the first requests compile
     turns = [(asked(), regenerated()) for _ in range(options.turns)]
@@ -136,17 +138,17 @@ class Arrivals:
 
 
 async def ask(
-    address: str, model: str, prompts: list[tuple[int, ...]], stop_ids: tuple[int, ...], most: int
+    options: argparse.Namespace, model: str, prompts: list[tuple[int, ...]], stop_ids: tuple[int, ...]
 ) -> Arrivals:
-    """The server's answers, `most` requests at once."""
-    places, came = asyncio.Semaphore(most), Arrivals()
+    """The server's answers, as many requests at once as --at-once says."""
+    places, came = asyncio.Semaphore(options.at_once), Arrivals()
     async with httpx2.AsyncClient(timeout=None, limits=httpx2.Limits(max_connections=None)) as client:
 
         async def one(prompt: tuple[int, ...]) -> None:
             body: dict[str, Any] = {"model": model, "prompt": list(prompt), "temperature": 0.0, "top_k": -1}
-            body |= {"max_tokens": min(MAX_TOKENS, MAX_LENGTH - len(prompt)), "stop_token_ids": list(stop_ids)}
+            body |= {"max_tokens": min(options.max_tokens, MAX_LENGTH - len(prompt)), "stop_token_ids": list(stop_ids)}
             async with places:
-                answer = await client.post(f"{address}/completions", json=body | {"return_token_ids": True})
+                answer = await client.post(f"{options.address}/completions", json=body | {"return_token_ids": True})
             came.take(len(answer.json()["choices"][0]["token_ids"]))
 
         await asyncio.gather(*map(one, prompts))
