@@ -2,9 +2,9 @@
 
     RANK=0 WORLD_SIZE=2 python parallel_step.py FOLDER CASE...
 
-A case is a split and a mode, such as even-ddp. FOLDER holds the draft, the loss, and for every split this rank's
-micro-batches, as saved by the test. Rank 0 writes gradients there, a file a case. Modes are those of train.parallel.
-With DEVICE=cuda both ranks compute on one GPU.
+A case is an algorithm, a split and a mode, such as dflash/even-ddp. FOLDER holds for every algorithm the draft, the
+loss, and for every split this rank's micro-batches, as saved by the test. Rank 0 writes gradients there, a file a case.
+Modes are those of train.parallel. With DEVICE=cuda both ranks compute on one GPU.
 """
 
 import json
@@ -41,7 +41,8 @@ def main(folder: Path, cases: list[str]) -> None:
         world_size=int(os.environ["WORLD_SIZE"]),
     )
     for case in cases:
-        found = step_of(folder, *case.split("-"))
+        algorithm, _, step = case.partition("/")
+        found = step_of(folder / algorithm, *step.split("-"))
         if torch.distributed.get_rank() == 0:
             save_file(found, folder / f"{case}.safetensors")
     torch.distributed.barrier()

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from deepspec_core.cache.hdf5 import HDF5Format
+from deepspec_core.cli.main import main
 
 COMMAND = [sys.executable, "-m", "deepspec_core", "run"]
 SMOKE = ["--smoke", "--set", "run.threads=1"]
@@ -78,6 +79,8 @@ def _done(command: list[str], code: int = 0) -> str:
     return done.stdout + done.stderr
 
 
+# Its three processes import everything; deepspec-core/tests/test_shared_answers.py has the same with threads.
+@pytest.mark.slow
 def test_two_workers_evaluate_what_one_did(finished: Path, finished_copy: Path) -> None:
     """And the first speaks of all prompts."""
     again = ["--stages", "evaluate", "--force", "evaluate", "--workers", "2", "--set", "evaluate.temperature=[0.0]"]
@@ -91,12 +94,25 @@ def test_two_workers_evaluate_what_one_did(finished: Path, finished_copy: Path) 
     assert "workers decoded at the same time" not in (_folder(finished) / "report.md").read_text()
 
 
+@pytest.fixture(scope="module")
+def longer(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The finished run with an evaluation that lasts long enough to be disturbed."""
+    folder = tmp_path_factory.mktemp("longer") / "copy"
+    shutil.copytree(finished.parent, folder)
+    path, text = folder / finished.name, finished.read_text()
+    assert "max_new_tokens = 12" in text
+    path.write_text(text.replace("max_new_tokens = 12", "max_new_tokens = 224"))
+    assert main(["run", str(path), *SMOKE, "--force", "evaluate"]) == 0
+    return path
+
+
 @pytest.fixture
-def begun(finished: Path, run_file: Path) -> Callable[[str], Path]:
+def begun(longer: Path, run_file: Path) -> Callable[[str], Path]:
     """begun(stage): a run with everything that the stage builds on, and nothing else."""
+    run_file.write_text(longer.read_text())
 
     def make(stage: str) -> Path:
-        shutil.copytree(finished.parent / "runs", run_file.parent / "runs")
+        shutil.copytree(longer.parent / "runs", run_file.parent / "runs")
         folder = _folder(run_file)
         stages = ("regenerate", "cache", "train", "evaluate")
         for later in stages[stages.index(stage) :]:
@@ -108,10 +124,10 @@ def begun(finished: Path, run_file: Path) -> Callable[[str], Path]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["regenerate", "cache"])
-def test_two_workers_do_what_one_did(finished: Path, begun: Callable[[str], Path], stage: str) -> None:
+def test_two_workers_do_what_one_did(longer: Path, begun: Callable[[str], Path], stage: str) -> None:
     run_file = begun(stage)
     _done([*COMMAND, str(run_file), *SMOKE, *SMALL_SHARDS, "--stages", stage, "--workers", "2"])
-    _require_same(run_file, finished, stage)
+    _require_same(run_file, longer, stage)
     if stage == "cache":
         _done([sys.executable, "-m", "deepspec_core", "cache", "verify", str(_folder(run_file) / "cache")])
 
@@ -141,7 +157,7 @@ def _wait_for_work(run_file: Path, stage: str, processes: list[subprocess.Popen[
 @pytest.mark.slow
 @pytest.mark.parametrize(("stage", "then"), [("regenerate", 1), ("cache", 3), ("evaluate", 1), ("regenerate", 3)])
 def test_a_killed_worker_ends_the_run_and_others_go_on(
-    finished: Path, begun: Callable[[str], Path], stage: str, then: int
+    longer: Path, begun: Callable[[str], Path], stage: str, then: int
 ) -> None:
     run_file = begun(stage)
     command = [*COMMAND, str(run_file), *SMOKE, *SMALL_SHARDS, "--stages", stage, "--workers"]
@@ -157,12 +173,12 @@ def test_a_killed_worker_ends_the_run_and_others_go_on(
     assert "Traceback" not in errors
     assert _processes_of(run_file) == []
     _done([*command, str(then)])
-    _require_same(run_file, finished, stage)
+    _require_same(run_file, longer, stage)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["regenerate", "cache", "evaluate"])
-def test_a_disk_that_fills_ends_both_workers_in_words(finished: Path, begun: Callable[[str], Path], stage: str) -> None:
+def test_a_disk_that_fills_ends_both_workers_in_words(longer: Path, begun: Callable[[str], Path], stage: str) -> None:
     run_file = begun(stage)
     arguments = ["run", str(run_file), *SMOKE, *SMALL_SHARDS, "--stages", stage]
     limited = [sys.executable, "-c", _LIMITED, {"regenerate": "5000", "cache": "120000", "evaluate": "5000"}[stage]]
@@ -170,17 +186,17 @@ def test_a_disk_that_fills_ends_both_workers_in_words(finished: Path, begun: Cal
     assert "File too large" in seen
     assert not json.loads((_folder(run_file) / stage / "stage.json").read_text())["complete"]
     _done([sys.executable, "-m", "deepspec_core", *arguments])
-    _require_same(run_file, finished, stage)
+    _require_same(run_file, longer, stage)
 
 
 @pytest.mark.slow
-def test_torchrun_shares_the_stages_too(finished: Path, begun: Callable[[str], Path]) -> None:
+def test_torchrun_shares_the_stages_too(longer: Path, begun: Callable[[str], Path]) -> None:
     run_file = begun("regenerate")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = ["-m", "deepspec_core", "run", str(run_file), *SMOKE, *SMALL_SHARDS, "--stages", "regenerate,cache"]
     _done([*launcher, *command])
-    _require_same(run_file, finished, "regenerate")
-    _require_same(run_file, finished, "cache")
+    _require_same(run_file, longer, "regenerate")
+    _require_same(run_file, longer, "cache")
 
 
 def _on_two_machines(run_files: tuple[Path, Path], *arguments: str) -> list[subprocess.Popen[str]]:

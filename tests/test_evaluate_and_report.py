@@ -12,6 +12,7 @@ import pytest
 
 from deepspec_core.cli.main import main
 from deepspec_core.evaluation.comparison import Run, compare
+from deepspec_core.evaluation.report import markdown
 
 PARITY = Path(__file__).parent / "parity"
 QUESTIONS = ("What is 2 + 3?", "Write a short story.", "Convert 3 km to m.")
@@ -164,6 +165,15 @@ def run_of(evaluated: Path, label: str, **changes: Any) -> Run:
         section, _, key = place.partition("__")
         report[section][0 if section == "results" else key] = value
     return Run(label=label, report=report)
+
+
+def test_times_of_several_workers_are_said_to_be_of_one_beside_others(evaluated: Path) -> None:
+    report = run_of(evaluated, "a").report
+    (result,) = report["results"]
+    assert result["workers"] == 1
+    assert "workers decoded at the same time" not in markdown(report)
+    shared = run_of(evaluated, "a", results__0={**result, "workers": 2}).report
+    assert "Up to 2 workers decoded at the same time" in markdown(shared)
 
 
 def test_equal_runs_are_compared_without_remarks(evaluated: Path) -> None:

@@ -76,12 +76,11 @@ def test_full_messages_stop_nothing(finished: Path, tmp_path: Path) -> None:
     assert "Hello" in done.stdout or len(done.stdout) > 100
 
 
-@pytest.mark.parametrize("closed", [">&-", "<&- 2>&-"])
-def test_closed_streams_stop_nothing(finished: Path, tmp_path: Path, closed: str) -> None:
+@pytest.mark.parametrize(("name", "closed"), [("checkpoint", ">&-"), ("show", "<&- 2>&-")])
+def test_closed_streams_stop_nothing(finished: Path, name: str, closed: str) -> None:
     """A file that is opened later would otherwise take the place of a closed stream, and receive what goes there."""
-    draft = finished.parent / "runs" / "quickstart-dflash-smoke" / "draft"
-    script = f'"$0" -m deepspec_core checkpoint show "$1" {closed}'
-    done = subprocess.run(["sh", "-c", script, sys.executable, str(draft)], capture_output=True, text=True)
+    command = ["sh", "-c", f'"$0" "$@" {closed}', *COMMAND, *_commands(finished)[name]]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     assert ("dflash" in done.stdout) == (">&-" not in closed.split())

@@ -77,18 +77,16 @@ def test_what_is_made_once_counts_as_read_by_everyone_who_uses_it() -> None:
     assert Made.computed == 1
 
 
-@pytest.mark.parametrize(
-    ("key", "value"), [("regenerate.thinking", "true"), ("run.seed", "7"), ("data.held_out", "0.4")]
-)
 def test_an_evaluation_alone_reads_keys_of_other_sections(
-    finished: Path, run_file: Path, capsys: pytest.CaptureFixture[str], key: str, value: str
+    finished: Path, run_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     draft = _folder(finished) / "draft"
     command = ["run", str(run_file), "--smoke", *ONE_THREAD, "--set", 'run.stages=["evaluate"]']
     command += ["--set", f"evaluate.draft={json.dumps(str(draft))}", "--set", "evaluate.temperature=[0.0]"]
     assert main(command) == 0
-    assert main([*command, "--set", f"{key}={value}"]) == 2
-    assert f"`{key}` changed under the results of the stage `evaluate`" in capsys.readouterr().err
+    for key, value in (("regenerate.thinking", "true"), ("run.seed", "7"), ("data.held_out", "0.4")):
+        assert main([*command, "--set", f"{key}={value}"]) == 2
+        assert f"`{key}` changed under the results of the stage `evaluate`" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("interrupted", [True, False])

@@ -20,7 +20,6 @@ from deepspec_core.checkpoints.published import save_draft
 from deepspec_core.config.schema import LossOptions
 from deepspec_core.contracts.draft import DraftBatch, DraftModel, Sample
 from deepspec_core.features.online import OnlineFeatures
-from deepspec_core.plugins.discovery import load_plugins
 from deepspec_core.plugins.registry import Registry
 from deepspec_core.rows.engine import build_engine
 from deepspec_core.training.loader import MicroBatches, Plan
@@ -62,37 +61,26 @@ def saved(batch: DraftBatch) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("algorithm", load_plugins().registry.trained_drafts())
 @pytest.mark.parametrize("device", ["cpu", GPU])
 def test_two_processes_give_the_gradient_of_one(
     device: str,
-    algorithm: str,
     tiny_target: Callable[..., Any],
     tiny_draft: Callable[..., DraftModel],
     registry: Registry,
     tmp_path: Path,
 ) -> None:
+    """The two take the steps of all algorithms: most of their time is their imports."""
     target = tiny_target("qwen3")
-    draft = tiny_draft(algorithm, target).train()
-    source = OnlineFeatures(samples(), target.model, draft.describe().taps)
-    batches = MicroBatches(source, draft.preparation, seed=0)
-
-    def batch(indices: list[int]) -> DraftBatch:
-        return batches[Plan(epoch=0, indices=tuple(indices))].to_draft_batch(source, torch.device("cpu"))
-
-    terms = TERMS.get(algorithm, {"ce": 1.0})
-    step = TrainingStep(draft, build_engine(LossOptions(terms=terms), registry))
-    result = step(batch([0, 1, 2, 3, 4, 5]))
-    (result.total / result.denominator).backward()
-
-    save_draft(draft, target.adapter, tmp_path / "draft")
-    (tmp_path / "terms.json").write_text(json.dumps(terms))
-    for split, shares in SPLITS.items():
-        for rank, share in enumerate(shares):
-            torch.save([saved(batch(indices)) for indices in share], tmp_path / f"{split}-{rank}.pt")
+    drafts, losses = {}, {}
+    for algorithm in registry.trained_drafts():
+        draft = drafts[algorithm] = tiny_draft(algorithm, target).train()
+        terms, folder = TERMS.get(algorithm, {"ce": 1.0}), tmp_path / algorithm
+        losses[algorithm] = _alone(draft, target, terms, registry, folder)
+        save_draft(draft, target.adapter, folder / "draft")
+        (folder / "terms.json").write_text(json.dumps(terms))
     # One GPU for both, which NCCL refuses; and gloo does not shard tensors of a GPU.
     modes = ("ddp", "fsdp") if device == "cpu" else ("ddp",)
-    cases = [f"{split}-{mode}" for split in SPLITS for mode in modes]
+    cases = [f"{algorithm}/{split}-{mode}" for algorithm in drafts for split in SPLITS for mode in modes]
     workers = [
         subprocess.Popen(
             [sys.executable, str(WORKER), str(tmp_path), *cases],
@@ -110,13 +98,31 @@ def test_two_processes_give_the_gradient_of_one(
             worker.kill()
     assert [worker.returncode for worker in workers] == [0, 0], "\n".join(said)
 
-    expected = {name: value.grad for name, value in draft.named_parameters() if value.requires_grad}
-    norm = torch.stack([gradient.norm() for gradient in expected.values() if gradient is not None]).norm()
-    loss = (result.total / result.denominator).detach()
     for case in cases:
+        algorithm = case.split("/")[0]
+        expected = {name: value.grad for name, value in drafts[algorithm].named_parameters() if value.requires_grad}
+        norm = torch.stack([gradient.norm() for gradient in expected.values() if gradient is not None]).norm()
         found = load_file(tmp_path / f"{case}.safetensors")
-        torch.testing.assert_close(found.pop("loss")[0], loss, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found.pop("loss")[0], losses[algorithm], rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(found.pop("norm")[0], norm, rtol=1e-5, atol=1e-6)
         assert found.keys() == expected.keys()
         for name, gradient in expected.items():
             torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-5, msg=f"{name}, {case}")
+
+
+def _alone(draft: DraftModel, target: Any, terms: dict[str, float], registry: Registry, folder: Path) -> torch.Tensor:
+    """The loss of the step in this process, whose gradients the draft keeps; each rank's micro-batches in `folder`."""
+    folder.mkdir()
+    source = OnlineFeatures(samples(), target.model, draft.describe().taps)
+    batches = MicroBatches(source, draft.preparation, seed=0)
+
+    def batch(indices: list[int]) -> DraftBatch:
+        return batches[Plan(epoch=0, indices=tuple(indices))].to_draft_batch(source, torch.device("cpu"))
+
+    step = TrainingStep(draft, build_engine(LossOptions(terms=terms), registry))
+    result = step(batch([0, 1, 2, 3, 4, 5]))
+    (result.total / result.denominator).backward()
+    for split, shares in SPLITS.items():
+        for rank, share in enumerate(shares):
+            torch.save([saved(batch(indices)) for indices in share], folder / f"{split}-{rank}.pt")
+    return (result.total / result.denominator).detach()

@@ -77,7 +77,7 @@ def test_settings_a_stage_does_not_read_may_change(finished_copy: Path, capsys: 
 def test_force_discards_a_stage_and_what_builds_on_it(finished_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = _folder(finished_copy)
     kept = (folder / "cache" / "stage.json").read_bytes()
-    changed = ["--set", "train.lr=1e-3", "--set", "evaluate.limit=2", "--force", "train"]
+    changed = ["--set", "train.lr=1e-3", "--set", "evaluate.temperature=[0.0]", "--force", "train"]
     assert main(["run", str(finished_copy), "--smoke", *changed]) == 0
     output = capsys.readouterr().out
     assert "cache: already complete" in output

@@ -21,8 +21,9 @@ from deepspec_core.cache.hdf5 import HDF5Format
 COMMAND = [sys.executable, "-m", "deepspec_core", "run"]
 # One thread, as the undisturbed run: texts are sampled, so they are compared exactly only where sums are the same.
 OPTIONS = ["--smoke", "--set", "run.threads=1"]
-# More moments at which something is half written.
+# More moments at which something is half written, and an evaluation that lasts.
 SMALL_PIECES = ["--set", "train.checkpoint_every=2", "--set", "cache.shard_samples=3"]
+SMALL_PIECES += ["--set", "evaluate.max_new_tokens=224"]
 # What differs between any two runs: times, speeds and memory, and the path and weights of the draft, which are compared
 # by themselves.
 _OWN = re.compile(r"(.*_)?seconds|.*_per_second|peak_memory_bytes|loader_wait|speedup.*|resumed_from|draft|content|run")

@@ -18,7 +18,7 @@ from deepspec_core.interface.models import Target
 from deepspec_core.pipeline import training
 
 SIZE = 64
-SMALL = ("--set", "run.threads=1", "--set", "evaluate.limit=3", "--set", "evaluate.max_new_tokens=24")
+SMALL = ("--set", "run.threads=1", "--set", "evaluate.max_new_tokens=12", "--set", "evaluate.temperature=[0.0]")
 
 
 @pytest.fixture(scope="module")

@@ -6,14 +6,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from deepspec_core.cli.main import main
 from deepspec_core.pipeline.local_workers import started_here
 from deepspec_core.stopping import Stopped, StopRequest, exit_code, stopped_by_sigterm
+from deepspec_core.training.metrics import MetricsLog
 
 COMMAND = [sys.executable, "-m", "deepspec_core", "run"]
 WITHIN_SECONDS = 60
@@ -42,7 +44,9 @@ def _wait(until: Callable[[], object], process: subprocess.Popen[str]) -> None:
     begin = time.monotonic()
     while not until():
         assert process.poll() is None, process.communicate()
-        assert time.monotonic() - begin < 120, "the run did not get there"
+        if time.monotonic() - begin >= 120:
+            process.kill()  # it would train for hours
+            pytest.fail("the run did not get there")
         time.sleep(0.05)
 
 
@@ -70,7 +74,7 @@ def _checkpoints(folder: Path) -> list[int]:
 @pytest.mark.parametrize(
     "arguments",
     [
-        pytest.param((), id="alone"),
+        pytest.param((), id="alone", marks=pytest.mark.slow),
         pytest.param(("--workers", "2"), id="workers"),
         pytest.param(("--workers", "2", "--set", "train.parallel=fsdp"), id="shards", marks=pytest.mark.slow),
         pytest.param(("--set", "train.loader_workers=1"), id="loader", marks=pytest.mark.slow),
@@ -95,6 +99,28 @@ def test_sigterm_in_training_saves_the_step_and_ends_all(
     assert "Traceback" not in errors
     assert _processes_of(run_file) == []
     # The last step that was logged is the one that was saved.
+    assert _checkpoints(folder) == [_steps_logged(folder)]
+
+
+def test_sigterm_in_training_of_one_process_saves_the_step(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Here it is the tests' own process, whose imports are done."""
+    run_file = _long_training(finished, tmp_path)
+    folder = tmp_path / "runs" / "quickstart-dflash"
+    write = MetricsLog.write
+
+    def stopping(log: MetricsLog, figures: Mapping[str, Any]) -> None:
+        write(log, figures)
+        if _steps_logged(folder) == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(MetricsLog, "write", stopping)
+    run = ["run", str(run_file), "--set", "train.log_every=1", "--set", "run.threads=1"]
+    assert main(run) == 128 + signal.SIGTERM
+    errors = capsys.readouterr().err
+    assert errors.endswith("Interrupted.\n")
+    assert "Traceback" not in errors
     assert _checkpoints(folder) == [_steps_logged(folder)]
 
 

@@ -69,7 +69,8 @@ def test_a_container_s_quota_bounds_the_threads(tmp_path: Path, monkeypatch: pyt
 
 
 def test_the_first_lines_of_a_run_say_what_was_chosen(finished_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["run", str(finished_copy), "--smoke", "--force", "evaluate", "--stages", "evaluate"]) == 0
+    small = ["--stages", "evaluate", "--set", "evaluate.temperature=[0.0]", "--set", "evaluate.plain=false"]
+    assert main(["run", str(finished_copy), "--smoke", "--force", "evaluate", *small]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("discarded")]
     assert lines[0].startswith("threads: 1")
 

@@ -24,7 +24,7 @@ from deepspec_core.plugins.registry import Registry
 
 ONE_THREAD = ["--set", "run.threads=1"]
 TRAIN = ["--smoke", *ONE_THREAD, "--stages", "train"]
-EVERY_5 = ["--set", "train.evaluate_every=5"]
+EVERY_5 = ["--set", "train.evaluate_every=5", "--set", "train.evaluation.max_new_tokens=12"]
 FEW = ["--set", "train.evaluation.prompts=2", "--set", "train.evaluation.max_new_tokens=8"]
 WEIGHTS = "model.safetensors"
 

@@ -203,38 +203,50 @@ def test_an_error_lets_go_of_the_cache(tmp_path: Path) -> None:
 
 
 _FILL = """
-import resource, sys, pathlib
+import os, resource, sys, pathlib
 sys.path.insert(0, sys.argv[2])
 import torch
 from test_cache_trust import HEADER, HDF5Format, _sample
-# A file that may not grow takes the place of a full disk; both refuse the same write.
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), resource.RLIM_INFINITY))
-writer = HDF5Format().create(pathlib.Path(sys.argv[1]), HEADER, shard_samples=8)
 from deepspec_core.errors import CacheError
-try:
-    for index in range(4000):
-        writer.write(_sample(index, length=500))
-    writer.finish()
-except CacheError as error:
-    print(error.problem)
-    sys.exit(2)
-"""
 
-
-@pytest.mark.parametrize("limit", [1000, 60_000, 300_000, 1_000_000])
-def test_a_full_disk_is_one_error_and_not_the_end_of_the_process(tmp_path: Path, limit: int) -> None:
-    command = [sys.executable, "-c", _FILL, str(tmp_path), str(Path(__file__).parent), str(limit)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (2, "")
-    assert done.stdout == "The cache cannot be written\n"
-    assert not list(tmp_path.glob("*.partial"))
-    # With room it goes on from the sealed shards.
-    writer = HDF5Format().create(tmp_path, HEADER, shard_samples=8)
-    for index in range(10):
-        if str(index) not in writer.written():
+def fill(folder, limit):
+    # A file that may not grow takes the place of a full disk; both refuse the same write.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    writer = HDF5Format().create(folder, HEADER, shard_samples=8)
+    try:
+        for index in range(4000):
             writer.write(_sample(index, length=500))
-    writer.finish()
-    assert len(opened(tmp_path, HEADER)) == 10
+        writer.finish()
+    except CacheError as error:
+        print(error.problem)
+        sys.exit(2)
+
+for limit in sys.argv[3:]:
+    child = os.fork()
+    if not child:
+        fill(pathlib.Path(sys.argv[1]) / limit, int(limit))
+        sys.exit(0)
+    print(f"{limit}: {os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}", flush=True)
+"""
+_LIMITS = ("1000", "60000", "300000", "1000000")
+
+
+def test_a_full_disk_is_one_error_and_not_the_end_of_the_process(tmp_path: Path) -> None:
+    """Each limit in a process of its own, all forked from one that has imported everything."""
+    command = [sys.executable, "-c", _FILL, str(tmp_path), str(Path(__file__).parent), *_LIMITS]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "".join(f"The cache cannot be written\n{limit}: 2\n" for limit in _LIMITS)
+    for limit in _LIMITS:
+        folder = tmp_path / limit
+        assert not list(folder.glob("*.partial"))
+        # With room it goes on from the sealed shards.
+        writer = HDF5Format().create(folder, HEADER, shard_samples=8)
+        for index in range(10):
+            if str(index) not in writer.written():
+                writer.write(_sample(index, length=500))
+        writer.finish()
+        assert len(opened(folder, HEADER)) == 10
 
 
 def test_what_did_not_fit_is_read_back_while_the_file_is_closed(tmp_path: Path) -> None:

@@ -68,7 +68,8 @@ def test_weightings_see_whole_blocks(weighting: str, chunk_rows: int | None, ker
     assert_equal_to_the_definition(engine, rows, heads, leaves, "all", weighting)
 
 
-@pytest.mark.parametrize(("correction", "softcap"), [(False, None), (True, 2.0)])
+# Building a set of kernels takes seconds: those with everything by default, those with nothing in a slower run.
+@pytest.mark.parametrize(("correction", "softcap"), [pytest.param(False, None, marks=pytest.mark.slow), (True, 2.0)])
 def test_compiled_kernels_equal_the_definition(correction: bool, softcap: float | None) -> None:
     if reason := why_not_compiled():
         pytest.skip(reason)
@@ -127,7 +128,8 @@ def test_autocast_chooses_the_products_dtype_only() -> None:
 @pytest.mark.parametrize("kernels", ["plain", "eager"])
 def test_gradcheck(kernels: str) -> None:
     rows, heads, leaves = make(correction=True, softcap=3.0, train_head=True)
-    engine = RowEngine(mixed("all"), Decay(DecayOptions()), 4, kernels=kernels)
+    # Two chunks, whose border cuts a block: the cost is the number of chunks, for each of hundreds of differences.
+    engine = RowEngine(mixed("all"), Decay(DecayOptions()), 11, kernels=kernels)
 
     def total(hidden: Tensor, confidence: Tensor, head: Tensor, correction: Tensor, correction_head: Tensor) -> Tensor:
         moved = evolve(rows, hidden=hidden, correction=correction, extras={"confidence_logits": confidence})

@@ -56,10 +56,12 @@ def test_the_base_alone_may_change(registry: Registry, tiny_target: Any) -> None
     assert own.draft_config(1, {}).rope_parameters["rope_type"] == "default"
 
 
-def test_a_run_trains_decodes_and_writes_it(run_file: Path) -> None:
+def test_a_run_trains_decodes_and_writes_it(finished_copy: Path) -> None:
+    """From the answers and the cache of a run without it."""
     rope = 'draft.layer.rope={rope_type="yarn",factor=2.0,original_max_position_embeddings=512}'
-    assert main(["run", str(run_file), "--smoke", "--set", rope, "--set", "run.threads=1"]) == 0
-    folder = run_file.parent / "runs" / "quickstart-dflash-smoke"
+    command = ["run", str(finished_copy), "--smoke", "--set", "run.threads=1", "--set", "evaluate.temperature=[0.0]"]
+    assert main([*command, "--force", "train", "--set", rope]) == 0
+    folder = finished_copy.parent / "runs" / "quickstart-dflash-smoke"
     assert json.loads((folder / "draft" / "config.json").read_text())["rope_parameters"]["rope_type"] == "yarn"
     assert all(not one["mismatches"] for one in json.loads((folder / "metrics.json").read_text())["results"])
 

@@ -72,15 +72,17 @@ def test_no_output_changes_and_a_checkpoint_keeps_it(
     assert all(again[name].rounds == drafted[name].rounds for name in plain), "the same proposals were accepted"
 
 
-def test_a_run_trains_decodes_and_writes_it(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["run", str(run_file), "--smoke", "--set", "draft.layer.window=24", "--set", "run.threads=1"]) == 0
-    folder = run_file.parent / "runs" / "quickstart-dflash-smoke"
+def test_a_run_trains_decodes_and_writes_it(finished_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From the answers and the cache of a run without it."""
+    command = ["run", str(finished_copy), "--smoke", "--set", "run.threads=1", "--set", "evaluate.temperature=[0.0]"]
+    assert main([*command, "--force", "train", "--set", "draft.layer.window=24"]) == 0
+    folder = finished_copy.parent / "runs" / "quickstart-dflash-smoke"
     assert json.loads((folder / "draft" / "config.json").read_text())["sliding_window"] == 24
     assert all(not one["mismatches"] for one in json.loads((folder / "metrics.json").read_text())["results"])
     capsys.readouterr()
     assert main(["checkpoint", "show", str(folder / "draft"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["window"] == 24
-    assert main(["run", str(run_file), "--smoke", "--set", "draft.layer.window=25", "--set", "run.threads=1"]) == 2
+    assert main([*command, "--set", "draft.layer.window=25"]) == 2
     assert "draft.layer.window" in capsys.readouterr().err
 
 

@@ -16,7 +16,7 @@ TESTS = {
     "dflash-attention": ("deepspec-dflash/tests/test_dflash_attention.py", "window"),
     "eagle3-attention": ("deepspec-eagle3/tests/test_eagle3_attention.py", "window"),
     "on-gpu": ("tests/test_on_gpu.py", "training_step"),
-    "two-workers": ("tests/test_parallel_step.py", "dflash"),
+    "two-workers": ("tests/test_parallel_step.py", "cpu"),
     "others": (".", "nothing-is-called-so"),
 }
 

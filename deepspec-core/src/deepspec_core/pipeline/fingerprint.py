@@ -98,8 +98,9 @@ def fingerprint(flat: Mapping[str, Any], reads: Sequence[str]) -> dict[str, Any]
 
 def _covers(name: str, key: str) -> bool:
     """Whether reading what `name` names, a key or a section, is reading this key."""
-    alone = any(_within(key, own) and own != name and _within(own, name) for own in READ_ALONE)
-    return _within(key, name) and not alone
+    if not _within(key, name):
+        return False
+    return not any(_within(key, own) and own != name and _within(own, name) for own in READ_ALONE)
 
 
 def _within(key: str, name: str) -> bool:
