@@ -21,7 +21,8 @@ from deepspec_eagle3.preparation import StepPreparation
 
 TAPS = (2, 4, 6, 8, 10)
 MODEL = "builtin:tiny-qwen3"
-COUNT = 10
+COUNT = 9
+WHO = ("Mia", "Ben", "Lea", "Tom", "Ida", "Max", "Zoe", "Sam", "Eva")
 # Faults of the features alone, and what is said of each.
 FAULTS = {
     "lost": "A server's file is not there",
@@ -35,15 +36,14 @@ FAULTS = {
 }
 
 
-@pytest.fixture
-def run_file(tmp_path: Path, new_run_file: Callable[[Path], Path]) -> Path:
-    """The quickstart's, with ten conversations, every third of them of two turns, and a cache in float32."""
-    path, data = new_run_file(tmp_path), tmp_path / "asked.jsonl"
+def write_run_file(folder: Path, new_run_file: Callable[[Path], Path]) -> Path:
+    """The quickstart's, with nine conversations, every third of them of two turns."""
+    path, data = new_run_file(folder), folder / "asked.jsonl"
     with data.open("w") as file:
-        for number in range(COUNT):
-            messages = [{"role": "user", "content": f"What is {number} + {number}?"}]
+        for number, name in enumerate(WHO):
+            messages = [{"role": "user", "content": f"Hi, my name is {name}, and I like music."}]
             if number % 3 == 0:
-                messages += [{"role": "assistant", "content": "?"}, {"role": "user", "content": "And twice that?"}]
+                messages += [{"role": "assistant", "content": "?"}, {"role": "user", "content": "Hi, my name is Tim."}]
             file.write(json.dumps({"id": f"c{number}", "messages": messages}) + "\n")
     text = path.read_text()
     for old, new in {
@@ -54,6 +54,22 @@ def run_file(tmp_path: Path, new_run_file: Callable[[Path], Path]) -> Path:
         text = text.replace(old, new)
     path.write_text(text)
     return path
+
+
+@pytest.fixture
+def run_file(tmp_path: Path, new_run_file: Callable[[Path], Path]) -> Path:
+    return write_run_file(tmp_path, new_run_file)
+
+
+@pytest.fixture(scope="module")
+def in_two_passes(
+    new_run_file: Callable[[Path], Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[bytes, dict[str, Sample]]:
+    """The answers, and the cache, of the same run in this process."""
+    path = write_run_file(tmp_path_factory.mktemp("two-passes"), new_run_file)
+    assert main(["run", str(path), "--stages", "regenerate,cache", *COMMON]) == 0
+    folder = folder_of(path)
+    return (folder / "regenerate" / "conversations.jsonl").read_bytes(), cached(folder / "cache")
 
 
 @pytest.fixture
@@ -95,7 +111,7 @@ COMMON = words(
     'run.stages=["regenerate", "cache", "train"]',
     "features.mode=cached",
     "regenerate.temperature=0",
-    "regenerate.max_tokens=12",
+    "regenerate.max_tokens=32",
     "cache.dtype=float32",
     "cache.batch_size=1",
 )
@@ -121,17 +137,9 @@ def summary(path: Path, stage: str) -> dict[str, Any]:
     return dict(json.loads((folder_of(path) / stage / "stage.json").read_text())["summary"])
 
 
-def in_two_passes(path: Path) -> tuple[bytes, dict[str, Sample]]:
-    """The answers, and the cache, of the same run in this process."""
-    changed = [*COMMON, *words("run.output=runs/here")]
-    assert main(["run", str(path), "--stages", "regenerate,cache", *changed]) == 0
-    folder = path.parent / "runs" / "here"
-    return (folder / "regenerate" / "conversations.jsonl").read_bytes(), cached(folder / "cache")
-
-
-def check(path: Path) -> None:
+def check(path: Path, in_two_passes: tuple[bytes, dict[str, Sample]]) -> None:
     """The cache is that of two passes to the bit: samples, order and every position, the last one too."""
-    answers, expected = in_two_passes(path)
+    answers, expected = in_two_passes
     assert (folder_of(path) / "regenerate" / "conversations.jsonl").read_bytes() == answers
     found = cached(folder_of(path) / "cache")
     assert list(found) == list(expected)
@@ -145,7 +153,9 @@ def check(path: Path) -> None:
         torch.testing.assert_close(found[name].features.last_hidden, sample.features.last_hidden, rtol=0, atol=0)
 
 
-def test_a_cache_in_one_pass_is_that_of_two(run_file: Path, exchange: Path, servers: list[AnsweringStandIn]) -> None:
+def test_a_cache_in_one_pass_is_that_of_two(
+    run_file: Path, exchange: Path, servers: list[AnsweringStandIn], in_two_passes: tuple[bytes, dict[str, Sample]]
+) -> None:
     assert run(run_file, exchange, servers) == 0
     assert sum(len(server.answered) for server in servers) == COUNT, "one file for each conversation"
     assert not any(server.asked for server in servers), "nothing is asked for again"
@@ -155,11 +165,15 @@ def test_a_cache_in_one_pass_is_that_of_two(run_file: Path, exchange: Path, serv
     assert (said["with answers"], said["asked again"]) == (COUNT, {})
     assert list(exchange.iterdir()) == []
     assert not (folder_of(run_file) / "regenerate" / "features").exists(), "the cache has it all"
-    check(run_file)
+    check(run_file, in_two_passes)
 
 
 def test_what_did_not_come_is_asked_for_with_its_reason(
-    run_file: Path, exchange: Path, servers: list[AnsweringStandIn], capsys: pytest.CaptureFixture[str]
+    run_file: Path,
+    exchange: Path,
+    servers: list[AnsweringStandIn],
+    capsys: pytest.CaptureFixture[str],
+    in_two_passes: tuple[bytes, dict[str, Sample]],
 ) -> None:
     """An answer counts whatever became of its features; half an answer does not."""
     servers[0].answer_faults = ["half", *FAULTS]
@@ -173,30 +187,37 @@ def test_what_did_not_come_is_asked_for_with_its_reason(
         "1 answers came without features, which are asked for later: A state is not finite" in capsys.readouterr().err
     )
     assert list(exchange.iterdir()) == []
-    check(run_file)
+    check(run_file, in_two_passes)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_off_goes_on(
-    run_file: Path, exchange: Path, servers: list[AnsweringStandIn], capsys: pytest.CaptureFixture[str]
+    run_file: Path,
+    exchange: Path,
+    servers: list[AnsweringStandIn],
+    capsys: pytest.CaptureFixture[str],
+    in_two_passes: tuple[bytes, dict[str, Sample]],
 ) -> None:
     """Answers that are there are not asked again; what was not on disk of their features is."""
     server = servers[0]
-    server.dies_after = 4
-    assert run(run_file, exchange, [server], "regenerate.timeout=1", "regenerate.max_concurrency=1") == 2
+    server.dies_after = 5
+    assert run(run_file, exchange, [server], "regenerate.timeout=3", "regenerate.max_concurrency=1") == 2
     done = len((folder_of(run_file) / "regenerate" / "conversations.jsonl.partial").read_bytes().splitlines())
-    assert done == 4
+    assert 0 < done < COUNT
+    before = len(server.answered)
     own = Ownership(owner=owner_of(folder_of(run_file))).beginning
     (exchange / f"{own}000000007.safetensors").write_bytes(b"half")
     server.dies_after = None
     assert run(run_file, exchange, [server]) == 0
-    assert len(server.answered) == COUNT
+    assert len(server.answered) - before == COUNT - done
     said = summary(run_file, "cache")
     assert said["with answers"] == COUNT - done
     assert said["asked again"] == {"it was lost when a run was interrupted": done}
     assert list(exchange.iterdir()) == []
-    check(run_file)
+    check(run_file, in_two_passes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["cache.dtype=bfloat16", "target.layers=[2, 4, 6, 8]"])
 def test_features_of_other_settings_are_discarded(
     run_file: Path, exchange: Path, servers: list[AnsweringStandIn], change: str, capsys: pytest.CaptureFixture[str]
@@ -218,8 +239,13 @@ def test_features_of_other_settings_are_discarded(
     assert reader.header.dtype == ("bfloat16" if change.startswith("cache") else "float32")
 
 
+@pytest.mark.slow
 def test_one_cache_has_features_of_one_kind(
-    run_file: Path, exchange: Path, servers: list[AnsweringStandIn], capsys: pytest.CaptureFixture[str]
+    run_file: Path,
+    exchange: Path,
+    servers: list[AnsweringStandIn],
+    capsys: pytest.CaptureFixture[str],
+    in_two_passes: tuple[bytes, dict[str, Sample]],
 ) -> None:
     """The cache stage goes on with what servers gave when the answers came."""
     servers[0].answer_faults = ["lost"]
@@ -229,7 +255,7 @@ def test_one_cache_has_features_of_one_kind(
     assert "another number format than the others, or than this run began with" in capsys.readouterr().err
     servers[0].dtype = "float32"
     assert run(run_file, exchange, servers[:1]) == 0
-    check(run_file)
+    check(run_file, in_two_passes)
 
 
 def test_keys_that_do_not_go_together(

@@ -92,20 +92,24 @@ class Keeping:
 @contextmanager
 def keeping(run: Run) -> Iterator[Keeping]:
     """The stage's servers, and where features go. Whatever ends the block, this run's files in the exchange go too."""
-    options, folder = run.file.cache, folder_of(run)
-    _discard_others(run)
-    folder.mkdir(parents=True, exist_ok=True)
-    record = folder / feature_servers.RECORD
-    servers = feature_servers.begin(run, "regenerate", record=record, crew=ALONE)
+    folder = folder_of(run)
+    # No answer depends on what is read here: features that were kept for other settings are discarded.
+    with run.reads.unnoted():
+        _discard_others(run)
+        folder.mkdir(parents=True, exist_ok=True)
+        record = folder / feature_servers.RECORD
+        servers = feature_servers.begin(run, "regenerate", record=record, crew=ALONE)
+        cache_format, header = run.cache.format, _header(run)
+        taps, dtype = run.file.target.layers, run.cache.options.dtype
     work: Any = servers.farm.work
     try:
-        with KeptWriter(run.cache.format, folder, _header(run)) as writer:
+        with KeptWriter(cache_format, folder, header) as writer:
             yield Keeping(
                 farm=_farm(run, servers),
                 writer=writer,
-                taps=run.file.target.layers,
+                taps=taps,
                 # Eight-bit features need scales, which the format computes from full precision.
-                dtype=None if options.dtype == "float8_e4m3" else torch_dtype(options.dtype),
+                dtype=None if dtype == "float8_e4m3" else torch_dtype(dtype),
                 counts=Counter(),
             )
             writer.finish()
