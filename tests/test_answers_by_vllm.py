@@ -42,7 +42,7 @@ def path(new_run_file: Callable[[Path], Path], tmp_path_factory: pytest.TempPath
     text = path.read_text()
     for old, new in {
         '{path = "builtin:tiny-dialogues", limit = 2500}': f'{{path = "{data}"}}',
-        "\n[data]\n": f"\n[data]\nheld_out = 0.0\nmin_supervised_tokens = 1\nmax_length = {LONGEST}\n",
+        "\n[data]\n": "\n[data]\nheld_out = 0.0\nmin_supervised_tokens = 1\n",
     }.items():
         assert old in text
         text = text.replace(old, new)
@@ -67,6 +67,7 @@ def _words(server: FeatureServer, *settings: str) -> list[str]:
     every = [
         'run.stages=["regenerate", "cache", "train"]',
         "run.threads=1",
+        f"data.max_length={LONGEST}",
         "features.mode=cached",
         f"features.servers={addresses}",
         f"regenerate.servers={addresses}",
