@@ -61,7 +61,6 @@ def test_features_are_found_by_token_ids(texts: list[Sample], tmp_path: Path) ->
         for sample in (*texts[:3], texts[0]):  # the same text twice
             keep(writer, sample)
         writer.lacks(texts[3].input_ids, "it rained")
-        writer.finish()
     found = read(tmp_path)
     assert len(found) == 3
     for sample in texts[:3]:
@@ -74,9 +73,10 @@ def test_features_are_found_by_token_ids(texts: list[Sample], tmp_path: Path) ->
 
 
 def test_a_kill_loses_one_shard_and_says_so(texts: list[Sample], tmp_path: Path) -> None:
-    with KeptWriter(HDF5Format(), tmp_path, HEADER) as writer:
-        for sample in texts[:3]:
-            keep(writer, sample)
+    writer = KeptWriter(HDF5Format(), tmp_path, HEADER)
+    for sample in texts[:3]:
+        keep(writer, sample)
+    writer._writer.close()  # of the last shard nothing is left
     with (tmp_path / JOURNAL).open("ab") as journal:
         journal.write(b'["torn')
     with pytest.raises(CacheError, match="unfinished"):
@@ -84,7 +84,6 @@ def test_a_kill_loses_one_shard_and_says_so(texts: list[Sample], tmp_path: Path)
     with KeptWriter(HDF5Format(), tmp_path, HEADER) as writer:
         keep(writer, texts[1])  # answered again, since its line was lost
         keep(writer, texts[3])
-        writer.finish()
     found = read(tmp_path)
     assert [found.has(sample) for sample in texts] == [True, True, False, True, False]
     assert [found.why_not(sample) for sample in (texts[2], texts[4])] == [LOST, UNKNOWN]
@@ -92,10 +91,23 @@ def test_a_kill_loses_one_shard_and_says_so(texts: list[Sample], tmp_path: Path)
     check(found, texts[3])
 
 
+def test_a_run_that_ends_early_loses_nothing(texts: list[Sample], tmp_path: Path) -> None:
+    def interrupted() -> None:
+        with KeptWriter(HDF5Format(), tmp_path, HEADER) as writer:
+            keep(writer, texts[0])
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    with KeptWriter(HDF5Format(), tmp_path, HEADER) as writer:
+        keep(writer, texts[1])
+    for sample in texts[:2]:
+        check(read(tmp_path), sample)
+
+
 def test_nothing_may_be_kept_at_all(texts: list[Sample], tmp_path: Path) -> None:
     with KeptWriter(HDF5Format(), tmp_path, HEADER) as writer:
         writer.lacks(texts[0].input_ids, "no")
-        writer.finish()
     assert len(read(tmp_path)) == 0
 
 
@@ -103,7 +115,6 @@ def test_other_settings_and_lost_files_are_refused(texts: list[Sample], tmp_path
     with KeptWriter(HDF5Format(), tmp_path, HEADER) as writer:
         for sample in texts:
             keep(writer, sample)
-        writer.finish()
     for change in ({"revision": "2"}, {"taps": (0, 1)}, {"dtype": "bfloat16"}):
         with pytest.raises(CacheError, match=f"another {next(iter(change))}"):
             KeptFeatures(HDF5Format(), tmp_path, evolve(HEADER, **change))

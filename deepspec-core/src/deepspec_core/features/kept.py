@@ -41,7 +41,7 @@ def name_of(ids_T: Tensor) -> str:
 
 
 class KeptWriter:
-    """Keeps features in `folder`, going on with what is there. Use it in a `with` block; `finish` in the end.
+    """Keeps features in `folder`, going on with what is there. They can be read after the `with` block.
 
     CacheError where what is there has another header, or is damaged.
     """
@@ -51,25 +51,24 @@ class KeptWriter:
         self._names = set(self._writer.written())
         self._journal = (folder / JOURNAL).open("ab")
         self._journal.write(b"\n")  # ends a line that a kill tore
+        self._broken = False
 
     def keep(self, ids_T: Tensor, features: TargetFeatures) -> None:
         """Of a text, [T, C] and [T, H]. Not twice: the same text has the same features."""
         name = name_of(ids_T)
         if name not in self._names:
             mask = torch.zeros(len(ids_T), dtype=torch.bool)
+            self._broken = True  # unless it is written
             self._writer.write(
                 Sample(id=name, input_ids=ids_T, loss_mask=mask, original_length=len(ids_T), features=features)
             )
+            self._broken = False
             self._names.add(name)
         self._note(name, None)
 
     def lacks(self, ids_T: Tensor, reason: str) -> None:
         """A text without features, and why."""
         self._note(name_of(ids_T), reason)
-
-    def finish(self) -> None:
-        """What was kept can be read from now on."""
-        self._writer.finish()
 
     def _note(self, name: str, reason: str | None) -> None:
         self._journal.write(json.dumps([name, reason]).encode() + b"\n")
@@ -81,8 +80,13 @@ class KeptWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._writer.close()
-        self._journal.close()
+        try:
+            # Also where servers failed, or the run is to stop: nothing of it has to be asked for again.
+            if not self._broken:
+                self._writer.finish()
+        finally:
+            self._writer.close()
+            self._journal.close()
 
 
 class KeptFeatures:

@@ -14,7 +14,7 @@ from deepspec_core.cache.names import Names
 from deepspec_core.contracts.draft import Sample
 from deepspec_core.dtypes import torch_dtype
 from deepspec_core.features.capture import capture
-from deepspec_core.pipeline import contents, workers
+from deepspec_core.pipeline import contents, one_pass, workers
 from deepspec_core.pipeline.fingerprint import RECORD
 from deepspec_core.pipeline.run import Run
 from deepspec_core.pipeline.serving import uses_servers
@@ -34,16 +34,13 @@ def run_stage(run: Run) -> dict[str, Any]:
     dtype = None if options.dtype == "float8_e4m3" else torch_dtype(options.dtype)
 
     run.reads.content(contents.COMPUTED_BY, computed_by(run))
-    servers = kept = None
-    came = Counter[str]()
+    servers, kept, came = None, one_pass.kept_of(run), Counter[str]()
     if uses_servers(run, "cache"):
         from deepspec_core.features.served.capturing import captured_by
-        from deepspec_core.pipeline import one_pass
         from deepspec_core.pipeline.feature_servers import begin
 
         # The features are this target's, although its weights are not read here.
         run.reads.content(contents.TARGET, run.target.content_digest())
-        kept = one_pass.kept_of(run)
         if run.file.regenerate.features:
             came = one_pass.told(samples, kept)
             if kept is not None:
@@ -78,8 +75,7 @@ def run_stage(run: Run) -> dict[str, Any]:
     if not crew.first:
         return {}
     run.cache.written()
-    if uses_servers(run, "cache"):
-        one_pass.end(run)
+    one_pass.end(run)
     return {
         "samples": len(samples),
         "tokens": int(samples.lengths().sum()),

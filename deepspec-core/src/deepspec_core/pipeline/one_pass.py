@@ -112,7 +112,6 @@ def keeping(run: Run) -> Iterator[Keeping]:
                 dtype=None if dtype == "float8_e4m3" else torch_dtype(dtype),
                 counts=Counter(),
             )
-            writer.finish()
     finally:
         work.exchange.clear()
 
@@ -183,10 +182,11 @@ def _discard_others(run: Run) -> None:
     if not folder.exists() or not workers.crew().first:
         return
     try:
-        found = run.cache.format.header(folder / STORE)
+        found, record = run.cache.format.header(folder / STORE), folder / feature_servers.RECORD
         if found is not None:
             check_header(folder, found, _header(run))
-            read_record(folder / feature_servers.RECORD)
+        if found is not None or record.exists():
+            read_record(record)
     except DeepSpecError as error:
         log.warning("features that came with answers are discarded: %s", error)
         discard(folder)
