@@ -117,11 +117,14 @@ COMMON = words(
 )
 
 
-def run(path: Path, exchange: Path, servers: list[AnsweringStandIn], *settings: str, stages: str = "") -> int:
+def run(
+    path: Path, exchange: Path, servers: list[AnsweringStandIn], *settings: str, stages: str = "", workers: int = 1
+) -> int:
     addresses = json.dumps([server.address for server in servers])
     own = [f"features.servers={addresses}", f"features.exchange='{exchange}'", f"regenerate.servers={addresses}"]
     own += ["regenerate.features=true", "features.file_timeout=0.2", *settings]
-    return main(["run", str(path), "--stages", stages or "regenerate,cache", *COMMON, *words(*own)])
+    begun = ["run", str(path), "--workers", str(workers), "--stages", stages or "regenerate,cache"]
+    return main([*begun, *COMMON, *words(*own)])
 
 
 def folder_of(path: Path) -> Path:
@@ -187,6 +190,22 @@ def test_what_did_not_come_is_asked_for_with_its_reason(
         "1 answers came without features, which are asked for later: A state is not finite" in capsys.readouterr().err
     )
     assert list(exchange.iterdir()) == []
+    check(run_file, in_two_passes)
+
+
+@pytest.mark.slow
+def test_several_workers_fill_the_cache(
+    run_file: Path,
+    exchange: Path,
+    servers: list[AnsweringStandIn],
+    in_two_passes: tuple[bytes, dict[str, Sample]],
+) -> None:
+    """The first one has the answers; all of them take what was kept, and ask for what was not."""
+    servers[0].answer_faults = ["lost", "nan"]
+    assert run(run_file, exchange, servers, "cache.shard_samples=2", "run.threads=2", workers=2) == 0
+    said = summary(run_file, "cache")
+    assert said["with answers"] == COUNT - 2
+    assert sum(len(server.asked) for server in servers) == 2
     check(run_file, in_two_passes)
 
 

@@ -10,6 +10,7 @@ from served_setup import TAPS, VOCAB, expected, samples
 from deepspec_core.cache.hdf5 import HDF5Format
 from deepspec_core.contracts.cache import CacheHeader
 from deepspec_core.contracts.draft import Sample
+from deepspec_core.contracts.target import TargetFeatures
 from deepspec_core.errors import CacheError
 from deepspec_core.features import kept
 from deepspec_core.features.kept import JOURNAL, LOST, STORE, UNKNOWN, KeptFeatures, KeptWriter
@@ -125,3 +126,22 @@ def test_other_settings_and_lost_files_are_refused(texts: list[Sample], tmp_path
     assert "servers are asked for what is missing" in str(caught.value)
     with pytest.raises(CacheError):
         read(tmp_path)
+
+
+def test_eight_bits_are_the_same_when_they_are_stored_again(texts: list[Sample], tmp_path: Path) -> None:
+    """The cache stage reads what was kept and writes it once more. Scales may be halved, where bits are doubled."""
+    header = evolve(HEADER, dtype="float8_e4m3")
+    given = [evolve(texts[0], features=_scaled(texts[0], size)) for size in (1.0, 0.013, 700.0)]
+    for number, sample in enumerate(given):
+        once, twice = tmp_path / f"once-{number}", tmp_path / f"twice-{number}"
+        with KeptWriter(HDF5Format(), once, header) as writer:
+            keep(writer, sample)
+        read_once = KeptFeatures(HDF5Format(), once, header).of(sample)
+        with KeptWriter(HDF5Format(), twice, header) as writer:
+            keep(writer, read_once)
+        check(KeptFeatures(HDF5Format(), twice, header), read_once)
+
+
+def _scaled(sample: Sample, size: float) -> TargetFeatures:
+    assert sample.features is not None
+    return TargetFeatures(hidden=sample.features.hidden * size, last_hidden=sample.features.last_hidden * size)
