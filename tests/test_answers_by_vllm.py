@@ -19,8 +19,8 @@ TAPS = (2, 4, 6, 8, 10)
 COUNT = 30
 # Of test_features_by_vllm.py, which says why.
 FP32, FP32_NORMED = 3e-4, 3e-5
-# Prompts have about 25 tokens: many answers end at the longest text, some at max_tokens, some by themselves.
-LONGEST, MOST = 84, 56
+# Greedy, answers of names have 26 tokens, those of apples about 42, and after two turns there is room for 12.
+LONGEST, MOST = 84, 32
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,8 @@ def test_features_that_came_with_answers_are_our_adapters(
     assert said["cache"]["with answers"] == COUNT - early
     assert sum(said["cache"]["asked again"].values()) == early
     ends = {(line["finish_reason"], len(line["prompt_ids"]) + len(line["output_ids"]) == LONGEST) for line in lines}
-    assert {("stop", False), ("length", True), ("length", False)} <= ends
+    expected = {("stop", False), ("length", True), ("length", False)}
+    assert ends == expected if temperature == 0 else ends <= expected | {("stop", True)}
     reader = HDF5Format().open(run / "cache", None)
     apart = apart_normed = 0.0
     for number in range(len(reader)):

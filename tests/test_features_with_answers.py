@@ -288,6 +288,13 @@ def test_keys_that_do_not_go_together(
     assert "none of those that give features" in refused("regenerate.servers=['http://127.0.0.1:9/v1']")
     assert "Set regenerate.features = true" in refused("regenerate.features=false")
     for server in servers:
+        server.knows = "whole"
+    assert "leaves a file for every answer" in refused()
+    for server in servers:
+        server.knows = "write"
+    assert "does not give the features of a whole answer" in refused()
+    assert list(exchange.iterdir()) == []
+    for server in servers:
         server.max_model_len = 384 + 3
     assert "holds shorter texts" in refused()
 

@@ -164,9 +164,12 @@ class AnsweringStandIn(FeatureStandIn):
         self.answer_faults: list[str | None] = []
         self.answered: list[dict[str, Any]] = []
         self.dies_after: int | None = None
+        self.knows = "all"  # as our connector does; "whole": but for `write`; "write": but for `whole_answer`
 
     def post(self, handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
         if "return_token_ids" not in body:
+            if self.knows != "whole" and body["kv_transfer_params"].get("write") is False:
+                return _say_json(handler, {"choices": []})
             return super().post(handler, body)
         if self.dead or (self.dies_after is not None and len(self.answered) >= self.dies_after):
             return _break(handler)
@@ -183,14 +186,16 @@ class AnsweringStandIn(FeatureStandIn):
             return answer
         assert body["ignore_eos"]
         assert set(stops) == set(self.stop_ids)
-        self.answered.append(body)
-        fault = self.answer_faults.pop(0) if self.answer_faults else None
+        fault = None
+        if body["max_tokens"] > 1:  # no probe
+            self.answered.append(body)
+            fault = self.answer_faults.pop(0) if self.answer_faults else None
         choice = answer["choices"][0]
         ids = [*body["prompt"], *choice["token_ids"]]
         if fault == "half":
             choice["token_ids"] = choice["token_ids"][:1]
             return answer
-        whole = asked["whole_answer"] and fault != "fewer"
+        whole = asked["whole_answer"] and fault != "fewer" and self.knows != "write"
         file = self._written({**body, "prompt": ids if whole else ids[:-1]}, None if fault == "fewer" else fault)
         choice["token_ids"] = [*choice["token_ids"], 5, 6]  # what comes after the end
         return {**answer, **{key: value for key, value in file.items() if key == "kv_transfer_params"}}

@@ -15,17 +15,18 @@ import torch
 from attrs import evolve, frozen
 
 from deepspec_core.data.answering import Answer, Turn
-from deepspec_core.features.served.answer_place import BadAnswer
+from deepspec_core.features.served.answer_place import BadAnswer, told
 from deepspec_core.features.served.asking import FeatureWork
 from deepspec_core.features.served.asking import Served as ServedFeatures
 from deepspec_core.servers.answering import Answering
 from deepspec_core.servers.connection import Connection, Fault, Kind, Refusal
 from deepspec_core.servers.dialects import TokenIds
-from deepspec_core.servers.probe import NotServed
+from deepspec_core.servers.probe import NotServed, NotServedNow
 from deepspec_core.servers.probe import Served as ServedAnswers
 from deepspec_core.servers.reading import read
 from deepspec_core.servers.wanted import Wanted
 
+_SERVE: Final = "Start the server with `deepspec serve` of this version, or set regenerate.features = false."
 # A request that is answered and no more leaves no file.
 WITHOUT_FILES: Final = TokenIds(more={"kv_transfer_params": {"write": False}})
 
@@ -51,17 +52,55 @@ class AnsweringWithFeatures:
         return self.answering.wanted
 
     async def probe(self, connection: Connection) -> Served:
-        """As of Work. A server has to return token ids: features belong to them."""
+        """As of Work. A server has to return token ids, which features belong to, and to know what is asked here."""
+        where = f"{self.wanted.called.servers}: {connection.address}"
+        features = await self.features.probe(connection)
+        # Before answers are tried: each of these requests would leave a file.
+        await self._require_no_file(connection, features.model, where)
         answers = await self.answering.probe(connection)
         if not answers.exact:
             raise NotServed(
                 "A server returns no token ids, so it is not known what its features belong to",
-                where=f"{self.wanted.called.servers}: {connection.address}",
+                where=where,
                 found="an answer as text",
                 expected="token_ids in the answer, as vLLM returns them",
-                fix="Start the server with `deepspec serve`, or set regenerate.features = false.",
+                fix=_SERVE,
             )
-        return Served(answers=answers, features=await self.features.probe(connection))
+        served = Served(answers=answers, features=features)
+        await self._require_whole(connection, served, where)
+        return served
+
+    async def _require_no_file(self, connection: Connection, model: str, where: str) -> None:
+        ids = self.features.sample.tolist()
+        async with self.features.exchange.ticket(self.features.bytes_of(len(ids) + 1)) as ticket:
+            asked = {"file": ticket.name, "write": False}
+            body = {"model": model, "prompt": ids, "max_tokens": 1, "temperature": 0.0, "kv_transfer_params": asked}
+            content = await connection.complete(body | {"request_id": ticket.name}, seconds=self.wanted.timeout)
+            said = content.get("kv_transfer_params")
+            if not isinstance(said, dict) or said.get("hidden_states_path") is None:
+                ticket.settled = True
+                return
+        raise NotServed(
+            "A server leaves a file for every answer, also where none is asked for",
+            where=where,
+            found=told(said),
+            expected='no file, since "write" is false',
+            fix=_SERVE,
+        )
+
+    async def _require_whole(self, connection: Connection, served: Served, where: str) -> None:
+        """An answer of one token, with the state behind it."""
+        one = evolve(self.answering, wanted=evolve(self.wanted, max_tokens=1))
+        turn = Turn(id="probe", prompt_ids=tuple(self.features.sample.tolist()), seed=0)
+        answer = await evolve(self, answering=one).ask(connection, served, turn)
+        if answer.lacks is not None:
+            raise NotServedNow(
+                "A server does not give the features of a whole answer",
+                where=where,
+                found=answer.lacks,
+                expected="states of the prompt and of all tokens of the answer",
+                fix=_SERVE,
+            )
 
     async def ask(self, connection: Connection, served: Served, request: Turn) -> Answer:
         """As of Work."""
