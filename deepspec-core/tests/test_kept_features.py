@@ -85,6 +85,7 @@ def test_a_kill_loses_one_shard_and_says_so(texts: list[Sample], tmp_path: Path)
     with KeptWriter(HDF5Format(), tmp_path, HEADER) as writer:
         keep(writer, texts[1])  # answered again, since its line was lost
         keep(writer, texts[3])
+        assert writer.told() == {"": 3, LOST: 1}
     found = read(tmp_path)
     assert [found.has(sample) for sample in texts] == [True, True, False, True, False]
     assert [found.why_not(sample) for sample in (texts[2], texts[4])] == [LOST, UNKNOWN]

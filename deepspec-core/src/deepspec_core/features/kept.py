@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -49,7 +50,8 @@ class KeptWriter:
     def __init__(self, cache_format: CacheFormat, folder: Path, header: CacheHeader) -> None:
         self._writer = cache_format.create(folder / STORE, header, shard_samples=SHARD_SAMPLES)
         self._names = set(self._writer.written())
-        self._journal = (folder / JOURNAL).open("ab")
+        self._path = folder / JOURNAL
+        self._journal = self._path.open("ab")
         self._journal.write(b"\n")  # ends a line that a kill tore
         self._broken = False
 
@@ -69,6 +71,13 @@ class KeptWriter:
     def lacks(self, ids_T: Tensor, reason: str) -> None:
         """A text without features, and why."""
         self._note(name_of(ids_T), reason)
+
+    def told(self) -> Counter[str]:
+        """How many texts have features (""), and of the others why not; those of earlier processes too."""
+        return Counter(
+            (LOST if name not in self._names else "") if reason is None else reason
+            for name, reason in dict(_entries(self._path)).items()
+        )
 
     def _note(self, name: str, reason: str | None) -> None:
         self._journal.write(json.dumps([name, reason]).encode() + b"\n")

@@ -65,13 +65,12 @@ def check(run: Run, *, may_write: bool = True) -> None:
 
 @frozen(kw_only=True)
 class Keeping:
-    """A regenerate stage that keeps features. `farm` answers; `counts` says how many answers lacked theirs, and why."""
+    """A regenerate stage that keeps features. `farm` answers."""
 
     farm: Farm
     writer: KeptWriter
     taps: tuple[int, ...]
     dtype: torch.dtype | None
-    counts: Counter[str]
 
     def keep(self, line: Mapping[str, Any], answer: Answer) -> None:
         """The features of a conversation's last text, before its line counts. CacheError where one is not finite."""
@@ -82,11 +81,8 @@ class Keeping:
         own = text_T.tolist() == [*said.prompt_ids, *said.output_ids]
         if own and answer.features is not None:
             self.writer.keep(text_T, in_dtype(answer.features, self.dtype, self.taps, line["id"]))
-            self.counts["kept"] += 1
         else:
-            reason = (answer.lacks or _EARLIER) if own else _EARLIER
-            self.writer.lacks(text_T, reason)
-            self.counts[reason] += 1
+            self.writer.lacks(text_T, (answer.lacks or _EARLIER) if own else _EARLIER)
 
 
 @contextmanager
@@ -110,7 +106,6 @@ def keeping(run: Run) -> Iterator[Keeping]:
                 taps=taps,
                 # Eight-bit features need scales, which the format computes from full precision.
                 dtype=None if dtype == "float8_e4m3" else torch_dtype(dtype),
-                counts=Counter(),
             )
     finally:
         work.exchange.clear()

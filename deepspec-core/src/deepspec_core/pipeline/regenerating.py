@@ -34,12 +34,12 @@ def run_stage(run: Run) -> dict[str, Any]:
 
         with keeping(run) as kept:
             report = _regenerated(run, counts, kept.farm, keep=kept.keep)
-        without = kept.counts
+            without = kept.writer.told()
     else:
         report = _regenerated(run, counts, farm_of(run) if served else None)
-    with_features = without.pop("kept", 0)
+    with_features = without.pop("", 0)
     for reason, count in without.most_common():
-        log.warning("%d answers came without features, which are asked for later: %s", count, reason)
+        log.warning("%d texts came without features, which are asked for later: %s", count, reason)
     return {
         "conversations": report.conversations,
         "output_tokens": report.output_tokens,

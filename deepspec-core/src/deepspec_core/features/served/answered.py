@@ -55,6 +55,18 @@ class AnsweringWithFeatures:
         """As of Work. A server has to return token ids, which features belong to, and to know what is asked here."""
         where = f"{self.wanted.called.servers}: {connection.address}"
         features = await self.features.probe(connection)
+        try:
+            return await self._probe(connection, features, where)
+        except Refusal as error:
+            raise NotServed(
+                "A server takes no request for an answer with features",
+                where=where,
+                found=str(error),
+                expected="a completion whose file holds prompt and answer",
+                fix=_SERVE,
+            ) from error
+
+    async def _probe(self, connection: Connection, features: ServedFeatures, where: str) -> Served:
         # Before answers are tried: each of these requests would leave a file.
         await self._require_no_file(connection, features.model, where)
         answers = await self.answering.probe(connection)
@@ -91,7 +103,8 @@ class AnsweringWithFeatures:
     async def _require_whole(self, connection: Connection, served: Served, where: str) -> None:
         """An answer of one token, with the state behind it."""
         one = evolve(self.answering, wanted=evolve(self.wanted, max_tokens=1))
-        turn = Turn(id="probe", prompt_ids=tuple(self.features.sample.tolist()), seed=0)
+        prompt_T = self.features.sample[: self.wanted.max_length - 1]
+        turn = Turn(id="probe", prompt_ids=tuple(prompt_T.tolist()), seed=0)
         answer = await evolve(self, answering=one).ask(connection, served, turn)
         if answer.lacks is not None:
             raise NotServedNow(
