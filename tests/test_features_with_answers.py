@@ -156,6 +156,7 @@ def check(path: Path, in_two_passes: tuple[bytes, dict[str, Sample]]) -> None:
         torch.testing.assert_close(found[name].features.last_hidden, sample.features.last_hidden, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_a_cache_in_one_pass_is_that_of_two(
     run_file: Path, exchange: Path, servers: list[AnsweringStandIn], in_two_passes: tuple[bytes, dict[str, Sample]]
 ) -> None:
