@@ -164,7 +164,7 @@ def test_a_cache_in_one_pass_is_that_of_two(
     assert sum(len(server.answered) for server in servers) == COUNT, "one file for each conversation"
     assert not any(server.asked for server in servers), "nothing is asked for again"
     said = summary(run_file, "regenerate")
-    assert (said["with_features"], said["without_features"]) == (COUNT, {})
+    assert (said["texts_with_features"], said["texts_without_features"]) == (COUNT, {})
     said = summary(run_file, "cache")
     assert (said["with answers"], said["asked again"]) == (COUNT, {})
     assert list(exchange.iterdir()) == []
@@ -183,7 +183,7 @@ def test_what_did_not_come_is_asked_for_with_its_reason(
     servers[0].answer_faults = ["half", *FAULTS]
     assert run(run_file, exchange, servers[:1]) == 0
     reasons = dict.fromkeys(FAULTS.values(), 1)
-    assert summary(run_file, "regenerate")["without_features"] == reasons
+    assert summary(run_file, "regenerate")["texts_without_features"] == reasons
     said = summary(run_file, "cache")
     assert (said["with answers"], said["asked again"]) == (COUNT - len(FAULTS), reasons)
     assert len(servers[0].asked) == len(FAULTS)

@@ -54,7 +54,11 @@ def run_stage(run: Run) -> dict[str, Any]:
         "same_prompt": counts["same_prompt"],
         "unusable": counts["unusable"],
         "malformed": counts["malformed"],
-        **({"with_features": with_features, "without_features": dict(without)} if run.file.regenerate.features else {}),
+        **(
+            {"texts_with_features": with_features, "texts_without_features": dict(without)}
+            if run.file.regenerate.features
+            else {}
+        ),
     }
 
 
