@@ -21,6 +21,7 @@ from torch import Tensor
 
 from deepspec_core.cache.quantize import encode
 from deepspec_core.contracts.target import TargetModel
+from deepspec_core.data.tokenize import ChatTokenizer
 
 HTML = b"<html><body>Welcome to the gateway</body></html>"
 ONE_AT_A_TIME = threading.Lock()
@@ -147,3 +148,54 @@ def feature_servers(*servers: FeatureStandIn) -> Iterator[None]:
                 os.close(lock)
             if not server.dead:
                 server.stop()
+
+
+class AnsweringStandIn(FeatureStandIn):
+    """It answers too, and writes the states of prompt and answer in the same request, as our connector does.
+
+    `answer_faults`: what the next answers with a file get, one each: faults of features, "fewer" (the last token's
+    states are missing, as of an engine that does not know `whole_answer`), or "half" an answer. `answered`: bodies.
+    """
+
+    def __init__(self, states: States, layers: Sequence[int], folder: Path, target: Any, *, model: str) -> None:
+        super().__init__(states, layers, folder, model=model)
+        self.target, self.tokenizer = target.model, ChatTokenizer(target.tokenizer)
+        self.stop_ids = tuple(target.architecture.stop_token_ids)
+        self.answer_faults: list[str | None] = []
+        self.answered: list[dict[str, Any]] = []
+        self.dies_after: int | None = None
+        self.knows = "all"  # as our connector does; "whole": but for `write`; "write": but for `whole_answer`
+
+    def post(self, handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
+        if "return_token_ids" not in body:
+            if self.knows != "whole" and body["kv_transfer_params"].get("write") is False:
+                return _say_json(handler, {"choices": []})
+            return super().post(handler, body)
+        if self.dead or (self.dies_after is not None and len(self.answered) >= self.dies_after):
+            return _break(handler)
+        refused = self._refused(body)
+        if refused is not None:
+            return _say_json(handler, {"error": refused[1]}, status=refused[0])
+        return _say_json(handler, self._both(body))
+
+    def _both(self, body: dict[str, Any]) -> dict[str, Any]:
+        asked, stops = body["kv_transfer_params"], body["stop_token_ids"]
+        with ONE_AT_A_TIME:
+            answer = self._answer(body, body["max_tokens"], None)
+        if asked.get("write") is False:
+            return answer
+        assert body["ignore_eos"]
+        assert set(stops) == set(self.stop_ids)
+        fault = None
+        if body["max_tokens"] > 1:  # no probe
+            self.answered.append(body)
+            fault = self.answer_faults.pop(0) if self.answer_faults else None
+        choice = answer["choices"][0]
+        ids = [*body["prompt"], *choice["token_ids"]]
+        if fault == "half":
+            choice["token_ids"] = choice["token_ids"][:1]
+            return answer
+        whole = asked["whole_answer"] and fault != "fewer" and self.knows != "write"
+        file = self._written({**body, "prompt": ids if whole else ids[:-1]}, None if fault == "fewer" else fault)
+        choice["token_ids"] = [*choice["token_ids"], 5, 6]  # what comes after the end
+        return {**answer, **{key: value for key, value in file.items() if key == "kv_transfer_params"}}

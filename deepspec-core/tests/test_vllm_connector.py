@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -124,6 +124,45 @@ def test_the_answer_is_written_too_where_that_is_asked(sides: Callable[..., Side
     tensors, _ = _read(said["hidden_states_path"])
     assert tensors["token_ids"].tolist() == IDS
     assert torch.equal(tensors["hidden_states"], both.own(len(IDS)))
+
+
+@pytest.mark.parametrize(
+    ("steps", "answer"),
+    [
+        ([[4], [2], [9]], [4, 2]),
+        ([[4], [2, 9], [8]], [4, 2]),  # the step after the end was under way already
+        ([[4, 5], [6], [9]], [4, 5, 6]),
+        ([[4], [5]], [4]),  # it was ended early: the last token was not read
+    ],
+)
+def test_an_answer_is_read_to_its_end(sides: Callable[..., Sides], steps: list[list[int]], answer: list[int]) -> None:
+    """A stop token, or the limit of three, lets the request end with the next token; the file ends with the answer."""
+    both = sides()
+    one = request("r1", IDS[:4], file="a", include_output_tokens=True, whole_answer=True)
+    one.sampling_params, one.max_tokens = SimpleNamespace(stop_token_ids=[2, 3]), 3
+    one.num_prompt_tokens, one.output_token_ids = 4, []
+    both.scheduler.on_new_request(one)
+    assert (one.sampling_params.stop_token_ids, one.max_tokens) == ([], 4)
+    both.step(scheduled({"r1": 4}))
+    for number, tokens in enumerate(steps):
+        assert len(one.output_token_ids) < one.max_tokens
+        one.output_token_ids += tokens
+        if number < len(steps) - 1:
+            both.step(scheduled({}, {"r1": (4 + number, 1)}))
+    assert len(one.output_token_ids) >= one.max_tokens or steps[-1] == [5]
+    one.all_token_ids = [*IDS[:4], *one.output_token_ids]
+    _, said = both.scheduler.request_finished_all_groups(one, (OWN_BLOCKS,))
+    both.step(scheduled({}), {"r1"})
+    tensors, _ = _read((said or {})["hidden_states_path"])
+    assert tensors["token_ids"].tolist() == [*IDS[:4], *answer]
+    assert torch.equal(tensors["hidden_states"], both.own(4 + len(answer)))
+
+
+def test_a_request_may_ask_for_no_file(sides: Callable[..., Sides]) -> None:
+    both = sides()
+    assert both.asked(request("r1", IDS, write=False), OWN_BLOCKS) == {}
+    assert both.step(scheduled({}), {"r1"}) == set()
+    assert list(both.folder.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "a.b", "", "x" * 201, 3, None, ["a"]])

@@ -165,6 +165,7 @@ def _served(
         host=said["host"],
         port=said["port"],
         executable=said["vllm"],
+        answers=run.file.regenerate.features,
         extra=extra,
     )
 

@@ -204,6 +204,8 @@ class RegenerateOptions:
     timeout: Seconds that a server may take for one answer, and that a run waits where no server is left.
     max_failures: The stage stops if a larger share of the conversations fails.
     api_key_env: The environment variable that holds the servers' key.
+    features: Take the features of a conversation together with its answer, so that the target reads it once. For runs
+        whose cache stage takes its features from the same servers. The cache stage asks for what did not come.
     """
 
     servers: tuple[str, ...] = field(
@@ -223,6 +225,7 @@ class RegenerateOptions:
     timeout: float = field(default=1800.0, validator=above(0.0, 1e6), metadata=CHANGES_NOTHING)
     max_failures: float = field(default=0.05, validator=real(0.0, 1.0), metadata=CHANGES_NOTHING)
     api_key_env: str | None = field(default=None, metadata=CHANGES_NOTHING)
+    features: bool = field(default=False, metadata=CHANGES_NOTHING)
 
 
 @frozen(kw_only=True)

@@ -45,7 +45,9 @@ def served_mistakes(
             expected=f'features.mode = "{SERVER}", or "{CACHED}" for a cache stage that asks them',
             fix=f'Set features.mode = "{SERVER}", or remove them.',
         )
-    if asks and regenerate is not None and "regenerate" in run.stages:
+    if regenerate is not None and regenerate.features:
+        yield from _one_pass_mistakes(features, run, regenerate)
+    elif asks and regenerate is not None and "regenerate" in run.stages:
         answering = {place(server) for server in regenerate.servers}
         both = [server for server in features.servers if place(server) in answering]
         if both:
@@ -54,5 +56,40 @@ def served_mistakes(
                 where="features.servers",
                 found=f"{', '.join(both)}, also in regenerate.servers",
                 expected="other servers than those of regenerate.servers",
-                fix="Start one without features for regenerate.servers, such as `vllm serve`.",
+                fix="Set regenerate.features = true, for a cache stage that takes what came with the answers; or start "
+                "one without features for regenerate.servers, such as `vllm serve`.",
+            )
+
+
+def _one_pass_mistakes(
+    features: FeaturesOptions, run: RunOptions, regenerate: RegenerateOptions
+) -> Iterator[ConfigError]:
+    """What keeps answers and features from coming in one pass, or from being of use."""
+    if not {"regenerate", "cache"} <= set(run.stages) or features.mode != CACHED or not features.servers:
+        yield ConfigError(
+            "features of answers would be kept, and no stage would take them",
+            where="regenerate.features",
+            found=f'true, with run.stages = {list(run.stages)}, features.mode = "{features.mode}" and '
+            f"{len(features.servers)} features.servers",
+            expected=f'the stages "regenerate" and "cache", features.mode = "{CACHED}", and features.servers',
+            fix="Set these, or remove it.",
+        )
+    elif not regenerate.servers:
+        yield ConfigError(
+            "answers given in this process bring no features",
+            where="regenerate.features",
+            found="true, without regenerate.servers",
+            expected="regenerate.servers that stand in features.servers too",
+            fix="Name them, or remove it.",
+        )
+    else:
+        giving = {place(server) for server in features.servers}
+        others = [server for server in regenerate.servers if place(server) not in giving]
+        if others:
+            yield ConfigError(
+                "a server that answers is none of those that give features",
+                where="regenerate.servers",
+                found=", ".join(others),
+                expected="servers of features.servers, since regenerate.features = true",
+                fix="Add it to features.servers, or remove it.",
             )

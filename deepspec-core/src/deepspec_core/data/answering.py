@@ -11,16 +11,30 @@ from collections.abc import Callable, Iterator, Sequence
 from attrs import frozen
 
 from deepspec_core.contracts.proposer import Sampling
-from deepspec_core.contracts.target import TargetModel
+from deepspec_core.contracts.target import TargetFeatures, TargetModel
 from deepspec_core.decoding.engine import Completion, Request, decode
 
 
 @frozen(kw_only=True)
+class Turn(Request):
+    """A request of a conversation. `ends`: no further question of the conversation is ahead."""
+
+    ends: bool = True
+
+
+@frozen(kw_only=True, eq=False)
 class Answer:
-    """A finished answer. `mismatched`: its ids were made from text, and their number is not what the server counted."""
+    """A finished answer.
+
+    mismatched: Its ids were made from text, and their number is not what the server counted.
+    features: [T, C] and [T, H] of its prompt and of all of itself, where they came with it.
+    lacks: Why they did not, where they were asked for.
+    """
 
     completion: Completion
     mismatched: bool = False
+    features: TargetFeatures | None = None
+    lacks: str | None = None
 
 
 @frozen(kw_only=True)

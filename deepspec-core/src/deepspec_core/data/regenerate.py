@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,7 +20,7 @@ from deepspec_core.config.schema import RegenerateOptions
 from deepspec_core.contracts.proposer import Sampling
 from deepspec_core.contracts.target import ConversationFormat, SamplingDefaults, TargetModel
 from deepspec_core.crew import ALONE, Crew
-from deepspec_core.data.answering import Answer, Answerer, Unanswered, in_process
+from deepspec_core.data.answering import Answer, Answerer, Turn, Unanswered, in_process
 from deepspec_core.data.conversations import Conversation
 from deepspec_core.data.failure_budget import FailureBudget
 from deepspec_core.data.regenerated_file import (
@@ -103,10 +103,12 @@ def regenerate(
     total: int | None = None,
     answerer: Answerer | None = None,
     crew: Crew = ALONE,
+    keep: Callable[[Mapping[str, Any], Answer], None] = lambda _line, _answer: None,
 ) -> RegenerateReport:
     """Answer every user turn of every conversation, in order, each on top of the target's own earlier answers.
 
-    Whoever is `answerer` answers, or `target` in this process.
+    Whoever is `answerer` answers, or `target` in this process. `keep` gets each line before it is written, and the
+    answer that it ends with, or that was left out at its end.
 
     Lines of `out`: id, messages, tools where it has any, thinking where options.thinking is a share, prompt_ids and
     output_ids of the last answered turn, finish_reason ("stop" or "length"), prompt_answers, the token spans of the
@@ -162,6 +164,7 @@ def regenerate(
                 if isinstance(outcome, Unanswered):
                     work.give_up(outcome)
                 elif (line := work.settle(outcome)) is not None:
+                    keep(line, outcome)
                     write_line(lines, line)
                     progress.advance(failures=budget.failures)
         counts = {"written": work.num_written, "failures": budget.own, "cut": work.num_cut}
@@ -338,8 +341,9 @@ class _Work:
             if message["role"] == "user":
                 break
         identity = dialogue.conversation.id
-        return Request(
+        return Turn(
             id=identity,
+            ends=dialogue.questions_ahead == 0,
             prompt_ids=self._tokenizer(identity).render_prompt(
                 dialogue.history, self.system_prompt, dialogue.conversation.tools
             ),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from array import array
+from collections import Counter
 from collections.abc import Collection, Iterator
 from typing import Any, Final
 
@@ -12,10 +14,12 @@ from deepspec_core.cache.names import Names
 from deepspec_core.contracts.draft import Sample
 from deepspec_core.dtypes import torch_dtype
 from deepspec_core.features.capture import capture
-from deepspec_core.pipeline import contents, workers
+from deepspec_core.pipeline import contents, one_pass, workers
 from deepspec_core.pipeline.fingerprint import RECORD
 from deepspec_core.pipeline.run import Run
 from deepspec_core.pipeline.serving import uses_servers
+
+log = logging.getLogger("deepspec")
 
 SERVERS: Final = "servers"
 
@@ -30,19 +34,26 @@ def run_stage(run: Run) -> dict[str, Any]:
     dtype = None if options.dtype == "float8_e4m3" else torch_dtype(options.dtype)
 
     run.reads.content(contents.COMPUTED_BY, computed_by(run))
-    servers = None
+    servers, kept, came = None, one_pass.kept_of(run), Counter[str]()
     if uses_servers(run, "cache"):
         from deepspec_core.features.served.capturing import captured_by
         from deepspec_core.pipeline.feature_servers import begin
 
         # The features are this target's, although its weights are not read here.
         run.reads.content(contents.TARGET, run.target.content_digest())
-        servers = begin(run, "cache")
+        if run.file.regenerate.features:
+            came = one_pass.told(samples, kept)
+            if kept is not None:
+                one_pass.begin_alike(run)
+            for reason, count in came.most_common():
+                log.info("features of %d samples %s", count, _asked(reason) if reason else "came with their answers")
+        if came[""] < len(samples):
+            servers = begin(run, "cache")
 
     def captured(done: Collection[str]) -> Iterator[Sample]:
         taps = run.file.target.layers
-        if servers is not None:
-            return captured_by(servers, samples, taps, dtype=dtype, done=done)
+        if servers is not None or kept is not None:
+            return captured_by(servers, samples, taps, dtype=dtype, done=done, kept=kept)
         return capture(samples, run.target.model, taps, batch_size=options.batch_size, dtype=dtype, done=done)
 
     def room(tokens: int, shards: int) -> None:
@@ -64,13 +75,19 @@ def run_stage(run: Run) -> dict[str, Any]:
     if not crew.first:
         return {}
     run.cache.written()
+    one_pass.end(run)
     return {
         "samples": len(samples),
         "tokens": int(samples.lengths().sum()),
         "bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and path.name != RECORD),
         **run.data.losses(),
         **({} if servers is None else servers.tally.summary()),
+        **({"with answers": came.pop("", 0), "asked again": dict(came)} if came else {}),
     }
+
+
+def _asked(reason: str) -> str:
+    return f"are asked for: {reason}"
 
 
 def computed_by(run: Run) -> str:

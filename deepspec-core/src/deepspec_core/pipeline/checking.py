@@ -63,9 +63,14 @@ def check_before(run: Run, steps: Sequence[Step], *, may_write: bool = True, pro
     if todo & {"regenerate", "cache", "train"}:
         run.data.check_length()
     if "regenerate" in todo and run.file.regenerate.servers:
-        from deepspec_core.pipeline.serving import farm_of
+        if run.file.regenerate.features:
+            from deepspec_core.pipeline.one_pass import check as check_one_pass
 
-        farm_of(run).check()
+            check_one_pass(run, may_write=may_write)
+        else:
+            from deepspec_core.pipeline.serving import farm_of
+
+            farm_of(run).check()
     if any(stage in todo and uses_servers(run, stage) for stage in ("cache", "train")):
         from deepspec_core.pipeline.feature_servers import check as check_feature_servers
 

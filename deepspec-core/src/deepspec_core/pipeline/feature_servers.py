@@ -14,6 +14,7 @@ import torch
 
 from deepspec_core.config.named_files import no_exchange
 from deepspec_core.contracts.proposer import Sampling
+from deepspec_core.crew import Crew
 from deepspec_core.data.tokenize import ChatTokenizer
 from deepspec_core.disk import free_bytes, in_words, is_folder, why_not_writable
 from deepspec_core.errors import ConfigError, StageError
@@ -48,13 +49,15 @@ _QUESTION: Final = (
 _GB: Final = 10**9
 
 
-def servers_of(run: Run, *, ownership: Ownership, stored: str | None = None, processes: int = 1) -> FeatureServers:
+def servers_of(
+    run: Run, *, ownership: Ownership, stored: str | None = None, processes: int = 1, alone: bool = False
+) -> FeatureServers:
     """The servers, nobody asked yet. ConfigError where the exchange folder, its bound or the key will not do.
 
     `stored`: The number format that they have to write; None: any. `processes`: how many will share the bounds, where
-    they are not started yet.
+    they are not started yet. `alone`: this process has them for itself.
     """
-    options, target, count = run.file.features, run.target, max(processes, workers.count())
+    options, target, count = run.file.features, run.target, 1 if alone else max(processes, workers.count())
     layers = AskedLayers(taps=run.file.target.layers, num_layers=target.architecture.num_layers)
     max_length, at_once = run.data.max_length, max(1, options.in_flight // count)
     work = FeatureWork(
@@ -101,16 +104,18 @@ def check(run: Run, processes: int = 1, *, may_write: bool = True) -> None:
         run.served_like = _compare(run, work)
 
 
-def begin(run: Run, stage: str) -> FeatureServers:
+def begin(run: Run, stage: str, *, record: Path | None = None, crew: Crew | None = None) -> FeatureServers:
     """The servers, for this process of a stage: tried, and what an earlier one left in the exchange folder removed.
 
     A server stays out that does not give what it gave at the start, or what others gave when the stage was begun.
     ConfigError where no server is left, StageError where a stage that was begun has no record of what it began with.
+    `record`: the record's file, where it does not lie in the stage's folder. `crew`: who asks, where not all workers.
     """
-    ownership = Ownership(owner=owner_of(run.folder), rank=workers.rank(), world=workers.count())
-    path, compares = run.stage_folder(stage) / RECORD, run.file.features.probe != "off"
-    begun = _begun_with(path, stage)
-    servers = servers_of(run, ownership=ownership, stored=None if begun is None else begun.stored)
+    crew = crew or workers.crew()
+    ownership = Ownership(owner=owner_of(run.folder), rank=crew.rank, world=crew.count)
+    path, compares = record or run.stage_folder(stage) / RECORD, run.file.features.probe != "off"
+    begun, alone = _begun_with(path, stage), crew.count == 1
+    servers = servers_of(run, ownership=ownership, stored=None if begun is None else begun.stored, alone=alone)
     work: Any = servers.farm.work
     start: tuple[Reference, ...] = () if run.served_like is None else (run.served_like,)
     if compares:
@@ -119,7 +124,6 @@ def begin(run: Run, stage: str) -> FeatureServers:
     if files:
         log.warning("removed %d files (%s) of an earlier process from %s", files, in_words(size), work.exchange.folder)
     servers.check(strict=False)
-    crew = workers.crew()
     if begun is None and crew.first:
         first = next(address for address in run.file.features.servers if address in work.tried)
         ServedRecord.of(work, first).write(path)

@@ -76,6 +76,15 @@ class Reads:
         finally:
             self._open.pop()
 
+    @contextmanager
+    def unnoted(self) -> Iterator[None]:
+        """Inside the block nothing is noted: what is read there decides no result of the stage."""
+        opened, self._open = self._open, []
+        try:
+            yield
+        finally:
+            self._open = opened
+
 
 class remembered(Generic[T]):
     """A property that is computed once, like functools.cached_property, of a class with an attribute `reads`."""

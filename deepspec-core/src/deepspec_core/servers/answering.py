@@ -5,14 +5,15 @@ Knows what is wanted, dialects and answers. Does not know farms.
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 from attrs import frozen
 
 from deepspec_core.data.answering import Answer
 from deepspec_core.decoding.engine import Request
 from deepspec_core.servers.connection import Connection
-from deepspec_core.servers.probe import Served, probe
+from deepspec_core.servers.dialects import Dialect
+from deepspec_core.servers.probe import DIALECTS, Served, probe
 from deepspec_core.servers.reading import read
 from deepspec_core.servers.wanted import Wanted
 
@@ -21,27 +22,31 @@ _MISMATCHED: Final = "with other token counts than the server's"
 
 @frozen
 class Answering:
-    """A servers.work.Work: completions of what is wanted."""
+    """A servers.work.Work: completions of what is wanted, in the first of the dialects that a server takes."""
 
     wanted: Wanted
+    dialects: tuple[Dialect, ...] = DIALECTS
 
     async def probe(self, connection: Connection) -> Served:
         """As of Work."""
-        return await probe(connection, self.wanted)
+        return await probe(connection, self.wanted, dialects=self.dialects)
 
     async def ask(self, connection: Connection, served: Served, request: Request) -> Answer:
         """As of Work."""
-        wanted = self.wanted
-        body = served.dialect.body(
-            wanted,
+        body = self.body(served, request)
+        sent = await connection.complete(body, seconds=self.wanted.timeout, path=served.dialect.path)
+        content = served.dialect.in_form(sent, body)
+        return read(content, request, self.wanted, model=served.model)
+
+    def body(self, served: Served, request: Request) -> dict[str, Any]:
+        """What is sent for a request. Refusal where the prompt cannot be said."""
+        return served.dialect.body(
+            self.wanted,
             model=served.model,
             prompt_ids=request.prompt_ids,
-            limit=wanted.limit(request.prompt_ids),
+            limit=self.wanted.limit(request.prompt_ids),
             seed=request.seed,
         )
-        sent = await connection.complete(body, seconds=wanted.timeout, path=served.dialect.path)
-        content = served.dialect.in_form(sent, body)
-        return read(content, request, wanted, model=served.model)
 
     def tokens(self, answer: Answer) -> int:
         """The tokens that were generated."""

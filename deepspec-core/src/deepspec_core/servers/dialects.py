@@ -7,10 +7,10 @@ generation_config.json. Knows the bodies of requests; not how they are sent.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
-from attrs import frozen
+from attrs import field, frozen
 
 from deepspec_core.contracts.proposer import Sampling
 from deepspec_core.data.tokenize import ChatTokenizer
@@ -54,8 +54,12 @@ class Dialect(Protocol):
 
 @frozen
 class TokenIds:
-    """vLLM and SGLang: the prompt as token ids, sampling in the body; the answer's ids come back where it knows how."""
+    """vLLM and SGLang: the prompt as token ids, sampling in the body; the answer's ids come back where it knows how.
 
+    `more` stands in every body.
+    """
+
+    more: Mapping[str, Any] = field(factory=dict)
     name: str = "token ids"
     lists_what_it_serves: bool = True
     path: str = "/v1/completions"
@@ -82,6 +86,7 @@ class TokenIds:
             "stop_token_ids": list(wanted.stop_ids),
             "skip_special_tokens": False,
             "return_token_ids": True,
+            **self.more,
         }
 
     def impossible(self, wanted: Wanted) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -20,7 +20,7 @@ from deepspec_core.servers.wanted import Wanted
 
 # A server may have to load the model first.
 _SECONDS: Final = 120.0
-_DIALECTS: Final[tuple[Dialect, ...]] = (TokenIds(), GenerationConfigText())
+DIALECTS: Final[tuple[Dialect, ...]] = (TokenIds(), GenerationConfigText())
 _NOT_READY: Final = (Kind.DOWN, Kind.DIED, Kind.BUSY)
 _QUESTION: Final = [{"role": "user", "content": "?"}]
 
@@ -42,7 +42,7 @@ class Served:
     exact: bool
 
 
-async def probe(connection: Connection, wanted: Wanted, *, dialects: Sequence[Dialect] = _DIALECTS) -> Served:
+async def probe(connection: Connection, wanted: Wanted, *, dialects: Sequence[Dialect] = DIALECTS) -> Served:
     """How the server is spoken to. NotServed where it cannot be used, Fault where nobody answers or it is not ready."""
     entry, models, said = await entry_of(connection, wanted)
     for dialect in dialects:

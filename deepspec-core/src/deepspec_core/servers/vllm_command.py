@@ -17,6 +17,9 @@ from attrs import frozen
 from deepspec_core.errors import ConfigError
 from deepspec_core.features.served.layers import AskedLayers
 
+# Positions beyond the longest text that a server needs for an answer with features: the token after it, those of steps
+# that are under way by then, and the one that each of them guesses.
+ROOM: Final = 4
 # Alone in its folder, which becomes a place that vLLM's Python imports from.
 CONNECTOR: Final = Path(__file__).parent / "in_vllm" / "deepspec_vllm_connector.py"
 STORED: Final = ("float32", "bfloat16", "float8_e4m3")
@@ -61,6 +64,7 @@ _NEVER: Final = {
         _HTTP,
     ),
 }
+_GRAPHS: Final = "--no-enforce-eager"
 _SHORT: Final = {"-sc": "--speculative-config"}
 
 
@@ -73,6 +77,7 @@ class Served:
     dtype: What the target computes with. `stored_as`: what its states are written in; None: the same, and float32 where
         that is float16, which files do not have.
     max_length: Tokens of the longest conversation; None: as many as the target has positions.
+    answers: Whether it also gives answers, each with its features (features/served/answered.py).
     extra: More of vLLM's own options.
     """
 
@@ -91,6 +96,7 @@ class Served:
     host: str = "127.0.0.1"
     port: int = 8000
     executable: str = "vllm"
+    answers: bool = False
     extra: tuple[str, ...] = ()
 
     @property
@@ -116,14 +122,16 @@ class Served:
 
     @property
     def positions(self) -> int | None:
-        """Of a prompt as long as can be, and of the token that every request generates."""
-        return None if self.max_length is None else self.max_length + 1
+        """Of a text as long as can be, and of the token that every request generates; answers need more."""
+        return None if self.max_length is None else self.max_length + (ROOM if self.answers else 1)
 
 
 def command(served: Served) -> list[str]:
     """vLLM's command line. ConfigError where `extra` sets what is set here."""
     for word in served.extra:
-        _refuse_own(word)
+        # With answers there are decoding steps, and graphs of them may be of use.
+        if not (served.answers and word == _GRAPHS):
+            _refuse_own(word)
     layers = {"hf_config": {"eagle_aux_hidden_state_layer_ids": served.layer_ids}}
     speculative = {"method": "extract_hidden_states", "num_speculative_tokens": 1, "draft_model_config": layers}
     transfer = {
@@ -142,7 +150,7 @@ def command(served: Served) -> list[str]:
         words += ["--trust-remote-code"]
     if served.chat_template is not None:
         words += ["--chat-template", str(served.chat_template)]
-    # Every request is read once and generates one token: graphs of decoding steps would be captured for nothing.
+    # Without answers every request generates one token: graphs of decoding steps would be captured for nothing.
     words += ["--enforce-eager", "--no-enable-prefix-caching"]
     # Otherwise it writes a line for every text.
     words += ["--disable-uvicorn-access-log"]

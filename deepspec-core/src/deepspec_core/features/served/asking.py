@@ -19,7 +19,7 @@ from torch import Tensor
 from deepspec_core.contracts.target import TargetFeatures
 from deepspec_core.features.served.answer_file import States, read_states
 from deepspec_core.features.served.answer_place import BadAnswer, opened, place_of, remove, told
-from deepspec_core.features.served.exchange import Exchange
+from deepspec_core.features.served.exchange import Exchange, Ticket
 from deepspec_core.features.served.final_norm import FinalNorm
 from deepspec_core.features.served.layers import AskedLayers, consecutive
 from deepspec_core.features.served.server_probe import Reference, precision_of
@@ -176,6 +176,11 @@ class FeatureWork:
     async def ask(self, connection: Connection, served: Served, request: FeatureRequest) -> Taken:
         """The features of a text, in the order of the taps."""
         states = await self.states(connection, served.model, request.input_ids)
+        features = await self.as_served(states, served, connection)
+        return Taken(id=request.id, features=features, size=states.size)
+
+    async def as_served(self, states: States, served: Served, connection: Connection) -> TargetFeatures:
+        """The features in states. BadAnswer where these are not as the server's when it was tried."""
         if states.stored != served.stored:
             raise BadAnswer(
                 "A server changed its number format",
@@ -192,8 +197,7 @@ class FeatureWork:
                 found=f"normed = {states.normed}",
                 expected=f"normed = {served.normed}",
             )
-        features = await asyncio.to_thread(self._features, states, served.normed)
-        return Taken(id=request.id, features=features, size=states.size)
+        return await asyncio.to_thread(self._features, states, served.normed)
 
     def tokens(self, answer: Taken) -> int:
         """The tokens of the text."""
@@ -235,13 +239,17 @@ class FeatureWork:
             except Fault as error:
                 ticket.settled = error.kind in (Kind.DOWN, Kind.BUSY)
                 raise
-            place = place_of(_path_in(answer), name=ticket.name, folder=self.exchange.folder)
-            file = await opened(place, seconds=self.file_timeout)
-            try:
-                return await asyncio.to_thread(self._read, file, place, ids)
-            finally:
-                remove(place)
-                ticket.settled = True
+            return await self.states_in(answer, ticket, ids)
+
+    async def states_in(self, answer: dict[str, Any], ticket: Ticket, ids: Tensor) -> States:
+        """The states of a text [T] in the file that an answer names, checked. The file is removed. Errors as above."""
+        place = place_of(_path_in(answer), name=ticket.name, folder=self.exchange.folder)
+        file = await opened(place, seconds=self.file_timeout)
+        try:
+            return await asyncio.to_thread(self._read, file, place, ids)
+        finally:
+            remove(place)
+            ticket.settled = True
 
     def _read(self, file: Any, place: Path, ids: Tensor) -> States:
         # Closed here: a thread that was given up still reads, and the number of a closed file may be another's by then.

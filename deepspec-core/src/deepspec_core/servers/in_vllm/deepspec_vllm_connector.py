@@ -14,9 +14,13 @@ numbers them: i is the input of decoder layer i, and the number of layers is the
 FILE.lock is held from before the request is answered until then.
 
 A request says `"kv_transfer_params": {"file": NAME}`, so that whoever asked knows its files. One that does not say it
-is named by chance. A name serves once, until its file is removed. With `"include_output_tokens": true` the states of
-the answer are written too, but for its last token, which the target has not read. The answer's `kv_transfer_params`
-holds `hidden_states_path`, or `hidden_states_error` where nothing is written.
+is named by chance. A name serves once, until its file is removed. With `"write": false` there is no file. The answer's
+`kv_transfer_params` holds `hidden_states_path`, or `hidden_states_error` where nothing is written.
+
+With `"include_output_tokens": true` the states of the answer are written too, but for its last token, which the target
+has not read. With `"whole_answer": true` it reads that one too: an answer that is over, at one of the request's
+stop_token_ids or at max_tokens, is not ended before the next token is there. So the answer comes with a token more, or
+a few, which whoever asked throws away; the file ends with the answer. Such a request says `"ignore_eos": true`.
 
 Options, in `kv_connector_extra_config`: `shared_storage_path`; `dtype`: float32, bfloat16 or float8_e4m3, left out:
 the engine's own; `writers`: threads that write, 4.
@@ -67,6 +71,26 @@ class Ended:
 
 
 @dataclass
+class Whole:
+    """A request whose answer is to be read to its end: what ends it, and how much of it was looked at for that."""
+
+    request: Any
+    stop_ids: frozenset[int]
+    most: int
+    seen: int = 0
+    length: int | None = None
+
+    def look(self) -> None:
+        """Where the answer is over, let the request end with the next token: the step that makes it reads the last."""
+        output = self.request.output_token_ids
+        while self.length is None and self.seen < len(output):
+            self.seen += 1
+            if output[self.seen - 1] in self.stop_ids or self.seen == self.most:
+                self.length = self.seen
+                self.request.max_tokens = min(self.request.max_tokens, len(output) + 1)
+
+
+@dataclass
 class Step(KVConnectorMetadata):  # type: ignore[misc]
     """What the scheduler tells the worker in a step, by request: files that will be written, and files to write."""
 
@@ -98,6 +122,7 @@ class DeepSpecHiddenStates(KVConnectorBase_V1, SupportsHMA):  # type: ignore[mis
         self._paths: dict[str, str] = {}
         self._refused: dict[str, str] = {}
         self._to_write: dict[str, Ended] = {}
+        self._whole: dict[str, Whole] = {}
         # Of the worker.
         self._states: torch.Tensor | None = None
         self._locks: dict[str, tuple[int, str]] = {}
@@ -119,7 +144,14 @@ class DeepSpecHiddenStates(KVConnectorBase_V1, SupportsHMA):  # type: ignore[mis
         """The name of the request's file, or why it will have none."""
         # The request's id may hold what the client sent: its digest is what names a file without a name.
         by_chance = "request-" + hashlib.sha256(request.request_id.encode()).hexdigest()[:20]
-        name = (request.kv_transfer_params or {}).get("file", by_chance)
+        asked = request.kv_transfer_params or {}
+        if asked.get("write") is False:
+            return
+        if asked.get("whole_answer", False) and request.sampling_params is not None:
+            sampling, most = request.sampling_params, request.max_tokens
+            self._whole[request.request_id] = Whole(request, frozenset(sampling.stop_token_ids or ()), most)
+            sampling.stop_token_ids, request.max_tokens = [], most + 1
+        name = asked.get("file", by_chance)
         if isinstance(name, str) and _NAME.fullmatch(name):
             self._paths[request.request_id] = str(self._folder / f"{name}.safetensors")
         else:
@@ -129,6 +161,8 @@ class DeepSpecHiddenStates(KVConnectorBase_V1, SupportsHMA):  # type: ignore[mis
         """What the workers are told in this step."""
         step = Step(ended=self._to_write)
         self._to_write = {}
+        for whole in self._whole.values():
+            whole.look()
         for new in scheduler_output.scheduled_new_reqs:
             if new.req_id in self._paths:
                 step.begun[new.req_id] = self._paths[new.req_id]
@@ -145,10 +179,14 @@ class DeepSpecHiddenStates(KVConnectorBase_V1, SupportsHMA):  # type: ignore[mis
         """Whether the request's blocks are still needed, and what its answer says of the file."""
         name = request.request_id
         path, refused = self._paths.pop(name, None), self._refused.pop(name, None)
-        if request.status == RequestStatus.FINISHED_ABORTED:
+        whole, asked = self._whole.pop(name, None), request.kv_transfer_params or {}
+        if request.status == RequestStatus.FINISHED_ABORTED or asked.get("write") is False:
             return False, None  # nobody waits for it
-        asked = request.kv_transfer_params or {}
-        if asked.get("include_output_tokens", False):
+        if whole is not None:
+            whole.look()
+            end = None if whole.length is None else request.num_prompt_tokens + whole.length
+            token_ids = list(request.all_token_ids)[:-1][:end]
+        elif asked.get("include_output_tokens", False):
             token_ids = list(request.all_token_ids)[:-1]
         else:
             token_ids = list(request.prompt_token_ids or ())
