@@ -40,7 +40,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         'run.stages=["regenerate", "cache", "train", "evaluate", "export"]',
         'export.to=["vllm", "speculators"]',
     ]
-    settings += ["evaluate.temperature=[0.0]", f"evaluate.max_new_tokens={TOKENS}"]
+    settings += ["evaluate.temperature=[0.0]", f"evaluate.max_new_tokens={TOKENS}", f"evaluate.limit={PROMPTS}"]
     command = ["run", str(folder / "eagle3.toml"), *(word for text in settings for word in ("--set", text))]
     assert main(command) == 0
     return folder / "run"
