@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from deepspec_core.config.schema import SourceOptions
+from deepspec_core.data import source_rows
 from deepspec_core.data.bad_rows import BadRows
 from deepspec_core.data.source_rows import check_source
 from deepspec_core.data.sources import read_sources
@@ -237,3 +238,45 @@ def test_files_of_a_dataset_folder_are_not_left_out_without_a_word(
     (folder / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: train.jsonl\n---\n")
     assert _ids(tmp_path, source) == ["t"]
     assert "which does not hold more.jsonl, test.jsonl" in caplog.text
+
+
+def _of_the_hub(base: Path, patch: pytest.MonkeyPatch, bad: list[bool], most: float) -> tuple[int, str]:
+    """How many conversations came, and what the error found then, for rows that are bad where `bad` says so."""
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_dict({"prompt": [None if is_bad else f"Say {i}" for i, is_bad in enumerate(bad)]})
+    patch.setattr(source_rows, "_open_dataset", lambda *_: rows)
+    kept = base / "bad.jsonl"
+    read = read_sources(
+        [SourceOptions(path="organisation/rows")],
+        split="train",
+        held_out=0.0,
+        seed=1,
+        base=base,
+        registry=Registry(),
+        bad_rows=BadRows(most=most, keep_in=kept),
+    )
+    came, found = 0, ""
+    try:
+        for _ in read:
+            came += 1
+    except DataError as error:
+        found = f"{error.found}; {len(kept.read_text().splitlines())} kept"
+    return came, found
+
+
+def test_far_too_many_bad_rows_of_what_was_not_counted_before_are_told_early(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half = [number % 2 == 0 for number in range(2000)]
+    came, found = _of_the_hub(tmp_path, monkeypatch, half, 0.05)
+    assert came == 100
+    assert found == "101 of the first 201 rows. 101: A row holds no conversation; 101 kept"
+    # Where none may be bad, the first one is too many.
+    assert _of_the_hub(tmp_path, monkeypatch, [False, True, *half], 0.0)[1].startswith("1 of the first 2 rows")
+    # 6% of the first rows may be 3% of all.
+    few = [number < 600 and number % 100 < 6 for number in range(1200)]
+    assert _of_the_hub(tmp_path, monkeypatch, few, 0.05) == (1164, "")
+    # What is a little too much is told at the end.
+    few = [number % 100 < 6 for number in range(1200)]
+    came, found = _of_the_hub(tmp_path, monkeypatch, few, 0.05)
+    assert (came, found.partition(" rows")[0]) == (1128, "72 of 1,200")

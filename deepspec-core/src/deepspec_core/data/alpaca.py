@@ -14,6 +14,7 @@ from deepspec_core.errors import DataError
 INSTRUCTION: Final = "instruction"
 # An instruction alone may belong to another form, which says the rest of its question under other names.
 _BESIDE: Final = ("input", "output")
+ALPACA: Final = (INSTRUCTION, *_BESIDE, "history")
 _BLANK_LINE: Final = "\n\n"
 
 

@@ -6,6 +6,7 @@ Knows rows and the reasons why they were dropped. Does not know what makes a row
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -24,6 +25,10 @@ from deepspec_core.errors import DataError
 _LONGEST: Final = 1 << 14
 _LONGEST_REASON: Final = 200
 _REASONS_SHOWN: Final = 3
+# Below so many rows a share says little.
+_AFTER: Final = 200
+# So many standard deviations above the budget, the first rows are no accident of their order.
+_DEVIATIONS: Final = 4
 
 
 @frozen(kw_only=True)
@@ -37,9 +42,10 @@ class BadRow:
 
 @define
 class OfOneSource:
-    """What became of one source's rows."""
+    """What became of one source's rows. `checked`: all of them were read and counted before."""
 
     name: str
+    checked: bool = True
     rows: int = 0
     bad: Counter[str] = field(factory=Counter)
 
@@ -65,7 +71,10 @@ class BadRows:
         self._kept: IO[bytes] | None = None
 
     def add(self, row: SourceRow, error: DataError, source: OfOneSource) -> str:
-        """Drop a row. Returns the name that it is counted under: "unusable" if it is well-formed, else "malformed"."""
+        """Drop a row. Returns the name that it is counted under: "unusable" if it is well-formed, else "malformed".
+
+        DataError where the source is not `checked` and far more of its first rows are bad than may be.
+        """
         found = "" if error.found is None else f" ({str(error.found)[:_LONGEST_REASON]})"
         bad = BadRow(
             where=str(error.where or row.where),
@@ -77,19 +86,25 @@ class BadRows:
         self._tell(bad)
         if self._keep_in is not None and (self._most_kept is None or self.number <= self._most_kept):
             self._keep(row, bad)
+        allowed = self._most * source.rows
+        far = source.rows >= _AFTER and source.bad.total() > allowed + _DEVIATIONS * math.sqrt(allowed)
+        if not source.checked and (far or self._most == 0):
+            raise self._too_many(source, "the first ")
         return bad.count
 
     def check(self, source: OfOneSource) -> None:
         """DataError where a source that was read has too many bad rows."""
-        bad = source.bad.total()
-        if bad <= (max(1, self._most * source.rows) if self._most > 0 else 0):
-            return
+        if source.bad.total() > (max(1, self._most * source.rows) if self._most > 0 else 0):
+            raise self._too_many(source)
+
+    def _too_many(self, source: OfOneSource, which: str = "") -> DataError:
+        """The error. The file has the bad rows then."""
         self.finish()
         reasons = "; ".join(f"{count:,}: {reason}" for reason, count in source.bad.most_common(_REASONS_SHOWN))
-        raise DataError(
+        return DataError(
             "Too many rows of a source cannot be used",
             where=f"data.sources: {source.name}",
-            found=f"{bad:,} of {source.rows:,} rows. {reasons}",
+            found=f"{source.bad.total():,} of {which}{source.rows:,} rows. {reasons}",
             expected=f"at most a share of {self._most:g}, data.max_bad_rows",
             fix="Correct the rows, name their `columns`, or raise data.max_bad_rows."
             + (f" {self._keep_in} has {self._which()} with their reasons." if self._keep_in else ""),

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from deepspec_core.config.columns import BASES
 from deepspec_core.data.alpaca import asked_and_answered
+from deepspec_core.data.conversations import FIELDS
 from deepspec_core.data.messages import listed
 from deepspec_core.errors import DataError, nearest
 
@@ -27,6 +28,12 @@ class ColumnMap:
         """`key` is the run file's, such as data.sources[0].columns; errors name it."""
         self._columns, self._key = dict(columns), key
         self._unseen = set(columns) - {"role", "content"}
+
+    @property
+    def read(self) -> frozenset[str]:
+        """The names of the columns that are read of a row. What else it has is not."""
+        named = {column for name, column in self._columns.items() if name not in ("role", "content")}
+        return frozenset((*named, *_OURS)) if self._columns else FIELDS
 
     def row(self, row: Any, where: str) -> Any:
         """A row as `messages`, `system`, `tools`, `id`. DataError where it lacks a column, or one holds no messages."""

@@ -12,8 +12,8 @@ from typing import Any, Final
 
 from attrs import frozen
 
-from deepspec_core.data.alpaca import INSTRUCTION, alpaca_messages, is_alpaca
-from deepspec_core.data.messages import UnusableRow, listed, message_of, refuse_media, tools_of
+from deepspec_core.data.alpaca import ALPACA, INSTRUCTION, alpaca_messages, is_alpaca
+from deepspec_core.data.messages import MEDIA, UnusableRow, listed, message_of, refuse_media, tools_of
 from deepspec_core.errors import DataError, nearest
 
 # Fields that hold a conversation, in the order of preference: messages; texts of the user; one such text.
@@ -23,6 +23,8 @@ _OF_ONE_TEXT: Final = ("prompt", "question")
 SHAPES: Final = (*_OF_MESSAGES, *_OF_TEXTS, *_OF_ONE_TEXT)
 # Fields of a row's tokens.
 TOKENS: Final = ("input_ids", "loss_mask", "prompt_ids", "output_ids", "prompt_answers", "rewritten")
+# Every field that is read of a row. Columns of tables that are not among them are left unread.
+FIELDS: Final = frozenset((*SHAPES, *TOKENS, *ALPACA, *MEDIA, "id", "system", "tools", "functions"))
 # A field's name this alike is likely one of those, misspelled.
 _MISSPELLED: Final = 0.75
 # Token ids are stored as 32-bit whole numbers.

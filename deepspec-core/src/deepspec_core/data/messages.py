@@ -34,10 +34,11 @@ _ARGUMENTS: Final = ("arguments", "parameters", "input")
 # Where an answer's thinking stands. The first that is not empty counts.
 _THINKING: Final = ("reasoning_content", "reasoning", "thinking")
 # Fields of a message or of a row that belong to its question, and are not text.
-_MEDIA: Final = ("images", "image", "videos", "video", "audios", "audio")
+MEDIA: Final = ("images", "image", "videos", "video", "audios", "audio")
 _NOTHING: Final[tuple[Any, ...]] = (None, "", [], ())
 _DEEPEST: Final = 64
 _NESTED: Final = (Mapping, list, tuple)
+_JSON: Final = (*_NESTED, str, int, float, type(None))
 
 
 class UnusableRow(DataError):
@@ -85,7 +86,7 @@ def message_of(item: Any, where: str) -> dict[str, Any]:
 
 def refuse_media(item: Mapping[str, Any], where: str) -> None:
     """UnusableRow where a message or a row has images and the like beside its text."""
-    name = next((name for name in _MEDIA if item.get(name)), None)
+    name = next((name for name in MEDIA if item.get(name)), None)
     if name is not None:
         raise UnusableRow("A conversation is about more than its text", where=where, found=name, expected="text alone")
 
@@ -203,7 +204,7 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
     # Some put them beside the function.
     beside = {key: call[key] for key in _ARGUMENTS if key in call} if function is not call else {}
     arguments = _arguments({**beside, **function}, where)
-    _require_shallow(arguments, where)
+    _require_json(arguments, where)
     identity = {"id": str(call["id"])} if call.get("id") else {}
     return {**identity, "type": "function", "function": {"name": name, "arguments": dict(arguments)}}
 
@@ -240,16 +241,27 @@ def tools_of(value: Any, where: str) -> tuple[dict[str, Any], ...]:
     tools = _parsed(value or [], where) or []
     if not isinstance(tools, Sequence) or not all(isinstance(tool, Mapping) for tool in tools):
         raise DataError("tools is not a list of objects", where=where, found=repr(tools)[:80], expected="[{...}, ...]")
-    _require_shallow(tools, where)
+    _require_json(tools, where)
     return tuple(dict(tool) for tool in tools)
 
 
-def _require_shallow(value: Any, where: str) -> None:
-    """DataError for JSON nested deeper than any schema or argument: rendering and digests go through it recursively."""
+def _require_json(value: Any, where: str) -> None:
+    """DataError for what JSON cannot hold, such as dates and bytes of tables, or for more levels than any schema has.
+
+    Rendering and digests go through it recursively.
+    """
     level = [value]
     for _ in range(_DEEPEST):
         parts = [part.values() if isinstance(part, Mapping) else part for part in level if isinstance(part, _NESTED)]
         level = [inner for part in parts for inner in part]
+        odd = next((inner for inner in level if not isinstance(inner, _JSON)), None)
+        if odd is not None:
+            raise DataError(
+                "A tool or a call holds a value that is no JSON",
+                where=where,
+                found=f"{repr(odd)[:80]}, a {type(odd).__name__}",
+                expected="text, numbers, true, false, null, lists and objects",
+            )
         if not level:
             return
     raise DataError("JSON is nested too deep", where=where, expected=f"at most {_DEEPEST} levels")

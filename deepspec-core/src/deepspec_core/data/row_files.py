@@ -5,7 +5,7 @@ Knows the endings of names. Does not know datasets of several files, or what a r
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from deepspec_core.data.json_array import elements_of, is_array
@@ -19,13 +19,15 @@ PARQUET = ".parquet"
 _JSON = (".json", ".json.gz", ".json.zst")
 
 
-def read_rows(path: Path, *, most_bytes: int | None = MOST_BYTES) -> Iterator[SourceRow]:
+def read_rows(
+    path: Path, *, most_bytes: int | None = MOST_BYTES, columns: Collection[str] | None = None
+) -> Iterator[SourceRow]:
     """Every row, lazily. DataError where the file cannot be read. A row that cannot be read has an error of its own.
 
-    Rows longer than `most_bytes` are not read.
+    Rows longer than `most_bytes` are not read. Of a table only `columns` are, if they are given.
     """
     if path.name.endswith(PARQUET):
-        yield from read_parquet(path, most_bytes=most_bytes)
+        yield from read_parquet(path, most_bytes=most_bytes, columns=columns)
     elif not path.name.endswith(_JSON):
         yield from _lines(path, most_bytes)
     elif is_array(path):

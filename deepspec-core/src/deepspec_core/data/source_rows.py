@@ -6,9 +6,8 @@ Knows how to find a source and read its rows. Does not know what a row has to ho
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import count
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -20,6 +19,7 @@ from deepspec_core.data.prepared import check_prepared, is_prepared, prepared_ro
 from deepspec_core.data.row_files import PARQUET, read_rows
 from deepspec_core.data.source_row import MOST_BYTES, SourceRow
 from deepspec_core.data.split import Split
+from deepspec_core.data.table_rows import BATCH_ROWS, rows_of_table
 from deepspec_core.errors import DataError, nearest
 from deepspec_core.hub import say_local_copy, why_unreachable
 
@@ -54,7 +54,7 @@ def rows_of(
     if source.path.startswith(BUILTIN):
         yield from _builtin(source.path, split, seed, registry)
     elif _is_file(source, base):
-        yield from _file(base / source.path, None if own else MOST_BYTES)
+        yield from _file(base / source.path, None if own else MOST_BYTES, columns_of(source).read)
     elif is_prepared(base / source.path):
         yield from prepared_rows(base / source.path, split)
     else:
@@ -129,10 +129,10 @@ def _offered_prompts(path: str, registry: Registry) -> str:
     return name
 
 
-def _file(path: Path, most_bytes: int | None) -> Iterator[SourceRow]:
+def _file(path: Path, most_bytes: int | None, columns: Collection[str]) -> Iterator[SourceRow]:
     if not path.is_file():
         raise _missing(path)
-    yield from read_rows(path, most_bytes=most_bytes)
+    yield from read_rows(path, most_bytes=most_bytes, columns=columns)
 
 
 def _missing(path: Path) -> DataError:
@@ -150,18 +150,22 @@ def _dataset(source: SourceOptions, base: Path) -> Iterator[SourceRow]:
 
     The files of a folder are read here where they can be: `datasets` ends at the first row that it cannot read.
     """
-    files = _files_of_rows(source, base)
+    files, columns = _files_of_rows(source, base), columns_of(source).read
     for file in files:
-        yield from _file(file, MOST_BYTES)
+        yield from _file(file, MOST_BYTES, columns)
     if files:
         return
-    rows = iter(_open_dataset(source, base))
-    for number in count(1):
+    tables = _open_dataset(source, base).with_format("arrow").iter(batch_size=BATCH_ROWS)
+    number = 0
+    while True:
         with _dataset_errors(source):
-            row = next(rows, None)
-        if row is None:
+            table = next(tables, None)
+        if table is None:
             return
-        yield SourceRow(f"{source.path}:{number}", row)
+        names = table.schema.names
+        read = table.select([index for index, name in enumerate(names) if name in columns])
+        yield from rows_of_table(read, names, place=f"{source.path}:", before=number, most_bytes=None)
+        number += table.num_rows
 
 
 def _files_of_rows(source: SourceOptions, base: Path) -> list[Path]:

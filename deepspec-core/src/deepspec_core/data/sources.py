@@ -64,7 +64,8 @@ def read_sources(
 
     `own`: what this project wrote itself is read, where a row may have any length.
 
-    DataError where a source is missing or not readable, or has too many bad rows.
+    DataError where a source is missing or not readable, or has too many bad rows. Where `check_rows` has not counted
+    them, because the source does not lie on this machine, far too many of the first rows are enough.
     """
     _refuse_beside_prepared(sources, base)
     counts = Counter() if counts is None else counts
@@ -155,7 +156,7 @@ def check_rows(
     read as far as training reads them, and bad rows are warned about. The file `keep_in` gets the first of too many.
     Of the Hub nothing is read, and what a plugin ships is believed.
     """
-    local = [source for source in sources if not source.path.startswith(BUILTIN) and not on_hub(source, base)]
+    local = [source for source in sources if _is_local(source, base)]
     found, turns, warned = 0, 0, 0
 
     def warn(bad: BadRow) -> None:
@@ -186,6 +187,11 @@ def check_rows(
     return turns if len(local) == len(sources) else None
 
 
+def _is_local(source: SourceOptions, base: Path) -> bool:
+    """Whether it lies on this machine, where all of it is read before the first stage."""
+    return not source.path.startswith(BUILTIN) and not on_hub(source, base)
+
+
 def _large(sources: Sequence[SourceOptions], base: Path) -> bool:
     """Whether reading all of it takes long enough for a progress bar."""
     places = [base / source.path for source in sources]
@@ -210,7 +216,7 @@ def _of_split(
 
     `alone`: there is no other source, which might repeat its prompts.
     """
-    read = OfOneSource(source.path)
+    read = OfOneSource(source.path, checked=_is_local(source, base))
     rows = rows_of(source, split, seed=seed, base=base, registry=registry, own=own)
     conversations = _usable(rows, columns_of(source), counts, bad_rows, read)
     if not (alone and has_splits(source, base)):
