@@ -61,7 +61,9 @@ def _entries(path: Path, *, fix: str) -> Iterator[tuple[int, dict[str, Any]]]:
 def _is_answered(entry: Any) -> bool:
     fits = isinstance(entry, dict) and all(isinstance(entry.get(name), kind) for name, kind in _FIELDS.items())
     last = entry["messages"][-1:] if fits else []
-    return bool(last) and isinstance(last[0], dict) and isinstance(last[0].get("content"), str)
+    if not last or not all(isinstance(message, dict) for message in entry["messages"]):
+        return False
+    return isinstance(last[0].get("content"), str)
 
 
 def resume(partial: Path) -> dict[str, int]:
@@ -118,6 +120,8 @@ def tally_of(path: Path) -> Counter[str]:
         tally["dropped_turns"] += entry["dropped_turns"]
         tally["rerendered_answers"] += len(entry["rewritten"])
         tally["mismatched_answers"] += entry.get("mismatched", 0)
+        tally["replayed_results"] += sum(message.get("role") == "tool" for message in entry["messages"])
+        tally["skipped_results"] += entry.get("skipped_results", 0)
     return tally
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from typing import Any
 
@@ -11,6 +12,8 @@ from deepspec_core.data.several_answers import several
 from deepspec_core.pipeline import contents, workers
 from deepspec_core.pipeline.run import Run
 from deepspec_core.pipeline.serving import farm_of
+
+log = logging.getLogger("deepspec")
 
 
 def run_stage(run: Run) -> dict[str, Any]:
@@ -44,6 +47,12 @@ def run_stage(run: Run) -> dict[str, Any]:
         total=run.data.expected_conversations(),
         crew=crew if farm is None else ALONE,
     )
+    if report.skipped_results:
+        log.info(
+            "%d recorded tool results were skipped, and %d were said after the target's own calls",
+            report.skipped_results,
+            report.replayed_results,
+        )
     return {
         "conversations": report.conversations,
         "output_tokens": report.output_tokens,
@@ -54,6 +63,8 @@ def run_stage(run: Run) -> dict[str, Any]:
         "dropped_turns": report.dropped_turns,
         "rerendered_answers": report.rerendered_answers,
         "mismatched_answers": report.mismatched_answers,
+        "replayed_results": report.replayed_results,
+        "skipped_results": report.skipped_results,
         "duplicates": counts["duplicates"],
         "same_prompt": counts["same_prompt"],
         "unusable": counts["unusable"],
