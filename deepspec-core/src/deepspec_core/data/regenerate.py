@@ -31,6 +31,7 @@ from deepspec_core.data.regenerated_file import (
     cut_answers,
     finish,
     tally_of,
+    write_checked,
     write_line,
 )
 from deepspec_core.data.regenerated_parts import WorkerFiles
@@ -172,7 +173,7 @@ def regenerate(
                 if isinstance(outcome, Unanswered):
                     work.give_up(outcome)
                 elif (line := work.settle(outcome)) is not None:
-                    write_line(lines, line)
+                    write_checked(lines, line)
                     progress.advance(failures=budget.failures)
         counts = {"written": work.num_written, "failures": budget.own, "cut": work.num_cut}
         told = files.collect(counts, work.order)
