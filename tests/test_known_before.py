@@ -63,6 +63,15 @@ def test_an_optimizer_without_a_matrix_to_train(
     )
 
 
+def test_tool_results_that_the_template_cannot_replay(refused: Refused, run_file: Path) -> None:
+    said = [{"role": "user", "content": "Paris?"}, {"role": "tool", "content": "sunny"}]
+    rows = [{"messages": said[:1]}] * 3 + [{"messages": said}]
+    (run_file.parent / "tools.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    source, held_out = 'data.sources=[{path="tools.jsonl"}]', "data.held_out=1e-9"
+    says = ("writes no tool calls", "1 of 4 conversations", "regenerate.max_failures")
+    refused(source, held_out, "regenerate.max_failures=0.2", says=says)
+
+
 def test_servers_to_regenerate_with(refused: Refused) -> None:
     refused('regenerate.servers=["http://127.0.0.1:1"]', says=("no server answers", "regenerate.servers"))
     refused('regenerate.servers=["127.0.0.1:1"]', says=("an address such as http://host:8000/v1",))

@@ -202,6 +202,36 @@ def test_an_interrupted_run_loses_nothing_and_repeats_nothing(tmp_path: Path, to
     assert out.read_bytes() == whole.read_bytes()
 
 
+def test_a_line_that_changed_is_answered_again(
+    tmp_path: Path, tokenizer: ChatTokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    _run(whole, _conversations(6), tokenizer)
+
+    def interrupted():
+        yield from _conversations(6)
+        raise _Killed
+
+    with pytest.raises(_Killed):
+        _run(out, interrupted(), tokenizer)
+    partial = tmp_path / "out.jsonl.partial"
+    first, *others = partial.read_bytes().splitlines(keepends=True)
+    entry = json.loads(first)
+    begin = first.index(b'"output_ids": [') + len(b'"output_ids": [')
+    changed = first[:begin] + (b"4" if first[begin : begin + 1] != b"4" else b"5") + first[begin + 1 :]
+    assert json.loads(changed)["output_ids"] != entry.pop("output_ids")
+    partial.write_bytes(changed + b"".join(others))
+    report = _run(out, _conversations(6), tokenizer)
+    assert "1 lines are not as they were written" in caplog.text
+    assert report.skipped == len(others)
+    assert out.read_bytes() == whole.read_bytes()
+    # Versions before wrote no checksums.
+    partial.write_bytes(b"".join(whole.read_bytes().splitlines(keepends=True)[:2]))
+    out.unlink()
+    assert _run(out, _conversations(6), tokenizer).skipped == 2
+    assert out.read_bytes() == whole.read_bytes()
+
+
 def test_tools_are_offered_and_kept(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
     offering = tiny_tokenizer()
     offering.chat_template = "{{ tools | tojson if tools else '' }}" + offering.chat_template

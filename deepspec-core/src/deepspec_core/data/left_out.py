@@ -42,7 +42,7 @@ def left_out(text: str, messages: Sequence[Mapping[str, Any]], tools: Tools, *, 
     """
     written = Written(text)
     for tool in tools:
-        name = _name_of(tool)
+        name = name_of(tool)
         if name is not None and not written.has(name):
             return f"the tool {name!r} that is on offer"
         for part in _leaves(tool) if name is None else ():
@@ -143,7 +143,7 @@ def _marked(messages: Sequence[Mapping[str, Any]], tools: Tools, first: int, *, 
         return {**about, "description": mark(f"the description of {what}", text)}
 
     def offer(tool: Mapping[str, Any]) -> dict[str, Any]:
-        function, name = tool.get("function", tool), _name_of(tool)
+        function, name = tool.get("function", tool), name_of(tool)
         if not isinstance(function, Mapping) or name is None:
             kind = tool.get("type")
             return {**tool, "type": mark(f"a tool of type {kind!r} that is on offer", kind)} if kind else dict(tool)
@@ -179,7 +179,8 @@ def _content_of(index: int, message: Mapping[str, Any]) -> str:
     return "the system prompt" if index < 0 else f"the content of message {index} ({message['role']})"
 
 
-def _name_of(tool: Mapping[str, Any]) -> str | None:
+def name_of(tool: Mapping[str, Any]) -> str | None:
+    """The name of a tool on offer, None where it has none."""
     described = tool.get("function", tool)
     name = described.get("name") if isinstance(described, Mapping) else None
     return name if isinstance(name, str) else None

@@ -12,7 +12,7 @@ import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Final
 
 from attrs import define, field, frozen
 
@@ -22,13 +22,16 @@ from deepspec_core.contracts.target import ConversationFormat, SamplingDefaults,
 from deepspec_core.crew import ALONE, Crew
 from deepspec_core.data.answering import Answer, Answerer, Turn, Unanswered, in_process
 from deepspec_core.data.conversations import Conversation
+from deepspec_core.data.dialogue import Dialogue, has_results
 from deepspec_core.data.failure_budget import FailureBudget
+from deepspec_core.data.left_out import name_of
 from deepspec_core.data.regenerated_file import (
     beside,
     count_lines,
     cut_answers,
     finish,
     tally_of,
+    write_checked,
     write_line,
 )
 from deepspec_core.data.regenerated_parts import WorkerFiles
@@ -39,6 +42,8 @@ from deepspec_core.decoding.engine import Completion, Request
 from deepspec_core.errors import DataError
 
 log = logging.getLogger("deepspec")
+
+NO_CALLS: Final = "it has tool results, and the chat template writes no tool calls"
 
 
 @frozen(kw_only=True)
@@ -51,7 +56,8 @@ class RegenerateReport:
     template or for a control token in their text.
     `rerendered_answers` are earlier answers whose tokens changed when the next prompt was rendered (thinking dropped,
     other merges): each is kept as a row of its own, with the prompt it answered. `mismatched_answers` have ids that
-    were made from a server's text and are not as many as it counted.
+    were made from a server's text and are not as many as it counted. `replayed_results` are recorded tool results that
+    were said after the target's own calls; `skipped_results` were not: no call asked for them, or a turn was dropped.
     """
 
     path: Path
@@ -67,6 +73,8 @@ class RegenerateReport:
     rerendered_answers: int
     cut: int
     mismatched_answers: int
+    replayed_results: int
+    skipped_results: int
 
 
 def sample_seed(seed: int, identity: str, turn: int = 0) -> int:
@@ -107,13 +115,16 @@ def regenerate(
 ) -> RegenerateReport:
     """Answer every user turn of every conversation, in order, each on top of the target's own earlier answers.
 
+    Where an answer calls a tool, the recorded results that follow are said, and answered in turn.
+
     Whoever is `answerer` answers, or `target` in this process. `keep` gets each line before it is written, and the
     answer that it ends with, or that was left out at its end.
 
     Lines of `out`: id, messages, tools where it has any, thinking where options.thinking is a share, prompt_ids and
     output_ids of the last answered turn, finish_reason ("stop" or "length"), prompt_answers, the token spans of the
     prompt that are earlier answers exactly as emitted, and rewritten, the prompt and output ids of those that are not;
-    mismatched, the number of answers whose ids were made from text and are not as many as counted, where there are any.
+    mismatched, the number of answers whose ids were made from text and are not as many as counted, where there are any;
+    skipped_results, the number of recorded tool results that were not said, where there are any.
     A finished `out` is left as it is. Failures go to OUT.failures.jsonl with their reason, and DataError ends the run
     where they are more than options.max_failures of all. `total`, where known, is for the progress shown. Ids are
     unique.
@@ -165,7 +176,7 @@ def regenerate(
                     work.give_up(outcome)
                 elif (line := work.settle(outcome)) is not None:
                     keep(line, outcome)
-                    write_line(lines, line)
+                    write_checked(lines, line)
                     progress.advance(failures=budget.failures)
         counts = {"written": work.num_written, "failures": budget.own, "cut": work.num_cut}
         told = files.collect(counts, work.order)
@@ -175,26 +186,6 @@ def regenerate(
     tally = finish(partial, out, list(work.order))
     numbers = {**told, "cut": files.cut + told["cut"]}
     return _report(out, failures_path, tally, **{name: numbers.get(name, 0) for name in counts})
-
-
-@define
-class _Dialogue:
-    """A conversation under way: `history` is what was said, `ahead` the messages to come, answers left out."""
-
-    conversation: Conversation
-    ahead: deque[dict[str, Any]]
-    history: list[dict[str, Any]] = field(factory=list)
-    turns: list[Completion] = field(factory=list)
-    mismatched: int = 0
-
-    @property
-    def questions_ahead(self) -> int:
-        return sum(message["role"] == "user" for message in self.ahead)
-
-    def end_with_an_answer(self) -> None:
-        """Take back what was said after the last answer."""
-        while self.history[-1]["role"] != "assistant":
-            self.history.pop()
 
 
 @define
@@ -214,7 +205,7 @@ class _Work:
     budget: FailureBudget
     crew: Crew
     order: dict[str, None] = field(factory=dict)
-    under_way: dict[str, _Dialogue] = field(factory=dict)
+    under_way: dict[str, Dialogue] = field(factory=dict)
     next_turns: deque[Request] = field(factory=deque)
     num_cut: int = 0
     num_written: int = 0
@@ -252,7 +243,7 @@ class _Work:
         dialogue.turns.append(completion)
         dialogue.mismatched += answer.mismatched
         dropped = 0
-        if dialogue.questions_ahead and completion.finish_reason == "stop":
+        if completion.finish_reason == "stop" and dialogue.goes_on(called=self._calls(dialogue)):
             try:
                 request = self._turn(dialogue)
             except DataError as error:
@@ -270,7 +261,7 @@ class _Work:
         del self.under_way[unanswered.id]
         self._fail(unanswered.id, unanswered.reason)
 
-    def _without_the_cut(self, dialogue: _Dialogue) -> dict[str, Any] | None:
+    def _without_the_cut(self, dialogue: Dialogue) -> dict[str, Any] | None:
         """The line of the turns before the answer that met the limit. The side file has a conversation without any."""
         if dialogue.turns:
             dialogue.end_with_an_answer()
@@ -281,7 +272,7 @@ class _Work:
         write_line(self.failures, {"id": identity, "reason": f"cut at {self.options.max_tokens} tokens", "cut": True})
         return None
 
-    def _line(self, dialogue: _Dialogue, dropped: int) -> dict[str, Any]:
+    def _line(self, dialogue: Dialogue, dropped: int) -> dict[str, Any]:
         identity, tools, last = dialogue.conversation.id, dialogue.conversation.tools, dialogue.turns[-1]
         spans, rewritten = self._earlier_answers(dialogue, dialogue.history[:-1])
         del self.under_way[identity]
@@ -299,12 +290,14 @@ class _Work:
             "dropped_turns": dropped,
             "rewritten": [(turn.prompt_ids, turn.output_ids) for turn in rewritten],
             **({"mismatched": dialogue.mismatched} if dialogue.mismatched else {}),
+            **({"skipped_results": skipped} if (skipped := dialogue.skipped_results) else {}),
         }
 
     def _first_turn(self, conversation: Conversation) -> Request | None:
         reason = self._unanswerable(conversation)
         if reason is None:
-            dialogue = _Dialogue(conversation, deque(m for m in conversation.messages if m["role"] != "assistant"))
+            dialogue = Dialogue(conversation)
+            dialogue.goes_on(called=False)  # nobody asked for results before the first question
             try:
                 request = self._turn(dialogue)
             except DataError as error:
@@ -331,15 +324,19 @@ class _Work:
         roles = {message["role"] for message in conversation.messages}
         if "user" not in roles:
             return "no user message"
-        return "tool results answer calls that the target may not make" if "tool" in roles else None
+        if has_results(conversation) and self._tokenizer(conversation.id).call_form(self.fmt) is None:
+            return NO_CALLS
+        return None
 
-    def _turn(self, dialogue: _Dialogue) -> Request:
-        """Say everything up to the next user message."""
-        while True:
-            message = dialogue.ahead.popleft()
-            dialogue.history.append(message)
-            if message["role"] == "user":
-                break
+    def _calls(self, dialogue: Dialogue) -> bool:
+        """Whether the last answer calls a tool."""
+        form = self._tokenizer(dialogue.conversation.id).call_form(self.fmt)
+        names = filter(None, map(name_of, dialogue.conversation.tools))
+        return form is not None and form.is_in(dialogue.history[-1]["content"], names)
+
+    def _turn(self, dialogue: Dialogue) -> Request:
+        """Say what comes before the next answer."""
+        dialogue.say_next()
         identity = dialogue.conversation.id
         return Turn(
             id=identity,
@@ -351,7 +348,7 @@ class _Work:
         )
 
     def _earlier_answers(
-        self, dialogue: _Dialogue, messages: Sequence[dict[str, Any]]
+        self, dialogue: Dialogue, messages: Sequence[dict[str, Any]]
     ) -> tuple[list[tuple[int, int]], list[Completion]]:
         """Token spans of earlier answers in the last prompt that equal what was emitted, and the turns that do not."""
         *earlier, last = dialogue.turns
@@ -389,4 +386,6 @@ def _report(
         rerendered_answers=tally["rerendered_answers"],
         cut=cut,
         mismatched_answers=tally["mismatched_answers"],
+        replayed_results=tally["replayed_results"],
+        skipped_results=tally["skipped_results"],
     )

@@ -1,13 +1,17 @@
 """The file that regeneration writes.
 
-Lines are appended one by one to a partial file. A line that a kill tore in half is cut off. At the end the lines are
-put in the order of the input, under the final name. Knows lines and names of files; not how conversations are answered.
+Lines are appended one by one to a partial file, each with a checksum. A line that a kill tore in half is cut off, and
+one that is not as it was written is dropped. At the end the lines are put in the order of the input, without their
+checksums, under the final name. Knows lines and names of files; not how conversations are answered.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +19,11 @@ from typing import IO, Any, Final
 
 from deepspec_core.errors import DataError
 
+log = logging.getLogger("deepspec")
+
+# How a line of the partial file ends. The checksum is of the object without it. Earlier versions wrote none.
+_CHECKSUM: Final = re.compile(rb', "crc32": "([0-9a-f]{8})"\}\n')
+_CHECKSUM_BYTES: Final = len(b', "crc32": "01234567"}\n')
 # What later steps read of a line, and its type.
 _FIELDS: Final = {
     "id": str,
@@ -33,8 +42,28 @@ def beside(out: Path, suffix: str) -> Path:
 
 def write_line(file: IO[bytes], entry: dict[str, Any]) -> None:
     """Append one line, and hand it to the system at once."""
-    file.write(json.dumps(entry, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
+    file.write(_written(entry) + b"\n")
     file.flush()
+
+
+def write_checked(file: IO[bytes], entry: dict[str, Any]) -> None:
+    """The same for a line of the partial file, which has a checksum."""
+    content = _written(entry)
+    file.write(content[:-1] + b', "crc32": "%08x"}\n' % zlib.crc32(content))
+    file.flush()
+
+
+def _written(entry: dict[str, Any]) -> bytes:
+    return json.dumps(entry, ensure_ascii=False).encode("utf-8", "surrogatepass")
+
+
+def _checked(line: bytes) -> bytes | None:
+    """The line without its checksum; None where it is not as it was written."""
+    found = _CHECKSUM.fullmatch(line[-_CHECKSUM_BYTES:])
+    if found is None:
+        return line
+    content = line[:-_CHECKSUM_BYTES] + b"}"
+    return content + b"\n" if zlib.crc32(content) == int(found[1], 16) else None
 
 
 def _entries(path: Path, *, fix: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -61,19 +90,31 @@ def _entries(path: Path, *, fix: str) -> Iterator[tuple[int, dict[str, Any]]]:
 def _is_answered(entry: Any) -> bool:
     fits = isinstance(entry, dict) and all(isinstance(entry.get(name), kind) for name, kind in _FIELDS.items())
     last = entry["messages"][-1:] if fits else []
-    return bool(last) and isinstance(last[0], dict) and isinstance(last[0].get("content"), str)
+    if not last or not all(isinstance(message, dict) for message in entry["messages"]):
+        return False
+    return isinstance(last[0].get("content"), str)
 
 
 def resume(partial: Path) -> dict[str, int]:
-    """Ids already done and where their lines begin. A last line without its end, torn by a kill, is cut off."""
+    """Ids already done and where their lines begin. A last line without its end, torn by a kill, is cut off.
+
+    Lines that are not as they were written are removed, with a warning.
+    """
     if not partial.exists():
         return {}
-    content_end = 0
+    content_end = damaged = 0
     with partial.open("rb+") as lines:
         for line in lines:
             if line.endswith(b"\n"):
                 content_end += len(line)
+                damaged += _checked(line) is None
         lines.truncate(content_end)
+    if damaged:
+        sound = beside(partial, ".sound")
+        with partial.open("rb") as lines, sound.open("wb") as file:
+            file.writelines(line for line in lines if _checked(line) is not None)
+        os.replace(sound, partial)
+        log.warning("%s: %d lines are not as they were written; they are removed, to be made again", partial, damaged)
     entries = _entries(partial, fix="Remove that line; its conversation is regenerated.")
     return {entry["id"]: offset for offset, entry in entries}
 
@@ -83,7 +124,15 @@ def finish(partial: Path, out: Path, order: Sequence[str]) -> Counter[str]:
 
     DataError where lines belong to no conversation of the input, or there are none.
     """
+    before = count_lines(partial)
     offsets = resume(partial)
+    if count_lines(partial) < before:
+        raise DataError(
+            "Regenerated conversations are not as they were written",
+            where=partial,
+            found=f"{before - len(offsets)} damaged lines, which are removed",
+            fix="Look at the disk, and run again: their conversations are answered again.",
+        )
     if unknown := offsets.keys() - set(order):
         raise DataError(
             "Regenerated conversations are not in the sources any more",
@@ -98,7 +147,9 @@ def finish(partial: Path, out: Path, order: Sequence[str]) -> Counter[str]:
         for identity in order:
             if identity in offsets:
                 lines.seek(offsets[identity])
-                file.write(lines.readline())
+                line = _checked(lines.readline())
+                assert line is not None, "lines were checked a moment ago"
+                file.write(line)
         file.flush()
         os.fsync(file.fileno())
     tally = tally_of(ordered)
@@ -118,6 +169,8 @@ def tally_of(path: Path) -> Counter[str]:
         tally["dropped_turns"] += entry["dropped_turns"]
         tally["rerendered_answers"] += len(entry["rewritten"])
         tally["mismatched_answers"] += entry.get("mismatched", 0)
+        tally["replayed_results"] += sum(message.get("role") == "tool" for message in entry["messages"])
+        tally["skipped_results"] += entry.get("skipped_results", 0)
     return tally
 
 

@@ -18,6 +18,7 @@ from deepspec_core.config.schema import BUILTIN, SourceOptions
 from deepspec_core.data.bad_rows import BadRow, BadRows, OfOneSource
 from deepspec_core.data.columns import ColumnMap
 from deepspec_core.data.conversations import Conversation, from_row
+from deepspec_core.data.dialogue import has_results
 from deepspec_core.data.digest_set import DigestSet, digest16
 from deepspec_core.data.prepared import is_prepared, manifest_of
 from deepspec_core.data.source_row import SourceRow
@@ -149,8 +150,11 @@ def check_rows(
     registry: Registry,
     max_bad_rows: float = 1.0,
     keep_in: Path | None = None,
+    counts: Counter[str] | None = None,
 ) -> int | None:
     """The most turns of a user in one conversation; None where not every source is read.
+
+    `counts` is told of the `conversations` that were read, and how many are `with_results` of tools.
 
     DataError where a source has too many bad rows, or if there is nothing to train on. Files and dataset folders are
     read as far as training reads them, and bad rows are warned about. The file `keep_in` gets the first of too many.
@@ -172,6 +176,8 @@ def check_rows(
                 source, "train", held_out, seed, base, registry, Counter(), bad_rows, alone=True
             ):
                 found += 1
+                if counts is not None:
+                    counts.update(conversations=1, with_results=has_results(conversation))
                 turns = max(turns, sum(message["role"] == "user" for message in conversation.messages))
                 progress.advance()
     if warned > _DROPS_SHOWN:

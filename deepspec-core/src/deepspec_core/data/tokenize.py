@@ -36,6 +36,7 @@ from deepspec_core.data.encoding import Encoding, Row, TextRow, TokenRow, cut
 from deepspec_core.data.generation_marks import within
 from deepspec_core.data.left_out import LeftOut, left_out, unmarked
 from deepspec_core.data.rendering import Template
+from deepspec_core.data.tool_calls import ASKED, TOOL, CallForm, form_of
 from deepspec_core.data.unicode_text import not_unicode
 from deepspec_core.errors import DataError
 
@@ -66,6 +67,7 @@ class ChatTokenizer:
         self._template = Template(tokenizer=tokenizer)
         self._other_mode: ChatTokenizer | None = None
         self._openings: dict[str, Openings] = {}
+        self._call_forms: dict[str, CallForm | None] = {}
         self._control_tokens: tuple[str, ...] | None = None
         self._known_forms: dict[bool, dict[bytes, str | None]] = {False: {}, True: {}}
         self._encoding = Encoding(tokenizer=tokenizer)
@@ -225,6 +227,15 @@ class ChatTokenizer:
                 lambda thinking: self.render(question, None, prompt=True, thinking=thinking), fmt
             )
         return self._openings[fmt.assistant_start]
+
+    def call_form(self, fmt: ConversationFormat) -> CallForm | None:
+        """How the template writes tool calls; None where it writes none."""
+        if fmt.assistant_start not in self._call_forms:
+            self._call_forms[fmt.assistant_start] = form_of(
+                lambda answer: self.replies([ASKED, answer], fmt, None, [TOOL])[0].text,
+                map(str, self.tokenizer.added_tokens_decoder.values()),
+            )
+        return self._call_forms[fmt.assistant_start]
 
     def answers(
         self,

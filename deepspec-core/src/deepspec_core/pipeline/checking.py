@@ -6,6 +6,7 @@ Knows which stages are to run and what each will need. Tries training out throug
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from deepspec_core.errors import CheckpointError, ConfigError, DataError
 from deepspec_core.pipeline import few_steps
 from deepspec_core.pipeline.apart import check_cache_place, check_inputs_survive
 from deepspec_core.pipeline.places import check_places
+from deepspec_core.pipeline.replay_check import check_replay
 from deepspec_core.pipeline.run import Run
 from deepspec_core.pipeline.run_data import BAD_ROWS
 from deepspec_core.pipeline.serving import uses_servers
@@ -50,7 +52,8 @@ def check_before(run: Run, steps: Sequence[Step], *, may_write: bool = True, pro
         require_trackers(run.file.train.trackers, where=str(run.path))
         few_steps.warn_before(run)
     _offered(run, todo)
-    _sources(run, todo, may_write=may_write)
+    rows: Counter[str] = Counter()
+    _sources(run, todo, rows, may_write=may_write)
     _ = run.target.adapter  # opening it raises its errors
     if "train" in todo and run.file.features.mode == ONLINE and run.file.train.batching == PACKED:
         require_packed_target(run.target.architecture.model_type, run.plugins.registry)
@@ -60,6 +63,8 @@ def check_before(run: Run, steps: Sequence[Step], *, may_write: bool = True, pro
         if run.file.data.system_prompt is not None:
             _prompt_length(run, run.file.data.system_prompt)
         _thinking(run)
+    if "regenerate" in todo:
+        check_replay(run, rows)
     if todo & {"regenerate", "cache", "train"}:
         run.data.check_length()
     if "regenerate" in todo and run.file.regenerate.servers:
@@ -228,8 +233,11 @@ def _offered(run: Run, todo: Collection[str]) -> None:
         check_format(registry, run.file.cache.format)
 
 
-def _sources(run: Run, todo: Collection[str], *, may_write: bool) -> None:
-    """Check [data] sources where a stage reads them: regeneration, training without it, or held-out prompts."""
+def _sources(run: Run, todo: Collection[str], rows: Counter[str], *, may_write: bool) -> None:
+    """Check [data] sources where a stage reads them: regeneration, training without it, or held-out prompts.
+
+    `rows` counts training's, as of check_rows.
+    """
     from deepspec_core.data.sources import check_rows, check_sources
 
     data, registry = run.file.data, run.plugins.registry
@@ -246,6 +254,7 @@ def _sources(run: Run, todo: Collection[str], *, may_write: bool) -> None:
             registry=registry,
             max_bad_rows=data.max_bad_rows,
             keep_in=run.folder / BAD_ROWS if may_write else None,
+            counts=rows,
         )
         if "regenerate" in todo:
             _answers_reach(run, turns)

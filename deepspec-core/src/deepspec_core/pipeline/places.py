@@ -22,7 +22,9 @@ from deepspec_core.training.trackers import STATE as TRACKERS
 _OF_EVERY_STAGE: Final = (RECORD, f"{RECORD}.partial")
 # Files of stages in their own folders. Those of a cache beside its lock are its format's.
 _OF_STAGES: Final[Mapping[str, tuple[str, ...]]] = {
-    "regenerate": tuple(f"conversations.jsonl{end}" for end in ("", ".partial", ".ordered", ".failures.jsonl")),
+    "regenerate": tuple(
+        f"conversations.jsonl{end}" for end in ("", ".partial", ".partial.sound", ".ordered", ".failures.jsonl")
+    ),
     "cache": (LOCK,),
     "train": (METRICS, TRACKERS, "evaluations.jsonl"),
     "evaluate": ("samples.json", "samples.json.partial"),

@@ -40,6 +40,12 @@ def run_stage(run: Run) -> dict[str, Any]:
     with_features = without.pop("", 0)
     for reason, count in without.most_common():
         log.warning("%d texts came without features, which are asked for later: %s", count, reason)
+    if report.skipped_results:
+        log.info(
+            "%d recorded tool results were skipped, and %d were said after the target's own calls",
+            report.skipped_results,
+            report.replayed_results,
+        )
     return {
         "conversations": report.conversations,
         "output_tokens": report.output_tokens,
@@ -50,6 +56,8 @@ def run_stage(run: Run) -> dict[str, Any]:
         "dropped_turns": report.dropped_turns,
         "rerendered_answers": report.rerendered_answers,
         "mismatched_answers": report.mismatched_answers,
+        "replayed_results": report.replayed_results,
+        "skipped_results": report.skipped_results,
         "duplicates": counts["duplicates"],
         "same_prompt": counts["same_prompt"],
         "unusable": counts["unusable"],

@@ -1,6 +1,7 @@
 """Many servers as one answerer: each request is answered once, by whichever server can.
 
-A request that fails on one is asked again, on another where there is one. A server that cannot answer is taken out, its
+A request that fails on one is asked again, on another where there is one. One that a server refuses is asked once more
+on another: if that one answers, the refusal was the first one's fault. A server that cannot answer is taken out, its
 requests go to the others, and it is probed until it can be let in again. What is asked of a server, and how its answer
 is taken, is the farm's work (servers/work.py). Knows servers and requests; no dialects, no conversations.
 """
@@ -29,7 +30,7 @@ log = logging.getLogger("deepspec")
 
 # Answers of one request that may fail before its conversation does. A server that is not there does not count.
 _ATTEMPTS: Final = 5
-# Unusable answers in a row after which a server is taken out.
+# Unusable answers in a row after which a server is taken out. So does a refusal count of what another server answers.
 _STRIKES: Final = 3
 _LONGEST_PAUSE: Final = 60.0
 
@@ -43,11 +44,13 @@ class _Job:
     pauses: int = 0
     wait: float = 0.0
     last: _Server | None = None
+    refused_by: _Server | None = None
+    refusal: Refusal | None = None
 
 
 @define(eq=False)
 class _Server:
-    """A server. `served` is None while it is out."""
+    """A server. `served` is None while it is out. `doubts`: requests it refused of which another has not said yet."""
 
     connection: Connection
     level: Level
@@ -56,6 +59,7 @@ class _Server:
     strikes: int = 0
     answers: int = 0
     faults: int = 0
+    doubts: int = 0
     remarks: Counter[str] = field(factory=Counter)
     heard: float = 0.0
 
@@ -190,6 +194,8 @@ class _Session:
         """Outcomes that are there, at least one; none where everything has been answered."""
         while True:
             self.farm.on_look()
+            if given_up := self._with_nobody_else():
+                return given_up
             self._assign()
             jobs = {task: server for server in self.servers for task in server.jobs}
             if not jobs and not self.waiting:
@@ -225,19 +231,26 @@ class _Session:
             )
 
     def _assign(self) -> None:
-        while free := [server for server in self.servers if server.room > 0]:
-            if self.waiting:
-                job = self.waiting.popleft()
-            elif (request := next(self.hand_out(), None)) is not None:
-                job = _Job(request)
-            else:
-                return
-            others = [server for server in free if server is not job.last] or free
+        while (found := self._next()) is not None:
+            job, servers = found
+            others = [server for server in servers if server is not job.last] or servers
             server = min(others, key=lambda server: len(server.jobs) / server.level.value)
             job.last = server
             if not server.jobs:
                 server.heard = time.monotonic()
             server.jobs[asyncio.create_task(self._ask(server, job))] = job
+
+    def _next(self) -> tuple[_Job, list[_Server]] | None:
+        """What is to be asked now, and the servers that may be asked."""
+        free = [server for server in self.servers if server.room > 0]
+        for job in self.waiting:
+            if servers := [server for server in free if server is not job.refused_by]:
+                self.waiting.remove(job)
+                return job, servers
+        # One that refuses everything, and at once, would read the whole source before another has answered.
+        trusted = [server for server in free if server.room > server.doubts]
+        request = next(self.hand_out(), None) if trusted else None
+        return None if request is None else (_Job(request), trusted)
 
     async def _ask(self, server: _Server, job: _Job) -> Any:
         served = server.served
@@ -251,17 +264,52 @@ class _Session:
         try:
             answer = task.result()
         except Refusal as error:
-            return Unanswered(
-                id=job.request.id, reason=f"{server.connection.address} does not take it: {error}", cause=error
-            )
+            return self._refused(server, job, error)
         except Fault as error:
             return self._failed(server, job, error)
         self._heard = now
+        if job.refused_by is not None:
+            self._blame(job.refused_by, job)
         server.strikes, server.answers = 0, server.answers + 1
         remark = self.farm.work.remark(answer)
         server.remarks.update([] if remark is None else [remark])
         server.level.answered(self.farm.work.tokens(answer), now)
         return answer
+
+    def _refused(self, server: _Server, job: _Job, refusal: Refusal) -> Unanswered | None:
+        if job.refused_by is None and self._others(server):
+            job.refused_by, job.refusal = server, refusal
+            server.doubts += 1
+            self.waiting.append(job)
+            return None
+        return self._given_up(job, _does_not_take(server, refusal), refusal)
+
+    def _blame(self, server: _Server, job: _Job) -> None:
+        """Another server has answered what this one refused."""
+        reason = f"it does not take what another server answers: {job.refusal}"
+        log.debug("%s: %s: %s", server.connection.address, job.request.id, reason)
+        server.doubts, server.faults, server.strikes = server.doubts - 1, server.faults + 1, server.strikes + 1
+        self.farm.on_fault(Fault(Kind.BAD, reason))
+        if server.strikes >= _STRIKES and server.served is not None:
+            self._take_out(server, reason)
+
+    def _others(self, server: _Server) -> list[_Server]:
+        """The servers that are in beside this one."""
+        return [other for other in self.servers if other is not server and other.served is not None]
+
+    def _with_nobody_else(self) -> list[Unanswered]:
+        """What is refused by a server that alone is in by now."""
+        found = []
+        for job, server, refusal in [(job, job.refused_by, job.refusal) for job in self.waiting]:
+            if server and refusal and server.served is not None and not self._others(server):
+                self.waiting.remove(job)
+                found.append(self._given_up(job, _does_not_take(server, refusal), refusal))
+        return found
+
+    def _given_up(self, job: _Job, reason: str, cause: Exception) -> Unanswered:
+        if job.refused_by is not None:
+            job.refused_by.doubts -= 1
+        return Unanswered(id=job.request.id, reason=reason, cause=cause)
 
     def _failed(self, server: _Server, job: _Job, fault: Fault) -> Unanswered | None:
         log.debug("%s: %s: %s", server.connection.address, job.request.id, fault.reason)
@@ -281,7 +329,7 @@ class _Session:
             self._take_out(server, fault.reason, died=fault.kind is Kind.DIED)
         if not given_up:
             return None
-        return Unanswered(id=job.request.id, reason=f"asked {_ATTEMPTS} times: {fault.reason}", cause=fault)
+        return self._given_up(job, f"asked {_ATTEMPTS} times: {fault.reason}", fault)
 
     def _take_out(self, server: _Server, reason: str, *, died: bool = False) -> None:
         if server not in self.revivals.values():
@@ -346,3 +394,7 @@ class _Session:
                 expected=f"an answer within {patience:g} s ({self.farm.work.wanted.called.timeout})",
                 fix="Start them and run again: the answers that are there are kept.",
             )
+
+
+def _does_not_take(server: _Server, refusal: Refusal) -> str:
+    return f"{server.connection.address} does not take it: {refusal}"

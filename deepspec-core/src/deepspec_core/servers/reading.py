@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from deepspec_core.data.answering import Answer
+from deepspec_core.data.unicode_text import not_unicode
 from deepspec_core.decoding.engine import Completion, Request
 from deepspec_core.servers.connection import Fault, Kind, shown
 from deepspec_core.servers.wanted import Wanted
@@ -85,6 +86,8 @@ def _tokenised(text: str, reason: str, count: Any, limit: int, wanted: Wanted) -
     """The ids of a text that may lack its end marker, and whether they are not as many as the server counted."""
     if type(count) is not int:
         raise Fault(Kind.BAD, "no count of tokens (usage.completion_tokens)")
+    if found := not_unicode(text):
+        raise Fault(Kind.BAD, f"a text that is not valid Unicode: {found}")
     ids, _ = wanted.tokenizer.encode(text)
     ids = _up_to_stop(ids, wanted.stop_ids)
     if ids and ids[-1] in wanted.stop_ids:

@@ -15,7 +15,7 @@ class Work(Protocol):
     """One kind of request. A request has an `id`, which a farm never reads but to say it.
 
     A Fault (servers/connection.py) from `probe` or `ask` is the server's: it is asked again, or another one is. A
-    Refusal from `ask` is the request's: it stays unanswered.
+    Refusal from `ask` is the request's: it stays unanswered, unless another server answers it.
     """
 
     @property

@@ -1,0 +1,94 @@
+"""A conversation that the target answers turn by turn: what was said, and what is to be said before each answer.
+
+What the source's assistant said is left out. Results that its tools gave are kept, as many at a time as one of its
+answers asked for, and are said where the target calls a tool too. Knows messages; neither tokens nor who answers.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+from attrs import define, field
+
+if TYPE_CHECKING:
+    from deepspec_core.data.conversations import Conversation
+    from deepspec_core.decoding.engine import Completion
+
+Messages = list[dict[str, Any]]
+
+
+@define
+class Dialogue:
+    """A conversation under way: `history` is what was said; `ahead` is what to say before each answer to come."""
+
+    conversation: Conversation
+    ahead: deque[Messages] = field(init=False)
+    history: Messages = field(factory=list)
+    turns: list[Completion] = field(factory=list)
+    mismatched: int = 0
+
+    def __attrs_post_init__(self) -> None:
+        self.ahead = deque(_steps(self.conversation))
+
+    @property
+    def questions_ahead(self) -> int:
+        """The user's messages to come."""
+        return sum(_is_question(messages) for messages in self.ahead)
+
+    @property
+    def skipped_results(self) -> int:
+        """The recorded tool results that were not said."""
+        return _results(self.conversation.messages) - _results(self.history)
+
+    def goes_on(self, *, called: bool) -> bool:
+        """Whether there is something to say after an answer, which `called` a tool or did not.
+
+        Results that it did not ask for are left out.
+        """
+        while self.ahead and not called and not _is_question(self.ahead[0]):
+            self.ahead.popleft()
+        return bool(self.ahead)
+
+    def say_next(self) -> None:
+        """Say what comes before the next answer."""
+        self.history += self.ahead.popleft()
+
+    def end_with_an_answer(self) -> None:
+        """Take back what was said after the last answer."""
+        while self.history[-1]["role"] != "assistant":
+            self.history.pop()
+
+
+def has_results(conversation: Conversation) -> bool:
+    """Whether tools gave results in it."""
+    return _results(conversation.messages) > 0
+
+
+def _results(messages: Any) -> int:
+    return sum(message["role"] == "tool" for message in messages)
+
+
+def _is_question(messages: Messages) -> bool:
+    return bool(messages[-1]["role"] == "user")
+
+
+def _steps(conversation: Conversation) -> list[Messages]:
+    """Everything up to a user's message, or the results between two of the assistant's."""
+    steps: list[Messages] = []
+    said: Messages = []
+    results: Messages = []
+    for message in conversation.messages:
+        if message["role"] == "tool":
+            results.append(message)
+            continue
+        if results:
+            steps.append(results)
+            results = []
+        if message["role"] == "assistant":
+            continue
+        said.append(message)
+        if message["role"] == "user":
+            steps.append(said)
+            said = []
+    return [*steps, results] if results else steps
