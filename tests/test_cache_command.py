@@ -31,7 +31,9 @@ def test_info_says_what_is_there(cached: Path, capsys: pytest.CaptureFixture[str
     assert facts["taps"] == manifest["header"]["taps"]
     assert facts["bytes"] == sum(path.stat().st_size for path in cached.iterdir())
     assert main(["cache", "info", str(cached)]) == 0
-    assert f"{sum(lengths):,}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"{sum(lengths):,}" in said
+    assert ["has", "digest", "yes"] in [line.split() for line in said.splitlines()]
 
 
 def test_the_format_is_found_out(converted: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ from deepspec_core.contracts.cache import CacheFormat, CacheHeader, CacheReader,
 from deepspec_core.contracts.draft import Sample
 from deepspec_core.errors import CacheError
 
-BF16 = evolve(HEADER, dtype="bfloat16")
+BF16 = evolve(HEADER, dtype="bfloat16", precision="bfloat16")
 RECORDED = Path(__file__).parents[2] / "tests" / "parity" / "cache-v2"
 RECORDED_HEADER = evolve(BF16, taps=(1, 3, 5), hidden_size=32, max_length=64, vocab_size=100_000)
 
@@ -220,11 +220,12 @@ def test_conversion_keeps_every_bit(tmp_path: Path, first: CacheFormat, second: 
 
 def test_conversion_goes_on_where_it_stopped(tmp_path: Path) -> None:
     _write(HDF5Format(), tmp_path / "one", BF16)
-    begun = BinaryV2Format().create(tmp_path / "two", BF16, shard_samples=3)
+    reader = HDF5Format().open(tmp_path / "one", BF16)
+    header = evolve(BF16, converted_from=reader.digest)
+    begun = BinaryV2Format().create(tmp_path / "two", header, shard_samples=3)
     for index in range(4):
         begun.write(make_sample(index, torch.bfloat16))
     begun.close()
-    reader = HDF5Format().open(tmp_path / "one", BF16)
     assert convert(reader, BinaryV2Format(), tmp_path / "two", dtype="bfloat16", shard_samples=3) == 4
     assert BinaryV2Format().open(tmp_path / "two", BF16).ids() == reader.ids()
 
@@ -234,7 +235,9 @@ def test_conversion_to_fewer_bits_says_so(tmp_path: Path, caplog: pytest.LogCapt
     reader = HDF5Format().open(tmp_path / "one", HEADER)
     convert(reader, HDF5Format(), tmp_path / "two", dtype="float8_e4m3")
     assert "rounded from float32 to float8_e4m3" in caplog.text
-    found = HDF5Format().open(tmp_path / "two", evolve(HEADER, dtype="float8_e4m3"))[1].features
+    found = (
+        HDF5Format().open(tmp_path / "two", evolve(HEADER, dtype="float8_e4m3", precision="float8_e4m3"))[1].features
+    )
     original = make_sample(1).features
     assert found is not None
     assert original is not None

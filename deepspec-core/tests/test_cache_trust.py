@@ -13,11 +13,13 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from attrs import evolve
 
+from deepspec_core.cache.binary_v2 import BinaryV2Format
 from deepspec_core.cache.hdf5 import HDF5Format
 from deepspec_core.cache.manifest_digest import reseal
 from deepspec_core.cache.shard_file import ShardOutput
-from deepspec_core.cache.sharded import ShardedReader
+from deepspec_core.cache.sharded import ShardedFormat, ShardedReader
 from deepspec_core.contracts.cache import CacheHeader
 from deepspec_core.contracts.draft import Sample
 from deepspec_core.contracts.target import TargetFeatures
@@ -266,3 +268,18 @@ def test_what_did_not_fit_is_read_back_while_the_file_is_closed(tmp_path: Path) 
         output.close()
     with pytest.raises(FileExistsError):
         ShardOutput(tmp_path / "shard")
+
+
+@pytest.mark.parametrize("cache_format", [HDF5Format(), BinaryV2Format()])
+def test_a_shard_that_is_cut_short_while_it_is_read_is_told(tmp_path: Path, cache_format: ShardedFormat) -> None:
+    """Reading the mapped file behind its end would end the process by SIGBUS."""
+    writer = cache_format.create(tmp_path, evolve(HEADER, dtype="bfloat16", precision="bfloat16"))
+    for index in range(3):
+        writer.write(_sample(index, 2000))
+    writer.finish()
+    reader = cache_format.open(tmp_path, None)
+    assert reader[0].features is not None
+    shard = next(tmp_path.glob("shard-*"))
+    os.truncate(shard, shard.stat().st_size // 8)
+    with pytest.raises(CacheError, match="cut short while it was read"):
+        reader[2]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -251,3 +252,10 @@ def test_nothing_heavy_is_imported(run_file: Path, toy: Any, arguments: list[str
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines()[-1] == "imported: []"
+
+
+def test_a_fault_that_nobody_can_catch_says_where_it_was() -> None:
+    code = "import os, signal, deepspec_core.cli.main as m; m.main(['--version']); os.kill(os.getpid(), signal.SIGBUS)"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ended.returncode == -signal.SIGBUS
+    assert "Bus error" in ended.stderr

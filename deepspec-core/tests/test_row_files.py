@@ -131,6 +131,11 @@ def test_a_broken_row_that_may_hide_others_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="may hide others") as raised:
         _values(path)
     assert f"{path}: row 2" in str(raised.value)
+    # However short they are beside the rows before.
+    long = json.dumps({"id": 1, "turns": ["a" * 4000]})
+    path.write_text(f'[{long}, {{"id": 1, "turns": ["a" b]}}, {other}, {good}]')
+    with pytest.raises(DataError, match='objects after it that begin with "turns"'):
+        _values(path)
     # An object within the row begins as rows do.
     path.write_text('[{"id": 1, "calls": [{"id": 2}}, {"id": 3}, {"id": 4}], "x": 1}, {"id": 5}]')
     with pytest.raises(DataError, match="may hide others"):

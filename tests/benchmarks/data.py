@@ -26,7 +26,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -197,13 +197,13 @@ def rendering(options: argparse.Namespace, write: Callable[[dict[str, Any]], Non
             "ours / its core": median(a / b for a, b in zip(figures["ours"], figures["its core"], strict=True)),
         }
         write(found)
-        # Long enough that starting the processes, which is left out, is not all of it.
-        many = conversations * options.repeat
         for processes in options.processes:
-            stream = in_processes(many, ours, processes)
-            next(stream)  # the processes are there
+            number = options.chunks * processes * CHUNK
+            stream = in_processes(islice(cycle(conversations), CHUNK + number), ours, processes)
+            # The processes are there once the first chunk has come. All of it was made before the clock starts.
+            assert sum(1 for _ in islice(stream, CHUNK)) == CHUNK
             start = time.perf_counter()
-            count = sum(1 for _ in islice(stream, len(many) - 1))
+            count = sum(1 for _ in islice(stream, number))
             # Until the last one: ending the processes is no more part of it than starting them.
             found[name][f"{processes} processes, conversations/s"] = count / (time.perf_counter() - start)
             assert next(stream, None) is None, "that was the last one"
@@ -220,7 +220,8 @@ def main() -> None:
         command.add_argument("--workers", type=int, default=1)
         command.add_argument("--turns", type=int, default=7)
         command.add_argument("--processes", type=int, nargs="*", default=[1, 2])
-        command.add_argument("--repeat", type=int, default=4)
+        # Of each process: of the others, those that are on their way when the clock starts are counted too.
+        command.add_argument("--chunks", type=int, default=32)
     cache = commands.add_parser("cache")
     cache.add_argument("--output", type=Path, required=True)
     cache.add_argument("--samples", type=int, default=512)

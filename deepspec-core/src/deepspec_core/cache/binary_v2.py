@@ -192,6 +192,8 @@ class OpenShard:
         return np.array(self._mapped(row, array))
 
     def _mapped(self, row: int, array: int) -> Any:
+        if self._file is not None:
+            self._file.check_size()
         begin = self._begin(row, array)
         return self._bytes[begin : begin + self._lengths[row] * self._widths[array]]
 

@@ -12,6 +12,8 @@ from typing import Any, Final
 
 import numpy as np
 
+from deepspec_core.errors import CacheError
+
 _CHUNK_BYTES: Final = 256 * 1024
 
 
@@ -75,13 +77,14 @@ class ChunkedRows:
         self._places: list[int] | None = None
 
     def read(self, begin: int, end: int) -> Any:
-        """dataset[begin:end]. OSError where the file ends before the rows do."""
+        """dataset[begin:end]. OSError where the file ends before the rows do, CacheError where it was cut short."""
         if not self._rows or begin >= end:
             return self.dataset[begin:end]
         found = np.empty((end - begin, *self._shape[1:]), dtype=self._dtype)
         into: Any = found.reshape(-1).view(np.uint8)
         of_row, rows, done = self._of_row, self._rows, 0
         places = self._places = self._places or self._found_places()
+        self._content.check_size()
         pieces = []
         for chunk in range(begin // rows, (end - 1) // rows + 1):
             start, stop = max(begin, chunk * rows), min(end, (chunk + 1) * rows)
@@ -116,10 +119,26 @@ class MappedFile:
     """A file's bytes, mapped into memory; a file of none is refused with ValueError."""
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         with path.open("rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         # As a plain array: a slice of np.memmap takes several times as long.
         self.bytes: Any = np.frombuffer(self._map, dtype=np.uint8)
+
+    def check_size(self) -> None:
+        """CacheError where the file was cut short since: a read behind its end would end the process without a word.
+
+        It is asked before every read. Between the two a moment is left.
+        """
+        size = self._map.size()  # of the file, not of the mapping
+        if size < len(self.bytes):
+            raise CacheError(
+                "A shard of the cache was cut short while it was read",
+                where=self._path,
+                found=f"{size:,} bytes",
+                expected=f"{len(self.bytes):,} bytes, as when it was opened",
+                fix="Make the cache again (--force cache), or get it again from where it came.",
+            )
 
     def will_be_read(self, at: int, size: int) -> None:
         """Have the system read these bytes ahead. Without it a disk is asked for a few pages at a time."""

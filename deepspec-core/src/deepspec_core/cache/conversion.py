@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from contextlib import closing
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 from attrs import evolve
 
 from deepspec_core.contracts.cache import CacheFormat, CacheReader
+from deepspec_core.errors import CacheError
 from deepspec_core.progress import Progress
 
 log = logging.getLogger("deepspec")
@@ -20,15 +23,25 @@ _MANTISSA = {"float32": 23, "float16": 10, "bfloat16": 7, "float8_e4m3": 3}
 def convert(source: CacheReader, to: CacheFormat, out: Path, *, dtype: str, shard_samples: int = 512) -> int:
     """Write every sample of a cache into a new one, and return how many were written now.
 
-    An interrupted conversion goes on after its last sealed shard. CacheError where `out` holds another cache, or the
-    format cannot store `dtype`.
+    An interrupted conversion goes on after its last sealed shard. CacheError where `out` holds another cache, or one
+    that was not converted from this one, or the format cannot store `dtype`.
     """
-    was = source.header.dtype
-    if _MANTISSA[dtype] < _MANTISSA[was]:
+    was = source.header.precision
+    precision = min(was, dtype, key=lambda name: _MANTISSA.get(name, 0))
+    if precision != was:
         log.warning("features are rounded from %s to %s", was, dtype)
-    elif was == "float8_e4m3" and dtype != was:
-        log.warning("features stay as rounded to %s before", was)
-    header = evolve(source.header, dtype=dtype)
+    elif precision != dtype:
+        log.warning("features stay as rounded to %s before, and a run with cache.dtype = %r refuses them", was, dtype)
+    header = evolve(source.header, dtype=dtype, precision=precision, converted_from=_digest(source))
+    found = to.header(out)
+    if found is not None and found.converted_from != header.converted_from:
+        raise CacheError(
+            "The folder holds a cache that was not converted from this one",
+            where=out,
+            found=found.converted_from or "a cache that does not say that it was converted",
+            expected=header.converted_from,
+            fix="Name a new folder with --out, or remove this one.",
+        )
     with closing(to.create(out, header, shard_samples=shard_samples)) as writer:
         there = writer.written()
         missing = [index for index, name in enumerate(source.ids()) if name not in there]
@@ -38,3 +51,10 @@ def convert(source: CacheReader, to: CacheFormat, out: Path, *, dtype: str, shar
                 progress.advance()
         writer.finish()
     return len(missing)
+
+
+def _digest(source: CacheReader) -> str:
+    """What tells the cache from others; of a format that does not say it, from those of other samples."""
+    content = [source.header.as_json(), source.ids(), source.lengths()]
+    text = json.dumps(content, sort_keys=True).encode("utf-8", "surrogatepass")
+    return getattr(source, "digest", None) or hashlib.sha256(text).hexdigest()

@@ -16,7 +16,7 @@ from typing import Any, Final
 from attrs import evolve, field, fields, frozen
 from attrs.validators import deep_mapping, instance_of, matches_re
 
-from deepspec_core.cache.manifest_digest import has_digest, sealed
+from deepspec_core.cache.manifest_digest import KEY, has_digest, sealed
 from deepspec_core.cache.names import Names
 from deepspec_core.config.bounds import MANY, whole
 from deepspec_core.contracts.cache import CacheHeader
@@ -31,7 +31,7 @@ NAME: Final = "manifest.json"
 NAMES: Final = (NAME, "deepspec.json")
 VERSION: Final = 2
 _LARGEST: Final = 2**63 - 1
-_FOR_THE_RECORD: Final = ("plugins", "computed_in", "split")
+_FOR_THE_RECORD: Final = ("plugins", "computed_in", "split", "converted_from")
 _MAKE_AGAIN: Final = "Make the cache again (--force cache), or get it again from where it came."
 
 
@@ -100,9 +100,13 @@ class Manifest:
         """The same, shards in the order of their first samples' numbers."""
         return evolve(self, shards=tuple(sorted(self.shards, key=lambda shard: order[shard.ids[0]])))
 
-    def save(self, folder: Path, *, name: str = NAME) -> None:
-        """Replace the manifest of `folder`."""
-        content = {
+    @property
+    def digest(self) -> str:
+        """Of all that it says: header, ids, lengths and the shards' checksums."""
+        return str(sealed(self._content())[KEY])
+
+    def _content(self) -> dict[str, Any]:
+        return {
             "version": VERSION,
             "format": self.format,
             "complete": self.complete,
@@ -110,6 +114,10 @@ class Manifest:
             "shards": [shard.as_json() for shard in self.shards],
             "samples_with": {str(token): count for token, count in self.samples_with.items()},
         }
+
+    def save(self, folder: Path, *, name: str = NAME) -> None:
+        """Replace the manifest of `folder`."""
+        content = self._content()
         temporary = folder / f"{name}.tmp"
         with temporary.open("w", encoding="utf-8") as file:
             # At once: json.dump, piece by piece, takes several times as long.

@@ -299,7 +299,8 @@ class ShardedReader:
     def __init__(self, path: Path, layout: ShardLayout, manifest: Manifest) -> None:
         self.header = self._stored = manifest.header
         self._layers: tuple[int, ...] | None = None
-        self._path, self._layout, self.has_digest = path, layout, manifest.has_digest
+        self._path, self._layout = path, layout
+        self.has_digest, self.digest = manifest.has_digest, manifest.digest
         self._shards, self._samples_with = manifest.shards, manifest.samples_with
         # Shard i has the samples [firsts[i], firsts[i + 1]).
         self._firsts = np.cumsum([0, *(len(sealed.ids) for sealed in manifest.shards)])

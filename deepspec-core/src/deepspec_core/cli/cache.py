@@ -54,7 +54,13 @@ def info(folder: Path, name: str | None, as_json: bool, blocked: tuple[str, ...]
     width = max(map(len, facts))
     for key, value in facts.items():
         text = (
-            f"{value:,}" if isinstance(value, int) else " ".join(map(str, value)) if isinstance(value, list) else value
+            ("yes" if value else "no")
+            if isinstance(value, bool)
+            else f"{value:,}"
+            if isinstance(value, int)
+            else " ".join(map(str, value))
+            if isinstance(value, list)
+            else value
         )
         click.echo(f"{key.replace('_', ' ').ljust(width)}  {in_words(value) if key == 'bytes' else text}")
 

@@ -5,6 +5,7 @@ A command lives in a file of its own and is imported when it is invoked or liste
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 from collections.abc import Sequence
 from contextlib import suppress
@@ -134,6 +135,9 @@ def execute(command: click.Command, name: str, arguments: Sequence[str] | None =
     stopped it."""
     open_missing_streams()
     let_waiting_threads_sleep()
+    if not faulthandler.is_enabled():
+        # What no program can catch, such as a disk that fails under a mapped file, at least says where it was.
+        faulthandler.enable(2)
     try:
         with stopped_by_sigterm(), output_is_checked():
             result = command.main(args=arguments, prog_name=name, standalone_mode=False)

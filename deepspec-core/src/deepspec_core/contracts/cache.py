@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from attrs import asdict, field, frozen
+from attrs import Factory, asdict, field, frozen
 from attrs.validators import deep_iterable, deep_mapping, instance_of
 
 from deepspec_core.config.bounds import whole
@@ -18,8 +18,8 @@ __all__ = ["CacheFormat", "CacheHeader", "CacheReader", "CacheWriter", "MergingW
 
 @frozen(kw_only=True)
 class CacheHeader:
-    """What a cache was made from. Two caches are interchangeable if their headers are equal. `plugins`, `computed_in`
-    and `split` may differ, and are not compared when a cache is opened.
+    """What a cache was made from. Two caches are interchangeable if their headers are equal. `plugins`, `computed_in`,
+    `split` and `converted_from` may differ, and are not compared when a cache is opened.
 
     target: The name or path that the run file gives.
     revision: A fingerprint of the target: a Hub commit, or a digest of a local directory's config and weights.
@@ -28,6 +28,9 @@ class CacheHeader:
     dtype: The number format in which the features are stored.
     computed_in: The number format in which the target computed them; empty where that is not known.
     subset: The part of the conversations' samples that the cache has, as the run file says it; empty where it has all.
+    precision: The coarsest number format that the features passed through: that of an earlier cache, where this one was
+        converted from it, else `dtype`.
+    converted_from: The digest of the cache that this one was converted from; empty where it was not.
     split: The rule, the share and the seed by which held-out conversations were left out; empty where not known.
 
     Values of other types are a ValueError or TypeError.
@@ -48,11 +51,16 @@ class CacheHeader:
     computed_in: str = field(default="", validator=instance_of(str))
     split: str = field(default="", validator=instance_of(str))
     subset: str = field(default="", validator=instance_of(str))
+    precision: str = field(default=Factory(lambda self: self.dtype, takes_self=True), validator=instance_of(str))
+    converted_from: str = field(default="", validator=instance_of(str))
 
     def as_json(self) -> dict[str, Any]:
-        """Plain JSON types. An empty `subset` is left out, as in caches that were made before there was one."""
+        """Plain JSON types. Left out is what later versions added, where it says no more than caches without it."""
         content = {**asdict(self), "taps": list(self.taps)}
-        return content if self.subset else {name: value for name, value in content.items() if name != "subset"}
+        says_nothing = {"subset": "", "precision": self.dtype, "converted_from": ""}
+        return {
+            name: value for name, value in content.items() if name not in says_nothing or value != says_nothing[name]
+        }
 
 
 @runtime_checkable
@@ -111,7 +119,8 @@ class CacheReader(Protocol):
     Without it, core reads the tokens of all samples to count.
 
     And it may have `has_digest`: False says that what the cache's header and ids say could not be checked, because the
-    cache is of a version that kept no digest of them. Core tells the user.
+    cache is of a version that kept no digest of them. Core tells the user. `digest` says which cache it is, down to the
+    bytes of its features; without it, core takes its header, ids and lengths for that.
     """
 
     header: CacheHeader

@@ -31,6 +31,11 @@ _BEFORE_OPENING: Final = {b"[": b"[,", b"{": b":"}
 _BEFORE_TEXT: Final = b"[{,:"
 _AFTER_TEXT: Final = b",:]}"
 _FIRST_KEY: Final = re.compile(rb'[ \t\r\n]*\{[ \t\r\n]*("[^"\\]{0,200}")[ \t\r\n]*:')
+# Where objects within a row begin, and where they do in a text of which nobody knows how deep it lies: a row follows
+# neither a bracket nor a colon there. The brace of the first may be what is missing.
+_INNER: Final = re.compile(rb'[\[:,][ \t\r\n]*\{[ \t\r\n]*("[^"\\]{0,200}")[ \t\r\n]*:')
+_SURELY_INNER: Final = re.compile(rb'[\[:][ \t\r\n]*\{?[ \t\r\n]*("[^"\\]{0,200}")[ \t\r\n]*:')
+_PERHAPS_A_ROW: Final = re.compile(rb'[,}][ \t\r\n]*\{[ \t\r\n]*("[^"\\]{0,200}")[ \t\r\n]*:')
 _MOST_KEYS: Final = 64
 # Longer than the beginning of an element up to its first key.
 _OVERLAP: Final = 4096
@@ -81,6 +86,7 @@ def elements_of(path: Path, *, most_bytes: int | None = None) -> Iterator[Elemen
 def _elements(pieces: _Pieces, path: Path, most_bytes: int | None) -> Iterator[Element]:
     kept, size, number, longest = bytearray(), 0, 1, 0
     keys: set[bytes] = set()  # first keys of elements
+    inner: set[bytes] = set()  # and of the objects within them
     around: list[bytes] = []  # the brackets that are open
     before = b""  # the last byte that is no space
     text_at = 0  # where the last text begins
@@ -116,6 +122,8 @@ def _elements(pieces: _Pieces, path: Path, most_bytes: int | None) -> Iterator[E
                 longest = max(longest, size)
                 if len(keys) < _MOST_KEYS and (key := _FIRST_KEY.match(kept)):
                     keys.add(key[1])
+                if len(inner) < _MOST_KEYS:
+                    inner.update(_INNER.findall(kept))
                 yield Element(number, bytes(kept), size)
             kept, size, number, before, text_at = bytearray(), 0, number + 1, b",", 0
             if not divided:
@@ -132,6 +140,7 @@ def _elements(pieces: _Pieces, path: Path, most_bytes: int | None) -> Iterator[E
             continue
         if key := _FIRST_KEY.match(kept):
             keys.add(key[1])
+        inner.update(_INNER.findall(kept), _SURELY_INNER.findall(kept))
         if not keys:
             raise _hidden(path, number, "no row before it says how rows begin")
         # A text whose end is missing has taken the beginning of the next row.
@@ -140,6 +149,9 @@ def _elements(pieces: _Pieces, path: Path, most_bytes: int | None) -> Iterator[E
         del kept[size:]
         for passed in pieces.passed_over(again, keys):
             keep(passed)
+        if rows := pieces.perhaps_rows - pieces.inner - inner:
+            found = f"objects after it that begin with {b', '.join(sorted(rows))[:120].decode(errors='replace')}"
+            raise _hidden(path, number, found)
         if longest and size > _TOO_MUCH * longest:
             found = f"{size:,} bytes up to the next row that begins like others; no row before has over {longest:,}"
             raise _hidden(path, number, found)
@@ -178,7 +190,8 @@ def _hidden(path: Path, number: int, found: str) -> DataError:
 class _Pieces:
     """The content in pieces, each with its kind. Between two pieces the reader may have text passed over.
 
-    `found`: whether what was looked for last was found; `last`: the last bytes of the file, where not.
+    `found`: whether what was looked for last was found; `last`: the last bytes of the file, where not. `perhaps_rows`,
+    `inner`: the first keys of objects in the text that was passed over, which may be rows, or cannot be.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -186,6 +199,8 @@ class _Pieces:
         self._chunk, self._position = b"", 0
         self._in_text = self._escaped = False
         self.found, self.last = False, b""
+        self.perhaps_rows: set[bytes] = set()
+        self.inner: set[bytes] = set()
 
     def __iter__(self) -> Iterator[tuple[bytes, int]]:
         while True:
@@ -221,7 +236,9 @@ class _Pieces:
         begins = re.compile(rb",[ \t\r\n]*\{[ \t\r\n]*(?:" + b"|".join(map(re.escape, sorted(keys))) + rb")[ \t\r\n]*:")
         rest = again + self._chunk[self._position :]
         self._in_text = self._escaped = self.found = False
+        self.perhaps_rows, self.inner = set(), set()
         while (match := begins.search(rest)) is None:
+            self._look_at(rest)
             more = self._file.read(max(_CHUNK_BYTES, _OVERLAP))
             if not more:
                 self._chunk, self._position, self.last = b"", 0, rest
@@ -230,4 +247,9 @@ class _Pieces:
             yield rest[:-_OVERLAP]
             rest = rest[-_OVERLAP:] + more
         self._chunk, self._position, self.found = rest, match.start() + 1, True
+        self._look_at(rest[: match.start()])
         yield rest[: match.start()]
+
+    def _look_at(self, passed: bytes) -> None:
+        self.perhaps_rows.update(_PERHAPS_A_ROW.findall(passed))
+        self.inner.update(_SURELY_INNER.findall(passed))

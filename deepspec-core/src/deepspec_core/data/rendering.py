@@ -15,6 +15,7 @@ from attrs import define
 
 from deepspec_core.data.answers import Messages, TemplateRefusal
 from deepspec_core.data.generation_marks import marked_spans, with_signs
+from deepspec_core.data.template_day import asks_for_the_day, told_the_day, without_the_day
 from deepspec_core.errors import DataError
 
 _ARGUMENTS: Final = {"key": "value"}
@@ -61,6 +62,7 @@ class Template:
         try:
             texts = self.tokenizer.apply_chat_template(
                 [[dict(message) for message in messages] for messages in conversations],
+                chat_template=told_the_day(self.source()),
                 tokenize=False,
                 add_generation_prompt=prompt,
                 enable_thinking=thinking,
@@ -97,6 +99,11 @@ class Template:
     def has_marks(self) -> bool:
         """Whether it marks what is to be supervised."""
         return any(with_signs(source) != source for source in (self.source(), self.source([_TOOL])))
+
+    @cached_property
+    def has_day(self) -> bool:
+        """Whether it writes what day it is (template_day.DAY)."""
+        return any(asks_for_the_day(source) for source in (self.source(), self.source([_TOOL])))
 
     def source(self, tools: Sequence[Mapping[str, Any]] = ()) -> str:
         """The template's own text; some tokenizers have another one for tools. DataError where none is the default."""
@@ -148,11 +155,12 @@ class Template:
     ) -> str:
         from jinja2 import TemplateError, TemplateSyntaxError
 
+        source = self.source(tools) if source is None else source
         try:
             text = self.tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
                 tools=[dict(tool) for tool in tools] or None,
-                chat_template=source,
+                chat_template=told_the_day(source),
                 tokenize=False,
                 add_generation_prompt=prompt,
                 enable_thinking=thinking,
@@ -161,7 +169,7 @@ class Template:
             raise DataError(
                 "The chat template is no Jinja template",
                 where=self.tokenizer.name_or_path or "tokenizer",
-                found=f"line {error.lineno}: {error.message}",
+                found=f"line {without_the_day(error.lineno, source)}: {error.message}",
             ) from error
         except Exception as error:  # a template computes with what a row says, and so fails as any program does
             roles = ", ".join(message["role"] for message in messages)

@@ -6,6 +6,7 @@ becomes tokens.
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import signal
@@ -67,6 +68,7 @@ def in_processes(
 
 def _begin(tokenisation: Tokenisation) -> None:
     global _ours
+    faulthandler.enable(2)  # what ends it without an exception at least says where it was
     _ours = tokenisation
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tokenizer's own threads: here a process is one core's

@@ -36,6 +36,7 @@ from deepspec_core.data.encoding import Encoding, Row, TextRow, TokenRow, cut
 from deepspec_core.data.generation_marks import within
 from deepspec_core.data.left_out import LeftOut, left_out, unmarked
 from deepspec_core.data.rendering import Template
+from deepspec_core.data.template_day import DAY
 from deepspec_core.data.tool_calls import ASKED, TOOL, CallForm, form_of
 from deepspec_core.data.unicode_text import not_unicode
 from deepspec_core.errors import DataError
@@ -351,6 +352,7 @@ class ChatTokenizer:
             self.thinking,
             *([asdict(supervision)] if supervision != PLAIN else []),
             *(["between generation marks"] if self._template.has_marks else []),
+            *([f"day {DAY:%Y-%m-%d}"] if self._template.has_day else []),
             *(["all spaces"] if self._encoding.counts_spaces else []),
             *(["markers that swallow space"] if self._encoding.swallowing else []),
         ]

@@ -5,6 +5,7 @@ Knows plans, sources, rows and preparations. Does not know devices, features of 
 
 from __future__ import annotations
 
+import faulthandler
 import re
 import signal
 from collections.abc import Iterator
@@ -64,7 +65,7 @@ def iterate(
         "num_workers": workers,
         "prefetch_factor": _READ_AHEAD,
         "pin_memory": pinned,
-        "worker_init_fn": _leave_stopping_to_the_trainer,
+        "worker_init_fn": _begin_worker,
     }
     return iter(DataLoader(dataset, batch_size=None, sampler=plans, collate_fn=_as_is, **options))
 
@@ -91,7 +92,8 @@ def _as_is(batch: Any) -> Any:
     return batch
 
 
-def _leave_stopping_to_the_trainer(_worker: int) -> None:
+def _begin_worker(_worker: int) -> None:
+    faulthandler.enable(2)  # a bus error then says where it was
     # Ctrl-C reaches every process of the terminal, and a launcher's SIGTERM every process of the group. The training
     # process finishes its step first and then ends its loaders. It sends a second SIGTERM to one that hangs.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
