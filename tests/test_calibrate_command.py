@@ -70,6 +70,12 @@ def test_what_cannot_be_calibrated_is_refused(judged_copy: Path, capsys: pytest.
     refused(capsys, ["calibrate", "run"], "not the one that metrics.json was made from", "--force evaluate")
     journal.write_text(lines[0] + "".join(lines[1:]).replace('"confidence": [', '"confidence": ["x", '))
     refused(capsys, ["calibrate", "run"], "damaged", f"{journal.name}:2")
+    edited = json.loads(lines[1])
+    del edited["digest"]
+    edited["completions"][0]["rounds"][0].update(accepted_draft_length=99, acceptance_length=100)
+    journal.write_text("".join([lines[0], json.dumps(edited) + "\n", *lines[2:]]))
+    for command in (["calibrate", "run"], ["simulate", "run", "--profile", "none.json"]):
+        refused(capsys, command, "A line of a journal is damaged", f"{journal.name}:2", "99 of")
     assert not (judged_copy / "calibration.json").exists()
 
 

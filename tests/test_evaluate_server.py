@@ -153,6 +153,7 @@ def test_answers_that_differ_are_listed(start: Start, here: Path) -> None:
     journal = here / "own" / "evaluate" / "task-t0.jsonl"
     lines = journal.read_text().splitlines()
     group = json.loads(lines[1])
+    del group["digest"]
     output = group["completions"][0]["output_ids"]
     was, output[3] = output[3], output[3] + 1
     journal.write_text("\n".join([lines[0], json.dumps(group), *lines[2:]]) + "\n")
@@ -253,15 +254,23 @@ def test_a_run_says_what_is_asked(finished_copy: Path, start: Start, capsys: pyt
     assert "--target is what RUN says" in capsys.readouterr().err
 
 
-def test_the_sampling_of_the_run_is_sent_or_refused(start: Start, here: Path) -> None:
+def test_the_sampling_is_sent_or_refused(start: Start, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What the command says; and what a run says."""
     server = start("vllm")
+    refused(capsys, server, "evaluate.stop", "--stop out of the command", more=("--stop", "."))
+    sampling = ("--repetition-penalty", "1.2", "--top-p", "0.8", "--min-p", "0.01", "--samples", "3")
+    assert ask(server, "--temperature", "0.7", "--limit", "1", *sampling) == 0
+    assert {(one["repetition_penalty"], one["top_p"], one["min_p"]) for one in server.asked} == {(1.2, 0.8, 0.01)}
+    assert report()["results"][0]["samples"] == 3
+    assert report()["settings"]["top_p"] == 0.8
+    server.asked.clear()
     said = {"target": TARGET, "tasks": ["task.jsonl"], "max_new_tokens": 18, "temperatures": (0.0, 0.7)}
     run = _of_target(said, load_plugins())
 
     def asked(**options: Any) -> dict[str, Any]:
         evaluated = evolve(run.file.evaluate, **options)
         changed = Run(file=evolve(run.file, evaluate=evaluated), path=run.path, plugins=run.plugins)
-        return evaluate_server(changed, Asked(address=server.address, out=Path("served")))
+        return evaluate_server(changed, Asked(address=server.address, out=Path("run")))
 
     with pytest.raises(ConfigError, match=r"(?s)evaluate\.stop"):
         asked(stop=(".",))

@@ -2,6 +2,9 @@
 
 import json
 import shutil
+from collections.abc import Iterator
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ from jsonschema import Draft202012Validator
 from deepspec_core.cli.main import main
 from deepspec_core.evaluation.metrics_file import VERSION, schema
 from deepspec_core.evaluation.metrics_reference import markdown
+from deepspec_core.evaluation.schema_check import first_fault
 
 PAGE = Path(__file__).parents[1] / "docs" / "metrics-file.md"
 
@@ -69,3 +73,71 @@ def test_files_of_before_there_were_versions_are_read(judged_copy: Path, capsys:
     assert found["differences"] == []
     assert [row["batch_size"] for row in found["rows"]] == [3] * 4
     assert main(["calibrate", "run"]) == 0
+
+
+# Each of the key it is put in place of; None of a key that has to be there is refused too.
+WRONG: tuple[Any, ...] = ("x", -5, 2.5, [2.0, "a"], True, None)
+
+
+def places(node: Any, *keys: Any) -> Iterator[tuple[Any, ...]]:
+    """The path of every key; of lists the first element's."""
+    pairs = node.items() if isinstance(node, dict) else list(enumerate(node))[:1] if isinstance(node, list) else []
+    for key, inner in pairs:
+        yield (*keys, key)
+        yield from places(inner, *keys, key)
+
+
+def shortened(node: Any) -> Any:
+    """The same with one element of each list of tables."""
+    if isinstance(node, dict):
+        return {key: shortened(inner) for key, inner in node.items()}
+    return [shortened(node[0])] if isinstance(node, list) and node and isinstance(node[0], dict) else node
+
+
+def test_what_the_schema_refuses_is_refused(judged_run: Path) -> None:
+    report = shortened(json.loads((judged_run / "metrics.json").read_text()))
+    whole = schema()
+    validator = Draft202012Validator(whole)
+    assert first_fault(report, whole) is None
+    seen = 0
+    for *above, key in list(places(report)):
+        parent = reduce(getitem, above, report)
+        was = parent[key]
+        for value in WRONG:
+            parent[key] = value
+            assert (first_fault(report, whole) is None) == validator.is_valid(report), (*above, key, value)
+            seen += 1
+        parent[key] = was
+        if isinstance(key, str):
+            del parent[key]
+            assert (first_fault(report, whole) is None) == validator.is_valid(report), (*above, key)
+            parent[key] = was
+    assert seen > 500
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("acceptance_length", "x"),
+        ("temperature", "0"),
+        ("speculative", 5),
+        ("samples", "x"),
+        ("confidence", 5),
+        ("by_context", 7),
+        ("mismatches", [1]),
+        ("failures", 3),
+        ("marginal", [2.0, "a"]),
+    ],
+)
+@pytest.mark.parametrize("version", [VERSION, None])
+def test_a_damaged_figure_is_told(
+    judged_copy: Path, name: str, value: Any, version: int | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = json.loads((judged_copy / "metrics.json").read_text())
+    report["results"][0][name] = value
+    changed(judged_copy, version=version, results=report["results"])
+    assert main(["report", "run"]) == 2
+    seen = capsys.readouterr().err
+    assert "metrics.json is damaged" in seen
+    assert f"results[0].{name}" in seen
+    assert "Traceback" not in seen

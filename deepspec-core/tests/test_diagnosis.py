@@ -25,7 +25,7 @@ from deepspec_core.diagnosis.outcomes import (
     share_difference,
 )
 from deepspec_core.diagnosis.prompt_check import PromptDifference, Trained, compare_prompt, prompts_finding
-from deepspec_core.diagnosis.served import served_outcomes
+from deepspec_core.diagnosis.served import above_the_engine, served_outcomes
 from deepspec_core.errors import DataError
 from deepspec_core.features.capture import capture
 from deepspec_core.pipeline.diagnosing import left_out
@@ -184,15 +184,37 @@ def test_keys_of_a_config_that_say_what_the_draft_is() -> None:
 def test_counts_of_a_server(tmp_path: Path) -> None:
     path = tmp_path / "served.json"
     path.write_text(json.dumps({"drafts": 1200, "accepted": [900, 640, 410]}))
-    found = served_outcomes(path)
+    found = served_outcomes(path, max_tokens=3)
     assert found.conditional() == pytest.approx([900 / 1200, 640 / 900, 410 / 640])
     assert found.accepted() == pytest.approx((900 + 640 + 410) / 1200)
     for wrong in ({"drafts": 10, "accepted": [11]}, {"drafts": "10", "accepted": [1]}, {"drafts": 10, "accepted": []}):
         path.write_text(json.dumps(wrong))
         with pytest.raises(DataError):
-            served_outcomes(path)
+            served_outcomes(path, max_tokens=3)
     with pytest.raises(DataError, match="no such file"):
-        served_outcomes(tmp_path / "none.json")
+        served_outcomes(tmp_path / "none.json", max_tokens=3)
+
+
+def test_counts_of_more_positions_than_the_draft_proposes_are_of_another(tmp_path: Path) -> None:
+    path = tmp_path / "served.json"
+    path.write_text(json.dumps({"drafts": 10000, "accepted": [10000] * 8}))
+    with pytest.raises(DataError, match=r"(?s)not of this draft.*8 positions.*at most 5"):
+        served_outcomes(path, max_tokens=5)
+    # A server may have counters for more.
+    path.write_text(json.dumps({"drafts": 1200, "accepted": [900, 640, 0, 0]}))
+    assert served_outcomes(path, max_tokens=2).conditional() == pytest.approx([900 / 1200, 640 / 900])
+
+
+def test_a_server_far_above_the_engine_is_a_finding() -> None:
+    above = accepted_difference(drawn(0.3), drawn(0.9, seed=1), paired=False)
+    found = above_the_engine(above, 0.1)
+    assert found is not None
+    stages = (Stage(name="engine", accepted=above.earlier), Stage(name="served", against="engine", difference=above))
+    said = Diagnosis(stages=stages, findings=(found,), facts={}, not_measured={}).sentences()
+    assert "Nothing found" not in " ".join(said)
+    assert any(line.startswith("server above the engine: ") for line in said)
+    assert above_the_engine(accepted_difference(drawn(0.8), drawn(0.8, seed=1), paired=False), 0.1) is None
+    assert above_the_engine(accepted_difference(drawn(0.8), drawn(0.3, seed=1), paired=False), 0.1) is None
 
 
 def stage(name: str, rate: float, earlier: float | None = None) -> Stage:

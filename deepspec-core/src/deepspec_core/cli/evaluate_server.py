@@ -42,6 +42,18 @@ _OURS: Final = {
     "asynchronous": "--asynchronous",
     "dtype": "--dtype",
 }
+# What the command says in place of the run file's [evaluate], under the same names.
+_ASKED: Final = (
+    "turns",
+    "limit",
+    "max_new_tokens",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "stop",
+    "samples",
+)
 _OF_THE_RUN: Final = {"target": "--target", "thinking": "--thinking", "chat_template": "--chat-template"}
 
 
@@ -98,7 +110,7 @@ def _refuse(said: dict[str, Any], names: dict[str, str], why: str) -> None:
 def _evaluated(options: EvaluateOptions, said: dict[str, Any], plugins: Plugins, *, has_data: bool) -> EvaluateOptions:
     """The options with what the command says in their place."""
     sizes = said.get("batch_sizes")
-    changed: dict[str, Any] = {name: said[name] for name in ("turns", "limit", "max_new_tokens") if name in said}
+    changed: dict[str, Any] = {name: said[name] for name in _ASKED if name in said}
     if sizes:
         changed["batch_size"] = sizes[0] if len(sizes) == 1 else sizes
     tasks = said.get("tasks") or options.tasks

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from deepspec_core.diagnosis.outcomes import Outcomes
+from deepspec_core.diagnosis import finding as names
+from deepspec_core.diagnosis.finding import Finding
+from deepspec_core.diagnosis.outcomes import Difference, Outcomes
 from deepspec_core.errors import DataError
 from deepspec_core.json_files import read_object
 
@@ -20,8 +22,11 @@ from deepspec_core.json_files import read_object
 _GROUPS = 100
 
 
-def served_outcomes(path: Path) -> Outcomes:
-    """The server's rounds. DataError if the file is not as described, or its counts do not go together."""
+def served_outcomes(path: Path, *, max_tokens: int) -> Outcomes:
+    """The server's rounds. DataError if the file is not as described, or its counts do not go together.
+
+    The draft proposes `max_tokens` at most: a token accepted beyond them was another draft's.
+    """
     try:
         content = read_object(path, kind=DataError)
     except FileNotFoundError:
@@ -37,7 +42,31 @@ def served_outcomes(path: Path) -> Outcomes:
             found=counts[:8],
             expected="at least one draft, and at no position more accepted tokens than at the one before",
         )
-    return outcomes_of_counts(drafts, accepted)
+    if any(accepted[max_tokens:]):
+        raise DataError(
+            "the counts are not of this draft",
+            where=path,
+            found=f"accepted tokens at {len(accepted)} positions",
+            expected=f"at most {max_tokens}, as many as the draft proposes",
+            fix="Count the rounds of a server that has this draft.",
+        )
+    return outcomes_of_counts(drafts, accepted[:max_tokens])
+
+
+def above_the_engine(difference: Difference, tolerance: float) -> Finding | None:
+    """The finding where the server surely accepts more than the engine, by more than this share of the engine's."""
+    over = difference.later - difference.earlier
+    if difference.interval[0] <= 0 or over <= tolerance * difference.earlier:
+        return None
+    return Finding(
+        name="server above the engine",
+        says=f"The server accepted {difference.later:.3f} draft tokens a round and the engine {difference.earlier:.3f} "
+        f"(a difference of {over:+.3f}, 99% interval {difference.interval[0]:+.3f} to {difference.interval[1]:+.3f}). "
+        "Both decode with the same target and draft, so they are of other prompts, of another draft, or counted "
+        "otherwise.",
+        fix="Count the server's rounds on evaluation's prompts alone, asked greedily, with this draft.",
+        explains=(names.SERVED,),
+    )
 
 
 def outcomes_of_counts(rounds: int, accepted: Sequence[int]) -> Outcomes:

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from deepspec_core.evaluation import report as single
 from deepspec_core.evaluation.latex import latex_table
+from deepspec_core.evaluation.markdown_table import markdown_table
 
 HEADINGS = (
     "draft",
@@ -119,8 +120,7 @@ class Comparison:
         """The table and its notes as a Markdown page."""
         notes = [f"- {line}" for line in (*self.differences, *self.remarks)]
         warning = ["", f"**Not all rows are comparable** (those marked{MARK}):"] if self.differences else [""]
-        cells = [[cell.replace("*", r"\*") for cell in row.cells()] for row in self.rows]
-        lines = ["# Drafts compared", "", *single.markdown_table(HEADINGS, cells)]
+        lines = ["# Drafts compared", "", *markdown_table(HEADINGS, [row.cells() for row in self.rows])]
         lines += [*warning, "", *notes, ""] if notes else [""]
         return "\n".join([*lines, single.NOTE, ""])
 

@@ -3,7 +3,7 @@
 Prompts are split into groups. Each group is decoded plainly and speculatively, one right after the other, so that both
 run under the same load of the machine. The result of a group is one line of a journal, and an interrupted evaluation
 goes on after the last finished group. At temperature 0 every speculative output is compared with the plain one. How a
-group is decoded is group_decoding.py's.
+group is decoded is group_decoding.py's; how its line is written and read, recorded_groups.py's.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from attrs import asdict, evolve
 
 from deepspec_core.crew import ALONE, Crew
 from deepspec_core.data.failure_budget import FailureBudget, Words
-from deepspec_core.decoding.engine import Completion, Request, Round
+from deepspec_core.decoding.engine import Request
 from deepspec_core.errors import DataError, StageError
-from deepspec_core.evaluation.group_decoding import Decoding, Failure, Group, GroupDecoder, Timing
+from deepspec_core.evaluation.group_decoding import Decoding, Group, GroupDecoder, Timing
 from deepspec_core.evaluation.group_journals import GroupJournals
 from deepspec_core.evaluation.metrics import pool
-from deepspec_core.evaluation.parting import recorded_parting
+from deepspec_core.evaluation.recorded_groups import Bounds, entry_of, group_of
 from deepspec_core.evaluation.reliability import judged, reliability
-from deepspec_core.evaluation.turns import first_turn_of
 from deepspec_core.json_lines import read_json_lines
 
 MIN_GROUPS = 5
+_AGAIN: Final = "Evaluate again with --force evaluate."
 _WORDS: Final = Words(
     work="evaluate",
     problem="Too many samples of an evaluation fail",
@@ -61,8 +61,9 @@ def evaluate(
     groups = [requests[start : start + size] for start in range(0, len(requests), size)]
     journals = GroupJournals(journal, prompts=prompts_digest, machine=machine or {}, count=len(groups), crew=crew)
     with closing(journals):
+        bounds = _bounds(decoding)
         done = {
-            number: _group_of(entry, groups[number : number + 1], where)
+            number: group_of(entry, where, expected=groups[number : number + 1], bounds=bounds)
             for number, (entry, where) in journals.done.items()
         }
         of = len(requests) + refused
@@ -78,14 +79,14 @@ def evaluate(
             for number in journals.mine:
                 crew.check()
                 done[number] = evolve(decode_group(groups[number]), workers=crew.count)
-                journals.append(number, asdict(done[number]))
+                journals.append(number, entry_of(done[number]))
                 progress.advance(len(groups[number]))
                 failed = done[number].failures
                 budget.add(len(failed), of, f"{failed[0].id}: {failed[0].reason}" if failed else "")
         journals.collect()
     for number, (entry, where) in journals.done.items():
         if number not in done:
-            done[number] = _group_of(entry, groups[number : number + 1], where)
+            done[number] = group_of(entry, where, expected=groups[number : number + 1], bounds=bounds)
     found = [done[number] for number in sorted(done)]
     if crew.first:
         reasons = [f"{one.id}: {one.reason}" for group in found for one in group.failures]
@@ -99,15 +100,18 @@ def _failures(groups: Iterable[Group]) -> int:
     return sum(len(group.failures) for group in groups)
 
 
-def recorded(journal: Path) -> tuple[str, list[Group]]:
+def _bounds(decoding: Decoding) -> Bounds:
+    return Bounds(max_tokens=decoding.proposer.max_tokens, vocab_size=decoding.target.architecture.vocab_size)
+
+
+def recorded(journal: Path, *, max_tokens: int | None = None) -> tuple[str, list[Group]]:
     """The digest of the prompts of a journal, and all groups in it. The file is only read.
 
+    `max_tokens` are those that the draft proposes at most on a path, where it is known.
     DataError if a line of it is damaged; StageError if there is no such file.
     """
     if not journal.is_file():
-        raise StageError(
-            "The rounds of an evaluation are missing", where=journal, fix="Evaluate again with --force evaluate."
-        )
+        raise StageError("The rounds of an evaluation are missing", where=journal, fix=_AGAIN)
     rows = list(read_json_lines(journal))
     head = rows[0][1] if rows else None
     if not isinstance(head, dict) or not isinstance(head.get("prompts"), str):
@@ -115,9 +119,10 @@ def recorded(journal: Path) -> tuple[str, list[Group]]:
             "A line of a journal is damaged",
             where=f"{journal}:1",
             expected="the digest of the prompts",
-            fix="Evaluate again with --force evaluate.",
+            fix=_AGAIN,
         )
-    return head["prompts"], [_group_of(entry, None, where) for where, entry in rows[1:]]
+    bounds = Bounds(max_tokens=max_tokens)
+    return head["prompts"], [group_of(entry, where, bounds=bounds, fix=_AGAIN) for where, entry in rows[1:]]
 
 
 def summarise(groups: Sequence[Group], *, seed: int, cut: bool = False) -> dict[str, Any]:
@@ -156,63 +161,3 @@ def _total(timings: Sequence[Timing]) -> dict[str, Any]:
 
 def _speed(timing: Timing) -> float:
     return timing.tokens / timing.wall
-
-
-def _group_of(entry: dict[str, Any], expected: Sequence[Sequence[Request]] | None, where: str) -> Group:
-    """The group that a line of the journal records.
-
-    `expected` has the requests of its first turns, and is empty where there is no such group; None if they are not
-    known.
-    """
-    try:
-        group = _from_json(entry)
-        counts = [
-            n
-            for done in group.completions
-            for r in done.rounds
-            for n in (r.proposal_length, r.acceptance_length, 0 if r.nodes is None else r.nodes)
-        ]
-        ids = [token for done in group.completions for token in done.output_ids]
-        logits = [logit for done in group.completions for r in done.rounds for logit in r.confidence or ()]
-        numbers = all(type(number) is int for number in (*counts, *ids, group.workers, group.halved_to or 1)) and all(
-            type(one) is float for one in logits
-        )
-        problem = None if numbers else "numbers that are none"
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        problem = f"{type(error).__name__}: {error}"
-    else:
-        firsts = {one.id for requests in expected or () for one in requests}
-        first = [done for done in group.completions if done.id in firsts or first_turn_of(done.id) not in firsts]
-        found = [[(done.id, done.prompt_ids) for done in first]]
-        failed = {one.id for one in group.failures}
-        asked = [[(one.id, one.prompt_ids) for one in requests if one.id not in failed] for requests in expected or ()]
-        if problem is None and expected is not None and asked != found:
-            problem = "other prompts than those of its place"
-    if problem is not None:
-        raise DataError(
-            "A line of a journal is damaged",
-            where=where,
-            found=problem,
-            fix="Remove that line and those after it; what they recorded is done again.",
-        )
-    return group
-
-
-def _from_json(entry: dict[str, Any]) -> Group:
-    def completion(row: dict[str, Any]) -> Completion:
-        rounds = tuple(
-            Round(**{**r, "confidence": None if r["confidence"] is None else tuple(r["confidence"])})
-            for r in row["rounds"]
-        )
-        ids = {name: tuple(row[name]) for name in ("prompt_ids", "output_ids")}
-        return Completion(**{**row, **ids, "rounds": rounds})
-
-    return Group(
-        completions=tuple(completion(row) for row in entry["completions"]),
-        speculative=Timing(**entry["speculative"]),
-        plain=None if entry["plain"] is None else Timing(**entry["plain"]),
-        mismatches=tuple(recorded_parting(one) for one in entry["mismatches"]),
-        workers=entry.get("workers", 1),
-        failures=tuple(Failure(id=str(one["id"]), reason=str(one["reason"])) for one in entry.get("failures", ())),
-        halved_to=entry.get("halved_to"),
-    )

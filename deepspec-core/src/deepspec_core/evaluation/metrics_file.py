@@ -1,7 +1,7 @@
 """metrics.json of a run: written, and read as a file that somebody may have edited, or half written.
 
-Knows its version and what every reader of it needs to be there. What each part means is in metrics.schema.json beside
-this file. Not what is made of it.
+Knows its version and what a file of before has at least. What each part means, and what it can be, is in
+metrics.schema.json beside this file. Not what is made of it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from deepspec_core.errors import StageError
+from deepspec_core.evaluation.schema_check import first_fault
 from deepspec_core.evaluation.sealed_json import write_json
 from deepspec_core.json_files import read_object
 
@@ -64,7 +65,11 @@ def read_metrics(path: Path) -> dict[str, Any]:
         missing = [name for name in _OF_A_RESULT if not isinstance(result, dict) or name not in result]
         if missing:
             raise _damaged(path, f"results[{index}] without {missing[0]}")
-    return report if "version" in report else _as_of_today(report)
+    complete = "version" in report
+    report = report if complete else _as_of_today(report)
+    if (fault := first_fault(report, schema(), complete=complete)) is not None:
+        raise _damaged(path, fault)
+    return report
 
 
 def results_of(path: Path, revision: str) -> list[dict[str, Any]]:
@@ -83,10 +88,12 @@ def _as_of_today(report: dict[str, Any]) -> dict[str, Any]:
     """
     settings = dict(report["settings"])
     size = {"batch_size": settings.pop("batch_size")} if "batch_size" in settings else {}
-    results = [
-        {**one, **size, "mismatches": [{"id": name} for name in one.get("mismatches", ())]} for one in report["results"]
-    ]
+    results = [{**one, **size, "mismatches": _partings(one.get("mismatches", []))} for one in report["results"]]
     return {**report, "settings": settings, "results": results}
+
+
+def _partings(mismatches: object) -> object:
+    return [{"id": name} for name in mismatches] if isinstance(mismatches, list) else mismatches
 
 
 def _damaged(path: Path, found: str) -> StageError:

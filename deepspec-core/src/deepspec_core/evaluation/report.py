@@ -12,6 +12,7 @@ from rich.table import Table
 
 from deepspec_core.disk import in_words
 from deepspec_core.evaluation import failed_samples
+from deepspec_core.evaluation.markdown_table import markdown_table
 from deepspec_core.evaluation.server_report import of_server, server_lines
 
 SERVER_NOTE = (
@@ -88,15 +89,6 @@ def table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], *,
     for row in rows:
         made.add_row(*row)
     return made
-
-
-def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a Markdown table."""
-    return [
-        "| " + " | ".join(headings) + " |",
-        "|" + "---|" * len(headings),
-        *("| " + " | ".join(row) + " |" for row in rows),
-    ]
 
 
 def _rows(report: Mapping[str, Any]) -> list[list[str]]:
@@ -214,6 +206,7 @@ def terminal_table(report: Mapping[str, Any]) -> Table:
     return table(title, HEADINGS, _rows(report), left=("task", "accepted length"))
 
 
+_TIME_HEADINGS = ("task", "T", "batch", "prefill", "draft", "verify", "host", "peak memory", "plain")
 PARTING_HEADINGS = ("task", "batch", "prompt", "parts at token", "plain", "speculative", "logit gap")
 PARTING_NOTE = (
     "The gap is the target's logit of the plain token minus that of the speculative one, where the outputs part. "
@@ -308,15 +301,15 @@ def markdown(report: Mapping[str, Any]) -> str:
         "",
         "## Where the time goes (speculative, % of wall)",
         "",
-        "| task | T | batch | prefill | draft | verify | host | peak memory | plain |",
-        "|---|---|---|---|---|---|---|---|---|",
     ]
+    rows = []
     for result in report["results"]:
         timing = result["speculative"]
         parts = [f"{100 * timing[part] / timing['wall']:.0f}" for part in ("prefill", "draft", "verify", "host")]
         cells = [task_of(result), f"{result['temperature']:g}", batch(result), *parts]
         cells += [memory(timing), memory(result.get("plain", {}))]
-        lines.append("| " + " | ".join(cells) + " |")
+        rows.append(cells)
+    lines += markdown_table(_TIME_HEADINGS, rows)
     lines += _by_context(report)
     lines += _reliability(report)
     if rows := partings(report):

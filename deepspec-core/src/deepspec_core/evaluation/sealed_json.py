@@ -23,7 +23,7 @@ _OWN = ("format", "version", "digest")
 def write_sealed(path: Path, content: Mapping[str, Any], *, form: str, version: int) -> None:
     """Write the file; it appears when all of it is written. `content` has plain JSON types with finite numbers."""
     whole: dict[str, Any] = {"format": form, "version": version, **content}
-    write_json(path, {**whole, "digest": _digest(whole)})
+    write_json(path, {**whole, "digest": content_digest(whole)})
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -54,16 +54,17 @@ def read_sealed(
             fix=fix,
         )
     digest = whole.pop("digest", None)
-    if digest != _digest(whole):
+    if digest != content_digest(whole):
         raise kind(
             f"{what} was edited",
             where=path,
             found=f"digest {str(digest)[:16]}",
-            expected=f"{_digest(whole)[:16]}, the digest of what it says",
+            expected=f"{content_digest(whole)[:16]}, the digest of what it says",
             fix=fix,
         )
     return {key: value for key, value in whole.items() if key not in _OWN}
 
 
-def _digest(content: Mapping[str, Any]) -> str:
+def content_digest(content: Mapping[str, Any]) -> str:
+    """The digest of plain JSON types, in whatever order the keys stand."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

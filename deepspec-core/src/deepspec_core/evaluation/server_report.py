@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
+from deepspec_core.evaluation.markdown_table import markdown_table
+
 _MOST_DIFFERING: Final = 50
 
 
@@ -55,20 +57,22 @@ def server_lines(report: Mapping[str, Any]) -> Iterator[str]:
     ]
     if figures:
         yield from ("", "## Acceptance by position, % of all rounds", "")
-        yield from ("| task | batch | by | accepted length | positions |", "|---|---|---|---|---|")
+        rows = []
         for result, beside in figures:
             for name, length, shares in (
                 (report["server"]["engine"], result["acceptance_length"], result["marginal"]),
                 ("this engine", beside["acceptance_length"], beside["by_position"]),
             ):
                 said = " ".join(f"{100 * share:.1f}" for share in shares)
-                yield f"| {result['task']} | {result['batch_size']} | {name} | {length:.3f} | {said} |"
+                rows.append([result["task"], str(result["batch_size"]), name, f"{length:.3f}", said])
+        yield from markdown_table(("task", "batch", "by", "accepted length", "positions"), rows)
     differing = [(result, one) for result, beside in pairs for one in beside["differing"]]
     if differing:
         yield from ("", "## Outputs that differ from this engine's", "")
-        yield from ("| task | batch | prompt | parts at token | here | there |", "|---|---|---|---|---|---|")
+        rows = []
         for result, one in differing[:_MOST_DIFFERING]:
             cells = [result["task"], result["batch_size"], one["id"], one["position"], one["ours"], one["theirs"]]
-            yield "| " + " | ".join("-" if cell is None else str(cell) for cell in cells) + " |"
+            rows.append(["-" if cell is None else str(cell) for cell in cells])
         if len(differing) > _MOST_DIFFERING:
-            yield f"| and {len(differing) - _MOST_DIFFERING} more, in metrics.json | | | | | |"
+            rows.append([f"and {len(differing) - _MOST_DIFFERING} more, in metrics.json", *[""] * 5])
+        yield from markdown_table(("task", "batch", "prompt", "parts at token", "here", "there"), rows)

@@ -23,6 +23,7 @@ from deepspec_core.errors import ConfigError, DataError, StageError
 from deepspec_core.evaluation import comparison, report
 from deepspec_core.evaluation.comparison import Comparison, compare
 from deepspec_core.evaluation.evaluator import recorded
+from deepspec_core.evaluation.markdown_table import markdown_table
 from deepspec_core.evaluation.metrics_file import NAME as METRICS
 from deepspec_core.evaluation.metrics_file import read_metrics
 from deepspec_core.evaluation.paired import Difference, paired_difference
@@ -70,7 +71,7 @@ class Compared:
 
     def markdown(self) -> str:
         """The table and its notes as a page."""
-        table = report.markdown_table(HEADINGS, [[cell.replace("*", r"\*") for cell in row] for row in self._cells()])
+        table = markdown_table(HEADINGS, self._cells())
         notes = [f"- {line.removeprefix(comparison.MARK.strip()).strip()}" for line in self.comparison.notes()]
         below = ["", *notes, ""] if notes else [""]
         return "\n".join(["# Compared with baselines", "", *table, *below, report.NOTE, ""])

@@ -36,7 +36,7 @@ from deepspec_core.diagnosis.outcomes import (
     share_difference,
 )
 from deepspec_core.diagnosis.prompt_check import prompts_finding
-from deepspec_core.diagnosis.served import served_outcomes
+from deepspec_core.diagnosis.served import above_the_engine, served_outcomes
 from deepspec_core.diagnosis.training_pass import acceptance_rates, outcomes_of, said_of
 from deepspec_core.dtypes import dtype_name, torch_dtype
 from deepspec_core.errors import ConfigError, DeepSpecError
@@ -92,11 +92,13 @@ def diagnose(
     """
     if not run.trains:
         raise ConfigError("a draft of this type is not trained", where=run.path, found=run.file.draft.type)
-    counted = None if served is None else served_outcomes(served)  # known now, said now
     count = threads.choose(run, ["evaluate"])["evaluate"]
     with threads.using(count):
         looking = _Looking(run=run, extent=extent, tolerance=tolerance, say=say)
         looking.missing |= left_out(run.file.evaluate)
+        counted = None
+        if served is not None:
+            counted = served_outcomes(served, max_tokens=looking.draft.describe().max_tokens)  # known now, said now
         if server is not None:
             counted = looking.ask(server)
         looking.look_at_training()
@@ -225,7 +227,9 @@ class _Looking:
         if counted is not None:
             engine = of_completions(completions, last=True)
             self._stage(names.SERVED, counted)
-            self._judge(accepted_difference(engine, counted, paired=False))
+            difference = accepted_difference(engine, counted, paired=False)
+            self._judge(difference)
+            self._add(above_the_engine(difference, self.tolerance))
 
     def _engine(self, completions: Sequence[Completion]) -> None:
         if not any(done.rounds for done in completions):

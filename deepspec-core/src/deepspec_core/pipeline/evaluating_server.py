@@ -112,7 +112,7 @@ def evaluate_server(run: Run, asked: Asked) -> dict[str, Any]:
             where="evaluate.stop",
             found=", ".join(map(repr, options.stop)),
             expected="none with --server: servers differ in whether an answer's ids have the tokens of such a string",
-            fix="Leave evaluate.stop out of the run file that --server reads.",
+            fix="Leave evaluate.stop out of the run file that --server reads, and --stop out of the command.",
         )
     asked = evolve(asked, address=address_of(asked.address))
     _require_free(asked)

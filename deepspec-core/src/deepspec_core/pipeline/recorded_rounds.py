@@ -116,7 +116,7 @@ def recorded_rounds(folder: Path, *, tasks: Sequence[str] = (), temperature: flo
             fix="Run its evaluate stage first.",
         ) from None
     results = _chosen(once(report["results"]), tasks, temperature, folder / METRICS)
-    completions = [completion for result in results for completion in _completions(folder, result)]
+    completions = [completion for result in results for completion in _completions(folder, report, result)]
     return RecordedRounds(folder=folder, report=report, results=tuple(results), completions=tuple(completions))
 
 
@@ -163,9 +163,9 @@ def _chosen(
     return [one for one in results if float(one["temperature"]) == asked]
 
 
-def _completions(folder: Path, result: Mapping[str, Any]) -> list[Completion]:
+def _completions(folder: Path, report: Mapping[str, Any], result: Mapping[str, Any]) -> list[Completion]:
     path = journal_of(folder, result)
-    digest, groups = recorded(path)
+    digest, groups = recorded(path, max_tokens=report["draft"].get("max_tokens"))
     completions = [completion for group in groups for completion in group.completions]
     found = (digest, len(completions), sum(len(completion.rounds) for completion in completions))
     said = (result.get("prompts_digest"), result["samples"], result.get("rounds"))
