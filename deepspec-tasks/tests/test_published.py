@@ -135,6 +135,33 @@ def test_a_row_of_something_else_is_refused(name: str) -> None:
         _task(name).from_row({"id": 1})
 
 
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("gsm8k", {"question": ["q"]}),
+        ("gsm8k", {"question": ""}),
+        ("math500", {"problem": None}),
+        ("humaneval", {"prompt": 5}),
+        ("mt-bench", {"prompt": "abc"}),
+        ("mt-bench", {"prompt": ["a", ""]}),
+        ("mt-bench", {"prompt": []}),
+        ("mt-bench", {"prompt": [["a"]]}),
+        ("alpaca", {"instruction": 5}),
+        ("alpaca", {"input": ["x"]}),
+        ("livecodebench", {"starter_code": 0}),
+    ],
+)
+def test_a_column_of_another_kind_is_refused_by_name(name: str, changed: dict[str, object]) -> None:
+    with pytest.raises(DataError, match=f"Column `{next(iter(changed))}`"):
+        _task(name).from_row(ROWS[name][0] | changed)
+
+
+def test_a_null_where_a_text_may_be_empty_is_an_empty_text() -> None:
+    assert _task("alpaca").from_row({"instruction": "Say hello.", "input": None}) == {"turns": ["Say hello."]}
+    row = ROWS["livecodebench"][0]
+    assert _task("livecodebench").from_row(row | {"starter_code": None}) == _task("livecodebench").from_row(row)
+
+
 @pytest.mark.parametrize("name", ROWS)
 def test_what_is_fetched(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     """The dataset, the split and the commit that are asked for; and the prompts that core makes of the rows."""

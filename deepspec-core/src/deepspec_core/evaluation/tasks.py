@@ -187,14 +187,22 @@ def _prompt(row: Any, index: int, name: str, where: str) -> Prompt:
             found=", ".join(roles),
             expected="a user message, after system messages at most",
         )
-    if not conversation.messages[asked]["content"].strip():
-        raise DataError("A task's question is empty", where=where, expected="a user message with text")
+    later = _later(conversation.messages[asked + 1 :])
+    questions = (conversation.messages[asked], *(turn[-1] for turn in later))
+    for number, question in enumerate(questions, 1):
+        if not question["content"].strip():
+            raise DataError(
+                "A task's question is empty",
+                where=where,
+                found=f"user turn {number} of {len(questions)}",
+                expected="a user message with text",
+            )
     prompt = Prompt(
         id=_plain(identity_of(row, where) or f"{name}-{index}"),
         index=index,
         messages=conversation.messages[: asked + 1],
         tools=conversation.tools,
-        later=_later(conversation.messages[asked + 1 :]),
+        later=later,
         where=where,
     )
     found = not_unicode(prompt.id, (*prompt.messages, *chain(*prompt.later)), prompt.tools)
