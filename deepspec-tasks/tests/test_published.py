@@ -1,5 +1,9 @@
 """What each task asks about a row of its dataset, and how rows are fetched. The Hub is stood in for."""
 
+import json
+import logging
+import random
+
 import datasets
 import huggingface_hub
 import pytest
@@ -207,6 +211,27 @@ def test_what_every_task_keeps(name: str, monkeypatch: pytest.MonkeyPatch) -> No
         rows = (row,)
 
     assert broken_by(Task) == {}
+
+
+@pytest.mark.parametrize(("name", "quota"), [("mbpp", 256), ("gsm8k", 500)])
+def test_as_many_rows_as_published_are_asked(name: str, quota: int, tmp_path, caplog) -> None:
+    """Shuffled by the seed where there are more; a limit of one's own wins."""
+    (column,) = _task(name).columns
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({column: f"{row}."}) + "\n" for row in range(quota + 1)))
+
+    def asked(limit: int | None) -> list[str]:
+        prompts = load_task(
+            f"{name}:rows.jsonl", limit=limit, seed=980406, base=tmp_path, registry=REGISTRY, held_out=list
+        )
+        return [prompt.messages[0]["content"].partition(".")[0] for prompt in prompts]
+
+    rows = [str(row) for row in range(quota + 1)]
+    random.Random(980406).shuffle(rows)
+    with caplog.at_level(logging.INFO, "deepspec"):
+        assert asked(None) == rows[:quota]
+    assert f"{quota} of {quota + 1} rows" in caplog.text
+    assert asked(3) == rows[:3]
+    assert asked(1000) == [str(row) for row in range(quota + 1)]
 
 
 @pytest.mark.parametrize("name", ["gsm8k", "arena-hard-v2"])

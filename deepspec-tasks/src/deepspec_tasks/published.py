@@ -20,7 +20,7 @@ Row = Mapping[str, Any]
 
 @frozen(kw_only=True)
 class PublishedTask:
-    """A task: `task(limit, seed)` yields its rows as `turns`, all of them; core chooses where there is a limit.
+    """A task: `task(limit, seed)` yields its rows as `turns`, all of them; core chooses as many as are asked.
 
     dataset, config, split, revision, files: What hub_rows reads.
     columns: The columns that the questions are made of. Each is a text that is not empty.

@@ -79,7 +79,9 @@ DEFAULTS = EvaluateOptions()
     show_default=True,
     help="User turns that are asked; the model's own answers stand between.",
 )
-@click.option("--limit", type=click.IntRange(min=1), help="Prompts of each task at most.")
+@click.option(
+    "--limit", type=click.IntRange(min=1), help="Prompts of each task at most. Default: its own quota, or all."
+)
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=DEFAULTS.max_new_tokens, show_default=True)
 @click.option(
     "--batch-size",

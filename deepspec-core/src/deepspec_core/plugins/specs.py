@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from attrs import Attribute, field, frozen, has
-from attrs.validators import deep_iterable, deep_mapping, instance_of, is_callable, matches_re, optional
+from attrs.validators import and_, deep_iterable, deep_mapping, ge, instance_of, is_callable, matches_re, optional
 
 _REFERENCE = matches_re(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 _TABLE = deep_mapping(instance_of(str), instance_of(object))
@@ -141,9 +141,11 @@ class TaskSpec(ComponentSpec):
 
     from_row: Names a function that makes such a mapping of one row of the task's own data. With it the task can be
         asked from a file of such rows: `tasks = ["NAME:FILE"]`.
+    quota: How many rows are asked where a run gives no limit, drawn by its seed where there are more. None: all.
     """
 
     from_row: str | None = field(default=None, validator=optional(_REFERENCE))
+    quota: int | None = field(default=None, validator=optional(and_(instance_of(int), ge(1))))
 
 
 @frozen(kw_only=True)
