@@ -9,12 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from attrs import evolve
 
 from deepspec_core.cli.asked_tasks import tasks_meant
+from deepspec_core.cli.evaluate_values import check_values
 from deepspec_core.cli.messages import show_messages
 from deepspec_core.cli.options import no_plugin, sampling
 from deepspec_core.config.load import RunFile
@@ -189,20 +190,24 @@ def evaluate(
     name = re.sub(r"[^\w.-]", "_", Path(draft).resolve().name if untrained is None else draft)
     scheduler = None if cost_table is None else SchedulerOptions(cost_table=cost_table, asynchronous=asynchronous)
     run_options = RunOptions(name=name, output=out or f"evaluation-{name}", stages=("evaluate",))
+    said: dict[str, Any] = {
+        "turns": turns,
+        "temperature": temperatures,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "stop": stop,
+        "samples": samples,
+        "max_new_tokens": max_new_tokens,
+        "batch_size": batch_sizes[0] if len(batch_sizes) == 1 else batch_sizes,
+        "limit": limit,
+        "confidence_threshold": confidence_threshold,
+    }
+    check_values(said, plugins.registry)
     evaluated = EvaluateOptions(
+        **said,
         tasks=tasks_meant(tasks, plugins.registry.names("task")),
-        turns=turns,
-        temperature=temperatures,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        stop=stop,
-        samples=samples,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_sizes[0] if len(batch_sizes) == 1 else batch_sizes,
-        limit=limit,
-        confidence_threshold=confidence_threshold,
         draft=draft if untrained is None else None,
         calibration=calibration,
         scheduler=scheduler,

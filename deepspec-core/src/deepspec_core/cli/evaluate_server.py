@@ -13,6 +13,7 @@ from attrs import evolve
 from click.core import ParameterSource
 
 from deepspec_core.cli.asked_tasks import tasks_meant
+from deepspec_core.cli.evaluate_values import check_values
 from deepspec_core.cli.messages import show_messages
 from deepspec_core.cli.run_folder import run_folder
 from deepspec_core.config.load import RunFile, load_run_file
@@ -101,13 +102,10 @@ def _evaluated(options: EvaluateOptions, said: dict[str, Any], plugins: Plugins,
     changed: dict[str, Any] = {name: said[name] for name in ("turns", "limit", "max_new_tokens") if name in said}
     if sizes:
         changed["batch_size"] = sizes[0] if len(sizes) == 1 else sizes
+    changed["temperature"] = said.get("temperatures", _GREEDY)
+    check_values(changed, plugins.registry)
     tasks = said.get("tasks") or options.tasks
-    return evolve(
-        options,
-        tasks=tasks_meant(tasks, plugins.registry.names("task"), has_data=has_data),
-        temperature=said.get("temperatures", _GREEDY),
-        **changed,
-    )
+    return evolve(options, tasks=tasks_meant(tasks, plugins.registry.names("task"), has_data=has_data), **changed)
 
 
 def _of_run(place: Path, folder: Path, said: dict[str, Any], plugins: Plugins) -> Run:
