@@ -186,10 +186,6 @@ def evaluate(
     if out is not None and (problem := no_path("--out", out)) is not None:
         raise problem
     plugins = load_plugins(blocked=blocked)
-    untrained = untrained_of(draft, base=Path(), registry=plugins.registry)
-    name = re.sub(r"[^\w.-]", "_", Path(draft).resolve().name if untrained is None else draft)
-    scheduler = None if cost_table is None else SchedulerOptions(cost_table=cost_table, asynchronous=asynchronous)
-    run_options = RunOptions(name=name, output=out or f"evaluation-{name}", stages=("evaluate",))
     said: dict[str, Any] = {
         "turns": turns,
         "temperature": temperatures,
@@ -205,6 +201,10 @@ def evaluate(
         "confidence_threshold": confidence_threshold,
     }
     check_values(said, plugins.registry)
+    untrained = untrained_of(draft, base=Path(), registry=plugins.registry, where="--draft")
+    name = re.sub(r"[^\w.-]", "_", Path(draft).resolve().name if untrained is None else draft)
+    scheduler = None if cost_table is None else SchedulerOptions(cost_table=cost_table, asynchronous=asynchronous)
+    run_options = RunOptions(name=name, output=out or f"evaluation-{name}", stages=("evaluate",))
     evaluated = EvaluateOptions(
         **said,
         tasks=tasks_meant(tasks, plugins.registry.names("task")),

@@ -74,6 +74,7 @@ class DraftModelSpec(ComponentSpec):
     trained: False for drafts that are ready as they are, such as one that copies from the prompt. `build(options,
         surroundings)` then returns a contracts.untrained.UntrainedDraft, and the fields below stay empty, because there
         is no checkpoint.
+    also_called: Other names by which commands take a draft that is not trained.
     class_suffix: The end of published class names; the adapter's prefix is their beginning.
     recognise: Called with the config.json of a checkpoint, as a mapping. Says whether it is one of this algorithm.
     options_of: Names a function that reads such a config.json back and returns (options, taps). Required of drafts
@@ -93,6 +94,7 @@ class DraftModelSpec(ComponentSpec):
     """
 
     trained: bool = field(default=True, validator=instance_of(bool))
+    also_called: tuple[str, ...] = field(default=(), validator=deep_iterable(_NAME, instance_of(tuple)))
     class_suffix: str = field(default="", validator=instance_of(str))
     recognise: Callable[[Mapping[str, Any]], bool] = field(default=_nothing, validator=is_callable())
     options_of: str = field(default="", validator=_of_a_checkpoint)
