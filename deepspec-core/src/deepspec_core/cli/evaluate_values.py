@@ -35,5 +35,4 @@ def check_values(said: Mapping[str, Any], registry: Registry) -> None:
 
 def _option(where: str) -> str:
     """--min-p, of ".min_p"; --stop, of ".stop[0]"."""
-    (key,) = re.findall(r"^\.(\w+)", where)
-    return "--" + key.replace("_", "-")
+    return "--" + re.sub(r"\[.*", "", where.removeprefix(".")).replace("_", "-")
