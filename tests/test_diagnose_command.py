@@ -1,6 +1,7 @@
 """`deepspec diagnose` on a finished smoke run: what it writes and prints, and what it refuses."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import deepspec_core
 from deepspec_core.cli.main import main
 from deepspec_core.data.tokenize import ChatTokenizer
 from deepspec_core.interface.models import Target
+from deepspec_core.pipeline.diagnosed_run import run_of
+from deepspec_core.plugins.discovery import load_plugins
 
 SMALL = ["--samples", "6", "--prompts", "4", "--rounds", "4", "--max-new-tokens", "12"]
 
@@ -51,10 +54,24 @@ def test_a_folder_that_does_not_say_where_its_run_file_lay_is_refused(
     saved = folder / "config.toml"
     text = saved.read_text()
     assert 'output = "runs/quickstart-dflash-smoke"' in text
-    saved.write_text(text.replace("runs/quickstart-dflash-smoke", output.format(folder=folder)))
+    text = text.replace("runs/quickstart-dflash-smoke", output.format(folder=folder))
+    saved.write_text(text.replace("[target]\n", '[target]\nchat_template = "own.jinja"\n', 1))
     more = ["--to", "deepspec", "--draft-vocab", "150"] if command == "export" else []
     assert main([command, str(folder), *more]) == 2
-    assert "Name the run file in place of the folder" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "target.chat_template = own.jinja" in said
+    assert "Name the run file in place of the folder" in said
+
+
+def test_a_folder_none_of_whose_paths_is_relative_says_enough(finished_copy: Path) -> None:
+    """Wherever the run file lay. Its results are those of the folder, also where that was renamed."""
+    folder = finished_copy.parent / "runs" / "quickstart-dflash-smoke"
+    saved = folder / "config.toml"
+    for output in (str(folder), "/elsewhere/run", "runs/renamed"):
+        text = saved.read_text()
+        saved.write_text(re.sub('^output = ".*"', f'output = "{output}"', text, count=1, flags=re.M))
+        run = run_of(folder, overrides=(), tasks=(), plugins=load_plugins())
+        assert run.folder == folder.resolve()
 
 
 @pytest.mark.parametrize(

@@ -54,3 +54,7 @@ def test_no_target_and_no_file_overwritten(capsys: pytest.CaptureFixture[str]) -
     assert main(["profile", "builtin:tiny-qwen3", *SMALL, "--out", "mine.json"]) == 2
     assert "there is a file already" in capsys.readouterr().err
     assert Path("mine.json").read_text() == "mine"
+    Path("table.sglang.json").write_text("mine")
+    assert main(["profile", "builtin:tiny-qwen3", *SMALL, "--out", "table.json"]) == 2
+    assert "table.sglang.json" in capsys.readouterr().err
+    assert Path("table.sglang.json").read_text() == "mine"

@@ -147,3 +147,33 @@ def test_intervals_draw_the_answers_to_a_prompt_together() -> None:
     assert paired_difference(_answers(5), _answers(5, more=1), seed=0) == paired_difference(
         _answers(1), _answers(1, more=1), seed=0
     )
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--temperature", "200"),
+        ("--temperature", "1e-40"),
+        ("--temperature", "nan"),
+        ("--temperature", "inf"),
+        ("--top-p", "nan"),
+        ("--min-p", "nan"),
+        ("--repetition-penalty", "nan"),
+        ("--confidence-threshold", "nan"),
+        ("--stop", ""),
+    ],
+)
+def test_a_value_that_cannot_be_is_refused_by_its_option(
+    option: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", "--draft", "mine", "--target", TINY, "--task", "t.jsonl", option, value]) == 2
+    said = capsys.readouterr().err
+    assert f"Error: {option}: found" in said
+    assert said.count(": found") == 1
+
+
+@pytest.mark.parametrize("value", ["200", "nan"])
+def test_a_temperature_that_cannot_be_is_not_sent(value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["evaluate", "--server", "http://127.0.0.1:9", "--target", TINY, "--task", "t.jsonl"]
+    assert main([*command, "--temperature", value]) == 2
+    assert "--temperature: found" in capsys.readouterr().err

@@ -82,6 +82,9 @@ def test_other_mistakes(judged_copy: Path, profile: str, capsys: pytest.CaptureF
     refused(capsys, [*command, "--threshold", "1.5"], "--threshold")
     refused(capsys, [*command, "--calibration", "none.json"], "the calibration is missing")
     refused(capsys, [*command, "--out", "/proc/x/y.json"], "cannot be written there")
+    evaluated = Path("run/metrics.json").read_text()
+    refused(capsys, [*command, "--out", "run/metrics.json"], "there is another file already", "run/metrics.json")
+    assert Path("run/metrics.json").read_text() == evaluated
     short = ["--batch-size", "1", "--draft-tokens", "1", "--context", "8", "--repeats", "3", "--out", "short.json"]
     assert main(["profile", "builtin:tiny-qwen3", *short]) == 0
     refused(capsys, ["simulate", "run", "--profile", "short.json"], "no step of so many tokens", "--draft-tokens")

@@ -73,6 +73,29 @@ def test_a_trained_draft_is_evaluated_with_trees(finished_copy: Path, capsys: py
     assert main(command[: -len(TREE)]) == 2
 
 
+def test_trees_beside_chains_in_one_table(finished_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From the run's folder. The run file of the folder stays as it was."""
+    folder = finished_copy.parent / "runs" / "quickstart-dflash-smoke"
+    saved = (folder / "config.toml").read_text()
+    assert main(["compare", str(folder), "--with", "tree:6"]) == 0
+    rows = json.loads((folder / "compare" / "comparison.json").read_text())["rows"]
+    assert {row["run"] for row in rows} == {"quickstart-dflash", "tree:6"}
+    report = json.loads((folder / "compare" / "tree_6" / "metrics.json").read_text())
+    assert report["settings"]["tree_nodes"] == 6
+    assert all(row["ahead"] is not None for row in rows if row["run"] == "tree:6")
+    assert (folder / "config.toml").read_text() == saved
+    capsys.readouterr()
+    assert main(["compare", str(folder), "--with", "tree:6"]) == 0
+    assert capsys.readouterr().out.count("already complete") == 2
+    for wrong in ("tree", "tree:0", "tree:x"):
+        assert main(["compare", str(folder), "--with", wrong]) == 2
+        assert "tree:N" in capsys.readouterr().err
+    changed = ["compare", str(folder), "--with", "tree:6", "--set", "evaluate.max_new_tokens=8"]
+    assert main(changed) == 2
+    assert "--force evaluate" in capsys.readouterr().err
+    assert main([*changed, "--force", "evaluate"]) == 0
+
+
 def test_greedy_answers_are_the_same_from_python_and_the_command_line(
     drafts: dict[str, Path], target: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

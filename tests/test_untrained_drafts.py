@@ -15,7 +15,7 @@ from deepspec_core.cli.main import main
 from deepspec_core.errors import ConfigError
 from deepspec_core.interface.models import Target
 from deepspec_core.plugins.discovery import load_plugins
-from deepspec_core.untrained.named import untrained_of
+from deepspec_core.untrained.named import listed, untrained_of
 from deepspec_targets.builtin import tiny_qwen3
 
 TINY = "builtin:tiny-qwen3"
@@ -199,12 +199,33 @@ def test_how_drafts_are_named(folder: Path) -> None:
     assert named("lookup") == named("lookup:max_tokens=7")
     assert named("small-lm:some/model=x")[1].model == "some/model=x"
     assert named("small-lm:model=org/name,max_tokens=2")[1].max_tokens == 2
-    assert named("dflash") is None, "a draft that is trained has a checkpoint"
+    assert named("hf:some/model") == named("small-lm:some/model")
     assert named("org/lookup") is None
+    for text, said in (
+        ("dflash", "is trained, so its checkpoint"),
+        ("lookpu", "write 'lookup'"),
+        ("mine", "lookup or"),
+    ):
+        with pytest.raises(ConfigError, match=f"(?s)--draft.*{said}|{said}.*--draft"):
+            untrained_of(text, base=folder, registry=registry, where="--draft")
     (folder / "lookup").mkdir()
     assert named("lookup") is None, "a folder wins"
     with pytest.raises(ConfigError, match="options among max_tokens"):
         named("lookup:7")
+
+
+def test_a_draft_that_is_none_is_told_at_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No Hub is asked for a name without an owner."""
+    asked = ["evaluate", "--target", TINY, "--task", "task.jsonl", "--draft"]
+    for name in ("lookpu", "dspark", "lookups:max_tokens=2"):
+        refused(capsys, [*asked, name], "--draft", "lookup or small-lm")
+    refused(capsys, [*asked, "promptlookup-nothing-like-it"], "examples/plugins/deepspec-lookup")
+    registry = load_plugins().registry
+    assert listed("small-lm:model=a,max_tokens=2,nowhere,hf:b", registry) == [
+        "small-lm:model=a,max_tokens=2",
+        "nowhere",
+        "hf:b",
+    ]
 
 
 def test_baselines_beside_a_runs_draft(small_lm: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -61,6 +61,7 @@ def test_a_quota_shuffles_with_its_seed_and_renumbers(tmp_path: Path) -> None:
         ([{"turns": "hello"}], "turns is not a list"),
         ([{"turns": [3]}], "content is not text"),
         ([{"turns": [" "]}], "question is empty"),
+        ([{"turns": ["x", ""]}], "user turn 2 of 2"),
         ([{"messages": [{"role": "assistant", "content": "x"}]}], "begin with a user's question"),
         (
             [{"messages": [{"role": "assistant", "content": "x"}, {"role": "user", "content": "y"}]}],

@@ -1,5 +1,9 @@
 """What each task asks about a row of its dataset, and how rows are fetched. The Hub is stood in for."""
 
+import json
+import logging
+import random
+
 import datasets
 import huggingface_hub
 import pytest
@@ -135,6 +139,33 @@ def test_a_row_of_something_else_is_refused(name: str) -> None:
         _task(name).from_row({"id": 1})
 
 
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("gsm8k", {"question": ["q"]}),
+        ("gsm8k", {"question": ""}),
+        ("math500", {"problem": None}),
+        ("humaneval", {"prompt": 5}),
+        ("mt-bench", {"prompt": "abc"}),
+        ("mt-bench", {"prompt": ["a", ""]}),
+        ("mt-bench", {"prompt": []}),
+        ("mt-bench", {"prompt": [["a"]]}),
+        ("alpaca", {"instruction": 5}),
+        ("alpaca", {"input": ["x"]}),
+        ("livecodebench", {"starter_code": 0}),
+    ],
+)
+def test_a_column_of_another_kind_is_refused_by_name(name: str, changed: dict[str, object]) -> None:
+    with pytest.raises(DataError, match=f"Column `{next(iter(changed))}`"):
+        _task(name).from_row(ROWS[name][0] | changed)
+
+
+def test_a_null_where_a_text_may_be_empty_is_an_empty_text() -> None:
+    assert _task("alpaca").from_row({"instruction": "Say hello.", "input": None}) == {"turns": ["Say hello."]}
+    row = ROWS["livecodebench"][0]
+    assert _task("livecodebench").from_row(row | {"starter_code": None}) == _task("livecodebench").from_row(row)
+
+
 @pytest.mark.parametrize("name", ROWS)
 def test_what_is_fetched(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     """The dataset, the split and the commit that are asked for; and the prompts that core makes of the rows."""
@@ -180,6 +211,27 @@ def test_what_every_task_keeps(name: str, monkeypatch: pytest.MonkeyPatch) -> No
         rows = (row,)
 
     assert broken_by(Task) == {}
+
+
+@pytest.mark.parametrize(("name", "quota"), [("mbpp", 256), ("gsm8k", 500)])
+def test_as_many_rows_as_published_are_asked(name: str, quota: int, tmp_path, caplog) -> None:
+    """Shuffled by the seed where there are more; a limit of one's own wins."""
+    (column,) = _task(name).columns
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({column: f"{row}."}) + "\n" for row in range(quota + 1)))
+
+    def asked(limit: int | None) -> list[str]:
+        prompts = load_task(
+            f"{name}:rows.jsonl", limit=limit, seed=980406, base=tmp_path, registry=REGISTRY, held_out=list
+        )
+        return [prompt.messages[0]["content"].partition(".")[0] for prompt in prompts]
+
+    rows = [str(row) for row in range(quota + 1)]
+    random.Random(980406).shuffle(rows)
+    with caplog.at_level(logging.INFO, "deepspec"):
+        assert asked(None) == rows[:quota]
+    assert f"{quota} of {quota + 1} rows" in caplog.text
+    assert asked(3) == rows[:3]
+    assert asked(1000) == [str(row) for row in range(quota + 1)]
 
 
 @pytest.mark.parametrize("name", ["gsm8k", "arena-hard-v2"])

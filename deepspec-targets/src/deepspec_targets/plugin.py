@@ -72,5 +72,6 @@ def deepspec_draft_models() -> Iterable[DraftModelSpec]:
             build="deepspec_targets.small_lm.draft:SmallLM",
             options=SmallLMOptions,
             trained=False,
+            also_called=("hf",),
         )
     ]

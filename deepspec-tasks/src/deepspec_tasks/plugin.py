@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from deepspec_core.plugins import TaskSpec, hookimpl
 
+_QUOTA, _QUOTAS = 500, {"mbpp": 256}
 _TASKS = {
     "gsm8k": "1,319 word problems of school mathematics",
     "math500": "500 problems of competition mathematics",
@@ -29,6 +30,7 @@ def deepspec_tasks() -> Iterable[TaskSpec]:
             summary=summary,
             build=f"deepspec_tasks.published:{modules[name]}",
             from_row=f"deepspec_tasks.published:{modules[name]}.from_row",
+            quota=_QUOTAS.get(name, _QUOTA),
         )
         for name, summary in _TASKS.items()
     ]

@@ -6,7 +6,8 @@ know how rows are fetched (deepspec_core.data.hub_rows), chosen, rendered or dec
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import reprlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from attrs import frozen
@@ -19,10 +20,12 @@ Row = Mapping[str, Any]
 
 @frozen(kw_only=True)
 class PublishedTask:
-    """A task: `task(limit, seed)` yields its rows as `turns`, all of them; core chooses where there is a limit.
+    """A task: `task(limit, seed)` yields its rows as `turns`, all of them; core chooses as many as are asked.
 
     dataset, config, split, revision, files: What hub_rows reads.
-    columns: The columns that the questions are made of.
+    columns: The columns that the questions are made of. Each is a text that is not empty.
+    listed: Those of them that are lists of such texts.
+    optional: Those of them whose text may be empty. A null is read as an empty text.
     turns: The user's turns, from a row.
     """
 
@@ -32,6 +35,8 @@ class PublishedTask:
     config: str | None = None
     files: tuple[str, ...] = ()
     columns: tuple[str, ...]
+    listed: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
     turns: Callable[[Row], list[str]]
 
     def __call__(self, limit: int | None, seed: int) -> Iterator[dict[str, Any]]:
@@ -40,15 +45,38 @@ class PublishedTask:
         return (self.from_row(row) for row in rows)
 
     def from_row(self, row: Row) -> dict[str, Any]:
-        """One row of the dataset, as `turns`. DataError where a column is missing."""
-        missing = [column for column in self.columns if row.get(column) is None]
+        """One row of the dataset, as `turns`. DataError where a column is missing, or is not what its name promises."""
+        missing = [name for name in self.columns if name not in row]
         if missing:
             raise DataError(
                 f"A row is not one of {self.dataset}",
                 found=f"columns {', '.join(sorted(map(str, row)))}",
                 expected=f"{', '.join(self.columns)} (or a conversation: messages or turns)",
             )
-        return {"turns": self.turns(row)}
+        return {"turns": self.turns({name: self._checked(name, row[name]) for name in self.columns})}
+
+    def _checked(self, name: str, value: Any) -> Any:
+        if name in self.optional and value is None:
+            return ""
+        if name in self.listed:
+            expected = "a list of texts, none of them empty"
+            fits = isinstance(value, Sequence) and not isinstance(value, str) and value and all(map(_is_text, value))
+        elif name in self.optional:
+            expected, fits = "a text, which may be empty", isinstance(value, str)
+        else:
+            expected, fits = "a text that is not empty", _is_text(value)
+        if not fits:
+            raise DataError(
+                f"Column `{name}` of a row is not that of {self.dataset}",
+                found=f"`{name}` = {reprlib.repr(value)}",
+                expected=expected,
+                fix="Correct or remove that row.",
+            )
+        return value
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip())
 
 
 def _reasoned(column: str) -> Callable[[Row], list[str]]:
@@ -119,6 +147,7 @@ livecodebench = PublishedTask(
     files=("test.jsonl", *(f"test{number}.jsonl" for number in range(2, 7))),
     revision="0fe84c3912ea0c4d4a78037083943e8f0c4dd505",
     columns=("question_content", "starter_code"),
+    optional=("starter_code",),
     turns=_contest,
 )
 mt_bench = PublishedTask(
@@ -126,6 +155,7 @@ mt_bench = PublishedTask(
     split="train",
     revision="e3a795c5e9a82ee40611c416b8a7786c73198991",
     columns=("prompt",),
+    listed=("prompt",),
     turns=lambda row: list(row["prompt"]),
 )
 alpaca = PublishedTask(
@@ -133,6 +163,7 @@ alpaca = PublishedTask(
     split="train",
     revision="dce01c9b08f87459cf36a430d809084718273017",
     columns=("instruction", "input"),
+    optional=("input",),
     turns=_instructed,
 )
 arena_hard_v2 = PublishedTask(

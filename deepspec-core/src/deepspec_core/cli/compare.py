@@ -1,4 +1,4 @@
-"""`deepspec compare RUN.toml --with lookup`: a run's draft beside drafts that need no training, on the same prompts."""
+"""`deepspec compare RUN --with lookup,tree:16`: a run's draft beside baselines, on the same prompts."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from pathlib import Path
 import click
 
 from deepspec_core.cli.messages import show_messages
-from deepspec_core.cli.options import no_plugin, overrides, run_file
+from deepspec_core.cli.options import no_plugin, overrides
 
 
 @click.command()
-@run_file
+@click.argument("place", metavar="RUN")
 @click.option(
     "--with",
     "names",
     multiple=True,
     required=True,
     metavar="DRAFT,...",
-    help="Drafts that are not trained: TYPE, TYPE:VALUE or TYPE:key=value,... Repeatable.",
+    help="Drafts that are not trained: TYPE, TYPE:VALUE or TYPE:key=value,...; or tree:N, the run's own "
+    "draft with trees of N tokens. Repeatable.",
 )
 @click.option(
     "--beside",
@@ -26,35 +27,47 @@ from deepspec_core.cli.options import no_plugin, overrides, run_file
     metavar="FOLDER",
     help="An evaluation that is there already, such as a server's (`deepspec evaluate --server`). Repeatable.",
 )
+@click.option("--force", type=click.Choice(["evaluate"]), help="Discard these evaluations first.")
 @overrides
 @no_plugin
 def compare(
-    path: str, names: tuple[str, ...], beside: tuple[str, ...], overrides: tuple[str, ...], blocked: tuple[str, ...]
+    place: str,
+    names: tuple[str, ...],
+    beside: tuple[str, ...],
+    force: str | None,
+    overrides: tuple[str, ...],
+    blocked: tuple[str, ...],
 ) -> None:
     """Evaluate a run's draft and baselines on the same prompts, and put them into one table.
 
-    The run's own evaluation is taken over where it is finished. A baseline's lies in compare/ of the run's folder, and
-    beside it comparison.json, comparison.md and the page comparison.html. The column "run's draft ahead by" is the
-    difference of the accepted lengths on the same prompts, with a 95% interval.
+    RUN is a run file or a run's folder. The run's own evaluation is taken over where it is finished. A baseline's lies
+    in compare/ of the run's folder, and beside it comparison.json, comparison.md and the page comparison.html. The
+    column "run's draft ahead by" is the difference of the accepted lengths on the same prompts, with a 95% interval.
     """
     from rich.console import Console
 
     from deepspec_core.config.load import load_run_file
     from deepspec_core.pipeline.comparing import compare_with
+    from deepspec_core.pipeline.run_of_folder import run_file_of
     from deepspec_core.plugins.discovery import load_plugins
     from deepspec_core.untrained.named import listed
 
     show_messages()
     plugins = load_plugins(blocked=blocked)
-    file = load_run_file(path, overrides=overrides, plugins=plugins)
+    path = Path(place)
+    if path.is_dir():
+        file, path = run_file_of(path, overrides=overrides, plugins=plugins)
+    else:
+        file = load_run_file(path, overrides=overrides, plugins=plugins)
     drafts = [name for text in names for name in listed(text, plugins.registry)]
     found = compare_with(
         file,
-        Path(path),
+        path,
         list(dict.fromkeys(drafts)),
         plugins=plugins,
         say=click.echo,
         beside=[Path(folder) for folder in dict.fromkeys(beside)],
+        force=[] if force is None else [force],
     )
     console = Console(width=None if Console().is_terminal else 160)
     console.print(found.terminal_table())

@@ -9,12 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from attrs import evolve
 
 from deepspec_core.cli.asked_tasks import tasks_meant
+from deepspec_core.cli.evaluate_values import check_values
 from deepspec_core.cli.messages import show_messages
 from deepspec_core.cli.options import no_plugin, sampling
 from deepspec_core.config.load import RunFile
@@ -79,7 +80,9 @@ DEFAULTS = EvaluateOptions()
     show_default=True,
     help="User turns that are asked; the model's own answers stand between.",
 )
-@click.option("--limit", type=click.IntRange(min=1), help="Prompts of each task at most.")
+@click.option(
+    "--limit", type=click.IntRange(min=1), help="Prompts of each task at most. Default: its own quota, or all."
+)
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=DEFAULTS.max_new_tokens, show_default=True)
 @click.option(
     "--batch-size",
@@ -183,24 +186,28 @@ def evaluate(
     if out is not None and (problem := no_path("--out", out)) is not None:
         raise problem
     plugins = load_plugins(blocked=blocked)
-    untrained = untrained_of(draft, base=Path(), registry=plugins.registry)
+    said: dict[str, Any] = {
+        "turns": turns,
+        "temperature": temperatures,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "stop": stop,
+        "samples": samples,
+        "max_new_tokens": max_new_tokens,
+        "batch_size": batch_sizes[0] if len(batch_sizes) == 1 else batch_sizes,
+        "limit": limit,
+        "confidence_threshold": confidence_threshold,
+    }
+    check_values(said, plugins.registry)
+    untrained = untrained_of(draft, base=Path(), registry=plugins.registry, where="--draft")
     name = re.sub(r"[^\w.-]", "_", Path(draft).resolve().name if untrained is None else draft)
     scheduler = None if cost_table is None else SchedulerOptions(cost_table=cost_table, asynchronous=asynchronous)
     run_options = RunOptions(name=name, output=out or f"evaluation-{name}", stages=("evaluate",))
     evaluated = EvaluateOptions(
+        **said,
         tasks=tasks_meant(tasks, plugins.registry.names("task")),
-        turns=turns,
-        temperature=temperatures,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        stop=stop,
-        samples=samples,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_sizes[0] if len(batch_sizes) == 1 else batch_sizes,
-        limit=limit,
-        confidence_threshold=confidence_threshold,
         draft=draft if untrained is None else None,
         calibration=calibration,
         scheduler=scheduler,

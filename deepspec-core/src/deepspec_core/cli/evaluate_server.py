@@ -13,11 +13,11 @@ from attrs import evolve
 from click.core import ParameterSource
 
 from deepspec_core.cli.asked_tasks import tasks_meant
+from deepspec_core.cli.evaluate_values import check_values
 from deepspec_core.cli.messages import show_messages
 from deepspec_core.cli.run_folder import run_folder
 from deepspec_core.config.load import RunFile, load_run_file
 from deepspec_core.config.paths import no_path
-from deepspec_core.config.run_file_place import run_file_folder
 from deepspec_core.config.schema import (
     DataOptions,
     DraftOptions,
@@ -113,26 +113,22 @@ def _evaluated(options: EvaluateOptions, said: dict[str, Any], plugins: Plugins,
     changed: dict[str, Any] = {name: said[name] for name in _ASKED if name in said}
     if sizes:
         changed["batch_size"] = sizes[0] if len(sizes) == 1 else sizes
+    changed["temperature"] = said.get("temperatures", _GREEDY)
+    check_values(changed, plugins.registry)
     tasks = said.get("tasks") or options.tasks
-    return evolve(
-        options,
-        tasks=tasks_meant(tasks, plugins.registry.names("task"), has_data=has_data),
-        temperature=said.get("temperatures", _GREEDY),
-        **changed,
-    )
+    return evolve(options, tasks=tasks_meant(tasks, plugins.registry.names("task"), has_data=has_data), **changed)
 
 
 def _of_run(place: Path, folder: Path, said: dict[str, Any], plugins: Plugins) -> Run:
     from deepspec_core.pipeline.run import Run
+    from deepspec_core.pipeline.run_of_folder import run_file_of
 
-    path = place if place.suffix == ".toml" else folder / "config.toml"
-    file = load_run_file(path, plugins=plugins)
-    file = evolve(file, evaluate=_evaluated(file.evaluate, said, plugins, has_data=True))
     if place.suffix == ".toml":
-        return Run(file=file, path=path, plugins=plugins)
-    base = run_file_folder(folder, file.run.output) or folder
-    here = evolve(file, run=evolve(file.run, output=str(folder.resolve())))
-    return Run(file=here, path=base / "config.toml", plugins=plugins)
+        file, path = load_run_file(place, plugins=plugins), place
+    else:
+        file, path = run_file_of(folder, plugins=plugins)
+    file = evolve(file, evaluate=_evaluated(file.evaluate, said, plugins, has_data=True))
+    return Run(file=file, path=path, plugins=plugins)
 
 
 def _of_target(said: dict[str, Any], plugins: Plugins) -> Run:

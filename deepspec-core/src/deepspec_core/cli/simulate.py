@@ -74,12 +74,20 @@ def simulate(
     from deepspec_core.disk import full_disk_is_an_error, why_not_writable
     from deepspec_core.errors import ConfigError
     from deepspec_core.evaluation.sealed_json import write_json
+    from deepspec_core.pipeline.simulating import is_simulation
     from deepspec_core.pipeline.simulating import simulate as replay
 
     folder = run_folder(run, blocked)
     place = folder / RESULT if out is None else Path(out)
     if (problem := why_not_writable(place.parent)) is not None:
         raise ConfigError("the result cannot be written there", where=place, found=problem)
+    if place.exists() and not is_simulation(place):
+        raise ConfigError(
+            "there is another file already",
+            where=place,
+            expected="a file that does not exist, or the result of an earlier simulation, which is replaced",
+            fix="Choose another with --out.",
+        )
     found = replay(
         folder,
         Path(profile),

@@ -87,7 +87,7 @@ def write_cost_table(path: Path, steps: Sequence[Step], about: Mapping[str, Any]
     rows = [{**asdict(step), "steps_per_second": 1 / step.seconds} for step in steps]
     write_sealed(path, {**about, "steps": rows}, form=FORM, version=VERSION)
     by_tokens = sorted({step.tokens for step in steps})
-    served = path.with_name(f"{path.stem}.sglang.json")
+    served = served_place(path)
     write_json(
         served,
         {
@@ -100,6 +100,11 @@ def write_cost_table(path: Path, steps: Sequence[Step], about: Mapping[str, Any]
         },
     )
     return served
+
+
+def served_place(path: Path) -> Path:
+    """Where the form that SGLang reads lies, beside the table at `path`."""
+    return path.with_name(f"{path.stem}.sglang.json")
 
 
 def read_cost_table(path: Path, *, target: Mapping[str, Any]) -> CostTable:

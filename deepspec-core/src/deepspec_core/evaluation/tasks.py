@@ -5,6 +5,7 @@ Knows where prompts come from and how a limit cuts them. Does not know how they 
 
 from __future__ import annotations
 
+import logging
 import random
 import re
 from collections import Counter
@@ -26,6 +27,7 @@ from deepspec_core.plugins.references import resolve
 from deepspec_core.plugins.registry import Registry
 from deepspec_core.plugins.specs import TaskSpec
 
+log = logging.getLogger("deepspec")
 HELD_OUT_QUOTA = 500
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*")
 _OF_A_PROMPT = re.compile(r" \((sample|turn) \d+\)$")
@@ -58,23 +60,27 @@ def load_task(
     registry: Registry,
     held_out: Callable[[], Iterable[Mapping[str, Any]]],
 ) -> list[Prompt]:
-    """The prompts of a task, at most `limit`.
+    """The prompts of a task, at most `limit`, or the quota of a registered task where that is None.
 
     `task` is "held-out", a registered task, or a file (relative to `base`) whose rows are those of sources
     (data/row_files.py, data/conversations.py). NAME:FILE is a registered task, from a file of conversations or of the
-    rows of the task's own data. If a task has more rows than its limit, random.Random(seed) shuffles
-    them before they are cut. DataError if the file is missing, a row is malformed, or a row says what no conversation
-    here can hold.
+    rows of the task's own data. If a task has more rows than its limit or quota, random.Random(seed)
+    shuffles them before they are cut. DataError if the file is missing, a row is malformed, or a row says what no
+    conversation here can hold.
     """
     file = task_file(task)
+    quota = quota_of(task, registry) if limit is None and task != HELD_OUT else None
+    most = quota if limit is None else limit
     if file is not None:
         prompts = _read_file(base / file, base, task_name(task), _mapped(task, registry))
     else:
-        rows = held_out() if task == HELD_OUT else _registered(task, limit, seed, registry)
+        rows = held_out() if task == HELD_OUT else _registered(task, most, seed, registry)
         prompts = [_prompt(row, index, task, f"{task}:{index + 1}") for index, row in enumerate(rows)]
-    if limit is not None and len(prompts) > limit:
+    if most is not None and len(prompts) > most:
+        if quota is not None:
+            log.info("%s: %d of %d rows, the task's own quota. A limit asks another number.", task, most, len(prompts))
         random.Random(seed).shuffle(prompts)
-        prompts = prompts[:limit]
+        prompts = prompts[:most]
     if not prompts:
         raise DataError(
             "A task has no prompts", where=task, fix="Give it at least one prompt, or leave it out of evaluate.tasks."
@@ -88,6 +94,18 @@ def load_task(
             fix="Give every row an `id` of its own, or none: rows without one are numbered.",
         )
     return [evolve(prompt, index=index) for index, prompt in enumerate(prompts)]
+
+
+def quota_of(task: str, registry: Registry) -> int | None:
+    """How many prompts of a task are asked where no limit is given; None: all."""
+    if task == HELD_OUT:
+        return HELD_OUT_QUOTA
+    name, _ = _parts(task)
+    if name is None or name not in registry.names("task"):
+        return None
+    spec = registry.get("task", name)
+    assert isinstance(spec, TaskSpec)
+    return spec.quota
 
 
 def task_file(task: str) -> str | None:
@@ -187,14 +205,22 @@ def _prompt(row: Any, index: int, name: str, where: str) -> Prompt:
             found=", ".join(roles),
             expected="a user message, after system messages at most",
         )
-    if not conversation.messages[asked]["content"].strip():
-        raise DataError("A task's question is empty", where=where, expected="a user message with text")
+    later = _later(conversation.messages[asked + 1 :])
+    questions = (conversation.messages[asked], *(turn[-1] for turn in later))
+    for number, question in enumerate(questions, 1):
+        if not question["content"].strip():
+            raise DataError(
+                "A task's question is empty",
+                where=where,
+                found=f"user turn {number} of {len(questions)}",
+                expected="a user message with text",
+            )
     prompt = Prompt(
         id=_plain(identity_of(row, where) or f"{name}-{index}"),
         index=index,
         messages=conversation.messages[: asked + 1],
         tools=conversation.tools,
-        later=_later(conversation.messages[asked + 1 :]),
+        later=later,
         where=where,
     )
     found = not_unicode(prompt.id, (*prompt.messages, *chain(*prompt.later)), prompt.tools)

@@ -1,4 +1,4 @@
-"""`deepspec compare`: a run's draft beside baselines, which are drafts that are not trained, on the run's own prompts.
+"""`deepspec compare`: a run's draft beside baselines, on the run's own prompts: drafts that are not trained, and trees.
 
 Every baseline is evaluated as a run of its own, in a folder below the run's, so it resumes and is skipped like one.
 Knows runs and their evaluations. How figures are put side by side is in evaluation/.
@@ -17,7 +17,8 @@ from attrs import evolve, frozen
 from rich.table import Table
 
 from deepspec_core.config.load import RunFile
-from deepspec_core.config.schema import DraftOptions
+from deepspec_core.config.schema import MOST_NODES, TreeOptions
+from deepspec_core.config.trees import require_trees
 from deepspec_core.decoding.engine import Completion
 from deepspec_core.errors import ConfigError, DataError, StageError
 from deepspec_core.evaluation import comparison, report
@@ -32,10 +33,11 @@ from deepspec_core.pipeline.run import Run
 from deepspec_core.pipeline.running import run_stages
 from deepspec_core.plugins.discovery import Plugins
 from deepspec_core.reporting.page import shown, write_page
-from deepspec_core.untrained.named import untrained_of
+from deepspec_core.untrained.named import no_such_draft, untrained_of
 
 log = logging.getLogger("deepspec")
 FOLDER = "compare"
+TREE = "tree"
 PAGE = "comparison.html"
 AHEAD = "run's draft ahead by"
 _AFTER = comparison.HEADINGS.index("accepted length") + 1
@@ -95,9 +97,11 @@ def compare_with(
     plugins: Plugins,
     say: Callable[[str], None],
     beside: Sequence[Path] = (),
+    force: Sequence[str] = (),
 ) -> Compared:
     """Evaluate the run's draft and the named baselines, as far as that is not done, and write the table and its page.
 
+    `tree:N` among the names is the run's own draft, proposing trees of N tokens. `force` discards evaluations first.
     `beside` are folders of evaluations that are there already, such as a server's. Where the rounds of one are missing
     or damaged, its rows have no difference, and that is said before the first evaluation. ConfigError for a name that
     is no draft without training. DeepSpecError where an evaluation fails, and where there is none in `beside`.
@@ -106,17 +110,17 @@ def compare_with(
     others = {str(folder): folder for folder in beside}
     _refuse_shared_names(file.run.name, [*names, *others])
     finished = {label: _finished(folder) for label, folder in others.items()}
-    drafts = {name: _draft(name, own) for name in names}
+    baselines = {name: _baseline(file, name, own) for name in names}
     rounds = {label: _rounds(label, others[label], found) for label, found in finished.items()}
     for _, remarks in rounds.values():
         for remark in remarks:
             say(remark)
     runs = {file.run.name: own}
-    for name, draft in drafts.items():
-        runs[name] = Run(file=_baseline(file, name, draft), path=path, plugins=plugins)
+    for name, baseline in baselines.items():
+        runs[name] = Run(file=baseline, path=path, plugins=plugins)
     for name, run in runs.items():
         say(f"{name}:")
-        run_stages(run, only=["evaluate"], say=say)
+        run_stages(run, only=["evaluate"], force=force, say=say)
     made = {name: read_metrics(run.folder / METRICS) for name, run in runs.items()}
     rounds |= {name: _rounds(name, runs[name].folder, found) for name, found in made.items()}
     reports = made | finished
@@ -182,31 +186,50 @@ def _slug(name: str) -> str:
     return re.sub(r"[^\w.-]", "_", name)
 
 
-def _draft(name: str, run: Run) -> DraftOptions:
-    found = untrained_of(name, base=run.base, registry=run.plugins.registry)
-    if found is None:
-        registry = run.plugins.registry
-        known = sorted(set(registry.names("draft")) - set(registry.trained_drafts()))
-        raise ConfigError(
-            "no draft that needs no training has this name",
-            where="--with",
-            found=name,
-            expected=f"{' or '.join(known)}, with options as in TYPE:key=value",
-            fix="Compare evaluations of checkpoints with `deepspec report`.",
-        )
-    return found
-
-
-def _baseline(file: RunFile, name: str, draft: DraftOptions) -> RunFile:
+def _baseline(file: RunFile, name: str, own: Run) -> RunFile:
+    """The run file of what `name` says. ConfigError where it is no draft without training, and no tree."""
     slug = _slug(name)
-    return evolve(
+    baseline = evolve(
         file,
         run=evolve(file.run, name=slug, output=f"{file.run.output}/{FOLDER}/{slug}", stages=("evaluate",)),
+        # What concerns the chains of the run's own draft. What cuts by its confidence is a difference that is told.
+        evaluate=evolve(file.evaluate, calibration=None, confidence_threshold=0.0, scheduler=None),
+    )
+    registry = own.plugins.registry
+    if (nodes := _nodes(name)) is not None:
+        trained = registry.get("draft", file.draft.type).trained
+        checkpoint = file.evaluate.draft or (f"{file.run.output}/draft" if trained else None)
+        if file.evaluate.draft is None:  # a checkpoint says itself of which type it is
+            require_trees(file.draft.type, registry, where=f"--with {name}")
+        return evolve(
+            baseline,
+            draft=evolve(file.draft, init=None, tree=TreeOptions(nodes=nodes)),
+            evaluate=evolve(baseline.evaluate, draft=checkpoint),
+        )
+    draft = untrained_of(name, base=own.base, registry=registry, where="--with")
+    if draft is None:
+        raise no_such_draft(name, where="--with", registry=registry)
+    return evolve(
+        baseline,
         target=evolve(file.target, layers=()),
         draft=draft,
-        # What concerns the run's own draft. What cuts by its confidence remains a difference that is told.
-        evaluate=evolve(file.evaluate, draft=None, calibration=None, confidence_threshold=0.0, scheduler=None),
+        evaluate=evolve(baseline.evaluate, draft=None),
     )
+
+
+def _nodes(name: str) -> int | None:
+    """How many tokens the trees have, where the name says trees."""
+    kind, colon, number = name.partition(":")
+    if kind != TREE:
+        return None
+    if not colon or not re.fullmatch(r"[0-9]{1,9}", number) or not 1 <= int(number) <= MOST_NODES:
+        raise ConfigError(
+            "a tree has a number of tokens",
+            where="--with",
+            found=name,
+            expected=f"{TREE}:N, N from 1 to {MOST_NODES}, as in {TREE}:16",
+        )
+    return int(number)
 
 
 def _key(result: Mapping[str, Any]) -> _Key:

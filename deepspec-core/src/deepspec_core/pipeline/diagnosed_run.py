@@ -13,7 +13,6 @@ from attrs import evolve
 from deepspec_core.checkpoints.opening import resolve_draft
 from deepspec_core.checkpoints.published import read_draft_config, read_options
 from deepspec_core.config.load import RunFile, load_run_file
-from deepspec_core.config.run_file_place import run_file_folder
 from deepspec_core.config.schema import (
     DataOptions,
     DraftOptions,
@@ -22,41 +21,22 @@ from deepspec_core.config.schema import (
     RunOptions,
     TargetOptions,
 )
-from deepspec_core.errors import CheckpointError, StageError
+from deepspec_core.errors import CheckpointError
 from deepspec_core.layers.options import LayerOptions
 from deepspec_core.pipeline.run import Run
+from deepspec_core.pipeline.run_of_folder import run_file_of
 from deepspec_core.plugins.discovery import Plugins
-
-_SAVED = "config.toml"
 
 
 def run_of(place: Path, *, overrides: Sequence[str], tasks: Sequence[str], plugins: Plugins) -> Run:
-    """The run of a run file, or of a run's folder. StageError where a folder does not say where its run file lay."""
-    path = _file_of(place, plugins) if place.is_dir() else place
-    file = load_run_file(place / _SAVED if place.is_dir() else place, overrides=tuple(overrides), plugins=plugins)
+    """The run of a run file, or of a run's folder. StageError where a folder does not say what its paths start at."""
+    if place.is_dir():
+        file, path = run_file_of(place, overrides=overrides, plugins=plugins)
+    else:
+        file, path = load_run_file(place, overrides=tuple(overrides), plugins=plugins), place
     if tasks:
         file = evolve(file, evaluate=evolve(file.evaluate, tasks=tuple(tasks)))
     return Run(file=file, path=path, plugins=plugins)
-
-
-def _file_of(folder: Path, plugins: Plugins) -> Path:
-    """Where the run file of a folder's saved one lay, as far as relative paths go."""
-    saved = folder / _SAVED
-    if not saved.is_file():
-        raise StageError(
-            "No run there",
-            where=folder,
-            expected=f"a run file, or a run's folder with {_SAVED}; with --target, a checkpoint",
-        )
-    output = load_run_file(saved, plugins=plugins).run.output
-    if (base := run_file_folder(folder, output)) is None:
-        raise StageError(
-            "The folder does not say where its run file lay, and paths start there",
-            where=saved,
-            found=f"run.output = {output}",
-            fix="Name the run file in place of the folder.",
-        )
-    return base / _SAVED
 
 
 def run_of_checkpoint(draft: str, *, target: str, tasks: Sequence[str], plugins: Plugins) -> Run:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from deepspec_core.disk import in_words
+from deepspec_core.evaluation.tasks import quota_of
 from deepspec_core.pipeline.run import Run
 from deepspec_core.pipeline.stages import Step
 
@@ -47,7 +48,8 @@ def _size(run: Run, stage: str) -> str:
             steps = min(whole, steps or whole)
         bound = f"at most {steps:,} steps" if steps is not None else f"{file.train.epochs} epochs"
         return f"{bound} of {file.train.global_batch_size} sequences, {file.features.mode} features"
-    prompts = f"at most {file.evaluate.limit}" if file.evaluate.limit is not None else "all"
-    return f"{prompts} prompts of {', '.join(file.evaluate.tasks)} at temperature " + ", ".join(
+    most = {task: file.evaluate.limit or quota_of(task, run.plugins.registry) for task in file.evaluate.tasks}
+    tasks = (f"{task} ({'all' if count is None else f'at most {count:,}'})" for task, count in most.items())
+    return f"prompts of {', '.join(tasks)} at temperature " + ", ".join(
         f"{temperature:g}" for temperature in file.evaluate.temperature
     )

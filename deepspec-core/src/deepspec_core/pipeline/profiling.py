@@ -15,7 +15,7 @@ from deepspec_core.decoding.profiling import Step, measure_steps
 from deepspec_core.disk import full_disk_is_an_error, why_not_writable
 from deepspec_core.dtypes import dtype_name, torch_dtype
 from deepspec_core.errors import ConfigError
-from deepspec_core.evaluation.cost_table import write_cost_table
+from deepspec_core.evaluation.cost_table import served_place, write_cost_table
 from deepspec_core.pipeline import threads, workers
 from deepspec_core.pipeline.machine import machine_of
 from deepspec_core.plugins.registry import Registry
@@ -48,12 +48,13 @@ def profile(
     registry: Registry,
     versions: Mapping[str, str],
 ) -> tuple[list[Step], Sequence[Path]]:
-    """Measure a target and write the table to `out`, which must not exist. Returns the steps and what was written.
+    """Measure a target and write the table to `out`. Returns the steps and what was written, none of which may exist.
 
     ConfigError for shapes that the target has no positions for and for a place that is taken.
     """
-    if out.exists():
-        raise ConfigError("there is a file already", where=out, fix="Choose another with --out, or remove it.")
+    for place in (out, served_place(out)):
+        if place.exists():
+            raise ConfigError("there is a file already", where=place, fix="Choose another with --out, or remove it.")
     if (problem := why_not_writable(out.parent)) is not None:
         raise ConfigError("the cost table cannot be written there", where=out, found=problem)
     repeated = [size for size in shapes.batch_sizes if shapes.batch_sizes.count(size) > 1]

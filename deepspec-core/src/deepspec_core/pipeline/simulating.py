@@ -5,6 +5,7 @@ Knows a run's folder, cost tables and calibrations by their files. The replay is
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,15 @@ class Simulation:
             "confidences": self.confidences,
             "results": [asdict(outcome) for outcome in self.outcomes],
         }
+
+
+def is_simulation(path: Path) -> bool:
+    """Whether a file is the result of a simulation, which has these keys."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and {"cost_table", "rounds", "confidences", "results"} <= found.keys()
 
 
 def simulate(

@@ -163,10 +163,11 @@ class Registry:
 
     def trained_drafts(self) -> list[str]:
         """The draft types that are trained, sorted, without those that two plugins offer."""
-        clear = [
-            offers[0].spec for (kind, _, _), offers in self._offers.items() if kind == "draft" and len(offers) == 1
-        ]
-        return sorted(spec.name for spec in clear if isinstance(spec, DraftModelSpec) and spec.trained)
+        return sorted(spec.name for spec in self._clear_drafts() if spec.trained)
+
+    def untrained_drafts(self) -> list[DraftModelSpec]:
+        """The draft types that are not trained, by name, without those that two plugins offer."""
+        return sorted((spec for spec in self._clear_drafts() if not spec.trained), key=lambda spec: spec.name)
 
     def algorithms(self, kind: Literal["exporter"], name: str) -> list[str]:
         """The draft types for which an exporter of that name exists, sorted."""
@@ -296,6 +297,12 @@ class Registry:
             for model_type, offers in self._model_types.items()
             if len(offers) > 1
         ]
+
+    def _clear_drafts(self) -> list[DraftModelSpec]:
+        clear = [
+            offers[0].spec for (kind, _, _), offers in self._offers.items() if kind == "draft" and len(offers) == 1
+        ]
+        return [spec for spec in clear if isinstance(spec, DraftModelSpec)]
 
     def _drafts(self) -> list[Offer]:
         return [offer for (kind, _, _), offers in self._offers.items() if kind == "draft" for offer in offers]

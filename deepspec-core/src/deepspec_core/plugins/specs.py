@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from attrs import Attribute, field, frozen, has
-from attrs.validators import deep_iterable, deep_mapping, instance_of, is_callable, matches_re, optional
+from attrs.validators import and_, deep_iterable, deep_mapping, ge, instance_of, is_callable, matches_re, optional
 
 _REFERENCE = matches_re(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 _TABLE = deep_mapping(instance_of(str), instance_of(object))
@@ -74,6 +74,7 @@ class DraftModelSpec(ComponentSpec):
     trained: False for drafts that are ready as they are, such as one that copies from the prompt. `build(options,
         surroundings)` then returns a contracts.untrained.UntrainedDraft, and the fields below stay empty, because there
         is no checkpoint.
+    also_called: Other names by which commands take a draft that is not trained.
     class_suffix: The end of published class names; the adapter's prefix is their beginning.
     recognise: Called with the config.json of a checkpoint, as a mapping. Says whether it is one of this algorithm.
     options_of: Names a function that reads such a config.json back and returns (options, taps). Required of drafts
@@ -93,6 +94,7 @@ class DraftModelSpec(ComponentSpec):
     """
 
     trained: bool = field(default=True, validator=instance_of(bool))
+    also_called: tuple[str, ...] = field(default=(), validator=deep_iterable(_NAME, instance_of(tuple)))
     class_suffix: str = field(default="", validator=instance_of(str))
     recognise: Callable[[Mapping[str, Any]], bool] = field(default=_nothing, validator=is_callable())
     options_of: str = field(default="", validator=_of_a_checkpoint)
@@ -141,9 +143,11 @@ class TaskSpec(ComponentSpec):
 
     from_row: Names a function that makes such a mapping of one row of the task's own data. With it the task can be
         asked from a file of such rows: `tasks = ["NAME:FILE"]`.
+    quota: How many rows are asked where a run gives no limit, drawn by its seed where there are more. None: all.
     """
 
     from_row: str | None = field(default=None, validator=optional(_REFERENCE))
+    quota: int | None = field(default=None, validator=optional(and_(instance_of(int), ge(1))))
 
 
 @frozen(kw_only=True)
