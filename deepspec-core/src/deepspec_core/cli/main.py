@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
@@ -133,7 +133,7 @@ def _plugin_commands(ctx: click.Context) -> dict[str, tuple[str, click.Command]]
         except (Exception, SystemExit) as error:
             click.echo(f"Warning: commands of plugin {implementation.plugin_name}: {blame(error)}", err=True)
             continue
-        added: dict[str, Any] = group.commands  # nobody checked what a plugin put there
+        added: Mapping[str, Any] = group.commands  # nobody checked what a plugin put there
         for name, command in added.items():
             owner = "deepspec-core" if name in COMMANDS else commands.get(name, ("",))[0]
             wrong = f"is a command of {owner}" if owner else None
