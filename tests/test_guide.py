@@ -4,8 +4,11 @@ import ast
 import importlib
 import importlib.resources
 import re
+import shlex
 import subprocess
+import sys
 import textwrap
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -171,6 +174,8 @@ def test_every_contract_is_in_the_reference() -> None:
 
 def edited(folder: Path) -> Path:
     """`deepspec new draft mydraft`, with the edit that the page shows."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "deepspec_mydraft"]:
+        del sys.modules[name]  # another test's
     assert main(["new", "draft", "mydraft", "-o", str(folder)]) == 0
     package = folder / "deepspec-mydraft"
     (diff,) = blocks(FIRST, "diff")
@@ -192,10 +197,39 @@ def test_the_first_plugin_is_a_draft(only: Any, tmp_path: Path, monkeypatch: pyt
     assert broken_by(Edited, only) == {}
 
 
+def test_the_runs_of_the_first_plugin_can_follow_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder of results has one set of data, and DFlash's run differs from the draft's where it says so."""
+    install_project(edited(tmp_path), tmp_path / "site", monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    commands = "\n".join(blocks(FIRST.partition("## Train it")[2].partition("## Export it")[0], "sh"))
+    shown: dict[str, Any] = {}
+    for line in filter(None, commands.replace("\\\n", " ").splitlines()):
+        words = shlex.split(line)
+        if words[:2] == ["deepspec", "run"]:
+            capsys.readouterr()
+            assert main(["config", "show", *words[2:]]) == 0
+            config = tomllib.loads(capsys.readouterr().out)
+            output = config["run"]["output"]
+            assert shown.setdefault(output, config)["data"] == config["data"], f"other data under {output}: {line}"
+        elif words[0] in ("cp", "sed"):
+            # What is copied from a run stands for its stages: they are made here, empty.
+            for word in words:
+                if word.startswith("runs/mydraft/"):
+                    Path(word).mkdir(parents=True)
+            subprocess.run(line, shell=True, check=True)
+        elif words[0] == "mkdir":
+            subprocess.run(words, check=True)
+    assert {path.name for path in Path("runs/dflash").iterdir()} == {"regenerate", "cache"}
+    (mydraft,) = [config for config in shown.values() if Path(config["run"]["output"]).name == "mydraft"]
+    (dflash,) = [config for config in shown.values() if config["draft"]["type"] == "dflash"]
+    for section in ("target", "data", "regenerate", "features", "cache", "train", "evaluate"):
+        assert mydraft[section] == dflash[section], section
+
+
 def test_templates_are_files_of_the_package() -> None:
     """A wheel has every file under the package's folder, unless a rule leaves it out."""
-    import tomllib
-
     from deepspec_core.scaffold.writing import KINDS as NEW
 
     build = tomllib.loads((ROOT / "deepspec-core" / "pyproject.toml").read_text())["tool"]["hatch"]["build"]

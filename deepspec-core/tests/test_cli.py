@@ -221,6 +221,50 @@ def test_plugins_add_commands_but_take_none(distributions: Any, capsys: pytest.C
     assert "Show or check a run file" in shown
 
 
+UNRULY = """
+    import click
+    print("loading")
+
+    @hookimpl
+    def deepspec_commands(cli):
+        print("adding")
+        cli.commands["five"] = 5
+
+        @cli.command()
+        @click.option("--exit", "code", type=int)
+        def fall(code):
+            if code:
+                raise SystemExit(code)
+            raise ValueError("boom")
+"""
+
+
+def test_an_unruly_plugin_breaks_no_command(distributions: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    module = distributions.add("fake-unruly", UNRULY)
+    distributions.add("fake-ending", "@hookimpl\ndef deepspec_commands(cli):\n    raise SystemExit(7)\n")
+    assert main(["--help"]) == 0
+    seen = capsys.readouterr()
+    assert "fake-unruly/fake-unruly: 'five' is no click.Command, but a int" in seen.err
+    assert "fake-ending/fake-ending: SystemExit: 7" in seen.err
+    assert "adding" in seen.err
+    assert "adding" not in seen.out
+    assert main(["fall"]) == 2
+    told = capsys.readouterr().err
+    assert "command 'fall' of plugin fake-unruly/fake-unruly failed" in told
+    assert "ValueError: boom" in told
+    assert f"{module}.py" in told
+    with pytest.raises(SystemExit, match="9"):
+        main(["fall", "--exit", "9"])
+
+
+def test_what_a_plugin_prints_is_no_part_of_the_list(distributions: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    distributions.add("fake-unruly", UNRULY)
+    assert main(["plugins", "--json"]) == 0
+    seen = capsys.readouterr()
+    assert "fake-unruly" in [one["package"] for one in json.loads(seen.out)]
+    assert "loading" in seen.err
+
+
 def test_core_commands_do_not_ask_plugins_for_theirs(distributions: Any, capsys: pytest.CaptureFixture[str]) -> None:
     distributions.add("fake-clumsy", "@hookimpl\ndef deepspec_commands(cli):\n    raise KeyError('oops')\n")
     assert main(["config", "--help"]) == 0

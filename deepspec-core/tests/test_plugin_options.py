@@ -160,22 +160,27 @@ def test_options_of_every_supported_type_are_strict(load: Loader, toy: Any) -> N
     assert load.problems(weighting("low = 5, high = 2"))["loss.weighting"].found == "high must be above low"
 
 
-def test_options_whose_types_cannot_be_resolved_are_the_plugin_s_fault(load: Loader, toy: Any) -> None:
-    toy.add(
-        "fake-lost",
+def test_a_check_that_fails_is_told_with_its_place(load: Loader, toy: Any) -> None:
+    module = toy.add(
+        "fake-checked",
         """
-        from attrs import frozen
+        from attrs import field, frozen
 
         @frozen(kw_only=True)
-        class LostOptions:
-            size: Missing = 1
+        class CheckedOptions:
+            size: int = field(default=1)
+
+            @size.validator
+            def _(self, attribute, value):
+                {}[value]
 
         @hookimpl
         def deepspec_weightings():
-            return [ComponentSpec(name="lost", summary="", build="a:b", options=LostOptions)]
+            return [ComponentSpec(name="checked", summary="", build="a:b", options=CheckedOptions)]
         """,
     )
     load.plugins = load_plugins()
-    problem = load.problems(GOOD, "loss.weighting={type='lost', size=3}")["loss.weighting.type"]
-    assert problem.problem == "the options of 'lost' cannot be read"
-    assert "'Missing' is not defined" in str(problem.found)
+    problem = load.problems(GOOD, "loss.weighting={type='checked', size=3}")["loss.weighting.size"]
+    assert problem.problem == "a check of this key failed"
+    assert "KeyError: 3" in str(problem.found)
+    assert f"{module}.py" in str(problem.found)

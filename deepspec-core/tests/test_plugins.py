@@ -29,6 +29,23 @@ LOSS = """
 """
 
 
+LOST = """
+    from attrs import frozen
+
+    @frozen
+    class Inner:
+        depth: Absent = 0
+
+    @frozen
+    class Options:
+        size: {type} = ()
+
+    @hookimpl
+    def deepspec_losses():
+        return [ComponentSpec(name="a", summary="", build="a:b", options=Options)]
+"""
+
+
 def record(plugins: Plugins, package: str) -> PluginRecord:
     (found,) = [record for record in plugins.records if record.package == package]
     return found
@@ -95,6 +112,12 @@ def test_a_plugin_that_raises_on_import_is_broken_with_type_message_and_line(dis
             "deepspec_losses cannot be a wrapper",
         ),
         ("@hookimpl\ndef deepspec_addhooks(manager):\n    raise OSError('full')\n", "OSError: full"),
+        ("@hookimpl\ndef deepspec_addhooks(manager):\n    raise SystemExit(5)\n", "SystemExit: 5"),
+        ("@hookimpl\ndef deepspec_losses():\n    raise SystemExit(4)\n", "deepspec_losses() failed: SystemExit: 4"),
+        (LOSS.replace("a loss", "two\\nlines").format(name="a"), "'summary' must be text of one line: 'two\\nlines'"),
+        (LOSS.replace("a loss", "\\x1b[31mred").format(name="a"), "'summary' must be text of one line"),
+        (LOST.format(type="Missing"), "the types of the options of 'a' cannot be resolved: NameError: name 'Missing'"),
+        (LOST.format(type="tuple[Inner, ...]"), "cannot be resolved: NameError: name 'Absent'"),
     ],
 )
 def test_every_way_of_being_broken_is_told_and_stops_nobody(distributions: Any, source: str, reason: str) -> None:
@@ -134,13 +157,25 @@ def test_a_plugin_made_for_another_core_is_not_imported(distributions: Any, requ
             plugins.registry.get("loss", "old")
 
 
-def test_a_plugin_for_earlier_contracts_is_told_what_changed(distributions: Any) -> None:
-    distributions.add("fake-early", LOSS.format(name="early"), requires=["deepspec-core>=0.1,<0.2"])
-    distributions.add("fake-late", LOSS.format(name="late"), requires=["deepspec-core>=99,<100"])
-    plugins = load_plugins()
-    early, late = (str(record(plugins, name).reason) for name in ("fake-early", "fake-late"))
-    assert "since then: readers of caches have tokens_of(index); FamilyAdapter" in early
-    assert "since then" not in late
+@pytest.mark.parametrize(
+    ("requirement", "told"),
+    [
+        (">=0.1,<0.2", True),
+        ("<0.2", True),
+        ("~=0.1.3", True),
+        (">=0.1.1,<0.2", True),
+        ("==0.1.5", True),
+        ("==0.1.*", True),
+        (">0.1.2,<0.2", True),
+        (">=0.1.0a1,<0.2.0a0", True),
+        (">=99,<100", False),
+        ("==0.2.7", False),
+    ],
+)
+def test_a_plugin_for_earlier_contracts_is_told_what_changed(distributions: Any, requirement: str, told: bool) -> None:
+    distributions.add("fake-early", LOSS.format(name="early"), requires=[f"deepspec-core{requirement}"])
+    reason = str(record(load_plugins(), "fake-early").reason)
+    assert ("since then: readers of caches have tokens_of(index); FamilyAdapter" in reason) == told
 
 
 def test_the_changelog_has_every_change_of_the_contracts() -> None:

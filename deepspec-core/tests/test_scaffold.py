@@ -1,7 +1,9 @@
 """`deepspec new` writes packages that keep their contracts as they are written, and nothing where a name is wrong."""
 
+import ast
 import importlib
 import inspect
+import os
 import re
 import subprocess
 import sys
@@ -14,6 +16,8 @@ import pytest
 from plugin_on_path import install_project
 
 from deepspec_core.cli.main import main
+from deepspec_core.plugins.discovery import load_plugins
+from deepspec_core.scaffold import writing
 from deepspec_core.scaffold.writing import KINDS
 from deepspec_core.testing.conformance import Suite, broken_by, clauses
 from deepspec_core.testing.public_imports import check_public_imports
@@ -123,6 +127,76 @@ def test_a_folder_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main(["new", "task", "mine", "-o", str(tmp_path / "nowhere")]) == 2
     assert "no such folder" in capsys.readouterr().err
     assert main(["new", "task", "mine", "-o", str(tmp_path), "--for", "x"]) == 2
+
+
+def test_new_packages_are_sorted_and_formatted(tmp_path: Path) -> None:
+    for kind in KINDS:
+        package = written(kind, tmp_path, f"a-{kind}")
+        for command in (["check"], ["format", "--check"]):
+            subprocess.run([sys.executable, "-m", "ruff", *command, "-q", "--no-cache", "."], cwd=package, check=True)
+
+
+# Python's own words, and names that a template imports or builds on.
+UNLUCKY = ("none", "true", "json", "click", "tensor", "row-stats", "family", "shard", "sharded")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_name_hides_what_a_package_imports(kind: str, tmp_path: Path) -> None:
+    registry = load_plugins().registry
+    for name in UNLUCKY:
+        package = writing.write_package(kind, name, tmp_path, registry=registry, taken=set(), algorithm="dflash")
+        for path in package.rglob("*.py"):
+            tree = ast.parse(path.read_text())
+            imports = [one for one in ast.walk(tree) if isinstance(one, ast.Import | ast.ImportFrom)]
+            imported = {(one.asname or one.name) for statement in imports for one in statement.names}
+            defined = {one.name for one in tree.body if isinstance(one, ast.FunctionDef | ast.ClassDef)}
+            assert not imported & defined, f"{name}: {path.name}"
+
+
+def test_drafts_whose_names_end_alike_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    suites = []
+    for name in ("tree", "my-tree"):
+        package = written("draft", tmp_path, name)
+        install_project(package, tmp_path / "site" / name, monkeypatch)
+        suites.append(next(one for name, one in vars(module_of(package)).items() if name in ("TestTree", "TestMyTree")))
+    assert {"tree", "my-tree"} <= set(load_plugins().registry.trained_drafts())
+    for suite in suites:
+        # Without a plugin of its own to look in, a suite looks in all that are installed.
+        suite.plugin = None
+        assert broken_by(suite, ["test_a_checkpoint_is_the_same_draft"]) == {}
+
+
+def test_an_exporter_is_of_a_draft_that_is_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for algorithm in ("small-lm", "dflsh"):
+        assert main(["new", "exporter", "mine", "--for", algorithm, "-o", str(tmp_path)]) == 2
+        told = capsys.readouterr().err
+        assert "no draft type of this name is trained" in told
+        assert "small-lm" not in told.partition("expected:")[2]
+    assert "write 'dflash'" in told
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_the_disk_refuses_is_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["new", "task", "a" * 260, "-o", str(tmp_path)]) == 2
+    assert "File name too long" in capsys.readouterr().err
+    real = writing.tempfile.mkdtemp
+
+    def slow(**where: Any) -> str:
+        """Another process makes the folder meanwhile."""
+        made = real(**where)
+        (tmp_path / "deepspec-twin").mkdir()
+        (tmp_path / "deepspec-twin" / "theirs").touch()
+        return made
+
+    monkeypatch.setattr(writing.tempfile, "mkdtemp", slow)
+    assert main(["new", "task", "twin", "-o", str(tmp_path)]) == 2
+    told = capsys.readouterr().err
+    assert "the package cannot be written" in told
+    assert "not empty" in told
+    assert os.listdir(tmp_path) == ["deepspec-twin"]
+    assert os.listdir(tmp_path / "deepspec-twin") == ["theirs"]
 
 
 @pytest.mark.slow

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import faulthandler
 import importlib
-from collections.abc import Sequence
-from contextlib import suppress
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -64,7 +66,8 @@ class LazyGroup(click.Group):
         """The command, imported now."""
         if cmd_name in _core_commands():
             return _import_command(cmd_name)
-        return _plugin_commands(ctx).get(cmd_name)
+        _, command = _plugin_commands(ctx).get(cmd_name, ("", None))
+        return command
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -76,6 +79,21 @@ class LazyGroup(click.Group):
             hint = f" Did you mean {close!r}?" if close else ""
             raise click.UsageError(f"No such command {name!r}.{hint}{_of_plugins()}", ctx)
         return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """As click does. PluginError where a plugin's command fails by anything that is not said to the user."""
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort, DeepSpecError):
+            raise
+        except Exception as error:
+            from deepspec_core.plugins.references import blame
+
+            name = ctx.invoked_subcommand
+            owner, _ = ctx.meta.get(_PLUGIN_COMMANDS, {}).get(name, (None, None))
+            if owner is None:
+                raise
+            raise PluginError(f"command {name!r} of plugin {owner} failed", found=blame(error)) from error
 
 
 def _of_plugins() -> str:
@@ -99,28 +117,33 @@ def _import_command(name: str) -> click.Command:
     return command
 
 
-def _plugin_commands(ctx: click.Context) -> dict[str, click.Command]:
-    """What plugins add, each to a group of its own: one that fails, or takes a name, is reported and left out."""
+def _plugin_commands(ctx: click.Context) -> dict[str, tuple[str, click.Command]]:
+    """What plugins add, by name, with the plugin. Each adds to a group of its own: one that fails, or takes a name, is
+    reported and left out."""
     from deepspec_core.plugins.discovery import load_plugins
     from deepspec_core.plugins.references import blame
 
     if _PLUGIN_COMMANDS in ctx.meta:
         return ctx.meta[_PLUGIN_COMMANDS]  # type: ignore[no-any-return]
-    commands: dict[str, click.Command] = ctx.meta.setdefault(_PLUGIN_COMMANDS, {})
-    owners = dict.fromkeys(COMMANDS, "deepspec-core")
+    commands: dict[str, tuple[str, click.Command]] = ctx.meta.setdefault(_PLUGIN_COMMANDS, {})
     for implementation in load_plugins().manager.hook.deepspec_commands.get_hookimpls():
         group = click.Group()
         try:
-            implementation.function(*(group for _ in implementation.argnames))
-        except Exception as error:
+            with redirect_stdout(sys.stderr):
+                implementation.function(*(group for _ in implementation.argnames))
+        except (Exception, SystemExit) as error:
             click.echo(f"Warning: commands of plugin {implementation.plugin_name}: {blame(error)}", err=True)
             continue
-        for name, command in group.commands.items():
-            if name in owners:
-                taken = f"{name!r} is a command of {owners[name]}"
-                click.echo(f"Warning: commands of plugin {implementation.plugin_name}: {taken}", err=True)
+        added: Mapping[str, Any] = group.commands  # nobody checked what a plugin put there
+        for name, command in added.items():
+            owner = "deepspec-core" if name in COMMANDS else commands.get(name, ("",))[0]
+            wrong = f"is a command of {owner}" if owner else None
+            if not isinstance(command, click.Command):
+                wrong = f"is no click.Command, but a {type(command).__name__}"
+            if wrong:
+                click.echo(f"Warning: commands of plugin {implementation.plugin_name}: {name!r} {wrong}", err=True)
             else:
-                commands[name], owners[name] = command, implementation.plugin_name
+                commands[name] = implementation.plugin_name, command
     return commands
 
 

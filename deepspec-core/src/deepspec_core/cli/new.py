@@ -21,7 +21,7 @@ def new(kind: str, name: str, out: str, algorithm: str | None) -> None:
     its tests are the suite of its contract. Edit it from there. An existing folder is never overwritten.
     """
     from deepspec_core.cli.main import COMMANDS
-    from deepspec_core.errors import ConfigError
+    from deepspec_core.errors import ConfigError, nearest
     from deepspec_core.plugins.discovery import load_plugins
     from deepspec_core.scaffold.writing import write_package
 
@@ -32,7 +32,16 @@ def new(kind: str, name: str, out: str, algorithm: str | None) -> None:
         installed = registry.trained_drafts()
         if algorithm is None and not installed:
             raise ConfigError("no draft type is installed that an exporter could write", fix="Install one first.")
-        algorithm = registry.get("draft", algorithm).name if algorithm is not None else installed[0]
+        if algorithm is not None and algorithm not in installed:
+            close = nearest(algorithm, installed)
+            raise ConfigError(
+                "no draft type of this name is trained",
+                where="--for",
+                found=algorithm,
+                expected=f"one of {', '.join(installed)}",
+                fix=f"write {close!r}" if close else None,
+            )
+        algorithm = algorithm or installed[0]
     taken = set(COMMANDS) if kind == "command" else set(registry.names(kind))
     folder = write_package(kind, name, Path(out), registry=registry, taken=taken, algorithm=algorithm or "")
     click.echo(f"wrote {folder}")

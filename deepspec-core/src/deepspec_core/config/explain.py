@@ -20,9 +20,9 @@ from cattrs.errors import (
     IterableValidationNote,
 )
 
-from deepspec_core.errors import ConfigError, DeepSpecError, nearest
+from deepspec_core.errors import ConfigError, DeepSpecError, PluginError, nearest
 from deepspec_core.layers.options import CONFIG_NAMES
-from deepspec_core.plugins.references import message_of
+from deepspec_core.plugins.references import blame, message_of
 
 MISSING = "missing key"
 _LONGEST = 100
@@ -150,6 +150,8 @@ def explain(error: Exception, path: str, *, siblings: Mapping[str, Sequence[str]
         ]
     if isinstance(error, DeepSpecError):
         return [type(error)(error.problem, where=path, found=error.found, expected=error.expected, fix=error.fix)]
+    if not isinstance(error, ValueError | TypeError):
+        return [PluginError("a check of this key failed", where=path, found=blame(error))]
     return [ConfigError("wrong value", where=path, found=message_of(error))]
 
 

@@ -274,8 +274,6 @@ def _component_options(
         return None
     try:
         return converter.get_structure_hook(options)(table, options)
-    except NameError as error:
-        raise PluginError(f"the options of {name!r} cannot be read", found=error) from error
     except ClassValidationError as group:
         extra = set(table) - set(keys_of(options))
         errors = [error for error in group.exceptions if not hasattr(error, "extra_fields")]

@@ -30,9 +30,20 @@ CHANGES: Final[Mapping[str, tuple[str, ...]]] = {
 
 
 def changed_since(accepted: SpecifierSet, installed: str) -> tuple[str, ...]:
-    """What changed after the newest core that a plugin accepts, up to the installed one; nothing of later cores."""
-    met = [version for version in (_FIRST, *CHANGES) if accepted.contains(version)]
-    if not met:
+    """What changed after the newest contracts that a plugin accepts, up to the installed core's.
+
+    A plugin accepts contracts where it accepts a core that has them: of 0.1 these are all before 0.2. It is enough to
+    ask for the first one, and for those that the requirement names, with their neighbours.
+    """
+    named = [Version(part.version.removesuffix(".*")) for part in accepted]
+    near = [one for version in named for one in (version, _next(version))]
+    ours = Version(installed)
+    asked = [one for one in (*map(Version, (_FIRST, *CHANGES)), *near) if one < ours and accepted.contains(one)]
+    if not asked:
         return ()
-    newest, ours = max(map(Version, met)), Version(installed)
+    newest = max(asked)
     return tuple(change for version, said in CHANGES.items() if newest < Version(version) <= ours for change in said)
+
+
+def _next(version: Version) -> Version:
+    return Version(f"{version.major}.{version.minor}.{version.micro + 1}")

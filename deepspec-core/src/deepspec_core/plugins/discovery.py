@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import redirect_stdout
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import Any, get_args
 
 import pluggy
-from attrs import evolve, fields, frozen
+from attrs import evolve, fields, frozen, has, resolve_types
 
 from deepspec_core import __version__
 from deepspec_core.errors import PluginError, nearest
@@ -68,10 +69,16 @@ def load_plugins(*, blocked: Collection[str] = ()) -> Plugins:
     """Load every installed plugin except the blocked ones, which are given by plugin or distribution name.
 
     A plugin that fails is recorded with the reason and does not stop the others. PluginError if a blocked name is not
-    installed, because a misspelled name would otherwise block nothing without a word.
+    installed, because a misspelled name would otherwise block nothing without a word. What plugins print meanwhile goes
+    to standard error: standard output is the command's own.
     """
     found = _find()
     _check_blocked(blocked, found)
+    with redirect_stdout(sys.stderr):
+        return _load(found, blocked)
+
+
+def _load(found: Sequence[_Found], blocked: Collection[str]) -> Plugins:
     unwanted = {canonical(name) for name in blocked}
     left_out: dict[str, tuple[Status, str]] = {}
     modules: dict[str, Any] = {}
@@ -189,7 +196,7 @@ def _register(modules: Mapping[str, Any]) -> pluggy.PluginManager:
             manager.register(module, name=key)
         except pluggy.PluginValidationError as error:
             raise _LeftOut(keys.get(id(error.plugin), key), message_of(error)) from error
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise _LeftOut(key, blame(error)) from error
     known = [name for name, hook in vars(manager.hook).items() if hook.has_spec()]
     for name, hook in vars(manager.hook).items():
@@ -216,7 +223,7 @@ def _offers(manager: pluggy.PluginManager, plugin: _Found, module: Any) -> list[
                 raise _LeftOut(plugin.key, f"{kind.hook} cannot be a wrapper: it offers, it does not change offers")
             try:
                 specs = list(implementation.function())
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 raise _LeftOut(plugin.key, f"{kind.hook}() failed: {blame(error)}") from error
             for spec in specs:
                 if type(spec) is not kind.spec:
@@ -230,6 +237,12 @@ def _offers(manager: pluggy.PluginManager, plugin: _Found, module: Any) -> list[
                         f"{kind.title} {spec.name!r} has options, which nothing would pass: only these have a section "
                         f"of the run file for theirs: {takers}",
                     )
+                try:
+                    _resolve_options(spec.options)
+                except Exception as error:
+                    raise _LeftOut(
+                        plugin.key, f"the types of the options of {spec.name!r} cannot be resolved: {blame(error)}"
+                    ) from error
                 taken = kind.reserved & {option.name for option in fields(spec.options)} if spec.options else ()
                 if taken:
                     raise _LeftOut(plugin.key, f"options of {spec.name!r} use a key that core keeps: {min(taken)!r}")
@@ -237,6 +250,22 @@ def _offers(manager: pluggy.PluginManager, plugin: _Found, module: Any) -> list[
                     Offer(kind=kind_name, spec=spec, plugin=plugin.name, package=plugin.package, version=plugin.version)
                 )
     return offers
+
+
+def _resolve_options(options: type[Any] | None) -> None:
+    """Annotations that are text become types, in options classes and in those they hold."""
+    if options is not None:
+        resolve_types(options)
+        for attribute in fields(options):
+            for inner in _classes_in(attribute.type):
+                _resolve_options(inner)
+
+
+def _classes_in(type_: Any) -> Iterator[type[Any]]:
+    if has(type_):
+        yield type_
+    for argument in get_args(type_):
+        yield from _classes_in(argument)
 
 
 def _by_kind(offers: Iterable[Offer], attribute: str) -> dict[str, list[str]]:

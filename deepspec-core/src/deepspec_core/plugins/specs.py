@@ -7,6 +7,7 @@ component's section of a run file its keys and types. This file imports attrs an
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -21,6 +22,12 @@ _NAME = matches_re(r"[a-z0-9][a-z0-9_.-]*")
 def _attrs_class(_spec: object, _attribute: Attribute[type | None], value: type | None) -> None:
     if value is not None and not (isinstance(value, type) and has(value)):
         raise TypeError(f"'options' must be an attrs class: {value!r}")
+
+
+def _one_line(_spec: object, _attribute: Attribute[str], value: str) -> None:
+    # A terminal obeys control characters.
+    if not isinstance(value, str) or re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", value):
+        raise ValueError(f"'summary' must be text of one line: {value!r}")
 
 
 def _nothing(_config: Mapping[str, Any]) -> bool:
@@ -46,7 +53,7 @@ class ComponentSpec:
     """
 
     name: str = field(validator=_NAME)
-    summary: str = field(validator=instance_of(str))
+    summary: str = field(validator=_one_line)
     build: str = field(validator=_REFERENCE)
     options: type | None = field(default=None, validator=_attrs_class)
 

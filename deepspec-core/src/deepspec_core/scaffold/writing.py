@@ -54,7 +54,21 @@ def write_package(kind: str, name: str, out: Path, *, registry: Registry, taken:
     if not out.is_dir():
         raise ConfigError("no such folder", where=out, fix="Make it first, or choose another with -o.")
     words = _words(kind, name, package, algorithm)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=out))
+    try:
+        _write(kind, package, words, folder)
+    except OSError as error:
+        raise ConfigError(
+            "the package cannot be written",
+            where=folder,
+            found=error.strerror or error,
+            fix="Choose another name, or another place with -o.",
+        ) from error
+    return folder
+
+
+def _write(kind: str, package: str, words: dict[str, str], folder: Path) -> None:
+    """The whole folder or none. OSError too where another process has made one of this name meanwhile."""
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         for template in sorted((*_TEMPLATES.glob("every_kind/*.tmpl"), *_TEMPLATES.glob(f"{kind}/*.tmpl"))):
             path = unfinished / _place(template.name.removesuffix(".tmpl"), package)
@@ -65,7 +79,6 @@ def write_package(kind: str, name: str, out: Path, *, registry: Registry, taken:
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
-    return folder
 
 
 def _check_name(kind: str, name: str, taken: set[str], registry: Registry) -> None:

@@ -217,3 +217,8 @@ def test_a_checkpoint_that_lacks_a_part_is_refused(draft: DFlash2Draft, tmp_path
 
 def test_only_public_names_are_imported() -> None:
     check_public_imports(Path(__file__).parents[1])
+
+
+def test_a_new_run_file_says_how_the_published_shape_is_written() -> None:
+    """`deepspec init` and `deepspec config keys` say what the options class says of itself."""
+    assert "`[draft.layer] window = 2048`" in str(DFlash2Options.__doc__)

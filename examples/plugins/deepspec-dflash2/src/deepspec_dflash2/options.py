@@ -19,6 +19,9 @@ ONE = "'selector_top_k' must be 0 (off) or at least 2: one candidate is no choic
 class DFlash2Options(DFlashOptions):
     """The options of a DFlash 2 draft: those of DFlash, and of its two parts.
 
+    Published drafts have sliding layers: `[draft.layer] window = 2048`. Without it a draft attends to the whole text,
+    and its config.json says so.
+
     block_size: Slots of a block, the anchor's included.
     anchor_predicts: On: every slot, the anchor's too, predicts the token after its own position. Off, as published: the
         anchor's slot predicts nothing, and every other slot predicts the token at its own position.
