@@ -89,6 +89,13 @@ def test_wrong_drafts(caught: drafts.Caught) -> None:
     in_words(said_of(suite, caught.test), suite, caught.test, caught.word)
 
 
+def test_rows_of_another_form_are_told_by_the_contract() -> None:
+    found = kit.broken_by(draft_suite("wrong_drafts:WrongLength"))
+    assert len(found) > 5
+    for name, message in found.items():
+        assert "`block`" in message, f"{name}: {message}"
+
+
 @pytest.mark.parametrize("what", first_of(components.TERMS))
 def test_wrong_losses(what: str, plant: Any) -> None:
     wrong, test, word = components.TERMS[what]

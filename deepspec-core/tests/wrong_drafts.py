@@ -5,6 +5,7 @@ They are the draft of last_hidden_draft.py otherwise, which keeps every clause.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,20 @@ class WrongShape(_Rows):
 
     def changed(self, rows: Rows, batch: DraftBatch) -> Rows:
         return evolve(rows, weight=rows.weight[:, None])
+
+
+class WrongLength(_Rows):
+    """numbers of blocks for all rows but one"""
+
+    def changed(self, rows: Rows, batch: DraftBatch) -> Rows:
+        return evolve(rows, block=rows.block[:-1])
+
+
+class Exits(_Rows):
+    """ends the process in `forward`"""
+
+    def changed(self, rows: Rows, batch: DraftBatch) -> Rows:
+        sys.exit(3)
 
 
 class LabelsOffByOne(_Rows):
@@ -299,6 +314,8 @@ CAUGHT = (
     Caught(LabelsOffByOne, "labels_are_the_tokens_that_the_target_judges", "label"),
     Caught(LeaksInAPackedRow, "packed_rows_are_as_alone", "share a row"),
     Caught(TooManyTokens, "limits_are_kept", "limit"),
+    Caught(WrongLength, "neighbours_do_not_matter", "`block`"),
+    Caught(Exits, "rows_keep_their_form", "SystemExit"),
     Caught(UnsortedBlocks, "rows_keep_their_form", "block"),
     Caught(InterleavedSlots, "rows_keep_their_form", "block"),
     Caught(IgnoresSlots, "rows_keep_their_form", "slot"),

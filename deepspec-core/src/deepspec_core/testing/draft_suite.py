@@ -32,6 +32,7 @@ from deepspec_core.testing.proposer_suite import ProposerSuite, _states
 from deepspec_core.testing.random_batches import TAPS, padded_batch, ragged_samples, random_sample, with_large_weights
 from deepspec_core.testing.shifted import shifted
 from deepspec_core.testing.tiny_family import tiny_adapter
+from deepspec_core.testing.trained_blocks import block_after, wide
 
 _DRAFT = "deepspec_core/contracts/draft.py: DraftModel"
 _PREPARATION = "deepspec_core/contracts/draft.py: Preparation"
@@ -74,6 +75,7 @@ class DraftModelSuite(ProposerSuite):
         )
         size, vocabulary = adapter.architecture.hidden_size, adapter.architecture.vocab_size
         draft.adopt(torch.randn(vocabulary, size), torch.randn(vocabulary, size) * size**-0.5)
+        draft.register_forward_hook(_form_first)
         return draft
 
     def draft(self) -> DraftModel:
@@ -356,13 +358,13 @@ class DraftModelSuite(ProposerSuite):
         known = random_sample("known", len(text.input_ids), seed=0, num_taps=len(self.chosen_taps()))
         ids_T = text.input_ids.clone()
         ids_T[at + 1 : at + 1 + count] = proposal.tokens[0, :count]
-        features = _wide(text, known)
+        features = wide(text, known)
         sample = Sample(
             id="known", input_ids=ids_T, loss_mask=known.loss_mask, original_length=len(ids_T), features=features
         )
         for draw in range(_DRAWS):
             rows = draft(padded_batch(draft, self.prepared(draft, [sample], seed=draw)))
-            block = self._block(rows, sample, at, count)
+            block = block_after(rows, sample, at, count)
             if block is not None:
                 break
         require(block is not None, f"training has no block for the tokens after position {at}, in {_DRAWS} draws")
@@ -376,25 +378,7 @@ class DraftModelSuite(ProposerSuite):
             gap = float((proposal.confidence[0, : len(block)] - sure_K).abs().max())
             require(gap <= 10 * self.tolerance, f"confidence after position {at} that differs by up to {gap:.3g}")
 
-    def _block(self, rows: Rows, sample: Sample, at: int, count: int) -> list[int] | None:
-        """The rows that predict the tokens after position `at`, of the block that begins there; None if not drawn."""
-        where = placed(rows, [sample])
-        by_block: dict[int, list[int]] = {}
-        for row in range(len(rows.hidden)):
-            by_block.setdefault(int(rows.block[row]), []).append(row)
-        for found in by_block.values():
-            if where is None or [where[row][1] for row in found][:count] == list(range(at, at + count)):
-                return found[:count]
-        return None
 
-
-def _wide(text: Sample, known: Sample) -> Any:
-    """The features that decoding was given, in the width of training."""
-    assert text.features is not None
-    assert known.features is not None
-    same = text.features.hidden.shape == known.features.hidden.shape
-    return text.features if same else _mixed(text.features, known.features)
-
-
-def _mixed(text: Any, known: Any) -> Any:
-    return type(known)(hidden=known.hidden, last_hidden=text.last_hidden)
+def _form_first(draft: Any, given: Any, rows: Rows) -> None:
+    """RowsError in any test where rows have another form than the contract's, before it reads them."""
+    check_shapes(rows, draft.heads())
