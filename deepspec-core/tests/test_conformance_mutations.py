@@ -81,6 +81,7 @@ def draft_suite(build: str) -> type[kit.DraftModelSuite]:
 
 def test_the_right_draft_keeps_everything() -> None:
     assert kit.broken_by(draft_suite("last_hidden_draft:LastHiddenDraft")) == {}
+    assert kit.broken_by(draft_suite("wrong_drafts:LabelsAlone")) == {}
 
 
 @pytest.mark.parametrize("caught", first_of(drafts.CAUGHT))

@@ -67,6 +67,20 @@ class TargetsOffByOne(_Rows):
         return evolve(rows, target_hidden=batch.features.last_hidden[prepared["target_sequence"], later_P])
 
 
+class LabelsAlone(_Rows):
+    """right: labels, and no target positions"""
+
+    def changed(self, rows: Rows, batch: DraftBatch) -> Rows:
+        return evolve(rows, target_hidden=None, target_index=None)
+
+
+class LabelsAloneOffByOne(LabelsOffByOne):
+    """labels of the row before, without target positions"""
+
+    def changed(self, rows: Rows, batch: DraftBatch) -> Rows:
+        return evolve(super().changed(rows, batch), target_hidden=None, target_index=None)
+
+
 class UnsortedBlocks(_Rows):
     """unsorted blocks"""
 
@@ -316,6 +330,7 @@ CAUGHT = (
     Caught(TooManyTokens, "limits_are_kept", "limit"),
     Caught(WrongLength, "neighbours_do_not_matter", "`block`"),
     Caught(Exits, "rows_keep_their_form", "SystemExit"),
+    Caught(LabelsAloneOffByOne, "labels_are_the_tokens_that_the_target_judges", "in no text"),
     Caught(UnsortedBlocks, "rows_keep_their_form", "block"),
     Caught(InterleavedSlots, "rows_keep_their_form", "block"),
     Caught(IgnoresSlots, "rows_keep_their_form", "slot"),
