@@ -313,6 +313,23 @@ class ForgetsTheSoftCap(_Decoding):
             return found
 
 
+class OpensEightSlots(_Decoding):
+    """opens eight slots, whatever is asked"""
+
+    class wrong(LastHiddenProposer):
+        def open_slots(self, num_slots: int, max_length: int) -> None:
+            super().open_slots(8, max_length)
+
+
+class OpensSlotsOnce(_Decoding):
+    """keeps its slots when they are opened again"""
+
+    class wrong(LastHiddenProposer):
+        def open_slots(self, num_slots: int, max_length: int) -> None:
+            if not hasattr(self, "last_SH"):
+                super().open_slots(num_slots, max_length)
+
+
 @frozen
 class Caught:
     """A wrong draft, the test of the suite that has to fail, and a word of what it has seen."""
@@ -354,5 +371,7 @@ CAUGHT = (
     Caught(Logarithms, "proposals_can_be_verified", "probabilities"),
     Caught(StopsAtUnlikelyTokens, "a_token_does_not_decide_whether_it_is_proposed", "drawn"),
     Caught(ReadsPaddingOfPrompts, "padding_of_prompts_does_not_count", "padding"),
+    Caught(OpensEightSlots, "slots_are_opened_as_asked", "out of bounds"),
+    Caught(OpensSlotsOnce, "slots_are_opened_as_asked", "out of bounds"),
     Caught(RemembersASlot, "a_used_slot_is_new", "another text"),
 )

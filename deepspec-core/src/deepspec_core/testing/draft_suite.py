@@ -19,17 +19,26 @@ import numpy as np
 import torch
 
 from deepspec_core.checkpoints.published import config_text, load_draft, published_name, save_draft
-from deepspec_core.contracts.draft import DraftBatch, DraftDescription, DraftModel, Preparation, PreparedSample, Sample
+from deepspec_core.contracts.draft import (
+    DraftBatch,
+    DraftDescription,
+    DraftModel,
+    Preparation,
+    PreparedSample,
+    Sample,
+)
 from deepspec_core.contracts.rows import Rows
 from deepspec_core.rows.rows_check import check_numbers, check_shapes
 from deepspec_core.rows.weighted import weighted
 from deepspec_core.testing.conformance import clause, require
 from deepspec_core.testing.draft_checks import check_near, gradients_of, trained
 from deepspec_core.testing.driven_proposer import SAMPLED, DrivenProposer
+from deepspec_core.testing.global_draws import no_global_draws
 from deepspec_core.testing.packed_rows import packed_as_alone
 from deepspec_core.testing.placed_rows import distributions, loss_of, placed, same_rows, without_blocks
-from deepspec_core.testing.proposer_suite import ProposerSuite, _states
+from deepspec_core.testing.proposer_suite import ProposerSuite
 from deepspec_core.testing.random_batches import TAPS, padded_batch, ragged_samples, random_sample, with_large_weights
+from deepspec_core.testing.rollouts import check_rollout
 from deepspec_core.testing.shifted import shifted
 from deepspec_core.testing.tiny_family import tiny_adapter
 from deepspec_core.testing.trained_blocks import blocks_after, wide
@@ -187,29 +196,31 @@ class DraftModelSuite(ProposerSuite):
 
     @clause("rows do not depend on padding, whatever stands there", written=_DRAFT)
     def test_padding_does_not_matter(self) -> None:
-        draft = self.draft()
-        prepared = self.prepared(draft)
-        tight = draft(padded_batch(draft, prepared))
-        for filler in (0.0, float("nan")):
-            padded = draft(padded_batch(draft, prepared, extra=13, filler=filler))
-            same_rows(padded, tight, f"with 13 more positions of padding that hold {filler}", self.near)
-        gradients = gradients_of(loss_of(draft, padded), draft)
-        broken = [name for name, part in gradients.items() if not part.isfinite().all()]
-        require(not broken, f"gradients that are not finite where padding is not: {broken}")
+        for training in (True, False):
+            draft = self.draft().train(training)
+            prepared = self.prepared(draft)
+            tight = draft(padded_batch(draft, prepared))
+            for filler in (0.0, float("nan")):
+                padded = draft(padded_batch(draft, prepared, extra=13, filler=filler))
+                same_rows(padded, tight, f"with 13 more positions of padding that hold {filler}", self.near)
+            gradients = gradients_of(loss_of(draft, padded), draft)
+            broken = [name for name, part in gradients.items() if not part.isfinite().all()]
+            require(not broken, f"gradients that are not finite where padding is not: {broken}")
 
     @clause("rows of a text do not depend on the texts beside it", written=_DRAFT)
     def test_neighbours_do_not_matter(self) -> None:
-        draft = self.draft()
-        prepared = self.prepared(draft)
-        together = draft(padded_batch(draft, prepared))
-        start = 0
-        for number, one in enumerate(prepared):
-            alone = draft(padded_batch(draft, [one]))
-            part = without_blocks(together, start, start + len(alone.hidden))
-            start += len(alone.hidden)
-            if len(alone.hidden):
-                same_rows(part, alone, f"text {number} of four, beside the text alone", self.near)
-        require(start == len(together.hidden), f"{len(together.hidden)} rows together, and {start} one by one")
+        for training in (True, False):
+            draft = self.draft().train(training)
+            prepared = self.prepared(draft)
+            together = draft(padded_batch(draft, prepared))
+            start = 0
+            for number, one in enumerate(prepared):
+                alone = draft(padded_batch(draft, [one]))
+                part = without_blocks(together, start, start + len(alone.hidden))
+                start += len(alone.hidden)
+                if len(alone.hidden):
+                    same_rows(part, alone, f"text {number} of four, beside the text alone", self.near)
+            require(start == len(together.hidden), f"{len(together.hidden)} rows together, and {start} one by one")
 
     @clause("conversations that share a row of a batch give the rows that each gives alone", written=_PACKED)
     def test_packed_rows_are_as_alone(self) -> None:
@@ -242,22 +253,30 @@ class DraftModelSuite(ProposerSuite):
     def test_forward_draws_nothing(self) -> None:
         draft = self.draft().train()
         batch = self.batch(draft)
-        before = _states()
-        first = draft(batch)
-        require(_states() == before, "a generator of random numbers of torch, numpy or random has moved")
+        with no_global_draws():
+            first = draft(batch)
         same_rows(draft(batch), first, "the same batch again", self.near)
 
     @clause("preparation draws from the generator that it is given alone, and can be pickled", written=_PREPARATION)
     def test_preparation_follows_its_generator(self) -> None:
         draft = self.draft()
-        before = _states()
-        first = self.prepared(draft)
-        require(_states() == before, "a generator of random numbers of torch, numpy or random has moved")
+        with no_global_draws():
+            first = self.prepared(draft)
         copy: Preparation = pickle.loads(pickle.dumps(draft.preparation))
         for number, (one, sample) in enumerate(zip(first, self.samples(), strict=True)):
             again = copy.prepare(sample, np.random.default_rng([0, number]))
             other = [name for name, part in one.tensors.items() if not torch.equal(part, again.tensors[name])]
             require(not other, f"{other} of text {number} differ with a generator of the same seed")
+
+    @clause(
+        "`rollout` keeps prompts, padding and lengths, and draws from the numbers that it is given alone",
+        written=_DRAFT,
+    )
+    def test_rollout_follows_its_numbers(self) -> None:
+        draft = self.draft()
+        if type(draft).rollout is DraftModel.rollout:
+            raise SkipTest("trained on the texts of the data")
+        check_rollout(draft, self.batch(draft))
 
     @clause("in bfloat16 a step only rounds, and gradients are finite", written=_ALGORITHM)
     def test_bfloat16(self) -> None:
@@ -358,7 +377,8 @@ class DraftModelSuite(ProposerSuite):
             id="known", input_ids=ids_T, loss_mask=known.loss_mask, original_length=len(ids_T), features=features
         )
         for draw in range(_DRAWS):
-            rows = draft(padded_batch(draft, self.prepared(draft, [sample], seed=draw)))
+            rows = draft.train()(padded_batch(draft, self.prepared(draft, [sample], seed=draw)))
+            draft.eval()
             blocks = blocks_after(rows, sample, at, count)
             if blocks:
                 break

@@ -110,7 +110,8 @@ def loss_of(draft: DraftModel, rows: Rows) -> Tensor:
 def without_blocks(rows: Rows, start: int, end: int) -> Rows:
     """The rows from `start` to `end`."""
     parts = {name: getattr(rows, name) for name in _PER_ROW}
-    return evolve(rows, **{name: part[start:end] for name, part in parts.items() if part is not None})
+    extras = {name: extra[start:end] for name, extra in rows.extras.items()}
+    return evolve(rows, extras=extras, **{name: part[start:end] for name, part in parts.items() if part is not None})
 
 
 def same_rows(found: Rows, expected: Rows, words: str, near: float) -> None:
@@ -122,6 +123,12 @@ def same_rows(found: Rows, expected: Rows, words: str, near: float) -> None:
         require((mine is None) == (theirs is None), f"{words}: `{name}` in one of them only")
         same = mine is None or torch.allclose(mine.double(), theirs.double(), rtol=1e-6, atol=0)
         require(same, f"{words}: another `{name}`")
+    require((found.correction is None) == (expected.correction is None), f"{words}: `correction` in one of them only")
+    if found.correction is not None and expected.correction is not None:
+        check_near(found.correction, expected.correction, near, f"{words}: correction")
+    require(found.extras.keys() == expected.extras.keys(), f"{words}: other extras")
+    for name, extra in expected.extras.items():
+        check_near(found.extras[name].double(), extra.double(), 10 * near, f"{words}: extras[{name!r}]")
     if expected.target_hidden is not None and expected.target_index is not None:
         require(found.target_hidden is not None and found.target_index is not None, f"{words}: no target positions")
         mine, theirs = found.target_hidden[found.target_index], expected.target_hidden[expected.target_index]  # type: ignore[index]
