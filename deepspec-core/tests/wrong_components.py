@@ -43,7 +43,7 @@ def _remembered() -> Any:
 
 TERMS = {
     "one number for all rows": (_term(lambda stats, ce_N: ce_N.mean()), "one_number_a_row", "[]"),
-    "wrong shape": (_term(lambda stats, ce_N: ce_N[:, None]), "one_number_a_row", "[14, 1]"),
+    "wrong shape": (_term(lambda stats, ce_N: ce_N[:, None]), "one_number_a_row", "[17, 1]"),
     "divides by the sum of its chunk": (_term(lambda stats, ce_N: ce_N / ce_N.sum()), "chunks_do_not_matter", "chunks"),
     "draws random numbers": (_term(lambda stats, ce_N: ce_N * torch.rand(())), "the_same_rows_give_the_same", "again"),
     "keeps a sum between calls": (_term(_remembered()), "the_same_rows_give_the_same", "again"),
@@ -61,6 +61,11 @@ TERMS = {
         _term(lambda stats, ce_N: stats.kl.clamp(min=0).sqrt(), needs_target=True),
         "sharp_and_equal_distributions", "equal",
     ),
+    "float64": (_term(lambda stats, ce_N: ce_N.double()), "one_number_a_row", "float64"),
+    "bfloat16": (_term(lambda stats, ce_N: ce_N.bfloat16()), "one_number_a_row", "bfloat16"),
+    "seeds random numbers": (
+        _term(lambda stats, ce_N: (random.seed(0), ce_N)[1]), "the_same_rows_give_the_same", "random numbers",
+    ),
     "extras as text": (_term(lambda stats, ce_N: ce_N, needs_extras="x"), "it_says_what_it_needs", "needs_extras"),
 }  # fmt: skip
 WEIGHTINGS = {
@@ -77,6 +82,14 @@ WEIGHTINGS = {
     ),
     "draws random numbers": (lambda slot, block, stats: torch.rand(len(slot)), "the_same_rows_weigh_the_same", "again"),
     "writes into the slots": (lambda slot, block, stats: slot.add_(1).float(), "what_it_reads_stays", "slots"),
+    "knows four slots": (
+        lambda slot, block, stats: torch.tensor([1.0, 0.8, 0.6, 0.4])[slot], "one_weight_a_row", "out of bounds",
+    ),
+    "float64 weights": (lambda slot, block, stats: 0.8 ** slot.double(), "one_weight_a_row", "float64"),
+    "seeds random numbers": (
+        lambda slot, block, stats: (random.seed(0), 0.8 ** slot.float())[1],
+        "the_same_rows_weigh_the_same", "random numbers",
+    ),
     "fails without rows": (
         lambda slot, block, stats: slot.float() + slot.max() + 1, "no_rows", "max",
     ),
@@ -183,6 +196,9 @@ TASKS = {
         "prompts_can_be_asked", "begin",
     ),
     "draws from global random numbers": (_by_chance, "the_same_seed_asks_the_same", "random"),
+    "seeds torch's random numbers": (
+        lambda limit, seed: (torch.manual_seed(seed), _asked())[1], "the_same_seed_asks_the_same", "random numbers",
+    ),
     "numbers its rows after shuffling": (_shuffled, "an_id_is_one_question", "another question"),
 }  # fmt: skip
 
