@@ -214,6 +214,8 @@ class WrongExporter:
     def write(self, draft: Any, facts: Any, out: Path) -> None:
         stored = getattr(torch, facts.config["dtype"])
         tensors = dict(self.tensors(draft, stored))
+        if self.what == "swaps two tensors":
+            tensors["norm.weight"], tensors["down.bias"] = tensors["down.bias"], tensors["norm.weight"]
         layers = [tap + (self.what == "a wrong layer id") for tap in facts.description.taps]
         save_file(tensors, out / "model.safetensors")
         (out / "config.json").write_text(json.dumps({"layers": layers}))
@@ -225,6 +227,8 @@ class WrongExporter:
             (out / "card.md").write_text(f"Load {out}.")
         if self.what == "differs from time to time":
             (out / "card.md").write_text(str(random.random()))
+        if self.what == "leaves the draft in training":
+            draft.train()
         if self.what == "rounds the draft's own weights":
             with torch.no_grad():
                 draft.down.weight.mul_(0.5)
@@ -244,6 +248,8 @@ class WrongExporter:
 EXPORTERS = {
     "drops a tensor": ("all_weights_are_there", "down.bias"),
     "transposes a tensor": ("all_weights_are_there", "up.weight"),
+    "swaps two tensors": ("all_weights_are_there", "norm.weight"),
+    "leaves the draft in training": ("it_is_written_again", "training mode"),
     "a wrong layer id": ("layers_are_named", "no list"),
     "writes beside its folder": ("files_are_in_their_folder", "notes.txt"),
     "leaves a link": ("files_are_in_their_folder", "latest"),
