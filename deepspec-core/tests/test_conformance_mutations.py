@@ -11,6 +11,7 @@ import last_hidden_draft
 import pytest
 import wrong_components as components
 import wrong_drafts as drafts
+import wrong_in_training
 import wrong_targets as targets
 
 import deepspec_core
@@ -19,6 +20,7 @@ from deepspec_core.plugins import ComponentSpec, DraftModelSpec, ExportSpec, Tar
 from deepspec_core.testing.conformance import Suite, clauses
 
 ROOT = Path(__file__).parents[2]
+DRAFTS = (*drafts.CAUGHT, *wrong_in_training.CAUGHT)
 SUITES = [getattr(kit, name) for name in kit.__all__ if name.endswith("Suite")]
 
 
@@ -81,12 +83,20 @@ def draft_suite(build: str) -> type[kit.DraftModelSuite]:
 
 def test_the_right_draft_keeps_everything() -> None:
     assert kit.broken_by(draft_suite("last_hidden_draft:LastHiddenDraft")) == {}
+    assert kit.broken_by(draft_suite("wrong_drafts:LabelsAlone")) == {}
 
 
-@pytest.mark.parametrize("caught", first_of(drafts.CAUGHT))
+@pytest.mark.parametrize("caught", first_of(DRAFTS))
 def test_wrong_drafts(caught: drafts.Caught) -> None:
-    suite = draft_suite(f"wrong_drafts:{caught.wrong.__name__}")
+    suite = draft_suite(f"{caught.wrong.__module__}:{caught.wrong.__name__}")
     in_words(said_of(suite, caught.test), suite, caught.test, caught.word)
+
+
+def test_rows_of_another_form_are_told_by_the_contract() -> None:
+    found = kit.broken_by(draft_suite("wrong_drafts:WrongLength"))
+    assert len(found) > 5
+    for name, message in found.items():
+        assert "`block`" in message, f"{name}: {message}"
 
 
 @pytest.mark.parametrize("what", first_of(components.TERMS))
@@ -193,7 +203,7 @@ def test_wrong_targets(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def caught() -> Mapping[str, list[str]]:
     """What is planted and caught, by contract."""
     return {
-        "draft": [str(one.wrong.__doc__) for one in drafts.CAUGHT],
+        "draft": [str(one.wrong.__doc__) for one in DRAFTS],
         "loss": list(components.TERMS),
         "weighting": list(components.WEIGHTINGS),
         "target": list(targets.CAUGHT),

@@ -43,7 +43,7 @@ def _remembered() -> Any:
 
 TERMS = {
     "one number for all rows": (_term(lambda stats, ce_N: ce_N.mean()), "one_number_a_row", "[]"),
-    "wrong shape": (_term(lambda stats, ce_N: ce_N[:, None]), "one_number_a_row", "[14, 1]"),
+    "wrong shape": (_term(lambda stats, ce_N: ce_N[:, None]), "one_number_a_row", "[17, 1]"),
     "divides by the sum of its chunk": (_term(lambda stats, ce_N: ce_N / ce_N.sum()), "chunks_do_not_matter", "chunks"),
     "draws random numbers": (_term(lambda stats, ce_N: ce_N * torch.rand(())), "the_same_rows_give_the_same", "again"),
     "keeps a sum between calls": (_term(_remembered()), "the_same_rows_give_the_same", "again"),
@@ -61,6 +61,11 @@ TERMS = {
         _term(lambda stats, ce_N: stats.kl.clamp(min=0).sqrt(), needs_target=True),
         "sharp_and_equal_distributions", "equal",
     ),
+    "float64": (_term(lambda stats, ce_N: ce_N.double()), "one_number_a_row", "float64"),
+    "bfloat16": (_term(lambda stats, ce_N: ce_N.bfloat16()), "one_number_a_row", "bfloat16"),
+    "seeds random numbers": (
+        _term(lambda stats, ce_N: (random.seed(0), ce_N)[1]), "the_same_rows_give_the_same", "random numbers",
+    ),
     "extras as text": (_term(lambda stats, ce_N: ce_N, needs_extras="x"), "it_says_what_it_needs", "needs_extras"),
 }  # fmt: skip
 WEIGHTINGS = {
@@ -77,6 +82,14 @@ WEIGHTINGS = {
     ),
     "draws random numbers": (lambda slot, block, stats: torch.rand(len(slot)), "the_same_rows_weigh_the_same", "again"),
     "writes into the slots": (lambda slot, block, stats: slot.add_(1).float(), "what_it_reads_stays", "slots"),
+    "knows four slots": (
+        lambda slot, block, stats: torch.tensor([1.0, 0.8, 0.6, 0.4])[slot], "one_weight_a_row", "out of bounds",
+    ),
+    "float64 weights": (lambda slot, block, stats: 0.8 ** slot.double(), "one_weight_a_row", "float64"),
+    "seeds random numbers": (
+        lambda slot, block, stats: (random.seed(0), 0.8 ** slot.float())[1],
+        "the_same_rows_weigh_the_same", "random numbers",
+    ),
     "fails without rows": (
         lambda slot, block, stats: slot.float() + slot.max() + 1, "no_rows", "max",
     ),
@@ -183,6 +196,9 @@ TASKS = {
         "prompts_can_be_asked", "begin",
     ),
     "draws from global random numbers": (_by_chance, "the_same_seed_asks_the_same", "random"),
+    "seeds torch's random numbers": (
+        lambda limit, seed: (torch.manual_seed(seed), _asked())[1], "the_same_seed_asks_the_same", "random numbers",
+    ),
     "numbers its rows after shuffling": (_shuffled, "an_id_is_one_question", "another question"),
 }  # fmt: skip
 
@@ -198,6 +214,8 @@ class WrongExporter:
     def write(self, draft: Any, facts: Any, out: Path) -> None:
         stored = getattr(torch, facts.config["dtype"])
         tensors = dict(self.tensors(draft, stored))
+        if self.what == "swaps two tensors":
+            tensors["norm.weight"], tensors["down.bias"] = tensors["down.bias"], tensors["norm.weight"]
         layers = [tap + (self.what == "a wrong layer id") for tap in facts.description.taps]
         save_file(tensors, out / "model.safetensors")
         (out / "config.json").write_text(json.dumps({"layers": layers}))
@@ -209,6 +227,8 @@ class WrongExporter:
             (out / "card.md").write_text(f"Load {out}.")
         if self.what == "differs from time to time":
             (out / "card.md").write_text(str(random.random()))
+        if self.what == "leaves the draft in training":
+            draft.train()
         if self.what == "rounds the draft's own weights":
             with torch.no_grad():
                 draft.down.weight.mul_(0.5)
@@ -228,6 +248,8 @@ class WrongExporter:
 EXPORTERS = {
     "drops a tensor": ("all_weights_are_there", "down.bias"),
     "transposes a tensor": ("all_weights_are_there", "up.weight"),
+    "swaps two tensors": ("all_weights_are_there", "norm.weight"),
+    "leaves the draft in training": ("it_is_written_again", "training mode"),
     "a wrong layer id": ("layers_are_named", "no list"),
     "writes beside its folder": ("files_are_in_their_folder", "notes.txt"),
     "leaves a link": ("files_are_in_their_folder", "latest"),

@@ -5,6 +5,7 @@ They are the draft of last_hidden_draft.py otherwise, which keeps every clause.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,20 @@ class WrongShape(_Rows):
         return evolve(rows, weight=rows.weight[:, None])
 
 
+class WrongLength(_Rows):
+    """numbers of blocks for all rows but one"""
+
+    def changed(self, rows: Rows, batch: DraftBatch) -> Rows:
+        return evolve(rows, block=rows.block[:-1])
+
+
+class Exits(_Rows):
+    """ends the process in `forward`"""
+
+    def changed(self, rows: Rows, batch: DraftBatch) -> Rows:
+        sys.exit(3)
+
+
 class LabelsOffByOne(_Rows):
     """labels off by one"""
 
@@ -50,6 +65,20 @@ class TargetsOffByOne(_Rows):
         prepared = batch.prepared
         later_P = (prepared["target_position"] + 1).clamp(max=batch.input_ids.shape[1] - 1)
         return evolve(rows, target_hidden=batch.features.last_hidden[prepared["target_sequence"], later_P])
+
+
+class LabelsAlone(_Rows):
+    """right: labels, and no target positions"""
+
+    def changed(self, rows: Rows, batch: DraftBatch) -> Rows:
+        return evolve(rows, target_hidden=None, target_index=None)
+
+
+class LabelsAloneOffByOne(LabelsOffByOne):
+    """labels of the row before, without target positions"""
+
+    def changed(self, rows: Rows, batch: DraftBatch) -> Rows:
+        return evolve(super().changed(rows, batch), target_hidden=None, target_index=None)
 
 
 class UnsortedBlocks(_Rows):
@@ -284,6 +313,23 @@ class ForgetsTheSoftCap(_Decoding):
             return found
 
 
+class OpensEightSlots(_Decoding):
+    """opens eight slots, whatever is asked"""
+
+    class wrong(LastHiddenProposer):
+        def open_slots(self, num_slots: int, max_length: int) -> None:
+            super().open_slots(8, max_length)
+
+
+class OpensSlotsOnce(_Decoding):
+    """keeps its slots when they are opened again"""
+
+    class wrong(LastHiddenProposer):
+        def open_slots(self, num_slots: int, max_length: int) -> None:
+            if not hasattr(self, "last_SH"):
+                super().open_slots(num_slots, max_length)
+
+
 @frozen
 class Caught:
     """A wrong draft, the test of the suite that has to fail, and a word of what it has seen."""
@@ -299,6 +345,9 @@ CAUGHT = (
     Caught(LabelsOffByOne, "labels_are_the_tokens_that_the_target_judges", "label"),
     Caught(LeaksInAPackedRow, "packed_rows_are_as_alone", "share a row"),
     Caught(TooManyTokens, "limits_are_kept", "limit"),
+    Caught(WrongLength, "neighbours_do_not_matter", "`block`"),
+    Caught(Exits, "rows_keep_their_form", "SystemExit"),
+    Caught(LabelsAloneOffByOne, "labels_are_the_tokens_that_the_target_judges", "in no text"),
     Caught(UnsortedBlocks, "rows_keep_their_form", "block"),
     Caught(InterleavedSlots, "rows_keep_their_form", "block"),
     Caught(IgnoresSlots, "rows_keep_their_form", "slot"),
@@ -322,5 +371,7 @@ CAUGHT = (
     Caught(Logarithms, "proposals_can_be_verified", "probabilities"),
     Caught(StopsAtUnlikelyTokens, "a_token_does_not_decide_whether_it_is_proposed", "drawn"),
     Caught(ReadsPaddingOfPrompts, "padding_of_prompts_does_not_count", "padding"),
+    Caught(OpensEightSlots, "slots_are_opened_as_asked", "out of bounds"),
+    Caught(OpensSlotsOnce, "slots_are_opened_as_asked", "out of bounds"),
     Caught(RemembersASlot, "a_used_slot_is_new", "another text"),
 )

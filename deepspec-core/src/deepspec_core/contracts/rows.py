@@ -39,7 +39,9 @@ class Rows:
     slot: Tensor  # [N] int64, position in block, or test-time-training step
     block: Tensor  # [N] int64, which proposal the row belongs to, non-decreasing; chunks never split a block
     extras: Mapping[str, Tensor] = field(factory=dict)  # e.g. {"confidence_logits": [N]}
-    denominator: Tensor | None = None  # [] what the sums of the batch are divided by; None: the sum of the weights
+    denominator: Tensor | None = (
+        None  # [] what the batch's sums are divided by, above 0 with rows; None: the weights' sum
+    )
     on_host: tuple[tuple[Tensor, Tensor], ...] = ()
 
 

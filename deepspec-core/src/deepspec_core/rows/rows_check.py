@@ -113,7 +113,7 @@ def check_numbers(rows: Rows, heads: Heads, *, new_ids: bool = True) -> None:
         ids_D = heads.draft_ids.cpu()
         right["heads().draft_ids"] = _within(ids_D, heads.target.shape[0]) & (ids_D[1:] > ids_D[:-1]).all()
     if rows.denominator is not None:
-        right["denominator"] = (host["denominator"].isfinite() & (host["denominator"] >= 0)).all()
+        right["denominator"] = (host["denominator"].isfinite() & (host["denominator"] > 0)).all()
     for field, is_right in zip(right, torch.stack(list(right.values())).tolist(), strict=True):
         if not is_right:
             values: Any = heads.draft_ids if field == "heads().draft_ids" else host[field]
@@ -130,7 +130,7 @@ def _expected(field: str, rows: Rows, heads: Heads) -> str:
         "target_index": f"from 0 to below {positions}, the number of target positions",
         "target_ids": f"token ids from 0 to below {heads.target.shape[0]}",
         "heads().draft_ids": f"token ids from 0 to below {heads.target.shape[0]} that increase",
-        "denominator": "a finite number, not below 0",
+        "denominator": "a finite number above 0, where rows have a weight",
     }[field]
 
 

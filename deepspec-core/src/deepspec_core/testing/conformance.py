@@ -67,7 +67,10 @@ def clause(asks: str, *, written: str) -> Callable[[Callable[[_Suite], None]], C
                 raise
             except Unmet as error:
                 raise ContractBroken(self.named(), told, str(error)) from None
-            except Exception as error:
+            except (DeepSpecError, AssertionError) as error:
+                # Its message says everything.
+                raise ContractBroken(self.named(), told, _said(error)) from None
+            except (Exception, SystemExit) as error:
                 # The author's own failure: its traceback stands above the message.
                 raise ContractBroken(self.named(), told, _said(error)) from error
 
@@ -136,7 +139,7 @@ class Suite:
         return (kind(**self.options),)
 
 
-def _said(error: Exception) -> str:
+def _said(error: BaseException) -> str:
     if isinstance(error, DeepSpecError):
         return error.render().replace("\n", "\n    ")
     if isinstance(error, AssertionError):

@@ -19,19 +19,29 @@ import numpy as np
 import torch
 
 from deepspec_core.checkpoints.published import config_text, load_draft, published_name, save_draft
-from deepspec_core.contracts.draft import DraftBatch, DraftDescription, DraftModel, Preparation, PreparedSample, Sample
+from deepspec_core.contracts.draft import (
+    DraftBatch,
+    DraftDescription,
+    DraftModel,
+    Preparation,
+    PreparedSample,
+    Sample,
+)
 from deepspec_core.contracts.rows import Rows
 from deepspec_core.rows.rows_check import check_numbers, check_shapes
 from deepspec_core.rows.weighted import weighted
 from deepspec_core.testing.conformance import clause, require
 from deepspec_core.testing.draft_checks import check_near, gradients_of, trained
 from deepspec_core.testing.driven_proposer import SAMPLED, DrivenProposer
+from deepspec_core.testing.global_draws import no_global_draws
 from deepspec_core.testing.packed_rows import packed_as_alone
 from deepspec_core.testing.placed_rows import distributions, loss_of, placed, same_rows, without_blocks
-from deepspec_core.testing.proposer_suite import ProposerSuite, _states
+from deepspec_core.testing.proposer_suite import ProposerSuite
 from deepspec_core.testing.random_batches import TAPS, padded_batch, ragged_samples, random_sample, with_large_weights
+from deepspec_core.testing.rollouts import check_rollout
 from deepspec_core.testing.shifted import shifted
 from deepspec_core.testing.tiny_family import tiny_adapter
+from deepspec_core.testing.trained_blocks import blocks_after, wide
 
 _DRAFT = "deepspec_core/contracts/draft.py: DraftModel"
 _PREPARATION = "deepspec_core/contracts/draft.py: Preparation"
@@ -74,6 +84,7 @@ class DraftModelSuite(ProposerSuite):
         )
         size, vocabulary = adapter.architecture.hidden_size, adapter.architecture.vocab_size
         draft.adopt(torch.randn(vocabulary, size), torch.randn(vocabulary, size) * size**-0.5)
+        draft.register_forward_hook(_form_first)
         return draft
 
     def draft(self) -> DraftModel:
@@ -158,9 +169,6 @@ class DraftModelSuite(ProposerSuite):
     def test_labels_are_the_tokens_that_the_target_judges(self) -> None:
         draft, samples = self.draft(), self.samples()
         rows = draft(self.batch(draft, samples))
-        if rows.target_hidden is None:
-            require(rows.target_ids is not None, "neither labels nor target positions")
-            raise SkipTest("rows without target positions")
         for row, (sample, at) in enumerate(placed(rows, samples)):
             if rows.weight[row] == 0:
                 continue
@@ -179,8 +187,6 @@ class DraftModelSuite(ProposerSuite):
     def test_slots_are_places_in_the_block(self) -> None:
         draft, samples = self.draft(), self.samples()
         rows = draft(self.batch(draft, samples))
-        if rows.target_hidden is None:
-            raise SkipTest("rows without target positions")
         starts: dict[int, tuple[int, int]] = {}
         for row, (sample, at) in enumerate(placed(rows, samples)):
             start = (sample, at - int(rows.slot[row]))
@@ -190,29 +196,31 @@ class DraftModelSuite(ProposerSuite):
 
     @clause("rows do not depend on padding, whatever stands there", written=_DRAFT)
     def test_padding_does_not_matter(self) -> None:
-        draft = self.draft()
-        prepared = self.prepared(draft)
-        tight = draft(padded_batch(draft, prepared))
-        for filler in (0.0, float("nan")):
-            padded = draft(padded_batch(draft, prepared, extra=13, filler=filler))
-            same_rows(padded, tight, f"with 13 more positions of padding that hold {filler}", self.near)
-        gradients = gradients_of(loss_of(draft, padded), draft)
-        broken = [name for name, part in gradients.items() if not part.isfinite().all()]
-        require(not broken, f"gradients that are not finite where padding is not: {broken}")
+        for training in (True, False):
+            draft = self.draft().train(training)
+            prepared = self.prepared(draft)
+            tight = draft(padded_batch(draft, prepared))
+            for filler in (0.0, float("nan")):
+                padded = draft(padded_batch(draft, prepared, extra=13, filler=filler))
+                same_rows(padded, tight, f"with 13 more positions of padding that hold {filler}", self.near)
+            gradients = gradients_of(loss_of(draft, padded), draft)
+            broken = [name for name, part in gradients.items() if not part.isfinite().all()]
+            require(not broken, f"gradients that are not finite where padding is not: {broken}")
 
     @clause("rows of a text do not depend on the texts beside it", written=_DRAFT)
     def test_neighbours_do_not_matter(self) -> None:
-        draft = self.draft()
-        prepared = self.prepared(draft)
-        together = draft(padded_batch(draft, prepared))
-        start = 0
-        for number, one in enumerate(prepared):
-            alone = draft(padded_batch(draft, [one]))
-            part = without_blocks(together, start, start + len(alone.hidden))
-            start += len(alone.hidden)
-            if len(alone.hidden):
-                same_rows(part, alone, f"text {number} of four, beside the text alone", self.near)
-        require(start == len(together.hidden), f"{len(together.hidden)} rows together, and {start} one by one")
+        for training in (True, False):
+            draft = self.draft().train(training)
+            prepared = self.prepared(draft)
+            together = draft(padded_batch(draft, prepared))
+            start = 0
+            for number, one in enumerate(prepared):
+                alone = draft(padded_batch(draft, [one]))
+                part = without_blocks(together, start, start + len(alone.hidden))
+                start += len(alone.hidden)
+                if len(alone.hidden):
+                    same_rows(part, alone, f"text {number} of four, beside the text alone", self.near)
+            require(start == len(together.hidden), f"{len(together.hidden)} rows together, and {start} one by one")
 
     @clause("conversations that share a row of a batch give the rows that each gives alone", written=_PACKED)
     def test_packed_rows_are_as_alone(self) -> None:
@@ -245,22 +253,30 @@ class DraftModelSuite(ProposerSuite):
     def test_forward_draws_nothing(self) -> None:
         draft = self.draft().train()
         batch = self.batch(draft)
-        before = _states()
-        first = draft(batch)
-        require(_states() == before, "a generator of random numbers of torch, numpy or random has moved")
+        with no_global_draws():
+            first = draft(batch)
         same_rows(draft(batch), first, "the same batch again", self.near)
 
     @clause("preparation draws from the generator that it is given alone, and can be pickled", written=_PREPARATION)
     def test_preparation_follows_its_generator(self) -> None:
         draft = self.draft()
-        before = _states()
-        first = self.prepared(draft)
-        require(_states() == before, "a generator of random numbers of torch, numpy or random has moved")
+        with no_global_draws():
+            first = self.prepared(draft)
         copy: Preparation = pickle.loads(pickle.dumps(draft.preparation))
         for number, (one, sample) in enumerate(zip(first, self.samples(), strict=True)):
             again = copy.prepare(sample, np.random.default_rng([0, number]))
             other = [name for name, part in one.tensors.items() if not torch.equal(part, again.tensors[name])]
             require(not other, f"{other} of text {number} differ with a generator of the same seed")
+
+    @clause(
+        "`rollout` keeps prompts, padding and lengths, and draws from the numbers that it is given alone",
+        written=_DRAFT,
+    )
+    def test_rollout_follows_its_numbers(self) -> None:
+        draft = self.draft()
+        if type(draft).rollout is DraftModel.rollout:
+            raise SkipTest("trained on the texts of the data")
+        check_rollout(draft, self.batch(draft))
 
     @clause("in bfloat16 a step only rounds, and gradients are finite", written=_ALGORITHM)
     def test_bfloat16(self) -> None:
@@ -356,45 +372,29 @@ class DraftModelSuite(ProposerSuite):
         known = random_sample("known", len(text.input_ids), seed=0, num_taps=len(self.chosen_taps()))
         ids_T = text.input_ids.clone()
         ids_T[at + 1 : at + 1 + count] = proposal.tokens[0, :count]
-        features = _wide(text, known)
+        features = wide(text, known)
         sample = Sample(
             id="known", input_ids=ids_T, loss_mask=known.loss_mask, original_length=len(ids_T), features=features
         )
         for draw in range(_DRAWS):
-            rows = draft(padded_batch(draft, self.prepared(draft, [sample], seed=draw)))
-            block = self._block(rows, sample, at, count)
-            if block is not None:
+            rows = draft.train()(padded_batch(draft, self.prepared(draft, [sample], seed=draw)))
+            draft.eval()
+            blocks = blocks_after(rows, sample, at, count)
+            if blocks:
                 break
-        require(block is not None, f"training has no block for the tokens after position {at}, in {_DRAWS} draws")
-        assert block is not None
-        q_KV = self.proposed(draft, rows)[block]
+        require(blocks, f"training has no block for the tokens after position {at}, in {_DRAWS} draws")
+        block = blocks[0]
         if proposal.probabilities is not None:
-            gap = float((proposal.probabilities[0, : len(block)].double() - q_KV.double()).abs().max())
+            q_KV = proposal.probabilities[0, :count].double()
+            own_NV = self.proposed(draft, rows).double()
+            gap, block = min((float((q_KV - own_NV[one]).abs().max()), one) for one in blocks)
             require(gap <= self.tolerance, f"probabilities after position {at} that differ by up to {gap:.3g}")
         if proposal.confidence is not None and "confidence_logits" in rows.extras:
             sure_K = rows.extras["confidence_logits"][block].detach()
             gap = float((proposal.confidence[0, : len(block)] - sure_K).abs().max())
             require(gap <= 10 * self.tolerance, f"confidence after position {at} that differs by up to {gap:.3g}")
 
-    def _block(self, rows: Rows, sample: Sample, at: int, count: int) -> list[int] | None:
-        """The rows that predict the tokens after position `at`, of the block that begins there; None if not drawn."""
-        where = placed(rows, [sample])
-        by_block: dict[int, list[int]] = {}
-        for row in range(len(rows.hidden)):
-            by_block.setdefault(int(rows.block[row]), []).append(row)
-        for found in by_block.values():
-            if where is None or [where[row][1] for row in found][:count] == list(range(at, at + count)):
-                return found[:count]
-        return None
 
-
-def _wide(text: Sample, known: Sample) -> Any:
-    """The features that decoding was given, in the width of training."""
-    assert text.features is not None
-    assert known.features is not None
-    same = text.features.hidden.shape == known.features.hidden.shape
-    return text.features if same else _mixed(text.features, known.features)
-
-
-def _mixed(text: Any, known: Any) -> Any:
-    return type(known)(hidden=known.hidden, last_hidden=text.last_hidden)
+def _form_first(draft: Any, given: Any, rows: Rows) -> None:
+    """RowsError in any test where rows have another form than the contract's, before it reads them."""
+    check_shapes(rows, draft.heads())

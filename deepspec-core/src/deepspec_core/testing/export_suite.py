@@ -120,13 +120,17 @@ class ExporterSuite(Suite):
     def test_all_weights_are_there(self) -> None:
         draft = self.draft()
         with self.written(draft) as out:
-            tensors = list(self.weights(out).values())
+            by_name = self.weights(out)
+            tensors = list(by_name.values())
             missing = [
                 name
                 for name, part in published_weights(draft).items()
                 if name not in self.shared and not any(_equal(part, one) for one in tensors)
             ]
             require(not missing, f"no tensor with the numbers of {', '.join(missing)}")
+            own = published_weights(draft)
+            swapped = [name for name in own if name in by_name and not _equal(own[name], by_name[name])]
+            require(not swapped, f"other numbers under the published names {', '.join(swapped)}")
 
     @clause("numbers keep the dtype that the checkpoint stores", written=_EXPORTER)
     def test_numbers_keep_their_dtype(self) -> None:
@@ -148,7 +152,7 @@ class ExporterSuite(Suite):
 
     @clause("the same draft gives the same files, and stays as it was", written=_EXPORTER)
     def test_it_is_written_again(self) -> None:
-        draft = self.draft()
+        draft = self.draft().eval()
         before = {name: part.clone() for name, part in draft.state_dict().items()}
         with self.written(draft) as out:
             first = {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
@@ -158,6 +162,7 @@ class ExporterSuite(Suite):
         require(not other, f"files that differ from one time to the next: {other}")
         changed = [name for name, part in draft.state_dict().items() if not torch.equal(part, before[name])]
         require(not changed, f"weights of the draft that have changed: {changed}")
+        require(not draft.training, "the draft is in training mode afterwards")
 
     @clause("an export is to be moved: no file names a folder of this machine", written=_EXPORTER)
     def test_no_paths(self) -> None:

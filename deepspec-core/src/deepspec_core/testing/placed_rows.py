@@ -27,10 +27,12 @@ _PER_ROW = ("hidden", "correction", "target_index", "target_ids", "weight", "slo
 def placed(rows: Rows, samples: Sequence[Sample]) -> list[tuple[int, int]]:
     """The (sample, position) whose last hidden state each row is compared with.
 
-    AssertionError where a row is compared with none of the samples' states.
+    Rows without target positions are placed by their labels: a block where its labels are the tokens of a text, best
+    supervised ones. AssertionError where a row is compared with none of the samples' states, or a block's labels are in
+    no text.
     """
-    assert rows.target_hidden is not None, "rows without target positions"
-    assert rows.target_index is not None, "rows without target positions"
+    if rows.target_hidden is None or rows.target_index is None:
+        return _by_labels(rows, samples)
     known = {
         tuple(state.tolist()): (number, at)
         for number, sample in enumerate(samples)
@@ -40,6 +42,36 @@ def placed(rows: Rows, samples: Sequence[Sample]) -> list[tuple[int, int]]:
     unknown = [row for row, place in enumerate(found) if place is None]
     assert not unknown, f"row {unknown[0]} is compared with what is no last hidden state of the target"
     return [place for place in found if place is not None]
+
+
+def _by_labels(rows: Rows, samples: Sequence[Sample]) -> list[tuple[int, int]]:
+    assert rows.target_ids is not None, "rows without labels and without target positions"
+    found: list[tuple[int, int]] = []
+    starts, ends = ranges_of(rows.block)
+    for first, last in zip(starts, ends, strict=True):
+        slots, labels = rows.slot[first:last].tolist(), rows.target_ids[first:last].tolist()
+        counted = [place for place, weight in enumerate(rows.weight[first:last].tolist()) if weight > 0]
+        fitting = [
+            (not all(sample.loss_mask[at + 1 + slots[place]] for place in counted), number, at)
+            for number, sample in enumerate(samples)
+            for at in range(-slots[0], len(sample.input_ids) - 1)
+            if all(
+                at + 1 + slots[place] < len(sample.input_ids)
+                and int(sample.input_ids[at + 1 + slots[place]]) == labels[place]
+                for place in counted
+            )
+        ]
+        assert fitting, f"rows {first} to {last - 1} have the labels {labels}, which follow each other in no text"
+        _, number, at = min(fitting)
+        found += [(number, at + slot) for slot in slots]
+    return found
+
+
+def ranges_of(block_N: Tensor) -> tuple[list[int], list[int]]:
+    """The first row of each block, and the row after its last."""
+    counts = torch.unique_consecutive(block_N, return_counts=True)[1]
+    ends = counts.cumsum(0).tolist()
+    return [0, *ends[:-1]] if ends else [], ends
 
 
 def logits_of(draft: DraftModel, rows: Rows) -> Tensor:
@@ -78,7 +110,8 @@ def loss_of(draft: DraftModel, rows: Rows) -> Tensor:
 def without_blocks(rows: Rows, start: int, end: int) -> Rows:
     """The rows from `start` to `end`."""
     parts = {name: getattr(rows, name) for name in _PER_ROW}
-    return evolve(rows, **{name: part[start:end] for name, part in parts.items() if part is not None})
+    extras = {name: extra[start:end] for name, extra in rows.extras.items()}
+    return evolve(rows, extras=extras, **{name: part[start:end] for name, part in parts.items() if part is not None})
 
 
 def same_rows(found: Rows, expected: Rows, words: str, near: float) -> None:
@@ -90,6 +123,12 @@ def same_rows(found: Rows, expected: Rows, words: str, near: float) -> None:
         require((mine is None) == (theirs is None), f"{words}: `{name}` in one of them only")
         same = mine is None or torch.allclose(mine.double(), theirs.double(), rtol=1e-6, atol=0)
         require(same, f"{words}: another `{name}`")
+    require((found.correction is None) == (expected.correction is None), f"{words}: `correction` in one of them only")
+    if found.correction is not None and expected.correction is not None:
+        check_near(found.correction, expected.correction, near, f"{words}: correction")
+    require(found.extras.keys() == expected.extras.keys(), f"{words}: other extras")
+    for name, extra in expected.extras.items():
+        check_near(found.extras[name].double(), extra.double(), 10 * near, f"{words}: extras[{name!r}]")
     if expected.target_hidden is not None and expected.target_index is not None:
         require(found.target_hidden is not None and found.target_index is not None, f"{words}: no target positions")
         mine, theirs = found.target_hidden[found.target_index], expected.target_hidden[expected.target_index]  # type: ignore[index]

@@ -8,13 +8,11 @@ Legend: B slots in a call, T tokens, K proposed tokens at most, V vocabulary.
 
 from __future__ import annotations
 
-import random
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 from unittest import SkipTest
 
-import numpy as np
 import torch
 from attrs import evolve
 from torch import Tensor
@@ -25,6 +23,7 @@ from deepspec_core.decoding.engine import Request, decode
 from deepspec_core.decoding.proposal_check import ProposalCheck
 from deepspec_core.testing.conformance import Suite, clause, require
 from deepspec_core.testing.driven_proposer import GREEDY, SAMPLED, DrivenProposer
+from deepspec_core.testing.global_draws import no_global_draws
 from deepspec_core.testing.random_batches import features_of, random_sample
 from deepspec_core.testing.tiny_target import TinyTarget
 
@@ -79,11 +78,11 @@ class ProposerSuite(Suite):
         """A proposer with five open slots."""
         return DrivenProposer(self.source(), num_slots=5, max_length=_TEXT + 16, tree_nodes=tree_nodes)
 
-    def sample(self, index: int, num_taps: int) -> Sample:
-        """A text of 32 tokens, all supervised but the first, with random features."""
-        sample = random_sample(str(index), _TEXT, seed=index, num_taps=num_taps)
+    def sample(self, index: int, num_taps: int, length: int = _TEXT) -> Sample:
+        """A text of 32 tokens, or `length`, all supervised but the first, with random features."""
+        sample = random_sample(str(index), length, seed=index, num_taps=num_taps)
         generator = torch.Generator().manual_seed(100 + index)
-        ids_T = torch.randint(2, 2 + self.distinct_tokens, (_TEXT,), generator=generator)
+        ids_T = torch.randint(2, 2 + self.distinct_tokens, (length,), generator=generator)
         return evolve(sample, input_ids=ids_T)
 
     def prompts(self, driven: DrivenProposer, slots: Sequence[int] = range(4)) -> dict[int, tuple[Sample, int]]:
@@ -122,9 +121,8 @@ class ProposerSuite(Suite):
     def test_random_numbers_are_the_engines(self) -> None:
         driven = self.driven()
         driven.start(self.prompts(driven))
-        before = _states()
-        first = driven.propose(range(4), SAMPLED)
-        require(_states() == before, "a proposal moves a generator of random numbers of torch, numpy or random")
+        with no_global_draws():
+            first = driven.propose(range(4), SAMPLED)
         torch.manual_seed(99)
         again = driven.propose(range(4), SAMPLED)
         _same(again, first, range(4), self.tolerance, "another proposal with the same uniforms")
@@ -166,6 +164,24 @@ class ProposerSuite(Suite):
             words = f"after commits of {counts} tokens, beside a prompt of the same text"
             found, expected = grown.propose([1, 3], SAMPLED), fresh.propose([1, 3], SAMPLED)
             _same(found, expected, range(2), self.tolerance, words)
+
+    @clause(
+        "`open_slots` opens as many slots of as many tokens as it is asked, empty, however often it is called",
+        written=_PROPOSER,
+    )
+    def test_slots_are_opened_as_asked(self) -> None:
+        again = DrivenProposer(self.source(), num_slots=2, max_length=24)
+        taps = len(again.proposer.taps)
+        again.start({1: (self.sample(0, taps), 5)})
+        again.propose([1], SAMPLED)
+        fresh = DrivenProposer(self.source(), num_slots=12, max_length=136)
+        again.proposer.open_slots(12, 136)
+        again.uniforms = fresh.uniforms
+        for driven in (again, fresh):
+            driven.start({11: (self.sample(1, taps, 128), 96), 1: (self.sample(2, taps, 128), 7)})
+            driven.accept({11: 1, 1: 1})
+        found, expected = again.propose([11, 1], SAMPLED), fresh.propose([11, 1], SAMPLED)
+        _same(found, expected, range(2), self.tolerance, "12 slots, opened after 2, beside a new proposer")
 
     @clause("prompts are right-padded: what stands after their length does not count", written=_PROPOSER)
     def test_padding_of_prompts_does_not_count(self) -> None:
@@ -310,11 +326,6 @@ def _checked(driven: DrivenProposer, slots: Sequence[int], sampling: Sampling) -
         for row, length in enumerate(proposal.lengths.tolist()):
             check.refuse_confidence(proposal.confidence[row, :length].tolist(), row)
     return proposal
-
-
-def _states() -> tuple[object, ...]:
-    numpy_state: Any = np.random.get_state()
-    return torch.get_rng_state().tolist(), numpy_state[1].tolist(), numpy_state[2], random.getstate()
 
 
 def _same(found: Proposal, expected: Proposal, rows: Sequence[int], atol: float, words: str) -> None:
