@@ -64,7 +64,7 @@ def test_links_lead_somewhere(name: str) -> None:
 def _commands(name: str) -> Iterator[list[str]]:
     """Every `deepspec ...` that a page shows, in blocks and in running text."""
     text = _text(name)
-    shown = [line for block in _blocks(name, "sh") for line in block.splitlines()]
+    shown = [line for block in _blocks(name, "sh") for line in block.replace("\\\n", " ").splitlines()]
     shown += re.findall(r"`(deepspec [^`]+)`", CODE.sub("", text))
     for line in shown:
         if not re.search(r"(?<![\w.-])deepspec(-run)?\s", line):

@@ -1,8 +1,7 @@
 """The day that chat templates are told: always the same one, so that the same run renders the same tokens every day.
 
-Some templates (Llama 3.2's and others) write today's date into the system message. They ask `strftime_now`, a function
-that transformers gives them and that no argument can replace. So a macro of that name is put before them. Knows Jinja
-and dates; no tokenizer.
+Some templates write today's date into the system message. They ask `strftime_now`, a function that transformers gives
+them and that no argument can replace. So a macro of that name is put before them. Knows Jinja and dates; no tokenizer.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Final
 
-# The day that Llama 3.2's template writes where it cannot ask.
+# The day that a widely used template writes where it cannot ask.
 DAY: Final = datetime(2024, 7, 26)
 _NAME: Final = "strftime_now"
 _LETTERS: Final = "aAbBcdHIjmMpSuUVwWxXyYGzZ"
