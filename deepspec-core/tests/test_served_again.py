@@ -1,6 +1,7 @@
 """Servers that come back, come late or go on with a stage: only what gives the same features is let in."""
 
 import logging
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -54,25 +55,62 @@ def test_a_server_that_comes_back_as_another_model_stays_out(
 ) -> None:
     one, other = pair
     record = begun_with(one.folder, one)
-    other.slow = 0.02
     wanted, own = samples(40), other.states
     with going_on(one.folder, pair, record).stream(wanted) as stream:
         rest = iter(stream)
         found = [next(rest) for _ in range(8)]
+        wait_until(lambda: all_is_read_ahead(one, other))
+        one.slow = 30.0
+        while not one.at_once:  # a request is under way when it stops
+            found.append(next(rest))
+            time.sleep(0.1)
         one.stop()
         wait_until(lambda: one.at_once == 0)
+        one.slow = 0.0
         another_model(one)
         before = len(one.asked)
-        other.slow = 1.0  # so that there is something to ask when the first one is back
         one.start_again()
         wait_until(lambda: f"{one.address} stays out" in caplog.text)
-        other.slow = 0.0
         found += list(rest)
     assert len(one.asked) == before
     assert "not those of this target" in caplog.text
+    assert_features_of(own, found)
+
+
+def test_a_server_that_is_replaced_while_nobody_asks_stays_out(
+    pair: list[FeatureStandIn], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Training may use what was read ahead for minutes. No request breaks off when the server goes."""
+    one, other = pair
+    record = begun_with(one.folder, one)
+    wanted, own = samples(40), other.states
+    servers = going_on(one.folder, pair, record)
+    servers.farm.idle = 0.2
+    with servers.stream(wanted) as stream:
+        rest = iter(stream)
+        found = [next(rest) for _ in range(8)]
+        wait_until(lambda: all_is_read_ahead(one, other))
+        time.sleep(0.4)
+        before = len(one.asked)
+        one.stop()
+        another_model(one)
+        one.start_again()
+        found += list(rest)
+    assert len(one.asked) == before
+    assert f"{one.address} stays out" in caplog.text
+    assert f"{other.address} is" not in caplog.text  # it is the same after a pause: nothing to tell
+    assert_features_of(own, found)
+
+
+def all_is_read_ahead(one: FeatureStandIn, other: FeatureStandIn) -> bool:
+    """After the first 8, with `prefetch` 8."""
+    return len(one.asked) + len(other.asked) == 16 and one.at_once + other.at_once == 0
+
+
+def assert_features_of(states: Any, found: list[Any]) -> None:
+    assert len(found) == 40
     for sample in found:
-        assert sample.features is not None
-        expected = own(sample.input_ids.tolist())[:, :2].flatten(1)
+        expected = states(sample.input_ids.tolist())[:, :2].flatten(1)
         torch.testing.assert_close(sample.features.hidden, expected, rtol=0, atol=0)
 
 

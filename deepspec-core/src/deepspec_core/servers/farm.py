@@ -12,7 +12,7 @@ import asyncio
 import logging
 import random
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from typing import Any, Final
@@ -23,6 +23,7 @@ from deepspec_core.data.answering import Unanswered
 from deepspec_core.errors import ConfigError, DataError
 from deepspec_core.servers.connection import Connection, Fault, Kind, Refusal, client
 from deepspec_core.servers.level import Level
+from deepspec_core.servers.member import Job, Member
 from deepspec_core.servers.probe import NotServed, NotServedNow
 from deepspec_core.servers.work import Work
 
@@ -35,48 +36,16 @@ _STRIKES: Final = 3
 _LONGEST_PAUSE: Final = 60.0
 
 
-@define(eq=False)
-class _Job:
-    """A request under way, and what became of it so far."""
-
-    request: Any
-    attempts: int = 0
-    pauses: int = 0
-    wait: float = 0.0
-    last: _Server | None = None
-    refused_by: _Server | None = None
-    refusal: Refusal | None = None
-
-
-@define(eq=False)
-class _Server:
-    """A server. `served` is None while it is out. `doubts`: requests it refused of which another has not said yet."""
-
-    connection: Connection
-    level: Level
-    served: Any = None
-    jobs: dict[asyncio.Task[Any], _Job] = field(factory=dict)
-    strikes: int = 0
-    answers: int = 0
-    faults: int = 0
-    doubts: int = 0
-    remarks: Counter[str] = field(factory=Counter)
-    heard: float = 0.0
-
-    @property
-    def room(self) -> int:
-        return 0 if self.served is None else self.level.value - len(self.jobs)
-
-
 @define(kw_only=True)
 class Farm:
     """Servers by address. Where its work is servers/answering.py, it is an Answerer of data/answering.py.
 
     `check` says before any work whether they can serve.
 
-    pause: Seconds before a request or a server is tried again; doubled each time. health_every: seconds between looks
-    at a server that is silent. look_every: seconds between looks for further requests while no answer comes.
-    say_after: seconds after which a server that a probe waits for is named.
+    pause: Seconds before a request or a server is tried again; doubled each time. idle: seconds without a request after
+    which a server is probed before it is asked again. health_every: seconds between looks at a server that is silent.
+    look_every: seconds between looks for further requests while no answer comes. say_after: seconds after which a
+    server that a probe waits for is named.
     more: Whether requests may still come where none can be handed out, so that they are waited for.
     on_fault: Called with what failed, whenever an exchange did. on_look: called at every look; what it raises ends all.
     """
@@ -84,6 +53,7 @@ class Farm:
     addresses: Sequence[str]
     work: Work
     pause: float = 0.5
+    idle: float = 10.0
     health_every: float = 30.0
     look_every: float = 1.0
     say_after: float = 5.0
@@ -126,10 +96,10 @@ class _Session:
 
     farm: Farm
     hand_out: Callable[[], Iterator[Any]]
-    servers: list[_Server] = field(factory=list)
-    waiting: deque[_Job] = field(factory=deque)
-    revivals: dict[asyncio.Task[Any], _Server] = field(factory=dict)
-    watches: dict[asyncio.Task[None], _Server] = field(factory=dict)
+    servers: list[Member] = field(factory=list)
+    waiting: deque[Job] = field(factory=deque)
+    revivals: dict[asyncio.Task[Any], Member] = field(factory=dict)
+    watches: dict[asyncio.Task[None], Member] = field(factory=dict)
     _stack: AsyncExitStack = field(factory=AsyncExitStack)
     _heard: float = field(factory=time.monotonic)
 
@@ -138,7 +108,7 @@ class _Session:
         work = self.farm.work
         shared = await self._stack.enter_async_context(client(work.wanted.key))
         for address in dict.fromkeys(self.farm.addresses):
-            self.servers.append(_Server(Connection(address, shared), Level(work.wanted.max_concurrency)))
+            self.servers.append(Member(Connection(address, shared), Level(work.wanted.max_concurrency)))
         found = await self._probed()
         usable = any(not isinstance(served, BaseException) for served in found)
         refused = [served for served in found if isinstance(served, NotServed)]
@@ -164,6 +134,7 @@ class _Session:
                 self._take_out(server, str(served))
             elif isinstance(served, NotServed):
                 log.warning("%s stays out: %s", server.connection.address, served)
+                server.out = True
                 self.revivals[asyncio.create_task(self._revive(server, said=str(served)))] = server
             else:
                 self._let_in(server, served)
@@ -235,12 +206,16 @@ class _Session:
             job, servers = found
             others = [server for server in servers if server is not job.last] or servers
             server = min(others, key=lambda server: len(server.jobs) / server.level.value)
+            if not server.jobs and time.monotonic() - server.heard > self.farm.idle:
+                self._doubt(server)
+                self.waiting.appendleft(job)
+                continue
             job.last = server
             if not server.jobs:
                 server.heard = time.monotonic()
             server.jobs[asyncio.create_task(self._ask(server, job))] = job
 
-    def _next(self) -> tuple[_Job, list[_Server]] | None:
+    def _next(self) -> tuple[Job, list[Member]] | None:
         """What is to be asked now, and the servers that may be asked."""
         free = [server for server in self.servers if server.room > 0]
         for job in self.waiting:
@@ -250,15 +225,15 @@ class _Session:
         # One that refuses everything, and at once, would read the whole source before another has answered.
         trusted = [server for server in free if server.room > server.doubts]
         request = next(self.hand_out(), None) if trusted else None
-        return None if request is None else (_Job(request), trusted)
+        return None if request is None else (Job(request), trusted)
 
-    async def _ask(self, server: _Server, job: _Job) -> Any:
+    async def _ask(self, server: Member, job: Job) -> Any:
         served = server.served
         assert served is not None
         await asyncio.sleep(job.wait)
         return await self.farm.work.ask(server.connection, served, job.request)
 
-    def _outcome(self, server: _Server, task: asyncio.Task[Any]) -> Any:
+    def _outcome(self, server: Member, task: asyncio.Task[Any]) -> Any:
         job = server.jobs.pop(task)
         now = server.heard = time.monotonic()
         try:
@@ -276,7 +251,7 @@ class _Session:
         server.level.answered(self.farm.work.tokens(answer), now)
         return answer
 
-    def _refused(self, server: _Server, job: _Job, refusal: Refusal) -> Unanswered | None:
+    def _refused(self, server: Member, job: Job, refusal: Refusal) -> Unanswered | None:
         if job.refused_by is None and self._others(server):
             job.refused_by, job.refusal = server, refusal
             server.doubts += 1
@@ -284,7 +259,7 @@ class _Session:
             return None
         return self._given_up(job, _does_not_take(server, refusal), refusal)
 
-    def _blame(self, server: _Server, job: _Job) -> None:
+    def _blame(self, server: Member, job: Job) -> None:
         """Another server has answered what this one refused."""
         reason = f"it does not take what another server answers: {job.refusal}"
         log.debug("%s: %s: %s", server.connection.address, job.request.id, reason)
@@ -293,7 +268,7 @@ class _Session:
         if server.strikes >= _STRIKES and server.served is not None:
             self._take_out(server, reason)
 
-    def _others(self, server: _Server) -> list[_Server]:
+    def _others(self, server: Member) -> list[Member]:
         """The servers that are in beside this one."""
         return [other for other in self.servers if other is not server and other.served is not None]
 
@@ -306,12 +281,12 @@ class _Session:
                 found.append(self._given_up(job, _does_not_take(server, refusal), refusal))
         return found
 
-    def _given_up(self, job: _Job, reason: str, cause: Exception) -> Unanswered:
+    def _given_up(self, job: Job, reason: str, cause: Exception) -> Unanswered:
         if job.refused_by is not None:
             job.refused_by.doubts -= 1
         return Unanswered(id=job.request.id, reason=reason, cause=cause)
 
-    def _failed(self, server: _Server, job: _Job, fault: Fault) -> Unanswered | None:
+    def _failed(self, server: Member, job: Job, fault: Fault) -> Unanswered | None:
         log.debug("%s: %s: %s", server.connection.address, job.request.id, fault.reason)
         server.faults += 1
         self.farm.on_fault(fault)
@@ -331,9 +306,9 @@ class _Session:
             return None
         return self._given_up(job, f"asked {_ATTEMPTS} times: {fault.reason}", fault)
 
-    def _take_out(self, server: _Server, reason: str, *, died: bool = False) -> None:
+    def _take_out(self, server: Member, reason: str, *, died: bool = False) -> None:
         if server not in self.revivals.values():
-            log.warning("%s is out: %s; it is let in again when it answers", server.connection.address, reason)
+            self._say_out(server, reason)
         server.served, server.strikes = None, 0
         for task, job in list(server.jobs.items()):
             if not task.done():
@@ -343,33 +318,52 @@ class _Session:
                 job.attempts = min(job.attempts + died, _ATTEMPTS - 1)
                 job.wait = 0.0
                 self.waiting.append(job)
-        for watch in [watch for watch, watched in self.watches.items() if watched is server]:
-            watch.cancel()
-            del self.watches[watch]
+        self._end_watch(server)
         if server not in self.revivals.values():
             self.revivals[asyncio.create_task(self._revive(server))] = server
 
-    def _let_in(self, server: _Server, served: Any) -> None:
-        if server.answers or server.faults:
-            log.warning("%s is in again", server.connection.address)
+    def _say_out(self, server: Member, reason: str) -> None:
+        server.out = True
+        log.warning("%s is out: %s; it is let in again when it answers", server.connection.address, reason)
+
+    def _end_watch(self, server: Member) -> None:
+        for watch in [watch for watch, watched in self.watches.items() if watched is server]:
+            watch.cancel()
+            del self.watches[watch]
+
+    def _doubt(self, server: Member) -> None:
+        """One that was not asked for long may have been replaced unseen: no request of ours broke off."""
+        server.served = None
+        self._heard = time.monotonic()  # nobody was asked
+        self._end_watch(server)
+        self.revivals[asyncio.create_task(self._revive(server, at_once=True))] = server
+
+    def _let_in(self, server: Member, served: Any) -> None:
+        if server.out:
+            again = " again" if server.answers or server.faults else ""
+            log.warning("%s is in%s", server.connection.address, again)
         log.info("%s serves %s", server.connection.address, self.farm.work.describe(served))
-        server.served = served
+        server.served, server.out, server.heard = served, False, time.monotonic()
         server.level = Level(self.farm.work.wanted.max_concurrency)
         self.watches[asyncio.create_task(self._watch(server))] = server
 
-    async def _revive(self, server: _Server, said: str = "") -> Any:
+    async def _revive(self, server: Member, said: str = "", *, at_once: bool = False) -> Any:
         tries = 0
         while True:
-            await asyncio.sleep(self._pause(tries))
+            await asyncio.sleep(0 if at_once and not tries else self._pause(tries))
             tries += 1
             try:
                 return await self.farm.work.probe(server.connection)
-            except (Fault, NotServed) as error:
-                if isinstance(error, NotServed) and str(error) != said:
+            except Fault as error:
+                if not server.out:
+                    self._say_out(server, error.reason)
+            except NotServed as error:
+                server.out = True
+                if str(error) != said:
                     said = str(error)
                     log.warning("%s stays out: %s", server.connection.address, error)
 
-    async def _watch(self, server: _Server) -> None:
+    async def _watch(self, server: Member) -> None:
         """Returns when a server that has been silent fails two health checks."""
         every, failed = self.farm.health_every, 0
         while failed < 2:
@@ -396,5 +390,5 @@ class _Session:
             )
 
 
-def _does_not_take(server: _Server, refusal: Refusal) -> str:
+def _does_not_take(server: Member, refusal: Refusal) -> str:
     return f"{server.connection.address} does not take it: {refusal}"

@@ -1,0 +1,50 @@
+"""A request under way and a server, as a farm (servers/farm.py) keeps them. Knows no HTTP and no order of work."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from typing import Any
+
+from attrs import define, field
+
+from deepspec_core.servers.connection import Connection, Refusal
+from deepspec_core.servers.level import Level
+
+
+@define(eq=False)
+class Job:
+    """A request under way, and what became of it so far."""
+
+    request: Any
+    attempts: int = 0
+    pauses: int = 0
+    wait: float = 0.0
+    last: Member | None = None
+    refused_by: Member | None = None
+    refusal: Refusal | None = None
+
+
+@define(eq=False)
+class Member:
+    """A server. `served` is None while it is not asked: it is probed, and `out` says that this was told.
+
+    doubts: Requests that it refused, of which another has not said yet whether it answers them. heard: when it last
+    answered, or was asked after a pause.
+    """
+
+    connection: Connection
+    level: Level
+    served: Any = None
+    out: bool = False
+    jobs: dict[asyncio.Task[Any], Job] = field(factory=dict)
+    strikes: int = 0
+    answers: int = 0
+    faults: int = 0
+    doubts: int = 0
+    remarks: Counter[str] = field(factory=Counter)
+    heard: float = 0.0
+
+    @property
+    def room(self) -> int:
+        return 0 if self.served is None else self.level.value - len(self.jobs)
