@@ -15,7 +15,7 @@ from deepspec_core.cli.main import main
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(5400)]
 
-SAMPLES, EPOCHS, SEEDS = 1000, 5, (1, 2, 3)
+SAMPLES, EPOCHS, SEEDS = 500, 4, (1, 2, 3)
 STEPS = SAMPLES * EPOCHS // 16
 # Features differ by rounding, so drafts do too. Between seeds, accepted lengths are further apart than this.
 BY_ROUNDING = 0.03
