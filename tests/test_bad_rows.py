@@ -177,3 +177,9 @@ def test_rows_that_are_kept_of_too_many_are_bounded(tmp_path: Path) -> None:
     assert [entry["where"] for entry in kept] == ["rows:0", "rows:1", "rows:2"]
     assert int(kept[0]["row_characters"]) > MOST_BYTES > len(kept[0]["row"])
     assert len(told) == 7
+
+
+def test_prompts_without_the_stage_that_answers_them_are_told_with_the_stage(run_file: Path) -> None:
+    _write(run_file.parent / "rows.jsonl", 40)
+    with pytest.raises(DataError, match=r"no_answer 40(.|\n)*Add the stage regenerate"):
+        _run(run_file, 'run.stages=["train"]').data.training_samples()

@@ -308,7 +308,9 @@ class RunData:
                 where=f"{self.named_in}: data",
                 found=", ".join(f"{name} {count}" for name, count in self.counts.items() if count)
                 or "no conversations",
-                fix="Give more data, or lower data.min_supervised_tokens.",
+                fix="Add the stage regenerate to run.stages: the target answers prompts that have no answer."
+                if self.counts.get("no_answer")
+                else "Give more data, or lower data.min_supervised_tokens.",
             )
         return samples
 
