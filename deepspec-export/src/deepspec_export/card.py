@@ -52,7 +52,7 @@ def _results(results: Sequence[Mapping[str, Any]]) -> str:
     for result in results:
         low, high = result["acceptance_length_interval"]
         lines.append(
-            f"| {result['task']} | {result['temperature']:g} | {result['samples']} | "
+            f"| {_cell(result['task'])} | {result['temperature']:g} | {result['samples']} | "
             f"{result['acceptance_length']:.2f} ({low:.2f}-{high:.2f}) |"
         )
     lines.append("\nTokens a round commits, the target's own included, pooled over rounds, as DeepSpec decodes.\n")
@@ -76,7 +76,7 @@ def _reduced(reduced: Mapping[str, Any]) -> list[str]:
 def _settings(facts: ExportFacts) -> str:
     description = facts.description
     rows = [
-        ("target", "not known" if facts.target is None else facts.target.name),
+        ("target", "not known" if facts.target is None else _cell(facts.target.name)),
         ("draft layers", str(description.num_layers)),
         ("window", "the whole context" if description.window is None else f"{description.window} positions"),
     ]
@@ -96,7 +96,7 @@ def _settings(facts: ExportFacts) -> str:
 
 def _source(source: Mapping[str, Any]) -> str:
     limit = source.get("limit")
-    return f"{source['path']}" + (f" (at most {limit:,} conversations)" if limit else "")
+    return _cell(source["path"]) + (f" (at most {limit:,} conversations)" if limit else "")
 
 
 def _cell(value: Any) -> str:
