@@ -11,10 +11,12 @@ import torch
 from attrs import evolve
 from transformers import Qwen3Config
 
+from deepspec_core.cache.estimate import too_small
 from deepspec_core.cli.main import main
 from deepspec_core.config.load import load_run_file
 from deepspec_core.contracts.draft import Sample
 from deepspec_core.contracts.target import TargetFeatures
+from deepspec_core.disk import free_bytes
 from deepspec_core.estimating.memory import bytes_of, fake_tensors
 from deepspec_core.estimating.process import resident_bytes
 from deepspec_core.estimating.step import StepEstimate, estimate_step
@@ -283,6 +285,23 @@ def test_an_accelerators_memory_holds_no_libraries(make_run: MakeRun, tiny_targe
     assert held["batches"] == on_cpu["batches"]
 
 
+def test_features_that_come_with_answers_are_on_disk_twice(
+    make_run: MakeRun, tiny_target: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answered = ('run.stages=["regenerate", "cache", "train"]', "regenerate.features=true")
+    served = ('regenerate.servers=["http://127.0.0.1:1/v1"]', f"features.exchange={tmp_path}")
+    run = make_run(
+        tiny_target("qwen3").where, "dspark", *answered, *served, 'features.servers=["http://127.0.0.1:1/v1"]'
+    )
+    said = estimate(run).cache
+    assert said is not None
+    assert said.kept_with_answers
+    most = free_bytes(tmp_path) * 3 // 4
+    (found,) = too_small([(tmp_path / "a" / "b", most), (tmp_path / "c", most)])
+    assert found[:2] == (tmp_path / "a" / "b", 2 * most)
+    assert not list(too_small([(tmp_path, most // 3), (tmp_path, most // 3)]))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3"])
 def test_the_cache_takes_as_many_bytes_as_said(dtype: str, make_run: MakeRun, tiny_target: Any, tmp_path: Path) -> None:
     run = make_run(tiny_target("qwen3").where, "dspark", f"cache.dtype={dtype}")
@@ -340,7 +359,7 @@ def test_the_table_and_the_object_say_the_same(
     }  # fmt: skip
     assert memory["phase_bytes"].keys() == {"features", "forward", "rows", "backward", "update"}
     assert memory["peak_bytes"] == sum(memory["held_bytes"].values()) + memory["phase_bytes"][memory["peak_phase"]]
-    assert said["cache"].keys() == {"bytes_per_token", "most_tokens", "most_bytes"}
+    assert said["cache"].keys() == {"bytes_per_token", "most_tokens", "most_bytes", "kept_with_answers"}
     parts = said["flops_per_step"]
     assert parts.keys() == {"total", "features", "draft_forward", "draft_backward", "rows", "update"}
     assert parts["total"] == sum(parts.values()) / 2

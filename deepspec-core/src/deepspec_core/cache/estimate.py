@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from deepspec_core.contracts.cache import CacheFormat, CacheHeader
-from deepspec_core.disk import free_bytes, in_words
+from deepspec_core.disk import free_bytes, in_words, nearest_folder
 from deepspec_core.errors import CacheError
 
 # What a format needs for a shard beside its tokens, at most: the last chunk of each array is not full.
@@ -15,6 +17,20 @@ SHARD_BYTES = 2 * 1024 * 1024
 def cache_bytes(cache_format: CacheFormat, header: CacheHeader, num_tokens: int, *, shards: int = 0) -> int:
     """Bytes of a cache: tokens * bytes a token, and what the format needs for so many shards."""
     return cache_format.bytes_per_token(header) * num_tokens + SHARD_BYTES * shards
+
+
+def too_small(wanted: Sequence[tuple[Path, int]]) -> Iterator[tuple[Path, int, int]]:
+    """Of folders and the bytes that may be written there: what is too much for its disk, with the bytes free.
+
+    Folders on one disk (which need not exist yet) are taken together, by the first of them.
+    """
+    together: dict[int, list[tuple[Path, int]]] = defaultdict(list)
+    for path, needed in wanted:
+        together[nearest_folder(path).stat().st_dev].append((path, needed))
+    for parts in together.values():
+        needed, free = sum(each for _, each in parts), free_bytes(parts[0][0])
+        if needed > free:
+            yield parts[0][0], needed, free
 
 
 def require_space(path: Path, needed: int) -> None:

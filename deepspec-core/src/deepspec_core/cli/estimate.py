@@ -125,9 +125,10 @@ def _lines(found: Estimate) -> Iterator[str]:
 
 def _cache(cache: CacheSize) -> str:
     per_token = f"{cache.bytes_per_token:,} bytes a token, {_bytes(cache.bytes_per_token * 10**6)} for a million tokens"
+    twice = "; twice that until it is whole, since features come with answers" if cache.kept_with_answers else ""
     if cache.most_bytes is None:
-        return per_token
-    return f"{per_token}; {_bytes(cache.most_bytes)} where all {cache.most_tokens:,} tokens come"
+        return per_token + twice
+    return f"{per_token}; {_bytes(cache.most_bytes)} where all {cache.most_tokens:,} tokens come{twice}"
 
 
 def _bytes(count: float) -> str:

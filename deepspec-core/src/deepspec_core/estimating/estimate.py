@@ -32,11 +32,15 @@ class Memory:
 
 @frozen(kw_only=True)
 class CacheSize:
-    """Of the feature cache. `most_tokens` and `most_bytes` are None where the run file limits no conversations."""
+    """Of the feature cache. `most_tokens` and `most_bytes` are None where the run file limits no conversations.
+
+    kept_with_answers: Whether features come with answers, and are on disk twice until the cache is whole.
+    """
 
     bytes_per_token: int
     most_tokens: int | None
     most_bytes: int | None
+    kept_with_answers: bool = False
 
 
 @frozen(kw_only=True)

@@ -305,7 +305,7 @@ def _cache(run: Run, *, fresh: bool) -> None:
     The number and the lengths of samples are not known yet. No room for a single sample is an error. No room for the
     largest cache that the run file allows is a warning.
     """
-    from deepspec_core.cache.estimate import cache_bytes, require_space
+    from deepspec_core.cache.estimate import cache_bytes, require_space, too_small
 
     begun = fresh or run.cache.refuse_another()
     header, count = run.cache.bare_header(), run.cache.expected_samples()
@@ -315,11 +315,12 @@ def _cache(run: Run, *, fresh: bool) -> None:
         return
     shards = -(-count // run.file.cache.shard_samples)
     most = cache_bytes(run.cache.format, header, count * run.data.max_length, shards=shards)
-    free = free_bytes(run.cache.folder)
-    if most > free:
-        log.warning(
-            "the cache may take up to %s, and %s are free in %s", in_words(most), in_words(free), run.cache.folder
-        )
+    wanted, what = [(run.cache.folder, most)], "the cache"
+    if run.has("regenerate") and run.file.regenerate.features:
+        wanted.append((run.stage_folder("regenerate"), most))
+        what = "the cache, and the features of answers until it is whole,"
+    for folder, needed, free in too_small(wanted):
+        log.warning("%s may take up to %s, and %s are free in %s", what, in_words(needed), in_words(free), folder)
 
 
 def _evaluation(run: Run, confidence: bool | None, proposed: int | None) -> None:

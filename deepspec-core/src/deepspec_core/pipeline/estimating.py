@@ -153,4 +153,5 @@ def _cache(run: Run) -> CacheSize:
         bytes_per_token=cache_format.bytes_per_token(header),
         most_tokens=tokens,
         most_bytes=None if tokens is None else cache_bytes(cache_format, header, tokens),
+        kept_with_answers=run.has("regenerate") and run.file.regenerate.features,
     )
