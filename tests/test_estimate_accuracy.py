@@ -96,7 +96,10 @@ def _make(
         eos_token_id=1, pad_token_id=0, tie_word_embeddings=False,
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(folder / "target")
-    tiny_tokenizer().save_pretrained(folder / "target")
+    tokenizer = tiny_tokenizer()  # with the markers of the target's family
+    markers = tokenizer.chat_template.replace("<|start|>", "<|im_start|>").replace("<|end|>", "<|im_end|>")
+    tokenizer.chat_template = markers
+    tokenizer.save_pretrained(folder / "target")
     (folder / "cache").mkdir()
     path = folder / "run.toml"
     path.write_text(

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ OPTIONS = ["--smoke", "--set", "run.threads=1"]
 # More moments at which something is half written, and an evaluation that lasts.
 SMALL_PIECES = ["--set", "train.checkpoint_every=2", "--set", "cache.shard_samples=3"]
 SMALL_PIECES += ["--set", "evaluate.max_new_tokens=224"]
+STAGES = ("regenerate", "cache", "train", "evaluate")
 # What differs between any two runs: times, speeds and memory, and the path and weights of the draft, which are compared
 # by themselves.
 _OWN = re.compile(r"(.*_)?seconds|.*_per_second|peak_memory_bytes|loader_wait|speedup.*|resumed_from|draft|content|run")
@@ -105,11 +106,6 @@ def _compare(found: Path, expected: Path) -> int:
     return len(names)
 
 
-def _moments(draw: random.Random, seconds: float) -> Iterator[float]:
-    while True:
-        yield draw.uniform(0.3, 1.0) * seconds
-
-
 def _stage(folder: Path) -> str:
     """The stage that was at work."""
     for name in ("evaluate", "train", "cache", "regenerate"):
@@ -118,27 +114,33 @@ def _stage(folder: Path) -> str:
     return "before"
 
 
-def _kill_and_rerun(run_file: Path, *more: str, kills: int, seed: int) -> list[str]:
-    """Run, kill, run again, until so many kills have hit a run at work; where each hit. Then run to the end."""
-    draw, hit = random.Random(seed), list[str]()
-    command = [*COMMAND, str(run_file), *OPTIONS, *more]
-    for moment in _moments(draw, 6.0):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        began = time.monotonic()
-        # Importing takes seconds, so a moment counts from where the run first touches its folder.
-        while not (_folder(run_file) / ".lock").exists() and process.poll() is None:
+def _lasting(folder: Path) -> dict[str, float]:
+    """Seconds of each stage of a run that nobody disturbed."""
+    return {stage: json.loads((folder / stage / "stage.json").read_text())["seconds"] for stage in STAGES}
+
+
+def _kill_and_rerun(run_file: Path, *more: str, stages: Sequence[str], like: Path, seed: int) -> list[str]:
+    """Run and kill within each of these stages, which are in the run's order. Then run to the end.
+
+    Gives the stages that were hit. A moment is drawn from the time that the stage took in `like`, and counted from the
+    stage's first line.
+    """
+    draw, hit, lasting = random.Random(seed), list[str](), _lasting(like)
+    command, said = [*COMMAND, str(run_file), *OPTIONS, *more], run_file.with_suffix(".log")
+    for stage in stages:
+        with said.open("w") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=log)
+        while process.poll() is None and not re.search(rf"^{stage}: ", said.read_text(), re.MULTILINE):
             time.sleep(0.01)
         try:
-            process.wait(timeout=max(0.05, moment - (time.monotonic() - began) * 0.2))
+            process.wait(timeout=draw.random() * lasting[stage])
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.wait()
             hit.append(_stage(_folder(run_file)))
         else:
             # Faster than the moment: everything is done, and there is nothing left to kill.
-            assert process.returncode == 0
-            break
-        if len(hit) == kills:
+            assert process.returncode == 0, said.read_text()
             break
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -154,7 +156,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, new_run_file: Callable
 
 
 def test_a_kill(finished: Path, run_file: Path) -> None:
-    _kill_and_rerun(run_file, kills=1, seed=1)
+    hit = _kill_and_rerun(run_file, stages=["train"], like=_folder(finished), seed=1)
+    assert hit
     assert _compare(_folder(run_file), _folder(finished)) > 15
 
 
@@ -170,7 +173,7 @@ def test_twenty_kills(
         folder = tmp_path / str(turn)
         folder.mkdir()
         run_file = new_run_file(folder)
-        hit += _kill_and_rerun(run_file, *SMALL_PIECES, kills=min(4, 20 - len(hit)), seed=100 + turn)
+        hit += _kill_and_rerun(run_file, *SMALL_PIECES, stages=STAGES, like=_folder(undisturbed), seed=100 + turn)
         assert _compare(_folder(run_file), _folder(undisturbed)) > 15
         if len(hit) >= 20:
             break

@@ -90,6 +90,17 @@ def test_what_was_read_is_noted_where_it_was_stored_before(run_file: Path) -> No
     assert second.content == first.content
 
 
+def test_the_bound_that_people_are_shown_is_no_reading(run_file: Path) -> None:
+    """A worker that shows progress, and one that finds the tokens stored, note the same."""
+    run = _run(
+        run_file, 'run.stages=["regenerate", "train"]', "regenerate.answers=2", 'data.sources=[{path = "a", limit = 7}]'
+    )
+    with run.reads.traced() as trace:
+        bound = run.data.expected_conversations()
+    assert bound == 14
+    assert not trace.keys & {"regenerate.answers", "data.sources"}
+
+
 CHANGES = {
     "data.max_length": "data.max_length=30",
     "data.system_prompt": 'data.system_prompt="Be brief."',

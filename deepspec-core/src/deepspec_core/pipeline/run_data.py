@@ -225,9 +225,10 @@ class RunData:
 
         Of a run that regenerates, each answer to a conversation is one.
         """
-        limits = [source.limit for source in self.options.sources]
-        most = None if None in limits else sum(limit for limit in limits if limit is not None)
-        return None if most is None else most * self.answers()
+        with self.reads.unnoted():  # this bound is shown to people: no result depends on it
+            limits = [source.limit for source in self.options.sources]
+            most = None if None in limits else sum(limit for limit in limits if limit is not None)
+            return None if most is None else most * self.answers()
 
     def training_conversations(
         self,
