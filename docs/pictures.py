@@ -28,7 +28,7 @@ def box(x: int, y: int, width: int, title: str, lines: list[str], colour: str) -
 
 
 def arrow(x1: int, y1: int, x2: int, y2: int, label: str = "") -> str:
-    """A line with a head; the label stands beside its middle."""
+    """A line with a head; the label is beside its middle."""
     line = f"<line x1='{x1}' y1='{y1}' x2='{x2}' y2='{y2}' stroke='{INK}' stroke-width='1.5' marker-end='url(#head)'/>"
     if not label:
         return line
@@ -92,7 +92,7 @@ def batch() -> str:
                 ["features of the tapped layers [B, T, C]", "last hidden state [B, T, H]"],
                 BLUE,
             ),
-            text(28, 236, "online: beside training; or once, into the cache"),
+            text(28, 236, "online: during training; cached: once"),
             arrow(320, 184, 480, 184, "features"),
             arrow(795, 88, 795, 120),
             "<line x1='795' y1='120' x2='575' y2='120' stroke='#1f2933' stroke-width='1.5'/>",
@@ -112,7 +112,7 @@ def batch() -> str:
                 ROSE,
             ),
             arrow(400, 312, 340, 312, "sums"),
-            box(40, 285, 300, "One division a step", ["all micro-batches, all processes"], ROSE),
+            box(40, 285, 300, "One division per step", ["all micro-batches, all processes"], ROSE),
             arrow(190, 336, 190, 370),
             box(40, 370, 300, "Optimizer", [], GREEN),
             text(400, 388, "Rows are the supervised positions, before the vocabulary projection."),
@@ -139,9 +139,9 @@ def decoding_round() -> str:
         token(272, 138, "over", GREEN),
         token(344, 138, "a", ROSE),
         token(416, 138, "hill", PAPER),
-        text(500, 148, "what the target would say at each place"),
-        text(500, 166, "it agrees twice, then differs"),
-        text(20, 210, "3. Agreed tokens stand, and the target's own token follows them.", size=14, colour=INK),
+        text(500, 148, "the target's own choice at each position"),
+        text(500, 166, "it agrees with two tokens, then differs"),
+        text(20, 210, "3. The agreed tokens are committed, and then the target's own token.", size=14, colour=INK),
         token(40, 226, "The", BLUE),
         token(112, 226, "fox", BLUE),
         token(200, 226, "runs", BLUE),
@@ -154,9 +154,9 @@ def decoding_round() -> str:
         text(
             20,
             308,
-            "accepted with probability min(1, p / q), and the first rejected one is drawn again from what p has",
+            "accepted with probability min(1, p / q), and the first rejected one is replaced by a sample from",
         ),
-        text(20, 326, "beyond q: the output has the target's distribution."),
+        text(20, 326, "max(0, p - q), normalised. So the output has the target's distribution."),
     ]
     return svg(900, 345, "A decoding round: propose, verify, commit", rows)
 
