@@ -9,6 +9,7 @@ from typing import Any
 
 import last_hidden_draft
 import pytest
+import wrong_caches as caches
 import wrong_components as components
 import wrong_drafts as drafts
 import wrong_in_training
@@ -121,10 +122,10 @@ def test_wrong_weightings(what: str, plant: Any) -> None:
     in_words(said_of(Weighting, test), Weighting, test, word)
 
 
-@pytest.mark.parametrize("what", first_of(components.CACHES))
+@pytest.mark.parametrize("what", first_of(caches.CACHES))
 def test_wrong_caches(what: str, plant: Any) -> None:
-    test, word = components.CACHES[what]
-    wrong = type("Wrong", (components.WrongCache,), {"what": what})
+    test, word = caches.CACHES[what]
+    wrong = type("Wrong", (caches.WrongCache,), {"what": what})
 
     class Cache(kit.CacheFormatSuite):
         component, dtypes = "wrong", ("float32",)
@@ -207,7 +208,7 @@ def caught() -> Mapping[str, list[str]]:
         "loss": list(components.TERMS),
         "weighting": list(components.WEIGHTINGS),
         "target": list(targets.CAUGHT),
-        "cache": list(components.CACHES),
+        "cache": list(caches.CACHES),
         "task": [*components.TASKS, "takes any row of a file"],
         "exporter": list(components.EXPORTERS),
     }

@@ -1,6 +1,6 @@
-"""Loss terms, weightings, cache formats, tasks and exporters that are wrong in one way each.
+"""Loss terms, weightings, tasks and exporters that are wrong in one way each.
 
-`CAUGHT` says by contract which test of its suite has to fail, and a word of what it has seen.
+Each table says which test of the suite has to fail, and a word of what it has seen.
 """
 
 from __future__ import annotations
@@ -12,13 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attrs import evolve
 from safetensors.torch import save_file
 from torch import Tensor
 
-from deepspec_core.cache.hdf5 import HDF5Format
 from deepspec_core.checkpoints.published import published_weights
-from deepspec_core.contracts.draft import Sample
 
 
 class Right:
@@ -94,77 +91,6 @@ WEIGHTINGS = {
         lambda slot, block, stats: slot.float() + slot.max() + 1, "no_rows", "max",
     ),
 }  # fmt: skip
-
-
-class _Reader:
-    """A reader that may be wrong. It is pickled as it is."""
-
-    def __init__(self, inner: Any, what: str) -> None:
-        self.inner, self.what, self.header = inner, what, inner.header
-        self.kept: dict[int, Sample] = {}
-        if what == "cannot be pickled":
-            self.lock = lambda: None
-
-    def __len__(self) -> int:
-        return len(self.inner)
-
-    def ids(self) -> list[str]:
-        return self.inner.ids()[::-1] if self.what == "ids in another order" else self.inner.ids()
-
-    def lengths(self) -> list[int]:
-        return self.inner.lengths()
-
-    def tokens_of(self, index: int) -> Sample:
-        return self.inner[index] if self.what == "reads features for tokens" else self.inner.tokens_of(index)
-
-    def __getitem__(self, index: int) -> Sample:
-        if self.what == "another sample's features" and index == 2:
-            return evolve(self.inner[2], features=self.inner[3].features)
-        found = self.inner[index]
-        if self.what == "loses the dtype":
-            wide = evolve(found.features, hidden=found.features.hidden.double())
-            return evolve(found, features=wide)
-        if self.what == "loses the original length":
-            return evolve(found, original_length=len(found.input_ids))
-        if self.what == "loses the mask":
-            return evolve(found, loss_mask=torch.ones_like(found.loss_mask))
-        return self.kept.setdefault(index, found) if self.what == "hands out one sample twice" else found
-
-
-class WrongCache(HDF5Format):
-    """A format that may be wrong."""
-
-    what = ""
-
-    def open(self, path: Path, expect: Any) -> Any:
-        return _Reader(super().open(path, None if self.what == "opens any cache" else expect), self.what)
-
-    def header(self, path: Path) -> Any:
-        found = super().header(path)
-        return evolve(found, template="") if found is not None and self.what == "loses the header" else found
-
-    def verify(self, *given: Any, **options: Any) -> Any:
-        return [] if self.what == "verifies nothing" else super().verify(*given, **options)
-
-    def bytes_per_token(self, header: Any) -> int:
-        size = super().bytes_per_token(header)
-        return size * 8 if self.what == "takes bytes for bits" else size
-
-
-CACHES = {
-    "another sample's features": ("what_is_written_is_read", "hidden"),
-    "loses the dtype": ("what_is_written_is_read", "float64"),
-    "loses the original length": ("what_is_written_is_read", "original_length"),
-    "loses the mask": ("what_is_written_is_read", "loss_mask"),
-    "ids in another order": ("what_is_written_is_read", "ids()"),
-    "hands out one sample twice": ("samples_are_apart", "set to 0"),
-    "reads features for tokens": ("tokens_alone", "has features"),
-    "cannot be pickled": ("a_reader_is_sent", "pickle"),
-    "opens any cache": ("another_header_is_refused", "opened"),
-    "loses the header": ("the_header_is_kept", "template"),
-    "verifies nothing": ("damage_is_found", "flipped"),
-    "takes bytes for bits": ("sizes_are_estimated", "one more token"),
-}
 
 
 def _asked(count: int = 4, **changes: Any) -> list[dict[str, Any]]:
