@@ -38,6 +38,15 @@ def _remembered() -> Any:
     return lambda stats, ce_N: (calls.append(1), ce_N * len(calls))[1]
 
 
+class _Keeps(Right):
+    def __init__(self) -> None:
+        self.kept: list[Tensor] = []
+
+    def __call__(self, stats: Any) -> Tensor:
+        self.kept.append(stats.ce)
+        return self.kept[-1]
+
+
 TERMS = {
     "one number for all rows": (_term(lambda stats, ce_N: ce_N.mean()), "one_number_a_row", "[]"),
     "wrong shape": (_term(lambda stats, ce_N: ce_N[:, None]), "one_number_a_row", "[17, 1]"),
@@ -63,8 +72,35 @@ TERMS = {
     "seeds random numbers": (
         _term(lambda stats, ce_N: (random.seed(0), ce_N)[1]), "the_same_rows_give_the_same", "random numbers",
     ),
+    "keeps the graph of each call": (_Keeps, "the_same_rows_give_the_same", "graph"),
+    "trains every second token": (
+        _term(lambda stats, ce_N: torch.where(stats.target_ids % 2 == 0, ce_N, ce_N.detach())),
+        "gradients_reach_the_draft", "no gradient for the rows",
+    ),
+    "takes the label for a column of a reduced vocabulary": (
+        _term(lambda stats, ce_N: -stats.draft_logits.log_softmax(-1).gather(1, stats.target_ids[:, None])[:, 0],
+              needs_logits=True),
+        "a_reduced_vocabulary", "out of bounds",
+    ),
+    "takes a column of a reduced vocabulary for a token": (
+        _term(lambda stats, ce_N: ce_N * (1 + (stats.draft_logits.argmax(-1) == stats.target_ids)), needs_logits=True),
+        "a_reduced_vocabulary", "other values",
+    ),
     "extras as text": (_term(lambda stats, ce_N: ce_N, needs_extras="x"), "it_says_what_it_needs", "needs_extras"),
 }  # fmt: skip
+
+
+def _by_place(slot: Tensor, block: Tensor, stats: Any) -> Tensor:
+    return 0.8 ** (torch.arange(len(block)) - torch.searchsorted(block, block)).float()
+
+
+def _without_gaps(slot: Tensor, block: Tensor, stats: Any) -> Tensor:
+    sizes = block.unique_consecutive(return_counts=True)[1].tolist()
+    parts = zip(slot.split(sizes), sizes, strict=True)
+    return torch.cat([torch.linspace(1.0, 0.5, size)[of_block] for of_block, size in parts])
+
+
+_kept_statistics: list[Any] = []
 WEIGHTINGS = {
     "negative": (lambda slot, block, stats: 1.0 - slot.float(), "weights_are_weights", "negative"),
     "NaN": (lambda slot, block, stats: (slot.float() - slot) / (slot - slot), "weights_are_weights", "nan"),
@@ -86,6 +122,12 @@ WEIGHTINGS = {
     "seeds random numbers": (
         lambda slot, block, stats: (random.seed(0), 0.8 ** slot.float())[1],
         "the_same_rows_weigh_the_same", "random numbers",
+    ),
+    "counts places, not slots": (_by_place, "slots_are_no_places", "1, 2, 4, 6"),
+    "knows no block with a gap": (_without_gaps, "one_weight_a_row", "out of bounds"),
+    "keeps statistics": (
+        lambda slot, block, stats: (_kept_statistics.append(stats), 0.8 ** slot.float())[1],
+        "the_same_rows_weigh_the_same", "memory",
     ),
     "fails without rows": (
         lambda slot, block, stats: slot.float() + slot.max() + 1, "no_rows", "max",
