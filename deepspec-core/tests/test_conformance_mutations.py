@@ -5,15 +5,18 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import last_hidden_draft
 import pytest
+import torch
 import wrong_caches as caches
 import wrong_components as components
 import wrong_drafts as drafts
 import wrong_in_training
 import wrong_targets as targets
+import wrong_weights
+from torch import Tensor
 
 import deepspec_core
 import deepspec_core.testing as kit
@@ -21,7 +24,7 @@ from deepspec_core.plugins import ComponentSpec, DraftModelSpec, ExportSpec, Tar
 from deepspec_core.testing.conformance import Suite, clauses
 
 ROOT = Path(__file__).parents[2]
-DRAFTS = (*drafts.CAUGHT, *wrong_in_training.CAUGHT)
+DRAFTS = (*drafts.CAUGHT, *wrong_in_training.CAUGHT, *wrong_weights.CAUGHT)
 SUITES = [getattr(kit, name) for name in kit.__all__ if name.endswith("Suite")]
 
 
@@ -78,6 +81,11 @@ def draft_suite(build: str) -> type[kit.DraftModelSuite]:
     class Draft(kit.DraftModelSuite):
         component = "last-hidden"
         plugin = plugin("deepspec_draft_models", spec)
+        options: ClassVar = {"from_target": True}
+
+        def target_weights(self) -> Mapping[str, Tensor]:
+            parts = {"down.weight": (32, 64), "down.bias": (32,), "up.weight": (96, 32)}
+            return {f"mtp.{name}": torch.zeros(shape, dtype=torch.bfloat16) for name, shape in parts.items()}
 
     return Draft
 
