@@ -176,7 +176,8 @@ class Tapped(last_hidden_draft.LastHiddenDraft):
 
 
 @pytest.mark.parametrize("what", first_of(["", *components.EXPORTERS]))
-def test_wrong_exporters(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_exporters(what: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(components.WrongExporter, "elsewhere", tmp_path, raising=False)
     monkeypatch.setattr(components, "Tapped", Tapped, raising=False)
     monkeypatch.setattr(components.WrongExporter, "what", what)
     export = ExportSpec(name="wrong", summary="", build="wrong_components:WrongExporter", algorithm="last-hidden")

@@ -6,6 +6,7 @@ Each table says which test of the suite has to fail, and a word of what it has s
 from __future__ import annotations
 
 import json
+import pickle
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -172,9 +173,10 @@ TASKS = {
 
 
 class WrongExporter:
-    """An exporter that may be wrong."""
+    """An exporter that may be wrong. `elsewhere` is a folder to write into where it should not."""
 
     what = ""
+    elsewhere: Path
 
     def unservable(self, facts: Any) -> Any:
         return False if self.what == "answers no and not why" else None
@@ -189,6 +191,20 @@ class WrongExporter:
         (out / "config.json").write_text(json.dumps({"layers": layers}))
         if self.what == "writes beside its folder":
             (out.parent / "notes.txt").write_text("x")
+        if self.what == "writes into the working folder":
+            Path("notes.txt").write_text("x")
+        if self.what == "writes into home":
+            (Path.home() / ".exported").write_text("x")
+        if self.what == "writes somewhere else":
+            (self.elsewhere / "last.log").write_text("x")
+        if self.what == "names home and the working folder":
+            (out / "card.md").write_text(f"Made in {Path.cwd()} by {Path.home()}.")
+        if self.what == "a pickle beside the weights":
+            torch.save({"loss": 0.1}, out / "training.bin")
+        if self.what == "a pickle of Python's":
+            (out / "training.bin").write_bytes(pickle.dumps({"loss": 0.1}))
+        if self.what == "NaN in JSON":
+            (out / "results.json").write_text(json.dumps({"accepted": float("nan")}))
         if self.what == "leaves a link":
             (out / "latest").symlink_to(out / "config.json")
         if self.what == "names a folder of this machine":
@@ -220,6 +236,13 @@ EXPORTERS = {
     "leaves the draft in training": ("it_is_written_again", "training mode"),
     "a wrong layer id": ("layers_are_named", "no list"),
     "writes beside its folder": ("files_are_in_their_folder", "notes.txt"),
+    "writes into the working folder": ("files_are_in_their_folder", "notes.txt"),
+    "writes into home": ("files_are_in_their_folder", ".exported"),
+    "writes somewhere else": ("files_are_in_their_folder", "last.log"),
+    "names home and the working folder": ("no_paths", "card.md"),
+    "a pickle beside the weights": ("nothing_is_pickled", "training.bin"),
+    "a pickle of Python's": ("nothing_is_pickled", "training.bin"),
+    "NaN in JSON": ("layers_are_named", "no JSON"),
     "leaves a link": ("files_are_in_their_folder", "latest"),
     "names a folder of this machine": ("no_paths", "card.md"),
     "differs from time to time": ("it_is_written_again", "card.md"),
