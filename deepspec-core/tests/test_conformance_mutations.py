@@ -205,6 +205,7 @@ def test_wrong_targets(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     class Target(kit.TargetAdapterSuite):
         component = "wrong"
         plugin = plugin("deepspec_target_adapters", spec)
+        template = targets.TEMPLATE
 
     test, word = targets.CAUGHT[what]
     in_words(said_of(Target, test), Target, test, word)
