@@ -98,7 +98,7 @@ def _by_place(slot: Tensor, block: Tensor, stats: Any) -> Tensor:
 def _without_gaps(slot: Tensor, block: Tensor, stats: Any) -> Tensor:
     sizes = block.unique_consecutive(return_counts=True)[1].tolist()
     parts = zip(slot.split(sizes), sizes, strict=True)
-    return torch.cat([torch.linspace(1.0, 0.5, size)[of_block] for of_block, size in parts])
+    return torch.cat([slot[:0].float(), *(torch.linspace(1.0, 0.5, size)[of_block] for of_block, size in parts)])
 
 
 _kept_statistics: list[Any] = []
