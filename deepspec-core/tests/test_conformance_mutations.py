@@ -5,14 +5,18 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import last_hidden_draft
 import pytest
+import torch
+import wrong_caches as caches
 import wrong_components as components
 import wrong_drafts as drafts
 import wrong_in_training
 import wrong_targets as targets
+import wrong_weights
+from torch import Tensor
 
 import deepspec_core
 import deepspec_core.testing as kit
@@ -20,7 +24,7 @@ from deepspec_core.plugins import ComponentSpec, DraftModelSpec, ExportSpec, Tar
 from deepspec_core.testing.conformance import Suite, clauses
 
 ROOT = Path(__file__).parents[2]
-DRAFTS = (*drafts.CAUGHT, *wrong_in_training.CAUGHT)
+DRAFTS = (*drafts.CAUGHT, *wrong_in_training.CAUGHT, *wrong_weights.CAUGHT)
 SUITES = [getattr(kit, name) for name in kit.__all__ if name.endswith("Suite")]
 
 
@@ -77,6 +81,11 @@ def draft_suite(build: str) -> type[kit.DraftModelSuite]:
     class Draft(kit.DraftModelSuite):
         component = "last-hidden"
         plugin = plugin("deepspec_draft_models", spec)
+        options: ClassVar = {"from_target": True}
+
+        def target_weights(self) -> Mapping[str, Tensor]:
+            parts = {"down.weight": (32, 64), "down.bias": (32,), "up.weight": (96, 32)}
+            return {f"mtp.{name}": torch.zeros(shape, dtype=torch.bfloat16) for name, shape in parts.items()}
 
     return Draft
 
@@ -121,10 +130,10 @@ def test_wrong_weightings(what: str, plant: Any) -> None:
     in_words(said_of(Weighting, test), Weighting, test, word)
 
 
-@pytest.mark.parametrize("what", first_of(components.CACHES))
+@pytest.mark.parametrize("what", first_of(caches.CACHES))
 def test_wrong_caches(what: str, plant: Any) -> None:
-    test, word = components.CACHES[what]
-    wrong = type("Wrong", (components.WrongCache,), {"what": what})
+    test, word = caches.CACHES[what]
+    wrong = type("Wrong", (caches.WrongCache,), {"what": what})
 
     class Cache(kit.CacheFormatSuite):
         component, dtypes = "wrong", ("float32",)
@@ -167,7 +176,8 @@ class Tapped(last_hidden_draft.LastHiddenDraft):
 
 
 @pytest.mark.parametrize("what", first_of(["", *components.EXPORTERS]))
-def test_wrong_exporters(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_exporters(what: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(components.WrongExporter, "elsewhere", tmp_path, raising=False)
     monkeypatch.setattr(components, "Tapped", Tapped, raising=False)
     monkeypatch.setattr(components.WrongExporter, "what", what)
     export = ExportSpec(name="wrong", summary="", build="wrong_components:WrongExporter", algorithm="last-hidden")
@@ -195,6 +205,7 @@ def test_wrong_targets(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     class Target(kit.TargetAdapterSuite):
         component = "wrong"
         plugin = plugin("deepspec_target_adapters", spec)
+        template = targets.TEMPLATE
 
     test, word = targets.CAUGHT[what]
     in_words(said_of(Target, test), Target, test, word)
@@ -207,7 +218,7 @@ def caught() -> Mapping[str, list[str]]:
         "loss": list(components.TERMS),
         "weighting": list(components.WEIGHTINGS),
         "target": list(targets.CAUGHT),
-        "cache": list(components.CACHES),
+        "cache": list(caches.CACHES),
         "task": [*components.TASKS, "takes any row of a file"],
         "exporter": list(components.EXPORTERS),
     }

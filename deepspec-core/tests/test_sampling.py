@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from deepspec_core.contracts.proposer import Sampling
-from deepspec_core.decoding.sampling import distribution, draw, draw_tokens, mass_before, next_token, penalised
+from deepspec_core.decoding.sampling import (
+    distribution,
+    draw,
+    draw_in_turn,
+    draw_tokens,
+    mass_before,
+    next_token,
+    penalised,
+)
 
 
 def _logits(*probs: float) -> torch.Tensor:
@@ -171,3 +179,18 @@ def test_a_penalty_counts_the_tokens_that_were_just_drawn(temperature: float) ->
             known.add(int(token))
     assert sampling.seen is not None
     assert sampling.seen.sum() == 6, "what was given stays as it is"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_tokens_in_turn_are_each_given_the_one_before(temperature: float) -> None:
+    logits_VV = torch.randn(12, 12, generator=torch.Generator().manual_seed(7)) * 2
+    uniforms = torch.rand(3, 4, generator=torch.Generator().manual_seed(8))
+    last, sampling = torch.tensor([5, 0, 11]), Sampling(temperature=temperature)
+    tokens, probs = draw_in_turn(lambda k, previous: logits_VV[previous] / (k + 1), last, sampling, uniforms)
+    for k in range(4):
+        previous = last if k == 0 else tokens[:, k - 1]
+        token, q = next_token(logits_VV[previous] / (k + 1), sampling, uniforms[:, k])
+        assert torch.equal(tokens[:, k], token)
+        assert (probs is None) == (temperature == 0)
+        if probs is not None:
+            assert torch.equal(probs[:, k], q)

@@ -86,7 +86,7 @@ def test_a_new_command_is_listed(
 def test_a_new_draft_can_be_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    package = written("draft", tmp_path, "trained")
+    package = written("draft", tmp_path, "runnable")
     install_project(package, tmp_path / "site", monkeypatch)
     assert main(["config", "check", str(package / "train.toml")]) == 0
 

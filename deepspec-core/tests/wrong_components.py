@@ -1,24 +1,22 @@
-"""Loss terms, weightings, cache formats, tasks and exporters that are wrong in one way each.
+"""Loss terms, weightings, tasks and exporters that are wrong in one way each.
 
-`CAUGHT` says by contract which test of its suite has to fail, and a word of what it has seen.
+Each table says which test of the suite has to fail, and a word of what it has seen.
 """
 
 from __future__ import annotations
 
 import json
+import pickle
 import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from attrs import evolve
 from safetensors.torch import save_file
 from torch import Tensor
 
-from deepspec_core.cache.hdf5 import HDF5Format
 from deepspec_core.checkpoints.published import published_weights
-from deepspec_core.contracts.draft import Sample
 
 
 class Right:
@@ -39,6 +37,15 @@ def _term(change: Any, **attributes: Any) -> type[Right]:
 def _remembered() -> Any:
     calls: list[int] = []
     return lambda stats, ce_N: (calls.append(1), ce_N * len(calls))[1]
+
+
+class _Keeps(Right):
+    def __init__(self) -> None:
+        self.kept: list[Tensor] = []
+
+    def __call__(self, stats: Any) -> Tensor:
+        self.kept.append(stats.ce)
+        return self.kept[-1]
 
 
 TERMS = {
@@ -66,8 +73,35 @@ TERMS = {
     "seeds random numbers": (
         _term(lambda stats, ce_N: (random.seed(0), ce_N)[1]), "the_same_rows_give_the_same", "random numbers",
     ),
+    "keeps the graph of each call": (_Keeps, "the_same_rows_give_the_same", "graph"),
+    "trains every second token": (
+        _term(lambda stats, ce_N: torch.where(stats.target_ids % 2 == 0, ce_N, ce_N.detach())),
+        "gradients_reach_the_draft", "no gradient for the rows",
+    ),
+    "takes the label for a column of a reduced vocabulary": (
+        _term(lambda stats, ce_N: -stats.draft_logits.log_softmax(-1).gather(1, stats.target_ids[:, None])[:, 0],
+              needs_logits=True),
+        "a_reduced_vocabulary", "out of bounds",
+    ),
+    "takes a column of a reduced vocabulary for a token": (
+        _term(lambda stats, ce_N: ce_N * (1 + (stats.draft_logits.argmax(-1) == stats.target_ids)), needs_logits=True),
+        "a_reduced_vocabulary", "other values",
+    ),
     "extras as text": (_term(lambda stats, ce_N: ce_N, needs_extras="x"), "it_says_what_it_needs", "needs_extras"),
 }  # fmt: skip
+
+
+def _by_place(slot: Tensor, block: Tensor, stats: Any) -> Tensor:
+    return 0.8 ** (torch.arange(len(block)) - torch.searchsorted(block, block)).float()
+
+
+def _without_gaps(slot: Tensor, block: Tensor, stats: Any) -> Tensor:
+    sizes = block.unique_consecutive(return_counts=True)[1].tolist()
+    parts = zip(slot.split(sizes), sizes, strict=True)
+    return torch.cat([slot[:0].float(), *(torch.linspace(1.0, 0.5, size)[of_block] for of_block, size in parts)])
+
+
+_kept_statistics: list[Any] = []
 WEIGHTINGS = {
     "negative": (lambda slot, block, stats: 1.0 - slot.float(), "weights_are_weights", "negative"),
     "NaN": (lambda slot, block, stats: (slot.float() - slot) / (slot - slot), "weights_are_weights", "nan"),
@@ -90,81 +124,16 @@ WEIGHTINGS = {
         lambda slot, block, stats: (random.seed(0), 0.8 ** slot.float())[1],
         "the_same_rows_weigh_the_same", "random numbers",
     ),
+    "counts places, not slots": (_by_place, "slots_are_no_places", "1, 2, 4, 6"),
+    "knows no block with a gap": (_without_gaps, "one_weight_a_row", "out of bounds"),
+    "keeps statistics": (
+        lambda slot, block, stats: (_kept_statistics.append(stats), 0.8 ** slot.float())[1],
+        "the_same_rows_weigh_the_same", "memory",
+    ),
     "fails without rows": (
         lambda slot, block, stats: slot.float() + slot.max() + 1, "no_rows", "max",
     ),
 }  # fmt: skip
-
-
-class _Reader:
-    """A reader that may be wrong. It is pickled as it is."""
-
-    def __init__(self, inner: Any, what: str) -> None:
-        self.inner, self.what, self.header = inner, what, inner.header
-        self.kept: dict[int, Sample] = {}
-        if what == "cannot be pickled":
-            self.lock = lambda: None
-
-    def __len__(self) -> int:
-        return len(self.inner)
-
-    def ids(self) -> list[str]:
-        return self.inner.ids()[::-1] if self.what == "ids in another order" else self.inner.ids()
-
-    def lengths(self) -> list[int]:
-        return self.inner.lengths()
-
-    def tokens_of(self, index: int) -> Sample:
-        return self.inner[index] if self.what == "reads features for tokens" else self.inner.tokens_of(index)
-
-    def __getitem__(self, index: int) -> Sample:
-        if self.what == "another sample's features" and index == 2:
-            return evolve(self.inner[2], features=self.inner[3].features)
-        found = self.inner[index]
-        if self.what == "loses the dtype":
-            wide = evolve(found.features, hidden=found.features.hidden.double())
-            return evolve(found, features=wide)
-        if self.what == "loses the original length":
-            return evolve(found, original_length=len(found.input_ids))
-        if self.what == "loses the mask":
-            return evolve(found, loss_mask=torch.ones_like(found.loss_mask))
-        return self.kept.setdefault(index, found) if self.what == "hands out one sample twice" else found
-
-
-class WrongCache(HDF5Format):
-    """A format that may be wrong."""
-
-    what = ""
-
-    def open(self, path: Path, expect: Any) -> Any:
-        return _Reader(super().open(path, None if self.what == "opens any cache" else expect), self.what)
-
-    def header(self, path: Path) -> Any:
-        found = super().header(path)
-        return evolve(found, template="") if found is not None and self.what == "loses the header" else found
-
-    def verify(self, *given: Any, **options: Any) -> Any:
-        return [] if self.what == "verifies nothing" else super().verify(*given, **options)
-
-    def bytes_per_token(self, header: Any) -> int:
-        size = super().bytes_per_token(header)
-        return size * 8 if self.what == "takes bytes for bits" else size
-
-
-CACHES = {
-    "another sample's features": ("what_is_written_is_read", "hidden"),
-    "loses the dtype": ("what_is_written_is_read", "float64"),
-    "loses the original length": ("what_is_written_is_read", "original_length"),
-    "loses the mask": ("what_is_written_is_read", "loss_mask"),
-    "ids in another order": ("what_is_written_is_read", "ids()"),
-    "hands out one sample twice": ("samples_are_apart", "set to 0"),
-    "reads features for tokens": ("tokens_alone", "has features"),
-    "cannot be pickled": ("a_reader_is_sent", "pickle"),
-    "opens any cache": ("another_header_is_refused", "opened"),
-    "loses the header": ("the_header_is_kept", "template"),
-    "verifies nothing": ("damage_is_found", "flipped"),
-    "takes bytes for bits": ("sizes_are_estimated", "one more token"),
-}
 
 
 def _asked(count: int = 4, **changes: Any) -> list[dict[str, Any]]:
@@ -204,9 +173,10 @@ TASKS = {
 
 
 class WrongExporter:
-    """An exporter that may be wrong."""
+    """An exporter that may be wrong. `elsewhere` is a folder to write into where it should not."""
 
     what = ""
+    elsewhere: Path
 
     def unservable(self, facts: Any) -> Any:
         return False if self.what == "answers no and not why" else None
@@ -221,6 +191,20 @@ class WrongExporter:
         (out / "config.json").write_text(json.dumps({"layers": layers}))
         if self.what == "writes beside its folder":
             (out.parent / "notes.txt").write_text("x")
+        if self.what == "writes into the working folder":
+            Path("notes.txt").write_text("x")
+        if self.what == "writes into home":
+            (Path.home() / ".exported").write_text("x")
+        if self.what == "writes somewhere else":
+            (self.elsewhere / "last.log").write_text("x")
+        if self.what == "names home and the working folder":
+            (out / "card.md").write_text(f"Made in {Path.cwd()} by {Path.home()}.")
+        if self.what == "a pickle beside the weights":
+            torch.save({"loss": 0.1}, out / "training.bin")
+        if self.what == "a pickle of Python's":
+            (out / "training.bin").write_bytes(pickle.dumps({"loss": 0.1}))
+        if self.what == "NaN in JSON":
+            (out / "results.json").write_text(json.dumps({"accepted": float("nan")}))
         if self.what == "leaves a link":
             (out / "latest").symlink_to(out / "config.json")
         if self.what == "names a folder of this machine":
@@ -252,6 +236,13 @@ EXPORTERS = {
     "leaves the draft in training": ("it_is_written_again", "training mode"),
     "a wrong layer id": ("layers_are_named", "no list"),
     "writes beside its folder": ("files_are_in_their_folder", "notes.txt"),
+    "writes into the working folder": ("files_are_in_their_folder", "notes.txt"),
+    "writes into home": ("files_are_in_their_folder", ".exported"),
+    "writes somewhere else": ("files_are_in_their_folder", "last.log"),
+    "names home and the working folder": ("no_paths", "card.md"),
+    "a pickle beside the weights": ("nothing_is_pickled", "training.bin"),
+    "a pickle of Python's": ("nothing_is_pickled", "training.bin"),
+    "NaN in JSON": ("layers_are_named", "no JSON"),
     "leaves a link": ("files_are_in_their_folder", "latest"),
     "names a folder of this machine": ("no_paths", "card.md"),
     "differs from time to time": ("it_is_written_again", "card.md"),

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +16,11 @@ from deepspec_core.contracts.target import AttentionProjections, ConversationFor
 from deepspec_core.errors import TargetError
 from deepspec_core.families.transformers_target import TransformersTarget
 from deepspec_targets.qwen3 import Qwen3Adapter
+
+TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 
 
 class WrongTarget(TransformersTarget):
@@ -57,6 +63,7 @@ class _Scaled(nn.Embedding):
 
 class WrongAdapter(Qwen3Adapter):
     what: ClassVar[str] = ""
+    kept: Sequence[nn.Module] = ()
 
     def load(self, where: Any, **given: Any) -> Any:
         try:
@@ -74,6 +81,16 @@ class WrongAdapter(Qwen3Adapter):
             return _Scaled(self.text.vocab_size, self.text.hidden_size)
         return super().embedding()
 
+    def norm(self, size: int | None = None, *, scale: bool = True) -> nn.Module:
+        return super().norm(size, scale=scale or self.what == "norms with a scale alone")
+
+    def mlp(self) -> nn.Module:
+        if self.what == "one MLP for all layers":
+            if not self.kept:
+                self.kept = [super().mlp()]
+            return self.kept[0]
+        return super().mlp()
+
     def attention_projections(self, in_features: int) -> AttentionProjections:
         found = super().attention_projections(in_features)
         if self.what == "another scale of attention":
@@ -82,6 +99,8 @@ class WrongAdapter(Qwen3Adapter):
 
     def conversation_format(self) -> ConversationFormat:
         found = super().conversation_format()
+        if self.what == "another family's answers":
+            return evolve(found, assistant_start="<|assistant|>\n")
         return evolve(found, assistant_ends=()) if self.what == "answers without an end" else found
 
 
@@ -99,6 +118,9 @@ CAUGHT = {
     "scales the embedding": ("the_embedding_is_the_targets", "tap -1"),
     "another scale of attention": ("blocks_are_the_targets", "layer 2"),
     "other names of weights": ("blocks_are_the_targets", "wq"),
+    "norms with a scale alone": ("norms_without_a_scale", "weight"),
+    "one MLP for all layers": ("modules_are_new", "mlp"),
+    "another family's answers": ("the_template_has_such_answers", "disagree"),
     "loads without some weights": ("missing_weights_are_refused", "all the same"),
     "answers without an end": ("answers_can_be_found", "assistant_ends"),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,9 @@ OTHERS = (
     "qwen3", "qwen3-yarn", "qwen2-sliding", "llama-bias", "llama-linear", "mistral", "gemma4", "gemma4-own-values",
     "gemma4-unified", "gemma4-experts",
 )  # fmt: skip
+TEMPLATES = Path(__file__).parent / "chat_templates"
+# Of Llama, models without the vocabulary of Llama 3 write ChatML.
+WRITES_AS = {"qwen3_moe": "qwen3", "llama": "qwen2"}
 
 
 @pytest.fixture(params=[*FIRST, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
@@ -41,6 +45,8 @@ class TestFamilies(TargetAdapterSuite):
         """The shape is the component's."""
         self.family, self.component = family, family.adapter
         self.layer, self.full_layer = family.layer, family.full_layer
+        template = TEMPLATES / f"{WRITES_AS.get(family.adapter, family.adapter)}.jinja"
+        self.template = template.read_text(encoding="utf-8")
 
     def config(self) -> Any:
         return self.family.config()

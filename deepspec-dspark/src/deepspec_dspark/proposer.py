@@ -13,7 +13,7 @@ from attrs import evolve
 from torch import Tensor
 
 from deepspec_core.contracts.proposer import Proposal, Sampling
-from deepspec_core.decoding.sampling import next_token
+from deepspec_core.decoding.sampling import draw_in_turn
 from deepspec_dflash.proposer import BlockDraft, DFlashProposer
 from deepspec_dspark.heads import MarkovHead
 
@@ -70,20 +70,14 @@ class DSparkProposer(DFlashProposer):
         uniforms_BK: Tensor,
     ) -> Proposal:
         base_BKD = self.model.known_logits(hidden_BKH)
-        previous_B, state_Br = last_B, None
-        tokens: list[Tensor] = []
-        probabilities: list[Tensor] = []
-        for slot in range(self.max_tokens):
+        state_Br: Tensor | None = None
+
+        def logits(slot: int, previous_B: Tensor) -> Tensor:
+            nonlocal state_Br
             embedded_Br = markov.markov_w1(previous_B)
             state_Br = markov.start(embedded_Br) if state_Br is None else state_Br
             correction_Br, state_Br = markov.step(hidden_BKH[:, slot], embedded_Br, state_Br)
-            logits_BV = self.model.spread(base_BKD[:, slot] + markov.markov_w2(correction_Br))
-            previous_B, q_BV = next_token(logits_BV, sampling, uniforms_BK[:, slot])
-            sampling = sampling.after(previous_B)
-            tokens.append(previous_B)
-            probabilities += [] if q_BV is None else [q_BV]
-        return Proposal(
-            tokens=torch.stack(tokens, dim=1),
-            lengths=limits_B.clamp(max=self.max_tokens),
-            probabilities=torch.stack(probabilities, dim=1) if probabilities else None,
-        )
+            return self.model.spread(base_BKD[:, slot] + markov.markov_w2(correction_Br))
+
+        tokens_BK, q_BKV = draw_in_turn(logits, last_B, sampling, uniforms_BK[:, : self.max_tokens])
+        return Proposal(tokens=tokens_BK, lengths=limits_B.clamp(max=self.max_tokens), probabilities=q_BKV)

@@ -76,7 +76,7 @@ class CacheWriter(Protocol):
         ...
 
     def write(self, sample: Sample) -> None:
-        """Append one sample with its features."""
+        """Append one sample with its features. Its id is any text: no name of a file, and no path."""
         ...
 
     def finish(self) -> None:

@@ -105,7 +105,7 @@ class RowStats(Protocol):
 
 @runtime_checkable
 class LossTerm(Protocol):
-    """Computes one value per row.
+    """Computes one value per row. It keeps nothing of a call: what it kept would keep the call's logits in memory.
 
     needs_target: Whether it reads statistics of the target.
     needs_extras: The names of the extras that it reads.
@@ -128,7 +128,8 @@ class LossTerm(Protocol):
 class Weighting(Protocol):
     """Computes how much each row of a block counts. Its result is multiplied with the rows' own weight.
 
-    It is called with whole blocks, and no gradient goes through it.
+    It is called with whole blocks, and no gradient goes through it. It keeps nothing of a call. A slot that is not
+    supervised is not there, so a row's slot may be more than its place in the block.
     """
 
     def __call__(self, slot: Tensor, block: Tensor, stats: RowStats) -> Tensor:

@@ -11,14 +11,14 @@ S tokens of a block, E candidates.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from deepspec_core.contracts.proposer import Sampling
 
-__all__ = ["distribution", "draw", "draw_tokens", "next_token", "penalised"]
+__all__ = ["distribution", "draw", "draw_in_turn", "draw_tokens", "next_token", "penalised"]
 
 # Of a vocabulary's probabilities, so many of the greatest are looked at for top-p before all of them are sorted.
 _CANDIDATES = 256
@@ -92,11 +92,24 @@ def draw_tokens(logits_BKV: Tensor, sampling: Sampling, uniforms_BK: Tensor) -> 
     """
     if sampling.seen is None:
         return next_token(logits_BKV, sampling, uniforms_BK[:, : logits_BKV.shape[1]])
+    unread_B = torch.zeros_like(uniforms_BK[:, 0], dtype=torch.long)
+    return draw_in_turn(
+        lambda k, previous_B: logits_BKV[:, k], unread_B, sampling, uniforms_BK[:, : logits_BKV.shape[1]]
+    )
+
+
+def draw_in_turn(
+    logits: Callable[[int, Tensor], Tensor], last_B: Tensor, sampling: Sampling, uniforms_BK: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """K tokens for each sequence and their distributions, as `draw_tokens` gives them, each given the token before it.
+
+    logits(k, previous_B) gives [B, V]. The token before the first is `last_B`, and uniforms_BK has K columns.
+    """
     tokens, probs = [], []
-    for k in range(logits_BKV.shape[1]):
-        token_B, probs_BV = next_token(logits_BKV[:, k], sampling, uniforms_BK[:, k])
-        sampling = sampling.after(token_B)
-        tokens.append(token_B)
+    for k, uniforms_B in enumerate(uniforms_BK.unbind(1)):
+        last_B, probs_BV = next_token(logits(k, last_B), sampling, uniforms_B)
+        sampling = sampling.after(last_B)
+        tokens.append(last_B)
         probs += [] if probs_BV is None else [probs_BV]
     return torch.stack(tokens, dim=1), torch.stack(probs, dim=1) if probs else None
 

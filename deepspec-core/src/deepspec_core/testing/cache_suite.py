@@ -20,7 +20,8 @@ from deepspec_core.contracts.cache import CacheFormat, CacheHeader, CacheReader,
 from deepspec_core.contracts.draft import Sample
 from deepspec_core.dtypes import torch_dtype
 from deepspec_core.errors import CacheError, DeepSpecError, StageError
-from deepspec_core.testing.conformance import Suite, clause, require
+from deepspec_core.testing.conformance import Suite, Unmet, clause, require
+from deepspec_core.testing.damaged_files import damaged, killed_after
 from deepspec_core.testing.random_batches import TAPS, features_of, random_sample
 
 _FORMAT = "deepspec_core/contracts/cache.py: CacheFormat"
@@ -166,22 +167,10 @@ class CacheFormatSuite(Suite):
     @clause("a new writer goes on after a stop; each sample is there once", written=_WRITER)
     def test_a_writer_goes_on(self) -> None:
         with self._folder() as path:
-            samples = self.samples()
             with closing(self.cache().create(path, self.header(), shard_samples=2)) as writer:
-                for sample in samples[:3]:
+                for sample in self.samples()[:3]:
                     writer.write(sample)
-            with closing(self.cache().create(path, self.header(), shard_samples=2)) as writer:
-                sealed = writer.written()
-                require({"s0", "s1"} <= sealed, f"written() after a stop: {sealed}, and a shard of s0 and s1 was full")
-                for sample in samples:
-                    if sample.id not in sealed:
-                        writer.write(sample)
-                writer.finish()
-            reader = self.cache().open(path, None)
-            require(sorted(reader.ids()) == [one.id for one in samples], f"ids() = {reader.ids()}")
-            for index, name in enumerate(reader.ids()):
-                problem = _differs(reader[index], samples[int(name[1:])], torch_dtype(self.header().dtype))
-                require(problem is None, f"sample {name}: {problem}")
+            self._goes_on(path)
 
     @clause("two writers at once are refused with a StageError", written=_FORMAT)
     def test_one_writer_at_a_time(self) -> None:
@@ -189,22 +178,67 @@ class CacheFormatSuite(Suite):
             said = _error(StageError, lambda: self.cache().create(path, self.header()).close())
             require(said is not None, "a second writer beside the first")
 
-    @clause("`verify` finds nothing in a whole cache, and a file that is not as it was written", written=_FORMAT)
+    @clause(
+        "a writer that is killed leaves no finished cache; what it sealed is kept, and a new writer goes on",
+        written=_WRITER,
+    )
+    def test_a_killed_writer(self) -> None:
+        with self._folder() as path:
+
+            def write() -> CacheWriter:
+                writer = self.cache().create(path, self.header(), shard_samples=2)
+                for sample in self.samples()[:3]:
+                    writer.write(sample)
+                return writer
+
+            killed_after(write)
+            require(self.cache().header(path) == self.header(), f"header() = {self.cache().header(path)}")
+            said = _error(CacheError, lambda: self.cache().open(path, None))
+            require(said is not None, "opened after its writer was killed")
+            self._goes_on(path)
+
+    @clause(
+        "ids of samples are text and name no files: any id is read back, and nothing lies beside the cache's folder",
+        written=_FORMAT,
+    )
+    def test_ids_are_text(self) -> None:
+        with self._folder() as path:
+            names = [
+                "",
+                ".",
+                "../x",
+                "a/b",
+                str(path.parent / "y"),
+                "long" * 100,
+                "a line\nand another",
+                "\u96ea \u00e4",
+            ]
+            self._write(path, samples=[evolve(self.samples()[0], id=name) for name in names])
+            found = self.cache().open(path, None)
+            require(found.ids() == names, f"ids() = {found.ids()}, not {names}")
+            read = [found[index].id for index in range(len(names))]
+            require(read == names, f"the ids of the samples that are read are {read}, not {names}")
+            beside = sorted(one.name for one in path.parent.iterdir() if one != path)
+            require(not beside, f"beside the folder: {beside}")
+
+    @clause(
+        "`verify` finds nothing in a whole cache, and each file that is not as it was written. No damage is read as a "
+        "header, and none as no cache: it is a CacheError",
+        written=_FORMAT,
+    )
     def test_damage_is_found(self) -> None:
         with self._folder() as path:
             self._write(path)
             errors = [str(one) for one in self.cache().verify(path)]
             require(not errors, f"of a whole cache: {errors}")
-            largest = max((one for one in path.rglob("*") if one.is_file()), key=lambda one: one.stat().st_size)
-            content = bytearray(largest.read_bytes())
-            content[len(content) // 2] ^= 1
-            largest.write_bytes(content)
-            if self.finds_damage:
-                parts = [
-                    one for part in (0, 1) for one in self.cache().verify(path, part=part, parts=2, remembered=False)
-                ]
-                require(parts, f"nothing, where a bit of {largest.name} has flipped")
-                require(all(isinstance(one, CacheError) for one in parts), f"{[type(one).__name__ for one in parts]}")
+            for what, is_cut in damaged(path):
+                try:
+                    seen = self._seen_of_damage(path, is_cut or self.finds_damage)
+                except CacheError:
+                    continue
+                except Exception as error:
+                    raise Unmet(f"{what}: {type(error).__name__}: {error}") from error
+                require(seen is None, f"{what}: {seen}")
 
     @clause("a cache without tapped layers holds the last hidden state alone", written=_FORMAT)
     def test_without_taps(self) -> None:
@@ -235,6 +269,44 @@ class CacheFormatSuite(Suite):
             for sample in self.samples() if samples is None else samples:
                 writer.write(sample)
             writer.finish()
+
+    def _goes_on(self, path: Path) -> None:
+        """A new writer, after one that had written three of the samples."""
+        samples = self.samples()
+        with closing(self.cache().create(path, self.header(), shard_samples=2)) as writer:
+            sealed = writer.written()
+            require({"s0", "s1"} <= sealed, f"written() after a stop: {sealed}, and a shard of s0 and s1 was full")
+            for sample in samples:
+                if sample.id not in sealed:
+                    writer.write(sample)
+            writer.finish()
+        reader = self.cache().open(path, None)
+        require(sorted(reader.ids()) == [one.id for one in samples], f"ids() = {reader.ids()}")
+        for index, name in enumerate(reader.ids()):
+            problem = _differs(reader[index], samples[int(name[1:])], torch_dtype(self.header().dtype))
+            require(problem is None, f"sample {name}: {problem}")
+
+    def _seen_of_damage(self, path: Path, is_found: bool) -> str | None:
+        """What is wrong with what is said of a damaged cache. Damage that changes nothing that is read is none."""
+        header = self.cache().header(path)
+        if header is None or (header != self.header() and is_found):
+            return "header() is None, as where there is no cache" if header is None else f"header() = {header}"
+        errors = [one for part in (0, 1) for one in self.cache().verify(path, part=part, parts=2, remembered=False)]
+        if errors or not is_found:
+            other = [type(one).__name__ for one in errors if not isinstance(one, CacheError)]
+            return f"verify() gives {other}" if other else None
+        try:
+            reader = self.cache().open(path, None)
+            read = [reader[index] for index in range(len(reader))]
+        except CacheError as error:
+            return f"verify() finds nothing, and a reader says: {error}"
+        written = self.samples()
+        if len(read) != len(written):
+            return f"verify() finds nothing, and {len(read)} samples of {len(written)} are read"
+        pairs = zip(read, written, strict=True)
+        changed = (_differs(one, other, torch_dtype(header.dtype)) for one, other in pairs)
+        problem = next((one for one in changed if one is not None), None)
+        return None if problem is None else f"verify() finds nothing, and a sample is read otherwise: {problem}"
 
     @contextmanager
     def _folder(self) -> Iterator[Path]:

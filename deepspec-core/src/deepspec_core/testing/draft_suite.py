@@ -1,5 +1,7 @@
 """DraftModelSuite: what every trained draft keeps, in training, in its checkpoint and while decoding.
 
+Clauses of its proposer are in proposer_suite.py, those of its checkpoint in draft_weights_suite.py.
+
 Knows the contracts of drafts, rows and proposers. Which algorithm is tested is the subclass's. Rows are placed in a
 text by the target's last hidden state, which differs at every position of a random sample.
 
@@ -10,15 +12,13 @@ from __future__ import annotations
 
 import json
 import pickle
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 from unittest import SkipTest
 
 import numpy as np
 import torch
 
-from deepspec_core.checkpoints.published import config_text, load_draft, published_name, save_draft
+from deepspec_core.checkpoints.published import published_name
 from deepspec_core.contracts.draft import (
     DraftBatch,
     DraftDescription,
@@ -32,14 +32,13 @@ from deepspec_core.rows.rows_check import check_numbers, check_shapes
 from deepspec_core.rows.weighted import weighted
 from deepspec_core.testing.conformance import clause, require
 from deepspec_core.testing.draft_checks import check_near, gradients_of, trained
+from deepspec_core.testing.draft_weights_suite import DraftWeightsSuite
 from deepspec_core.testing.driven_proposer import SAMPLED, DrivenProposer
 from deepspec_core.testing.global_draws import no_global_draws
 from deepspec_core.testing.packed_rows import packed_as_alone
 from deepspec_core.testing.placed_rows import distributions, loss_of, placed, same_rows, without_blocks
-from deepspec_core.testing.proposer_suite import ProposerSuite
 from deepspec_core.testing.random_batches import TAPS, padded_batch, ragged_samples, random_sample, with_large_weights
 from deepspec_core.testing.rollouts import check_rollout
-from deepspec_core.testing.shifted import shifted
 from deepspec_core.testing.tiny_family import tiny_adapter
 from deepspec_core.testing.trained_blocks import blocks_after, wide
 
@@ -55,7 +54,7 @@ _PACKED = "docs/plugins.md#packed-rows"
 _DRAWS = 24
 
 
-class DraftModelSuite(ProposerSuite):
+class DraftModelSuite(DraftWeightsSuite):
     """Clauses of `contracts.draft.DraftModel`, of its rows and of its proposer.
 
     options: Small ones: a block of about four tokens, few layers.
@@ -320,32 +319,6 @@ class DraftModelSuite(ProposerSuite):
             proposal = driven.propose([2], SAMPLED)
             self._compare_with_training(draft, text, at, proposal)
 
-    @clause(
-        "a saved draft is recognised as its type's alone, and proposes the same when it is loaded", written=_ALGORITHM
-    )
-    def test_a_checkpoint_is_the_same_draft(self) -> None:
-        draft, registry, adapter = self.draft(), self.registry(), self.adapter()
-        config = json.loads(config_text(draft, draft.describe(), adapter))
-        found = registry.recognise(config).name
-        require(found == self.component, f"config.json is recognised as {found!r}")
-        with TemporaryDirectory() as folder:
-            save_draft(draft, adapter, Path(folder) / "draft")
-            loaded = load_draft(Path(folder) / "draft", registry=registry, adapter=adapter)
-        require(
-            loaded.describe() == draft.describe(), f"describe() says {loaded.describe()}, before {draft.describe()}"
-        )
-        mine, theirs = draft.state_dict(), loaded.state_dict()
-        other = [name for name in mine if name not in theirs or not torch.equal(mine[name], theirs[name])]
-        require(not other, f"other weights: {other}")
-        for one, again in zip(self._two_rounds(draft), self._two_rounds(shifted(loaded)), strict=True):
-            away = "another number of tokens" if one.lengths.tolist() != again.lengths.tolist() else None
-            if away is None and one.probabilities is not None and again.probabilities is not None:
-                gap = float((one.probabilities - again.probabilities).abs().max())
-                away = f"probabilities that differ by up to {gap:.3g}" if gap > self.tolerance else None
-            if away is None and not torch.equal(one.tokens, again.tokens):
-                away = "other tokens"
-            require(away is None, f"after loading: {away}. Is all that it computes with in state_dict()?")
-
     def batch(self, draft: DraftModel, samples: list[Sample] | None = None) -> DraftBatch:
         """The samples, prepared and padded."""
         return padded_batch(draft, self.prepared(draft, samples))
@@ -356,13 +329,6 @@ class DraftModelSuite(ProposerSuite):
         A draft that proposes from other ones overrides it.
         """
         return distributions(draft, rows)
-
-    def _two_rounds(self, draft: DraftModel) -> list[Any]:
-        driven = DrivenProposer(draft, num_slots=2, max_length=48)
-        driven.start({1: (self.sample(1, len(driven.proposer.taps)), 6)})
-        first = driven.propose([1], SAMPLED)
-        driven.accept({1: 1})
-        return [first, driven.propose([1], SAMPLED)]
 
     def _compare_with_training(self, draft: DraftModel, text: Sample, at: int, proposal: Any) -> None:
         """`proposal` is for the tokens after position `at` of the text. Training is given the tokens proposed."""

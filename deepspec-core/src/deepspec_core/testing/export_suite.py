@@ -7,6 +7,9 @@ stand in a JSON file; a format of other files overrides how they are read.
 from __future__ import annotations
 
 import json
+import pickle
+import pickletools
+import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,9 +28,10 @@ from deepspec_core.contracts.draft import DraftModel
 from deepspec_core.contracts.export import Exporter, ExportFacts, TargetName
 from deepspec_core.plugins.discovery import load_plugins
 from deepspec_core.plugins.registry import Registry
-from deepspec_core.testing.conformance import Suite, clause, require
+from deepspec_core.testing.conformance import Suite, Unmet, clause, require
 from deepspec_core.testing.random_batches import TAPS, with_large_weights
 from deepspec_core.testing.tiny_family import tiny_adapter
+from deepspec_core.testing.watched_files import watched_files
 
 _EXPORTER = "deepspec_core/contracts/export.py: Exporter"
 _PAGE = "docs/plugins.md#an-export-format"
@@ -83,7 +87,7 @@ class ExporterSuite(Suite):
 
     def layers(self, out: Path) -> list[Any]:
         """Every list of numbers in an export's JSON files: one of them has to be the tapped layers."""
-        return [one for path in sorted(out.rglob("*.json")) for one in _lists(json.loads(path.read_text("utf-8")))]
+        return [one for path in sorted(out.rglob("*.json")) for one in _lists(_content(path))]
 
     @contextmanager
     def written(self, draft: DraftModel | None = None) -> Iterator[Path]:
@@ -109,12 +113,19 @@ class ExporterSuite(Suite):
 
     @clause("files go into the folder that `write` is given, and nowhere else; none is a link", written=_EXPORTER)
     def test_files_are_in_their_folder(self) -> None:
-        with self.written() as out:
-            beside = sorted(path.name for path in out.parent.iterdir() if path != out)
-            require(not beside, f"{beside} beside it")
+        draft = self.draft()
+        with watched_files() as watched, self.written(draft) as out:
+            outside = watched.outside(out)
+            require(not outside, f"{outside}, beside {out}")
             links = sorted(path.name for path in out.rglob("*") if path.is_symlink())
             require(not links, f"links: {links}")
             require(any(path.is_file() for path in out.rglob("*")), "no file")
+
+    @clause("nothing in an export is pickled: it can be loaded without trust", written=_PAGE)
+    def test_nothing_is_pickled(self) -> None:
+        with self.written() as out:
+            found = [path.name for path in out.rglob("*") if path.is_file() and _is_pickled(path)]
+            require(not found, f"pickled: {found}")
 
     @clause("every weight of the draft is in the export, unchanged, but those that the target has", written=_PAGE)
     def test_all_weights_are_there(self) -> None:
@@ -166,9 +177,12 @@ class ExporterSuite(Suite):
 
     @clause("an export is to be moved: no file names a folder of this machine", written=_EXPORTER)
     def test_no_paths(self) -> None:
-        with self.written() as out:
-            naming = [path.name for path in out.rglob("*") if path.is_file() and str(out).encode() in path.read_bytes()]
-            require(not naming, f"{naming} name {out}")
+        draft = self.draft()
+        with watched_files() as watched, self.written(draft) as out:
+            files = {path.name: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+            for what, path in (("out", out.parent), ("the working folder or home", watched.place)):
+                naming = sorted(name for name, content in files.items() if str(path).encode() in content)
+                require(not naming, f"{naming} name {what}, below {path}")
 
     @clause("core can write it: the folder appears when all of it is there", written=_PAGE)
     def test_core_writes_it(self) -> None:
@@ -187,6 +201,26 @@ def _equal(mine: Tensor, theirs: Tensor) -> bool:
 
 def _rounded(part: Tensor) -> Tensor:
     return part.bfloat16().to(part.dtype) if part.is_floating_point() else part
+
+
+def _content(path: Path) -> Any:
+    def refused(constant: str) -> None:
+        raise Unmet(f"{path.name} says {constant}, which is no JSON")
+
+    return json.loads(path.read_text("utf-8"), parse_constant=refused)
+
+
+def _is_pickled(path: Path) -> bool:
+    """Whether a file is a pickle, or an archive that torch.save writes, which holds one."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith(".pkl") for name in archive.namelist())
+    content = path.read_bytes()
+    try:
+        # Other files begin with this byte too, but are no pickle to their end.
+        return content[:1] == pickle.PROTO and sum(1 for _ in pickletools.genops(content)) > 0
+    except ValueError:
+        return False
 
 
 def _lists(value: Any) -> Iterator[list[Any]]:

@@ -2,15 +2,18 @@
 
 Both are called with statistics of made-up rows, in chunks as the engine cuts them. Knows the contract of statistics.
 
-Legend: N rows, V vocabulary, H hidden size.
+Legend: N rows, V the target's vocabulary, D the draft's (V if it is not reduced), H hidden size.
 """
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any, ClassVar
+from unittest import SkipTest
 
 import torch
-from attrs import evolve, frozen
+from attrs import evolve
 from torch import Tensor
 
 from deepspec_core.contracts.loss import RowStats
@@ -22,61 +25,15 @@ from deepspec_core.rows.weighting_options import DecayOptions
 from deepspec_core.rows.weightings import Decay, Uniform
 from deepspec_core.testing.conformance import Suite, clause, require
 from deepspec_core.testing.global_draws import no_global_draws
+from deepspec_core.testing.made_rows import SLOTS, MadeRows, N, V, made_rows
 
 _TERM = "deepspec_core/contracts/loss.py: LossTerm"
 _WEIGHTING = "deepspec_core/contracts/loss.py: Weighting"
 _STATS = "deepspec_core/contracts/loss.py: RowStats"
-_V, _H = 12, 8
-# Blocks of several lengths, as a batch has them: N rows in all.
-_BLOCKS = (3, 1, 7, 2, 4)
-_N = sum(_BLOCKS)
-_EXTRAS = ("confidence_logits",)
-
-
-@frozen(kw_only=True, eq=False)
-class _Made:
-    """Logits of rows, and what else statistics are formed of."""
-
-    draft_NV: Tensor
-    target_NV: Tensor
-    ids_N: Tensor
-    slot_N: Tensor
-    block_N: Tensor
-    extras: dict[str, Tensor]
-
-    def stats(self, part: slice = slice(None), *, target: bool = True, logits: bool = True) -> ChunkStats:
-        """Of the rows of one chunk."""
-        draft_nV = self.draft_NV[part]
-        count = len(draft_nV)
-        return ChunkStats(
-            base_logits_NV=draft_nV if logits else None,
-            draft_logits_NV=draft_nV,
-            target_logits_UV=self.target_NV[part] if target else None,
-            target_row_N=torch.arange(count) if target else None,
-            target_ids_N=self.ids_N[part],
-            extras={name: extra[part] for name, extra in self.extras.items()},
-            differentiable=True,
-        )
-
-    def tensors(self) -> list[Tensor]:
-        """All of them, copied."""
-        return [part.detach().clone() for part in (self.draft_NV, self.target_NV, self.ids_N, *self.extras.values())]
-
-
-def _made(extras: tuple[str, ...], *, sharpness: float = 1.0, seed: int = 0) -> _Made:
-    generator = torch.Generator().manual_seed(seed)
-
-    def drawn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    return _Made(
-        draft_NV=(drawn(_N, _V) * sharpness).requires_grad_(),
-        target_NV=drawn(_N, _V) * sharpness,
-        ids_N=torch.randint(0, _V, (_N,), generator=generator),
-        slot_N=torch.cat([torch.arange(size) for size in _BLOCKS]),
-        block_N=torch.arange(len(_BLOCKS)).repeat_interleave(torch.tensor(_BLOCKS)),
-        extras={name: drawn(_N).requires_grad_() for name in dict.fromkeys((*_EXTRAS, *extras))},
-    )
+_H = 8
+# The tokens that a draft of a reduced vocabulary knows, and as many in their order.
+_KNOWN = (1, 4, 5, 8, 9, 11)
+_FIRST = tuple(range(len(_KNOWN)))
 
 
 class LossSuite(Suite):
@@ -89,9 +46,9 @@ class LossSuite(Suite):
         """The term, new."""
         return self.registry().build("loss", self.component, *self.made_options())
 
-    def made(self, term: Any, **changes: Any) -> _Made:
+    def made(self, term: Any, **changes: Any) -> MadeRows:
         """Made-up rows with the extras that the term reads."""
-        return _made(tuple(getattr(term, "needs_extras", ())), **changes)
+        return made_rows(tuple(getattr(term, "needs_extras", ())), **changes)
 
     @clause("a term says what it reads: `needs_target`, `needs_extras`; and it can be called", written=_TERM)
     def test_it_says_what_it_needs(self) -> None:
@@ -104,8 +61,8 @@ class LossSuite(Suite):
         term = self.term()
         value = term(self.made(term).stats())
         require(isinstance(value, Tensor), f"{type(value).__name__}")
-        right = tuple(value.shape) == (_N,) and value.dtype == torch.float32
-        require(right, f"{list(value.shape)}, {value.dtype}, for {_N} rows in float32: not its mean or sum")
+        right = tuple(value.shape) == (N,) and value.dtype == torch.float32
+        require(right, f"{list(value.shape)}, {value.dtype}, for {N} rows in float32: not its mean or sum")
         require(bool(value.isfinite().all()), f"{value.tolist()}")
 
     @clause("a row's value follows from that row alone, however rows are cut into chunks", written=_TERM)
@@ -114,7 +71,7 @@ class LossSuite(Suite):
         made = self.made(term)
         whole_N = term(made.stats()).detach()
         for size in (1, 4):
-            parts = [term(made.stats(slice(at, at + size))).detach() for at in range(0, _N, size)]
+            parts = [term(made.stats(slice(at, at + size))).detach() for at in range(0, N, size)]
             self._near(torch.cat(parts), whole_N, f"in chunks of {size} rows")
 
     @clause("a term draws no random numbers and keeps nothing from one call to the next", written=_TERM)
@@ -125,6 +82,9 @@ class LossSuite(Suite):
             first_N = term(made.stats()).detach()
             term(self.made(term, seed=1).stats())
             self._near(term(made.stats()).detach(), first_N, "the same rows again")
+        alive = self._called_once(term)
+        gc.collect()
+        require(alive() is None, "the graph of a call is still there after it, so that memory grows with every chunk")
 
     @clause("statistics are shared: a term does not write into them", written=_STATS)
     def test_statistics_stay(self) -> None:
@@ -148,24 +108,31 @@ class LossSuite(Suite):
         value_N = term(made.stats())
         require(value_N.requires_grad, "a value without gradient")
         value_N.sum().backward()
-        reached = [part.grad for part in (made.draft_NV, *(made.extras[name] for name in term.needs_extras))]
-        found = [part for part in reached if part is not None]
+        inputs = [made.draft_ND, *(made.extras[name] for name in term.needs_extras)]
+        found = [part.grad for part in inputs if part.grad is not None]
         require(any(bool(part.any()) for part in found), "gradients that are all 0")
         require(all(bool(part.isfinite().all()) for part in found), "gradients that are not finite")
+        has_one_N = torch.stack([part.flatten(1).any(1) if part.dim() > 1 else part != 0 for part in found]).any(0)
+        # Where a row's value stays as it is, as at a bound, there need be none.
+        step_ND = 1e-3 * torch.randn(made.draft_ND.shape, generator=torch.Generator().manual_seed(1))
+        moved = evolve(made, draft_ND=made.draft_ND.detach() + step_ND)
+        moves_N = (term(moved.stats()) - value_N).detach().abs() > 1e-5 * (1 + value_N.detach().abs())
+        without = (moves_N & ~has_one_N).nonzero()[:, 0].tolist()
+        require(not without, f"no gradient for the rows {without}, whose values change with the draft's logits")
 
     @clause("values and gradients stay finite where distributions are sharp, or equal", written=_TERM)
     def test_sharp_and_equal_distributions(self) -> None:
         term = self.term()
         sharp = self.made(term, sharpness=200.0)
         made = self.made(term)
-        equal = evolve(made, target_NV=made.draft_NV.detach().clone())
+        equal = evolve(made, target_ND=made.draft_ND.detach().clone())
         for words, rows in (("sharp", sharp), ("equal", equal)):
             value_N = term(rows.stats())
             require(bool(value_N.isfinite().all()), f"{words} distributions give {value_N.tolist()}")
             if value_N.requires_grad:
                 value_N.sum().backward()
-                grad_NV = rows.draft_NV.grad
-                fine = grad_NV is None or bool(grad_NV.isfinite().all())
+                grad_ND = rows.draft_ND.grad
+                fine = grad_ND is None or bool(grad_ND.isfinite().all())
                 require(fine, f"{words} distributions give gradients that are not finite")
 
     @clause("a term reads of the target, of logits and of extras only what it says", written=_TERM)
@@ -176,17 +143,35 @@ class LossSuite(Suite):
         # Undeclared is told with the attribute that is missing.
         term(_Declared(bare.stats(target=bool(term.needs_target), logits=False), term))
 
+    @clause(
+        "a draft may know some of the target's tokens: then a column of logits is no id, and a label may be unknown",
+        written=_STATS,
+    )
+    def test_a_reduced_vocabulary(self) -> None:
+        term = self.term()
+        # The same logits, of tokens with other numbers.
+        first_N, known_N = (term(self.made(term, known=known).stats()).detach() for known in (_FIRST, _KNOWN))
+        self._near(known_N, first_N, f"a draft of the tokens {list(_KNOWN)}, beside one of {list(_FIRST)}")
+        made = self.made(term, known=_KNOWN, unknown_label=2, beyond=0.7)
+        value_N = term(made.stats())
+        right = tuple(value_N.shape) == (N,) and bool(value_N.isfinite().all())
+        require(right, f"where the draft does not know every third label: {value_N.tolist()}")
+        if value_N.requires_grad:
+            value_N.sum().backward()
+        fine = made.draft_ND.grad is None or bool(made.draft_ND.grad.isfinite().all())
+        require(fine, "gradients that are not finite, where the draft does not know every third label")
+
     @clause("the engine's sum does not depend on its chunks, and rows count by their weights", written=_TERM)
     def test_in_the_engine(self) -> None:
         term = self.term()
         made, generator = self.made(term), torch.Generator().manual_seed(2)
-        head_VH = torch.randn(_V, _H, generator=generator)
+        head_VH = torch.randn(V, _H, generator=generator)
         rows = Rows(
-            hidden=torch.randn(_N, _H, generator=generator).requires_grad_(),
-            target_hidden=torch.randn(_N, _H, generator=generator),
-            target_index=torch.arange(_N),
+            hidden=torch.randn(N, _H, generator=generator).requires_grad_(),
+            target_hidden=torch.randn(N, _H, generator=generator),
+            target_index=torch.arange(N),
             target_ids=made.ids_N,
-            weight=torch.ones(_N),
+            weight=torch.ones(N),
             slot=made.slot_N,
             block=made.block_N,
             extras={name: made.extras[name] for name in term.needs_extras},
@@ -204,11 +189,23 @@ class LossSuite(Suite):
         if found[0][1] is not None:
             self._near(found[1][1], found[0][1], "gradients, in chunks of 4 rows")
         half = RowEngine({self.component: (term, 1.0)}, Uniform(), kernels="plain")
-        gone = torch.arange(_N) % 2 == 0
+        gone = torch.arange(N) % 2 == 0
         odd = evolve(rows, weight=torch.where(gone, 0.0, 1.0))
         even = evolve(rows, weight=torch.where(gone, 1.0, 0.0))
         parts = torch.stack([half(part, heads).total.detach() for part in (odd, even)]).sum().reshape(1)
         self._near(parts, half(rows, heads).total.detach().reshape(1), "the sum of every second row and of the others")
+
+    def _called_once(self, term: Any) -> weakref.ref[Any]:
+        """What lives as long as the graph of a call whose value is let go of."""
+        made = self.made(term)
+
+        def in_graph(gradient: Tensor) -> None: ...
+
+        for part in (made.draft_ND, *made.extras.values()):
+            if part.requires_grad:
+                part.register_hook(in_graph)  # type: ignore[no-untyped-call]
+        term(made.stats())
+        return weakref.ref(in_graph)
 
     def _near(self, found: Tensor, expected: Tensor, words: str) -> None:
         require(found.shape == expected.shape, f"{words}: {list(found.shape)}, not {list(expected.shape)}")
@@ -231,6 +228,17 @@ class _Declared:
         return getattr(self._stats, name)
 
 
+class _Read(Exception):
+    """A statistic is read."""
+
+
+class _Unread:
+    """Statistics of which none may be read."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise _Read
+
+
 class WeightingSuite(Suite):
     """Clauses of `contracts.loss.Weighting`."""
 
@@ -241,7 +249,7 @@ class WeightingSuite(Suite):
         """The weighting, new."""
         return self.registry().build("weighting", self.component, *self.made_options())
 
-    def weights(self, weighting: Any, made: _Made, part: slice = slice(None)) -> Any:
+    def weights(self, weighting: Any, made: MadeRows, part: slice = slice(None)) -> Any:
         """The weights of rows, asked as the engine does."""
         stats: RowStats = made.stats(part)
         with torch.no_grad():
@@ -249,16 +257,16 @@ class WeightingSuite(Suite):
 
     @clause("a weighting returns one weight a row: a float32 tensor [N], as statistics are", written=_WEIGHTING)
     def test_one_weight_a_row(self) -> None:
-        value = self.weights(self.weighting(), _made(()))
+        value = self.weights(self.weighting(), made_rows(()))
         require(isinstance(value, Tensor), type(value).__name__)
-        right = tuple(value.shape) == (_N,) and value.dtype == torch.float32
-        require(right, f"{list(value.shape)}, {value.dtype}, for {_N} rows in float32")
+        right = tuple(value.shape) == (N,) and value.dtype == torch.float32
+        require(right, f"{list(value.shape)}, {value.dtype}, for {N} rows in float32")
 
     @clause("weights are finite, none is negative, and not all are 0", written=_WEIGHTING)
     def test_weights_are_weights(self) -> None:
         weighting = self.weighting()
         for sharpness in (1.0, 30.0, 0.0):
-            value_N = self.weights(weighting, _made((), sharpness=sharpness))
+            value_N = self.weights(weighting, made_rows((), sharpness=sharpness))
             words = f"logits of size {sharpness:g} give"
             require(bool(value_N.isfinite().all()), f"{words} {value_N.tolist()}")
             require(bool((value_N >= 0).all()), f"{words} a negative weight: {value_N.min().item():g}")
@@ -266,9 +274,9 @@ class WeightingSuite(Suite):
 
     @clause("the weights of a block follow from that block alone", written=_WEIGHTING)
     def test_blocks_do_not_see_each_other(self) -> None:
-        weighting, made, start = self.weighting(), _made(()), 0
+        weighting, made, start = self.weighting(), made_rows(()), 0
         whole_N = self.weights(weighting, made)
-        for number, size in enumerate(_BLOCKS):
+        for number, size in enumerate(map(len, SLOTS)):
             part = slice(start, start + size)
             alone = self.weights(weighting, made, part)
             gap = float((alone - whole_N[part]).abs().max())
@@ -277,24 +285,46 @@ class WeightingSuite(Suite):
 
     @clause("the numbers of blocks only tell them apart", written=_WEIGHTING)
     def test_numbers_of_blocks_do_not_count(self) -> None:
-        weighting, made = self.weighting(), _made(())
+        weighting, made = self.weighting(), made_rows(())
         expected_N = self.weights(weighting, made)
         found_N = self.weights(weighting, evolve(made, block_N=made.block_N * 7 + 3))
         gap = float((found_N - expected_N).abs().max())
         require(gap <= self.tolerance, f"blocks with other numbers weigh otherwise, by up to {gap:.3g}")
 
+    @clause(
+        "a weighting that reads no statistics weighs a row by the number of its slot, not by its place in the block",
+        written=_WEIGHTING,
+    )
+    def test_slots_are_no_places(self) -> None:
+        weighting, block_N = self.weighting(), torch.zeros(4, dtype=torch.long)
+        found = []
+        for slots in ([0, 1, 2, 3], [1, 2, 4, 6]):
+            try:
+                found.append(weighting(torch.tensor(slots), block_N, _Unread()))
+            except _Read:
+                raise SkipTest("it reads statistics, in which rows differ too") from None
+        whole_N, gaps_N = found
+        places = not torch.equal(whole_N, whole_N[:1].expand(4)) and torch.equal(whole_N, gaps_N)
+        require(not places, f"{whole_N.tolist()} for the slots 0, 1, 2, 3, and the same for 1, 2, 4, 6")
+
     @clause("a weighting draws no random numbers and keeps nothing from one call to the next", written=_WEIGHTING)
     def test_the_same_rows_weigh_the_same(self) -> None:
-        weighting, made = self.weighting(), _made(())
+        weighting, made = self.weighting(), made_rows(())
         with no_global_draws():
             first_N = self.weights(weighting, made).clone()
-            self.weights(weighting, _made((), seed=1))
+            self.weights(weighting, made_rows((), seed=1))
             gap = float((self.weights(weighting, made) - first_N).abs().max())
             require(gap <= self.tolerance, f"the same rows again: other weights, by up to {gap:.3g}")
+        stats = made.stats()
+        weighting(made.slot_N, made.block_N, stats)
+        alive = weakref.ref(stats)
+        del stats
+        gc.collect()
+        require(alive() is None, "the statistics of a call are still there after it, so that memory grows")
 
     @clause("slots, blocks and statistics are not written into, and weights carry no gradient", written=_WEIGHTING)
     def test_what_it_reads_stays(self) -> None:
-        weighting, made, again = self.weighting(), _made(()), _made(())
+        weighting, made, again = self.weighting(), made_rows(()), made_rows(())
         stats = made.stats()
         ce_N = stats.ce.detach().clone()
         with torch.no_grad():
@@ -306,5 +336,5 @@ class WeightingSuite(Suite):
 
     @clause("a chunk without rows has no weights", written=_WEIGHTING)
     def test_no_rows(self) -> None:
-        value = self.weights(self.weighting(), _made(()), slice(0, 0))
+        value = self.weights(self.weighting(), made_rows(()), slice(0, 0))
         require(tuple(value.shape) == (0,), f"{list(value.shape)} for no row")

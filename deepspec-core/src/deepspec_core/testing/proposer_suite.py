@@ -101,9 +101,9 @@ class ProposerSuite(Suite):
         for sampling in (GREEDY, SAMPLED, Sampling(temperature=0.7, top_k=5)):
             driven = self.driven()
             driven.start(self.prompts(driven))
-            _checked(driven, [0, 1, 2, 3], sampling)
+            checked(driven, [0, 1, 2, 3], sampling)
             driven.accept(dict.fromkeys(range(4), 1))
-            _checked(driven, [0, 2], sampling)
+            checked(driven, [0, 2], sampling)
 
     @clause("`propose` proposes at most limits[b] tokens, and at most max_tokens", written=_PROPOSER)
     def test_limits_are_kept(self) -> None:
@@ -240,7 +240,7 @@ class ProposerSuite(Suite):
             for sampling in (GREEDY, SAMPLED):
                 driven = self.driven(nodes)
                 driven.start(self.prompts(driven))
-                proposal = _checked(driven, [0, 1, 2, 3], sampling)
+                proposal = checked(driven, [0, 1, 2, 3], sampling)
                 require(proposal.parents is not None, "a chain: `parents` is None")
 
     @clause("a tree of a slot beside others is that of the slot alone", written=_TREES)
@@ -315,7 +315,7 @@ def _decoded(target: TinyTarget, proposer: Proposer | None, temperature: float) 
     return {one.id: tuple(one.output_ids) for one in found}
 
 
-def _checked(driven: DrivenProposer, slots: Sequence[int], sampling: Sampling) -> Proposal:
+def checked(driven: DrivenProposer, slots: Sequence[int], sampling: Sampling) -> Proposal:
     """A proposal, checked as the engine checks it."""
     proposal = driven.propose(slots, sampling)
     check = ProposalCheck(driven.proposer, vocab_size=64)

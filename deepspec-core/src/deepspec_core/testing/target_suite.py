@@ -1,14 +1,14 @@
 """TargetAdapterSuite: what a target family keeps: features, decoding in slots, loading, and the blocks of drafts.
 
 A tiny model with random weights is compared with transformers' own forward pass. Knows the contract of targets and
-transformers' conventions. Which family is tested is the subclass's.
+transformers' conventions. Which family is tested is the subclass's. Clauses of the modules that drafts are made of are
+in draft_blocks_suite.py.
 
 Legend: B sequences or slots, T tokens, H hidden size, C = taps * H, V vocabulary.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,64 +18,30 @@ from unittest import SkipTest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 
-from deepspec_core.checkpoints.published import layer_names, published_name
 from deepspec_core.contracts.target import ConversationFormat, TargetAdapter, TargetModel
+from deepspec_core.data.template_check import check_template
+from deepspec_core.data.tokenize import ChatTokenizer
 from deepspec_core.errors import TargetError
-from deepspec_core.layers.decoder_layer import DraftLayer
-from deepspec_core.layers.options import LayerOptions
-from deepspec_core.testing.conformance import Suite, clause, require
+from deepspec_core.testing.conformance import clause, require
+from deepspec_core.testing.draft_blocks_suite import DraftBlocksSuite, tokens
+from deepspec_core.testing.tiny_tokenizer import tiny_tokenizer
 
 _MODEL = "deepspec_core/contracts/target.py: TargetModel"
 _ADAPTER = "deepspec_core/contracts/target.py: TargetAdapter"
 _FEATURES = "deepspec_core/contracts/target.py: TargetFeatures"
 _FORMAT = "deepspec_core/contracts/target.py: ConversationFormat"
 _TAPS = (-1, 0, 2, 3)
-_SIZES: dict[str, Any] = {
-    "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256, "eos_token_id": 1, "pad_token_id": 0,
-    "initializer_range": 0.1, "tie_word_embeddings": False,
-}  # fmt: skip
 
 
-class TargetAdapterSuite(Suite):
+class TargetAdapterSuite(DraftBlocksSuite):
     """Clauses of `contracts.target.TargetAdapter` and of the `TargetModel` that it loads.
 
-    model_type: Of the config, where the family has several config classes; None: the spec's first.
-    sizes: Keys of the config beside the usual ones, which give six layers, H 32 and V 61.
-    layer: The draft's own shape, for families whose targets have layers that no draft has.
-    full_layer: A layer of the target that is built of the same blocks as a draft's; None if there is none.
+    template: The chat template of the family's models, in Jinja, or one that writes turns as it does. None: that
+        answers are found in its texts is not tested.
     """
 
-    kind = "target"
-    model_type: ClassVar[str | None] = None
-    sizes: ClassVar[Mapping[str, Any]] = {}
-    layer: ClassVar[LayerOptions | None] = None
-    full_layer: ClassVar[int | None] = 2
-    tolerance: ClassVar[float] = 1e-4
-
-    def config(self) -> Any:
-        """The transformers config of a tiny target."""
-        from transformers import AutoConfig
-
-        spec = self.registry().get("target", self.component)
-        return AutoConfig.for_model(self.model_type or spec.model_types[0], **{**_SIZES, **self.sizes})
-
-    def adapter(self) -> TargetAdapter:
-        """The adapter of that config."""
-        made: TargetAdapter = self.registry().load("target", self.component)(self.config(), self.layer)
-        return made
-
-    def model(self) -> Any:
-        """transformers' model of that config. All weights are random, also those that begin as 0 or 1."""
-        from transformers import AutoModelForCausalLM
-
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(self.config(), attn_implementation="sdpa").float().eval()
-        for parameter in model.parameters():
-            nn.init.normal_(parameter, std=0.2)
-        return model
+    template: ClassVar[str | None] = None
 
     def target(self, model: Any) -> TargetModel:
         """The same model, saved and loaded by the adapter."""
@@ -110,6 +76,14 @@ class TargetAdapterSuite(Suite):
         ends = found.assistant_ends
         require(isinstance(ends, tuple) and bool(ends) and all(ends), f"assistant_ends = {ends!r}")
 
+    @clause("the family's chat template writes answers where `conversation_format` says", written=_FORMAT)
+    def test_the_template_has_such_answers(self) -> None:
+        if self.template is None:
+            raise SkipTest("the suite's subclass says no `template`")
+        tokenizer = tiny_tokenizer()
+        tokenizer.chat_template = self.template
+        check_template(ChatTokenizer(tokenizer), self.adapter().conversation_format(), where="template")
+
     @clause(
         "`hidden` is the tapped layers' outputs in increasing order, `last_hidden` the final norm's", written=_FEATURES
     )
@@ -117,18 +91,18 @@ class TargetAdapterSuite(Suite):
         model = self.model()
         target = self.target(model)
         require(isinstance(target, TargetModel), f"{type(target).__name__}, in which members are missing")
-        ids_T = _tokens(11, seed=1)
+        ids_T = tokens(11, seed=1)
         hidden_TC, last_TH, logits_TV = _alone(model, ids_T)
         found = target.features(ids_T[None], torch.ones(1, 11), None, None, _TAPS)
         size = last_TH.shape[1]
         require(found.hidden.shape == (1, 11, len(_TAPS) * size), f"hidden is {list(found.hidden.shape)}")
         for number, tap in enumerate(_TAPS):
             part = slice(number * size, (number + 1) * size)
-            self._near(
+            self.near(
                 found.hidden[0, :, part], hidden_TC[:, part], f"tap {tap}, beside hidden_states[{tap + 1}] of the model"
             )
-        self._near(found.last_hidden[0], last_TH, "last_hidden")
-        self._near(self._logits(target, found.last_hidden[0]), logits_TV, "logits of last_hidden and head_weight()")
+        self.near(found.last_hidden[0], last_TH, "last_hidden")
+        self.near(self._logits(target, found.last_hidden[0]), logits_TV, "logits of last_hidden and head_weight()")
         bare = target.features(ids_T[None], torch.ones(1, 11), None, None, ())
         require(bare.hidden.shape == (1, 11, 0), f"without taps, hidden is {list(bare.hidden.shape)}")
 
@@ -136,7 +110,7 @@ class TargetAdapterSuite(Suite):
     def test_padding_does_not_leak(self) -> None:
         model = self.model()
         target = self.target(model)
-        texts = [_tokens(length, seed=length) for length in (14, 9, 2)]
+        texts = [tokens(length, seed=length) for length in (14, 9, 2)]
         ids_BT, mask_BT = torch.zeros(3, 17, dtype=torch.long), torch.zeros(3, 17)
         for row, text in enumerate(texts):
             ids_BT[row, : len(text)], mask_BT[row, : len(text)] = text, 1
@@ -144,8 +118,8 @@ class TargetAdapterSuite(Suite):
         for row, text in enumerate(texts):
             hidden_TC, last_TH, _ = _alone(model, text)
             words = f"a row of {len(text)} tokens, padded to 17"
-            self._near(found.hidden[row, : len(text)], hidden_TC, f"{words}: hidden")
-            self._near(found.last_hidden[row, : len(text)], last_TH, f"{words}: last_hidden")
+            self.near(found.hidden[row, : len(text)], hidden_TC, f"{words}: hidden")
+            self.near(found.last_hidden[row, : len(text)], last_TH, f"{words}: last_hidden")
 
     @clause("conversations packed into a row have the features that each has alone", written=_MODEL)
     def test_documents_are_apart(self) -> None:
@@ -158,7 +132,7 @@ class TargetAdapterSuite(Suite):
         places = []
         # Two rows: one of three conversations, one of two and padding.
         for number, (row, start, length) in enumerate(((0, 0, 6), (0, 6, 9), (0, 15, 3), (1, 0, 4), (1, 4, 8))):
-            text, part = _tokens(length, seed=length), slice(start, start + length)
+            text, part = tokens(length, seed=length), slice(start, start + length)
             ids_BT[row, part], mask_BT[row, part] = text, 1
             positions_BT[row, part], documents_BT[row, part] = torch.arange(length), number
             places.append((row, part, text))
@@ -166,8 +140,8 @@ class TargetAdapterSuite(Suite):
         for number, (row, part, text) in enumerate(places):
             hidden_TC, last_TH, _ = _alone(model, text)
             words = f"document {number} of five in two rows"
-            self._near(found.hidden[row, part], hidden_TC, f"{words}: hidden")
-            self._near(found.last_hidden[row, part], last_TH, f"{words}: last_hidden")
+            self.near(found.hidden[row, part], hidden_TC, f"{words}: hidden")
+            self.near(found.last_hidden[row, part], last_TH, f"{words}: last_hidden")
 
     @clause(
         "decoding in slots gives what a forward pass over the whole text gives; tokens not committed leave no trace",
@@ -176,23 +150,23 @@ class TargetAdapterSuite(Suite):
     def test_decoding_is_the_forward_pass(self) -> None:
         model = self.model()
         target = self.target(model)
-        texts = {slot: _tokens(length, seed=length) for slot, length in ((0, 20), (2, 17), (3, 25))}
+        texts = {slot: tokens(length, seed=length) for slot, length in ((0, 20), (2, 17), (3, 25))}
         expected = {slot: _alone(model, text) for slot, text in texts.items()}
         target.open_slots(4, 40)
         done = dict.fromkeys(texts, 0)
         # Every call feeds two tokens too many, which are not committed.
         for call in ({0: 5, 2: 9, 3: 1}, {0: 1, 2: 1, 3: 1}, {2: 4}, {0: 3, 3: 8}, {3: 6}, {0: 8, 2: 2, 3: 4}):
             rows = {
-                slot: torch.cat([texts[slot][done[slot] : done[slot] + count], _tokens(2, seed=count)])
+                slot: torch.cat([texts[slot][done[slot] : done[slot] + count], tokens(2, seed=count)])
                 for slot, count in call.items()
             }
             out = _step(target, rows, done)
             for row, (slot, count) in enumerate(call.items()):
                 part = slice(done[slot], done[slot] + count)
                 words = f"slot {slot}, tokens {part.start} to {part.stop}"
-                self._near(out.hidden[row, :count], expected[slot][0][part], f"{words}: hidden")
-                self._near(out.logits[row, :count], expected[slot][2][part], f"{words}: logits")
-                self._near(out.last_hidden[row, :count], expected[slot][1][part], f"{words}: last_hidden")
+                self.near(out.hidden[row, :count], expected[slot][0][part], f"{words}: hidden")
+                self.near(out.logits[row, :count], expected[slot][2][part], f"{words}: logits")
+                self.near(out.last_hidden[row, :count], expected[slot][1][part], f"{words}: last_hidden")
                 done[slot] += count
             target.commit(torch.tensor(list(call)), torch.tensor([done[slot] for slot in call]))
 
@@ -200,7 +174,7 @@ class TargetAdapterSuite(Suite):
     def test_tokens_are_taken_back(self) -> None:
         model = self.model()
         target = self.target(model)
-        wrong, right = _tokens(12, seed=1), _tokens(15, seed=2)
+        wrong, right = tokens(12, seed=1), tokens(15, seed=2)
         target.open_slots(3, 32)
         for slot, begin in ((1, 4), (2, 0)):
             text = torch.cat([right[:begin], wrong])
@@ -208,25 +182,25 @@ class TargetAdapterSuite(Suite):
             target.commit(torch.tensor([slot]), torch.tensor([len(text)]))
             target.commit(torch.tensor([slot]), torch.tensor([begin]))
             out = _step(target, {slot: right[begin:]}, {slot: begin})
-            self._near(out.logits[0], _alone(model, right)[2][begin:], f"after 12 tokens were taken back to {begin}")
+            self.near(out.logits[0], _alone(model, right)[2][begin:], f"after 12 tokens were taken back to {begin}")
 
     @clause("with `last_only` logits are of each row's last token, and features of all", written=_MODEL)
     def test_prefill(self) -> None:
         model = self.model()
         target = self.target(model)
-        texts = {0: _tokens(9, seed=40), 1: _tokens(4, seed=41)}
+        texts = {0: tokens(9, seed=40), 1: tokens(4, seed=41)}
         target.open_slots(2, 16)
         out = _step(target, texts, {0: 0, 1: 0}, last_only=True)
         require(out.logits.shape[:2] == (2, 1), f"logits {list(out.logits.shape)}")
         require(out.hidden.shape[:2] == (2, 9), f"hidden {list(out.hidden.shape)}")
         for row, text in texts.items():
-            self._near(out.logits[row, 0], _alone(model, text)[2][-1], f"row {row} of {len(text)} tokens")
+            self.near(out.logits[row, 0], _alone(model, text)[2][-1], f"row {row} of {len(text)} tokens")
 
     @clause("a tree of new tokens gives each path what it gives as a chain, and `kept` commits one", written=_MODEL)
     def test_trees_are_their_paths(self) -> None:
         model = self.model()
         target = self.target(model)
-        prompt, more, ids_T = _tokens(9, seed=20), _tokens(4, seed=22), _tokens(6, seed=23)
+        prompt, more, ids_T = tokens(9, seed=20), tokens(4, seed=22), tokens(6, seed=23)
         parents, kept = (-1, 0, 0, 1, 2, 4), (0, 2, 4, 5)
         sees_TT = torch.zeros(6, 6, dtype=torch.bool)
         for column, parent in enumerate(parents):
@@ -241,11 +215,11 @@ class TargetAdapterSuite(Suite):
         out = target.decode(slot_B, ids_T[None], positions_BT, _TAPS, sees=sees_TT[None])
         for column in range(6):
             path = torch.cat([prompt, ids_T[sees_TT[column]]])
-            self._near(out.logits[0, column], _alone(model, path)[2][-1], f"node {column} of the tree {parents}")
+            self.near(out.logits[0, column], _alone(model, path)[2][-1], f"node {column} of the tree {parents}")
         target.commit(slot_B, torch.tensor([9 + len(kept)]), torch.tensor([kept]))
         text = torch.cat([prompt, ids_T[list(kept)], more])
         again = _step(target, {1: more}, {1: 9 + len(kept)})
-        self._near(again.logits[0], _alone(model, text)[2][9 + len(kept) :], f"after the path {kept} was committed")
+        self.near(again.logits[0], _alone(model, text)[2][9 + len(kept) :], f"after the path {kept} was committed")
 
     @clause("weights that do not fit the config are a TargetError that names them", written=_ADAPTER)
     def test_missing_weights_are_refused(self) -> None:
@@ -271,73 +245,11 @@ class TargetAdapterSuite(Suite):
         ids_BT = torch.arange(2, 12)[None]
         found = target.features(ids_BT, torch.ones(1, 10), None, None, (-1,)).hidden
         with torch.no_grad():
-            self._near(embedding(ids_BT), found, "with the weights of embedding_weight(), beside tap -1")
-
-    @clause(
-        "a layer of the family's blocks, with the weights of a target's layer, computes that layer", written=_ADAPTER
-    )
-    def test_blocks_are_the_targets(self) -> None:
-        adapter = self.adapter()
-        layer = DraftLayer(adapter)
-        holder, names = nn.ModuleDict({"layers": nn.ModuleList([layer])}), layer_names([layer])
-        own = {
-            published_name(name, names).removeprefix("layers.0."): part for name, part in holder.state_dict().items()
-        }
-        heads = adapter.attention_projections(adapter.architecture.hidden_size)
-        cos, _ = adapter.rotary()(torch.zeros(1, 1, 1), torch.arange(5)[None])
-        require(
-            cos.shape == (1, 5, heads.head_dim), f"angles {list(cos.shape)}, and heads have {heads.head_dim} channels"
-        )
-        if self.full_layer is None:
-            return
-        model = self.model()
-        theirs = model.model.layers[self.full_layer].state_dict()
-        require(own.keys() == theirs.keys(), f"weights by published name differ: {sorted(own.keys() ^ theirs.keys())}")
-        for name, tensor in own.items():
-            require(
-                tensor.shape == theirs[name].shape, f"{name} is {list(tensor.shape)}, not {list(theirs[name].shape)}"
-            )
-            tensor.copy_(theirs[name])
-        with torch.no_grad():
-            ids_BT = _tokens(11, seed=9)[None]
-            states = model(ids_BT, output_hidden_states=True).hidden_states
-            found = layer(states[self.full_layer], _causal(layer, adapter.rotary()))
-        self._near(found, states[self.full_layer + 1], f"the output of layer {self.full_layer}")
-
-    @clause(
-        "`draft_config` is a config.json that its family reads back, and the target's config stays", written=_ADAPTER
-    )
-    def test_the_drafts_config(self) -> None:
-        from transformers import AutoConfig
-
-        config = self.config()
-        before = config.to_dict()
-        adapter: TargetAdapter = self.registry().load("target", self.component)(config, self.layer)
-        with TemporaryDirectory() as folder:
-            adapter.draft_config(2, {"block_size": 7, "architectures": ["SomeDraft"]}).save_pretrained(folder)
-            read = AutoConfig.from_pretrained(folder)
-            json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-        require(read.num_hidden_layers == 2, f"num_hidden_layers = {read.num_hidden_layers}, not 2")
-        require(read.block_size == 7, "keys of `extra` are not at the top level")
-        require(config.to_dict() == before, "the target's own config has changed")
-        # A draft may be of another family than its target, such as a dense one.
-        family = self.registry().adapter_for(read.model_type).name
-        again = self.registry().load("target", family)(read)
-        require(again.unsupported() is None, f"the family {family!r} cannot read it back: {again.unsupported()}")
+            self.near(embedding(ids_BT), found, "with the weights of embedding_weight(), beside tap -1")
 
     def _logits(self, target: TargetModel, last_TH: Tensor) -> Tensor:
         logits_TV, cap = last_TH @ target.head_weight().T, target.architecture.logit_softcap
         return logits_TV if cap is None else cap * torch.tanh(logits_TV / cap)
-
-    def _near(self, found: Tensor, expected: Tensor, words: str) -> None:
-        require(found.shape == expected.shape, f"{words}: {list(found.shape)}, not {list(expected.shape)}")
-        gap = float((found - expected).abs().max())
-        limit = self.tolerance * max(1.0, float(expected.abs().max()))
-        require(gap <= limit, f"{words}: other numbers, by up to {gap:.3g}")
-
-
-def _tokens(length: int, seed: int) -> Tensor:
-    return torch.randint(2, 61, (length,), generator=torch.Generator().manual_seed(seed))
 
 
 @torch.no_grad()
@@ -356,18 +268,3 @@ def _step(target: TargetModel, rows: Mapping[int, Tensor], start: Mapping[int, i
         ids_BT[index, : len(row)] = row
         positions_BT[index, : len(row)] = torch.arange(len(row)) + start[slot]
     return target.decode(torch.tensor(list(rows)), ids_BT, positions_BT, _TAPS, **options)
-
-
-def _causal(layer: DraftLayer, rotary: nn.Module) -> Any:
-    """Attention of every position to those before it."""
-    attention = layer.attention
-
-    def attend(normed_BTH: Tensor) -> Tensor:
-        at = rotary(normed_BTH, torch.arange(normed_BTH.shape[1])[None])
-        keys, values = attention.keys_values(normed_BTH, at)
-        queries = attention.queries(normed_BTH, at)
-        return attention.combine(
-            scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=attention.scale, enable_gqa=True)
-        )
-
-    return attend

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from deepspec_core.contracts.proposer import Proposal, Sampling
 from deepspec_core.decoding.best_first import NextTokens, log_probabilities
-from deepspec_core.decoding.sampling import next_token
+from deepspec_core.decoding.sampling import draw_in_turn
 from deepspec_dflash.proposer import DFlashProposer
 from deepspec_dflash.tree import DFlashTreeProposer
 
@@ -32,16 +31,13 @@ class DFlash2Proposer(DFlashProposer):
         self, hidden_BKH: Tensor, last_B: Tensor, limits_B: Tensor, sampling: Sampling, uniforms_BK: Tensor
     ) -> Proposal:
         """Tokens left to right, each given the one before it."""
-        given, previous_B, tokens, probabilities = self.model.walk(hidden_BKH), last_B, [], []
-        for slot in range(self.max_tokens):
-            logits_BV = given(slot, previous_B[:, None])[:, 0]
-            previous_B, q_BV = next_token(logits_BV, sampling, uniforms_BK[:, slot])
-            sampling = sampling.after(previous_B)
-            tokens.append(previous_B)
-            probabilities += [] if q_BV is None else [q_BV]
-        q_BKV = torch.stack(probabilities, dim=1) if probabilities else None
-        lengths_B = limits_B.clamp(max=self.max_tokens)
-        return Proposal(tokens=torch.stack(tokens, dim=1), lengths=lengths_B, probabilities=q_BKV)
+        given = self.model.walk(hidden_BKH)
+
+        def logits(slot: int, previous_B: Tensor) -> Tensor:
+            return given(slot, previous_B[:, None])[:, 0]
+
+        tokens_BK, q_BKV = draw_in_turn(logits, last_B, sampling, uniforms_BK[:, : self.max_tokens])
+        return Proposal(tokens=tokens_BK, lengths=limits_B.clamp(max=self.max_tokens), probabilities=q_BKV)
 
 
 class DFlash2TreeProposer(DFlashTreeProposer):
