@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from deepspec_core.cli.main import main
 from deepspec_core.data.tokenize import ChatTokenizer
 from deepspec_core.interface.models import Target
 from deepspec_core.pipeline.diagnosed_run import run_of
+from deepspec_core.pipeline.diagnosed_texts import asked_prompts
 from deepspec_core.plugins.discovery import load_plugins
 
 SMALL = ["--samples", "6", "--prompts", "4", "--rounds", "4", "--max-new-tokens", "12"]
@@ -43,6 +45,20 @@ def test_a_smoke_run_is_measured_at_every_stage_and_not_accused(
     assert all(tap["cosine"] > 0.999 and tap["fits"] == tap["tap"] for tap in found["facts"]["features"])
     assert any(tap["largest"] > 0 for tap in found["facts"]["features"])
     assert {one["kind"] for one in found["facts"]["prompts"]} == {"same"}
+
+
+def test_the_prompts_that_are_asked_are_of_every_task_in_turn(
+    new_run_file: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    path, tasks = new_run_file(tmp_path), {"few": 2, "many": 9, "more": 9}
+    for name, count in tasks.items():
+        rows = (json.dumps({"turns": [f"{name} {index}"]}) for index in range(count))
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    run = run_of(path, overrides=(), tasks=[f"{name}.jsonl" for name in tasks], plugins=load_plugins())
+    asked = asked_prompts(run, 8)
+    of_task = [next(name for name in tasks if name in one.id) for one in asked]
+    assert of_task == ["few", "many", "more", "few", "many", "more", "many", "more"]
+    assert len({one.id for one in asked}) == 8
 
 
 @pytest.mark.parametrize("output", ["{folder}", "/" + "a/" * 40, "a/" * 40 + "run"])

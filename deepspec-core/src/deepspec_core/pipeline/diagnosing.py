@@ -44,6 +44,7 @@ from deepspec_core.pipeline import contents, threads
 from deepspec_core.pipeline.diagnosed_server import Asked, ask
 from deepspec_core.pipeline.diagnosed_texts import (
     answered,
+    asked_prompts,
     header_differences,
     held_out_samples,
     online_samples,
@@ -53,7 +54,6 @@ from deepspec_core.pipeline.diagnosed_texts import (
     with_live_features,
 )
 from deepspec_core.pipeline.evaluated_draft import draft_of
-from deepspec_core.pipeline.evaluating import prompts_of, requests_of
 from deepspec_core.pipeline.fingerprint import read_record
 from deepspec_core.pipeline.run import Run
 from deepspec_core.targets.opening import fingerprint
@@ -268,14 +268,8 @@ class _Looking:
 
     def _asked(self) -> tuple[list[Request], int]:
         """Evaluation's prompts, as many as are decoded, and the new tokens of an answer at most."""
-        options, requests = self.run.file.evaluate, list[Request]()
-        for task in options.tasks:
-            prompts = prompts_of(self.run, task)[: self.extent.prompts]
-            if prompts:
-                thinking = self.run.file.regenerate.thinking is True
-                requests += requests_of(self.run, task, prompts, thinking=thinking)[0]
-        requests = [evolve(one, id=f"{index} {one.id}") for index, one in enumerate(requests)][: self.extent.prompts]
-        return requests, min(options.max_new_tokens, self.extent.max_new_tokens)
+        limit = min(self.run.file.evaluate.max_new_tokens, self.extent.max_new_tokens)
+        return asked_prompts(self.run, self.extent.prompts), limit
 
     def _look_at_files(self, digest: str) -> None:
         run, record = self.run, read_record(self.run.stage_folder("train"))
