@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from deepspec_core.cli.main import main
+from deepspec_core.evaluation.sealed_json import write_sealed
 
 PROFILE = ["--batch-size", "1", "--batch-size", "2", "--draft-tokens", "7", "--context", "8", "--repeats", "3"]
 
@@ -62,6 +63,21 @@ def test_calibrated_confidences_are_used(judged_copy: Path, profile: str) -> Non
     at = next(index for index, one in enumerate(raw["results"]) if one["policy"].startswith("threshold"))
     assert raw["results"][at]["verified_per_step"] != scaled["results"][at]["verified_per_step"]
     assert raw["results"][:2] == scaled["results"][:2]
+
+
+def test_a_noisy_cost_table_is_told(
+    judged_copy: Path, profile: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = json.loads(Path(profile).read_text())
+    for one in table["steps"]:
+        one["seconds"] = 0.5 if (one["requests"], one["tokens"]) == (1, 2) else 0.1 * one["tokens"]
+    content = {key: value for key, value in table.items() if key not in ("format", "version", "digest")}
+    write_sealed(tmp_path / "noisy.json", content, form="deepspec-cost-table", version=1)
+    command = ["simulate", "run", "--profile", str(tmp_path / "noisy.json"), "--requests"]
+    assert main([*command, "1"]) == 0
+    assert "1 of the steps took less time than a step of fewer tokens" in capsys.readouterr().err
+    assert main([*command, "2"]) == 0
+    assert "fewer tokens" not in capsys.readouterr().err
 
 
 def test_a_cost_table_of_another_target_is_refused(

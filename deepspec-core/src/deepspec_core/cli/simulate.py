@@ -105,6 +105,8 @@ def simulate(
     console.print(_table(found.outcomes))
     if not found.confidences:
         click.echo("This draft gives no confidences: thresholds and schedulers are left out.")
+    if found.noise is not None:
+        click.echo(found.noise, err=True)
     if draft_ms == 0:
         click.echo("The draft's time is not counted; --draft-ms adds it.")
     click.echo(f"wrote {place}")
