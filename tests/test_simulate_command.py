@@ -96,6 +96,10 @@ def test_other_mistakes(judged_copy: Path, profile: str, capsys: pytest.CaptureF
     refused(capsys, ["simulate", "run", "--profile", "none.json"], "the cost table is missing")
     refused(capsys, [*command, "--requests", "3"], "no step of so many requests", "1, 2")
     refused(capsys, [*command, "--threshold", "1.5"], "--threshold")
+    for option in ("--threshold", "--draft-ms", "--temperature"):
+        refused(capsys, [*command, option, "nan"], option, "nan is no finite number")
+    refused(capsys, [*command, "--draft-ms", "inf"], "--draft-ms")
+    refused(capsys, [*command, "--temperature", "inf"], "inf is no finite number")
     refused(capsys, [*command, "--calibration", "none.json"], "the calibration is missing")
     refused(capsys, [*command, "--out", "/proc/x/y.json"], "cannot be written there")
     evaluated = Path("run/metrics.json").read_text()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from deepspec_core.cli.options import no_plugin
+from deepspec_core.cli.options import FiniteRange, no_plugin
 from deepspec_core.cli.run_folder import run_folder
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ RESULT = "simulation.json"
 @click.option(
     "--threshold",
     "thresholds",
-    type=click.FloatRange(0, 1),
+    type=FiniteRange(0, 1),
     multiple=True,
     default=(0.3, 0.5, 0.7),
     show_default=True,
@@ -39,12 +39,12 @@ RESULT = "simulation.json"
 )
 @click.option("--task", "tasks", multiple=True, metavar="TASK", help="Replay these rounds. Repeatable. Default: all.")
 @click.option(
-    "--temperature", type=click.FloatRange(min=0), help="Replay rounds at this one. Default: the highest evaluated."
+    "--temperature", type=FiniteRange(min=0), help="Replay rounds at this one. Default: the highest evaluated."
 )
 @click.option("--calibration", metavar="FILE", help="What `deepspec calibrate` wrote for this draft.")
 @click.option(
     "--draft-ms",
-    type=click.FloatRange(min=0),
+    type=FiniteRange(0, 1e9),
     default=0.0,
     show_default=True,
     help="Milliseconds that the draft takes in each step.",

@@ -7,7 +7,6 @@ compared is in diagnosis/.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,7 +57,7 @@ from deepspec_core.pipeline.fingerprint import read_record
 from deepspec_core.pipeline.run import Run
 from deepspec_core.targets.opening import fingerprint
 from deepspec_core.training import checkpoint as checkpoints
-from deepspec_core.training.metrics_lines import METRICS
+from deepspec_core.training.metrics_lines import METRICS, read_lines
 
 # Lines of metrics.jsonl that stand for the end of training.
 _LAST_LINES = 4
@@ -318,8 +317,10 @@ class _Looking:
 
     def _recorded(self) -> tuple[list[float], int]:
         """The shares of right tokens in the last lines of training's figures, and of how many samples they are."""
-        lines = (self.run.stage_folder("train") / METRICS).read_text(encoding="utf-8").splitlines()[-_LAST_LINES:]
-        rows = [json.loads(line) for line in lines]
+        lines, unreadable = read_lines(self.run.stage_folder("train") / METRICS)
+        if unreadable:
+            self.missing[f"lines of {METRICS}"] = f"{unreadable} of them cannot be read"
+        rows = lines[-_LAST_LINES:]
         found = {name: [row[name] for row in rows if name in row] for row in rows for name in row}
 
         def mean(name: str) -> list[float]:
