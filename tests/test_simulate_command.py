@@ -1,7 +1,10 @@
 """`deepspec simulate`: what it writes of a real evaluation and a real cost table, and what it refuses."""
 
 import json
+import re
+import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -49,6 +52,32 @@ def test_every_policy_at_every_profiled_load(
     assert found["rounds"]["temperature"] == 1
     assert found["cost_table"]["settings"]["context"] == 8
     assert found["version"] == 1
+
+
+def test_the_picture_has_a_curve_for_each_kind_of_policy(
+    judged_copy: Path, profile: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["simulate", "run", "--profile", profile]
+    assert main(command) == 0
+    assert "wrote run/simulation.svg" in capsys.readouterr().out
+    text = Path("run/simulation.svg").read_text()
+    name = "{http://www.w3.org/2000/svg}"
+    whole = ElementTree.fromstring(text)
+    words = [one.text for one in whole.iter(f"{name}text")]
+    kinds = ["none", "fixed (the best)", "threshold (the best)", "scheduler", "asynchronous", "oracle"]
+    assert [one for one in words if one in kinds] == kinds
+    assert {"tokens per second of one user", "tokens per second of all requests", "1", "2"} <= set(words)
+    # A mark for each of two loads and in the legend, none outside the axes.
+    marks = [one for one in whole.iter(f"{name}use") if "tick" not in str(one.get("href"))]
+    assert sum("stroke: var(--c" in str(one.get("style")) for one in marks) == len(kinds) * 3
+    # Nothing is fetched, and every colour follows the reader's theme.
+    assert text.count("http") == 1
+    assert "prefers-color-scheme: dark" in text
+    assert not re.search(r"(fill|stroke): #", text)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(command) == 0
+    assert "no picture is drawn: a page's charts are drawn by matplotlib" in capsys.readouterr().err
+    assert not Path("run/simulation.svg").exists()
 
 
 def test_calibrated_confidences_are_used(judged_copy: Path, profile: str) -> None:
@@ -105,6 +134,10 @@ def test_other_mistakes(judged_copy: Path, profile: str, capsys: pytest.CaptureF
     evaluated = Path("run/metrics.json").read_text()
     refused(capsys, [*command, "--out", "run/metrics.json"], "there is another file already", "run/metrics.json")
     assert Path("run/metrics.json").read_text() == evaluated
+    Path("mine.svg").write_text("mine")
+    refused(capsys, [*command, "--out", "mine.json"], "there is another file already", "mine.svg")
+    assert Path("mine.svg").read_text() == "mine"
+    refused(capsys, [*command, "--out", "new.svg"], "the picture of the result has this name")
     short = ["--batch-size", "1", "--draft-tokens", "1", "--context", "8", "--repeats", "3", "--out", "short.json"]
     assert main(["profile", "builtin:tiny-qwen3", *short]) == 0
     refused(capsys, ["simulate", "run", "--profile", "short.json"], "no step of so many tokens", "--draft-tokens")

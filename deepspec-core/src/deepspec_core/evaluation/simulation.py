@@ -130,6 +130,16 @@ def replayable(samples: Sequence[Completion]) -> list[Completion]:
     return [sample for sample in samples if sample.rounds and len(sample.output_ids) > 1]
 
 
+def best_of_kinds(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """By number of requests, each kind of policy. Of the fixed numbers and of the thresholds, the fastest."""
+    best: dict[tuple[int, str], Outcome] = {}
+    for one in outcomes:
+        place = (one.requests, one.policy.split()[0])
+        if place not in best or one.tokens_per_second > best[place].tokens_per_second:
+            best[place] = one
+    return list(best.values())
+
+
 def _supply(samples: Sequence[Completion]) -> Iterator[_Request]:
     for index in count():
         sample = samples[index % len(samples)]
