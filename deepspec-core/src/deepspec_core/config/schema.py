@@ -26,7 +26,7 @@ from deepspec_core.config.loss_options import LossOptions as LossOptions
 from deepspec_core.config.loss_options import TermOptions as TermOptions
 from deepspec_core.config.loss_options import Terms as Terms
 from deepspec_core.config.loss_options import WeightingOptions as WeightingOptions
-from deepspec_core.config.sampling_bounds import stop_string, temperatures
+from deepspec_core.config.sampling_bounds import once_each, stop_string, temperatures
 from deepspec_core.config.train_options import BATCHING as BATCHING
 from deepspec_core.config.train_options import BEST as BEST
 from deepspec_core.config.train_options import PACKED as PACKED
@@ -325,7 +325,7 @@ class EvaluateOptions:
 
     tasks: tuple[str, ...] = (HELD_OUT,)
     turns: str = field(default="first", validator=in_(("first", "all")))
-    temperature: tuple[float, ...] = field(default=(1.0,), validator=deep_iterable(temperatures))
+    temperature: tuple[float, ...] = field(default=(1.0,), validator=deep_iterable(temperatures, once_each))
     top_p: float = field(default=1.0, validator=above(0.0, 1.0))
     top_k: int = field(default=0, validator=whole(0))
     min_p: float = field(default=0.0, validator=real(0.0, 1.0))

@@ -63,7 +63,9 @@ from deepspec_core.training.metrics_lines import METRICS, read_lines
 _LAST_LINES = 4
 _COMPARED_SAMPLES = 4
 # What evaluation may change of greedy decoding. The training pass has none of it, so no stage here has.
-_NOT_OF_TRAINING = ("repetition_penalty", "stop", "confidence_threshold", "calibration", "scheduler")
+_NOT_OF_TRAINING = ("turns", "repetition_penalty", "stop", "confidence_threshold", "calibration", "scheduler")
+# What changes answers above temperature 0 only.
+_OF_SAMPLING = ("top_p", "top_k", "min_p", "samples")
 
 
 @frozen(kw_only=True)
@@ -115,11 +117,14 @@ def diagnose(
 def left_out(options: EvaluateOptions) -> dict[str, str]:
     """What these options change in decoding that no stage of a diagnosis has, as `not_measured` says it."""
     usual = EvaluateOptions()
-    names = [name for name in _NOT_OF_TRAINING if getattr(options, name) != getattr(usual, name)]
+    asked = (*_OF_SAMPLING, *_NOT_OF_TRAINING) if any(options.temperature) else _NOT_OF_TRAINING
+    names = [name for name in asked if getattr(options, name) != getattr(usual, name)]
+    if 0 not in options.temperature:
+        names.insert(0, "temperature")
     if not names:
         return {}
     said = ", ".join(f"evaluate.{name}" for name in names)
-    return {"evaluation's settings": f"answers here are greedy, without {said}: training has none of them"}
+    return {"evaluation's settings": f"answers here are greedy ones to first turns, without {said}"}
 
 
 @define(kw_only=True)
