@@ -314,7 +314,7 @@ class EvaluateOptions:
     limit: Prompts of each task at most. Left out: as many as the task says of itself, or all; and 500 of held-out
         prompts.
     max_failures: The stage stops if a larger share of a task's samples fails: the template refuses the prompt, or the
-        target raises an error on it. They are listed, and in no figure.
+        target or the draft raises an error on it. They are listed, and in no figure.
     seed: Seeds sampling, and the choice of prompts where a task has more than are asked.
     plain: Decode without the draft too: for the speed-up and the comparison of greedy outputs.
     confidence_threshold: A proposal ends before its first token of lower confidence, if the draft gives any; 0: not.
