@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,15 +13,19 @@ from deepspec_core.cli.main import main
 from deepspec_core.data.tokenize import ChatTokenizer
 from deepspec_core.interface.models import Target
 from deepspec_core.pipeline.diagnosed_run import run_of
+from deepspec_core.pipeline.diagnosed_texts import asked_prompts
 from deepspec_core.plugins.discovery import load_plugins
 
 SMALL = ["--samples", "6", "--prompts", "4", "--rounds", "4", "--max-new-tokens", "12"]
 
 
 def test_a_smoke_run_is_measured_at_every_stage_and_not_accused(
-    finished: Path, target: Target, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished_copy: Path, target: Target, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder, out = finished.parent / "runs" / "quickstart-dflash-smoke", tmp_path / "diagnosis.json"
+    folder, out = finished_copy.parent / "runs" / "quickstart-dflash-smoke", tmp_path / "diagnosis.json"
+    # A crash of the machine left a damaged line, and a last one that is half written.
+    with (folder / "train" / "metrics.jsonl").open("a") as file:
+        file.write('\0\0\0\n{"step": 99, "lo')
     proposer = deepspec_core.load_draft(folder / "draft", target).proposer()
     tokenizer, stop_ids = ChatTokenizer(target.tokenizer), target.architecture.stop_token_ids
     with counting(target.model, tokenizer, stop_ids, "vllm", proposer) as server:
@@ -38,11 +43,26 @@ def test_a_smoke_run_is_measured_at_every_stage_and_not_accused(
     assert 0 < served["blocks"] - engine["blocks"] <= 4
     assert served["difference"]["later"] == pytest.approx(served["difference"]["earlier"])
     assert found["findings"] == []
-    assert list(found["not_measured"]) == ["precision"]
+    assert found["not_measured"].keys() == {"lines of metrics.jsonl", "precision"}
+    assert found["not_measured"]["lines of metrics.jsonl"] == "1 of them cannot be read"
     # The cache is in bf16, so its features agree, and not to the bit.
     assert all(tap["cosine"] > 0.999 and tap["fits"] == tap["tap"] for tap in found["facts"]["features"])
     assert any(tap["largest"] > 0 for tap in found["facts"]["features"])
     assert {one["kind"] for one in found["facts"]["prompts"]} == {"same"}
+
+
+def test_the_prompts_that_are_asked_are_of_every_task_in_turn(
+    new_run_file: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    path, tasks = new_run_file(tmp_path), {"few": 2, "many": 9, "more": 9}
+    for name, count in tasks.items():
+        rows = (json.dumps({"turns": [f"{name} {index}"]}) for index in range(count))
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    run = run_of(path, overrides=(), tasks=[f"{name}.jsonl" for name in tasks], plugins=load_plugins())
+    asked = asked_prompts(run, 8)
+    of_task = [next(name for name in tasks if name in one.id) for one in asked]
+    assert of_task == ["few", "many", "more", "few", "many", "more", "many", "more"]
+    assert len({one.id for one in asked}) == 8
 
 
 @pytest.mark.parametrize("output", ["{folder}", "/" + "a/" * 40, "a/" * 40 + "run"])

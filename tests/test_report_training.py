@@ -65,6 +65,21 @@ def test_a_run_that_was_only_trained_has_a_page_and_a_picture(
     assert (folder / "training.png").read_bytes().startswith(PNG)
 
 
+@pytest.mark.parametrize("option", ["--html", "--png"])
+def test_a_folder_of_the_file_is_made_and_what_is_in_the_way_is_one_message(
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = trained(tmp_path / "run", [line(step) for step in range(1, 5)])
+    assert main(["report", str(folder), option, str(tmp_path / "new" / "folder" / "file")]) == 0
+    assert (tmp_path / "new" / "folder" / "file").is_file()
+    for place in (folder, folder / "config.toml" / "file", Path("/proc/file")):
+        for asked in (option, "--output"):
+            assert main(["report", str(folder), asked, str(place)]) == 2
+            said = capsys.readouterr().err
+            assert "the report cannot be written there" in said
+            assert "Traceback" not in said
+
+
 def test_held_out_figures_ranks_and_unknown_names_are_drawn_where_they_are(tmp_path: Path) -> None:
     ranks = {"slowest_rank": 1, "slowest_rank_seconds": 0.2, "fastest_rank_seconds": 0.1}
     lines = [line(step, **ranks, new_figure=1.0) for step in range(1, 30)]

@@ -172,6 +172,12 @@ def test_a_value_that_cannot_be_is_refused_by_its_option(
     assert said.count(": found") == 1
 
 
+def test_a_temperature_that_is_given_twice_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["evaluate", "--draft", "mine", "--target", TINY, "--task", "t.jsonl"]
+    assert main([*command, "--temperature", "0.5", "--temperature", "0", "--temperature", "0.50"]) == 2
+    assert "--temperature: found [0.5, 0.0, 0.5]" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("value", ["200", "nan"])
 def test_a_temperature_that_cannot_be_is_not_sent(value: str, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["evaluate", "--server", "http://127.0.0.1:9", "--target", TINY, "--task", "t.jsonl"]

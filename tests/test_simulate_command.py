@@ -1,11 +1,15 @@
 """`deepspec simulate`: what it writes of a real evaluation and a real cost table, and what it refuses."""
 
 import json
+import re
+import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
 from deepspec_core.cli.main import main
+from deepspec_core.evaluation.sealed_json import write_sealed
 
 PROFILE = ["--batch-size", "1", "--batch-size", "2", "--draft-tokens", "7", "--context", "8", "--repeats", "3"]
 
@@ -50,6 +54,32 @@ def test_every_policy_at_every_profiled_load(
     assert found["version"] == 1
 
 
+def test_the_picture_has_a_curve_for_each_kind_of_policy(
+    judged_copy: Path, profile: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["simulate", "run", "--profile", profile]
+    assert main(command) == 0
+    assert "wrote run/simulation.svg" in capsys.readouterr().out
+    text = Path("run/simulation.svg").read_text()
+    name = "{http://www.w3.org/2000/svg}"
+    whole = ElementTree.fromstring(text)
+    words = [one.text for one in whole.iter(f"{name}text")]
+    kinds = ["none", "fixed (the best)", "threshold (the best)", "scheduler", "asynchronous", "oracle"]
+    assert [one for one in words if one in kinds] == kinds
+    assert {"tokens per second of one user", "tokens per second of all requests", "1", "2"} <= set(words)
+    # A mark for each of two loads and in the legend, none outside the axes.
+    marks = [one for one in whole.iter(f"{name}use") if "tick" not in str(one.get("href"))]
+    assert sum("stroke: var(--c" in str(one.get("style")) for one in marks) == len(kinds) * 3
+    # Nothing is fetched, and every colour follows the reader's theme.
+    assert text.count("http") == 1
+    assert "prefers-color-scheme: dark" in text
+    assert not re.search(r"(fill|stroke): #", text)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(command) == 0
+    assert "no picture is drawn: a page's charts are drawn by matplotlib" in capsys.readouterr().err
+    assert not Path("run/simulation.svg").exists()
+
+
 def test_calibrated_confidences_are_used(judged_copy: Path, profile: str) -> None:
     # One threshold that unscaled and scaled confidences pass differently.
     command = ["simulate", "run", "--profile", profile, "--requests", "1", "--threshold", "0.4"]
@@ -62,6 +92,21 @@ def test_calibrated_confidences_are_used(judged_copy: Path, profile: str) -> Non
     at = next(index for index, one in enumerate(raw["results"]) if one["policy"].startswith("threshold"))
     assert raw["results"][at]["verified_per_step"] != scaled["results"][at]["verified_per_step"]
     assert raw["results"][:2] == scaled["results"][:2]
+
+
+def test_a_noisy_cost_table_is_told(
+    judged_copy: Path, profile: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = json.loads(Path(profile).read_text())
+    for one in table["steps"]:
+        one["seconds"] = 0.5 if (one["requests"], one["tokens"]) == (1, 2) else 0.1 * one["tokens"]
+    content = {key: value for key, value in table.items() if key not in ("format", "version", "digest")}
+    write_sealed(tmp_path / "noisy.json", content, form="deepspec-cost-table", version=1)
+    command = ["simulate", "run", "--profile", str(tmp_path / "noisy.json"), "--requests"]
+    assert main([*command, "1"]) == 0
+    assert "1 of the steps took less time than a step of fewer tokens" in capsys.readouterr().err
+    assert main([*command, "2"]) == 0
+    assert "fewer tokens" not in capsys.readouterr().err
 
 
 def test_a_cost_table_of_another_target_is_refused(
@@ -80,11 +125,19 @@ def test_other_mistakes(judged_copy: Path, profile: str, capsys: pytest.CaptureF
     refused(capsys, ["simulate", "run", "--profile", "none.json"], "the cost table is missing")
     refused(capsys, [*command, "--requests", "3"], "no step of so many requests", "1, 2")
     refused(capsys, [*command, "--threshold", "1.5"], "--threshold")
+    for option in ("--threshold", "--draft-ms", "--temperature"):
+        refused(capsys, [*command, option, "nan"], option, "nan is no finite number")
+    refused(capsys, [*command, "--draft-ms", "inf"], "--draft-ms")
+    refused(capsys, [*command, "--temperature", "inf"], "inf is no finite number")
     refused(capsys, [*command, "--calibration", "none.json"], "the calibration is missing")
     refused(capsys, [*command, "--out", "/proc/x/y.json"], "cannot be written there")
     evaluated = Path("run/metrics.json").read_text()
     refused(capsys, [*command, "--out", "run/metrics.json"], "there is another file already", "run/metrics.json")
     assert Path("run/metrics.json").read_text() == evaluated
+    Path("mine.svg").write_text("mine")
+    refused(capsys, [*command, "--out", "mine.json"], "there is another file already", "mine.svg")
+    assert Path("mine.svg").read_text() == "mine"
+    refused(capsys, [*command, "--out", "new.svg"], "the picture of the result has this name")
     short = ["--batch-size", "1", "--draft-tokens", "1", "--context", "8", "--repeats", "3", "--out", "short.json"]
     assert main(["profile", "builtin:tiny-qwen3", *short]) == 0
     refused(capsys, ["simulate", "run", "--profile", "short.json"], "no step of so many tokens", "--draft-tokens")

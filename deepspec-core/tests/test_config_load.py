@@ -52,6 +52,7 @@ def test_a_minimal_file_has_every_default(load: Loader) -> None:
         ("train=3", "train", "3 (a whole number)", "a table with the keys lr, optimizer, global_batch_size"),
         ("draft=3", "draft", "3 (a whole number)", "a table with the keys type, layer"),
         ("evaluate.temperature=[1, -1.0]", "evaluate.temperature[1]", "-1.0 (a number)", "a number, >= 0.0"),
+        ("evaluate.temperature=[1, 0, 1.0]", "evaluate.temperature", "[1.0, 0.0, 1.0] (a list)", "different numbers"),
         ("data.held_out=0.6", "data.held_out", "0.6 (a number)", "a number, <= 0.5"),
         (
             "train.evaluation.max_new_tokens=1",

@@ -9,7 +9,7 @@ import torch
 
 from deepspec_core.decoding.profiling import TURNS, Step, measure_steps
 from deepspec_core.errors import ConfigError, StageError, TargetError
-from deepspec_core.evaluation.cost_table import read_cost_table, write_cost_table
+from deepspec_core.evaluation.cost_table import faster_with_more, read_cost_table, write_cost_table
 from deepspec_core.testing.tiny_target import TinyTarget
 
 TARGET = {"model": "some/model", "revision": "abc", "dtype": "float32"}
@@ -65,6 +65,18 @@ def test_the_form_that_sglang_reads(path: Path) -> None:
     assert served["sample_batch_tokens"] == [1, 2, 4, 8]
     assert served["sample_steps_per_sec"] == pytest.approx([10, 5, 2, 1])
     assert served["max_batch_tokens"] == 8
+
+
+def test_steps_that_seem_faster_with_more_tokens_are_told_and_not_handed_on(tmp_path: Path) -> None:
+    noisy = [step(1, 1, 0.1), step(1, 2, 0.5), step(1, 4, 0.4), step(2, 2, 0.5), step(2, 8, 0.8)]
+    write_cost_table(tmp_path / "t.json", noisy, {"target": TARGET})
+    served = json.loads((tmp_path / "t.sglang.json").read_text())
+    assert served["sample_steps_per_sec"] == pytest.approx([10, 2.5, 2.5, 1.25])
+    said = faster_with_more(noisy)
+    assert said is not None
+    assert "1 of the steps" in said
+    assert "20% (4 tokens and 2 tokens at batch size 1)" in said
+    assert faster_with_more(STEPS) is None
 
 
 @pytest.mark.parametrize(

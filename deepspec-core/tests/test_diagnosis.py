@@ -251,6 +251,12 @@ def test_a_drop_without_a_cause_says_so_and_no_drop_says_the_noise() -> None:
 
 
 def test_what_evaluation_does_otherwise_is_named() -> None:
-    assert left_out(EvaluateOptions()) == {}
-    (said,) = left_out(EvaluateOptions(repetition_penalty=1.5, stop=("x",), confidence_threshold=0.3)).values()
-    assert "without evaluate.repetition_penalty, evaluate.stop, evaluate.confidence_threshold:" in said
+    greedy = EvaluateOptions(temperature=(0.0,))
+    assert left_out(greedy) == left_out(EvaluateOptions(temperature=(1.0, 0.0))) == {}
+    (said,) = left_out(evolve(greedy, repetition_penalty=1.5, stop=("x",), confidence_threshold=0.3)).values()
+    assert said.endswith("without evaluate.repetition_penalty, evaluate.stop, evaluate.confidence_threshold")
+    sampled = evolve(greedy, top_p=0.8, top_k=20, min_p=0.1, samples=4)
+    assert left_out(sampled) == {}
+    (said,) = left_out(evolve(sampled, temperature=(1.0,), turns="all")).values()
+    names = ("temperature", "top_p", "top_k", "min_p", "samples", "turns")
+    assert said.endswith("without " + ", ".join(f"evaluate.{name}" for name in names))

@@ -199,6 +199,34 @@ class Wrong(TableProposer):
         return evolve(found, tokens=found.tokens + VOCAB)
 
 
+class Choosy(TableProposer):
+    """A draft that raises an error on prompts with the token BAD."""
+
+    def start(self, slots: Any, prompt_ids: Any, *arguments: Any) -> None:
+        if (prompt_ids == BAD).any():
+            raise KeyError("no such state")
+        super().start(slots, prompt_ids, *arguments)
+
+
+class Patient(Cramped):
+    """The target raises nothing on BAD."""
+
+    def decode(self, *arguments: Any, **options: Any) -> Any:
+        return TinyTarget.decode(self, *arguments, **options)
+
+
+def test_a_sample_on_which_the_draft_raises_is_listed_and_the_others_are_as_without_it(tmp_path: Path) -> None:
+    choosy = Choosy(vocab_size=VOCAB, max_tokens=3)
+    groups = decoded(tmp_path / "bad", Patient(), requests(5), choosy, max_failures=0.05)
+    good = decoded(tmp_path / "good", Patient(), [one for one in requests() if one.id != "p5"])
+    assert answers(groups) == answers(good)
+    (failure,) = summarise(groups, seed=0)["failures"]
+    assert failure["id"] == "p5"
+    assert failure["reason"].startswith("a proposer failed in start(): KeyError: ")
+    with pytest.raises(DataError, match=r"(?s)Too many samples.* of 11; p\d+: a proposer failed in start\(\)"):
+        decoded(tmp_path / "all", Patient(), requests(*range(11)), choosy, max_failures=0.5)
+
+
 def test_a_wrong_proposer_is_no_samples_failure(tmp_path: Path) -> None:
     with pytest.raises(PluginError, match="cannot be verified"):
         decoded(tmp_path, Cramped(), requests(), Wrong(vocab_size=VOCAB, max_tokens=3), max_failures=1.0)

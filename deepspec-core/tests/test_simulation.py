@@ -76,6 +76,26 @@ def test_where_a_token_costs_as_much_as_it_gives_nothing_is_verified() -> None:
         assert found.tokens_per_second == pytest.approx(10)
 
 
+@pytest.mark.parametrize("draft_seconds", [0.0, 2.0])
+def test_no_fixed_number_beats_the_oracle_in_a_step(draft_seconds: float) -> None:
+    """Not where a longer step takes less time, as in a noisy table, and not where drafting takes most of the time."""
+    times = {1: 1.0, 2: 1.6, 3: 1.5, 4: 2.4, 5: 0.9}
+    for accepted in range(5):
+        record = [completion((4, accepted))]
+        made = policies(4, (), confidences=False, draft_seconds=draft_seconds)
+        rate = {
+            name: replay(
+                record, make(), name, requests=1, seconds=times.__getitem__, draft_seconds=draft_seconds
+            ).tokens_per_second
+            for name, make in made.items()
+            if name != "none"
+        }
+        assert rate["oracle"] == max(rate.values())
+    stopped = [completion((4, 2), (4, 2), stopped=True)]
+    # The second round's last token ends the answer and adds none: two tokens with or without it.
+    assert run(stopped, "oracle", 1, lambda batch: 1 + 0.1 * batch).verified_per_step == pytest.approx((2 + 1) / 2)
+
+
 def test_good_confidences_bring_the_scheduler_near_the_oracle_and_above_fixed_lengths() -> None:
     samples = random_samples(3, count=40)
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from deepspec_core.cli.options import no_plugin
+from deepspec_core.cli.options import FiniteRange, no_plugin
 from deepspec_core.cli.run_folder import run_folder
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     "--task", "tasks", multiple=True, metavar="TASK", help="Fit on this task's rounds. Repeatable. Default: all."
 )
 @click.option(
-    "--temperature", type=click.FloatRange(min=0), help="Fit on the rounds at this one. Default: the highest evaluated."
+    "--temperature", type=FiniteRange(min=0), help="Fit on the rounds at this one. Default: the highest evaluated."
 )
 @no_plugin
 def calibrate(run: str, tasks: tuple[str, ...], temperature: float | None, blocked: tuple[str, ...]) -> None:

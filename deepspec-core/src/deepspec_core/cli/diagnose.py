@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from deepspec_core.cli.messages import show_messages
-from deepspec_core.cli.options import no_plugin, overrides
+from deepspec_core.cli.options import FiniteRange, no_plugin, overrides
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -35,7 +35,7 @@ RESULT = "diagnosis.json"
 )
 @click.option(
     "--tolerance",
-    type=click.FloatRange(0, 1),
+    type=FiniteRange(0, 1),
     default=0.1,
     show_default=True,
     help="A stage drops where it is surely lower, and by more than this share.",

@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import click
+
+
+class FiniteRange(click.FloatRange):
+    """A FloatRange without `nan` and infinities, which lie within click's own."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The number; what is none fails as click's own."""
+        found = float(super().convert(value, param, ctx))
+        if not math.isfinite(found):
+            self.fail(f"{found} is no finite number.", param, ctx)
+        return found
+
 
 no_plugin = click.option(
     "--no-plugin",

@@ -60,6 +60,7 @@ def profile(
     """
     from rich.console import Console
 
+    from deepspec_core.evaluation.cost_table import faster_with_more
     from deepspec_core.pipeline.profiling import Shapes
     from deepspec_core.pipeline.profiling import profile as measure
     from deepspec_core.plugins.discovery import load_plugins
@@ -76,6 +77,8 @@ def profile(
     )
     console = Console(width=None if Console().is_terminal else 160)
     console.print(_table(steps, f"Steps a second of {target}, after {context} tokens of context"))
+    if (noise := faster_with_more(steps)) is not None:
+        click.echo(noise, err=True)
     for path in written:
         click.echo(f"wrote {path}")
 

@@ -13,6 +13,7 @@ import click
 
 from deepspec_core.cli.options import no_plugin
 from deepspec_core.cli.run_folder import run_folder
+from deepspec_core.disk import why_not_writable
 from deepspec_core.errors import ConfigError, StageError
 from deepspec_core.evaluation.metrics_file import NAME as METRICS
 from deepspec_core.evaluation.metrics_file import read_metrics
@@ -47,6 +48,8 @@ def report(
     from deepspec_core.evaluation.comparison import compare
     from deepspec_core.reporting.curves import read_training
 
+    for place in filter(None, (html, png, output)):
+        _make_room(Path(place))
     folders = [run_folder(place, blocked) for place in places]
     found = _runs(folders)
     trained = [one for folder, (label, _) in zip(folders, found, strict=True) if (one := read_training(folder, label))]
@@ -81,6 +84,14 @@ def report(
             _show(comparison)
     if beside:
         _draw_beside(folders[0], found, trained)
+
+
+def _make_room(path: Path) -> None:
+    """The folder of a file that was asked for. ConfigError where the file cannot be put there."""
+    problem = f"{path} is a folder" if path.is_dir() else why_not_writable(path.parent)
+    if problem is not None:
+        raise ConfigError("the report cannot be written there", where=path, found=problem)
+    path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _draw(

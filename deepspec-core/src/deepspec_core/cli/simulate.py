@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from deepspec_core.cli.options import no_plugin
+from deepspec_core.cli.options import FiniteRange, no_plugin
 from deepspec_core.cli.run_folder import run_folder
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from deepspec_core.evaluation.simulation import Outcome
+    from deepspec_core.pipeline.simulating import Simulation
 
 RESULT = "simulation.json"
 
@@ -31,7 +32,7 @@ RESULT = "simulation.json"
 @click.option(
     "--threshold",
     "thresholds",
-    type=click.FloatRange(0, 1),
+    type=FiniteRange(0, 1),
     multiple=True,
     default=(0.3, 0.5, 0.7),
     show_default=True,
@@ -39,17 +40,21 @@ RESULT = "simulation.json"
 )
 @click.option("--task", "tasks", multiple=True, metavar="TASK", help="Replay these rounds. Repeatable. Default: all.")
 @click.option(
-    "--temperature", type=click.FloatRange(min=0), help="Replay rounds at this one. Default: the highest evaluated."
+    "--temperature", type=FiniteRange(min=0), help="Replay rounds at this one. Default: the highest evaluated."
 )
 @click.option("--calibration", metavar="FILE", help="What `deepspec calibrate` wrote for this draft.")
 @click.option(
     "--draft-ms",
-    type=click.FloatRange(min=0),
+    type=FiniteRange(0, 1e9),
     default=0.0,
     show_default=True,
     help="Milliseconds that the draft takes in each step.",
 )
-@click.option("--out", metavar="FILE", help=f"Where the result goes. Default: {RESULT} in the run's folder.")
+@click.option(
+    "--out",
+    metavar="FILE",
+    help=f"Where the result goes, its picture beside it. Default: {RESULT} in the run's folder.",
+)
 @no_plugin
 def simulate(
     run: str,
@@ -67,27 +72,19 @@ def simulate(
 
     Compares no speculation, fixed numbers of verified tokens, static thresholds, the hardware-aware scheduler and its
     asynchronous form, and an oracle that knows what will be accepted. RUN is a run's folder or its run file. No model
-    is loaded. The table shows the best fixed number and the best threshold; the file has all.
+    is loaded. The table and the picture beside the file show the best fixed number and the best
+    threshold; the file has all.
     """
     from rich.console import Console
 
-    from deepspec_core.disk import full_disk_is_an_error, why_not_writable
-    from deepspec_core.errors import ConfigError
+    from deepspec_core.disk import full_disk_is_an_error
     from deepspec_core.evaluation.sealed_json import write_json
-    from deepspec_core.pipeline.simulating import is_simulation
     from deepspec_core.pipeline.simulating import simulate as replay
 
     folder = run_folder(run, blocked)
     place = folder / RESULT if out is None else Path(out)
-    if (problem := why_not_writable(place.parent)) is not None:
-        raise ConfigError("the result cannot be written there", where=place, found=problem)
-    if place.exists() and not is_simulation(place):
-        raise ConfigError(
-            "there is another file already",
-            where=place,
-            expected="a file that does not exist, or the result of an earlier simulation, which is replaced",
-            fix="Choose another with --out.",
-        )
+    drawn = place.with_suffix(".svg")
+    _check_place(place, drawn)
     found = replay(
         folder,
         Path(profile),
@@ -105,28 +102,59 @@ def simulate(
     console.print(_table(found.outcomes))
     if not found.confidences:
         click.echo("This draft gives no confidences: thresholds and schedulers are left out.")
+    if found.noise is not None:
+        click.echo(found.noise, err=True)
     if draft_ms == 0:
         click.echo("The draft's time is not counted; --draft-ms adds it.")
     click.echo(f"wrote {place}")
+    with full_disk_is_an_error(place.parent):
+        _draw(found, drawn)
+
+
+def _check_place(place: Path, drawn: Path) -> None:
+    """ConfigError where the result or its picture cannot be written, or would replace a file that is none."""
+    from deepspec_core.disk import why_not_writable
+    from deepspec_core.errors import ConfigError
+    from deepspec_core.pipeline.simulating import is_simulation
+    from deepspec_core.reporting.simulated import is_picture
+
+    if (problem := why_not_writable(place.parent)) is not None:
+        raise ConfigError("the result cannot be written there", where=place, found=problem)
+    for path, known in ((place, is_simulation), (drawn, is_picture)):
+        if path.exists() and not known(path):
+            raise ConfigError(
+                "there is another file already",
+                where=path,
+                expected="a file that does not exist, or the result of an earlier simulation, which is replaced",
+                fix="Choose another with --out.",
+            )
+    if place == drawn:
+        raise ConfigError("the picture of the result has this name", where=place, fix="Name a .json file with --out.")
+
+
+def _draw(found: Simulation, path: Path) -> None:
+    """Beside the result. Without matplotlib there is none, which is said."""
+    from deepspec_core.errors import ConfigError
+    from deepspec_core.reporting.simulated import picture
+
+    try:
+        drawn = picture(found.outcomes)
+    except ConfigError as error:
+        path.unlink(missing_ok=True)
+        click.echo(f"no picture is drawn: {error}", err=True)
+        return
+    path.write_text(drawn, encoding="utf-8")
+    click.echo(f"wrote {path}")
 
 
 def _table(outcomes: Sequence[Outcome]) -> Table:
     from deepspec_core.evaluation.report import table
+    from deepspec_core.evaluation.simulation import best_of_kinds
 
-    rows = []
-    for load in dict.fromkeys(outcome.requests for outcome in outcomes):
-        own = [outcome for outcome in outcomes if outcome.requests == load]
-        plain = next(outcome for outcome in own if outcome.policy == "none")
-        rows += [_row(outcome, plain.tokens_per_second) for outcome in _shown(own)]
+    plain = {one.requests: one.tokens_per_second for one in outcomes if one.policy == "none"}
+    rows = [_row(one, plain[one.requests]) for one in best_of_kinds(outcomes)]
     headings = ("requests", "policy", "tok/s", "tok/s a user", "speed-up", "tokens a step", "verified a step")
     return table("Simulated throughput", headings, rows, left=("policy",))
-
-
-def _shown(outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """Of the fixed numbers and of the thresholds only the best."""
-    speed: Callable[[Outcome], float] = lambda outcome: outcome.tokens_per_second  # noqa: E731
-    kinds = dict.fromkeys(outcome.policy.split()[0] for outcome in outcomes)
-    return [max((one for one in outcomes if one.policy.split()[0] == kind), key=speed) for kind in kinds]
 
 
 def _row(outcome: Outcome, plain: float) -> list[str]:

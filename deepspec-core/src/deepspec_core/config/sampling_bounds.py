@@ -19,6 +19,12 @@ def temperatures(_options: object, attribute: Attribute[Any], value: float) -> N
         raise ValueError(f"'{attribute.name}' must be 0 for greedy decoding, or at least {COLDEST:g}: {value}")
 
 
+def once_each(_options: object, attribute: Attribute[Any], value: tuple[float, ...]) -> None:
+    """A validator: numbers of which no two are the same."""
+    if len(set(value)) < len(value):
+        raise ValueError(f"'{attribute.name}' must be different numbers: {list(value)}")
+
+
 def stop_string(_options: object, attribute: Attribute[Any], value: str) -> None:
     """A validator: a text that an answer can have."""
     if not value:

@@ -26,7 +26,7 @@ from deepspec_core.config.loss_options import LossOptions as LossOptions
 from deepspec_core.config.loss_options import TermOptions as TermOptions
 from deepspec_core.config.loss_options import Terms as Terms
 from deepspec_core.config.loss_options import WeightingOptions as WeightingOptions
-from deepspec_core.config.sampling_bounds import stop_string, temperatures
+from deepspec_core.config.sampling_bounds import once_each, stop_string, temperatures
 from deepspec_core.config.train_options import BATCHING as BATCHING
 from deepspec_core.config.train_options import BEST as BEST
 from deepspec_core.config.train_options import PACKED as PACKED
@@ -314,7 +314,7 @@ class EvaluateOptions:
     limit: Prompts of each task at most. Left out: as many as the task says of itself, or all; and 500 of held-out
         prompts.
     max_failures: The stage stops if a larger share of a task's samples fails: the template refuses the prompt, or the
-        target raises an error on it. They are listed, and in no figure.
+        target or the draft raises an error on it. They are listed, and in no figure.
     seed: Seeds sampling, and the choice of prompts where a task has more than are asked.
     plain: Decode without the draft too: for the speed-up and the comparison of greedy outputs.
     confidence_threshold: A proposal ends before its first token of lower confidence, if the draft gives any; 0: not.
@@ -325,7 +325,7 @@ class EvaluateOptions:
 
     tasks: tuple[str, ...] = (HELD_OUT,)
     turns: str = field(default="first", validator=in_(("first", "all")))
-    temperature: tuple[float, ...] = field(default=(1.0,), validator=deep_iterable(temperatures))
+    temperature: tuple[float, ...] = field(default=(1.0,), validator=deep_iterable(temperatures, once_each))
     top_p: float = field(default=1.0, validator=above(0.0, 1.0))
     top_k: int = field(default=0, validator=whole(0))
     min_p: float = field(default=0.0, validator=real(0.0, 1.0))

@@ -39,6 +39,10 @@ class Checked:
     to_read: Tensor
 
 
+class ProposerFailedError(PluginError):
+    """A proposer raised an error. What it returned is not wrong, so the fault may be of one sample."""
+
+
 class ProposalCheck:
     """Checks the proposals of one decoding, in the order of its rounds.
 
@@ -133,8 +137,8 @@ class ProposalCheck:
 
     @contextmanager
     def calling(self, method: str) -> Iterator[None]:
-        """Within it the proposer's method runs. PluginError, with its name, if that raises anything but our errors, or
-        that memory ran out.
+        """Within it the proposer's method runs. ProposerFailedError, with its name, if that raises anything but our
+        errors, or that memory ran out.
         """
         try:
             yield
@@ -143,7 +147,7 @@ class ProposalCheck:
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            raise PluginError(
+            raise ProposerFailedError(
                 f"a proposer failed in {method}()",
                 where=f"{package_of(self.proposer)}, {component_of(self.proposer)}",
                 found=blame(error),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
+from itertools import accumulate, pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any, Final
@@ -82,24 +83,43 @@ class CostTable:
 def write_cost_table(path: Path, steps: Sequence[Step], about: Mapping[str, Any]) -> Path:
     """Write the table, and beside it the same by tokens alone, as SGLang reads it. Returns the second path.
 
+    There, steps a second never rise with the tokens: a count has the speed of the fastest with as many or more.
+
     `about` says the target ("model", "revision", "dtype"), the machine and the settings.
     """
     rows = [{**asdict(step), "steps_per_second": 1 / step.seconds} for step in steps]
     write_sealed(path, {**about, "steps": rows}, form=FORM, version=VERSION)
     by_tokens = sorted({step.tokens for step in steps})
+    # Several batch sizes may have the same number of tokens.
+    taken = [median(step.seconds for step in steps if step.tokens == tokens) for tokens in by_tokens]
+    # SGLang takes the next smaller count, so a count that seems faster than it would pay whatever is accepted. A step
+    # can be filled up to a longer one, so it need not take more time.
+    speeds = [1 / least for least in accumulate(reversed(taken), min)][::-1]
     served = served_place(path)
     write_json(
         served,
         {
             "sample_batch_tokens": by_tokens,
-            # Several batch sizes may have the same number of tokens.
-            "sample_steps_per_sec": [
-                1 / median(step.seconds for step in steps if step.tokens == tokens) for tokens in by_tokens
-            ],
+            "sample_steps_per_sec": speeds,
             "max_batch_tokens": by_tokens[-1],
         },
     )
     return served
+
+
+def faster_with_more(steps: Sequence[Step]) -> str | None:
+    """A sentence on steps that took less time than one of fewer tokens, which is mostly noise. None without any."""
+    ordered = sorted(steps, key=lambda step: (step.requests, step.tokens))
+    pairs = [(a, b) for a, b in pairwise(ordered) if a.requests == b.requests and a.seconds > b.seconds]
+    if not pairs:
+        return None
+    few, more = max(pairs, key=lambda pair: pair[0].seconds / pair[1].seconds)
+    return (
+        f"In this cost table, {len(pairs)} of the steps took less time than a step of fewer tokens, at most by "
+        f"{1 - more.seconds / few.seconds:.0%} ({more.tokens} tokens and {few.tokens} tokens at batch size "
+        f"{few.requests}). There, more tokens seem to pay whatever is accepted. Measure on an idle machine, with more "
+        "--repeats."
+    )
 
 
 def served_place(path: Path) -> Path:

@@ -18,6 +18,7 @@ from deepspec_core.contracts.proposer import Proposer, Sampling
 from deepspec_core.contracts.target import TargetModel
 from deepspec_core.decoding.engine import Clock, Completion, Request, decode
 from deepspec_core.decoding.out_of_memory import is_out_of_memory
+from deepspec_core.decoding.proposal_check import ProposerFailedError
 from deepspec_core.decoding.stop_text import StopText
 from deepspec_core.errors import DeepSpecError
 from deepspec_core.evaluation.parting import Parting, differs, parting
@@ -138,9 +139,9 @@ class GroupDecoder:
         size = self.size if size is None else size
         try:
             group = _both(requests, evolve(decoding, batch_size=size))
-        except DeepSpecError:
-            raise
         except Exception as error:
+            if isinstance(error, DeepSpecError) and not isinstance(error, ProposerFailedError):
+                raise
             memory = is_out_of_memory(error)
             if memory:
                 # Its frames hold what took the memory.
@@ -156,7 +157,7 @@ class GroupDecoder:
     def _failing_alone(self, requests: Sequence[Request]) -> list[Failure]:
         tried = ((request.id, self._attempt([request], self.decoding, 1)) for request in requests)
         return [
-            Failure(id=identity, reason=blame(outcome.error))
+            Failure(id=identity, reason=_reason(outcome.error))
             for identity, outcome in tried
             if isinstance(outcome, _Fault)
         ]
@@ -181,6 +182,10 @@ class GroupDecoder:
         gc.collect()
         if self.decoding.target.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _reason(error: Exception) -> str:
+    return f"{error.problem}: {error.found}" if isinstance(error, ProposerFailedError) else blame(error)
 
 
 def _both(requests: Sequence[Request], decoding: Decoding) -> Group:

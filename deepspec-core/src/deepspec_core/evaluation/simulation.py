@@ -26,6 +26,8 @@ from deepspec_core.decoding.scheduler import AsynchronousScheduler, Speed, admit
 # At least so many requests are replayed, if there are as many samples; and MIN_TURNS times the concurrent ones.
 MIN_REQUESTS = 64
 MIN_TURNS = 4
+# What `admit` takes for a token that commits nothing: above 0, and too little to change a rate.
+_NOTHING = 1e-300
 
 Policy: TypeAlias = Callable[[Sequence[Round], Speed], Sequence[int]]
 """The number of tokens to verify of each request's round, at most as many as it proposes. Called once a step."""
@@ -58,14 +60,19 @@ class _Request:
     at: int = 0
 
 
-def policies(num_tokens: int, thresholds: Sequence[float], *, confidences: bool) -> dict[str, Callable[[], Policy]]:
-    """The policies by name, made anew for each replay. Those that read confidences only if there are `confidences`."""
+def policies(
+    num_tokens: int, thresholds: Sequence[float], *, confidences: bool, draft_seconds: float = 0.0
+) -> dict[str, Callable[[], Policy]]:
+    """The policies by name, made anew for each replay. Those that read confidences only if there are `confidences`.
+
+    The oracle knows that a step takes `draft_seconds` more. The schedulers count the target's time, as decoding does.
+    """
     made: dict[str, Callable[[], Policy]] = {"none": partial(_fixed, 0)}
     made |= {f"fixed {k}": partial(_fixed, k) for k in range(1, num_tokens + 1)}
     if confidences:
         made |= {f"threshold {value:g}": partial(_threshold, value) for value in thresholds}
         made |= {"scheduler": lambda: _scheduler, "asynchronous": _asynchronous}
-    return {**made, "oracle": lambda: _oracle}
+    return {**made, "oracle": lambda: partial(_oracle, draft_seconds)}
 
 
 def replay(
@@ -123,6 +130,16 @@ def replayable(samples: Sequence[Completion]) -> list[Completion]:
     return [sample for sample in samples if sample.rounds and len(sample.output_ids) > 1]
 
 
+def best_of_kinds(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """By number of requests, each kind of policy. Of the fixed numbers and of the thresholds, the fastest."""
+    best: dict[tuple[int, str], Outcome] = {}
+    for one in outcomes:
+        place = (one.requests, one.policy.split()[0])
+        if place not in best or one.tokens_per_second > best[place].tokens_per_second:
+            best[place] = one
+    return list(best.values())
+
+
 def _supply(samples: Sequence[Completion]) -> Iterator[_Request]:
     for index in count():
         sample = samples[index % len(samples)]
@@ -154,10 +171,16 @@ def _asynchronous() -> Policy:
     return lambda rounds, speed: scheduler.admit(survival(_confidences(rounds)), speed)
 
 
-def _oracle(rounds: Sequence[Round], speed: Speed) -> list[int]:
-    """The best step of those who know what will be accepted. Nobody does: a bound for the others."""
-    known = [[1.0] * one.accepted_draft_length for one in rounds]
-    return admit(known, speed, early_stop=False)
+def _oracle(draft_seconds: float, rounds: Sequence[Round], speed: Speed) -> list[int]:
+    """The best step of those who know what each token will commit. Nobody does: in a step no policy does better.
+
+    Tokens that commit nothing are tried after all others, for tables in which a longer step takes less time.
+    """
+    known = [
+        [max(_committed(one, k + 1) - _committed(one, k), _NOTHING) for k in range(one.proposal_length)]
+        for one in rounds
+    ]
+    return admit(known, lambda tokens: 1 / (1 / speed(tokens) + draft_seconds), early_stop=False)
 
 
 def _confidences(rounds: Sequence[Round]) -> list[list[float]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import chain, zip_longest
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ from deepspec_core.diagnosis.prompt_check import (
 from deepspec_core.errors import DataError
 from deepspec_core.features.cached import CachedFeatures
 from deepspec_core.features.capture import capture
+from deepspec_core.pipeline.evaluating import prompts_of, requests_of
 from deepspec_core.pipeline.run import Run
 
 _BATCH = 8
@@ -89,6 +91,16 @@ def held_out_samples(run: Run, most: int) -> list[Sample]:
     return samples_of(
         answered(run, requests, sampling=sampling, max_new_tokens=options.max_tokens), run.data.max_length
     )
+
+
+def asked_prompts(run: Run, most: int) -> list[Request]:
+    """Evaluation's prompts, at most `most`: one of each task in turn, as long as it has any."""
+    thinking, of_tasks = run.file.regenerate.thinking is True, list[Sequence[Request]]()
+    for task in run.file.evaluate.tasks:
+        if prompts := prompts_of(run, task)[:most]:
+            of_tasks.append(requests_of(run, task, prompts, thinking=thinking)[0])
+    dealt = [one for one in chain.from_iterable(zip_longest(*of_tasks)) if one is not None]
+    return [evolve(one, id=f"{index} {one.id}") for index, one in enumerate(dealt[:most])]
 
 
 def answered(

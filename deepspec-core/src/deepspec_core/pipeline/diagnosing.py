@@ -7,7 +7,6 @@ compared is in diagnosis/.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,6 +43,7 @@ from deepspec_core.pipeline import contents, threads
 from deepspec_core.pipeline.diagnosed_server import Asked, ask
 from deepspec_core.pipeline.diagnosed_texts import (
     answered,
+    asked_prompts,
     header_differences,
     held_out_samples,
     online_samples,
@@ -53,18 +53,19 @@ from deepspec_core.pipeline.diagnosed_texts import (
     with_live_features,
 )
 from deepspec_core.pipeline.evaluated_draft import draft_of
-from deepspec_core.pipeline.evaluating import prompts_of, requests_of
 from deepspec_core.pipeline.fingerprint import read_record
 from deepspec_core.pipeline.run import Run
 from deepspec_core.targets.opening import fingerprint
 from deepspec_core.training import checkpoint as checkpoints
-from deepspec_core.training.metrics_lines import METRICS
+from deepspec_core.training.metrics_lines import METRICS, read_lines
 
 # Lines of metrics.jsonl that stand for the end of training.
 _LAST_LINES = 4
 _COMPARED_SAMPLES = 4
 # What evaluation may change of greedy decoding. The training pass has none of it, so no stage here has.
-_NOT_OF_TRAINING = ("repetition_penalty", "stop", "confidence_threshold", "calibration", "scheduler")
+_NOT_OF_TRAINING = ("turns", "repetition_penalty", "stop", "confidence_threshold", "calibration", "scheduler")
+# What changes answers above temperature 0 only.
+_OF_SAMPLING = ("top_p", "top_k", "min_p", "samples")
 
 
 @frozen(kw_only=True)
@@ -116,11 +117,14 @@ def diagnose(
 def left_out(options: EvaluateOptions) -> dict[str, str]:
     """What these options change in decoding that no stage of a diagnosis has, as `not_measured` says it."""
     usual = EvaluateOptions()
-    names = [name for name in _NOT_OF_TRAINING if getattr(options, name) != getattr(usual, name)]
+    asked = (*_OF_SAMPLING, *_NOT_OF_TRAINING) if any(options.temperature) else _NOT_OF_TRAINING
+    names = [name for name in asked if getattr(options, name) != getattr(usual, name)]
+    if 0 not in options.temperature:
+        names.insert(0, "temperature")
     if not names:
         return {}
     said = ", ".join(f"evaluate.{name}" for name in names)
-    return {"evaluation's settings": f"answers here are greedy, without {said}: training has none of them"}
+    return {"evaluation's settings": f"answers here are greedy ones to first turns, without {said}"}
 
 
 @define(kw_only=True)
@@ -268,14 +272,8 @@ class _Looking:
 
     def _asked(self) -> tuple[list[Request], int]:
         """Evaluation's prompts, as many as are decoded, and the new tokens of an answer at most."""
-        options, requests = self.run.file.evaluate, list[Request]()
-        for task in options.tasks:
-            prompts = prompts_of(self.run, task)[: self.extent.prompts]
-            if prompts:
-                thinking = self.run.file.regenerate.thinking is True
-                requests += requests_of(self.run, task, prompts, thinking=thinking)[0]
-        requests = [evolve(one, id=f"{index} {one.id}") for index, one in enumerate(requests)][: self.extent.prompts]
-        return requests, min(options.max_new_tokens, self.extent.max_new_tokens)
+        limit = min(self.run.file.evaluate.max_new_tokens, self.extent.max_new_tokens)
+        return asked_prompts(self.run, self.extent.prompts), limit
 
     def _look_at_files(self, digest: str) -> None:
         run, record = self.run, read_record(self.run.stage_folder("train"))
@@ -324,8 +322,10 @@ class _Looking:
 
     def _recorded(self) -> tuple[list[float], int]:
         """The shares of right tokens in the last lines of training's figures, and of how many samples they are."""
-        lines = (self.run.stage_folder("train") / METRICS).read_text(encoding="utf-8").splitlines()[-_LAST_LINES:]
-        rows = [json.loads(line) for line in lines]
+        lines, unreadable = read_lines(self.run.stage_folder("train") / METRICS)
+        if unreadable:
+            self.missing[f"lines of {METRICS}"] = f"{unreadable} of them cannot be read"
+        rows = lines[-_LAST_LINES:]
         found = {name: [row[name] for row in rows if name in row] for row in rows for name in row}
 
         def mean(name: str) -> list[float]:

@@ -16,7 +16,7 @@ from deepspec_core.decoding.engine import Completion
 from deepspec_core.digests import digest_of
 from deepspec_core.errors import CheckpointError, StageError
 from deepspec_core.evaluation.calibration_file import read_calibration
-from deepspec_core.evaluation.cost_table import CostTable, read_cost_table
+from deepspec_core.evaluation.cost_table import CostTable, faster_with_more, read_cost_table
 from deepspec_core.evaluation.reliability import judged
 from deepspec_core.evaluation.simulation import Outcome, policies, replay, replayable
 from deepspec_core.pipeline.recorded_rounds import RecordedRounds, recorded_rounds
@@ -28,12 +28,14 @@ VERSION = 1
 class Simulation:
     """The outcomes by number of requests, then policy, and what they were made from, in plain JSON types.
 
-    `confidences` is False where the draft gives none. Policies that need them are then missing.
+    `confidences` is False where the draft gives none. Policies that need them are then missing. `noise` says where
+    steps of the cost table take less time with more tokens.
     """
 
     outcomes: tuple[Outcome, ...]
     confidences: bool
     made_from: dict[str, Any]
+    noise: str | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -92,11 +94,13 @@ def simulate(
     outcomes = []
     for load in requests or table.batch_sizes:
         seconds = _seconds(table, load, longest)
-        for name, make in policies(longest, thresholds, confidences=confidences).items():
+        made = policies(longest, thresholds, confidences=confidences, draft_seconds=draft_seconds)
+        for name, make in made.items():
             found = replay(
                 samples, make(), name, requests=load, seconds=seconds.__getitem__, draft_seconds=draft_seconds
             )
             outcomes.append(found)
+    noise = faster_with_more([step for step in table.steps if step.requests in (requests or table.batch_sizes)])
     made_from = {
         "run": rounds.report["run"],
         "draft": {name: rounds.report["draft"].get(name) for name in ("algorithm", "revision", "calibration")},
@@ -106,7 +110,7 @@ def simulate(
         "calibration": None if calibration is None else digest_of(calibration),
         "draft_seconds": draft_seconds,
     }
-    return Simulation(outcomes=tuple(outcomes), confidences=confidences, made_from=made_from)
+    return Simulation(outcomes=tuple(outcomes), confidences=confidences, made_from=made_from, noise=noise)
 
 
 def _seconds(table: CostTable, requests: int, longest: int) -> dict[int, float]:

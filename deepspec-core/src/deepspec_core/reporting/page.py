@@ -20,7 +20,7 @@ from deepspec_core.reporting import charts, curves, training
 from deepspec_core.reporting.curves import Training, read_training
 from deepspec_core.reporting.samples import NAME as SAMPLES
 from deepspec_core.reporting.samples import read_samples
-from deepspec_core.reporting.svg import COLOURS, Chart, page_wide
+from deepspec_core.reporting.svg import COLOURS, THEME, Chart, page_wide
 
 NAME: Final = "report.html"
 _TEMPLATE: Final = Path(__file__).with_name("page.html.jinja")
@@ -91,6 +91,7 @@ def page(runs: Sequence[Shown]) -> str:
     trained = [(number, one.training) for number, one in enumerate(runs) if one.training is not None]
     return template.render(
         title=", ".join(one.label for one in runs),
+        theme=THEME.read_text(encoding="utf-8"),
         runs=[
             {
                 "label": one.label,

@@ -1,6 +1,7 @@
-"""Charts as inline SVG whose colours the page decides: the one place that knows matplotlib.
+"""Charts as SVG, inline in a page or a file of their own: the one place that knows matplotlib.
 
 A chart is drawn in placeholder colours, which become CSS variables: `--ink`, `--muted`, `--grid`, and `--c0` to `--c7`.
+theme.css says them, for light and for dark.
 Knows nothing of what is drawn.
 """
 
@@ -10,6 +11,8 @@ import io
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from html import escape
+from pathlib import Path
 from typing import Any, Final
 
 from attrs import frozen
@@ -22,6 +25,7 @@ GRID: Final = "#030303"
 COLOURS: Final = tuple(f"#04040{index}" for index in range(8))
 # Beside their colour, series differ in their marks.
 MARKS: Final = ("o", "s", "^", "D", "v", "P", "X", "*")
+THEME: Final = Path(__file__).with_name("theme.css")
 _VARIABLES: Final = {
     INK: "--ink",
     MUTED: "--muted",
@@ -106,6 +110,15 @@ def page_wide(charts: Sequence[Chart]) -> list[Chart]:
         Chart(title=chart.title, remark=chart.remark, svg=_prefixed(chart.svg, f"chart{index}-"))
         for index, chart in enumerate(charts)
     ]
+
+
+def alone(chart: Chart) -> str:
+    """The chart as a file of its own, on a ground that follows the reader's light or dark theme."""
+    head, drawn = chart.svg.split(">", 1)
+    head = head.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg" role="img"').replace(' aria-hidden="true"', "")
+    style = "svg { background: var(--paper); } text { font-family: system-ui, sans-serif !important; }"
+    theme = THEME.read_text(encoding="utf-8")
+    return f"{head}>\n<title>{escape(chart.title)}</title>\n<style>\n{theme}{style}\n</style>{drawn}\n"
 
 
 def _matplotlib() -> Any:
