@@ -91,7 +91,7 @@ class PublicName:
 def public_names(module: str) -> list[PublicName]:
     """The names of a public module. The module is imported for it."""
     loaded = importlib.import_module(module)
-    return [PublicName(name=name, about=_first_sentence(_docstring(module, name))) for name in loaded.__all__]
+    return [PublicName(name=name, about=first_sentence(_docstring(module, name))) for name in loaded.__all__]
 
 
 def markdown(*packages: str) -> str:
@@ -121,7 +121,7 @@ def markdown(*packages: str) -> str:
 
 
 def _about(module: str) -> str:
-    return _first_sentence(importlib.import_module(module).__doc__ or "")
+    return first_sentence(importlib.import_module(module).__doc__ or "")
 
 
 def _private_folders() -> list[str]:
@@ -147,7 +147,8 @@ def _docstring(module: str, name: str) -> str:
     return ""
 
 
-def _first_sentence(docstring: str) -> str:
+def first_sentence(docstring: str) -> str:
+    """What a list says of a name."""
     text = " ".join(docstring.strip().split("\n\n")[0].split())
     head, stop, _ = text.partition(". ")
     return head + "." if stop else text
