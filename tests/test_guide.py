@@ -76,7 +76,12 @@ def edited(folder: Path) -> Path:
 def test_the_first_plugin_is_a_draft(only: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = edited(tmp_path)
     install_project(package, tmp_path / "site", monkeypatch)
-    assert main(["config", "check", str(package / "train.toml")]) == 0
+    monkeypatch.chdir(tmp_path)
+    (commands,) = blocks(FIRST.partition("## Install and test it")[2].partition("## Train it")[0], "sh")
+    tried = [shlex.split(line)[1:] for line in commands.splitlines() if line.startswith("deepspec ")]
+    assert [words[0] for words in tried] == ["plugins", "config", "run"]
+    for words in tried:
+        assert main(words) == 0
 
     class Edited(kit.DraftModelSuite):
         component = "mydraft"
