@@ -89,6 +89,10 @@ class LastHiddenDraft(DraftModel):
         last_NH = batch.features.last_hidden[sequence_N, (anchors_N - 1).clamp(min=0)]
         return anchored_rows(batch, self.blocks(last_NH, batch.input_ids[sequence_N, anchors_N]))
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., H] -> [..., V]"""
+        return softcapped(self.lm_head(hidden), self.architecture.logit_softcap)
+
     def heads(self) -> Heads:
         """The target's own."""
         head = self.lm_head.weight
@@ -158,8 +162,7 @@ class LastHiddenProposer:
         self, slots: Tensor, limits: Tensor, sampling: Sampling, uniforms: Tensor, stop_ids: Sequence[int]
     ) -> Proposal:
         """Every token of the block at once."""
-        hidden_BKH = self.draft.blocks(self.last_SH[slots], self.token_S[slots])
-        logits_BKV = softcapped(self.draft.lm_head(hidden_BKH), self.draft.architecture.logit_softcap)
+        logits_BKV = self.draft.logits(self.draft.blocks(self.last_SH[slots], self.token_S[slots]))
         lengths_B = limits.clamp(max=self.max_tokens)
         if sampling.temperature == 0:
             return Proposal(tokens=logits_BKV.argmax(-1), lengths=lengths_B)

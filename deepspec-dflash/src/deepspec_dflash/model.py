@@ -32,6 +32,8 @@ from deepspec_dflash.options import DFlashOptions
 from deepspec_dflash.proposer import DFlashProposer
 from deepspec_dflash.tree import DFlashTreeProposer
 
+__all__ = ["DFlashModel"]
+
 
 class DFlashModel(DraftModel):
     """A contracts.draft.DraftModel with new weights; `taps` are the target layers its features come from."""

@@ -15,6 +15,8 @@ from attrs.validators import instance_of, optional
 from deepspec_core.config.bounds import whole
 from deepspec_core.errors import CheckpointError
 
+__all__ = ["DFlashOptions", "backbone_keys", "has_class", "is_dflash", "reading", "taps_of"]
+
 
 def _leaves_a_prediction(options: DFlashOptions, _attribute: Attribute[bool], anchor_predicts: bool) -> None:
     if not anchor_predicts and options.block_size < 2:

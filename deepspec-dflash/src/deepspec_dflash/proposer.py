@@ -23,6 +23,8 @@ from deepspec_dflash.attention import BlockLayout, KeysValues
 from deepspec_dflash.backbone import DFlashBackbone
 from deepspec_dflash.options import DFlashOptions
 
+__all__ = ["BlockDraft", "DFlashProposer"]
+
 
 class BlockDraft(Protocol):
     """What proposing needs of a draft: its backbone, blocks through it, and logits of their outputs."""

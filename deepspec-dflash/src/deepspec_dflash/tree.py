@@ -14,6 +14,8 @@ from deepspec_core.contracts.proposer import Proposal, Sampling
 from deepspec_core.decoding.best_first import NextTokens, best_first, log_probabilities
 from deepspec_dflash.proposer import BlockDraft, DFlashProposer
 
+__all__ = ["DFlashTreeProposer"]
+
 
 class DFlashTreeProposer(DFlashProposer):
     """A contracts.proposer.Proposer of trees. Drafts whose distributions depend on the path replace `next_tokens`."""

@@ -1,7 +1,7 @@
 """What plugin authors may import from core: the one list. Everything else in core is private and may move or change.
 
 A module of core has `__all__` exactly if it is on this list, and its public names are those in `__all__`. This file
-names modules as text and imports none of them.
+names modules as text and imports none of them. Packages of plugins have no list: `__all__` is enough (promised.py).
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from itertools import pairwise
 from pathlib import Path
 
 from attrs import frozen
+
+from deepspec_core.plugins.promised import promised_names
 
 _CORE = Path(__file__).parents[1]
 
@@ -89,29 +91,37 @@ class PublicName:
 def public_names(module: str) -> list[PublicName]:
     """The names of a public module. The module is imported for it."""
     loaded = importlib.import_module(module)
-    return [PublicName(name=name, about=_first_sentence(_docstring(module, name))) for name in loaded.__all__]
+    return [PublicName(name=name, about=first_sentence(_docstring(module, name))) for name in loaded.__all__]
 
 
-def markdown() -> str:
-    """The list as a page."""
+def markdown(*packages: str) -> str:
+    """The list as a page, with what these packages of plugins promise."""
     lines = [
         "# What plugins may import",
         "",
         "This is the whole list. Everything else in `deepspec_core` is private: it may move or change in any release.",
+        "So is everything else in the packages of the plugins below, at the end.",
         "",
         "The source says the same. A module is public if it has `__all__`; its public names are those in `__all__`.",
         "A module without `__all__` is private. A name is private if it is not in its module's `__all__`.",
         f"These folders are private as a whole: {', '.join(f'`{name}/`' for name in _private_folders())}.",
         "",
-        "`deepspec_core.testing.public_imports` has the test that a plugin imports public names only.",
+        "A package that a plugin is in promises names in the same way. A package without `__all__` promises none.",
+        "",
+        "`deepspec_core.testing.public_imports` has the test that a plugin takes public names only, of all of these.",
         "The hooks that a plugin implements are in [writing a plugin](plugins.md).",
     ]
-    for module, about in PUBLIC_MODULES.items():
+    promised = [module for package in packages for module in promised_names(package)]
+    for module, about in (PUBLIC_MODULES | {one: _about(one) for one in promised}).items():
         lines += ["", f"## {module}", "", about, "", "| name | what it is |", "|---|---|"]
         for one in public_names(module):
             about = one.about.replace("|", "\\|")
             lines.append(f"| `{one.name}` | {about} |")
     return "\n".join(lines) + "\n"
+
+
+def _about(module: str) -> str:
+    return first_sentence(importlib.import_module(module).__doc__ or "")
 
 
 def _private_folders() -> list[str]:
@@ -137,7 +147,8 @@ def _docstring(module: str, name: str) -> str:
     return ""
 
 
-def _first_sentence(docstring: str) -> str:
+def first_sentence(docstring: str) -> str:
+    """What a list says of a name."""
     text = " ".join(docstring.strip().split("\n\n")[0].split())
     head, stop, _ = text.partition(". ")
     return head + "." if stop else text

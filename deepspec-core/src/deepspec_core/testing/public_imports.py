@@ -1,41 +1,66 @@
-"""Checks that a plugin imports only public names of core.
+"""Checks that a plugin imports only public names of core, and of the packages of other plugins.
 
-Reads source and runs none of it. What is public is in plugins/public.py.
+Reads source and runs none of it. What is public is said by `__all__` of each module (plugins/promised.py).
 """
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-from deepspec_core.plugins.public import PUBLIC_MODULES, public_names
+from deepspec_core.plugins.promised import plugin_packages, promised_names
+from deepspec_core.testing.imported_names import imported_names
 
 __all__ = ["check_public_imports"]
 
 
 def check_public_imports(package: Path) -> None:
-    """Check that the Python files under `package` import only public names of core, inside functions too.
+    """Check that the Python files under `package` take only public names of core and of other plugins' packages.
 
-    `package` is the folder of a plugin's source. It must import something of core.
+    `package` is the folder of a plugin's source. It must import something of core. Another plugin's package is one
+    that an installed plugin is in. It promises names as core does, by `__all__` in a module. The module that its entry
+    point names may be imported as a whole, for a suite.
+
+    Seen are imports inside functions too, attributes of imported modules, `import_module` and `__import__` of literal
+    strings, and strings "module:attribute" as specs have them. Not seen are names in strings that are put together,
+    `getattr`, and attributes of modules that were handed to a function.
     """
-    imported = list(_imports(package))
-    assert imported, f"nothing under {package} imports anything of deepspec_core"
-    public = {module: {one.name for one in public_names(module)} for module in PUBLIC_MODULES}
-    private = [
-        f"{path.relative_to(package)}: {module}.{name}".rstrip(".")
-        for path, module, name in imported
-        if name not in public.get(module, ())
-    ]
-    assert private == [], f"not public: {private}"
+    own = set(_own_packages(package))
+    others = {name: modules for name, modules in plugin_packages().items() if name not in own}
+    taken = list(_taken(package, others))
+    assert any(_top(name) == "deepspec_core" for _, name in taken), f"nothing under {package} imports anything of core"
+    public: dict[str, tuple[str, ...]] = {}
+    for other in {_top(name) for _, name in taken}:
+        public.update(dict.fromkeys(others[other], ()))
+        public.update(promised_names(other))
+    private = [f"{path}: {name}" for path, name in taken if not _is_public(name, public)]
+    assert private == [], f"not public: {list(dict.fromkeys(private))}"
 
 
-def _imports(package: Path) -> Iterator[tuple[Path, str, str]]:
-    """The (file, module, name) of every import from core. For `import deepspec_core.x` the name is empty."""
+def _own_packages(package: Path) -> Iterator[str]:
+    """The top-level packages and modules that the files under a folder belong to."""
+    for path in package.rglob("*.py"):
+        top = path if path.stem != "__init__" else path.parent
+        while (top.parent / "__init__.py").exists():
+            top = top.parent
+        yield top.stem
+
+
+def _taken(package: Path, others: dict[str, set[str]]) -> Iterator[tuple[Path, str]]:
+    """The (file, dotted name) of all that is of one of these packages."""
     for path in sorted(package.rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "deepspec_core":
-                yield from ((path, node.module or "", alias.name) for alias in node.names)
-            elif isinstance(node, ast.Import):
-                inner = [alias.name for alias in node.names if alias.name.startswith("deepspec_core.")]
-                yield from ((path, name, "") for name in inner)
+        for name in imported_names(path.read_text(encoding="utf-8")):
+            if _top(name) in others:
+                yield path.relative_to(package), name
+
+
+def _is_public(name: str, public: dict[str, tuple[str, ...]]) -> bool:
+    """Whether a dotted name is a public module, or leads to a public name of one."""
+    parts = name.split(".")
+    return name in public or any(
+        parts[count] in public.get(".".join(parts[:count]), ()) for count in range(1, len(parts))
+    )
+
+
+def _top(name: str) -> str:
+    return name.split(".")[0]

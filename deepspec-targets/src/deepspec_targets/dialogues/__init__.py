@@ -7,6 +7,10 @@ never share a prompt. It needs only the standard library, and knows no tokenizer
 Every sentence was written for this project; nothing is quoted or derived from other texts.
 """
 
-from deepspec_targets.dialogues.stream import KINDS, SPLITS, answer_of, check, dialogues, prompts, split_of
-
-__all__ = ["KINDS", "SPLITS", "answer_of", "check", "dialogues", "prompts", "split_of"]
+from deepspec_targets.dialogues.stream import KINDS as KINDS
+from deepspec_targets.dialogues.stream import SPLITS as SPLITS
+from deepspec_targets.dialogues.stream import answer_of as answer_of
+from deepspec_targets.dialogues.stream import check as check
+from deepspec_targets.dialogues.stream import dialogues as dialogues
+from deepspec_targets.dialogues.stream import prompts as prompts
+from deepspec_targets.dialogues.stream import split_of as split_of
