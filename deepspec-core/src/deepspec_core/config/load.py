@@ -42,7 +42,7 @@ from deepspec_core.plugins.requirements import check_required
 class RunFile:
     """A whole run file.
 
-    required_plugins: Packages that the run needs, as requirements: ["deepspec-core>=0.2"].
+    required_plugins: The packages that the run needs, as version requirements: ["deepspec-core>=0.2"].
     """
 
     run: RunOptions
