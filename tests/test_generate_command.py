@@ -110,4 +110,4 @@ def test_a_confidence_threshold_concerns_the_draft_alone(
     assert main([*arguments, "--draft", str(drafts["dspark"])]) == 0
     assert "plain decoding" in "".join(capsys.readouterr())
     assert main(arguments) == 2
-    assert "without a draft there is no confidence" in capsys.readouterr().err
+    assert "a confidence threshold needs a draft" in capsys.readouterr().err

@@ -193,9 +193,9 @@ def test_seconds_are_those_of_decoding(target: Any, monkeypatch: pytest.MonkeyPa
         (["fine", []], {}, ("a prompt is empty", "prompt 1")),
         (None, {}, ("neither a prompt nor a list", "NoneType")),
         ({"role": "user", "content": "x"}, {}, ("neither a prompt nor a list", "fix:", "into a list")),
-        (["fine", None], {}, ("no prompt", "prompt 1", "NoneType")),
-        (b"hi", {}, ("no prompt", "prompt 0", "bytes")),
-        (["fine", b"hi"], {}, ("no prompt", "prompt 1", "bytes")),
+        (["fine", None], {}, ("not a prompt", "prompt 1", "NoneType")),
+        (b"hi", {}, ("not a prompt", "prompt 0", "bytes")),
+        (["fine", b"hi"], {}, ("not a prompt", "prompt 1", "bytes")),
         ([[1, "a"]], {}, ("not whole numbers", "'a'")),
         ([[True]], {}, ("not whole numbers", "True")),
         ([[1, 99_999]], {}, ("outside the vocabulary", "99999")),
@@ -245,9 +245,9 @@ def test_models_that_do_not_fit_are_refused(target: Any, tiny_target: Callable[.
     with pytest.raises(deepspec_core.DeepSpecError, match=r"`hidden_size` differs.*`dtype` differs"):
         deepspec_core.generate(target, opened, QUESTIONS)
     for wrong in (str(tmp_path / "draft"), other):
-        with pytest.raises(deepspec_core.DeepSpecError, match="this is no draft"):
+        with pytest.raises(deepspec_core.DeepSpecError, match="not a loaded draft"):
             deepspec_core.generate(other, wrong, QUESTIONS)  # type: ignore[arg-type]
-    with pytest.raises(deepspec_core.DeepSpecError, match="this is no target"):
+    with pytest.raises(deepspec_core.DeepSpecError, match="not a loaded target"):
         deepspec_core.load_draft(tmp_path / "draft", TINY)  # type: ignore[arg-type]
 
 
@@ -286,7 +286,7 @@ def test_evaluating_a_loaded_draft(target: Any, drafts: dict[str, Path], tmp_pat
     assert (short.prompts, short.prompts_too_long, short.temperature) == (3, 1, 1.0)
     with pytest.raises(deepspec_core.DeepSpecError, match="no temperature to evaluate at"):
         deepspec_core.evaluate(target, draft, {"own": ["x"]}, temperature=[])
-    with pytest.raises(deepspec_core.DeepSpecError, match="nothing to evaluate on"):
+    with pytest.raises(deepspec_core.DeepSpecError, match="no tasks to evaluate on"):
         deepspec_core.evaluate(target, draft, [])
     with pytest.raises(deepspec_core.DeepSpecError, match="held-out"):
         deepspec_core.evaluate(target, draft, "held-out")

@@ -148,5 +148,5 @@ def test_from_python_too(
         ds.evaluate(target, draft, cost_table=costs(revision="0" * 64), **asked)
     with pytest.raises(DeepSpecError, match="two rules would end proposals"):
         ds.evaluate(target, draft, cost_table=costs(), confidence_threshold=0.5, **asked)
-    with pytest.raises(DeepSpecError, match="no scheduler to be asynchronous"):
+    with pytest.raises(DeepSpecError, match="asynchronous is an option of the scheduler"):
         ds.evaluate(target, draft, asynchronous=True, **asked)
