@@ -51,7 +51,7 @@ def test_training_refuses_an_edited_manifest(
     ids[0], ids[1] = ids[1], ids[0]
     manifest.write_text(json.dumps(content))
     assert _train(finished_copy) == 2
-    assert "The cache's manifest is not as it was written" in capsys.readouterr().err
+    assert "The cache's manifest has changed since it was written" in capsys.readouterr().err
     del content["digest"]
     manifest.write_text(json.dumps(content))
     plugins = load_plugins()

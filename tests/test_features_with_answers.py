@@ -282,9 +282,9 @@ def test_keys_that_do_not_go_together(
         assert run(run_file, exchange, servers, *settings) == 2
         return capsys.readouterr().err
 
-    assert "no stage would take them" in refused("features.mode=server", 'run.stages=["regenerate", "train"]')
-    assert "answers given in this process bring no features" in refused("regenerate.servers=[]")
-    assert "none of those that give features" in refused("regenerate.servers=['http://127.0.0.1:9/v1']")
+    assert "no stage would use the features" in refused("features.mode=server", 'run.stages=["regenerate", "train"]')
+    assert "answers that are generated in this process come without features" in refused("regenerate.servers=[]")
+    assert "is not among features.servers" in refused("regenerate.servers=['http://127.0.0.1:9/v1']")
     assert "Set regenerate.features = true" in refused("regenerate.features=false")
     for server in servers:
         server.knows = "whole"

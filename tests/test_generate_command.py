@@ -91,7 +91,7 @@ def test_standard_input_that_is_no_prompt(
         ([""], "the prompt is empty"),
         (["word " * 5000], "no room to answer"),
         (["x", "--max-new-tokens", "0"], "max-new-tokens"),
-        (["x", "--draft", "./nothing"], "no draft checkpoint there"),
+        (["x", "--draft", "./nothing"], "no draft checkpoint in this directory"),
         (["x", "--dtype", "int4"], "dtype"),
     ],
 )

@@ -232,7 +232,7 @@ def test_models_that_do_not_fit_are_refused(target: Any, tiny_target: Callable[.
     save_draft(draft, other.adapter, tmp_path / "draft")
     with pytest.raises(deepspec_core.DeepSpecError, match="made for another target"):
         deepspec_core.load_draft(tmp_path / "draft", target)
-    with pytest.raises(deepspec_core.DeepSpecError, match="no draft checkpoint there"):
+    with pytest.raises(deepspec_core.DeepSpecError, match="no draft checkpoint in this directory"):
         deepspec_core.load_draft("./nothing", target)
     with pytest.raises(deepspec_core.DeepSpecError, match="tiny-qwen3"):
         deepspec_core.load_target("builtin:tiny-qwen")
@@ -258,7 +258,7 @@ def test_a_run_file_from_a_dictionary_is_checked_as_toml(tmp_path: Path) -> None
     assert "dta" in str(caught.value)
     assert "write 'data'" in str(caught.value)
     assert "text in quotes" in str(caught.value)
-    with pytest.raises(deepspec_core.DeepSpecError, match="nested mappings"):
+    with pytest.raises(deepspec_core.DeepSpecError, match="a nested mapping"):
         deepspec_core.RunFile.from_dict([1])  # type: ignore[arg-type]
     run = {"name": "x", "output": tmp_path, "stages": ("train",)}
     tables = {"run": run, "target": {"model": TINY, "layers": np.array([2, 4])}, "draft": {"type": "eagle3"}}

@@ -91,7 +91,7 @@ def test_other_mistakes(judged_copy: Path, profile: str, capsys: pytest.CaptureF
     path = judged_copy / "metrics.json"
     report = json.loads(path.read_text())
     path.write_text(json.dumps({**report, "settings": {**report["settings"], "confidence_threshold": 0.2}}))
-    refused(capsys, command, "not those of the draft alone", "confidence_threshold = 0.2")
+    refused(capsys, command, "were changed or cut by other settings", "confidence_threshold = 0.2")
 
 
 def test_a_draft_without_confidences_has_fewer_policies(

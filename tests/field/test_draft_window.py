@@ -110,7 +110,7 @@ def test_a_draft_type_that_does_not_know_windows_is_refused_at_once(
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"layer_types": ["sliding_attention", "full_attention"]}, "some of the draft's layers slide"),
+        ({"layer_types": ["sliding_attention", "full_attention"]}, "some of the draft's layers have sliding attention"),
         ({"sliding_window": None}, "sliding_window"),
         ({"sliding_window": True}, "sliding_window"),
         ({"sliding_window": 2}, "smaller than what it proposes"),

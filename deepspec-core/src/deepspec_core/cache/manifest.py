@@ -141,7 +141,7 @@ def load(folder: Path, *, format: str, name: str = NAME) -> Manifest | None:
             raise another_format(path, f"{content['format']} version {content['version']}", format)
         if content["version"] != VERSION:
             raise CacheError(
-                "The cache was written by another version of this program, whose caches are not read",
+                "The cache was written by a version of DeepSpec whose caches this version cannot read",
                 where=path,
                 found=f"{format} version {content['version']}",
                 expected=f"{format} version {VERSION}",

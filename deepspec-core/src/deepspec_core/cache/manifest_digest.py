@@ -40,10 +40,10 @@ def has_digest(path: Path, content: Mapping[str, Any]) -> bool:
     expected, found = content[KEY], _digest(content)
     if found != expected:
         raise CacheError(
-            "The cache's manifest is not as it was written",
+            "The cache's manifest has changed since it was written",
             where=path,
-            found=f"a content with the digest {found}",
-            expected=f"the digest that it carries, {json.dumps(expected)[:80]}",
+            found=f"contents with the digest {found}",
+            expected=f"the digest stored in it, {json.dumps(expected)[:80]}",
             fix="Restore the file, or make the cache again (--force cache).",
         )
     return True

@@ -104,7 +104,7 @@ class ShardLayout(Protocol):
 def not_as_written(path: Path, found: str, expected: str) -> CacheError:
     """The error of a shard that is not what header and manifest say."""
     return CacheError(
-        "A shard of the cache is not what its manifest says",
+        "A shard of the cache does not match the manifest",
         where=path,
         found=found,
         expected=expected,

@@ -68,7 +68,7 @@ class ShardedFormat:
                 where="cache.dtype",
                 found=header.dtype,
                 expected=" or ".join(layout.dtypes),
-                fix="Set cache.dtype so, or choose another cache.format.",
+                fix="Set cache.dtype to one of these, or choose another cache.format.",
             )
         with storage_errors(path):
             held = lock(
@@ -222,7 +222,7 @@ class ShardedWriter:
         check_header(part, theirs.header, self._manifest.header)
         check_sizes(part, theirs)
         if any(digest16(name) in self._seen for shard in theirs.shards for name in shard.ids):
-            raise CacheError("A worker's part of the cache is there twice", where=part, fix="Remove it and run again.")
+            raise CacheError("A worker's part is in the cache already", where=part, fix="Remove it and run again.")
         with storage_errors(self._path), self._closed_by_errors():
             for shard in theirs.shards:
                 name = self._shard_name

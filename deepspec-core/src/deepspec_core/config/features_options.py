@@ -21,7 +21,7 @@ _REQUESTS = 2**20  # more than any server takes
 
 def _said(_options: object, attribute: Attribute[Any], value: str) -> None:
     if not value.strip():
-        raise ValueError(f"'{attribute.name}' must not be empty: leave it out, or say it")
+        raise ValueError(f"'{attribute.name}' must not be empty; leave it out if there is none")
 
 
 @frozen(kw_only=True)

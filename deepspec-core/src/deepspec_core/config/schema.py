@@ -171,7 +171,7 @@ def _batch_sizes(_options: object, attribute: Attribute[Any], value: int | tuple
     sizes = value if isinstance(value, tuple) else (value,)
     deep_iterable(whole(1, _SEQUENCES))(None, attribute, sizes)
     if not sizes or len(set(sizes)) < len(sizes):
-        raise ValueError(f"'{attribute.name}' must be one size, or several different ones: {value}")
+        raise ValueError(f"'{attribute.name}' must be one batch size, or a list of different ones: {value}")
 
 
 def _truth_or_share(_options: object, attribute: Attribute[Any], value: bool | float) -> None:

@@ -217,7 +217,7 @@ def _reply(
     head = prompt[: len(prompt) - len(tail)] if prompt.endswith(fmt.assistant_start + tail) else prompt
     if not whole.startswith(head):
         raise DataError(
-            "The chat template renders an answer elsewhere than after its prompt",
+            "The chat template does not render an answer right after its prompt",
             found=repr(whole[: len(head)][-60:]),
             expected=repr(head[-60:]),
         )

@@ -105,9 +105,9 @@ class BadRows:
             "Too many rows of a source cannot be used",
             where=f"data.sources: {source.name}",
             found=f"{source.bad.total():,} of {which}{source.rows:,} rows. {reasons}",
-            expected=f"at most a share of {self._most:g}, data.max_bad_rows",
+            expected=f"at most a share of {self._most:g} (data.max_bad_rows)",
             fix="Correct the rows, name their `columns`, or raise data.max_bad_rows."
-            + (f" {self._keep_in} has {self._which()} with their reasons." if self._keep_in else ""),
+            + (f" {self._keep_in} lists {self._which()} with their reasons." if self._keep_in else ""),
         )
 
     def _which(self) -> str:

@@ -179,11 +179,11 @@ def _fits(piece: bytes, kind: int, around: bytes, before: bytes) -> bool:
 
 def _hidden(path: Path, number: int, found: str) -> DataError:
     return DataError(
-        "A row's brackets or quotes do not match, and it may hide others",
+        "A row's brackets or quotes do not match, so that it may contain other rows",
         where=f"{path}: row {number}",
         found=found,
         expected="rows whose brackets, commas and quotes match",
-        fix="Mend the row, or write the file as JSON lines, where a broken row hides no other.",
+        fix="Repair the row, or write the file as JSON lines, in which a broken row affects no other row.",
     )
 
 

@@ -247,7 +247,12 @@ class _Work:
             try:
                 request = self._turn(dialogue)
             except DataError as error:
-                log.info("%s: no further turn is asked: %s (%s)", completion.id, error.problem, error.found)
+                log.info(
+                    "%s: the conversation ends here, without its further turns: %s (%s)",
+                    completion.id,
+                    error.problem,
+                    error.found,
+                )
             else:
                 if len(request.prompt_ids) < self.max_length:
                     self.next_turns.append(request)

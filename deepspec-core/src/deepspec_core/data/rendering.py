@@ -167,7 +167,7 @@ class Template:
             )
         except TemplateSyntaxError as error:
             raise DataError(
-                "The chat template is no Jinja template",
+                "The chat template is not a valid Jinja template",
                 where=self.tokenizer.name_or_path or "tokenizer",
                 found=f"line {without_the_day(error.lineno, source)}: {error.message}",
             ) from error

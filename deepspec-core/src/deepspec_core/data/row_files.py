@@ -51,7 +51,7 @@ def _broken(row: SourceRow, size: int) -> SourceRow:
     error = DataError(
         "A row's brackets or quotes do not match",
         where=row.where,
-        found=f"{size:,} bytes up to the next row that begins like others",
+        found=f"{size:,} bytes before the next row that begins like the others",
         expected="JSON",
     )
     return SourceRow(row.where, error=error, text=row.text)

@@ -49,5 +49,5 @@ def of_json(text: bytes, where: str, *, size: int, most_bytes: int | None, what:
 def too_long(where: str, size: int, most_bytes: int) -> DataError:
     """The error for a row that is longer than any conversation."""
     return DataError(
-        "A row is too long", where=where, found=in_words(size), expected=f"at most {in_words(most_bytes)} a row"
+        "A row is too long", where=where, found=in_words(size), expected=f"at most {in_words(most_bytes)} per row"
     )

@@ -104,9 +104,9 @@ class TokenStore:
         ):
             manifest, why = self._read()
             if why is not None:
-                log.warning("the stored tokens in %s are made anew: %s", self.folder, why)
+                log.warning("the tokens in %s are made again: %s", self.folder, why)
             for kept, problem in self._damage(manifest.shards):
-                log.warning("%s. It is made anew, with what follows", problem)
+                log.warning("%s. This shard and the following ones are made again", problem)
                 manifest = evolve(manifest, shards=manifest.shards[:kept], counts=None)
                 break
             if manifest.counts is None:

@@ -83,5 +83,5 @@ def _require_finite(kept_TC: Tensor, computed_TC: Tensor, layers: Sequence[str],
         expected=f"{range_.min:,g} to {range_.max:,g}" if fits else "a finite number",
         fix='Set cache.dtype = "bfloat16".'
         if fits
-        else "Set target.dtype to a wider type, or look at the sample and the target's weights.",
+        else "Set target.dtype to a wider type, or examine the sample and the target's weights.",
     )

@@ -131,10 +131,10 @@ class KeptFeatures:
 
     def _unusable(self, sample: Sample, found: str) -> CacheError:
         return CacheError(
-            "Features that came with an answer cannot be read",
+            "Features that were received with an answer cannot be read",
             where=f"sample {sample.id}, {self._folder}",
             found=found,
-            fix="Remove that folder and run again: servers are asked for what is missing.",
+            fix="Remove that folder and run again: the missing features are then requested from the servers.",
         )
 
 

@@ -24,11 +24,14 @@ def address_of(given: str) -> str:
     parts = urlsplit(given)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ConfigError(
-            "The server has no address", where="--server", found=given, expected="an address like http://host:8000"
+            "This is not the address of a server",
+            where="--server",
+            found=given,
+            expected="an address like http://host:8000",
         )
     if parts.username is not None or parts.password is not None:
         raise ConfigError(
-            "A key does not belong into an address, which results keep",
+            "The server's address contains a user or password, and results would store it",
             where="--server",
             expected="an address without a name and a password",
             fix="Name the environment variable that holds the key in --api-key-env.",

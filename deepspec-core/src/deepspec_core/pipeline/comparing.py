@@ -156,7 +156,10 @@ def _finished(folder: Path) -> dict[str, Any]:
         return read_metrics(folder / METRICS)
     except FileNotFoundError:
         raise StageError(
-            "No evaluation there", where=folder, expected=f"a folder with {METRICS}", fix="Name another in --beside."
+            "There is no evaluation in this folder",
+            where=folder,
+            expected=f"a folder with {METRICS}",
+            fix="Name another in --beside.",
         ) from None
 
 
@@ -166,7 +169,7 @@ def _refuse_shared_names(own: str, names: Sequence[str]) -> None:
     for index, name in enumerate(names):
         if name == own:
             raise ConfigError(
-                "a baseline has the name of the run",
+                "a baseline has the same name as the run",
                 where="--with",
                 found=name,
                 expected="a name that differs from run.name",
@@ -177,7 +180,7 @@ def _refuse_shared_names(own: str, names: Sequence[str]) -> None:
                 "two baselines would share one folder",
                 where="--with",
                 found=f"{names[slugs.index(slugs[index])]} and {name}",
-                expected="names that differ in letters and digits",
+                expected="names that differ in their letters or digits, which make the folder's name",
                 fix="Compare them in two commands, each with an output of its own: --set run.output=...",
             )
 
@@ -224,7 +227,7 @@ def _nodes(name: str) -> int | None:
         return None
     if not colon or not re.fullmatch(r"[0-9]{1,9}", number) or not 1 <= int(number) <= MOST_NODES:
         raise ConfigError(
-            "a tree has a number of tokens",
+            "tree:N needs the number of tokens of the tree",
             where="--with",
             found=name,
             expected=f"{TREE}:N, N from 1 to {MOST_NODES}, as in {TREE}:16",

@@ -91,7 +91,7 @@ def diagnose(
     ConfigError for drafts that are not trained, and other DeepSpecErrors for what cannot be loaded at all.
     """
     if not run.trains:
-        raise ConfigError("a draft of this type is not trained", where=run.path, found=run.file.draft.type)
+        raise ConfigError("drafts of this type are not trained", where=run.path, found=run.file.draft.type)
     count = threads.choose(run, ["evaluate"])["evaluate"]
     with threads.using(count):
         looking = _Looking(run=run, extent=extent, tolerance=tolerance, say=say)

@@ -113,5 +113,5 @@ def _require_unchanged(now: str, then: str, where: Path | str) -> None:
         raise StageError(
             "The draft changed while it was read",
             where=where,
-            fix="Another process writes it: wait for that, and run again.",
+            fix="Another process is writing the checkpoint: wait until it has finished, and run again.",
         )

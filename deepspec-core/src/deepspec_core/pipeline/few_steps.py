@@ -50,7 +50,7 @@ def _warn(options: TrainOptions, samples: int | None, most: str) -> None:
         return
     share = f", {100 * steps / epoch:.0f}% of an epoch" if epoch and steps < epoch else ""
     log.warning(
-        "training takes %s%d optimizer steps%s: fewer than %d are too few for its figures to mean anything. Raise "
+        "training takes %s%d optimizer steps%s: with fewer than %d, its figures mean little. Raise "
         "train.epochs or train.max_steps, or lower train.global_batch_size (%d)",
         most, steps, share, FEWEST, options.global_batch_size,
     )  # fmt: skip

@@ -170,7 +170,9 @@ class Heartbeat:
             except OSError as error:
                 unwritten, self._unwritten = self._unwritten, True
                 if not unwritten:
-                    log.warning("%s cannot be written (%s): `deepspec status` shows what was", self._path, error)
+                    log.warning(
+                        "%s cannot be written (%s): `deepspec status` will show an old state", self._path, error
+                    )
 
     def _progress(self) -> dict[str, Any] | None:
         shown = progress.now()

@@ -105,7 +105,12 @@ def _watch(workers: Sequence[subprocess.Popen[bytes]], request: StopRequest) -> 
             if ended_badly:
                 rank, code = ended_badly[0]
                 if request.number is None:
-                    log.error("worker %d of %d ended first, %s; the others are ended", rank, len(workers), _how(code))
+                    log.error(
+                        "worker %d of %d ended first, %s; the other workers were stopped",
+                        rank,
+                        len(workers),
+                        _how(code),
+                    )
             until = time.monotonic() + (_SECONDS_AFTER_FAILURE if ended_badly else SECONDS_TO_STOP)
             for worker in alive:
                 with suppress(ProcessLookupError):

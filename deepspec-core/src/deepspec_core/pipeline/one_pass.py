@@ -116,14 +116,16 @@ def kept_of(run: Run) -> KeptFeatures | None:
     if not run.has("regenerate") or not (folder := folder_of(run)).exists():
         return None
     if not run.file.regenerate.features:
-        log.warning("features that came with answers are not used: regenerate.features = false")
+        log.warning("features that were received with answers are not used, because regenerate.features = false")
         return None
     _discard_others(run)
     kept: KeptFeatures | None = None
     try:
         kept = KeptFeatures(run.cache.format, folder, _header(run)) if folder.exists() else None
     except DeepSpecError as error:
-        log.warning("features that came with answers cannot be used, and servers are asked again: %s", error)
+        log.warning(
+            "features that were received with answers cannot be used; servers are asked for them again: %s", error
+        )
     # The workers ask servers together, so the first one decides for all. What it can read, they can.
     usable = workers.crew().told_by_first("features that came with answers can be used", kept is not None)
     return (kept or KeptFeatures(run.cache.format, folder, _header(run))) if usable else None
@@ -183,5 +185,5 @@ def _discard_others(run: Run) -> None:
         if found is not None or record.exists():
             read_record(record)
     except DeepSpecError as error:
-        log.warning("features that came with answers are discarded: %s", error)
+        log.warning("features that were received with answers are discarded: %s", error)
         discard(folder)

@@ -47,7 +47,7 @@ def check_places(run: Run, todo: Collection[str]) -> None:
         problem = why_not_writable(folder)
         if problem is not None:
             raise StageError(
-                "Results cannot be written there",
+                "Results cannot be written to this folder",
                 where=folder,
                 found=problem,
                 fix="Choose another run.output (or cache.path), or make the folder writable.",
@@ -57,11 +57,11 @@ def check_places(run: Run, todo: Collection[str]) -> None:
     draft = run.folder / "draft"
     if "train" in todo and (draft.is_symlink() or (draft.exists() and not draft.is_dir())):
         raise StageError(
-            "The finished draft cannot be put there",
+            "The finished draft cannot be written to this place",
             where=draft,
             found="a symbolic link" if draft.is_symlink() else "a file",
             expected="a folder of this run, or nothing",
-            fix="Move it away, or choose another run.output.",
+            fix="Move what is there away, or choose another run.output.",
         )
 
 

@@ -93,13 +93,13 @@ def _write(run: Run, folder: Path) -> dict[Split, Counter[str]]:
         bad_rows.finish()
     if not counts["train"]["conversations"]:
         raise DataError(
-            "There is no conversation to train on", where=f"{run.path}: data.sources", fix="Give more data."
+            "There is no conversation to train on", where=f"{run.path}: data.sources", fix="Add data to the sources."
         )
     if _digests(run) != digests:
         raise DataError(
             "A source changed while it was read",
             where=f"{run.path}: data.sources",
-            expected="files that nobody writes meanwhile",
+            expected="files that do not change while the command reads them",
             fix="Run the command again.",
         )
     _write_manifest(run, folder, counts, digests)
@@ -151,7 +151,7 @@ def _refuse_other(folder: Path) -> None:
             fix="Choose another folder with --out.",
         )
     if (reason := why_not_writable(folder.parent)) is not None:
-        raise DataError("Prepared conversations cannot be put there", where=folder, found=reason)
+        raise DataError("Prepared conversations cannot be written to this folder", where=folder, found=reason)
 
 
 def _put(partial: Path, folder: Path, *, force: bool) -> Literal["written", "replaced", "unchanged"]:
@@ -163,10 +163,10 @@ def _put(partial: Path, folder: Path, *, force: bool) -> Literal["written", "rep
     if not force:
         changed = _differences(partial, folder)
         raise DataError(
-            "Other conversations were prepared there",
+            "The folder holds other prepared conversations",
             where=folder,
-            found=f"other {', '.join(changed)}" if changed else f"files that are not as {MANIFEST} says",
-            expected="the same content",
+            found=f"other {', '.join(changed)}" if changed else f"files that differ from {MANIFEST}",
+            expected="the conversations that this command would write",
             fix="Replace them with --force, or choose another folder with --out.",
         )
     old = folder.with_name(f".{folder.name}.{os.getpid()}.old")

@@ -132,10 +132,10 @@ class RunCache:
             log.warning("cache %s: %s", self.folder, CANNOT_BE_CHECKED)
         self.reads.content(contents.CACHE, self.digest())
         if reader.header.taps != taps:
-            log.info("of the cache's taps %s, %s are read", list(reader.header.taps), list(taps))
+            log.info("the cache has taps %s; this run reads %s", list(reader.header.taps), list(taps))
         part = self.part_of(of_taps(reader, taps))
         if len(part) < len(reader):
-            log.info("of the cache's %s samples, cache.subset takes %s", f"{len(reader):,}", f"{len(part):,}")
+            log.info("the cache has %s samples; cache.subset selects %s", f"{len(reader):,}", f"{len(part):,}")
         return part
 
     def samples(self) -> Samples:
@@ -147,7 +147,7 @@ class RunCache:
         if numbers is None:
             return samples
         self.data.counts["not_in_subset"] = len(samples) - len(numbers)
-        log.info("of %s samples, cache.subset takes %s", f"{len(samples):,}", f"{len(numbers):,}")
+        log.info("there are %s samples; cache.subset selects %s", f"{len(samples):,}", f"{len(numbers):,}")
         return SamplesOfPart(samples, numbers)
 
     def part_of(self, reader: CacheReader) -> CacheReader:
@@ -174,7 +174,7 @@ class RunCache:
                 fix="Raise cache.subset, or give a number of samples, such as 100.",
             )
         if subset > count:
-            log.warning("cache.subset asks for %s samples, and there are %s", f"{subset:,}", f"{count:,}")
+            log.warning("cache.subset asks for %s samples, but there are only %s", f"{subset:,}", f"{count:,}")
         return numbers
 
     def expected_samples(self) -> int | None:
@@ -235,11 +235,11 @@ class RunCache:
         found = self.format.header(self.folder)
         if found is not None and found.split != self._split():
             raise CacheError(
-                "The cache was made with another split, so held-out prompts of this run may stand in it",
+                "The cache was made with another split, so it may contain held-out prompts of this run",
                 where=self.folder,
-                found=found.split or "a cache that does not say how it was split",
+                found=found.split or "a cache that does not record its split",
                 expected=self._split(),
-                fix="Set data.held_out and run.seed as there, or name other evaluate.tasks than held_out.",
+                fix="Set data.held_out and run.seed to those of the cache, or name other evaluate.tasks than held-out.",
             )
 
     def locked(self, *, shared: bool = False) -> Lock:

@@ -160,7 +160,7 @@ class RunData:
                     "A source changed while it was read",
                     where=f"{self.named_in}: data.sources[{index}]: {self.options.sources[index].path}",
                     expected="a file that nobody writes while a run reads it",
-                    fix="Put back what was there and run again, or start anew with --force.",
+                    fix="Restore the earlier file and run again, or start again with --force.",
                 )
 
     def split(self) -> dict[str, Any]:
@@ -216,9 +216,7 @@ class RunData:
             if asked == limit:
                 break
         if refused:
-            log.warning(
-                "%d held-out conversations are not asked: the chat template does not take their prompts", refused
-            )
+            log.warning("%d held-out prompts are left out, because the chat template refuses them", refused)
 
     def expected_conversations(self) -> int | None:
         """How many training conversations there are at most, None where a source has no limit.

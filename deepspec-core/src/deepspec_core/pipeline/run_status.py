@@ -106,7 +106,9 @@ def status_of(folder: Path) -> RunStatus:
     planned, name = _planned(folder, remarks)
     if written is None and not planned:
         raise StageError(
-            "No run there", where=folder, expected=f"a run's folder, with config.toml and {STATUS}, or its run file"
+            "There is no run in this folder",
+            where=folder,
+            expected=f"a run's folder, with config.toml and {STATUS}, or its run file",
         )
     state, said = _life(written, now)
     at = written["stage"] if written is not None and state in ("running", "silent", "dead") else None

@@ -223,5 +223,5 @@ class RunTarget:
             raise StageError(
                 "The target changed while the run was reading it",
                 where=self.where,
-                fix="Another process writes it: wait for that, and run again.",
+                fix="Another process is writing the target: wait until it has finished, and run again.",
             )

@@ -57,9 +57,9 @@ def do(
         for now, before in zip(stages.plan(run, only=only, force=force), steps, strict=True):
             if now != before:
                 raise StageError(
-                    f"Another process worked on the stage `{now.stage.name}` meanwhile",
+                    f"Another process changed the stage `{now.stage.name}` at the same time",
                     where=run.stage_folder(now.stage.name),
-                    fix="Run again: it is looked at anew.",
+                    fix="Run again: the stage's state is then read again.",
                 )
         for folder in stages.discard(run, force):
             say(f"discarded {folder}")

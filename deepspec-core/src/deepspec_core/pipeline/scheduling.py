@@ -102,7 +102,7 @@ def costs_from(
     measured = measured if isinstance(measured, dict) else {}
     if measured.get("device") != machine["device"]:
         raise StageError(
-            "the cost table is of another kind of machine",
+            "the cost table was measured on another kind of machine",
             where=path,
             found=f"steps on {measured.get('device')}",
             expected=machine["device"],
@@ -124,8 +124,7 @@ def costs_from(
             ) from None
     if device.type == "cpu" and measured.get("threads") != count:
         log.warning(
-            "%s was measured with %s threads, and this evaluation computes with %d: "
-            "its costs may not be those of these steps",
+            "%s was measured with %s threads, but this evaluation uses %d: its costs may be wrong here",
             path,
             measured.get("threads"),
             count,

@@ -71,7 +71,7 @@ def key_in(name: str | None, *, where: str) -> str | None:
     key = os.environ.get(name, "").strip()
     if not key or not key.isascii() or not key.isprintable():
         raise ConfigError(
-            "The servers' key is not in the environment",
+            "The servers' API key is not in the environment",
             where=where,
             found=f"{name} is {'not a key' if key else 'not set, or empty'}",
             fix=f"Set {name}, or remove {where.rpartition(' ')[2]}.",

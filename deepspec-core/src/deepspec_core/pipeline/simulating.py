@@ -79,7 +79,7 @@ def simulate(
         raise StageError("No sample has a round to replay", where=folder, fix="Evaluate with more tokens or prompts.")
     if any(one.nodes is not None for sample in samples for one in sample.rounds):
         raise StageError(
-            "These rounds are of trees, which no policy of this simulation cuts",
+            "The simulation cannot replay rounds of trees",
             where=folder,
             expected="rounds of chains",
             fix="Evaluate without [draft] tree.",

@@ -107,7 +107,7 @@ def _recommended(spec: DraftModelSpec, registry: Registry) -> CheckedRecipe:
         raise ConfigError(
             f"no recipe is recommended for drafts of type {spec.name!r}",
             where="--recipe recommended",
-            expected="published, which nothing has been shown to beat",
+            expected="published: no settings have been shown to decode better",
         )
     return checked_recipe(spec, registry)
 

@@ -64,5 +64,5 @@ def _shared_names(draft: DraftModel, said: DraftDescription) -> str | None:
 
 def _refused(kind: str, package: str, field: str, found: str, expected: str) -> PluginError:
     return PluginError(
-        f"draft type {kind!r} describes itself wrongly: `{field}`", where=package, found=found, expected=expected
+        f"draft type {kind!r} has a wrong description: `{field}`", where=package, found=found, expected=expected
     )

@@ -45,7 +45,10 @@ def try_rollout(run: Run, draft: DraftModel) -> None:
         raise
     except Exception as error:
         if reads_numbers(error):
-            log.info("the draft's rollout was not tried: it reads numbers (%s)", blame(error))
+            log.info(
+                "the draft's rollout was not tried before the run, because it reads values of tensors (%s)",
+                blame(error),
+            )
             return
         kind = run.file.draft.type
         raise PluginError(

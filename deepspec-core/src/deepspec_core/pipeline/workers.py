@@ -126,7 +126,7 @@ def _held_by_workers(folder: Path, *, shared: bool) -> Lock:
         folder,
         name=_LOCK,
         shared=shared,
-        problem="Workers of an earlier run are still ending",
+        problem="Workers of an earlier run have not ended yet",
         fix="Wait a minute, or stop them.",
     )
 

@@ -1,4 +1,4 @@
-"""Whether a loss term says what it needs, and gives one number a row, as contracts/loss.py asks.
+"""Whether a loss term says what it needs, and gives one number per row, as contracts/loss.py asks.
 
 Knows the contract's members and shapes. Does not know which plugin a term comes from, or what it computes.
 
@@ -40,7 +40,7 @@ def one_a_row(value: Any, count: int, what: str) -> Tensor:
     if isinstance(value, Tensor) and tuple(value.shape) == (count,) and value.is_floating_point():
         return value
     raise PluginError(
-        f"{what} does not return one number a row",
+        f"{what} does not return one number per row",
         where="[loss]",
         found=f"{list(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else type(value).__name__,
         expected=f"a tensor of shape [{count}] for {count} rows, of a floating-point type",

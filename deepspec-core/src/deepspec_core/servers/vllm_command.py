@@ -200,8 +200,8 @@ def _refuse_own(word: str) -> None:
         raise ConfigError(
             "deepspec serve sets this option of vLLM itself"
             if option in _SET
-            else "This option of vLLM does not go with deepspec serve",
-            where="the words behind --",
+            else "This option of vLLM cannot be used with deepspec serve",
+            where="the options after --",
             found=word if name.endswith(option[2:]) else f"{word}, which vLLM reads as {option}",
             expected="other options of `vllm serve`",
             fix=f"Leave it out; {_SET[option]} sets it." if option in _SET else f"Leave it out: {_NEVER[option]}.",
@@ -214,5 +214,8 @@ def meant_layers(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError as error:
         raise ConfigError(
-            "no list of layers", where="--layers", found=repr(text), expected='whole numbers, such as "1,9,17"'
+            "this is not a list of layers",
+            where="--layers",
+            found=repr(text),
+            expected='whole numbers, such as "1,9,17"',
         ) from error

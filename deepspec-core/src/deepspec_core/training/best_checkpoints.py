@@ -177,7 +177,8 @@ class Evaluations:
             set_aside(path, damage, f"the finished draft is that of step {step}")
         if self._checkpoint(ranked[0]) not in there:
             log.warning(
-                "the checkpoint of step %d, the best on held-out prompts, is gone: that of step %d is taken",
+                "the checkpoint of step %d, the best on held-out prompts, is missing; the "
+                "finished draft is that of step %d",
                 ranked[0]["step"],
                 step,
             )
@@ -245,7 +246,7 @@ def _resumed(path: Path, resume_at: int) -> tuple[Journal, list[dict[str, Any]]]
                 "damaged record of an evaluation",
                 where=f"{path}:{number}",
                 found=json.dumps(record)[:80],
-                fix="Remove that line and those after it, or train anew with --force train.",
+                fix="Remove that line and those after it, or train again from the start with --force train.",
             )
         last = record["step"]
     kept = [record for record in journal.entries if record["step"] <= resume_at]

@@ -86,11 +86,11 @@ def first_sound(candidates: Iterable[Path], read: Callable[[Path], T]) -> tuple[
     if damaged:
         path, first = damaged[0]
         raise CheckpointError(
-            "damaged training state, and no earlier checkpoint to go on from",
+            "damaged training state, and there is no earlier checkpoint to resume from",
             where=first.where,
             found=first.found,
             expected=first.expected,
-            fix=f"remove {path.parent} to train anew from the first step, or train in another output folder",
+            fix=f"remove {path.parent} to train again from the first step, or train in another output folder",
         ) from first
     return None
 

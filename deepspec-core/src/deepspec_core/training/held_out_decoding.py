@@ -60,7 +60,7 @@ class HeldOutDecoding:
                 "No held-out prompt could be decoded with the draft",
                 where=draft,
                 found=failed[0] if failed else "answers of one token",
-                fix="Look at that error, or remove train.evaluate_every.",
+                fix="Correct the cause of that error, or remove train.evaluate_every.",
             )
         pooled = pool(completions)
         return Decoded(

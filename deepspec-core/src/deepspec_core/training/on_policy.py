@@ -33,10 +33,10 @@ def rolls_out(draft: DraftModel) -> bool:
 def stored_features(where: object, found: object) -> ConfigError:
     """The error of a draft that rolls out, with features that were taken of other texts."""
     return ConfigError(
-        "the draft trains on texts that it writes while it trains, and stored features are of other texts",
+        "the draft trains on texts that it generates during training, but stored features belong to other texts",
         where=where,
         found=found,
-        expected='features of the texts that are given, as with features.mode = "online"',
+        expected='features that are computed during training: features.mode = "online"',
         fix='Set features.mode = "online", and leave "cache" out of run.stages.',
     )
 
@@ -128,7 +128,7 @@ def check_shapes(draft: DraftModel, returned: object, given: Texts) -> None:
 def refused(draft: DraftModel, name: str, found: object, expected: str) -> PluginError:
     """The error of a rollout that breaks its contract."""
     return PluginError(
-        f"a draft rolls out what cannot be trained on: `{name}`",
+        f"a draft's rollout cannot be trained on: `{name}`",
         where=f"{package_of(draft)}, {component_of(draft)}",
         found=found,
         expected=expected,

@@ -144,11 +144,11 @@ def parallelise(step: TrainingStep, wanted: str, *, device: torch.device, proces
         return Alone(step)
     how, why = choose(wanted, step.draft, device=device)
     if how == DDP:
-        log.info("parallel: ddp, %d processes with a copy of the weights each (%s)", processes, why)
+        log.info("parallel: ddp, %d processes, each with a copy of the weights (%s)", processes, why)
         return Replicated(step)
     mesh, groups = mesh_of(device, processes)
     spread = f"{groups} groups of {processes // groups}" if groups > 1 else f"{processes} processes"
-    log.info("parallel: fsdp, weights, gradients and moments spread over %s (%s)", spread, why)
+    log.info("parallel: fsdp, weights, gradients and moments sharded over %s (%s)", spread, why)
     return Sharded(step, mesh)
 
 

@@ -48,14 +48,15 @@ def require_trackers(asked: Sequence[str] | None, *, where: str) -> None:
     for name in asked or ():
         if not installed(name):
             raise ConfigError(
-                f"{_TITLES[name]} is asked for and not installed",
+                f"{_TITLES[name]} is in train.trackers but is not installed",
                 where=f"{where}: train.trackers",
                 found=name,
-                fix=f"Install it: pip install {_PACKAGES.get(name, name)}. Or take it out of the list.",
+                fix=f"Install it: pip install {_PACKAGES.get(name, name)}. Or remove it from the list.",
             )
     if asked is None and not installed(TENSORBOARD):
         log.info(
-            "TensorBoard is not installed, so there will be no curves in it: pip install %s", _PACKAGES[TENSORBOARD]
+            "TensorBoard is not installed, so curves are not shown in it. To install it: pip install %s",
+            _PACKAGES[TENSORBOARD],
         )
 
 
@@ -157,7 +158,7 @@ class _Teller:
         self._thread.join(max(0.0, until - time.monotonic()))
         if self._thread.is_alive():
             self._error = f"it did not end within {seconds:.0f} seconds"
-            log.warning("%s: %s; it was told the lines %s", _TITLES[self.name], self._error, self._up_to())
+            log.warning("%s: %s; it received the lines %s", _TITLES[self.name], self._error, self._up_to())
 
     def summary(self) -> dict[str, Any]:
         return {"told_to_step": self._told.step, **({} if self._error is None else {"error": self._error})}
@@ -182,7 +183,7 @@ class _Teller:
         except BaseException as error:  # some libraries leave by sys.exit
             self._error = f"{type(error).__name__}: {error}"[:500]
             log.warning(
-                "%s is switched off, and training goes on: %s. It was told the lines %s",
+                "%s is switched off, and training continues: %s. It received the lines %s",
                 _TITLES[self.name], self._error, self._up_to(),
             )  # fmt: skip
 
@@ -198,7 +199,7 @@ class _Teller:
         return place
 
     def _begin_anew(self, why: str) -> None:
-        log.warning("%s is not of this run (%s): %s begins a new curve", STATE, why, _TITLES[self.name])
+        log.warning("%s belongs to another run (%s): %s begins a new curve", STATE, why, _TITLES[self.name])
 
     def _start(self, told: _Told) -> Any:
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS

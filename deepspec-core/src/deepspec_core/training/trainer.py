@@ -103,7 +103,7 @@ def train(
     """
     if len(source) == 0:
         raise DataError(
-            "no samples to train on",
+            "there are no samples to train on",
             expected="at least one conversation that passes [data]'s filters",
             fix="lower data.min_supervised_tokens, raise data.max_length, or add sources",
         )

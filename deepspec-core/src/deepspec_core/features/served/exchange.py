@@ -57,11 +57,11 @@ def owner_of(folder: Path, *, may_write: bool = True) -> str:
     number = path.read_text(encoding="ascii", errors="replace").strip()
     if not re.fullmatch(r"[0-9a-f]{32}", number):
         raise StageError(
-            "The file that says which files of the exchange folder are this run's is damaged",
+            "The file that identifies this run's files in the exchange folder is damaged",
             where=path,
             found=repr(number[:40]),
             expected="32 hexadecimal digits",
-            fix="Remove it. Files that an earlier process left in the exchange folder then stay there.",
+            fix="Remove this file. Files of earlier processes in the exchange folder then stay until you delete them.",
         )
     inodes = f"{folder.stat().st_ino}\0{path.stat().st_ino}"
     return hashlib.sha256(b"\0".join([number.encode(), os.fsencode(folder.resolve()), inodes.encode()])).hexdigest()[
@@ -226,7 +226,7 @@ class Exchange:
         if new:
             log.warning(
                 "%d of this run's files in %s cannot be removed (%s: %s). Let server and run have the same user, or a "
-                "folder and a umask that let both remove files; then remove what stays by hand",
+                "folder and a umask that let both remove files; then remove the remaining files by hand",
                 len(new),
                 self.folder,
                 new[0],

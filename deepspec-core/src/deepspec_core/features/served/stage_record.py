@@ -116,7 +116,7 @@ def read_record(path: Path) -> ServedRecord:
 
 def _unusable(path: Path, found: str, expected: str) -> StageError:
     return StageError(
-        "The record of what servers gave cannot be used",
+        "The record of the servers' features cannot be used",
         where=path,
         found=found,
         expected=expected,
