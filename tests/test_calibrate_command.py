@@ -67,7 +67,7 @@ def test_what_cannot_be_calibrated_is_refused(judged_copy: Path, capsys: pytest.
     journal = next((judged_copy / "evaluate").glob("*-t1.jsonl"))
     lines = journal.read_text().splitlines(keepends=True)
     journal.write_text("".join(lines[:-1]))
-    refused(capsys, ["calibrate", "run"], "not the one that metrics.json was made from", "--force evaluate")
+    refused(capsys, ["calibrate", "run"], "does not belong to metrics.json", "--force evaluate")
     journal.write_text(lines[0] + "".join(lines[1:]).replace('"confidence": [', '"confidence": ["x", '))
     refused(capsys, ["calibrate", "run"], "damaged", f"{journal.name}:2")
     edited = json.loads(lines[1])

@@ -149,7 +149,7 @@ def test_other_content_is_not_replaced_without_force(sources: Path, capsys: pyte
     with (out / "train.jsonl").open("a") as file:
         file.write("\n")
     assert _prepare(sources, "--set", "run.seed=7") == 2
-    assert "not as manifest.json says" in capsys.readouterr().err
+    assert "differ from manifest.json" in capsys.readouterr().err
     assert _prepare(sources, "--set", "run.seed=7", "--force") == 0
 
 

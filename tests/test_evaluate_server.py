@@ -176,7 +176,7 @@ def test_other_work_of_the_server_is_told(
     assert found["acceptance_length"] is found["rounds"] is found["marginal"] is None
     assert found["against"]["equal"] == 4
     assert "other clients used it too" in capsys.readouterr().err
-    assert "other clients used it too" in Path("served/report.md").read_text()
+    assert "somebody else asked it too" in Path("served/report.md").read_text()
     # SGLang tells the rounds of each answer, which nobody else changes.
     server = start("sglang")
     server.others = 5

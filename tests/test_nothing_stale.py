@@ -164,7 +164,7 @@ def test_a_key_that_came_with_a_later_version_is_refused(
     assert main([*command, "--set", "evaluate.top_p=0.3"]) == 2
     told = capsys.readouterr().err
     assert "`evaluate.top_p` changed after the stage `evaluate`" in told
-    assert "evaluate.top_p = 1.0, which the results were made with" in told
+    assert "evaluate.top_p = 1.0, with which the results were made" in told
 
 
 def test_a_stage_left_out_later_is_refused(finished_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,9 +1,9 @@
-"""A cache that another program wrote in the published layout becomes one of ours: `deepspec.json` is added to it.
+"""Adopts a cache that another program wrote in the published layout, by adding `deepspec.json` to it.
 
-The published manifest does not say which weights, template or conversations a cache was made from; a run says that in
-its place. Everything that the files do say is compared first. Nothing of the cache itself is changed.
+The published manifest does not record which weights, template or conversations a cache was made from; the run provides
+these facts. Everything that the files do record is compared first. The cache itself is not changed.
 
-Knows the published layout's files (binary_v2.py has the layout itself); no run.
+Knows the published layout's files (binary_v2.py has the layout itself); knows no run.
 """
 
 from __future__ import annotations

@@ -149,7 +149,7 @@ class OpenShard:
         end, size = int(self._begins[-1]), path.stat().st_size
         if size not in (end, end + 8 * len(lengths)):
             raise CacheError(
-                "A shard of the cache is not what its manifest says",
+                "A shard of the cache does not match the manifest",
                 where=path,
                 found=f"{size:,} bytes",
                 expected=f"{end:,} bytes of samples, and 8 for the original length of each",

@@ -1,7 +1,7 @@
-"""The digest that a cache's manifest carries of its own content: header, ids, lengths and the shards' checksums.
+"""The digest of a cache's manifest over its own contents: header, ids, lengths and the shards' checksums.
 
-It ties what a manifest says to the shards that it names, and tells a manifest that was edited or lost bits. It is no
-signature: whoever edits a file can seal it again. Knows JSON objects; not what they mean.
+It ties the manifest to its shards, and detects a manifest that was edited or damaged. It is no signature: anyone who
+edits a file can compute a new digest. Knows JSON objects; does not know what they mean.
 """
 
 from __future__ import annotations

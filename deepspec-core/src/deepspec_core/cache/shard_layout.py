@@ -1,8 +1,8 @@
-"""What is inside a shard of a cache, and beside the shards: the part in which sharded formats differ.
+"""The contents of a cache's shards and of the files beside them: the part in which sharded formats differ.
 
-HDF5 datasets (hdf5.py) and raw arrays (binary_v2.py) are such layouts, and a plugin may have another: with
-sharded.ShardedFormat it is a whole cache format. Knows none of them; when a shard is begun, sealed or opened is
-sharded.py's.
+HDF5 datasets (hdf5.py) and raw arrays (binary_v2.py) are such layouts, and a plugin may have another. Together with
+sharded.ShardedFormat, a layout is a complete cache format. Knows no particular layout; sharded.py decides when a shard
+is begun, sealed or opened.
 
 Legend: T tokens, C = taps * H, H hidden size.
 """

@@ -1,8 +1,8 @@
-"""A cache of sealed shards: one writer at a time, shards that count only once they are whole, readers that trust none.
+"""A cache of sealed shards, with one writer at a time. Shards count only when they are complete; readers trust none.
 
 A shard is written as NAME.HOST-PID.partial, synced, renamed, and entered in the manifest; only then do its samples
-count. What is inside a shard, a `ShardLayout` says (shard_layout.py). Knows files, locks and manifests; not where
-features come from.
+count. A `ShardLayout` (shard_layout.py) defines the contents of a shard. Knows files, locks and manifests; does not
+know where features come from.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Where the assistant speaks in rendered text.
+"""Finds the assistant's answers in rendered text.
 
-Answers are found by rendering, so markers in what users write mean nothing. Two renderings are compared for every
-answer: the conversation up to it, with the generation prompt, and the conversation that ends with it. What the second
-has beyond the first is the answer. What the generation prompt says already (an empty think block, an empty thought
-channel) belongs to the template. Knows renderings; neither tokens nor how a template is run.
+Answers are found by rendering, so markers in users' texts have no effect. For every answer two renderings are compared:
+the conversation before it with the generation prompt, and the conversation that ends with it. The answer is what the
+second has in addition. Text that the generation prompt already contains (an empty think block, an empty thought
+channel) belongs to the template. Knows renderings; knows neither tokens nor how a template is run.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Rows that cannot be used: counted, told, kept in a file, and too many of them refused.
+"""Rows that cannot be used: counts, reports and stores them, and refuses a source with too many.
 
 Knows rows and the reasons why they were dropped. Does not know what makes a row bad (messages.py, conversations.py).
 """

@@ -1,4 +1,4 @@
-"""The files of rows in a dataset folder, against those that are read of it.
+"""Compares the files of rows in a dataset folder with those that are read from it.
 
 Knows names of files. Does not know how `datasets` chooses among them, or what they hold.
 """

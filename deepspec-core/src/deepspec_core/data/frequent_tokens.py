@@ -1,4 +1,4 @@
-"""The tokens that answers are made of, by how often they occur: what a draft with a reduced vocabulary should know.
+"""The most frequent tokens of answers, for the vocabulary of a draft with a reduced vocabulary.
 
 Knows ids and masks. Does not know drafts, targets or where samples come from.
 

@@ -1,8 +1,8 @@
-"""The target answers the prompts itself: conversations in, the same with the target's own answers out.
+"""Regeneration: reads conversations and writes them with the target's own answers.
 
-Idempotent by id: finished conversations are appended to OUT.partial, one flushed line each, and a rerun does only what
-is missing; complete, they are put in the order of the input under the final name. Knows turns and files; who answers is
-answering.py's, in this process or on servers, and where conversations come from is the caller's.
+It can be repeated: each finished conversation is appended to OUT.partial as one flushed line, and a rerun answers only
+the missing ones. When all are done, they are written in the order of the input under the final name. Knows turns and
+files. answering.py defines who answers (this process or servers); the caller provides the conversations.
 """
 
 from __future__ import annotations

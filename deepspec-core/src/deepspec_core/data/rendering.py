@@ -1,7 +1,7 @@
-"""A target's chat template, run: messages to text, or a refusal in words.
+"""Runs a target's chat template: it returns the rendered messages, or the reason why the template refuses them.
 
-Templates come with targets, and rows from anywhere, so whatever goes wrong in one is the row's refusal and no end of a
-run. Knows transformers' way to run a template and what templates want; neither tokens nor what is supervised.
+Templates come with targets, and rows from anywhere. So any error inside a template refuses the row and does not stop
+the run. Knows how transformers runs a template, and what templates expect; knows neither tokens nor supervision.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The rows of one file: JSON lines, a JSON array, or Parquet, as its name says.
+"""The rows of one file, by the ending of its name: JSON lines, a JSON array, or Parquet.
 
-Knows the endings of names. Does not know datasets of several files, or what a row has to hold.
+Knows the endings of names. Does not know datasets of several files, or what a row must hold.
 """
 
 from __future__ import annotations

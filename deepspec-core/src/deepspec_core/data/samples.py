@@ -1,6 +1,6 @@
-"""Tokenised conversations as stages walk through them: by number, each read when it is asked for.
+"""Tokenised conversations as stages read them: by number, each read when it is needed.
 
-Knows samples, their lengths and the order of their ids. Does not know where they lie (stored_samples.py).
+Knows samples, their lengths and the order of their ids. Does not know where they are stored (stored_samples.py).
 
 Legend: S samples.
 """

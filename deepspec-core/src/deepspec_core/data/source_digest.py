@@ -1,6 +1,6 @@
-"""The digest of a source of conversations: content counts, so that an edited source is told from the one that was read.
+"""The digest of a source of conversations. It covers the contents, so an edited source has another digest.
 
-Knows files, dataset folders and commits of the Hub; not what stands in a source.
+Knows files, dataset folders and commits of the Hub; does not know the contents of a source.
 """
 
 from __future__ import annotations

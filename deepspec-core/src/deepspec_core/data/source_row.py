@@ -1,6 +1,6 @@
-"""One row as it stands in a file: its place, and what it says or why that cannot be read.
+"""One row of a file: its place, and its value or the reason why it cannot be read.
 
-Knows rows as values. Does not know files, or what a row has to hold.
+Knows rows as values. Does not know files, or what a row must hold.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""The conversations of a run's sources: split, mixed and without doubles.
+"""The conversations of a run's sources: split, mixed and without duplicates.
 
-Does not know where the rows of a source are found (source_rows.py), nor templates, tokens or what is done with them.
+Does not know where the rows of a source are found (source_rows.py), or templates, tokens, or how conversations are
+used.
 """
 
 from __future__ import annotations

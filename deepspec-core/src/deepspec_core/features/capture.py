@@ -1,6 +1,6 @@
-"""Running the target over samples to take its features, in batches of like length.
+"""Runs the target over samples to compute their features, in batches of similar length.
 
-Knows batches and the type that features are kept in; not where they go nor what is done with them.
+Knows batches and the type in which features are stored; does not know where they go or how they are used.
 
 Legend: T tokens, C channels: taps * H, or H.
 """

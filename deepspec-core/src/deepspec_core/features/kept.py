@@ -1,8 +1,8 @@
-"""Features that came with answers, kept on disk until a cache is filled with them.
+"""Features that were received with answers, stored on disk until a cache is filled with them.
 
-They are stored in a cache's own format, each under a digest of the token ids that it belongs to. So a text finds its
-features whatever its id is, and never those of another text. A journal beside them says of every text that regeneration
-wrote whether its features came, or why not. Knows token ids and a cache format; not who computed the features.
+They are stored in a cache format, each under a digest of its token ids. So a text finds its features whatever its id
+is, and never the features of another text. A journal beside them records for every regenerated text whether its
+features were received, or why not. Knows token ids and a cache format; does not know who computed the features.
 
 Legend: T tokens, C = taps * H, H hidden size.
 """

@@ -1,6 +1,6 @@
-"""Where a run's cache and its inputs must not lie, because a stage writes or discards what is there.
+"""Checks that no stage writes over or discards a run's cache or inputs.
 
-Knows folders. Does not know what is in them, but for what tells a cache from other files.
+Knows folders. Of their contents it knows only how to tell a cache from other files.
 """
 
 from __future__ import annotations

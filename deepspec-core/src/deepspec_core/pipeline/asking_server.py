@@ -1,6 +1,6 @@
-"""What a command that measures one server asks of it: its address, and the run's target as it must serve it.
+"""The server that a command measures: its address, and the run's target as the server must serve it.
 
-Knows runs and the options of commands. How a server is asked is in servers/.
+Knows runs and the options of commands. servers/ sends the requests.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """`deepspec calibrate`: temperatures for the confidences of an evaluated draft, fitted on its recorded rounds.
 
-Knows a run's folder and what is written there. The fit is in evaluation/calibration.py.
+Knows a run's folder and the files that it writes there. The fit is in evaluation/calibration.py.
 """
 
 from __future__ import annotations

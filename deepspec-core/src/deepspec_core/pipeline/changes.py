@@ -1,6 +1,7 @@
-"""Whether the inputs of a stage's results are still the same: keys of the run file, and other content that it read.
+"""Checks whether the inputs of a stage's results are still the same: keys of the run file, and other content that it
+read.
 
-Knows records and where each content of a run lies. Does not know what a stage is or does.
+Knows records and where each content of a run is stored. Does not know what a stage is or does.
 """
 
 from __future__ import annotations

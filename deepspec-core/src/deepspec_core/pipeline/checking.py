@@ -1,6 +1,6 @@
 """Checks before the first stage, so that a mistake is reported at once and not after hours.
 
-Knows which stages are to run and what each will need. Tries training out through trying.py. Writes no results.
+Knows which stages will run and what each of them needs. trying.py tries the training. Writes no results.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""`deepspec compare`: a run's draft beside baselines, on the run's own prompts: drafts that are not trained, and trees.
+"""`deepspec compare`: a run's draft beside baselines (drafts that are not trained, and trees) on the run's own prompts.
 
-Every baseline is evaluated as a run of its own, in a folder below the run's, so it resumes and is skipped like one.
-Knows runs and their evaluations. How figures are put side by side is in evaluation/.
+Every baseline is evaluated as a separate run in a folder below the run's, so it resumes, and is skipped if it is
+finished. Knows runs and their evaluations. evaluation/ puts the figures side by side.
 """
 
 from __future__ import annotations

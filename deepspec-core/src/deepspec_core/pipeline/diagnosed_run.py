@@ -1,6 +1,6 @@
-"""The run that a diagnosis looks at: of a run file, of a run's folder, or of a checkpoint with its target.
+"""The run that a diagnosis examines: that of a run file, of a run's folder, or of a checkpoint with its target.
 
-Knows how each is named and opened. Does not know what is looked at.
+Knows how each is named and opened. Does not know what a diagnosis examines.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The texts that a diagnosis measures a run's draft on: training samples, held-out ones, evaluation's prompts.
+"""The texts on which a diagnosis measures a run's draft: training samples, held-out samples, the evaluation's prompts.
 
-Knows a run's data, cache and target. Does not know drafts or acceptance. Nothing here refuses what changed since the
-run was made: that is what is looked for.
+Knows a run's data, cache and target. Does not know drafts or acceptance. Nothing here refuses inputs that changed since
+the run was made, because a diagnosis looks for such changes.
 """
 
 from __future__ import annotations

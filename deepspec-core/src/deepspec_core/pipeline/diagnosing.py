@@ -1,8 +1,8 @@
-"""`deepspec diagnose`: where a draft that trains well loses its acceptance, and why.
+"""`deepspec diagnose`: finds the stage at which a draft that trains well loses its acceptance, and the cause.
 
-Measures the same figures at every stage between training and serving. From one stage to the next one thing changes, so
-the first that drops says what. Beside that it looks at what is known to go wrong. Knows runs; how each thing is
-compared is in diagnosis/.
+Measures the same figures at every stage between training and serving. Neighbouring stages differ in one thing, so the
+first stage with a drop shows the cause. Known causes are also checked directly. Knows runs; diagnosis/ makes the
+comparisons.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""The draft that a run evaluates: a checkpoint, which is the run's own or a named one, or a draft that is not trained.
+"""The draft that a run evaluates: the run's own checkpoint, a named checkpoint, or a draft that is not trained.
 
-Knows where checkpoints of a run lie, and how both kinds are loaded. Does not know what an evaluation does with them.
+Knows where the checkpoints of a run are, and how both kinds of drafts are loaded. Does not know what an evaluation does
+with them.
 """
 
 from __future__ import annotations

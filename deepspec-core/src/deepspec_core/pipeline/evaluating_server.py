@@ -1,7 +1,8 @@
-"""`deepspec evaluate --server`: the tasks of a run, or of a command, answered and counted by a running server.
+"""`deepspec evaluate --server`: a running server answers the tasks of a run or of a command, and its rounds are
+counted.
 
-Knows a run's target, prompts and recorded evaluation. How a server is asked is in servers/; what its counters say, in
-evaluation/served.py.
+Knows a run's target, prompts and recorded evaluation. servers/ sends the requests; evaluation/served.py interprets the
+counters.
 """
 
 from __future__ import annotations

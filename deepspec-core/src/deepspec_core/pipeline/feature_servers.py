@@ -1,4 +1,4 @@
-"""The feature servers of a run: from its file to a farm of them (features/served/).
+"""The feature servers of a run: makes a farm of them (features/served/) from the run file.
 
 Knows [features], the run's target and its processes. Does not know how servers are asked.
 """

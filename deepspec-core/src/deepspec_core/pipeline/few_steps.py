@@ -1,8 +1,9 @@
-"""A warning where training takes so few steps that the draft cannot have learned anything.
+"""Warns if training takes so few steps that the draft cannot have learned anything.
 
-The rule: fewer than FEWEST optimizer steps. Published drafts take tens of thousands; after fewer than some hundreds the
+The rule: fewer than FEWEST optimizer steps. Published drafts take tens of thousands. After less than a few hundred, the
 loss still falls steeply, and the accepted length says nothing about the algorithm, the target or the data. A smoke run
-is not warned about. Said before the first stage where the run file alone tells, else when the samples are counted.
+gets no warning. The warning comes before the first stage if the run file determines the number of steps, else when the
+samples have been counted.
 """
 
 from __future__ import annotations

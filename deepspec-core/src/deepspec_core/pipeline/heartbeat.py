@@ -1,7 +1,7 @@
-"""What a run says of itself while it runs, in status.json in its folder: signs of life, the stage, how far it is.
+"""Writes status.json in a run's folder while the run works: signs of life, the stage, and its progress.
 
-The first worker's process has a thread that writes the file every few seconds, whole or not at all. What stages show as
-progress and what is warned about is noted without them. run_status.py reads it. Knows no stage.
+The first worker's process has a thread that writes the file every few seconds, atomically. It takes progress and
+warnings from where stages report them anyway. run_status.py reads the file. Knows no stage.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""A run's workers on this machine: started together, asked to stop together, ended together.
+"""A run's workers on this machine: started together and stopped together.
 
-The process that starts them stays and computes nothing. It passes Ctrl-C and SIGTERM on, and a worker that fails ends
-the others. Should it be killed, its workers notice and stop by themselves. Knows processes; not what a worker does.
+The process that starts them waits and computes nothing. It passes Ctrl-C and SIGTERM on to the workers. If one worker
+fails, it stops the others. If it is itself killed, the workers notice and stop. Knows processes; does not know what a
+worker does.
 """
 
 from __future__ import annotations

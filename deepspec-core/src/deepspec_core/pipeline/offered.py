@@ -1,4 +1,4 @@
-"""Whether what a plugin offers as a feature source or a cache format has what its contract asks for.
+"""Checks whether a plugin's feature source or cache format has the members that its contract requires.
 
 Knows the members of these two contracts. Does not know stages, or any source or format.
 """

@@ -1,8 +1,8 @@
-"""Answers and features in one pass: the regenerate stage keeps what the cache stage then need not ask for.
+"""Answers and features in one pass: the regenerate stage stores features that the cache stage then need not request.
 
-[regenerate] features asks for it. Features are kept in the regenerate stage's folder until the cache is whole. They
-belong to the target, the taps and the number format, and to token ids; not to conversations. Knows a run's stages and
-folders; not how servers are asked, nor how features are stored.
+The key [regenerate] features switches it on. The features stay in the regenerate stage's folder until the cache is
+complete. They belong to token ids of one target with its taps and number format, not to conversations. Knows a run's
+stages and folders; does not know how servers are asked, or how features are stored.
 """
 
 from __future__ import annotations

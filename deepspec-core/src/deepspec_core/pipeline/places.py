@@ -1,6 +1,7 @@
-"""The places where a run writes: that folders can be made and filled, and that nothing else has the name of a file.
+"""Checks the places where a run writes: folders can be made and written to, and no other file has the name of one of
+them.
 
-Knows the names of the files that stages write; not what is in them. Writes nothing.
+Knows the names of the files that stages write; does not know their contents. Writes nothing.
 """
 
 from __future__ import annotations

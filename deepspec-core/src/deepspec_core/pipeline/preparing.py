@@ -1,6 +1,6 @@
-"""`deepspec data prepare`: a run's conversations as its stages read them, written once, with counts.
+"""`deepspec data prepare`: writes a run's conversations once, as its stages would read them, with counts.
 
-Knows [data] of a run file. Needs no target: what depends on a tokenizer or a chat template is left to the run.
+Knows [data] of a run file. Needs no target: steps that depend on a tokenizer or a chat template are left to the run.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def _refuse_other(folder: Path) -> None:
     there = os.path.lexists(folder)
     if there and (folder.is_symlink() or not folder.is_dir() or (any(folder.iterdir()) and not is_prepared(folder))):
         raise DataError(
-            "Prepared conversations cannot be put there",
+            "Prepared conversations cannot be written to this folder",
             where=folder,
             found="something else",
             expected="prepared conversations, an empty folder, or nothing",

@@ -1,4 +1,4 @@
-"""The rounds that a finished evaluation recorded, chosen by task and temperature, and the draft that they are of.
+"""The rounds that a finished evaluation recorded, selected by task and temperature, and the draft that decoded them.
 
 Knows metrics.json and the journals of a run's folder. Needs no run file and loads no model.
 """

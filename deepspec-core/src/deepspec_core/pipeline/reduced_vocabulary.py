@@ -1,7 +1,7 @@
-"""A finished draft with fewer tokens to propose: those that its run's answers have most of, and what that costs.
+"""Reduces the vocabulary of a finished draft to the most frequent tokens of its run's answers, and measures the cost.
 
-Training is not repeated: rows of the lm_head, and of whatever else has a row for each token that can be proposed, are
-left out. Knows a run's folder and how a draft's weights follow its vocabulary; no format, and no algorithm.
+Training is not repeated: rows of the lm_head, and of every other weight with a row for each token, are left out. Knows
+a run's folder and how a draft's weights depend on its vocabulary; knows no export format and no algorithm.
 
 Legend: D tokens kept, V tokens of the target.
 """

@@ -1,6 +1,6 @@
-"""A run's feature cache: where it lies, what it is made from, and opening it.
+"""A run's feature cache: its folder, its header, and opening it.
 
-Knows the run file's [cache]; not how features are stored (cache/) nor how they are made (features/).
+Knows the run file's [cache]; does not know how features are stored (cache/) or computed (features/).
 """
 
 from __future__ import annotations

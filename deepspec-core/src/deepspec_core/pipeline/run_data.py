@@ -1,7 +1,7 @@
-"""A run's conversations: of its sources, regenerated, and as the tokens training reads.
+"""A run's conversations: from its sources, regenerated, and as tokens for training.
 
-Knows the run file's [data] and where the regenerate stage leaves its answers; not how conversations are read, rendered
-or masked (data/), nor what a stage does with them.
+Knows the run file's [data] and where the regenerate stage stores its answers. Does not know how conversations are read,
+rendered or masked (data/), or what a stage does with them.
 """
 
 from __future__ import annotations

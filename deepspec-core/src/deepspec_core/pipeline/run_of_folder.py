@@ -1,6 +1,6 @@
-"""The run whose results a folder holds, opened from the run file that is saved there.
+"""Opens the run whose results are in a folder, from the run file that is saved there.
 
-Knows where relative paths of the saved file start, and which keys hold paths. Opens nothing that they name.
+Knows where relative paths of the saved file start, and which keys hold paths. Opens no file that they name.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Doing a run in this process: plan it, try it out, lock its folder, discard forced results, do the stages in order.
+"""Runs the stages of a run in this process: makes the plan, tries it, locks the folder, discards results, runs the
+stages.
 
 The other workers of the run join it. The command line and the Python interface both use this file. It knows no stage
 and starts no other process.

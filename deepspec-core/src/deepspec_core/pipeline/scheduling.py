@@ -1,6 +1,6 @@
-"""The scheduled decoding of an evaluation: the cost table that it names, and what that must cover.
+"""The scheduled decoding of an evaluation: opens the cost table that it names, and checks what the table must cover.
 
-Knows runs and cost tables. How tokens are admitted is in decoding/scheduled.py.
+Knows runs and cost tables. decoding/scheduled.py selects the tokens.
 """
 
 from __future__ import annotations

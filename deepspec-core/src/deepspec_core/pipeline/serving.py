@@ -1,6 +1,6 @@
-"""The servers of a run that regenerates through them: from its file to a farm (servers/farm.py).
+"""The servers of a run that regenerates through them: makes a farm (servers/farm.py) from the run file.
 
-Knows [regenerate] and the run's target, and which stages ask servers; not how servers are spoken to.
+Knows [regenerate] and the run's target, and which stages use servers; does not know the servers' protocol.
 """
 
 from __future__ import annotations

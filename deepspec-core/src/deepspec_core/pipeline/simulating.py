@@ -1,4 +1,4 @@
-"""`deepspec simulate`: what policies of verification would make of an evaluation's rounds at several loads.
+"""`deepspec simulate`: the throughput of an evaluation's rounds under several verification policies and loads.
 
 Knows a run's folder, cost tables and calibrations by their files. The replay is in evaluation/simulation.py.
 """

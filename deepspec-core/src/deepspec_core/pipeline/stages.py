@@ -1,8 +1,8 @@
-"""The stages of a run: what each reads, what it builds on, and whether it is to run, resume, be skipped or be refused.
+"""The stages of a run: what each reads and depends on, and whether it will run, resume, be skipped or be refused.
 
 A stage whose keys are unchanged and whose results are complete is skipped. An interrupted stage resumes. If a key has
 changed since the results were made, an error names the key, and nothing is overwritten. Imports nothing heavy: the
-functions that do the stages are named as text.
+functions that run the stages are named as text.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A trial of what a new draft says of itself, before a run's first stage: its facts, and its weights' published names.
+"""Tries the description of a new draft before a run's first stage: its facts, and its weights' published names.
 
 Knows runs and descriptions. Reads no weight and no file.
 """

@@ -1,4 +1,4 @@
-"""A trial, before a run's first stage, of what its draft must do once it is trained: be recognised, and decode.
+"""Tries, before a run's first stage, what the finished draft must do: its checkpoint is recognised, and it decodes.
 
 Knows the config.json that saving will write, and the draft's proposer. Trains nothing and writes nothing.
 """

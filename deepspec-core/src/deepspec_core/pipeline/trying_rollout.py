@@ -1,4 +1,4 @@
-"""A trial, before a run's first stage, of a draft that trains on its own texts. Knows runs; trains nothing.
+"""Tries, before a run's first stage, the rollout of a draft that trains on its own texts. Knows runs; trains nothing.
 
 Legend: B samples, T tokens.
 """

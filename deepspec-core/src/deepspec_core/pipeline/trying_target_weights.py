@@ -1,4 +1,4 @@
-"""A trial, before a run's first stage, of the weights that the draft asks its target for: they are there, and they fit.
+"""Checks, before a run's first stage, that the target has the weights that the draft needs, and that they fit.
 
 Knows their names and shapes, from the headers of the target's files. Reads no weight.
 """

@@ -1,7 +1,8 @@
-"""The checkpoint that training begins with, [draft] init: found, compared with the run file, its weights taken.
+"""The checkpoint from which training starts ([draft] init): finds it, compares it with the run file, copies its
+weights.
 
-Knows runs and draft checkpoints. Does not know training, nor what a draft type does with its weights. A run that
-resumes takes what its own checkpoint has, and reads the named one no more.
+Knows runs and draft checkpoints. Does not know training, or what a draft type does with its weights. A run that resumes
+uses its own checkpoint and does not read the named one again.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""One run as several processes: who this one is, how it finds the others, and how all begin and end together.
+"""One run as several processes: this process's rank, how it finds the others, and how all begin and end together.
 
-Every worker takes part in every stage that can be shared; what they tell each other goes through crew.py. Knows the
-launcher's environment (torchrun, accelerate launch, local_workers.py); not what a stage does.
+Every worker takes part in every stage that can be shared; workers exchange messages through crew.py. Knows the
+launcher's environment (torchrun, accelerate launch, local_workers.py); does not know what a stage does.
 """
 
 from __future__ import annotations

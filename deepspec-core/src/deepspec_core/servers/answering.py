@@ -1,6 +1,6 @@
-"""The work of a farm that answers prompts: a completion for each request, in whichever dialect a server speaks.
+"""A farm's work of answering prompts: a completion for each request, in the dialect that each server speaks.
 
-Knows what is wanted, dialects and answers. Does not know farms.
+Knows requests, dialects and answers. Does not know farms.
 """
 
 from __future__ import annotations

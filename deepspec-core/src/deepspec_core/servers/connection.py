@@ -1,6 +1,7 @@
-"""One server over HTTP: what is sent to it, and what an exchange that fails says about it.
+"""One server over HTTP: sends requests, and describes exchanges that fail.
 
-Knows HTTP and JSON; not what a completion means, nor other servers. A key goes into a header and nowhere else.
+Knows HTTP and JSON; does not know what a completion means, or other servers. An API key is sent in a header and stored
+nowhere else.
 """
 
 from __future__ import annotations

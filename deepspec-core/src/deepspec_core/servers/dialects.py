@@ -1,7 +1,7 @@
 """How servers are asked to complete a prompt: two dialects of one protocol.
 
-All sampling settings are sent, also those that are off, because a server completes what is left out from the model's
-generation_config.json. Knows the bodies of requests; not how they are sent.
+All sampling settings are sent, also those that are off, because a server takes missing settings from the model's
+generation_config.json. Knows the bodies of requests; does not know how they are sent.
 """
 
 from __future__ import annotations

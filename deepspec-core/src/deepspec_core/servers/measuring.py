@@ -1,7 +1,7 @@
-"""One server answers prompts while its counters are watched: answers, time, and the rounds it counted in between.
+"""One server answers prompts while its counters are read: answers, time, and the rounds counted meanwhile.
 
-Nobody else may ask the server meanwhile: its counters are those of all it does. Tokens that it counted and we did not
-receive show that somebody did. Knows requests and counters; not what is made of them.
+No other client may use the server at the same time, because its counters cover all of its work. If it counted more
+tokens than we received, another client did use it. Knows requests and counters; does not know how they are evaluated.
 """
 
 from __future__ import annotations

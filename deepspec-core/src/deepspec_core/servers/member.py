@@ -1,4 +1,4 @@
-"""A request under way and a server, as a farm (servers/farm.py) keeps them. Knows no HTTP and no order of work."""
+"""A running request and a server, as a farm (servers/farm.py) stores them. Knows no HTTP and no order of work."""
 
 from __future__ import annotations
 

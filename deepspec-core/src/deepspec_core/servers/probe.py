@@ -1,7 +1,8 @@
-"""What a server is: asked once before it answers anything, and again before it is let in again.
+"""Checks a server before its first answer, and again before a failed server is used again.
 
-It must serve the target, take every sampling setting, and hold samples of the longest length. A server that ignores a
-setting would answer all the same, so each is sent once with a value that cannot be taken. Knows one server.
+The server must serve the target, accept every sampling setting, and take samples of the longest length. A server that
+ignores a setting would answer all the same, so each setting is sent once with an invalid value, which the server must
+refuse. Knows one server.
 """
 
 from __future__ import annotations

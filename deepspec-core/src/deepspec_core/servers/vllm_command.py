@@ -1,4 +1,4 @@
-"""The command that starts vLLM so that it gives features: its options, and what its environment needs.
+"""The command that starts vLLM as a server of features: its options, and its environment.
 
 Knows vLLM's options and the connector in in_vllm/; starts nothing. Written for vLLM 0.32 and 0.33.
 """

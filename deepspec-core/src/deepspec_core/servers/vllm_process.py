@@ -1,6 +1,6 @@
-"""vLLM as a process of this one: started, awaited, asked once for features, and ended with it.
+"""vLLM as a child process: starts it, waits until it is ready, makes one test request for features, and stops it.
 
-Knows processes and the first question; not how the command is made (vllm_command.py).
+Knows processes and the test request; vllm_command.py makes the command.
 """
 
 from __future__ import annotations

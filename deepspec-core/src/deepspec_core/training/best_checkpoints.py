@@ -1,9 +1,9 @@
-"""Evaluations of the draft during its training: when there is one, what was found, which checkpoints are the best.
+"""Evaluations of the draft during training: when they happen, their results, and which checkpoints are the best.
 
-An evaluation decodes with a checkpoint, never with the draft that is being trained: so it changes nothing of training,
-and a run that was killed in between finds the checkpoint and evaluates it then. What was found stands in
-evaluations.jsonl. All workers decode and decide alike; the first one writes. Knows records and checkpoints. Does not
-know how a draft is decoded.
+An evaluation decodes with a checkpoint, never with the draft that is being trained. So it does not affect training, and
+if a run is killed in between, it finds the checkpoint and evaluates it after it resumes. Results are written to
+evaluations.jsonl. All workers decode and reach the same decisions; the first one writes. Knows records and checkpoints.
+Does not know how a draft is decoded.
 """
 
 from __future__ import annotations

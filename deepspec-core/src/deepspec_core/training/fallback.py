@@ -1,8 +1,8 @@
-"""Damaged checkpoints are set aside, and the next one is taken: to go on from, and as the finished draft.
+"""Sets damaged checkpoints aside and takes the next older one, for resuming and for the finished draft.
 
-The first rank tries them, the others follow it. A damaged one is renamed, never removed, because something of it may be
-wanted. Where no sound one is left, it is an error: training from the first step again is the user's choice. Knows
-checkpoints and ranks. Does not know training.
+The first rank tries the checkpoints, and the others follow it. A damaged checkpoint is renamed, never removed, because
+parts of it may still be useful. If no sound one is left, an error is raised: whether to train again from the first step
+is the user's choice. Knows checkpoints and ranks. Does not know training.
 """
 
 from __future__ import annotations

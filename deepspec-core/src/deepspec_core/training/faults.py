@@ -1,6 +1,6 @@
 """Errors that end training: numbers that are not finite, and an epoch without anything to learn from.
 
-Knows what was seen, and how it is said. Does not know when it is looked for.
+Makes the errors. Does not know when they are checked for.
 """
 
 from __future__ import annotations

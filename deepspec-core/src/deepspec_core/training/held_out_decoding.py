@@ -1,8 +1,8 @@
-"""Decoding a fixed set of prompts with a checkpoint, between two steps of training.
+"""Decodes a fixed set of prompts with a checkpoint, between two steps of training.
 
-The draft is loaded from the checkpoint as an evaluation loads it, so the figures are those that an evaluation of it
-would find, and the draft that is being trained is not touched. The workers share the prompts. Knows targets, drafts and
-requests. Does not know training, or what becomes of the figures.
+The draft is loaded from the checkpoint as the evaluate stage would load it. So the figures are those of an evaluation
+of this checkpoint, and the draft in training is not touched. The workers share the prompts. Knows targets, drafts and
+requests. Does not know training, or how the figures are used.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Training figures. Each is a ratio of sums, which are added up over steps and divided when a line is written.
+"""Training figures. Each is a ratio of sums: the sums add up over steps, and are divided when a line is written.
 
 Knows names, numerators, denominators, and the file they are written to. Does not know what they mean, or ranks.
 """

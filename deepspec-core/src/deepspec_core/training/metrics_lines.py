@@ -1,7 +1,7 @@
-"""metrics.jsonl as its readers see it: while training writes it, after a kill, and after other people had it.
+"""Reads metrics.jsonl, also while training writes it, after a kill, and after other people edited it.
 
-A line that is no JSON object with a whole `step`, or a half-written last one, is left out and counted. Values that are
-no finite numbers are left out as well. Knows lines; not what figures mean. Imports nothing heavy.
+A line that is not a JSON object with a whole `step`, or a half-written last line, is left out and counted. Values that
+are not finite numbers are left out too. Knows lines; does not know what figures mean. Imports nothing heavy.
 """
 
 from __future__ import annotations

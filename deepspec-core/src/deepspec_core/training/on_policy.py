@@ -1,7 +1,7 @@
-"""Texts that a draft writes itself, for training on them: rolled out, checked, prepared, before features are taken.
+"""Training on texts that the draft generates itself: rolls them out, checks them and prepares them before features.
 
-Preparation waits for the rollout, so it runs in the training process. Random numbers follow from the seed, the epoch
-and the sample's id. Knows drafts that roll out; not what they write, nor losses.
+Preparation must wait for the rollout, so it runs in the training process. Random numbers are derived from the seed, the
+epoch and the sample's id. Knows drafts with a rollout; does not know what they generate, or losses.
 
 Legend: B samples, T tokens of the longest.
 """

@@ -1,8 +1,9 @@
-"""The lines of metrics.jsonl as curves in TensorBoard, Weights & Biases, MLflow or Trackio, through accelerate.
+"""Shows the lines of metrics.jsonl as curves in TensorBoard, Weights & Biases, MLflow or Trackio, through accelerate.
 
-Each tracker has a thread that follows the file. Training never waits for it; one that raises is reported once and
-switched off. `trackers.json` keeps what each one was told, so a resumed run continues its curve, nothing is told twice,
-and one that is switched on later is told everything. Knows lines, not what they mean, and no training loop.
+Each tracker has a thread that follows the file. Training never waits for it. If a tracker raises, this is reported
+once, and the tracker is switched off. `trackers.json` records which lines each tracker has received. So a resumed run
+continues its curve, no line is sent twice, and a tracker that is added later receives all lines. Knows lines; does not
+know what they mean, or the training loop.
 """
 
 from __future__ import annotations

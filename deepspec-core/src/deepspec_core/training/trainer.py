@@ -1,8 +1,8 @@
 """The training loop: optimizer steps over a source of samples, with checkpoints, resumption and figures.
 
 Knows sources, drafts, engines and optimizers through their contracts. Does not know stages, folders other than its own,
-algorithms or families. accelerate finds devices and ranks, parallel.py spreads the draft, step.py has the precision,
-reduction.py the division.
+algorithms or families. accelerate finds devices and ranks, parallel.py distributes the draft, step.py sets the
+precision, reduction.py divides the sums.
 """
 
 from __future__ import annotations

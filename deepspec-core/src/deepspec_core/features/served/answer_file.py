@@ -1,7 +1,7 @@
-"""Reading one answer's file, and checking it: what a server wrote is not believed.
+"""Reads and checks the file of one answer. Nothing in a server's file is trusted.
 
-The format is safetensors, read here into memory of this process: a file that is mapped could still be cut by whoever
-wrote it. Knows one file and what it should hold; not where it lies, nor who wrote it.
+The format is safetensors. The file is read into this process's memory: a mapped file could still be truncated by its
+writer. Knows one file and what it should hold; does not know where it is, or who wrote it.
 
 Legend: T tokens, K states of a token (the taps and the final one), H hidden size.
 """

@@ -1,10 +1,10 @@
-"""The exchange folder: which files are whose, and how much of it this process fills.
+"""The exchange folder: to which process each file belongs, and how much of the folder this process fills.
 
-An engine writes the file, and the run removes it. So the run names it: the name of a request is part of its file's
-name, and begins with what tells this run and this process from all others. A process removes files with its own
-beginning, and no others. Several runs, and several processes of one, may share a folder.
+An engine writes a file, and the run removes it, so the run chooses the name. A file's name contains the name of its
+request, which begins with a prefix that identifies this run and this process. A process removes only files with its own
+prefix. Several runs, and several processes of one run, may share a folder.
 
-Knows a folder, names and sizes. Does not know what is in a file, nor servers.
+Knows a folder, names and sizes. Does not know the contents of files, or servers.
 """
 
 from __future__ import annotations

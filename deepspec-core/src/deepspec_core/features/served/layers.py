@@ -1,4 +1,5 @@
-"""How engines number what they give: sorted, layer L's output as L + 1, the embedding as 0, the final state last.
+"""The numbers by which engines know hidden states: layer L's output is L + 1, the embedding 0, the final state the
+last.
 
 Knows numbers only.
 

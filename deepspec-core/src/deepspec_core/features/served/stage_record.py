@@ -1,8 +1,8 @@
-"""What servers gave for a short text when a stage was begun, which they have to give as long as it goes on.
+"""The hidden states of a short text, recorded when a stage begins. Its servers must give the same as long as it runs.
 
-The file stands in the stage's folder, in safetensors. Its states are kept, and no digest of them: the same target in
-another engine, or on another accelerator, gives numbers that differ by rounding. Knows one file and the bounds; no
-servers.
+The file is in the stage's folder, in safetensors. It holds the states and not a digest of them, because the same target
+in another engine or on another accelerator gives numbers that differ by rounding. Knows one file and the bounds; knows
+no servers.
 
 Legend: T tokens, H hidden size, C = taps * H.
 """

@@ -1,7 +1,7 @@
-"""The features of many samples from servers: in order, asked for ahead of whoever uses them.
+"""The features of many samples from servers, in order, requested ahead of their use.
 
 A thread keeps the servers busy (servers/farm.py), as far ahead as `prefetch` samples and the exchange folder allow. The
-order is that of the samples, whichever server answered first. Knows samples and a farm; not what a server is asked.
+order is that of the samples, whichever server answers first. Knows samples and a farm; does not know the requests.
 """
 
 from __future__ import annotations
