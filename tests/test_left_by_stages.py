@@ -44,7 +44,7 @@ def test_answers_cut_before_the_next_stage_are_refused(run_file: Path, capsys: p
     path = _folder(run_file) / "regenerate" / "conversations.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
     assert main([*command, "cache"]) == 2
-    assert "The file of regenerated conversations changed under the results" in capsys.readouterr().err
+    assert "The file of regenerated conversations changed after the stage" in capsys.readouterr().err
 
 
 def test_a_stage_resumed_with_another_version_keeps_both(
@@ -136,7 +136,7 @@ def test_a_plan_that_another_process_overtook_is_not_done(finished_copy: Path) -
     trained = _folder(finished_copy) / "train" / "stage.json"
     other = json.loads(trained.read_text())
     trained.write_text(json.dumps({**other, "seconds": other["seconds"] + 1}))
-    with pytest.raises(StageError, match="worked on the stage `train` meanwhile"):
+    with pytest.raises(StageError, match="changed the stage `train` at the same time"):
         do(run, steps, say=lambda _: None)
 
 

@@ -143,7 +143,7 @@ def test_from_python_too(
     assert found.figures["cost_table"] == digest_of(Path("costs.json"))
     assert "threads" not in caplog.text
     ds.evaluate(target, draft, cost_table=costs(machine={"threads": 77}), asynchronous=True, **asked)
-    assert "costs.json was measured with 77 threads, and this evaluation computes with 1" in caplog.text
+    assert "costs.json was measured with 77 threads, but this evaluation uses 1" in caplog.text
     with pytest.raises(DeepSpecError, match="is of another target"):
         ds.evaluate(target, draft, cost_table=costs(revision="0" * 64), **asked)
     with pytest.raises(DeepSpecError, match="cannot be used together"):

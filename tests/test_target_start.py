@@ -175,7 +175,7 @@ def test_another_rotary_base_is_taken_with_a_warning(
     (said,) = warnings_of("draft.layer.rope={rope_theta=12345.0}")
     theirs, ours = said.split("; the draft's have ")
     assert "rope_theta = " in theirs
-    assert "rope_theta = 12345.0. The weights are taken" in ours
+    assert "rope_theta = 12345.0. The target's weights are copied" in ours
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -113,7 +113,7 @@ def test_another_model_is_another_draft(small_lm: Path, capsys: pytest.CaptureFi
     changed = bytearray(weights.read_bytes())
     changed[-1] ^= 1
     weights.write_bytes(changed)
-    refused(capsys, command, "The draft changed under the results", "--force evaluate")
+    refused(capsys, command, "The draft changed after the stage", "--force evaluate")
 
 
 def test_another_tokenizer_is_refused_before_the_first_stage(

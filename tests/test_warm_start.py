@@ -62,8 +62,8 @@ def test_published_weights_are_taken_by_their_names(
     for own, value in draft.state_dict().items():
         assert torch.equal(value, head if own == "lm_head.weight" else stored[published_name(own, names)].float()), own
     assert f"draft.init: {len(stored) - 2} weights (" in caplog.text
-    assert "not taken: embed_tokens.weight, lm_head.weight, which are the target's" in caplog.text
-    assert "draft.init: lm_head.weight of the checkpoint are not this target's" in caplog.text
+    assert "embed_tokens.weight, lm_head.weight are the target's own" in caplog.text
+    assert "draft.init: lm_head.weight of the checkpoint differ from this target's" in caplog.text
 
 
 def test_a_reduced_vocabulary_is_the_checkpoint_s(target: Target, registry: Registry) -> None:

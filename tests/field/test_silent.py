@@ -49,7 +49,7 @@ def test_what_the_template_leaves_out_is_not_trained_on(
     said = _show(run_file, capsys, row, {"messages": [ASK, ANSWER]})
     assert "leaves out" in said
     assert lost in said
-    assert "1 not taken by the chat template" in said
+    assert "1 refused by the chat template" in said
     assert said.count("sample 1") == 1
     assert "sample 2" not in said
 
