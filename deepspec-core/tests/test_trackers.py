@@ -174,7 +174,7 @@ def test_asked_for_and_not_installed_is_an_error_and_by_default_one_line(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(trackers_module, "installed", lambda name: False)
-    with pytest.raises(ConfigError, match="Weights & Biases is in train.trackers but is not installed") as caught:
+    with pytest.raises(ConfigError, match=r"Weights & Biases is in train\.trackers but is not installed") as caught:
         require_trackers(["wandb"], where="train.toml")
     assert "pip install wandb" in str(caught.value)
     with caplog.at_level(logging.INFO, "deepspec"):
