@@ -81,9 +81,14 @@ def test_other_mistakes(judged_copy: Path, profile: str, capsys: pytest.CaptureF
     refused(capsys, [*command, "--requests", "3"], "no step of so many requests", "1, 2")
     refused(capsys, [*command, "--threshold", "1.5"], "--threshold")
     refused(capsys, [*command, "--calibration", "none.json"], "the calibration is missing")
-    refused(capsys, [*command, "--out", "/proc/x/y.json"], "cannot be written there")
+    refused(capsys, [*command, "--out", "/proc/x/y.json"], "cannot be written to this place")
     evaluated = Path("run/metrics.json").read_text()
-    refused(capsys, [*command, "--out", "run/metrics.json"], "there is another file already", "run/metrics.json")
+    refused(
+        capsys,
+        [*command, "--out", "run/metrics.json"],
+        "there is is not the result of a simulation",
+        "run/metrics.json",
+    )
     assert Path("run/metrics.json").read_text() == evaluated
     short = ["--batch-size", "1", "--draft-tokens", "1", "--context", "8", "--repeats", "3", "--out", "short.json"]
     assert main(["profile", "builtin:tiny-qwen3", *short]) == 0

@@ -18,7 +18,7 @@ _CHUNK_BYTES: Final = 256 * 1024
 
 
 class GrownRows:
-    """A new dataset, to which rows like those of `first` are appended. What fills no chunk yet waits in memory."""
+    """A new dataset, to which rows like those of `first` are appended. An incomplete chunk waits in memory."""
 
     def __init__(self, file: Any, name: str, first: Any) -> None:
         # Without taps, `hidden` has no channels; a chunk has at least one.

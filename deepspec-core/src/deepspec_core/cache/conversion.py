@@ -56,7 +56,7 @@ def convert(source: CacheReader, to: CacheFormat, out: Path, *, dtype: str, shar
 
 
 def _digest(source: CacheReader) -> str:
-    """What tells the cache from others; of a format that does not say it, from those of other samples."""
+    """The cache's digest; if its format has none, a digest that differs for caches of other samples."""
     content = [source.header.as_json(), source.ids(), source.lengths()]
     text = json.dumps(content, sort_keys=True).encode("utf-8", "surrogatepass")
     return getattr(source, "digest", None) or hashlib.sha256(text).hexdigest()

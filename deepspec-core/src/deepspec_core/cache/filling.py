@@ -78,7 +78,7 @@ class Filling:
 
 
 def fill(work: Filling, crew: Crew) -> None:
-    """Write what is missing, and finish the cache. The samples are in the same order whoever wrote them."""
+    """Write the missing samples, and finish the cache. Their order does not depend on who wrote them."""
     crew.require_shared(work.folder)
     if crew.first:
         _lead(work, crew)

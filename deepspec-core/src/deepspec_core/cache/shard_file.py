@@ -122,7 +122,7 @@ def open_shard(path: Path, shapes: Mapping[str, tuple[Sequence[int], np.dtype[An
 
 
 def _problem(file: Any, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[str, str] | None:
-    """What is found and what is expected, where a dataset is not what it must be."""
+    """The found and the expected property, if a dataset is not as it must be."""
     if not isinstance(file.get(name, getlink=True), h5py.HardLink):
         return ("a link" if name in file else "nothing"), "a dataset in this file"
     dataset = file[name]

@@ -88,7 +88,7 @@ class ShardLayout(Protocol):
         ...
 
     def write_index(self, folder: Path, manifest: Manifest) -> None:
-        """Write what the layout has beside its shards, once all of them are sealed: nothing."""
+        """Write the layout's files beside the shards, once all shards are sealed. By default there are none."""
         return
 
     def index_problems(self, folder: Path, manifest: Manifest) -> list[CacheError]:
@@ -96,7 +96,7 @@ class ShardLayout(Protocol):
         return []
 
     def bytes_per_token(self, header: CacheHeader) -> int:
-        """Bytes that one token takes: those of shard_arrays.arrays_of."""
+        """The bytes that one token takes. By default those of shard_arrays.arrays_of."""
         size = header.hidden_size
         return quantize.bytes_per_token(header.dtype, (len(header.taps) + 1) * size, size) + 4 + 1
 

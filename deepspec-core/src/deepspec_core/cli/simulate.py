@@ -1,4 +1,4 @@
-"""`deepspec simulate RUN --profile FILE`: throughput against speed for a user, by policy of verification."""
+"""`deepspec simulate RUN --profile FILE`: total throughput and speed per user, by verification policy."""
 
 from __future__ import annotations
 
@@ -21,12 +21,14 @@ RESULT = "simulation.json"
 
 @click.command()
 @click.argument("run", metavar="RUN")
-@click.option("--profile", "profile", required=True, metavar="FILE", help="What `deepspec profile` measured.")
+@click.option(
+    "--profile", "profile", required=True, metavar="FILE", help="The cost table that `deepspec profile` wrote."
+)
 @click.option(
     "--requests",
     type=click.IntRange(min=1),
     multiple=True,
-    help="Concurrent requests. Repeatable. Default: all that were profiled.",
+    help="The number of concurrent requests. Repeatable. Default: all numbers in the cost table.",
 )
 @click.option(
     "--threshold",
@@ -37,11 +39,15 @@ RESULT = "simulation.json"
     show_default=True,
     help="Static confidence thresholds. Repeatable.",
 )
-@click.option("--task", "tasks", multiple=True, metavar="TASK", help="Replay these rounds. Repeatable. Default: all.")
 @click.option(
-    "--temperature", type=click.FloatRange(min=0), help="Replay rounds at this one. Default: the highest evaluated."
+    "--task", "tasks", multiple=True, metavar="TASK", help="Replay the rounds of this task. Repeatable. Default: all."
 )
-@click.option("--calibration", metavar="FILE", help="What `deepspec calibrate` wrote for this draft.")
+@click.option(
+    "--temperature",
+    type=click.FloatRange(min=0),
+    help="Replay rounds at this temperature. Default: the highest evaluated.",
+)
+@click.option("--calibration", metavar="FILE", help="The file that `deepspec calibrate` wrote for this draft.")
 @click.option(
     "--draft-ms",
     type=click.FloatRange(min=0),
@@ -49,7 +55,7 @@ RESULT = "simulation.json"
     show_default=True,
     help="Milliseconds that the draft takes in each step.",
 )
-@click.option("--out", metavar="FILE", help=f"Where the result goes. Default: {RESULT} in the run's folder.")
+@click.option("--out", metavar="FILE", help=f"The file to write. Default: {RESULT} in the run's folder.")
 @no_plugin
 def simulate(
     run: str,
@@ -67,7 +73,7 @@ def simulate(
 
     Compares no speculation, fixed numbers of verified tokens, static thresholds, the hardware-aware scheduler and its
     asynchronous form, and an oracle that knows what will be accepted. RUN is a run's folder or its run file. No model
-    is loaded. The table shows the best fixed number and the best threshold; the file has all.
+    is loaded. The table shows only the best fixed number and the best threshold; the file has all of them.
     """
     from rich.console import Console
 
@@ -80,10 +86,10 @@ def simulate(
     folder = run_folder(run, blocked)
     place = folder / RESULT if out is None else Path(out)
     if (problem := why_not_writable(place.parent)) is not None:
-        raise ConfigError("the result cannot be written there", where=place, found=problem)
+        raise ConfigError("the result cannot be written to this place", where=place, found=problem)
     if place.exists() and not is_simulation(place):
         raise ConfigError(
-            "there is another file already",
+            "the file exists already, and is not the result of a simulation",
             where=place,
             expected="a file that does not exist, or the result of an earlier simulation, which is replaced",
             fix="Choose another with --out.",
@@ -106,7 +112,7 @@ def simulate(
     if not found.confidences:
         click.echo("This draft gives no confidences: thresholds and schedulers are left out.")
     if draft_ms == 0:
-        click.echo("The draft's time is not counted; --draft-ms adds it.")
+        click.echo("The draft's time is not counted; set it with --draft-ms.")
     click.echo(f"wrote {place}")
 
 
@@ -123,7 +129,7 @@ def _table(outcomes: Sequence[Outcome]) -> Table:
 
 
 def _shown(outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """Of the fixed numbers and of the thresholds only the best."""
+    """All outcomes, but of fixed numbers and of thresholds only the best."""
     speed: Callable[[Outcome], float] = lambda outcome: outcome.tokens_per_second  # noqa: E731
     kinds = dict.fromkeys(outcome.policy.split()[0] for outcome in outcomes)
     return [max((one for one in outcomes if one.policy.split()[0] == kind), key=speed) for kind in kinds]

@@ -152,7 +152,7 @@ def answered(messages: Messages) -> list[int]:
 
 
 def rows(answers: Sequence[Reply], supervision: Supervision) -> list[tuple[str, list[Answer]]]:
-    """Texts to train on, and what is supervised in each: one for all answers, where the last rendering has them all.
+    """Texts to train on, and their supervised parts: one text for all answers, if the last rendering has all of them.
 
     A template that rewrites earlier answers (drops their thinking) gets one row an answer instead: what it writes of
     an earlier one is no longer what the target would emit there.

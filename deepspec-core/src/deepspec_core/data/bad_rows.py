@@ -115,7 +115,7 @@ class BadRows:
         return f"the first {self._most_kept:,}" if cut else "all of them"
 
     def finish(self) -> None:
-        """Put the rows that were kept into their file, and remove an older one where there are none."""
+        """Write the bad rows to their file, or remove an older file if there are none."""
         if self._keep_in is None:
             return
         if self._kept is None:

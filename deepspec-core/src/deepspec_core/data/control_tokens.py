@@ -24,7 +24,7 @@ def found_in(
     tokenizer: Any,
     tokens: Sequence[str],
 ) -> str | None:
-    """The first of these tokens in what is said, and where; None where there is none."""
+    """The first of these tokens in the texts, and its place; None if there is none."""
     said = [(f"message {i} ({each['role']})", {**each, "role": ""}) for i, each in enumerate(messages)]
     for where, value in [("the system prompt", system_prompt), ("the tools on offer", tools), *said]:
         for text in _texts(value):

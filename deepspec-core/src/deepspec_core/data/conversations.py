@@ -52,7 +52,7 @@ class Conversation:
 
     @property
     def digest(self) -> str:
-        """Of the content alone, without the id."""
+        """The digest of the contents, without the id."""
         return content_digest(self.messages, self.input_ids, self.loss_mask, self.tools)
 
     def given(self) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:

@@ -20,7 +20,7 @@ Messages = list[dict[str, Any]]
 
 @define
 class Dialogue:
-    """A conversation under way: `history` is what was said; `ahead` is what to say before each answer to come."""
+    """A running conversation: `history` holds the messages so far; `ahead` those to add before each further answer."""
 
     conversation: Conversation
     ahead: deque[Messages] = field(init=False)
@@ -55,7 +55,7 @@ class Dialogue:
         self.history += self.ahead.popleft()
 
     def end_with_an_answer(self) -> None:
-        """Take back what was said after the last answer."""
+        """Remove the messages after the last answer."""
         while self.history[-1]["role"] != "assistant":
             self.history.pop()
 

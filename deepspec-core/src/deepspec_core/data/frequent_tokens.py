@@ -29,7 +29,7 @@ class FrequentTokens:
 def frequent_tokens(samples: Iterable[Sample], *, size: int, vocab_size: int, always: Iterable[int]) -> FrequentTokens:
     """The `size` most frequent supervised tokens, of equals the smaller id; `always` are among them, however rare.
 
-    Tokens that never occur fill what is left, in the order of ids.
+    If there are fewer, tokens that never occur are added in the order of ids.
     """
     count_V = np.zeros(vocab_size, dtype=np.int64)
     for sample in samples:

@@ -25,7 +25,7 @@ _TAG: Final = re.compile(
 
 @lru_cache(maxsize=8)  # asked for every row, of few templates
 def with_signs(source: str) -> str:
-    """The template with a sign in place of each mark; itself where it has none, or is no Jinja template."""
+    """The template with a sign in place of each mark; unchanged if it has no marks, or is not a Jinja template."""
     written = source.replace("\r\n", "\n").replace("\r", "\n")  # as Jinja reads it
     places = _marks(written)
 

@@ -180,7 +180,7 @@ def count_lines(path: Path) -> int:
 
 
 def cut_answers(failures: Path) -> dict[str, dict[str, Any]]:
-    """Of the side file, the conversations that were left out because their first answer met the token limit, by id.
+    """The conversations in the side file, by id: they were left out because their first answer met the token limit.
 
     They were answered: a rerun does not ask them again. Failures are tried again.
     """

@@ -108,7 +108,7 @@ def _add_lines(partial: Path) -> None:
 
 
 def _all_cut(failures: Path) -> dict[str, dict[str, Any]]:
-    """Of the whole and of the workers' files. Failures are tried again."""
+    """Those of the whole file and of the workers' files. Failed conversations are tried again."""
     found: dict[str, dict[str, Any]] = {}
     for path in (failures, *_parts(failures)):
         found |= cut_answers(path)

@@ -81,7 +81,7 @@ class Template:
     def marks(
         self, messages: Messages, rendering: str, *, tools: Sequence[Mapping[str, Any]], thinking: bool
     ) -> list[tuple[int, int]] | None:
-        """Where the rendering of finished messages stands between {% generation %} marks; None: there are no marks."""
+        """The spans between {% generation %} marks in the rendering of finished messages; None: there are no marks."""
         if not self.has_marks:
             return None
         source = self.source(tools)
@@ -97,12 +97,12 @@ class Template:
 
     @cached_property
     def has_marks(self) -> bool:
-        """Whether it marks what is to be supervised."""
+        """Whether the template marks the text to supervise."""
         return any(with_signs(source) != source for source in (self.source(), self.source([_TOOL])))
 
     @cached_property
     def has_day(self) -> bool:
-        """Whether it writes what day it is (template_day.DAY)."""
+        """Whether the template writes the present date (template_day.DAY)."""
         return any(asks_for_the_day(source) for source in (self.source(), self.source([_TOOL])))
 
     def source(self, tools: Sequence[Mapping[str, Any]] = ()) -> str:

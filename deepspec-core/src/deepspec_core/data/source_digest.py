@@ -15,7 +15,7 @@ from deepspec_core.digests import digests_of
 
 
 def source_digest(source: SourceOptions, *, base: Path, ask_hub: bool) -> str | None:
-    """Of a file's content, of all files in a dataset folder, or the commit of a dataset on the Hub.
+    """The digest of a file, of all files in a dataset folder, or the commit of a dataset on the Hub.
 
     None where there is nothing to hash: prompts that a plugin ships come from its code, and the Hub is asked only if
     `ask_hub`. DataError where the Hub does not give the dataset, OSError where a file cannot be read.
@@ -36,5 +36,5 @@ def source_digest(source: SourceOptions, *, base: Path, ask_hub: bool) -> str | 
 
 
 def file_digest(path: Path) -> str:
-    """Of a file's content, every byte of it."""
+    """The digest of every byte of a file."""
     return digests_of([path])[0]

@@ -30,7 +30,7 @@ class Calibrated:
 def calibrate(
     folder: Path, *, tasks: Sequence[str], temperature: float | None, versions: Mapping[str, str]
 ) -> Calibrated:
-    """Fit on the rounds of a run's folder and write both files there. See recorded_rounds for what is refused."""
+    """Fit on the rounds of a run's folder and write both files there. recorded_rounds.py lists the errors."""
     rounds = recorded_rounds(folder, tasks=tasks, temperature=temperature)
     own = rounds.judged()
     unchanged_draft(rounds)

@@ -164,7 +164,7 @@ def _finished(folder: Path) -> dict[str, Any]:
 
 
 def _refuse_shared_names(own: str, names: Sequence[str]) -> None:
-    """ConfigError where two of what is compared would have one name, or one folder."""
+    """ConfigError if two of the compared evaluations would have the same name or folder."""
     slugs = [_slug(name) for name in names]
     for index, name in enumerate(names):
         if name == own:
@@ -190,7 +190,7 @@ def _slug(name: str) -> str:
 
 
 def _baseline(file: RunFile, name: str, own: Run) -> RunFile:
-    """The run file of what `name` says. ConfigError where it is no draft without training, and no tree."""
+    """The run file of the baseline `name`. ConfigError if it is neither a draft that is not trained nor a tree."""
     slug = _slug(name)
     baseline = evolve(
         file,

@@ -61,7 +61,7 @@ def with_live_features(run: Run, samples: Sequence[Sample], taps: Sequence[int])
 
 
 def header_differences(run: Run, header: CacheHeader) -> dict[str, tuple[Any, Any]]:
-    """By field, what the cache says and what the run would write now, where that is not the same."""
+    """The fields in which the cache's header differs from the one that the run would write now, with both values."""
     now = run.cache.header_of(header.source)
     pairs = {name: (getattr(header, name), getattr(now, name)) for name in _COMPARED}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}

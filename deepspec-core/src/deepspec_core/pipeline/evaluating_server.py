@@ -101,9 +101,9 @@ class _Recordings:
 
 
 def evaluate_server(run: Run, asked: Asked) -> dict[str, Any]:
-    """Ask the server all tasks at all temperatures and batch sizes, and write metrics.json, report.md and the answers.
+    """Let the server answer all tasks at all temperatures and batch sizes. Write metrics.json, report.md, answers.
 
-    DeepSpecError for whatever stands against it; nothing is written then. What is known before is said before.
+    DeepSpecError if it cannot be done; nothing is written then. It is raised before the first request if possible.
     """
     options = run.file.evaluate
     journals(options.tasks)
@@ -165,7 +165,7 @@ def evaluate_server(run: Run, asked: Asked) -> dict[str, Any]:
 
 
 def _require_free(asked: Asked) -> None:
-    """StageError where results are that are not to be discarded; never those of this engine."""
+    """StageError if there are results that must not be discarded. Results of this engine are never discarded."""
     try:
         there = read_metrics(asked.out / METRICS)
     except FileNotFoundError:
@@ -306,7 +306,7 @@ def _answers(completions: Sequence[Completion]) -> Iterator[dict[str, Any]]:
 
 
 def _report(run: Run, server: Server, asked: Asked, results: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the server does not say of its draft and its weights is None."""
+    """Facts about draft and weights that the server does not report are None."""
     options = run.file.evaluate
     longest = max((len(result["marginal"] or ()) for result in results), default=0)
     names = ("algorithm", "checkpoint", "revision", "calibration", "parameters", "trainable_parameters")

@@ -144,7 +144,7 @@ def from_run(run: Run) -> ServedFeatures:
 
 
 def _compare(run: Run, work: FeatureWork) -> Reference:
-    """Compare what servers gave with the target here, or with each other. ConfigError where one gives something else.
+    """Compare the servers' states with those of the target here, or with each other. ConfigError if a server's differ.
 
     Returns what they were compared with.
 

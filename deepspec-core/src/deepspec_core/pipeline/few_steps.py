@@ -21,9 +21,9 @@ FEWEST: Final = 300
 
 
 def steps_of(options: TrainOptions, samples: int | None) -> tuple[int | None, int | None]:
-    """(the steps of training, those of one epoch) for so many samples; None where they are not known.
+    """(steps of training, steps of one epoch) for a number of samples; None for steps that are not known.
 
-    Of an unknown number of samples, max_steps are the most.
+    If the number of samples is not known, max_steps is the upper bound of the first.
     """
     if samples is None:
         return options.max_steps, None
@@ -39,7 +39,7 @@ def warn_before(run: Run) -> None:
 
 
 def warn_exactly(run: Run, samples: int) -> None:
-    """When the samples are counted, unless max_steps had it said before. The sources are not the stage's to read."""
+    """Warn once the samples are counted, unless max_steps led to the warning before the first stage."""
     said = run.file.train.max_steps is not None and run.file.train.max_steps < FEWEST
     if not run.smoke and not said:
         _warn(run.file.train, samples, "")

@@ -38,7 +38,7 @@ _beating: Heartbeat | None = None
 
 @frozen(kw_only=True)
 class Process:
-    """A process, told apart from one that has its number later or on another machine or in another container."""
+    """A process, identified so that a later process with its number, or one elsewhere, is not taken for it."""
 
     host: str = field(factory=socket.gethostname)
     boot: str
@@ -64,7 +64,7 @@ class Process:
 
     @property
     def is_here(self) -> bool:
-        """Whether its machine, and what gives processes their numbers, are this process's."""
+        """Whether it runs on this machine and in this PID namespace."""
         return (self.host, self.boot, self.numbers) == (
             socket.gethostname(),
             _text(_PROC / "sys/kernel/random/boot_id"),
@@ -87,7 +87,7 @@ def _numbers() -> str:
 
 
 class _Warnings(logging.Handler):
-    """Keeps the newest of what is warned about, and counts all."""
+    """Keeps the newest warnings, and counts all of them."""
 
     def __init__(self) -> None:
         super().__init__(level=logging.WARNING)

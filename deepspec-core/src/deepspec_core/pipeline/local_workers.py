@@ -126,7 +126,7 @@ def _watch(workers: Sequence[subprocess.Popen[bytes]], request: StopRequest) -> 
 
 
 def _how(code: int) -> str:
-    """A worker that failed has said why."""
+    """How a worker ended. A worker that failed has printed the reason itself."""
     return f"killed by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
 
 

@@ -150,7 +150,7 @@ def told(samples: Samples, kept: KeptFeatures | None) -> Counter[str]:
 
 
 def end(run: Run) -> None:
-    """The cache is whole: what was kept for it is removed."""
+    """Remove the stored features; called when the cache is complete."""
     if run.has("regenerate"):
         discard(folder_of(run))
 
@@ -174,7 +174,7 @@ def _header(run: Run) -> CacheHeader:
 
 
 def _discard_others(run: Run) -> None:
-    """Remove, and say so, what was kept for another target, other taps or another number format."""
+    """Remove, with a warning, features that were stored for another target, other taps or another number format."""
     folder = folder_of(run)
     if not folder.exists() or not workers.crew().first:
         return

@@ -78,7 +78,7 @@ class Reads:
 
     @contextmanager
     def unnoted(self) -> Iterator[None]:
-        """Inside the block nothing is noted: what is read there decides no result of the stage."""
+        """Inside the block nothing is recorded, because what is read there affects no result of the stage."""
         opened, self._open = self._open, []
         try:
             yield

@@ -58,7 +58,7 @@ class RecordedRounds:
         }
 
     def require_uncut(self) -> None:
-        """StageError if proposals were cut: what the draft would have proposed further is not recorded."""
+        """StageError if proposals were cut, because the rest of what the draft would have proposed is not recorded."""
         self._require_without("scheduler", self.report["settings"].get("scheduler"), "no scheduler")
         self._require_without(
             "confidence_threshold", self.report["settings"].get("confidence_threshold"), "threshold 0"

@@ -139,7 +139,7 @@ class RunCache:
         return part
 
     def samples(self) -> Samples:
-        """The training samples that the cache is to have: those of cache.subset, or all."""
+        """The training samples that belong into the cache: those of cache.subset, or all."""
         from deepspec_core.data.subset import SamplesOfPart
 
         samples = self.data.training_samples()
@@ -180,7 +180,7 @@ class RunCache:
     def expected_samples(self) -> int | None:
         """How many samples the cache has at most, as far as limits of sources and cache.subset say; else None.
 
-        Of a share about so many. A conversation is taken to be one sample.
+        For a share, the number is approximate. Each conversation counts as one sample.
         """
         subset, most = self.options.subset, self.data.expected_conversations()
         if subset is None or (most is None and isinstance(subset, float)):
@@ -204,7 +204,7 @@ class RunCache:
         self._written_now = True
 
     def _verify(self) -> None:
-        """Read what is stored, each worker its share; CacheError for the first damage.
+        """Read the stored files, each worker its share; CacheError for the first damage.
 
         Every time: a disk that loses bits changes no time of a file.
         """
@@ -252,7 +252,7 @@ class RunCache:
         )
 
     def let_go(self) -> None:
-        """Of the cache that was opened: others may write it from now on."""
+        """Release the opened cache, so that others may write it."""
         self._held.release()
 
     def digest(self) -> str:

@@ -164,7 +164,7 @@ class RunData:
                 )
 
     def split(self) -> dict[str, Any]:
-        """`rule`, `held_out` and `seed` of what is held out: the run's own, or those of its prepared folder."""
+        """`rule`, `held_out` and `seed` of the held-out split: the run's own, or those of its prepared folder."""
         from deepspec_core.data.sources import prepared_split
         from deepspec_core.data.split import RULE
 
@@ -178,7 +178,7 @@ class RunData:
         return source_digest(self.options.sources[index], base=self.base, ask_hub=ask_hub)
 
     def regenerated_digest(self) -> str:
-        """Of the file of regenerated conversations, which this run has. OSError where it cannot be read."""
+        """The digest of this run's file of regenerated conversations. OSError if it cannot be read."""
         from deepspec_core.data.source_digest import file_digest
 
         assert self.regenerated is not None, "the run has the regenerate stage"
@@ -221,7 +221,7 @@ class RunData:
     def expected_conversations(self) -> int | None:
         """How many training conversations there are at most, None where a source has no limit.
 
-        Of a run that regenerates, each answer to a conversation is one.
+        In a run that regenerates, each answer to a conversation counts as one.
         """
         limits = [source.limit for source in self.options.sources]
         most = None if None in limits else sum(limit for limit in limits if limit is not None)

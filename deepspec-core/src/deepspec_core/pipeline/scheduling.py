@@ -37,7 +37,7 @@ class Costs:
     asynchronous: bool
 
     def scheduled(self, proposer: Proposer) -> Proposer:
-        """The proposer with its proposals cut to what is worth verifying."""
+        """The proposer, with its proposals cut to the tokens that are worth verifying."""
         # Asked again and again for the same few numbers.
         return ScheduledProposer(proposer, cache(self.table.steps_per_second), asynchronous=self.asynchronous)
 
@@ -47,7 +47,7 @@ class Costs:
 
 
 def costs_of(run: Run, gives_confidence: bool | None, max_tokens: int) -> Costs | None:
-    """What [evaluate.scheduler] names, for a draft that proposes so many tokens; None if there is no such table.
+    """The cost table of [evaluate.scheduler], for a draft that proposes `max_tokens` tokens; None without a scheduler.
 
     Raises as `costs_from` does.
     """

@@ -65,7 +65,7 @@ def end_of(tokenizer: ChatTokenizer, stop_ids: tuple[int, ...]) -> int:
 
 
 def key_in(name: str | None, *, where: str) -> str | None:
-    """The key in the environment variable of this name. ConfigError where it is not there, or is no key."""
+    """The key in the environment variable of this name. ConfigError if it is missing or not a valid key."""
     if name is None:
         return None
     key = os.environ.get(name, "").strip()

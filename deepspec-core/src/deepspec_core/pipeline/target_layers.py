@@ -140,7 +140,7 @@ def _target_itself(run: Run) -> TargetAdapter:
 
 
 def _check_layers(run: Run, draft: DraftModel, target: TargetAdapter) -> None:
-    """ConfigError for what is known of the draft's layers without the target's files."""
+    """ConfigError for mistakes in the draft's layers that are known without the target's files."""
     layers = _layers(draft)
     if not layers:
         raise _refused(
@@ -235,7 +235,7 @@ def copies_of(run: Run, draft: DraftModel, stored: Mapping[str, StoredWeight]) -
 
 
 def _place_of_layers(stored: Mapping[str, StoredWeight], wanted: set[str]) -> str:
-    """What stands before "layers." in the names of the target's language model: where most of what is wanted is."""
+    """The prefix before "layers." in the names of the target's weights: the one with most wanted weights."""
     counts: dict[str, int] = {}
     for name in stored:
         if (found := _LAYER.match(name)) is not None:

@@ -35,7 +35,7 @@ _crew: Crew = ALONE
 
 
 def rank() -> int:
-    """This process among those of the run, 0 where it is alone."""
+    """The number of this process among those of the run; 0 if it is alone."""
     return int(os.environ.get("RANK", "0"))
 
 

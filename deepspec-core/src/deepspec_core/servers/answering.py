@@ -22,7 +22,7 @@ _MISMATCHED: Final = "with other token counts than the server's"
 
 @frozen
 class Answering:
-    """A servers.work.Work: completions of what is wanted, in the first of the dialects that a server takes."""
+    """A servers.work.Work: completions of the wanted requests, in the first dialect that a server accepts."""
 
     wanted: Wanted
     dialects: tuple[Dialect, ...] = DIALECTS

@@ -26,7 +26,7 @@ _BUSY: Final = (429, 503)
 class Kind(Enum):
     """What a failed exchange says about the server.
 
-    DOWN: nobody answers. DIED: it broke off an answer. WRONG: it is not what it was taken for. BUSY: it has too much to
+    DOWN: no answer. DIED: it broke off an answer. WRONG: it is another server than expected. BUSY: it has too much to
     do. BAD: this answer cannot be used.
     """
 

@@ -31,7 +31,7 @@ class Dialect(Protocol):
 
     @property
     def lists_what_it_serves(self) -> bool:
-        """Whether /models names what is served, and not what else could be."""
+        """Whether /models lists only the models that are served, and not others that could be loaded."""
         ...
 
     @property

@@ -60,7 +60,7 @@ async def probe(connection: Connection, wanted: Wanted, *, dialects: Sequence[Di
         where=_where(connection, wanted),
         found="\n            ".join(said),
         expected=f"an OpenAI-compatible server of {' or '.join(wanted.names)}, at an address like http://host:8000/v1",
-        fix=f"If it knows the target by another name, say so in {wanted.called.served_as}.",
+        fix=f"If it knows the target by another name, set {wanted.called.served_as} to that name.",
     )
 
 
@@ -69,7 +69,7 @@ async def entry_of(
 ) -> tuple[dict[str, Any] | None, list[dict[str, Any]], list[str]]:
     """The target's entry in the server's list, the list, and what the server says in its place.
 
-    NotServed where it serves another model, or shorter texts. No entry where the list is not of what is served.
+    NotServed if it serves another model, or only shorter texts. No entry if the list is not that of served models.
     """
     models, said = await listed(connection, wanted)
     entry = _entry(models, wanted.names)

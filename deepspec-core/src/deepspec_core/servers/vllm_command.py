@@ -122,12 +122,12 @@ class Served:
 
     @property
     def positions(self) -> int | None:
-        """Of a text as long as can be, and of the token that every request generates; answers need more."""
+        """The positions of the longest text and of the token that every request generates; answers need more."""
         return None if self.max_length is None else self.max_length + (ROOM if self.answers else 1)
 
 
 def command(served: Served) -> list[str]:
-    """vLLM's command line. ConfigError where `extra` sets what is set here."""
+    """vLLM's command line. ConfigError if `extra` sets an option that this function sets."""
     for word in served.extra:
         # With answers there are decoding steps, and graphs of them may be of use.
         if not (served.answers and word == _GRAPHS):

@@ -142,7 +142,7 @@ class Engine:
         return False
 
     def _ask_once(self, process: subprocess.Popen[str]) -> None:
-        """A request of three tokens, to see that files come and hold what was asked for."""
+        """A test request of three tokens, which checks that a file is written and holds the requested states."""
         body = {
             "model": self.served.names[0],
             "prompt": list(_FIRST_PROMPT),
@@ -167,7 +167,7 @@ class Engine:
         self._check_file(Path(path))
 
     def _check_file(self, path: Path) -> None:
-        """StageError where the first file is not what was asked for. It is removed."""
+        """StageError if the first file does not hold what was requested. The file is removed."""
         from safetensors import SafetensorError, safe_open
 
         expected = (len(_FIRST_PROMPT), len(self.served.layer_ids))

@@ -24,7 +24,7 @@ _READY = 2  # micro-batches that wait for the training process
 def batches_ahead(
     source: Any, preparation: Preparation, plans: StepPlans, *, seed: int, pinned: bool
 ) -> Iterator[HostBatch]:
-    """The micro-batches of the plans, in order. Closing the iterator ends the thread, and what the source has begun."""
+    """The micro-batches of the plans, in order. Closing the iterator ends the thread and the source's requests."""
     ready: queue.Queue[HostBatch | BaseException | None] = queue.Queue(_READY)
     closed = threading.Event()
 

@@ -88,7 +88,7 @@ class Evaluations:
     def begin(
         self, folder: Path, log: MetricsLog | None, save: Callable[[int], None], *, done: int, total: int, epoch: int
     ) -> None:
-        """Read what was found up to step `done`, and evaluate its checkpoint where that is due.
+        """Read the results up to step `done`, and evaluate its checkpoint if that is due.
 
         Later records are removed, as they will be found again. `log` is the first worker's metrics.jsonl; `save` writes
         the checkpoint of step 0; `total` and `epoch` are numbers of steps. CheckpointError where a record is damaged.

@@ -109,6 +109,6 @@ class HeldOutDecoding:
 
 
 def _completion(row: dict[str, Any]) -> Completion:
-    """A completion as another worker told it, in which tuples are lists."""
+    """A completion from the JSON of another worker, in which tuples are lists."""
     ids = {name: tuple(row[name]) for name in ("prompt_ids", "output_ids")}
     return Completion(**{**row, **ids, "rounds": tuple(Round(**one) for one in row["rounds"])})

@@ -115,7 +115,7 @@ class Rollouts:
 
 
 def check_shapes(draft: DraftModel, returned: object, given: Texts) -> None:
-    """PluginError if what a rollout returned is not of the given texts' shapes. Reads no numbers."""
+    """PluginError if a rollout returned other shapes than the given texts have. Reads no values."""
     if not isinstance(returned, Texts):
         raise refused(draft, "rollout()", type(returned).__name__, "contracts.draft.Texts")
     for name in ("input_ids", "loss_mask"):

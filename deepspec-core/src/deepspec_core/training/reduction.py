@@ -33,7 +33,7 @@ class StepSums:
             self.ratios[name] = self.ratios[name] + ratio if name in self.ratios else ratio
 
     def add_counts(self, name: str, numerator: int, denominator: int) -> None:
-        """Add to a metric what was counted on the host. Nothing is copied to the device."""
+        """Add counts from the host to a metric. Nothing is copied to the device."""
         counts = [torch.full((), float(count), device=self.device) for count in (numerator, denominator)]
         self.ratios[name] = torch.stack(counts) + self.ratios.get(name, 0.0)
 

@@ -115,7 +115,7 @@ class Trackers:
             teller.wake()
 
     def summary(self) -> dict[str, dict[str, Any]]:
-        """Of each tracker the step it was told up to, and its error where it has failed."""
+        """For each tracker: the last step that it received, and its error if it has failed."""
         return {teller.name: teller.summary() for teller in self._tellers}
 
     def __exit__(

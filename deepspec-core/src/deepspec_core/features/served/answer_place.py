@@ -121,7 +121,7 @@ def remove(place: Path) -> None:
 
 
 def _try(place: Path) -> tuple[BinaryIO | None, str]:
-    """The file; or None, and what is in the way."""
+    """The file; or None and the reason."""
     lock = _open(place.with_name(place.name + LOCK_SUFFIX))
     try:
         if lock is not None:

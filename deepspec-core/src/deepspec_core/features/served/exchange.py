@@ -141,7 +141,7 @@ class Exchange:
                 self._given_up[ticket.name] = (size, time.monotonic() + self.late)
 
     def clear(self, *, session: bool = False) -> tuple[int, int]:
-        """Remove what this process has in the folder and nobody waits for: (files, bytes), locks not counted.
+        """Remove this process's files that nobody waits for. Returns (files, bytes), without lock files.
 
         `session`: only what this session has. A file that cannot be removed is told once, and stays.
         """

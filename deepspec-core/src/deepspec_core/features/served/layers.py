@@ -26,7 +26,7 @@ class AskedLayers:
 
     @property
     def ids(self) -> tuple[int, ...]:
-        """The engine's numbers of what is asked for, rising. There are K."""
+        """The engine's numbers of the requested states, increasing. There are K."""
         return tuple(sorted({*(tap + 1 for tap in self.taps), self.num_layers}))
 
     @property

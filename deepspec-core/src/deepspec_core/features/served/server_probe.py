@@ -88,7 +88,7 @@ def differences(found: Mapping[str, Tensor], reference: Mapping[str, Tensor]) ->
 class Reference:
     """What the states of the short text have to be like: a server that comes, or comes back, is compared with it.
 
-    states: By name, [T, H]. whose: what messages call them. most: the largest error that is taken.
+    states: By name, [T, H]. whose: their source, for messages. most: the largest accepted error.
     precisions: What the states may have been computed in, where that matters (precision_of).
     """
 

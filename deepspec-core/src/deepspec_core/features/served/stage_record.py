@@ -64,7 +64,7 @@ class ServedRecord:
 
     @property
     def bound(self) -> float:
-        """The largest error that is taken. Servers that were apart from the start may be so later."""
+        """The largest accepted error. Servers that differed at the start may differ as much later."""
         return min(MOST_ERROR, max(2 * self.spread, *(_BOUNDS[name] for name in self.precisions)))
 
     def reference(self, work: FeatureWork, *, where: Path) -> Reference:

@@ -95,7 +95,7 @@ class Stream:
             yield evolve(sample, features=taken.features)
 
     def close(self) -> None:
-        """End what is under way. Files of this stream are removed."""
+        """End the requests in flight, and remove this stream's files."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
