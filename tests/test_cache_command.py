@@ -38,7 +38,7 @@ def test_info_says_what_is_there(cached: Path, capsys: pytest.CaptureFixture[str
 
 def test_the_format_is_found_out(converted: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["cache", "verify", str(converted)]) == 0
-    assert "all as it was written" in capsys.readouterr().out
+    assert "unchanged since it was written" in capsys.readouterr().out
     content = bytearray((converted / "samples.idx").read_bytes())
     content[9] ^= 1
     (converted / "samples.idx").write_bytes(content)

@@ -87,7 +87,7 @@ def test_a_format_that_loses_something(lossy: None, run_file: Path, capsys: pyte
     arguments = [word for text in overrides for word in ("--set", text)]
     assert main(["run", str(run_file), "--smoke", *arguments]) == 2
     seen = capsys.readouterr()
-    assert "cache format 'lossy' does not keep a sample" in seen.err
+    assert "cache format 'lossy' does not preserve a sample" in seen.err
     assert "fake-lossy" in seen.err
     assert "loss_mask: tensor([ True, False, False])" in seen.err
     assert "starting" not in seen.out

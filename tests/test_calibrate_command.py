@@ -63,11 +63,11 @@ def test_rounds_are_chosen_by_task_and_temperature(judged_copy: Path, capsys: py
 
 
 def test_what_cannot_be_calibrated_is_refused(judged_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    refused(capsys, ["calibrate", "nowhere"], "No evaluation there", "nowhere")
+    refused(capsys, ["calibrate", "nowhere"], "There is no evaluation in this folder", "nowhere")
     journal = next((judged_copy / "evaluate").glob("*-t1.jsonl"))
     lines = journal.read_text().splitlines(keepends=True)
     journal.write_text("".join(lines[:-1]))
-    refused(capsys, ["calibrate", "run"], "not the one that metrics.json was made from", "--force evaluate")
+    refused(capsys, ["calibrate", "run"], "does not belong to metrics.json", "--force evaluate")
     journal.write_text(lines[0] + "".join(lines[1:]).replace('"confidence": [', '"confidence": ["x", '))
     refused(capsys, ["calibrate", "run"], "damaged", f"{journal.name}:2")
     edited = json.loads(lines[1])
@@ -83,9 +83,9 @@ def test_cut_or_scaled_rounds_are_refused(judged_copy: Path, capsys: pytest.Capt
     path = judged_copy / "metrics.json"
     report = json.loads(path.read_text())
     edit(path, settings={**report["settings"], "confidence_threshold": 0.3})
-    refused(capsys, ["calibrate", "run"], "not those of the draft alone", "confidence_threshold = 0.3")
+    refused(capsys, ["calibrate", "run"], "were changed or cut by other settings", "confidence_threshold = 0.3")
     edit(path, settings=report["settings"], draft={**report["draft"], "calibration": "abc"})
-    refused(capsys, ["calibrate", "run"], "not those of the draft alone", "calibration = abc")
+    refused(capsys, ["calibrate", "run"], "were changed or cut by other settings", "calibration = abc")
 
 
 def test_a_draft_without_a_confidence_head_is_one_message(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:

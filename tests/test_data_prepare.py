@@ -129,15 +129,15 @@ def test_other_content_is_not_replaced_without_force(sources: Path, capsys: pyte
     assert _prepare(sources) == 0
     said = capsys.readouterr().out
     assert said.startswith(f"written: {out}\n")
-    assert "1 rows that are no conversation, or damaged" in said
-    assert f"{out / 'bad-rows.jsonl'} has the rows" in said
+    assert "1 rows that are damaged or hold no conversation" in said
+    assert f"listed in {out / 'bad-rows.jsonl'}" in said
     before = _files(out)
     assert _prepare(sources) == 0
     assert capsys.readouterr().out.startswith("unchanged: ")
     assert _files(out) == before
     assert _prepare(sources, "--set", "run.seed=7") == 2
     message = capsys.readouterr().err
-    assert "Other conversations were prepared there" in message
+    assert "The folder holds other prepared conversations" in message
     assert "split" in message
     assert "--force" in message
     assert _files(out) == before
@@ -149,7 +149,7 @@ def test_other_content_is_not_replaced_without_force(sources: Path, capsys: pyte
     with (out / "train.jsonl").open("a") as file:
         file.write("\n")
     assert _prepare(sources, "--set", "run.seed=7") == 2
-    assert "not as manifest.json says" in capsys.readouterr().err
+    assert "differ from manifest.json" in capsys.readouterr().err
     assert _prepare(sources, "--set", "run.seed=7", "--force") == 0
 
 
@@ -163,7 +163,7 @@ def test_what_is_no_prepared_folder_is_never_replaced(
     (sources.parent / "link").symlink_to(sources.parent / "nowhere")
     for name in ("mine", "file", "link"):
         assert _prepare(sources, "--out", str(sources.parent / name), *force) == 2
-        assert "cannot be put there" in capsys.readouterr().err
+        assert "cannot be written to this folder" in capsys.readouterr().err
     assert _files(sources.parent / "mine").keys() == {"manifest.json"}
     (sources.parent / "empty").mkdir()
     assert _prepare(sources, "--out", str(sources.parent / "empty")) == 0
@@ -212,7 +212,7 @@ def _age(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        (_truncate, "not as it was written"),
+        (_truncate, "has changed since it was written"),
         (_remove, "no such file"),
         (_tear, "cannot be read"),
         (_age, "of another version"),
@@ -232,7 +232,7 @@ def test_a_damaged_folder_is_refused_before_the_first_stage(
 @pytest.mark.parametrize(
     ("entries", "says"),
     [
-        ('{path = "prepared"}, {path = "rows.jsonl"}', "is read alone"),
+        ('{path = "prepared"}, {path = "rows.jsonl"}', "must be the only source"),
         ('{path = "prepared", columns = {prompt = "messages"}}', "needs no `columns`"),
         ('{path = "prepared", split = "train"}', "needs no `split`"),
     ],

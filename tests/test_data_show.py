@@ -79,7 +79,7 @@ def test_samples_with_their_supervised_text_and_what_was_dropped(
     assert "dropped mute: no answer to a user's message" in text
     assert "dropped short: 2 supervised tokens of at least 3" in text
     assert "1 duplicates" in text
-    assert "1 with tokens of their own" in text
+    assert "1 with token ids of their own" in text
     assert "\x1b" not in text
     first = _show(capsys, str(run_file), "-n", "1")
     assert "id good" in first
@@ -113,7 +113,7 @@ def test_the_regenerated_conversations_where_there_are_any(finished: Path, capsy
     assert "conversations.jsonl" in text.partition("\n")[0]
     assert text.count("--- sample") == 2
     assert text.count("«") == 2
-    assert "2 with tokens of their own" in text
+    assert "2 with token ids of their own" in text
 
 
 def test_published_choices_are_refused_where_the_target_answers_itself(

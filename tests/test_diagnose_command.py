@@ -98,10 +98,13 @@ def test_a_folder_none_of_whose_paths_is_relative_says_enough(finished_copy: Pat
     ("arguments", "parts"),
     [
         (["nowhere.toml"], ("no such", "nowhere.toml")),
-        (["."], ("No run there", "config.toml")),
+        (["."], ("There is no run in this folder", "config.toml")),
         (["draft", "--target", "builtin:tiny-qwen3"], ("give --task",)),
-        (["run.toml", "--served", "a.json", "--server", "http://localhost:1"], ("give one of them",)),
-        (["./draft", "--target", "builtin:tiny-qwen3", "--task", "t.jsonl"], ("no draft checkpoint there",)),
+        (["run.toml", "--served", "a.json", "--server", "http://localhost:1"], ("give only one of them",)),
+        (
+            ["./draft", "--target", "builtin:tiny-qwen3", "--task", "t.jsonl"],
+            ("no draft checkpoint in this directory",),
+        ),
     ],
 )
 def test_what_cannot_be_diagnosed_is_one_message(

@@ -129,7 +129,7 @@ def test_rotary_frequencies_that_are_no_numbers_are_refused(
 ) -> None:
     config = json.loads((draft_folder / "config.json").read_text())
     config["rope_parameters"] = {"rope_type": "linear", "rope_theta": 1e4, "factor": 0}
-    with pytest.raises(CheckpointError, match="constants that are no numbers"):
+    with pytest.raises(CheckpointError, match="constants that are not finite numbers"):
         _open(_with(draft_folder, tmp_path / "draft", json.dumps(config)), registry)
 
 

@@ -217,7 +217,7 @@ def test_a_target_that_reads_numbers_is_said_not_to_be_counted(
     run = make_run(target.where, "dspark", *ONLINE)
     assert main(["estimate", str(run.path), *(part for key in ONLINE for part in ("--set", key))]) == 0
     shown = capsys.readouterr()
-    assert "Not counted, since it does not run without numbers: the target's forward pass: " in shown.out
+    assert "Not counted: the target's forward pass, which cannot run on tensors without values: " in shown.out
     assert not shown.err
     found = estimate(run)
     assert found.flops["features"] == 0
@@ -366,9 +366,9 @@ def test_the_table_and_the_object_say_the_same(
 
     assert main(["estimate", path]) == 0
     shown = capsys.readouterr().out
-    assert "micro-batches of 2 x 64 tokens, supervised from the second on" in shown
+    assert "A micro-batch has 2 x 64 tokens." in shown
     assert f"{said['cache']['bytes_per_token']:,} bytes a token" in shown
-    assert "the loss's vocabulary products, forward and backward" in shown
+    assert "the loss's products with the vocabulary, forward and backward" in shown
     assert any(line.split()[1:2] == ["peak"] for line in shown.splitlines())
 
 

@@ -123,11 +123,11 @@ def test_a_target_the_draft_was_not_made_for(copy: Path, capsys: pytest.CaptureF
 def test_mistakes_on_the_command_line(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     held_out = [word if word != "task.jsonl" else "held-out" for word in command()]
     refused(capsys, held_out, "held-out", "run file")
-    refused(capsys, command("yours/../mine2/x"), "no draft checkpoint there")
+    refused(capsys, command("yours/../mine2/x"), "no draft checkpoint in this directory")
     absent = [word if word != "task.jsonl" else "gsm9k" for word in command()]
     refused(capsys, [*absent, "--out", "other"], "gsm9k")
     twice = [*command(), "--task", "./task.jsonl", "--out", "other2"]
-    refused(capsys, twice, "share one file of results", "task.jsonl")
+    refused(capsys, twice, "write the same file of results", "task.jsonl")
     threshold = [*command(), "--confidence-threshold", "0.5", "--out", "other3"]
     refused(capsys, threshold, "confidence")
 
@@ -249,4 +249,4 @@ def test_the_report_command(copy: Path, finished: Path, capsys: pytest.CaptureFi
     run_file.write_text(text)
     assert main(["report", str(run_file), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["rows"][0]["run"] == "quickstart-dflash"
-    refused(capsys, ["report", "nowhere"], "Nothing to report there", "nowhere", "evaluate stage")
+    refused(capsys, ["report", "nowhere"], "There is nothing to report", "nowhere", "evaluate stage")

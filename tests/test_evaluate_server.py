@@ -175,7 +175,7 @@ def test_other_work_of_the_server_is_told(
     assert found["counted"]["tokens_by_counters"] == found["counted"]["tokens_in_answers"] + 4 * 5
     assert found["acceptance_length"] is found["rounds"] is found["marginal"] is None
     assert found["against"]["equal"] == 4
-    assert "somebody else asked it too" in capsys.readouterr().err
+    assert "other clients used it too" in capsys.readouterr().err
     assert "somebody else asked it too" in Path("served/report.md").read_text()
     # SGLang tells the rounds of each answer, which nobody else changes.
     server = start("sglang")
@@ -205,16 +205,16 @@ def test_servers_that_cannot_be_measured_are_refused(
     refused(capsys, server, "A server serves another model", "somebody/else", "--served-as")
     assert not server.asked
     server.always = "html"
-    refused(capsys, server, "none whose speculative decoding can be measured", "Welcome to the gateway")
+    refused(capsys, server, "Speculative decoding cannot be measured on this kind of server", "Welcome to the gateway")
     server = start("llama.cpp")
     for metrics, said in (("missing", "does not support"), ("html", "Welcome"), ("foreign", "other_total")):
         server.metrics = metrics
         refused(capsys, server, "does not show its counters", said, "Start it with --metrics")
     assert not server.asked
     server.metrics, server.restarts = "shown", True
-    refused(capsys, server, "counted from anew", "nothing was written")
+    refused(capsys, server, "counters restarted", "nothing was written")
     server.restarts, server.invented = False, {"num_accepted_tokens": 4000}
-    refused(capsys, server, "counters do not go together", "accepted tokens of", server.address)
+    refused(capsys, server, "counters contradict each other", "accepted tokens of", server.address)
     server.invented, server.faults = {}, ["out of memory"]
     refused(capsys, server, "did not answer a prompt", "out of memory", "task.jsonl")
     server.stop()
@@ -223,20 +223,20 @@ def test_servers_that_cannot_be_measured_are_refused(
 
 def test_what_is_known_before_is_said_before(start: Start, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     server = start("vllm")
-    refused(capsys, server, "No evaluation there", more=("--against", "nowhere"))
-    refused(capsys, server, "Nothing could be compared", more=("--against", "own", "--temperature", "1"))
+    refused(capsys, server, "There is no evaluation in this folder", more=("--against", "nowhere"))
+    refused(capsys, server, "There is no answer to compare with", more=("--against", "own", "--temperature", "1"))
     assert ask(server, "--draft", "lookup") == 2
-    assert "--draft says nothing to a server" in capsys.readouterr().err
+    assert "--draft has no effect on a server" in capsys.readouterr().err
     assert main(["evaluate", "--server", server.address]) == 2
     assert "--server needs RUN, or --target and --task" in capsys.readouterr().err
     assert main(["evaluate", "--server", "here", "--target", TARGET, "--task", "task.jsonl"]) == 2
     assert "http://host:8000" in capsys.readouterr().err
     assert ask(server, "--out", "own") == 2
-    assert "would replace this engine's own" in capsys.readouterr().err
+    assert "would replace those of this engine" in capsys.readouterr().err
     assert not server.asked
     assert ask(server) == 0
     assert ask(server) == 2
-    assert "There are results already" in capsys.readouterr().err
+    assert "There are results in this folder already" in capsys.readouterr().err
 
 
 def test_a_run_says_what_is_asked(finished_copy: Path, start: Start, capsys: pytest.CaptureFixture[str]) -> None:
@@ -251,7 +251,7 @@ def test_a_run_says_what_is_asked(finished_copy: Path, start: Start, capsys: pyt
     assert result["counted"]["disturbed"] is False
     assert "turns_not_asked" in result
     assert main(["evaluate", str(folder), *small, "--target", TARGET]) == 2
-    assert "--target is what RUN says" in capsys.readouterr().err
+    assert "--target is set by RUN" in capsys.readouterr().err
 
 
 def test_the_sampling_is_sent_or_refused(start: Start, here: Path, capsys: pytest.CaptureFixture[str]) -> None:

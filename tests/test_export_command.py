@@ -41,7 +41,7 @@ def test_a_place_of_its_own_is_made_and_never_overwritten(
     assert main(command) == 0
     before = (Path("served/mine") / "config.json").stat().st_mtime_ns
     assert main(command) == 2
-    assert "the export's place is taken" in capsys.readouterr().err
+    assert "the export's folder exists already" in capsys.readouterr().err
     assert (Path("served/mine") / "config.json").stat().st_mtime_ns == before
 
 
@@ -75,7 +75,7 @@ def test_what_cannot_be_exported_leaves_nothing(
 def test_a_draft_that_is_not_there(offer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     offer()
     assert main(["export", str(tmp_path / "none"), "--to", "plain"]) == 2
-    assert "no draft checkpoint there" in capsys.readouterr().err
+    assert "no draft checkpoint in this directory" in capsys.readouterr().err
 
 
 def test_a_format_that_holds_the_targets_tokens(
@@ -125,7 +125,7 @@ def test_a_run_whose_folder_does_not_say_where_its_run_file_lay(
     monkeypatch.chdir(files)
     assert main(["export", str(run), "--to", "gguf", "--out", "served"]) == 2
     said = capsys.readouterr().err
-    assert "does not say where its run file lay" in said
+    assert "place of the run file is not known" in said
     assert "--target" in said
     assert main(["export", "train.toml", "--to", "gguf", "--out", "served"]) == 0
     assert Path("served/draft.gguf").is_file()

@@ -46,7 +46,7 @@ def test_a_vocabulary_is_reduced_by_what_the_runs_answers_have(
     [
         (("--to", "vllm", "--draft-vocab", "150"), "reduced vocabulary"),
         (("--to", "deepspec", "--draft-vocab", "99999999"), "--draft-vocab"),
-        (("--to", "deepspec", "--draft-vocab", "1024"), "nothing is reduced"),
+        (("--to", "deepspec", "--draft-vocab", "1024"), "nothing would be reduced"),
     ],
 )
 def test_what_cannot_be_reduced_is_refused_before_the_target_is_loaded(
@@ -96,10 +96,10 @@ def test_answers_that_are_gone_or_edited_are_refused_and_the_run_stays_as_it_is(
     lines = answers.read_text().splitlines(keepends=True)
     answers.write_text("".join(lines[1:]))
     assert main(command) == 2
-    assert "changed under the results of the stage" in capsys.readouterr().err
+    assert "changed after the stage" in capsys.readouterr().err
     shutil.move(folder / "regenerate", tmp_path / "moved")
     assert main(command) == 2
-    assert "the run's answers are not there" in capsys.readouterr().err
+    assert "the run's answers are missing" in capsys.readouterr().err
     assert tokens_of(folder) == before
 
 

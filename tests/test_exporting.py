@@ -78,9 +78,9 @@ def test_an_interrupted_export_is_written_again(finished_copy: Path, offer: Any)
             {"unservable": '"it has no " + facts.description.algorithm'},
             ("cannot be exported to plain", "it has no dflash"),
         ),
-        ({"unservable": "facts.heads"}, ("cannot say whether it holds the draft", "_writer.py:7")),
+        ({"unservable": "facts.heads"}, ("failed to check the draft", "_writer.py:7")),
         ({"writer": ""}, ("'plain (dflash)'", "cannot be loaded")),
-        ({"writer": "class Writer:\n    pass\n"}, ("is no exporter", "unservable")),
+        ({"writer": "class Writer:\n    pass\n"}, ("does not make an exporter", "unservable")),
         ({"writer": FAILS_TO_BUILD}, ("cannot be built", "no engine")),
     ],
 )
@@ -126,7 +126,7 @@ def test_what_is_in_the_place_of_an_export_stays(
     mine.parent.mkdir()
     mine.write_text("mine")
     assert main(_arguments(finished_copy)) == 2
-    assert "the export's place is taken" in capsys.readouterr().err
+    assert "the export's folder exists already" in capsys.readouterr().err
     assert mine.read_text() == "mine"
 
 

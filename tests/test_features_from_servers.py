@@ -159,7 +159,7 @@ def test_what_is_missing_is_said_before_the_first_stage(
     longest = 384 * (8 + 6 * 4 * target.model.architecture.hidden_size) + 8192
     message = refused(f"features.exchange_gb={1.5 * longest / 1e9}", workers=2)
     assert "for each of 2 processes" in message
-    assert "none is named" in refused("features.servers=[]")
+    assert "no server is named" in refused("features.servers=[]")
     assert 'features.mode = "online"' in refused("features.mode=online")
     for server in servers:
         server.max_model_len = 384

@@ -187,7 +187,8 @@ def test_what_did_not_come_is_asked_for_with_its_reason(
     said = summary(run_file, "cache")
     assert (said["with answers"], said["asked again"]) == (COUNT - len(FAULTS), reasons)
     assert len(servers[0].asked) == len(FAULTS)
-    assert "1 texts came without features, which are asked for later: A state is not finite" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "1 answers were received without features; the cache stage will request them: A state is not finite" in said
     assert list(exchange.iterdir()) == []
     check(run_file, in_two_passes)
 
@@ -282,9 +283,9 @@ def test_keys_that_do_not_go_together(
         assert run(run_file, exchange, servers, *settings) == 2
         return capsys.readouterr().err
 
-    assert "no stage would take them" in refused("features.mode=server", 'run.stages=["regenerate", "train"]')
-    assert "answers given in this process bring no features" in refused("regenerate.servers=[]")
-    assert "none of those that give features" in refused("regenerate.servers=['http://127.0.0.1:9/v1']")
+    assert "no stage would use the features" in refused("features.mode=server", 'run.stages=["regenerate", "train"]')
+    assert "answers that are generated in this process come without features" in refused("regenerate.servers=[]")
+    assert "is not among features.servers" in refused("regenerate.servers=['http://127.0.0.1:9/v1']")
     assert "Set regenerate.features = true" in refused("regenerate.features=false")
     for server in servers:
         server.knows = "whole"

@@ -117,7 +117,7 @@ def test_a_description_that_cannot_be_so(
 ) -> None:
     describe = DFlashModel.describe
     monkeypatch.setattr(DFlashModel, "describe", lambda self: evolve(describe(self), **{field: value}))
-    with pytest.raises(PluginError, match=f"describes itself wrongly: `{field}`") as caught:
+    with pytest.raises(PluginError, match=f"has a wrong description: `{field}`") as caught:
         _check(run_file)
     assert says in f"{caught.value.found} {caught.value.expected}"
     assert caught.value.where == "deepspec-dflash"
@@ -145,7 +145,7 @@ def test_a_checkpoint_that_would_open_as_another_draft(
         return evolve(said, config={**said.config, key: value})
 
     monkeypatch.setattr(DFlashModel, "describe", odd)
-    with pytest.raises(PluginError, match="would not open as what was trained") as caught:
+    with pytest.raises(PluginError, match="would not open as the draft that was trained") as caught:
         _check(run_file)
     assert says in str(caught.value.found)
 

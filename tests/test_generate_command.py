@@ -91,7 +91,7 @@ def test_standard_input_that_is_no_prompt(
         ([""], "the prompt is empty"),
         (["word " * 5000], "no room to answer"),
         (["x", "--max-new-tokens", "0"], "max-new-tokens"),
-        (["x", "--draft", "./nothing"], "no draft checkpoint there"),
+        (["x", "--draft", "./nothing"], "no draft checkpoint in this directory"),
         (["x", "--dtype", "int4"], "dtype"),
     ],
 )
@@ -110,4 +110,4 @@ def test_a_confidence_threshold_concerns_the_draft_alone(
     assert main([*arguments, "--draft", str(drafts["dspark"])]) == 0
     assert "plain decoding" in "".join(capsys.readouterr())
     assert main(arguments) == 2
-    assert "without a draft there is no confidence" in capsys.readouterr().err
+    assert "a confidence threshold needs a draft" in capsys.readouterr().err

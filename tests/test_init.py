@@ -258,7 +258,7 @@ def test_a_draft_type_with_an_option_that_must_be_given(
     out = tmp_path / "train.toml"
     assert main(["init", "builtin:tiny-qwen3", "--draft", "strict", "-o", str(out)]) == 0
     text = out.read_text()
-    assert "# width: has no default, and must be given" in text
+    assert "# width: is required and has no default" in text
     assert "Its size depends on width, which must be given" in text
     # The last of the target's 12 layers, 11, cannot be tapped, and is not offered.
     assert "from 0 to 10" in text

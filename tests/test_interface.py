@@ -193,9 +193,9 @@ def test_seconds_are_those_of_decoding(target: Any, monkeypatch: pytest.MonkeyPa
         (["fine", []], {}, ("a prompt is empty", "prompt 1")),
         (None, {}, ("neither a prompt nor a list", "NoneType")),
         ({"role": "user", "content": "x"}, {}, ("neither a prompt nor a list", "fix:", "into a list")),
-        (["fine", None], {}, ("no prompt", "prompt 1", "NoneType")),
-        (b"hi", {}, ("no prompt", "prompt 0", "bytes")),
-        (["fine", b"hi"], {}, ("no prompt", "prompt 1", "bytes")),
+        (["fine", None], {}, ("not a prompt", "prompt 1", "NoneType")),
+        (b"hi", {}, ("not a prompt", "prompt 0", "bytes")),
+        (["fine", b"hi"], {}, ("not a prompt", "prompt 1", "bytes")),
         ([[1, "a"]], {}, ("not whole numbers", "'a'")),
         ([[True]], {}, ("not whole numbers", "True")),
         ([[1, 99_999]], {}, ("outside the vocabulary", "99999")),
@@ -232,7 +232,7 @@ def test_models_that_do_not_fit_are_refused(target: Any, tiny_target: Callable[.
     save_draft(draft, other.adapter, tmp_path / "draft")
     with pytest.raises(deepspec_core.DeepSpecError, match="made for another target"):
         deepspec_core.load_draft(tmp_path / "draft", target)
-    with pytest.raises(deepspec_core.DeepSpecError, match="no draft checkpoint there"):
+    with pytest.raises(deepspec_core.DeepSpecError, match="no draft checkpoint in this directory"):
         deepspec_core.load_draft("./nothing", target)
     with pytest.raises(deepspec_core.DeepSpecError, match="tiny-qwen3"):
         deepspec_core.load_target("builtin:tiny-qwen")
@@ -245,9 +245,9 @@ def test_models_that_do_not_fit_are_refused(target: Any, tiny_target: Callable[.
     with pytest.raises(deepspec_core.DeepSpecError, match=r"`hidden_size` differs.*`dtype` differs"):
         deepspec_core.generate(target, opened, QUESTIONS)
     for wrong in (str(tmp_path / "draft"), other):
-        with pytest.raises(deepspec_core.DeepSpecError, match="this is no draft"):
+        with pytest.raises(deepspec_core.DeepSpecError, match="not a loaded draft"):
             deepspec_core.generate(other, wrong, QUESTIONS)  # type: ignore[arg-type]
-    with pytest.raises(deepspec_core.DeepSpecError, match="this is no target"):
+    with pytest.raises(deepspec_core.DeepSpecError, match="not a loaded target"):
         deepspec_core.load_draft(tmp_path / "draft", TINY)  # type: ignore[arg-type]
 
 
@@ -258,7 +258,7 @@ def test_a_run_file_from_a_dictionary_is_checked_as_toml(tmp_path: Path) -> None
     assert "dta" in str(caught.value)
     assert "write 'data'" in str(caught.value)
     assert "text in quotes" in str(caught.value)
-    with pytest.raises(deepspec_core.DeepSpecError, match="nested mappings"):
+    with pytest.raises(deepspec_core.DeepSpecError, match="a nested mapping"):
         deepspec_core.RunFile.from_dict([1])  # type: ignore[arg-type]
     run = {"name": "x", "output": tmp_path, "stages": ("train",)}
     tables = {"run": run, "target": {"model": TINY, "layers": np.array([2, 4])}, "draft": {"type": "eagle3"}}
@@ -286,7 +286,7 @@ def test_evaluating_a_loaded_draft(target: Any, drafts: dict[str, Path], tmp_pat
     assert (short.prompts, short.prompts_too_long, short.temperature) == (3, 1, 1.0)
     with pytest.raises(deepspec_core.DeepSpecError, match="no temperature to evaluate at"):
         deepspec_core.evaluate(target, draft, {"own": ["x"]}, temperature=[])
-    with pytest.raises(deepspec_core.DeepSpecError, match="nothing to evaluate on"):
+    with pytest.raises(deepspec_core.DeepSpecError, match="no tasks to evaluate on"):
         deepspec_core.evaluate(target, draft, [])
     with pytest.raises(deepspec_core.DeepSpecError, match="held-out"):
         deepspec_core.evaluate(target, draft, "held-out")

@@ -33,12 +33,12 @@ def folder(finished: Path) -> Path:
     [
         (np.array(3), {}, "neither a prompt nor a list of prompts"),
         (None, {}, "neither a prompt nor a list of prompts"),
-        ([np.array(3)], {}, "this is no prompt"),
+        ([np.array(3)], {}, "this is not a prompt"),
         (SURROGATE, {}, "not valid Unicode"),
         ("x", {"system_prompt": SURROGATE}, "not valid Unicode"),
         ([[{"role": "tool", "content": "x", "name": SURROGATE}]], {}, "not valid Unicode"),
         ("x", {"on_round": 3}, "on_round"),
-        ("x", {"confidence_threshold": 0.5}, "without a draft there is no confidence"),
+        ("x", {"confidence_threshold": 0.5}, "a confidence threshold needs a draft"),
         ("x", {"temperature": 1e-30}, "0 for greedy decoding"),
         ("x", {"max_new_tokens": 10**12}, "max_new_tokens"),
     ],
@@ -98,7 +98,7 @@ def test_tasks(target: Any, folder: Path, tasks: Any) -> None:
 def test_messages_speak_of_calls_and_not_of_run_files(
     target: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ds.DeepSpecError, match=r"what load_draft\(NAME, target\) returns, or None$"):
+    with pytest.raises(ds.DeepSpecError, match=r"the result of load_draft\(NAME, target\), or None$"):
         ds.generate(target, "dir", "x")  # type: ignore[arg-type]
     draft = ds.load_draft(folder / "draft", target)
     monkeypatch.chdir(tmp_path)

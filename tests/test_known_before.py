@@ -75,7 +75,10 @@ def test_tool_results_that_the_template_cannot_replay(refused: Refused, run_file
 def test_servers_to_regenerate_with(refused: Refused) -> None:
     refused('regenerate.servers=["http://127.0.0.1:1"]', says=("no server answers", "regenerate.servers"))
     refused('regenerate.servers=["127.0.0.1:1"]', says=("an address such as http://host:8000/v1",))
-    refused('regenerate.servers=["http://me:secret@host/v1"]', says=("an address alone", "api_key_env"))
+    refused(
+        'regenerate.servers=["http://me:secret@host/v1"]',
+        says=("an address without user, password or query", "api_key_env"),
+    )
     key = 'regenerate.api_key_env="DEEPSPEC_NO_SUCH_KEY"'
     refused('regenerate.servers=["http://127.0.0.1:1"]', key, says=("DEEPSPEC_NO_SUCH_KEY is not set",))
 
@@ -107,7 +110,7 @@ def test_two_tasks_of_one_name(refused: Refused, run_file: Path) -> None:
     for folder in ("a", "b"):
         (run_file.parent / folder).mkdir()
         (run_file.parent / folder / "same.jsonl").write_text('{"turns": ["one"]}\n')
-    refused('evaluate.tasks=["a/same.jsonl", "b/same.jsonl"]', says=("share one file of results",))
+    refused('evaluate.tasks=["a/same.jsonl", "b/same.jsonl"]', says=("write the same file of results",))
 
 
 def test_prompts_that_leave_no_room(refused: Refused, run_file: Path) -> None:
@@ -196,8 +199,8 @@ def test_answers_too_short_to_be_kept(run_file: Path, caplog: pytest.LogCaptureF
 def test_a_cache_among_other_files(refused: Refused, run_file: Path, path: str, says: str) -> None:
     (run_file.parent / "thesis").mkdir()
     (run_file.parent / "thesis" / "thesis.txt").write_text("years of work")
-    refused(f'cache.path="{path}"', says=("the cache cannot be put there", says))
-    refused(f'cache.path="{run_file.parent / path}"', says=("the cache cannot be put there", says))
+    refused(f'cache.path="{path}"', says=("the cache cannot be put into this folder", says))
+    refused(f'cache.path="{run_file.parent / path}"', says=("the cache cannot be put into this folder", says))
     assert (run_file.parent / "thesis" / "thesis.txt").exists()
 
 
@@ -205,7 +208,7 @@ def test_what_the_run_reads_is_not_discarded(finished_copy: Path, capsys: pytest
     answers = finished_copy.parent / "runs" / "quickstart-dflash-smoke" / "regenerate" / "conversations.jsonl"
     given = ["--set", f"data.sources=[{{path={json.dumps(str(answers))}}}]"]
     assert main(["run", str(finished_copy), "--smoke", "--force", "regenerate", *given]) == 2
-    assert "What the run reads would be discarded" in capsys.readouterr().err
+    assert "--force would discard files that the run reads" in capsys.readouterr().err
     assert answers.exists()
 
 
@@ -213,7 +216,7 @@ def test_results_that_have_no_place(refused: Refused, run_file: Path) -> None:
     out = run_file.parent / "runs" / "quickstart-dflash-smoke"
     (out / "train").mkdir(parents=True)
     (out / "train" / "checkpoints").write_text("a file")
-    refused(says=("Results cannot be written there", "checkpoints is no folder"))
+    refused(says=("Results cannot be written to this folder", "checkpoints is no folder"))
 
 
 def test_little_room_for_checkpoints_is_said(
@@ -253,13 +256,15 @@ def test_a_draft_to_evaluate_that_is_damaged(refused: Refused, finished: Path, t
 
 def test_folders_that_cannot_be_written(refused: Refused, run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (run_file.parent / "taken").write_text("a file")
-    refused('run.output="taken/run"', says=("Results cannot be written there", "taken is no folder"))
-    refused('cache.path="taken"', says=("Results cannot be written there", "taken is no folder"))
+    refused('run.output="taken/run"', says=("Results cannot be written to this folder", "taken is no folder"))
+    refused('cache.path="taken"', says=("Results cannot be written to this folder", "taken is no folder"))
     # Where it is there, /proc takes no file, whoever asks and whatever its permissions say.
     if Path("/proc/self").exists():
-        refused('cache.path="/proc/cache"', says=("Results cannot be written there", "/proc cannot be written to"))
+        refused(
+            'cache.path="/proc/cache"', says=("Results cannot be written to this folder", "/proc cannot be written to")
+        )
     monkeypatch.setattr(os, "access", lambda _path, mode: not mode & os.W_OK)
-    refused(says=("Results cannot be written there", "cannot be written to"))
+    refused(says=("Results cannot be written to this folder", "cannot be written to"))
 
 
 def test_a_finished_draft_that_would_land_behind_a_link(refused: Refused, run_file: Path) -> None:
@@ -267,7 +272,7 @@ def test_a_finished_draft_that_would_land_behind_a_link(refused: Refused, run_fi
     out.mkdir(parents=True)
     (run_file.parent / "other").mkdir()
     (out / "draft").symlink_to(run_file.parent / "other")
-    refused(says=("The finished draft cannot be put there", "a symbolic link"))
+    refused(says=("The finished draft cannot be written to this place", "a symbolic link"))
 
 
 def test_no_room_for_a_checkpoint(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -340,10 +345,10 @@ def test_what_can_run_is_not_refused(quickstart: str, run_file: Path) -> None:
 
 
 def test_samples_longer_than_the_targets_positions(refused: Refused) -> None:
-    says = ("longer than the target has positions", "4,096", "1,024", "data.max_length = 1024")
+    says = ("longer than the target's number of positions", "4,096", "1,024", "data.max_length = 1024")
     refused("data.max_length=4096", says=says)
 
 
 @pytest.mark.parametrize(("token", "says"), [(2, "a stop token"), (1, "a control token of the chat template")])
 def test_a_mask_token_that_means_something(refused: Refused, token: int, says: str) -> None:
-    refused(f"draft.mask_token_id={token}", says=("mask token means something", says, "mask_token_id"))
+    refused(f"draft.mask_token_id={token}", says=("mask token occurs in the target's texts", says, "mask_token_id"))

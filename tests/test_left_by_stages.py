@@ -34,7 +34,7 @@ def test_a_draft_that_changed_after_training_is_not_evaluated(
     weights.write_bytes(content)
     assert main(["run", str(finished_copy), "--smoke", "--force", "evaluate"]) == 2
     seen = capsys.readouterr()
-    assert "The run's finished draft changed under the results of the stage `train`" in seen.err
+    assert "The run's finished draft changed after the stage `train`" in seen.err
     assert "discarded" not in seen.out
 
 
@@ -44,7 +44,7 @@ def test_answers_cut_before_the_next_stage_are_refused(run_file: Path, capsys: p
     path = _folder(run_file) / "regenerate" / "conversations.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
     assert main([*command, "cache"]) == 2
-    assert "The file of regenerated conversations changed under the results" in capsys.readouterr().err
+    assert "The file of regenerated conversations changed after the stage" in capsys.readouterr().err
 
 
 def test_a_stage_resumed_with_another_version_keeps_both(
@@ -56,7 +56,7 @@ def test_a_stage_resumed_with_another_version_keeps_both(
     monkeypatch.setattr(Plugins, "versions", lambda self: {**versions(self), "deepspec-dflash": "99"})
     assert main(["run", str(finished_copy), "--smoke", *ONE_THREAD]) == 0
     (old,) = {version for name, version in versions(load_plugins()).items() if name == "deepspec-dflash"}
-    assert f"evaluate: resumed with deepspec-dflash 99, and begun with {old}" in capsys.readouterr().err
+    assert f"evaluate: resumed with deepspec-dflash 99, but started with {old}" in capsys.readouterr().err
     assert json.loads(record.read_text())["plugins"]["deepspec-dflash"] == f"{old}, then 99"
 
 
@@ -114,7 +114,7 @@ def test_a_cache_that_does_not_say_its_split_is_no_proof(finished: Path, run_fil
     run = Run(file=load_run_file(run_file, overrides=overrides, plugins=plugins), path=run_file, plugins=plugins)
     with pytest.raises(CacheError, match="made with another split") as problem:
         run.cache.require_same_split()
-    assert "does not say" in str(problem.value.found)
+    assert "does not record" in str(problem.value.found)
 
 
 def test_a_damaged_record_can_be_discarded(finished_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -136,7 +136,7 @@ def test_a_plan_that_another_process_overtook_is_not_done(finished_copy: Path) -
     trained = _folder(finished_copy) / "train" / "stage.json"
     other = json.loads(trained.read_text())
     trained.write_text(json.dumps({**other, "seconds": other["seconds"] + 1}))
-    with pytest.raises(StageError, match="worked on the stage `train` meanwhile"):
+    with pytest.raises(StageError, match="changed the stage `train` at the same time"):
         do(run, steps, say=lambda _: None)
 
 

@@ -86,7 +86,7 @@ def test_an_evaluation_alone_reads_keys_of_other_sections(
     assert main(command) == 0
     for key, value in (("regenerate.thinking", "true"), ("run.seed", "7"), ("data.held_out", "0.4")):
         assert main([*command, "--set", f"{key}={value}"]) == 2
-        assert f"`{key}` changed under the results of the stage `evaluate`" in capsys.readouterr().err
+        assert f"`{key}` changed after the stage `evaluate`" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("interrupted", [True, False])
@@ -102,9 +102,7 @@ def test_edited_sources_are_refused(run_file: Path, capsys: pytest.CaptureFixtur
         record.write_text(json.dumps({**json.loads(record.read_text()), "complete": False}))
     _rows(rows, text="a")
     assert main(command) == 2
-    assert (
-        "The content of data.sources[0] changed under the results of the stage `regenerate`" in capsys.readouterr().err
-    )
+    assert "The content of data.sources[0] changed after the stage `regenerate`" in capsys.readouterr().err
     _rows(rows)
     assert main(command) == 0
 
@@ -165,13 +163,13 @@ def test_a_key_that_came_with_a_later_version_is_refused(
     assert main(command) == 0
     assert main([*command, "--set", "evaluate.top_p=0.3"]) == 2
     told = capsys.readouterr().err
-    assert "`evaluate.top_p` changed under the results of the stage `evaluate`" in told
-    assert "evaluate.top_p = 1.0, which the results were made with" in told
+    assert "`evaluate.top_p` changed after the stage `evaluate`" in told
+    assert "evaluate.top_p = 1.0, with which the results were made" in told
 
 
 def test_a_stage_left_out_later_is_refused(finished_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", str(finished_copy), "--smoke", "--set", 'run.stages=["cache", "train"]']) == 2
-    assert "`run.stages.regenerate` changed under the results of the stage `cache`" in capsys.readouterr().err
+    assert "`run.stages.regenerate` changed after the stage `cache`" in capsys.readouterr().err
 
 
 def test_a_journal_of_other_prompts_is_refused(tmp_path: Path) -> None:

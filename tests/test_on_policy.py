@@ -175,14 +175,12 @@ def test_a_rollout_that_breaks_its_contract_is_named(
     field: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(OwnTextDraft, "rollout", lambda self, texts, uniforms: BAD[field](texts))
-    with pytest.raises(
-        PluginError, match=rf"rolls out what cannot be trained on: `{field.strip()}".replace("()", r"\(\)")
-    ):
+    with pytest.raises(PluginError, match=rf"rollout cannot be trained on: `{field.strip()}".replace("()", r"\(\)")):
         trained(tmp_path)
 
 
 def test_a_source_that_looks_features_up_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="texts that it writes while it trains"):
+    with pytest.raises(ConfigError, match="texts that it generates during training"):
         trained(tmp_path, source=TinySource(4, vocab_size=VOCAB, hidden_size=HIDDEN, num_taps=0))
 
 
@@ -201,7 +199,7 @@ def test_stored_features_are_refused_before_the_first_stage(
 ) -> None:
     assert main(own_text_run) == 2
     said = capsys.readouterr().err
-    assert "stored features are of other texts" in said
+    assert "stored features belong to other texts" in said
     assert "features.mode" in said
     online = ["--set", "features.mode=online", "--set", 'run.stages=["regenerate", "train", "evaluate"]']
     assert main([*own_text_run, *online]) == 0

@@ -39,7 +39,7 @@ def test_a_folder_where_a_file_belongs(run_file: Path, capsys: pytest.CaptureFix
     assert main(["run", str(run_file), "--smoke"]) == 2
     seen = capsys.readouterr()
     assert "starting" not in seen.out
-    assert "A file of the run cannot be put there" in seen.err
+    assert "A folder has the name of a file of the run" in seen.err
     assert str(place) in seen.err
 
 

@@ -169,13 +169,13 @@ def test_who_mixes_conversations_is_found_out(
             found: TargetFeatures = target.model.features(ids, mask, None, None, taps)
             return found
 
-    with pytest.raises(TargetError, match="does not keep the conversations"):
+    with pytest.raises(TargetError, match="lets the conversations of a packed row influence"):
         check_target_apart(Deaf(), (1, 3))  # type: ignore[arg-type]
     whole = draft.forward
     draft.forward = lambda batch: whole(  # type: ignore[method-assign]
         evolve(batch, prepared={name: part for name, part in batch.prepared.items() if name != "grid_begins"})
     )
-    with pytest.raises(PluginError, match="does not keep the conversations"):
+    with pytest.raises(PluginError, match="lets the conversations of a packed row influence"):
         check_draft_apart(draft, device=torch.device("cpu"), compute_dtype=torch.bfloat16)
 
 

@@ -182,7 +182,7 @@ def test_a_weighting(says: Says) -> None:
     ],
 )
 def test_a_weighting_that_returns_no_weight_a_row(says: Says, name: str, found: str) -> None:
-    says(f'loss.weighting={{type="{name}"}}', parts=(f"weighting {name!r} does not return one weight a row", found))
+    says(f'loss.weighting={{type="{name}"}}', parts=(f"weighting {name!r} does not return one weight per row", found))
 
 
 def test_a_loss_term_that_fails_while_training(says: Says) -> None:
@@ -200,14 +200,14 @@ def test_a_loss_term_that_fails_while_training(says: Says) -> None:
     ],
 )
 def test_a_loss_term_that_returns_no_number_a_row(says: Says, name: str, found: str) -> None:
-    says(f"loss.terms={{{name}=1.0}}", parts=(f"loss term {name!r} does not return one number a row", found, "[4]"))
+    says(f"loss.terms={{{name}=1.0}}", parts=(f"loss term {name!r} does not return one number per row", found, "[4]"))
 
 
 @pytest.mark.parametrize(
     ("name", "parts"),
     [
-        ("unsaid", ("'unsaid' is no loss term", "without needs_target, needs_extras")),
-        ("letters", ("'letters' is no loss term", "needs_extras = 'confidence'")),
+        ("unsaid", ("'unsaid' is not a loss term", "without needs_target, needs_extras")),
+        ("letters", ("'letters' is not a loss term", "needs_extras = 'confidence'")),
         ("secret", ("loss term 'secret' reads the target's distribution", "needs_target = True")),
     ],
 )

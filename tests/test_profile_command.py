@@ -38,7 +38,7 @@ def test_the_table_of_the_built_in_target(judged_run: Path, capsys: pytest.Captu
         (["--batch-size", "2"], "a batch size is given twice"),
         (["--repeats", "1"], "1 is not in the range"),
         (["--context", "9999999"], "longer than the target has positions"),
-        (["--out", "/proc/table.json"], "cannot be written there"),
+        (["--out", "/proc/table.json"], "cannot be written to this place"),
     ],
 )
 def test_nonsense_is_refused(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -52,7 +52,7 @@ def test_no_target_and_no_file_overwritten(capsys: pytest.CaptureFixture[str]) -
     assert "no such target directory" in capsys.readouterr().err
     Path("mine.json").write_text("mine")
     assert main(["profile", "builtin:tiny-qwen3", *SMALL, "--out", "mine.json"]) == 2
-    assert "there is a file already" in capsys.readouterr().err
+    assert "this file exists already" in capsys.readouterr().err
     assert Path("mine.json").read_text() == "mine"
     Path("table.sglang.json").write_text("mine")
     assert main(["profile", "builtin:tiny-qwen3", *SMALL, "--out", "table.json"]) == 2

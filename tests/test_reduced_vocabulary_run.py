@@ -136,5 +136,5 @@ def test_ids_that_are_no_tokens_are_refused(reduced: Path, target: Target, tmp_p
     weights = load_file(tmp_path / "model.safetensors")
     weights["draft_ids"][-1] = target.architecture.vocab_size
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match="the draft's vocabulary is none of this target's"):
+    with pytest.raises(CheckpointError, match="the draft's vocabulary does not fit this target"):
         deepspec_core.load_draft(tmp_path, target)

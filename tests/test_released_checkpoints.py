@@ -145,7 +145,7 @@ Damage = Callable[[Path], object]
         (lambda copy: edit_config(copy, model_type=None), ["names no model_type"]),
         (lambda copy: edit_config(copy, hidden_size="wide"), ["config.json"]),
         (lambda copy: edit_config(copy, block_size=None), ["'block_size'"]),
-        (lambda copy: (copy / "config.json").unlink(), ["no draft checkpoint there"]),
+        (lambda copy: (copy / "config.json").unlink(), ["no draft checkpoint in this directory"]),
         (lambda copy: (copy / "model.safetensors").unlink(), ["has no weights"]),
         (lambda copy: (copy / "model.safetensors").write_bytes(b"\x00" * 64), ["weights cannot be read"]),
     ],
@@ -168,9 +168,9 @@ def test_an_algorithm_that_is_not_installed_is_missed_by_name(copy: Path, capsys
 
 
 def test_names_that_lead_nowhere(hub: list[dict[str, Any]], tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="the Hub does not give it"):
+    with pytest.raises(CheckpointError, match="the Hub has no such repository or cannot be reached"):
         resolve_draft("deepseek-ai/no-such-draft", base=tmp_path)
-    with pytest.raises(CheckpointError, match="no draft checkpoint there"):
+    with pytest.raises(CheckpointError, match="no draft checkpoint in this directory"):
         resolve_draft("./no-such-draft", base=tmp_path)
     assert len(hub) == 1, "a path is no Hub id"
 

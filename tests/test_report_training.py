@@ -128,10 +128,10 @@ def test_an_evaluated_and_trained_run_beside_one_that_was_only_trained(judged_co
 
 def test_what_cannot_be_reported_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(tmp_path)]) == 2
-    assert "Nothing to report there" in capsys.readouterr().err
+    assert "There is nothing to report" in capsys.readouterr().err
     trained(tmp_path, [line(1)])
     assert main(["report", str(tmp_path), "--json"]) == 2
-    assert "a table is of evaluations" in capsys.readouterr().err
+    assert "so there is no table" in capsys.readouterr().err
     trained(tmp_path / "other", [line(1)])
     assert main(["report", str(tmp_path), str(tmp_path / "other")]) == 2
     assert "ask for the curves of training with --html or --png" in capsys.readouterr().err

@@ -120,7 +120,7 @@ def test_the_command_of_a_run_file(run_file: Path, tmp_path: Path, capsys: pytes
         (["builtin:tiny-qwen3", "--layers", "1;2", "--exchange", "x"], "whole numbers"),
         (["builtin:tiny-qwen3", "--layers", "1,11", "--exchange", "x"], "Leave out or lower 11"),
         (["builtin:tiny-qwen", "--layers", "1", "--exchange", "x"], "tiny-qwen3"),
-        ([*TARGET, "--exchange", "x", "--set", "train.lr=1"], "--set changes a run file"),
+        ([*TARGET, "--exchange", "x", "--set", "train.lr=1"], "--set changes keys of a run file"),
         ([*TARGET, "--exchange", "x", "--", "--kv_transfer_config.kv_role=kv_both"], "--exchange and --stored-as"),
         ([*TARGET, "--exchange", "x", "--", "--enable-prefix-caching"], "--enable-prefix-caching"),
         ([*TARGET, "--exchange", "x", "--", "--api-key=k"], "VLLM_API_KEY"),
@@ -207,9 +207,9 @@ def test_it_says_when_the_engine_answers_and_ends_with_it(
     ("fault", "said"),
     [
         ("ends", ["vLLM ended before it answered", "exit code 1", "no room for the weights"]),
-        ("refuses", ["does not answer a request", "no such model"]),
+        ("refuses", ["does not answer the first request", "no such model"]),
         ("none", ["vLLM writes no features"]),
-        ("fewer", ["other states than were asked for", "[3, 3, 1]", "[3, 4] and the hidden size"]),
+        ("fewer", ["other hidden states than were requested", "[3, 3, 1]", "[3, 4] and the hidden size"]),
     ],
 )
 def test_an_engine_that_gives_no_features_is_ended(

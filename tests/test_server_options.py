@@ -78,4 +78,4 @@ def test_an_option_counts_or_is_refused(
     value = VALUES[option]
     found = asked(option, *([] if value is None else [value]))
     assert found != asked()
-    assert found or f"{option} says nothing to a server" in capsys.readouterr().err
+    assert found or f"{option} has no effect on a server" in capsys.readouterr().err

@@ -130,9 +130,14 @@ def test_other_mistakes(judged_copy: Path, profile: str, capsys: pytest.CaptureF
     refused(capsys, [*command, "--draft-ms", "inf"], "--draft-ms")
     refused(capsys, [*command, "--temperature", "inf"], "inf is no finite number")
     refused(capsys, [*command, "--calibration", "none.json"], "the calibration is missing")
-    refused(capsys, [*command, "--out", "/proc/x/y.json"], "cannot be written there")
+    refused(capsys, [*command, "--out", "/proc/x/y.json"], "cannot be written to this place")
     evaluated = Path("run/metrics.json").read_text()
-    refused(capsys, [*command, "--out", "run/metrics.json"], "there is another file already", "run/metrics.json")
+    refused(
+        capsys,
+        [*command, "--out", "run/metrics.json"],
+        "there is is not the result of a simulation",
+        "run/metrics.json",
+    )
     assert Path("run/metrics.json").read_text() == evaluated
     Path("mine.svg").write_text("mine")
     refused(capsys, [*command, "--out", "mine.json"], "there is another file already", "mine.svg")
@@ -144,7 +149,7 @@ def test_other_mistakes(judged_copy: Path, profile: str, capsys: pytest.CaptureF
     path = judged_copy / "metrics.json"
     report = json.loads(path.read_text())
     path.write_text(json.dumps({**report, "settings": {**report["settings"], "confidence_threshold": 0.2}}))
-    refused(capsys, command, "not those of the draft alone", "confidence_threshold = 0.2")
+    refused(capsys, command, "were changed or cut by other settings", "confidence_threshold = 0.2")
 
 
 def test_a_draft_without_confidences_has_fewer_policies(

@@ -123,7 +123,7 @@ def test_a_changed_key_makes_them_anew(
     run = _run(run_file, change)
     stored = _content(run.data.training_samples())
     assert made.total()
-    assert "made anew: changed since" in caplog.text
+    assert "made again: changed since" in caplog.text
     assert stored == _content(list(run.data.tokenized(run.data.training_conversations(), Counter())))
 
 

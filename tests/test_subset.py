@@ -116,7 +116,7 @@ def test_a_cache_has_its_part_and_another_run_reads_the_same_part(
     assert _summary(folder / "own", "train")["samples"] == 6
 
     assert _do(rows, _output("own"), "cache.subset=7") == 2
-    assert "`cache.subset` changed under the results of the stage `cache`" in capsys.readouterr().err
+    assert "`cache.subset` changed after the stage `cache`" in capsys.readouterr().err
 
     assert _do(rows, _output("whole"), 'run.stages=["cache"]') == 0
     reading = ['run.stages=["train"]', 'cache.path="whole/cache"']
@@ -126,7 +126,7 @@ def test_a_cache_has_its_part_and_another_run_reads_the_same_part(
     assert set(_run(rows, _output("pilot"), *reading, "cache.subset=6").cache.open().ids()) == expected
     capsys.readouterr()
     assert _do(rows, _output("pilot"), *reading, "cache.subset=0.5") == 2
-    assert "`cache.subset` changed under the results of the stage `train`" in capsys.readouterr().err
+    assert "`cache.subset` changed after the stage `train`" in capsys.readouterr().err
 
     # A part of a part; and what is no part of it at all is said before the first stage.
     reading[1] = 'cache.path="own/cache"'
@@ -162,7 +162,7 @@ def test_what_is_no_part_is_refused_with_the_run_file(
 def test_a_part_of_no_cache_is_refused(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     online = ["--set", 'features.mode="online"', "--set", 'run.stages=["train"]', "--set", "cache.subset=0.1"]
     assert main(["config", "check", str(run_file), *online]) == 2
-    assert "no cache is read of which this could be a part" in capsys.readouterr().err
+    assert "because no cache is read" in capsys.readouterr().err
 
 
 def test_sizes_follow_the_part(rows: Path) -> None:

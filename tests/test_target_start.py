@@ -175,7 +175,7 @@ def test_another_rotary_base_is_taken_with_a_warning(
     (said,) = warnings_of("draft.layer.rope={rope_theta=12345.0}")
     theirs, ours = said.split("; the draft's have ")
     assert "rope_theta = " in theirs
-    assert "rope_theta = 12345.0. The weights are taken" in ours
+    assert "rope_theta = 12345.0. The target's weights are copied" in ours
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -210,7 +210,7 @@ def test_a_run_starts_so_and_goes_on_with_its_own(
     assert main([*command, "--force", "train"]) == 0
     seen = capsys.readouterr()
     assert "begun with target:last" in seen.out
-    assert "are those of the target's layers 9, 10, 11" in seen.err
+    assert "copied from the target's layers 9, 10, 11" in seen.err
     begun = load_file(folder / "train" / "checkpoints" / "step-000000" / "draft" / "model.safetensors")
     own = load_file(resolve_model("builtin:tiny-qwen3", base=folder, registry=registry) / "model.safetensors")
     for name in ("self_attn.q_proj", "self_attn.k_norm", "mlp.down_proj", "input_layernorm"):
@@ -229,7 +229,7 @@ def test_a_run_starts_so_and_goes_on_with_its_own(
     assert main(command) == 0
     seen = capsys.readouterr()
     assert "train: resuming" in seen.out
-    assert "are those of the target's layers" not in seen.err
+    assert "copied from the target's layers" not in seen.err
     again = load_file(folder / "draft" / "model.safetensors")
     torch.testing.assert_close(again, trained, rtol=1e-5, atol=1e-6)
 

@@ -94,7 +94,7 @@ def test_what_is_missing_is_said_before_the_first_stage(run_file: Path, capsys: 
     (target / "model.safetensors.index.json").write_text(json.dumps({**index, "weight_map": renamed}))
     said = refused(run_file, capsys)
     for part in (
-        "the target lacks weights that the draft asks for",
+        "the target lacks weights that the draft needs",
         "no name that begins with 'mtp.'",
         "mtp_layers...",
     ):

@@ -75,7 +75,7 @@ def test_the_same_task_twice_is_refused(
     draft = str(next(finished.parent.glob("runs/*/draft")))
     command = ["evaluate", "--draft", draft, "--target", "builtin:tiny-qwen3", "--out", str(tmp_path / "out")]
     assert main([*command, "--task", f"gsm8k:{tmp_path}/rows.jsonl", "--task", "gsm8k"]) == 2
-    assert "Two tasks would share one file of results" in capsys.readouterr().err
+    assert "Two tasks would write the same file of results" in capsys.readouterr().err
 
 
 def test_evaluate_asks_every_task(

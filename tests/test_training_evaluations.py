@@ -113,7 +113,7 @@ def test_what_cannot_be_evaluated_is_refused_before_the_first_stage(
     shutil.copytree(registry.load("builtin", "tiny-qwen3")(), without)
     (without / WEIGHTS).unlink()
     message = refused(every, f'target.model="{without}"')
-    assert "the target's weights are not there" in message
+    assert "the target's weights are missing" in message
     assert "no safetensors files" in message
 
 

@@ -58,7 +58,7 @@ def test_a_trained_draft_is_evaluated_with_trees(finished_copy: Path, capsys: py
     small = ("evaluate.temperature=[0.0]", "evaluate.limit=2", "evaluate.max_new_tokens=16", "run.threads=1")
     command = ["run", str(finished_copy), "--smoke", *(word for text in small for word in ("--set", text)), *TREE]
     assert main(command) == 2
-    assert "`draft.tree.nodes` changed under the results of the stage `evaluate`" in capsys.readouterr().err
+    assert "`draft.tree.nodes` changed after the stage `evaluate`" in capsys.readouterr().err
     assert main([*command, "--force", "evaluate"]) == 0
     assert "train: already complete" in capsys.readouterr().out
     folder = finished_copy.parent / "runs" / "quickstart-dflash-smoke"

@@ -90,7 +90,7 @@ def test_a_run_has_one_stage(lookup: Path, capsys: pytest.CaptureFixture[str]) -
     assert "nothing to do" in capsys.readouterr().out
     refused(capsys, ["run", str(lookup), "--smoke", "--set", "draft.max_tokens=2"], "draft.max_tokens", "--force")
     refused(capsys, ["calibrate", str(folder)], "gives no confidence")
-    refused(capsys, ["export", str(folder), "--to", "vllm"], "no draft checkpoint there")
+    refused(capsys, ["export", str(folder), "--to", "vllm"], "no draft checkpoint in this directory")
 
 
 def test_the_target_as_its_own_draft_has_every_token_accepted(small_lm: Path) -> None:
@@ -113,7 +113,7 @@ def test_another_model_is_another_draft(small_lm: Path, capsys: pytest.CaptureFi
     changed = bytearray(weights.read_bytes())
     changed[-1] ^= 1
     weights.write_bytes(changed)
-    refused(capsys, command, "The draft changed under the results", "--force evaluate")
+    refused(capsys, command, "The draft changed after the stage", "--force evaluate")
 
 
 def test_another_tokenizer_is_refused_before_the_first_stage(
@@ -142,7 +142,7 @@ def test_fewer_positions_than_the_target_are_a_warning(small_lm: Path, capsys: p
     [
         ('run.stages=["train", "evaluate"]', ["run.stages", "are not trained", 'run.stages = ["evaluate"]']),
         ('run.stages=["evaluate", "export"]', ["run.stages", "are not trained"]),
-        ("draft.layer.window=64", ["draft.layer", "no layers to shape"]),
+        ("draft.layer.window=64", ["draft.layer", "no layers whose shape could be set"]),
         ("evaluate.draft=small", ["evaluate.draft", "no checkpoint to evaluate"]),
         ("evaluate.confidence_threshold=0.5", ["confidence_threshold", "gives no confidence"]),
         ("draft.longest=0", ["draft.longest"]),
@@ -155,7 +155,7 @@ def test_what_it_has_no_use_for_is_refused(
 
 
 def test_training_is_not_estimated(lookup: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    refused(capsys, ["estimate", str(lookup)], "a draft of this type is not trained", "lookup.toml: draft.type")
+    refused(capsys, ["estimate", str(lookup)], "drafts of this type are not trained", "lookup.toml: draft.type")
 
 
 def test_init_writes_the_sections_that_are_read(folder: Path) -> None:
@@ -247,7 +247,12 @@ def test_baselines_beside_a_runs_draft(small_lm: Path, capsys: pytest.CaptureFix
     assert main([*command, "--with", "lookup"]) == 0
     assert capsys.readouterr().out.count("already complete") == 2
     refused(capsys, [*command, "--with", "dflash"], "--with", "lookup or small-lm")
-    refused(capsys, [*command, "--with", "lookup", "--beside", "nowhere"], "No evaluation there", "nowhere")
+    refused(
+        capsys,
+        [*command, "--with", "lookup", "--beside", "nowhere"],
+        "There is no evaluation in this folder",
+        "nowhere",
+    )
     # A table alone, without its rounds: said before the first evaluation, and the rest is written.
     (alone := small_lm.parent / "alone").mkdir()
     shutil.copy(folder / "lookup" / "metrics.json", alone)
@@ -259,5 +264,5 @@ def test_baselines_beside_a_runs_draft(small_lm: Path, capsys: pytest.CaptureFix
     assert ahead[str(alone)] is None
     assert ahead["lookup"] is not None
     assert any("rounds of an evaluation are missing" in remark for remark in compared["remarks"])
-    refused(capsys, [*command, "--with", "baseline"], "--with", "the name of the run")
+    refused(capsys, [*command, "--with", "baseline"], "--with", "same name as the run")
     refused(capsys, [*command, "--with", "small-lm:model=a/b,small-lm:model=a_b"], "--with", "share one folder")

@@ -61,9 +61,9 @@ def test_published_weights_are_taken_by_their_names(
     names = draft.describe().weight_names
     for own, value in draft.state_dict().items():
         assert torch.equal(value, head if own == "lm_head.weight" else stored[published_name(own, names)].float()), own
-    assert f"draft.init: {len(stored) - 2} weights with" in caplog.text
-    assert "not taken: embed_tokens.weight, lm_head.weight, which are the target's" in caplog.text
-    assert "draft.init: lm_head.weight of the checkpoint are not this target's" in caplog.text
+    assert f"draft.init: {len(stored) - 2} weights (" in caplog.text
+    assert "embed_tokens.weight, lm_head.weight are the target's own" in caplog.text
+    assert "draft.init: lm_head.weight of the checkpoint differ from this target's" in caplog.text
 
 
 def test_a_reduced_vocabulary_is_the_checkpoint_s(target: Target, registry: Registry) -> None:
@@ -93,7 +93,7 @@ def test_the_run_begins_with_it_and_knows_when_it_was_edited(
     assert main([*command, "--force", "train"]) == 0
     seen = capsys.readouterr()
     assert f"begun with {source}" in seen.out
-    assert f"are those of {source / 'draft'}; not taken: embed_tokens.weight, lm_head.weight" in seen.err
+    assert f"were copied from {source / 'draft'}; embed_tokens.weight, lm_head.weight are the target's own" in seen.err
     begun, trained = load_file(source / "draft" / WEIGHTS), load_file(_folder(finished_copy) / "draft" / WEIGHTS)
     at_start = load_file(_folder(finished_copy) / STEP_0)
     assert at_start.keys() == begun.keys()
@@ -108,7 +108,7 @@ def test_the_run_begins_with_it_and_knows_when_it_was_edited(
     begun["fc.weight"][0, 0] += 1.0
     save_file(begun, source / "draft" / WEIGHTS)
     assert main(command) == 2
-    assert "The checkpoint of draft.init changed under the results of the stage `train`" in capsys.readouterr().err
+    assert "The checkpoint of draft.init changed after the stage `train`" in capsys.readouterr().err
     # An interrupted run goes on with its own checkpoint, also where the other is gone.
     shutil.rmtree(source)
     folder = _folder(finished_copy) / "train"
@@ -150,7 +150,7 @@ def test_a_resumed_run_reads_its_newest_sound_checkpoint(finished_copy: Path, da
     assert newest.is_dir()
     for checkpoint in complete(folder):
         (checkpoint / "manifest.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="no earlier checkpoint to go on from"):
+    with pytest.raises(CheckpointError, match="there is no earlier checkpoint to resume from"):
         start_of(run)
 
 
@@ -171,7 +171,7 @@ def test_another_draft_is_refused_before_the_first_stage(
 ) -> None:
     assert main(["run", str(run_file), "--smoke", *_set("draft.init", str(source)), *changes]) == 2
     message = capsys.readouterr().err
-    assert "training cannot begin with this checkpoint" in message
+    assert "training cannot start from this checkpoint" in message
     assert "draft.init" in message
     assert found in message
     assert expected in message

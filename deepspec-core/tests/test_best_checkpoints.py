@@ -226,7 +226,7 @@ def test_resuming_from_an_earlier_checkpoint_drops_later_records(
     (tmp_path / "checkpoints" / "step-000010").rename(tmp_path / "gone")
     _, result = run(tmp_path, Scripted({}), options)
     assert result.chosen.name == "step-000006"
-    assert "the checkpoint of step 10, the best on held-out prompts, is gone" in caplog.text
+    assert "the checkpoint of step 10, the best on held-out prompts, is missing" in caplog.text
 
 
 @pytest.mark.parametrize("how", ["cut", "flipped"])

@@ -172,7 +172,7 @@ def test_a_shard_that_does_not_fit_its_lengths_is_refused(tmp_path: Path) -> Non
     own = json.loads((tmp_path / "deepspec.json").read_text())
     own["shards"][0]["lengths"][0] += 1
     (tmp_path / "deepspec.json").write_text(json.dumps(sealed(own)))
-    with pytest.raises(CacheError, match="not what its manifest says"):
+    with pytest.raises(CacheError, match="does not match the manifest"):
         BinaryV2Format().open(tmp_path, BF16)[0]
 
 

@@ -81,7 +81,7 @@ def test_an_edited_manifest_is_refused_wherever_it_is_read(tmp_path: Path, name:
         lambda: cache_format.create(folder, HEADER),
     ]
     for use in uses:
-        with pytest.raises(CacheError, match="not as it was written") as caught:
+        with pytest.raises(CacheError, match="has changed since it was written") as caught:
             use()
         error = caught.value
         assert str(folder / name) in str(error)
@@ -100,7 +100,7 @@ def test_an_edited_part_is_not_merged(tmp_path: Path) -> None:
     part = _fill(tmp_path / "part", HDF5Format(), range(4))
     _edit(part / "manifest.json", _swap_ids)
     writer = HDF5Format().create(tmp_path / "cache", HEADER)
-    with pytest.raises(CacheError, match="not as it was written"):
+    with pytest.raises(CacheError, match="has changed since it was written"):
         writer.absorb(part)
     writer.close()
 
@@ -131,13 +131,13 @@ def test_the_commands_refuse_an_edited_manifest(tmp_path: Path, capsys: pytest.C
     for command in (["info"], ["verify"], ["convert", "--to", "deepspec-v2", "--out", str(out)]):
         assert main(["cache", command[0], str(folder), *command[1:]]) == 2
         seen = capsys.readouterr().err
-        assert "The cache's manifest is not as it was written" in seen
+        assert "The cache's manifest has changed since it was written" in seen
         assert "manifest.json" in seen
     assert not out.exists()
     # Edited on purpose and sealed again, it is as good as any.
     reseal(folder / "manifest.json")
     assert main(["cache", "verify", str(folder)]) == 0
-    assert "all as it was written" in capsys.readouterr().out
+    assert "unchanged since it was written" in capsys.readouterr().out
 
 
 def test_the_commands_say_that_an_old_manifest_cannot_be_checked(
@@ -154,6 +154,6 @@ def test_the_commands_say_that_an_old_manifest_cannot_be_checked(
     assert main(["cache", "verify", str(folder)]) == 0
     out = capsys.readouterr().out
     assert told in out
-    assert "all as it was written" not in out
+    assert "unchanged since it was written" not in out
     assert main(["cache", "convert", str(folder), "--to", "deepspec-v2", "--out", str(tmp_path / "v2")]) == 0
     assert told in capsys.readouterr().err

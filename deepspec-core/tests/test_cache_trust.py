@@ -130,14 +130,14 @@ def test_a_shard_that_is_not_what_the_manifest_says_is_refused(cache: Path, chan
     manifest.write_text(text.replace(f'"bytes": {before}', f'"bytes": {shard.stat().st_size}'))
     reseal(manifest)
     reader = HDF5Format().open(cache, HEADER)
-    with pytest.raises(CacheError, match="not what its manifest says"):
+    with pytest.raises(CacheError, match="does not match the manifest"):
         reader[0]
     # With a checksum that fits, it is still found before anything is read.
     checksum = json.loads(manifest.read_text())["shards"][0]["xxh3"]
     manifest.write_text(manifest.read_text().replace(checksum, digest_of(shard)))
     reseal(manifest)
     (problem,) = HDF5Format().verify(cache)
-    assert "not what its manifest says" in problem.problem
+    assert "does not match the manifest" in problem.problem
 
 
 def test_flipped_bytes_are_found_when_the_cache_is_verified(cache: Path) -> None:

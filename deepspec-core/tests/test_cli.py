@@ -87,7 +87,7 @@ def test_a_command_that_a_plugin_may_have(distributions: Any, capsys: pytest.Cap
     assert main(["polish"]) == 2
     said = capsys.readouterr().err
     assert "No such command 'polish'" in said
-    assert "A plugin may have it that is not installed" in said
+    assert "It may be a command of a plugin that is not installed" in said
     assert "Plugin 'fake-broken' of fake-broken is broken: ValueError: no luck" in said
 
 
@@ -213,7 +213,7 @@ def test_plugins_add_commands_but_take_none(distributions: Any, capsys: pytest.C
     assert main(["greet"]) == 0
     captured = capsys.readouterr()
     assert captured.out == "hello\n"
-    assert "'plugins' is a command of deepspec-core" in captured.err
+    assert "'plugins' is already a command of deepspec-core" in captured.err
     assert "fake-clumsy" in captured.err
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
@@ -244,7 +244,7 @@ def test_an_unruly_plugin_breaks_no_command(distributions: Any, capsys: pytest.C
     distributions.add("fake-ending", "@hookimpl\ndef deepspec_commands(cli):\n    raise SystemExit(7)\n")
     assert main(["--help"]) == 0
     seen = capsys.readouterr()
-    assert "fake-unruly/fake-unruly: 'five' is no click.Command, but a int" in seen.err
+    assert "fake-unruly/fake-unruly: 'five' is a int, not a click.Command" in seen.err
     assert "fake-ending/fake-ending: SystemExit: 7" in seen.err
     assert "adding" in seen.err
     assert "adding" not in seen.out

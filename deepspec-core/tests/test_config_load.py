@@ -280,7 +280,7 @@ def test_files_that_cannot_be_read(load: Loader, tmp_path: Path) -> None:
         assert caught.value.fix == expected
     with pytest.raises(ConfigError, match="there is no folder"):
         load_run_file(tmp_path / "nowhere" / "run.toml", plugins=load.plugins)
-    with pytest.raises(ConfigError, match="this is a folder"):
+    with pytest.raises(ConfigError, match="is a folder"):
         load_run_file(tmp_path, plugins=load.plugins)
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="not a text file"):

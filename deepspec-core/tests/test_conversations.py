@@ -94,7 +94,7 @@ def test_earlier_answers_that_were_rewritten_are_rows_of_their_own() -> None:
         ({"input_ids": [1, True], "loss_mask": [1, 1]}, "token ids"),
         ({"prompt_ids": [1], "output_ids": [10**30]}, "whole numbers from 0 to 2147483647"),
         ({"prompt_ids": [False], "output_ids": [1]}, "prompt_ids is not a list of token ids"),
-        ({"prompt_ids": [1], "output_ids": [2], "prompt_answers": [[0, 2]]}, "leaves the prompt"),
+        ({"prompt_ids": [1], "output_ids": [2], "prompt_answers": [[0, 2]]}, "has a range outside the prompt"),
     ],
 )
 def test_malformed_rows_say_where(row: object, expected: str) -> None:

@@ -90,7 +90,7 @@ def test_names_of_those_set_aside_do_not_collide(stopped: Path) -> None:
 def test_without_a_sound_one_nothing_is_moved_and_nothing_trained(stopped: Path) -> None:
     for step in (4, 5):
         _damage(stopped / "checkpoints" / f"step-00000{step}", "cut")
-    with pytest.raises(CheckpointError, match=r"(?s)no earlier checkpoint.*train anew from the first step"):
+    with pytest.raises(CheckpointError, match=r"(?s)no earlier checkpoint.*train again from the first step"):
         run(stopped, OFTEN)
     assert [path.name for path in complete(stopped)] == ["step-000004", "step-000005"]
 

@@ -31,7 +31,7 @@ def warned(
 
 def test_it_is_said_as_early_as_it_is_known(caplog: pytest.LogCaptureFixture) -> None:
     assert warned(caplog, 5000, limit=None, max_steps=20) == ["before"]
-    assert "training takes at most 20 optimizer steps: fewer than 300" in caplog.text
+    assert "training takes at most 20 optimizer steps: with fewer than 300" in caplog.text
     assert warned(caplog, 100, limit=120, epochs=10) == ["before", "exactly"]
     assert "at most 120 optimizer steps" in caplog.text
     assert warned(caplog, 100, limit=None, epochs=10) == ["exactly"]

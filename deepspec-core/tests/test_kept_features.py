@@ -124,7 +124,7 @@ def test_other_settings_and_lost_files_are_refused(texts: list[Sample], tmp_path
     next((tmp_path / STORE).glob("shard-00000*")).write_bytes(b"other")
     with pytest.raises(CacheError, match="cannot be read") as caught:
         found.of(texts[0])
-    assert "servers are asked for what is missing" in str(caught.value)
+    assert "the missing features are then requested" in str(caught.value)
     with pytest.raises(CacheError):
         read(tmp_path)
 

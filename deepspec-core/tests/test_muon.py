@@ -104,7 +104,7 @@ def test_it_learns_at_the_schedules_rate_and_says_what_it_trains(
 ) -> None:
     caplog.set_level(logging.INFO, logger="deepspec")
     _, result = run(tmp_path, evolve(MUON, epochs=10, lr=0.05))
-    said = "optimizer: Muon for 1 matrices with 512 numbers, AdamW for 4 other weights with 256"
+    said = "optimizer: Muon for 1 matrices (512 parameters), AdamW for 4 other weights (256 parameters)"
     assert said in caplog.text
     written = lines(tmp_path)
     assert result.figures["loss"] < 0.9 * written[0]["loss"]

@@ -75,7 +75,7 @@ def test_tables_become_what_the_draft_type_takes(check: Any) -> None:
         ({"options": {"head": 64, "size": 1}}, "options.head", "wrong value"),
         ({"options": {"mask_token_id": 7}}, "options.mask_token_id", "unknown key"),
         ({"options": {"type": "wide"}}, "options.type", "unknown key"),
-        ({"options": {"size": None}}, "options.size", "a run file cannot say it"),
+        ({"options": {"size": None}}, "options.size", "a run file cannot contain None"),
         ({"loss": {"weigting": {"type": "uniform"}}}, "loss.weigting", "unknown key"),
         ({"loss": {"weighting": {"type": "nobody"}}}, "loss.weighting.type", "nobody"),
         ({"loss": {"terms": {"ce": "much"}}}, "loss.terms.ce", "wrong value"),

@@ -222,7 +222,7 @@ def test_a_line_that_changed_is_answered_again(
     assert json.loads(changed)["output_ids"] != entry.pop("output_ids")
     partial.write_bytes(changed + b"".join(others))
     report = _run(out, _conversations(6), tokenizer)
-    assert "1 lines are not as they were written" in caplog.text
+    assert "1 damaged lines were removed" in caplog.text
     assert report.skipped == len(others)
     assert out.read_bytes() == whole.read_bytes()
     # Versions before wrote no checksums.

@@ -137,9 +137,9 @@ class Term:
 )
 def test_a_term_or_weighting_of_other_than_one_number_a_row(value: Any) -> None:
     rows, heads, _ = make()
-    with pytest.raises(PluginError, match="loss term 'own' does not return one number a row"):
+    with pytest.raises(PluginError, match="loss term 'own' does not return one number per row"):
         RowEngine({"own": (Term(value), 1.0)}, Uniform(), 4)(rows, heads)
-    with pytest.raises(PluginError, match="the weighting does not return one number a row"):
+    with pytest.raises(PluginError, match="the weighting does not return one number per row"):
         RowEngine(mixed("ce"), Term(value), 4)(rows, heads)
 
 

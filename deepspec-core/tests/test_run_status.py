@@ -145,7 +145,7 @@ def test_damaged_files_are_remarks_and_a_folder_without_a_run_is_an_error(folder
     assert (found.state, len(found.remarks)) == ("begun", 3)
     (folder / STATUS).write_text("no JSON")
     assert "status.json cannot be read" in shown(folder)
-    with pytest.raises(StageError, match="No run there"):
+    with pytest.raises(StageError, match="There is no run in this folder"):
         status_of(tmp_path / "nothing")
 
 

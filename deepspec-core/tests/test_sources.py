@@ -232,12 +232,12 @@ def test_files_of_a_dataset_folder_are_not_left_out_without_a_word(
         _ids(tmp_path, source)
     (folder / "a.jsonl").rename(folder / "test.jsonl")
     assert _ids(tmp_path, source) == ["t"]
-    assert "which does not hold test.jsonl" in caplog.text
+    assert "which does not include test.jsonl" in caplog.text
     # What the folder itself lists is believed.
     _write(folder / "more.jsonl", [_row("m")])
     (folder / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: train.jsonl\n---\n")
     assert _ids(tmp_path, source) == ["t"]
-    assert "which does not hold more.jsonl, test.jsonl" in caplog.text
+    assert "which does not include more.jsonl, test.jsonl" in caplog.text
 
 
 def _of_the_hub(base: Path, patch: pytest.MonkeyPatch, bad: list[bool], most: float) -> tuple[int, str]:

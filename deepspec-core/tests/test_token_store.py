@@ -159,7 +159,7 @@ def test_a_damaged_manifest_is_told(tmp_path: Path, place: int, caplog: pytest.L
     making = Making()
     with caplog.at_level(logging.WARNING, "deepspec"):
         _require_whole(_fill(tmp_path, making))
-    assert "are made anew" in caplog.text
+    assert "are made again" in caplog.text
     assert making.made == CONVERSATIONS
 
 

@@ -277,7 +277,7 @@ def test_an_epoch_with_nothing_to_supervise_ends_training(tmp_path: Path) -> Non
 
 def test_a_draft_that_does_not_keep_packed_conversations_apart_is_refused(tmp_path: Path) -> None:
     """TinyPreparation lays its anchors out as if each sample had a row of its own."""
-    with pytest.raises(PluginError, match="does not keep the conversations of a packed row") as caught:
+    with pytest.raises(PluginError, match="lets the conversations of a packed row influence each other") as caught:
         run(tmp_path, evolve(OPTIONS, batching="packed"))
     assert "bucketed" in str(caught.value.fix)
 

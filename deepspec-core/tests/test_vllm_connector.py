@@ -239,7 +239,7 @@ def test_what_does_not_fit_is_refused_at_the_start(module: ModuleType, tmp_path:
     with pytest.raises(ValueError, match="dtype"):
         module.DeepSpecHiddenStates(config(tmp_path, dtype="int8")[0], "worker", config(tmp_path)[1])
     vllm, cache = config(tmp_path, layers=(2, 12))
-    with pytest.raises(ValueError, match="lie otherwise"):
+    with pytest.raises(ValueError, match="in a layout that this connector does not know"):
         module.DeepSpecHiddenStates(vllm, "worker", cache).register_kv_caches({LAYER: torch.zeros(8, 3, 4, 16)})
     vllm.speculative_config.method = "eagle3"
     with pytest.raises(ValueError, match="extract_hidden_states"):

@@ -114,8 +114,8 @@ def _truncate(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
-        (shutil.rmtree, "no draft checkpoint there"),
-        (lambda path: (path / "config.json").unlink(), "no draft checkpoint there"),
+        (shutil.rmtree, "no draft checkpoint in this directory"),
+        (lambda path: (path / "config.json").unlink(), "no draft checkpoint in this directory"),
         (lambda path: (path / "config.json").write_text("{"), "config.json cannot be read"),
         (lambda path: (path / "config.json").write_text("[]"), "found:    list"),
         (lambda path: (path / "config.json").write_bytes(b"\xff\xfe\x00"), "config.json cannot be read"),

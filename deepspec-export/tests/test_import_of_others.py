@@ -175,7 +175,7 @@ def test_the_command_imports_and_names_what_it_took(
     assert "a draft of type dflash, read as z-lab" in seen.out
     assert "num_anchors = 512" in seen.err
     assert main(command) == 2
-    assert "place is taken" in capsys.readouterr().err
+    assert "folder exists already" in capsys.readouterr().err
     assert main(["checkpoint", "show", str(tmp_path / "ours")]) == 0
     assert main([*command[:-1], str(tmp_path / "other"), "--format", "onnx"]) == 2
     assert "no such format" in capsys.readouterr().err

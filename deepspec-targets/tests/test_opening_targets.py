@@ -106,7 +106,7 @@ def test_then_from_the_config(registry: Registry, folder: Path) -> None:
     edit(folder / "config.json", eos_token_id=33)
     assert open_adapter(folder, registry=registry).architecture.stop_token_ids == (33,)
     edit(folder / "config.json", eos_token_id=None)
-    with pytest.raises(TargetError, match="answers stop"):
+    with pytest.raises(TargetError, match="has no stop token"):
         open_adapter(folder, registry=registry)
 
 

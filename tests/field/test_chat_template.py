@@ -52,7 +52,7 @@ def test_a_run_renders_by_it_and_sees_it_change(
     capsys.readouterr()
     template.write_text(OWN.replace("Mine", "Yours"))
     assert main(run) == 2
-    assert "The file of target.chat_template changed under the results" in capsys.readouterr().err
+    assert "The file of target.chat_template changed after the stage" in capsys.readouterr().err
     assert main(["run", str(run_file), "--smoke", "--dry-run"]) == 2
     assert "`target.chat_template` changed" in capsys.readouterr().err
     assert made

@@ -103,14 +103,14 @@ def test_a_draft_type_that_does_not_know_windows_is_refused_at_once(
     monkeypatch.setattr(DFlashModel, "describe", lambda self: evolve(described(self), window=None))
     assert main(["run", str(run_file), "--dry-run", "--set", "draft.layer.window=64"]) == 2
     seen = capsys.readouterr().err
-    assert "draft type 'dflash' does not keep to [draft.layer] window" in seen
+    assert "draft type 'dflash' does not use the window of [draft.layer]" in seen
     assert "deepspec-dflash" in seen
 
 
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"layer_types": ["sliding_attention", "full_attention"]}, "some of the draft's layers slide"),
+        ({"layer_types": ["sliding_attention", "full_attention"]}, "some of the draft's layers have sliding attention"),
         ({"sliding_window": None}, "sliding_window"),
         ({"sliding_window": True}, "sliding_window"),
         ({"sliding_window": 2}, "smaller than what it proposes"),
@@ -136,6 +136,6 @@ def test_a_draft_type_that_reads_none_is_refused(
     save_draft(draft, target.adapter, tmp_path / "draft")
     described = DFlashModel.describe
     monkeypatch.setattr(DFlashModel, "describe", lambda self: evolve(described(self), window=None))
-    with pytest.raises(CheckpointError, match="'dflash' does not see as far") as refused:
+    with pytest.raises(CheckpointError, match="'dflash' does not have the attention window") as refused:
         load_draft(tmp_path / "draft", registry=registry, adapter=draft_adapter(tmp_path / "draft", registry=registry))
     assert (refused.value.found, refused.value.expected) == (f"{WINDOW} positions", "the whole context")

@@ -176,7 +176,7 @@ def test_columns_are_checked_with_the_run_file(
 
 def test_a_builtin_has_no_columns_to_name(run_file: Path) -> None:
     given = 'data.sources=[{path = "builtin:tiny-dialogues", columns = {prompt = "q"}}]'
-    with pytest.raises(ConfigError, match="no columns to name"):
+    with pytest.raises(ConfigError, match="cannot be used with a builtin source"):
         load_run_file(run_file, overrides=[given], plugins=load_plugins())
 
 

@@ -276,9 +276,7 @@ def test_a_prompt_that_never_arrives_is_said_at_once(
     assert ("data.system_prompt" if prompt else "train.toml: target.chat_template") in seen
 
 
-@pytest.mark.parametrize(
-    ("split", "says"), [("held_out", "held-out conversations are not asked"), ("train", "dropped")]
-)
+@pytest.mark.parametrize(("split", "says"), [("held_out", "held-out prompts are left out"), ("train", "dropped")])
 def test_prompts_that_are_refused_end_neither_regeneration_nor_evaluation(
     run_file: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, split: str, says: str
 ) -> None:

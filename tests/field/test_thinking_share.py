@@ -59,7 +59,7 @@ def test_what_is_no_share_is_refused(run_file: Path, capsys: pytest.CaptureFixtu
 def test_a_share_needs_the_targets_own_answers(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stages = ["--set", 'run.stages=["cache", "train"]', "--set", "regenerate.thinking=0.5"]
     assert main(["config", "check", str(run_file), *stages]) == 2
-    assert "needs the target's own answers" in capsys.readouterr().err
+    assert "needs the regenerate stage" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("value", ["0.5", "true"])

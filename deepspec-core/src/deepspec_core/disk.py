@@ -71,7 +71,7 @@ def refuse_folder(path: Path) -> None:
     """StageError where a folder has the name of a file of the run."""
     if path.is_dir():
         raise StageError(
-            "A file of the run cannot be put there",
+            "A folder has the name of a file of the run",
             where=path,
             found="a folder",
             expected="a file of this run, or nothing",
@@ -92,7 +92,7 @@ def full_disk_is_an_error(folder: Path) -> Iterator[None]:
             "There is no room to write",
             where=folder,
             found=f"{reason}; {in_words(free_bytes(folder))} free",
-            fix="Make room, then run again: it goes on from what is there.",
+            fix="Make room, then run again: the run resumes.",
         ) from error
 
 

@@ -1,7 +1,8 @@
-"""What users see when something is wrong.
+"""The errors that users see.
 
-Every mistake a user can make ends in a subclass of `DeepSpecError`, printed without a traceback, exit code 2. Each says
-where it is, what was found, what was expected and the nearest fix. This file knows nothing about who raises them.
+Every mistake that a user can make raises a subclass of `DeepSpecError`. The command line prints it without a traceback
+and exits with code 2. Each error says where the mistake is, what was found, what was expected and the nearest fix. This
+file does not know who raises them.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ __all__ = [
 
 
 class DeepSpecError(Exception):
-    """One problem, told in up to five parts. Empty parts are left out.
+    """One problem, described in up to five parts. Empty parts are left out.
 
     `where` is a file, a key of the run file or a component; `fix` is an imperative sentence.
     """
@@ -59,7 +60,7 @@ class DeepSpecError(Exception):
 
 
 class ConfigError(DeepSpecError):
-    """The run file, or an override on the command line. Holds every problem found, not the first."""
+    """Mistakes in the run file, or in an override on the command line. Holds every problem that was found."""
 
     def __init__(self, problem: str, *, problems: Sequence[DeepSpecError] = (), **parts: object) -> None:
         self.problems = tuple(problems)
@@ -75,7 +76,7 @@ class PluginError(DeepSpecError):
 
 
 class TargetError(DeepSpecError):
-    """The target cannot be loaded, or no adapter covers it, or it cannot do what was asked."""
+    """The target cannot be loaded, no adapter covers it, or it does not support what was asked."""
 
 
 class DataError(DeepSpecError):
@@ -83,7 +84,7 @@ class DataError(DeepSpecError):
 
 
 class CacheError(DeepSpecError):
-    """A feature cache that is missing, unfinished, damaged, or made for something else."""
+    """A feature cache that is missing, unfinished or damaged, or was made from other inputs."""
 
 
 class CheckpointError(DeepSpecError):
@@ -91,22 +92,22 @@ class CheckpointError(DeepSpecError):
 
 
 class TrainingError(DeepSpecError):
-    """Training cannot go on: a loss or a gradient is not finite, or no row is supervised."""
+    """Training cannot continue: a loss or a gradient is not finite, or no row is supervised."""
 
 
 class StageError(DeepSpecError):
     """A stage cannot run: its inputs are missing, its settings or data changed after it had results, another process
-    is in its way, or there is no room to write."""
+    holds its folder, or the disk is full."""
 
 
 class ExportError(DeepSpecError):
-    """A draft that an engine cannot serve as asked."""
+    """A serving engine cannot serve the draft, or the export cannot be written."""
 
 
 def nearest(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | None:
-    """The known name that looks most like `name`, if one is close enough to be worth suggesting.
+    """The known name that is most similar to `name`, if one is similar enough to suggest.
 
-    `cutoff` is the least likeness, from 0 to 1 (equal).
+    `cutoff` is the least similarity, from 0 to 1 (equal).
     """
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return matches[0] if matches else None

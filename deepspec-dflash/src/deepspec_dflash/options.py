@@ -1,4 +1,4 @@
-"""What `[draft] type = "dflash"` may say, and how the same is read back from a checkpoint's config.json.
+"""The options of `[draft] type = "dflash"`, and how they are read back from a checkpoint's config.json.
 
 Imports attrs, core's bounds and core's errors only.
 """
@@ -27,14 +27,15 @@ def _leaves_a_prediction(options: DFlashOptions, _attribute: Attribute[bool], an
 class DFlashOptions:
     """The options of a DFlash draft.
 
-    block_size: Slots of a block, the anchor's included.
-    num_layers: Layers of the draft.
-    num_anchors: Blocks drawn in each training sequence.
+    block_size: The number of slots in a block, including the anchor's.
+    num_layers: The number of decoder layers of the draft.
+    num_anchors: The number of blocks drawn in each training sequence.
     mask_token_id: The token that fills the slots after the anchor. Left out: the target's own mask token.
-    anchor_predicts: On: every slot, the anchor's too, predicts the token after its own position. Off: the anchor's slot
-        predicts nothing, and every other slot predicts the token at its own position, as in the original DFlash.
-    vocab_size: The number of tokens that can be proposed: those that the run's answers have most of. Fewer take less
-        time a round. Left out: the target's.
+    anchor_predicts: If true, every slot, also the anchor's, predicts the token after its own position. If false, the
+        anchor's slot predicts nothing, and every other slot predicts the token at its own position, as in the original
+        DFlash.
+    vocab_size: The number of tokens that the draft can propose: the most frequent ones in the run's answers. With
+        fewer tokens, a round takes less time. Left out: the target's vocabulary.
     """
 
     block_size: int = field(default=7, validator=whole(1, 1024))
@@ -46,19 +47,19 @@ class DFlashOptions:
 
     @property
     def num_predictions(self) -> int:
-        """Tokens a block predicts."""
+        """The number of tokens that a block predicts."""
         return self.block_size if self.anchor_predicts else self.block_size - 1
 
 
 def is_dflash(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json is of a DFlash draft: published as a DSpark model without its two heads."""
+    """Whether a config.json is a DFlash draft's. DFlash drafts are published as DSpark models without the two heads."""
     return (
         has_class(config, "DSparkModel") and not config.get("markov_rank") and not config.get("enable_confidence_head")
     )
 
 
 def has_class(config: Mapping[str, Any], suffix: str) -> bool:
-    """Whether a config.json names classes that end so, and no other."""
+    """Whether a config.json names classes, and the name of each ends with `suffix`."""
     names = config.get("architectures")
     return isinstance(names, list) and bool(names) and all(str(name).endswith(suffix) for name in names)
 

@@ -1,4 +1,4 @@
-"""What `[draft] type = "dspark"` may say, and how the same is read back from a checkpoint's config.json.
+"""The options of `[draft] type = "dspark"`, and how they are read back from a checkpoint's config.json.
 
 Imports attrs, core's errors and the backbone's options only.
 """
@@ -22,9 +22,9 @@ GRADIENTS = ("through", "stop")
 class MarkovOptions:
     """The Markov head of a DSpark draft.
 
-    rank: Rank of the correction of the logits; 0: no Markov head.
-    head: What the correction looks at. "vanilla": the previous token; "gated": the backbone's output too; "rnn":
-        every earlier token of the block too.
+    rank: The rank of the matrix that corrects the logits; 0: no Markov head.
+    head: The input of the correction. "vanilla": the previous token. "gated": also the backbone's output. "rnn":
+        also every earlier token of the block.
     """
 
     rank: int = field(default=256, validator=whole(0, 2**16))
@@ -43,13 +43,13 @@ def _has_a_head(options: DSparkOptions, _attribute: Attribute[bool], confidence_
 
 @frozen(kw_only=True)
 class DSparkOptions(DFlashOptions):
-    """The options of a DSpark draft: those of its backbone, and of its two heads.
+    """The options of a DSpark draft: those of its backbone (as of "dflash") and of its two heads.
 
-    markov: The Markov head: a correction of each slot's logits by the token before it.
-    confidence_head: Whether the draft judges its own tokens.
-    confidence_with_markov: The confidence head also sees the previous token's Markov embedding.
-    confidence_gradient: "through": the confidence loss trains the backbone too, as published. "stop": it trains its
-        own head alone.
+    markov: The Markov head, which corrects each slot's logits by the token before it.
+    confidence_head: Whether the draft has a confidence head, which predicts the acceptance of its own tokens.
+    confidence_with_markov: Whether the confidence head also reads the previous token's Markov embedding.
+    confidence_gradient: "through": the confidence loss trains the backbone too, as published. "stop": it trains only
+        the confidence head.
     """
 
     markov: MarkovOptions = field(factory=MarkovOptions)
@@ -66,7 +66,7 @@ def is_dspark(config: Mapping[str, Any]) -> bool:
 def options_of(config: Mapping[str, Any]) -> tuple[DSparkOptions, tuple[int, ...]]:
     """The options and taps a config.json describes. CheckpointError where a key is missing or makes no sense.
 
-    Where a gradient stops is a matter of training: no checkpoint says it, and the default is what is read.
+    `confidence_gradient` concerns training only, so no checkpoint has it: its default comes back.
     """
     with reading("DSpark"):
         rank, confidence_head = config["markov_rank"], config["enable_confidence_head"]

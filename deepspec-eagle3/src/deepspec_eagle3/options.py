@@ -1,4 +1,4 @@
-"""What `[draft] type = "eagle3"` may say, and how the same is read back from a checkpoint's config.json.
+"""The options of `[draft] type = "eagle3"`, and how they are read back from a checkpoint's config.json.
 
 Imports attrs, core's bounds and core's errors only.
 """
@@ -22,21 +22,24 @@ Count = Literal["published", "labels"]
 class Eagle3Options:
     """The options of an Eagle3 draft.
 
-    ttt_length: Steps of test-time training, and tokens proposed a round.
-    step_decay: The loss of step s weighs step_decay ** s.
-    num_layers: Layers of the draft.
-    normaliser: What the loss is divided by. "sequence": each sequence's sum by its number of tokens, then the total by
-        the number of sequences. "padded_batch": the total by all positions of the padded batch, so it depends on
-        padding.
-    count: Which predictions count. "published": those whose tapped position is supervised, as in the published code. It
-        leaves out the first proposal after a prompt, and counts one past an answer's end. "labels": those whose anchor,
-        label and the tokens between are of one answer, as in decoding.
-    num_anchors: So many positions of a sample, drawn anew in every epoch, are trained at, and weigh accordingly more.
-        Left out: all. The cost of the later steps and of the logits is proportional to it.
-    vocab_size: The number of tokens that can be proposed: those that the run's answers have most of. Fewer take less
-        time a step. Published drafts of other projects have 32,000. Left out: the target's.
-    qk_norm: Keep the family's query and key norms. Off gives the layout that serving engines know.
-    target_name: What config.json names as the target. Left out: where the target was loaded from.
+    ttt_length: The number of steps of test-time training, and of tokens proposed per round.
+    step_decay: The loss of step s has the weight step_decay ** s.
+    num_layers: The number of decoder layers of the draft.
+    normaliser: The divisor of the loss. "sequence": each sequence's sum is divided by its number of tokens, then the
+        total by the number of sequences. "padded_batch": the total is divided by all positions of the padded batch, so
+        the loss depends on the padding.
+    count: Which predictions count in the loss. "published": those whose tapped position is supervised, as in the
+        published code; the first proposal after a prompt then does not count, and one past the end of an answer does.
+        "labels": those whose anchor, label and the tokens between them are part of one answer, as in decoding.
+    num_anchors: The number of positions of a sample to train on, drawn anew in every epoch; their weights are raised so
+        that they stand for all positions. The cost of the later steps and of the logits is proportional to this number.
+        Left out: all positions.
+    vocab_size: The number of tokens that the draft can propose: the most frequent ones in the run's answers. With fewer
+        tokens, a step takes less time. Published drafts of other projects have 32,000. Left out: the target's
+        vocabulary.
+    qk_norm: Whether the draft has the family's query and key norms. Without them it has the layout that serving engines
+        know.
+    target_name: The target's name in the draft's config.json. Left out: where the target was loaded from.
     """
 
     ttt_length: int = field(default=7, validator=whole(1, 1024))
@@ -51,7 +54,7 @@ class Eagle3Options:
 
 
 def is_eagle3(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json is of an Eagle3 draft, as this package publishes them."""
+    """Whether a config.json is that of an Eagle3 draft in the layout that this package writes."""
     names = config.get("architectures")
     return isinstance(names, list) and bool(names) and all(str(name).endswith("Eagle3Model") for name in names)
 
@@ -59,8 +62,8 @@ def is_eagle3(config: Mapping[str, Any]) -> bool:
 def options_of(config: Mapping[str, Any]) -> tuple[Eagle3Options, tuple[int, ...]]:
     """The options and taps a config.json describes; CheckpointError where a key is missing or makes no sense.
 
-    The number of layers stands there twice. What concerns training alone (normaliser, count, num_anchors) is no part
-    of a checkpoint: the defaults come back.
+    config.json has the number of layers twice, and both must agree. The options that concern training only (normaliser,
+    count, num_anchors) are not in it: their defaults come back.
     """
     try:
         options = Eagle3Options(

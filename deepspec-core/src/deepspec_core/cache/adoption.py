@@ -1,9 +1,9 @@
-"""A cache that another program wrote in the published layout becomes one of ours: `deepspec.json` is added to it.
+"""Adopts a cache that another program wrote in the published layout, by adding `deepspec.json` to it.
 
-The published manifest does not say which weights, template or conversations a cache was made from; a run says that in
-its place. Everything that the files do say is compared first. Nothing of the cache itself is changed.
+The published manifest does not record which weights, template or conversations a cache was made from; the run provides
+these facts. Everything that the files do record is compared first. The cache itself is not changed.
 
-Knows the published layout's files (binary_v2.py has the layout itself); no run.
+Knows the published layout's files (binary_v2.py has the layout itself); knows no run.
 """
 
 from __future__ import annotations
@@ -47,12 +47,14 @@ def adopt(folder: Path, header: CacheHeader) -> Manifest:
     say another thing than the header.
     """
     if (folder / OWN_MANIFEST).exists():
-        raise CacheError("This cache says already what it was made from", where=folder / OWN_MANIFEST)
+        raise CacheError(
+            "This cache has DeepSpec's manifest already", where=folder / OWN_MANIFEST, expected="a cache without it"
+        )
     published = _published(folder)
     for key, wanted in _facts(header).items():
         if published.get(key) != wanted:
             raise CacheError(
-                "The cache was made for something else than this run",
+                "The cache was made from other inputs than this run's",
                 where=folder / PUBLISHED_MANIFEST,
                 found=f"{key} = {json.dumps(published.get(key))}",
                 expected=f"{key} = {json.dumps(wanted)}",
@@ -114,7 +116,7 @@ def _files(folder: Path, published: Mapping[str, Any]) -> list[str]:
     names, numbers = [shard.get("file_name") for shard in shards], [shard.get("shard_id") for shard in shards]
     if not names or numbers != list(range(len(names))) or not all(_is_name(name) for name in names):
         raise CacheError(
-            "The shards of the cache are not listed as they must be",
+            "The manifest's list of shards cannot be read",
             where=folder / PUBLISHED_MANIFEST,
             found=json.dumps(listed)[:120],
             expected='[{"shard_id": 0, "file_name": "shard-00000.bin"}, ...]',
@@ -145,7 +147,7 @@ def _lengths(
     count = len(content) // RECORD.itemsize
     if len(content) % RECORD.itemsize or published.get("num_samples") != count:
         raise CacheError(
-            "The index has another number of samples than the manifest says",
+            "The index and the manifest have different numbers of samples",
             where=path,
             found=f"{len(content):,} bytes",
             expected=f"{RECORD.itemsize} for each of {published.get('num_samples')} samples",
@@ -155,7 +157,7 @@ def _lengths(
     for shard, length in zip(rows["shard"].tolist(), rows["length"].tolist(), strict=True):
         if shard >= num_shards or not 0 < length <= header.max_length:
             raise CacheError(
-                "The index names a sample that cannot be",
+                "The index has an entry that is impossible",
                 where=path,
                 found=f"{length} tokens in shard {shard}",
                 expected=f"1 to {header.max_length} tokens in shard 0 to {num_shards - 1}",
@@ -163,9 +165,9 @@ def _lengths(
         lengths[shard].append(length)
     if records(header, lengths).tobytes() != content:
         raise CacheError(
-            "The index does not lay samples back to back, in the order of their numbers",
+            "The index does not place samples one directly after another, in the order of their numbers",
             where=path,
             expected="records as the published writer leaves them",
-            fix="Such a cache is not read here: make it again.",
+            fix="Make the cache again: DeepSpec cannot read this layout.",
         )
     return lengths

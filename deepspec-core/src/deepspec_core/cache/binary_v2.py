@@ -51,10 +51,11 @@ class BinaryV2Format(ShardedFormat):
     def _load(self, path: Path) -> Manifest | None:
         if not (path / OWN_MANIFEST).is_file() and is_published(path):
             raise CacheError(
-                "This cache does not say what it was made from: another program wrote it",
+                "This cache was written by another program, and does not record what it was made from",
                 where=path,
                 found=f"{PUBLISHED_MANIFEST} without {OWN_MANIFEST}",
-                fix="deepspec cache adopt DIR RUN.toml checks it against a run, and writes that file.",
+                fix="Run `deepspec cache adopt DIR RUN.toml`, which checks the cache against a run "
+                "and writes that file.",
             )
         return super()._load(path)
 
@@ -148,7 +149,7 @@ class OpenShard:
         end, size = int(self._begins[-1]), path.stat().st_size
         if size not in (end, end + 8 * len(lengths)):
             raise CacheError(
-                "A shard of the cache is not what its manifest says",
+                "A shard of the cache does not match the manifest",
                 where=path,
                 found=f"{size:,} bytes",
                 expected=f"{end:,} bytes of samples, and 8 for the original length of each",
@@ -270,7 +271,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _untrue(path: Path, found: str, expected: str) -> CacheError:
     return CacheError(
-        "A file of the cache does not say what the shards hold",
+        "A file of the cache does not match the shards",
         where=path,
         found=found,
         expected=expected,

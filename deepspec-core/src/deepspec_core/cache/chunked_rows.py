@@ -1,7 +1,7 @@
-"""Rows of a dataset, written and read chunk by chunk where they lie in the file, without HDF5's own way through them.
+"""Rows of a dataset, written and read chunk by chunk directly in the file, without HDF5's own read and write functions.
 
-HDF5 keeps the books: it says where a chunk lies. Reading one is a copy out of the mapped file, and writing one takes no
-copy. Knows datasets without filters, which shard_file.py checks; not what is in them.
+HDF5 only reports where a chunk is. Reading a chunk is one copy from the mapped file, and writing needs no copy. Knows
+datasets without filters, which shard_file.py checks; does not know their contents.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _CHUNK_BYTES: Final = 256 * 1024
 
 
 class GrownRows:
-    """A new dataset, to which rows like those of `first` are appended. What fills no chunk yet waits in memory."""
+    """A new dataset, to which rows like those of `first` are appended. An incomplete chunk waits in memory."""
 
     def __init__(self, file: Any, name: str, first: Any) -> None:
         # Without taps, `hidden` has no channels; a chunk has at least one.

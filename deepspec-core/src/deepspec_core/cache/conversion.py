@@ -31,14 +31,16 @@ def convert(source: CacheReader, to: CacheFormat, out: Path, *, dtype: str, shar
     if precision != was:
         log.warning("features are rounded from %s to %s", was, dtype)
     elif precision != dtype:
-        log.warning("features stay as rounded to %s before, and a run with cache.dtype = %r refuses them", was, dtype)
+        log.warning(
+            "the features were rounded to %s before and stay so; a run with cache.dtype = %r refuses them", was, dtype
+        )
     header = evolve(source.header, dtype=dtype, precision=precision, converted_from=_digest(source))
     found = to.header(out)
     if found is not None and found.converted_from != header.converted_from:
         raise CacheError(
             "The folder holds a cache that was not converted from this one",
             where=out,
-            found=found.converted_from or "a cache that does not say that it was converted",
+            found=found.converted_from or "a cache that was not converted",
             expected=header.converted_from,
             fix="Name a new folder with --out, or remove this one.",
         )
@@ -54,7 +56,7 @@ def convert(source: CacheReader, to: CacheFormat, out: Path, *, dtype: str, shar
 
 
 def _digest(source: CacheReader) -> str:
-    """What tells the cache from others; of a format that does not say it, from those of other samples."""
+    """The cache's digest; if its format has none, a digest that differs for caches of other samples."""
     content = [source.header.as_json(), source.ids(), source.lengths()]
     text = json.dumps(content, sort_keys=True).encode("utf-8", "surrogatepass")
     return getattr(source, "digest", None) or hashlib.sha256(text).hexdigest()

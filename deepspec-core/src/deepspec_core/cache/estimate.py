@@ -20,9 +20,9 @@ def cache_bytes(cache_format: CacheFormat, header: CacheHeader, num_tokens: int,
 
 
 def too_small(wanted: Sequence[tuple[Path, int]]) -> Iterator[tuple[Path, int, int]]:
-    """Of folders and the bytes that may be written there: what is too much for its disk, with the bytes free.
+    """Folders whose bytes to write exceed the free bytes of their disk, with both numbers.
 
-    Folders on one disk (which need not exist yet) are taken together, by the first of them.
+    Folders on one disk (which need not exist yet) are added up under the first of them.
     """
     together: dict[int, list[tuple[Path, int]]] = defaultdict(list)
     for path, needed in wanted:

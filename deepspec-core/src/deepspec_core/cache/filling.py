@@ -78,7 +78,7 @@ class Filling:
 
 
 def fill(work: Filling, crew: Crew) -> None:
-    """Write what is missing, and finish the cache. The samples are in the same order whoever wrote them."""
+    """Write the missing samples, and finish the cache. Their order does not depend on who wrote them."""
     crew.require_shared(work.folder)
     if crew.first:
         _lead(work, crew)
@@ -86,7 +86,7 @@ def fill(work: Filling, crew: Crew) -> None:
     digest, parts, done = crew.told_by_first("cache parts")
     if digest != work.digest():
         raise CacheError(
-            f"Worker {crew.rank} caches something else than the first worker",
+            f"Worker {crew.rank} has other inputs for the cache than the first worker",
             where=work.folder,
             expected="the same target, sources, tokenizer and versions on every machine",
         )
@@ -100,7 +100,9 @@ def _lead(work: Filling, crew: Crew) -> None:
         if merging is not None:
             _absorb_finished(work, merging)
         elif crew.count > 1:
-            log.warning("several workers cannot write a cache of this format: the first one does it alone")
+            log.warning(
+                "several workers cannot write a cache of this format together: the first worker writes it alone"
+            )
         done = writer.written()
         parts = work.parts(done)
         missing = [number for number, name in enumerate(work.ids) if name not in done]

@@ -40,7 +40,7 @@ def _names(ids: Iterable[str]) -> Names:
 
 
 def _lengths(lengths: Iterable[int]) -> array[int]:
-    """ValueError for what are no numbers of tokens."""
+    """ValueError if these are not numbers of tokens."""
     if isinstance(lengths, array):
         return lengths
     found = list(lengths)
@@ -97,12 +97,12 @@ class Manifest:
         return evolve(self, shards=(*self.shards, shard))
 
     def arranged(self, order: Mapping[str, int]) -> Manifest:
-        """The same, shards in the order of their first samples' numbers."""
+        """The same manifest with its shards sorted by the numbers that `order` gives to their first samples."""
         return evolve(self, shards=tuple(sorted(self.shards, key=lambda shard: order[shard.ids[0]])))
 
     @property
     def digest(self) -> str:
-        """Of all that it says: header, ids, lengths and the shards' checksums."""
+        """The digest of the manifest's contents: header, ids, lengths and the shards' checksums."""
         return str(sealed(self._content())[KEY])
 
     def _content(self) -> dict[str, Any]:
@@ -141,7 +141,7 @@ def load(folder: Path, *, format: str, name: str = NAME) -> Manifest | None:
             raise another_format(path, f"{content['format']} version {content['version']}", format)
         if content["version"] != VERSION:
             raise CacheError(
-                "The cache was written by another version of this program, whose caches are not read",
+                "The cache was written by a version of DeepSpec whose caches this version cannot read",
                 where=path,
                 found=f"{format} version {content['version']}",
                 expected=f"{format} version {VERSION}",
@@ -237,7 +237,7 @@ def _of_another_size(folder: Path, shard: Shard) -> CacheError | None:
 
 
 def _check(manifest: Manifest) -> None:
-    """ValueError for what no writer writes: a sample or a file that is there twice, a sample that is too long."""
+    """ValueError for contents that no writer produces: a sample or a file listed twice, a sample that is too long."""
     longest = max((length for shard in manifest.shards for length in shard.lengths), default=0)
     if longest > manifest.header.max_length:
         raise ValueError(f"a sample of {longest} tokens, where {manifest.header.max_length} is the most")

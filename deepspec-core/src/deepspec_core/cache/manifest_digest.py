@@ -1,7 +1,7 @@
-"""The digest that a cache's manifest carries of its own content: header, ids, lengths and the shards' checksums.
+"""The digest of a cache's manifest over its own contents: header, ids, lengths and the shards' checksums.
 
-It ties what a manifest says to the shards that it names, and tells a manifest that was edited or lost bits. It is no
-signature: whoever edits a file can seal it again. Knows JSON objects; not what they mean.
+It ties the manifest to its shards, and detects a manifest that was edited or damaged. It is no signature: anyone who
+edits a file can compute a new digest. Knows JSON objects; does not know what they mean.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ def has_digest(path: Path, content: Mapping[str, Any]) -> bool:
     expected, found = content[KEY], _digest(content)
     if found != expected:
         raise CacheError(
-            "The cache's manifest is not as it was written",
+            "The cache's manifest has changed since it was written",
             where=path,
-            found=f"a content with the digest {found}",
-            expected=f"the digest that it carries, {json.dumps(expected)[:80]}",
+            found=f"contents with the digest {found}",
+            expected=f"the digest stored in it, {json.dumps(expected)[:80]}",
             fix="Restore the file, or make the cache again (--force cache).",
         )
     return True

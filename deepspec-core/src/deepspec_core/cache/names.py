@@ -15,7 +15,7 @@ class Names(Sequence[str]):
     """Text by number, made of other text once. Equal to any sequence of the same text."""
 
     def __init__(self, names: Iterable[str]) -> None:
-        """TypeError for what is no text, ValueError for text that UTF-8 cannot hold."""
+        """TypeError for ids that are not text, ValueError for text that UTF-8 cannot encode."""
         found = list(names)
         if not all(type(name) is str for name in found):
             raise TypeError("ids must be text")

@@ -23,7 +23,7 @@ class SomeSamples:
         return len(self._numbers)
 
     def ids(self) -> list[str]:
-        """Of these samples, in the order of the cache."""
+        """The ids of these samples, in the order of the cache."""
         names = self._reader.ids()
         return [names[number] for number in self._numbers]
 

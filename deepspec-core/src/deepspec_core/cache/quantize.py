@@ -1,8 +1,8 @@
-"""How feature tensors are kept as plain arrays: a storage type to arrays, and back.
+"""How feature tensors are stored as plain arrays: a storage type to arrays, and back.
 
-float32 and float16 are stored as they are, bfloat16 as its bits (uint16), float8_e4m3 as its bits (uint8) with one
-scale a token and a layer. Scales are powers of two, so what is read back is exact in bfloat16: rounding happens once,
-on the way in. Knows tensors only.
+float32 and float16 are stored unchanged, bfloat16 as its bits (uint16), float8_e4m3 as its bits (uint8) with one scale
+for each token and layer. Scales are powers of two, so the stored values are exact in bfloat16: rounding happens only
+when features are stored. Knows tensors only.
 
 Legend: T tokens, C = layers * H, G groups of H.
 """

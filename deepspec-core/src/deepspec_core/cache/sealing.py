@@ -1,6 +1,6 @@
-"""The moment at which a shard begins to count: on the disk, with its checksum, under its own name. Or the disk refuses.
+"""Sealing a shard: it is synced to disk, gets a checksum, and is renamed to its final name. Reports errors of the disk.
 
-Knows files; not what is inside a shard.
+Knows files; does not know what is inside a shard.
 """
 
 from __future__ import annotations

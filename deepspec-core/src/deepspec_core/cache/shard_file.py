@@ -1,8 +1,10 @@
-"""One shard of an HDF5 cache as a file: written so that a full disk ends in an error, read only as what it must be.
+"""One shard of an HDF5 cache as a file: a full disk gives an error when it is written, and it is checked when it is
+read.
 
-HDF5 cannot let go of a file that it could not write: the process then ends with a segmentation fault. `ShardOutput`
-takes every write and keeps the error for `check`. A shard that another process wrote is not trusted: `open_shard`
-refuses data that lies outside the file, and sizes other than the manifest's. Knows HDF5 files; not what features mean.
+HDF5 cannot close a file that it failed to write: the process then ends with a segmentation fault. `ShardOutput`
+therefore accepts every write and stores the error for `check`. A shard that another process wrote is not trusted:
+`open_shard` refuses data outside the file, and sizes that differ from the manifest's. Knows HDF5 files; does not know
+what features mean.
 """
 
 from __future__ import annotations
@@ -120,7 +122,7 @@ def open_shard(path: Path, shapes: Mapping[str, tuple[Sequence[int], np.dtype[An
 
 
 def _problem(file: Any, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[str, str] | None:
-    """What is found and what is expected, where a dataset is not what it must be."""
+    """The found and the expected property, if a dataset is not as it must be."""
     if not isinstance(file.get(name, getlink=True), h5py.HardLink):
         return ("a link" if name in file else "nothing"), "a dataset in this file"
     dataset = file[name]

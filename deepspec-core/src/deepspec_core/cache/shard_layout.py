@@ -1,8 +1,8 @@
-"""What is inside a shard of a cache, and beside the shards: the part in which sharded formats differ.
+"""The contents of a cache's shards and of the files beside them: the part in which sharded formats differ.
 
-HDF5 datasets (hdf5.py) and raw arrays (binary_v2.py) are such layouts, and a plugin may have another: with
-sharded.ShardedFormat it is a whole cache format. Knows none of them; when a shard is begun, sealed or opened is
-sharded.py's.
+HDF5 datasets (hdf5.py) and raw arrays (binary_v2.py) are such layouts, and a plugin may have another. Together with
+sharded.ShardedFormat, a layout is a complete cache format. Knows no particular layout; sharded.py decides when a shard
+is begun, sealed or opened.
 
 Legend: T tokens, C = taps * H, H hidden size.
 """
@@ -88,7 +88,7 @@ class ShardLayout(Protocol):
         ...
 
     def write_index(self, folder: Path, manifest: Manifest) -> None:
-        """Write what the layout has beside its shards, once all of them are sealed: nothing."""
+        """Write the layout's files beside the shards, once all shards are sealed. By default there are none."""
         return
 
     def index_problems(self, folder: Path, manifest: Manifest) -> list[CacheError]:
@@ -96,7 +96,7 @@ class ShardLayout(Protocol):
         return []
 
     def bytes_per_token(self, header: CacheHeader) -> int:
-        """Bytes that one token takes: those of shard_arrays.arrays_of."""
+        """The bytes that one token takes. By default those of shard_arrays.arrays_of."""
         size = header.hidden_size
         return quantize.bytes_per_token(header.dtype, (len(header.taps) + 1) * size, size) + 4 + 1
 
@@ -104,7 +104,7 @@ class ShardLayout(Protocol):
 def not_as_written(path: Path, found: str, expected: str) -> CacheError:
     """The error of a shard that is not what header and manifest say."""
     return CacheError(
-        "A shard of the cache is not what its manifest says",
+        "A shard of the cache does not match the manifest",
         where=path,
         found=found,
         expected=expected,

@@ -1,8 +1,8 @@
-"""A cache of sealed shards: one writer at a time, shards that count only once they are whole, readers that trust none.
+"""A cache of sealed shards, with one writer at a time. Shards count only when they are complete; readers trust none.
 
 A shard is written as NAME.HOST-PID.partial, synced, renamed, and entered in the manifest; only then do its samples
-count. What is inside a shard, a `ShardLayout` says (shard_layout.py). Knows files, locks and manifests; not where
-features come from.
+count. A `ShardLayout` (shard_layout.py) defines the contents of a shard. Knows files, locks and manifests; does not
+know where features come from.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class ShardedFormat:
         self.layout = layout
 
     def create(self, path: Path, header: CacheHeader, *, shard_samples: int = 512) -> ShardedWriter:
-        """Start or continue a cache; what an earlier writer left unsealed is removed.
+        """Start or continue a cache. Unsealed shards of an earlier writer are removed.
 
         CacheError where `path` holds a cache with another header, or one whose sealed shards are damaged, or where the
         layout cannot store header.dtype. StageError where another writer is at work.
@@ -68,7 +68,7 @@ class ShardedFormat:
                 where="cache.dtype",
                 found=header.dtype,
                 expected=" or ".join(layout.dtypes),
-                fix="Set cache.dtype so, or choose another cache.format.",
+                fix="Set cache.dtype to one of these, or choose another cache.format.",
             )
         with storage_errors(path):
             held = lock(
@@ -107,7 +107,7 @@ class ShardedFormat:
         return ShardedReader(path, self.layout, manifest)
 
     def verify(self, path: Path, *, part: int = 0, parts: int = 1, remembered: bool = True) -> list[CacheError]:
-        """Shards that are not what the manifest says, by checksum or by what is in them. One part: every parts-th."""
+        """Errors for shards that differ from the manifest, by checksum or contents. A part is every parts-th shard."""
         manifest = self._finished(path, None)
         shards = manifest.shards[part::parts]
         problems = damaged_shards(path, shards, remembered=remembered)
@@ -130,7 +130,7 @@ class ShardedFormat:
         return load(path, format=self.layout.format, name=own)
 
     def _finished(self, path: Path, expect: CacheHeader | None) -> Manifest:
-        """The manifest of a finished cache that was made from what is expected."""
+        """The manifest of a finished cache with the expected header."""
         manifest = self._load(path)
         if manifest is None:
             raise CacheError(
@@ -222,7 +222,7 @@ class ShardedWriter:
         check_header(part, theirs.header, self._manifest.header)
         check_sizes(part, theirs)
         if any(digest16(name) in self._seen for shard in theirs.shards for name in shard.ids):
-            raise CacheError("A worker's part of the cache is there twice", where=part, fix="Remove it and run again.")
+            raise CacheError("A worker's part is in the cache already", where=part, fix="Remove it and run again.")
         with storage_errors(self._path), self._closed_by_errors():
             for shard in theirs.shards:
                 name = self._shard_name
@@ -240,7 +240,7 @@ class ShardedWriter:
         self._manifest = evolve(self._manifest, samples_with={**self._manifest.samples_with, token: count})
 
     def arrange(self, order: Mapping[str, int]) -> None:
-        """The manifest's order is the cache's."""
+        """The cache's order is that of the manifest."""
         with storage_errors(self._path), self._closed_by_errors():
             self._manifest = self._manifest.arranged(order)
             self._save()
@@ -250,7 +250,7 @@ class ShardedWriter:
             self._seen.add(digest16(name))
 
     def close(self) -> None:
-        """Let go of the cache. Samples that are not in a sealed shard are lost."""
+        """Release the cache. Samples that are not in a sealed shard are lost."""
         if self._shard is not None:
             self._shard.close()
             self._shard = None

@@ -29,7 +29,7 @@ def places(header: CacheHeader, taps: Sequence[int]) -> tuple[int, ...]:
 
 
 def runs(layers: Sequence[int]) -> list[tuple[int, int]]:
-    """Layers that follow each other as (first, behind the last); one that is empty where there is no layer."""
+    """Ranges (first, last + 1) of consecutive layers; an empty range if there is no layer."""
     if not layers:
         return [(0, 0)]
     begins = [layers[0], *(after for before, after in pairwise(layers) if after != before + 1)]

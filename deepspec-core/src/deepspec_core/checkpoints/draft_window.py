@@ -35,21 +35,21 @@ def window_of(config: Mapping[str, Any], path: Path) -> int | None:
     kinds = set(map(str, layer_types)) if isinstance(layer_types, list) else set()
     if SLIDING in kinds and len(kinds) > 1:
         raise CheckpointError(
-            "some of the draft's layers slide and some do not",
+            "some of the draft's layers have sliding attention and some have full attention",
             where=f"{path}: layer_types",
             found=", ".join(sorted(kinds)),
             expected=f"one kind for all layers, full_attention or {SLIDING}",
         )
     if SLIDING in kinds and config.get("use_sliding_window") is False:
         raise CheckpointError(
-            "the draft's layers slide, and do not",
+            "config.json contradicts itself about sliding attention",
             where=f"{path}: use_sliding_window",
             found=f"false, with {SLIDING} in layer_types",
             expected="keys that agree",
         )
     if layer_types is None and _may_slide(config):
         raise CheckpointError(
-            "a window is named, and not whether the draft's layers slide",
+            "config.json has a window, but does not say which layers use it",
             where=f"{path}: layer_types",
             found=f"none, with sliding_window = {config['sliding_window']!r}",
             expected=f"full_attention or {SLIDING} for each layer",

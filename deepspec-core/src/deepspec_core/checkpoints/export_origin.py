@@ -54,7 +54,7 @@ class Origin:
         def load() -> Any:
             if not self.base_known and is_relative(model):
                 raise ConfigError(
-                    "the run's folder does not say where its run file lay, and the target's path starts there",
+                    "the place of the run file is not known, and the target's path is relative to it",
                     where="[target] model",
                     found=model,
                     fix="Name the run file in place of the folder, or the target with --target.",

@@ -38,10 +38,10 @@ class Format:
             raise PluginError(f"the export format {name} cannot be built", where=package, found=blame(error)) from error
         if not isinstance(made, Exporter):
             raise PluginError(
-                f"the export format {name} is no exporter",
+                f"the export format {name} does not make an exporter",
                 where=package,
                 found=type(made).__name__,
-                expected="what `build()` returns has `unservable` and `write` (contracts.export.Exporter)",
+                expected="an object from `build()` with `unservable` and `write` (contracts.export.Exporter)",
             )
         return cls(name=name, package=package, exporter=made)
 
@@ -53,7 +53,7 @@ class Format:
             raise
         except Exception as error:
             raise PluginError(
-                f"the export format {self.name} cannot say whether it holds the draft",
+                f"the export format {self.name} failed to check the draft",
                 where=self.package,
                 found=blame(error),
             ) from error
@@ -98,11 +98,11 @@ class Format:
         links = sorted(path.name for path in folder.rglob("*") if path.is_symlink())
         if beside or links or not folder.is_dir():
             raise PluginError(
-                f"the export to {self.name} is not whole in its folder",
+                f"the export to {self.name} must consist of files in its own folder",
                 where=self.package,
                 found=", ".join([*(f"{name} beside it" for name in beside), *(f"{name}, a link" for name in links)])
                 or "the folder is gone",
-                expected="files in the folder that `write` is given, and nowhere else",
+                expected="files in the folder that `write` receives, and nowhere else",
             )
         files = [path for path in folder.rglob("*") if path.is_file()]
         if not files:
@@ -116,4 +116,4 @@ def require_free(out: Path, *, fix: str) -> None:
     """ExportError where something is in the place of an export."""
     if os.path.lexists(out):
         kind = "a link" if out.is_symlink() else "a folder" if out.is_dir() else "a file"
-        raise ExportError("the export's place is taken", where=out, found=kind, expected="nothing", fix=fix)
+        raise ExportError("the export's folder exists already", where=out, found=kind, expected="nothing", fix=fix)

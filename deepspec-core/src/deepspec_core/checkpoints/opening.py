@@ -38,7 +38,7 @@ def resolve_draft(name: str | Path, *, base: Path) -> Path:
         return local.resolve()
     if text.startswith((".", "/", "~")) or not HUB_ID.fullmatch(text):
         raise CheckpointError(
-            "no draft checkpoint there",
+            "there is no draft checkpoint in this directory",
             where=local,
             expected=f"a directory with {CONFIG}, or a Hub id such as org/draft",
         )
@@ -49,11 +49,11 @@ def resolve_draft(name: str | Path, *, base: Path) -> Path:
         return Path(snapshot_download(text, allow_patterns=list(_HUB_FILES)))
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            "no such local directory, and the Hub does not give it",
+            "there is no such local directory, and the Hub has no such repository or cannot be reached",
             where=text,
             found=problem or first_line(error),
             expected="a local directory, or a Hub id that exists and can be reached",
-            fix="Check the name and the network; offline, download it first and give its directory.",
+            fix="Check the name and the network. Without a network, download the draft first and give its directory.",
         ) from error
 
 
@@ -80,7 +80,10 @@ def draft_adapter(directory: Path, *, registry: Registry) -> TargetAdapter:
     model_type = fields.pop("model_type", None)
     if not isinstance(model_type, str):
         raise CheckpointError(
-            "config.json names no model_type", where=where, found=model_type, expected="the family it was made in"
+            "config.json names no model_type",
+            where=where,
+            found=model_type,
+            expected="that of the draft's family",
         )
     try:
         spec = registry.adapter_for(model_type)

@@ -87,7 +87,7 @@ def save_draft(
     """
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise CheckpointError(
-            "a checkpoint would overwrite what is there", where=out_dir, fix="choose another path, or remove it first"
+            "a checkpoint would overwrite existing files", where=out_dir, fix="choose another path, or remove it first"
         )
     description = draft.describe()
     own = draft.state_dict() if weights is None else weights
@@ -144,7 +144,9 @@ def read_draft_config(directory: Path) -> dict[str, Any]:
         return read_object(Path(directory) / CONFIG, kind=CheckpointError)
     except FileNotFoundError:
         raise CheckpointError(
-            "no draft checkpoint there", where=directory, expected=f"a directory with {CONFIG} and {WEIGHTS}"
+            "there is no draft checkpoint in this directory",
+            where=directory,
+            expected=f"a directory with {CONFIG} and {WEIGHTS}",
         ) from None
 
 
@@ -185,7 +187,7 @@ def load_draft(
     for name, buffer in draft.named_buffers():
         if not buffer.isfinite().all():
             raise CheckpointError(
-                f"{CONFIG} gives constants that are no numbers, such as rotary frequencies",
+                f"{CONFIG} gives constants that are not finite numbers, such as rotary frequencies",
                 where=directory / CONFIG,
                 found=name,
                 fix="check the entries of rope_parameters",
@@ -202,7 +204,7 @@ def load_draft(
     draft.load_state_dict({names[name]: tensor for name, tensor in weights.items()}, assign=True)
     if draft.vocabulary is not None and (found := draft.vocabulary.problem()) is not None:
         raise CheckpointError(
-            "the draft's vocabulary is none of this target's",
+            "the draft's vocabulary does not fit this target",
             where=directory / WEIGHTS,
             found=f"{KEY}: {found}",
             expected=f"token ids from 0 to below {draft.vocabulary.target_size:,} that increase",
@@ -220,7 +222,7 @@ def check_draft(directory: Path, *, registry: Registry, adapter: TargetAdapter) 
     window = window_of(read_draft_config(directory), Path(directory) / CONFIG)
     if description.window != window:
         raise CheckpointError(
-            f"draft type {description.algorithm!r} does not see as far as {CONFIG} says",
+            f"draft type {description.algorithm!r} does not have the attention window of {CONFIG}",
             where=Path(directory) / CONFIG,
             found=_seen(window),
             expected=_seen(description.window),
@@ -235,7 +237,7 @@ def check_draft(directory: Path, *, registry: Registry, adapter: TargetAdapter) 
             f"the weights are not those of the {description.algorithm!r} draft that {CONFIG} describes",
             where=directory / WEIGHTS,
             found=differences.in_words(shown=_SHOWN),
-            fix="check that the checkpoint belongs to this target and was written whole",
+            fix="check that the checkpoint belongs to this target and was written completely",
         )
     return description
 
@@ -261,7 +263,7 @@ def build_empty(directory: Path, *, registry: Registry, adapter: TargetAdapter) 
     constants = sum(buffer.nbytes for buffer in draft.buffers())
     if constants > _CONSTANT_BYTES:
         raise CheckpointError(
-            f"{CONFIG} asks for constants larger than any draft's",
+            f"{CONFIG} asks for larger constants than any draft has",
             where=Path(directory) / CONFIG,
             found=in_words(constants),
             expected=f"at most {in_words(_CONSTANT_BYTES)}",

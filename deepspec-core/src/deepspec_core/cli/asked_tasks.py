@@ -18,11 +18,11 @@ def tasks_meant(tasks: tuple[str, ...], registered: Sequence[str], *, has_data: 
     `has_data`: there is a run whose data has held-out prompts.
     """
     if HELD_OUT in tasks and not has_data:
-        raise click.UsageError(f"{HELD_OUT!r} prompts are those of a run's data: evaluate with a run file instead.")
+        raise click.UsageError(f"{HELD_OUT!r} prompts belong to the data of a run: evaluate with a run file instead.")
     if ALL not in tasks:
         return tasks
     if not registered:
-        raise click.UsageError("No task is installed that 'all' could mean: pip install deepspec-tasks.")
+        raise click.UsageError("'all' means all registered tasks, but none is installed: pip install deepspec-tasks.")
     from deepspec_core.evaluation.tasks import task_name
 
     named = [task for task in tasks if task != ALL]

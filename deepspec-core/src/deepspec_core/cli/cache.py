@@ -1,4 +1,4 @@
-"""`deepspec cache`: what a feature cache is, whether it is whole, in another format, and taken over from elsewhere."""
+"""`deepspec cache`: inspect, verify or convert a feature cache, or adopt one that another program wrote."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from deepspec_core.cli.options import no_plugin, overrides, run_file
 DAMAGED = 2
 _DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3")
 _folder = click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
-_format = click.option("--format", "name", help="The cache's format, as in [cache] format. Left out: found out.")
+_format = click.option("--format", "name", help="The cache's format, as in [cache] format. Left out: detected.")
 
 
 @click.group()
 def cache() -> None:
-    """Look at a feature cache, verify it, or write it in another format."""
+    """Inspect, verify, convert or adopt a feature cache."""
 
 
 @cache.command()
@@ -26,7 +26,7 @@ def cache() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable: one object.")
 @no_plugin
 def info(folder: Path, name: str | None, as_json: bool, blocked: tuple[str, ...]) -> None:
-    """Print what a cache was made from, how much is in it, and what a token takes. Reads no features."""
+    """Print what a cache was made from, its size, and its bytes per token. Reads no features."""
     from deepspec_core.cache.detection import format_of
     from deepspec_core.cache.manifest_digest import CANNOT_BE_CHECKED
     from deepspec_core.disk import in_words
@@ -72,8 +72,8 @@ def info(folder: Path, name: str | None, as_json: bool, blocked: tuple[str, ...]
 def verify(folder: Path, name: str | None, blocked: tuple[str, ...]) -> int:
     """Read a whole cache and compare it with the checksums taken when it was written.
 
-    Every damaged or missing file is named. The exit code is 2 where there is one. A run does the same by itself when it
-    first reads a cache that another process wrote.
+    Every damaged or missing file is reported; the exit code is then 2. A run makes the same check when it first reads a
+    cache that another process wrote.
     """
     from deepspec_core.cache.detection import format_of
     from deepspec_core.cache.manifest_digest import CANNOT_BE_CHECKED
@@ -83,14 +83,14 @@ def verify(folder: Path, name: str | None, blocked: tuple[str, ...]) -> int:
 
     show_messages()
     _, cache_format = format_of(folder, load_plugins(blocked=blocked).registry, name)
-    # Asked first, so that a folder without a cache is told apart before a lock file is put into it.
+    # Opened first, so that a folder without a cache is reported before a lock file is put into it.
     cache_format.open(folder, None) if cache_format.header(folder) is None else None
     with lock(folder, shared=True, problem="Another process is writing this cache", fix="Wait for it, or stop it."):
         problems = cache_format.verify(folder, remembered=False)
         if not problems:
             reader = cache_format.open(folder, None)
             checked = getattr(reader, "has_digest", True)
-            says = "all as it was written" if checked else f"the shards are as they were written; {CANNOT_BE_CHECKED}"
+            says = "unchanged since it was written" if checked else f"the shards are unchanged; {CANNOT_BE_CHECKED}"
             click.echo(f"{len(reader)} samples, {sum(reader.lengths()):,} tokens: {says}")
     for problem in problems:
         click.echo(f"{click.style('Damaged:', fg='red')} {problem.render()}", err=True)
@@ -101,13 +101,13 @@ def verify(folder: Path, name: str | None, blocked: tuple[str, ...]) -> int:
 @_folder
 @click.option("--to", "to", required=True, metavar="FORMAT", help="The format to write, as in [cache] format.")
 @click.option("--out", required=True, metavar="DIR", type=click.Path(path_type=Path), help="The new cache's folder.")
-@click.option("--dtype", type=click.Choice(_DTYPES), help="The features' number format. Left out: as they are.")
+@click.option("--dtype", type=click.Choice(_DTYPES), help="The features' number format. Left out: unchanged.")
 @_format
 @no_plugin
 def convert(folder: Path, to: str, out: Path, dtype: str | None, name: str | None, blocked: tuple[str, ...]) -> int:
-    """Write a cache again, in another format or number format. The old one stays.
+    """Write a copy of a cache in another storage format or number format. The old cache stays.
 
-    The cache is verified first. Interrupted, the same command goes on where it stopped.
+    The cache is verified first. If the command is interrupted, run it again: it continues where it stopped.
     """
     from deepspec_core.cache.conversion import convert as write
     from deepspec_core.cache.detection import format_of
@@ -122,7 +122,12 @@ def convert(folder: Path, to: str, out: Path, dtype: str | None, name: str | Non
     _, cache_format = format_of(folder, registry, name)
     wanted = registry.build("cache", to)
     if out.resolve() == folder.resolve():
-        raise CacheError("A cache cannot be converted into its own folder", where="--out", found=out)
+        raise CacheError(
+            "A cache cannot be converted into its own folder",
+            where="--out",
+            found=out,
+            expected="another folder than the cache's",
+        )
     with lock(folder, shared=True, problem="Another process is writing this cache", fix="Wait for it, or stop it."):
         if problems := list(cache_format.verify(folder, remembered=False)):
             raise problems[0]
@@ -130,7 +135,7 @@ def convert(folder: Path, to: str, out: Path, dtype: str | None, name: str | Non
         if not getattr(reader, "has_digest", True):
             click.echo(f"{click.style('Note:', fg='yellow')} {CANNOT_BE_CHECKED}", err=True)
         written = write(reader, wanted, out, dtype=dtype or reader.header.dtype)
-    click.echo(f"{len(reader)} samples in {out}, {written} of them written now")
+    click.echo(f"{len(reader)} samples in {out}; this command wrote {written} of them")
     return 0
 
 
@@ -140,10 +145,11 @@ def convert(folder: Path, to: str, out: Path, dtype: str | None, name: str | Non
 @overrides
 @no_plugin
 def adopt(folder: Path, path: str, overrides: tuple[str, ...], blocked: tuple[str, ...]) -> None:
-    """Take over a cache that another program wrote in the published layout, for the runs of a run file.
+    """Adopt a cache that another program wrote in the published layout, for the runs of a run file.
 
-    Its files are checked, and compared with the run file as far as they say what they were made from. That its features
-    are those of this target, and its tokens those of this chat template, you say yourself.
+    The cache's files are checked and compared with the run file, as far as they record what they were made from. The
+    command cannot check that the features come from this target and the tokens from this chat template: make sure of it
+    yourself.
     """
     from deepspec_core.cache.adoption import adopt as take_over
     from deepspec_core.cache.adoption import source_of

@@ -1,4 +1,4 @@
-"""`deepspec calibrate RUN`: temperatures that make a draft's confidences mean what they say."""
+"""`deepspec calibrate RUN`: fit temperatures that make a draft's confidences match its acceptance rates."""
 
 from __future__ import annotations
 
@@ -18,18 +18,20 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("run", metavar="RUN")
 @click.option(
-    "--task", "tasks", multiple=True, metavar="TASK", help="Fit on this task's rounds. Repeatable. Default: all."
+    "--task", "tasks", multiple=True, metavar="TASK", help="Fit on this task's rounds. Repeatable. Default: all tasks."
 )
 @click.option(
-    "--temperature", type=FiniteRange(min=0), help="Fit on the rounds at this one. Default: the highest evaluated."
+    "--temperature",
+    type=FiniteRange(min=0),
+    help="Fit on the rounds at this sampling temperature. Default: the highest evaluated.",
 )
 @no_plugin
 def calibrate(run: str, tasks: tuple[str, ...], temperature: float | None, blocked: tuple[str, ...]) -> None:
     """Fit temperatures for a draft's confidences on the rounds of its evaluation.
 
-    RUN is a run's folder or its run file. Writes calibration.json there, beside the draft, and calibration.sglang.json,
-    the same as SGLang reads it. No output of the target changes by it. The column "left out" is the error on each half
-    of the samples with temperatures fitted on the other half.
+    RUN is a run's folder or its run file. Writes calibration.json to the run's folder, and calibration.sglang.json, the
+    same for SGLang. Calibration changes no output of the target. The column "left out" is the cross-validated error: on
+    each half of the samples, with temperatures fitted on the other half.
     """
     from rich.console import Console
 
@@ -47,7 +49,7 @@ def calibrate(run: str, tasks: tuple[str, ...], temperature: float | None, block
         positions = ", ".join(map(str, found.fitted.at_the_edge))
         click.echo(
             f"Warning: the temperature at position {positions} is at the end of the grid. Confidences there hardly "
-            "foretell acceptance, or the rounds are too few.",
+            "predict acceptance, or there are too few rounds.",
             err=True,
         )
     for path in found.written:

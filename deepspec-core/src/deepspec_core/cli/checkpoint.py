@@ -1,4 +1,4 @@
-"""`deepspec checkpoint show DIR_OR_HUB_ID`: what a draft checkpoint is, and whether its weights are whole."""
+"""`deepspec checkpoint show DIR_OR_HUB_ID`: the facts of a draft checkpoint, and whether its weights are complete."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def checkpoint() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable: one object.")
 @no_plugin
 def show(name: str, as_json: bool, blocked: tuple[str, ...]) -> int:
-    """Print what a checkpoint is: algorithm, family, taps, options, parameters, weights that do not fit.
+    """Print a checkpoint's algorithm, family, taps, options, parameters, and the weights that do not fit.
 
-    No target is loaded. The exit code is 2 where weights are missing, unexpected, of another shape or not
-    floating-point numbers.
+    No target is loaded. The exit code is 2 if weights are missing, unexpected, of another shape or not floating-point
+    numbers.
     """
     from deepspec_core.checkpoints.inspection import inspect_draft
     from deepspec_core.checkpoints.opening import resolve_draft

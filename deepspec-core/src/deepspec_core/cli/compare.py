@@ -18,14 +18,14 @@ from deepspec_core.cli.options import no_plugin, overrides
     multiple=True,
     required=True,
     metavar="DRAFT,...",
-    help="Drafts that are not trained: TYPE, TYPE:VALUE or TYPE:key=value,...; or tree:N, the run's own "
+    help="Baselines: drafts that are not trained (TYPE, TYPE:VALUE or TYPE:key=value,...), or tree:N, the run's own "
     "draft with trees of N tokens. Repeatable.",
 )
 @click.option(
     "--beside",
     multiple=True,
     metavar="FOLDER",
-    help="An evaluation that is there already, such as a server's (`deepspec evaluate --server`). Repeatable.",
+    help="Include an existing evaluation, such as a server's (`deepspec evaluate --server`). Repeatable.",
 )
 @click.option("--force", type=click.Choice(["evaluate"]), help="Discard these evaluations first.")
 @overrides
@@ -40,9 +40,10 @@ def compare(
 ) -> None:
     """Evaluate a run's draft and baselines on the same prompts, and put them into one table.
 
-    RUN is a run file or a run's folder. The run's own evaluation is taken over where it is finished. A baseline's lies
-    in compare/ of the run's folder, and beside it comparison.json, comparison.md and the page comparison.html. The
-    column "run's draft ahead by" is the difference of the accepted lengths on the same prompts, with a 95% interval.
+    RUN is a run file or a run's folder. The run's own evaluation is reused if it is finished. The baselines'
+    evaluations, comparison.json, comparison.md and the page comparison.html are written to compare/ in the run's
+    folder. The column "run's draft ahead by" is the difference of the accepted lengths on the same prompts, with a 95%
+    interval.
     """
     from rich.console import Console
 

@@ -1,6 +1,6 @@
 """`deepspec config show|check RUN.toml`: the effective run file, or everything that is wrong with it.
 
-`deepspec config keys [SECTION]`: what run files may say.
+`deepspec config keys [SECTION]`: the keys of run files and their meaning.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @click.group()
 def config() -> None:
-    """Show or check a run file; say what its keys mean."""
+    """Show or check a run file, or explain its keys."""
 
 
 @config.command()
@@ -33,7 +33,7 @@ def config() -> None:
 @overrides
 @no_plugin
 def show(path: str, overrides: tuple[str, ...], blocked: tuple[str, ...]) -> None:
-    """Print the effective run file, every default filled in. The output is a run file itself."""
+    """Print the run file with every default filled in. The output is itself a run file."""
     from deepspec_core.config.render import render
 
     click.echo(render(_load(path, overrides, blocked)), nl=False)
@@ -44,9 +44,9 @@ def show(path: str, overrides: tuple[str, ...], blocked: tuple[str, ...]) -> Non
 @overrides
 @no_plugin
 def check(path: str, overrides: tuple[str, ...], blocked: tuple[str, ...]) -> None:
-    """Report every error at once, each with its key, what was found and expected, and the nearest valid name.
+    """Report all mistakes at once, each with its key, what was found and expected, and the nearest valid name.
 
-    The config of a target on this machine is read, and no weights.
+    If the target is on this machine, its config is read too, but no weights.
     """
     plugins = load_plugins(blocked=blocked)
     file = load_run_file(path, overrides=overrides, plugins=plugins)
@@ -60,12 +60,12 @@ def check(path: str, overrides: tuple[str, ...], blocked: tuple[str, ...]) -> No
 @config.command()
 @click.argument("section", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable: a list of sections.")
-@click.option("--markdown", is_flag=True, help="As the page docs/run-file.md has it.")
+@click.option("--markdown", is_flag=True, help="Markdown, as in docs/run-file.md.")
 @no_plugin
 def keys(section: str | None, as_json: bool, markdown: bool, blocked: tuple[str, ...]) -> None:
-    """Say what the keys of a run file mean, or those of one SECTION: type, default and meaning.
+    """Explain the keys of a run file, or of one SECTION: type, default and meaning.
 
-    The sections of installed plugins are among them.
+    Includes the sections of installed plugins.
     """
     from deepspec_core.config import reference
 

@@ -1,4 +1,4 @@
-"""`deepspec data`: a run's conversations, shown to a person, or prepared for runs to read."""
+"""`deepspec data`: show a run's conversations, or prepare them for later runs."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ if TYPE_CHECKING:
 
 # Drops beyond these are counted, not listed.
 _LISTED = 10
-# counts of conversations that do not become one whole sample each, in words
+# The counts of conversations that do not become exactly one complete sample, in words.
 _WORDS = {
-    "unusable": "rows that say what no conversation here can hold, such as images or empty answers",
-    "malformed": "rows that are no conversation, or damaged",
-    "refused": "not taken by the chat template, or not all of it, or not valid Unicode",
+    "unusable": "rows with contents that are not supported, such as images or empty answers",
+    "malformed": "rows that are damaged or hold no conversation",
+    "refused": "refused by the chat template or incomplete after it, or not valid Unicode",
     "control_tokens": "with a control token of the chat template in their text",
     "no_answer": "without an answer",
     "too_short": "with too few supervised tokens",
     "duplicates": "duplicates",
-    "renamed": "renamed, since another has their id",
+    "renamed": "renamed, because another conversation has the same id",
     "mask_token": "with the draft's mask token among their tokens",
-    "same_question": "with a first question that another asked before",
-    "same_prompt": "with a prompt that another had before, dropped",
+    "same_question": "with the same first question as an earlier one",
+    "same_prompt": "with the same prompt as an earlier one, dropped",
     "truncated": "cut at the length limit",
-    "split": "split into a sample an answer, since the template rewrites earlier answers",
-    "joined_start": "with an answer whose first white space is the header's token, and is not trained on",
-    "given_tokens": "with tokens of their own, taken as they are",
+    "split": "split into one sample for each answer, because the template rewrites earlier answers",
+    "joined_start": "with an answer whose leading white space is in the header's last token, and is not trained on",
+    "given_tokens": "with token ids of their own, used unchanged",
 }
 
 
@@ -57,9 +57,9 @@ def data() -> None:
 def show(
     path: str, count: int, split: Literal["train", "held_out"], overrides: tuple[str, ...], blocked: tuple[str, ...]
 ) -> None:
-    """Print samples with the supervised text marked, and what was dropped on the way to them.
+    """Print samples with their supervised text marked, and the conversations that were dropped.
 
-    Supervised text is green on a terminal, and stands between « and » elsewhere. Loads the tokenizer, no weights.
+    Supervised text is green on a terminal, and between « and » elsewhere. Loads the tokenizer, but no weights.
     """
     from deepspec_core.config.load import load_run_file
     from deepspec_core.pipeline.run import Run
@@ -76,7 +76,7 @@ def show(
         click.echo(f"\n{click.style(_heading(number, shown), bold=True)}\n{_text(shown, colour)}")
     click.echo("")
     if number < count:
-        click.echo(f"{number or 'no'} of {count} shown: there are no more")
+        click.echo(f"{number or 'none'} of {count} shown: there are no more")
     for line in [*_listed("dropped", dropped), *_listed("not regenerated", list(seen.failures))]:
         click.echo(line)
     if split == "train":
@@ -89,15 +89,16 @@ def show(
     "--out",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Where the conversations go. Default: prepared/ in the run's output.",
+    help="The folder for the conversations. Default: prepared/ in the run's output.",
 )
-@click.option("--force", is_flag=True, help="Replace other prepared conversations.")
+@click.option("--force", is_flag=True, help="Replace other prepared conversations in that folder.")
 @overrides
 @no_plugin
 def prepare(path: str, out: Path | None, force: bool, overrides: tuple[str, ...], blocked: tuple[str, ...]) -> None:
-    """Write a run's conversations as it uses them: cleaned, mixed, without doubles, split. Needs no target.
+    """Write a run's conversations as the run uses them: cleaned, mixed, without duplicates, split into training and
+    held-out. Needs no target.
 
-    The folder is a source: name it in data.sources, alone, and its split is kept.
+    Other runs can read the folder: name it as the only source in data.sources. Its split is kept.
     """
     from deepspec_core.cli.messages import show_messages
     from deepspec_core.config.load import load_run_file
@@ -113,7 +114,7 @@ def prepare(path: str, out: Path | None, force: bool, overrides: tuple[str, ...]
     for split, counts in done.counts.items():
         click.echo(_summary(split.replace("_", "-"), counts))
     if done.bad_rows is not None:
-        click.echo(f"{done.bad_rows} has the rows that cannot be used")
+        click.echo(f"rows that cannot be used are listed in {done.bad_rows}")
 
 
 def _summary(what: str, counts: Counter[str]) -> str:

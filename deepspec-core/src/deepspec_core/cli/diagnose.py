@@ -1,4 +1,4 @@
-"""`deepspec diagnose RUN`: for a draft that trains well and accepts badly, the first stage that drops, and why."""
+"""`deepspec diagnose RUN`: find the stage between training and serving at which a draft loses acceptance, and why."""
 
 from __future__ import annotations
 
@@ -21,33 +21,51 @@ RESULT = "diagnosis.json"
 
 @click.command()
 @click.argument("run", metavar="RUN")
-@click.option("--target", metavar="MODEL", help="RUN is a checkpoint, and this its target. Needs --task.")
+@click.option("--target", metavar="MODEL", help="The target, if RUN is a checkpoint. Needs --task.")
 @click.option(
-    "--task", "tasks", multiple=True, metavar="TASK", help="Ask these prompts, in place of evaluate.tasks. Repeatable."
-)
-@click.option("--samples", type=click.IntRange(min=4), default=48, show_default=True, help="Training samples read.")
-@click.option("--prompts", type=click.IntRange(min=4), default=24, show_default=True, help="Prompts decoded.")
-@click.option(
-    "--rounds", type=click.IntRange(min=4), default=48, show_default=True, help="Rounds looked at one by one."
+    "--task", "tasks", multiple=True, metavar="TASK", help="Use this task in place of evaluate.tasks. Repeatable."
 )
 @click.option(
-    "--max-new-tokens", type=click.IntRange(min=8), default=128, show_default=True, help="Of one decoded answer."
+    "--samples",
+    type=click.IntRange(min=4),
+    default=48,
+    show_default=True,
+    help="The number of training samples read.",
+)
+@click.option(
+    "--prompts", type=click.IntRange(min=4), default=24, show_default=True, help="The number of prompts to decode."
+)
+@click.option(
+    "--rounds",
+    type=click.IntRange(min=4),
+    default=48,
+    show_default=True,
+    help="The number of rounds examined singly.",
+)
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(min=8),
+    default=128,
+    show_default=True,
+    help="The most new tokens of one decoded answer.",
 )
 @click.option(
     "--tolerance",
     type=FiniteRange(0, 1),
     default=0.1,
     show_default=True,
-    help="A stage drops where it is surely lower, and by more than this share.",
+    help="A stage counts as a drop if its figure is significantly lower, by more than this share.",
 )
 @click.option("--served", metavar="FILE", help='A server\'s counts: {"drafts": 1200, "accepted": [900, 640]}.')
 @click.option(
-    "--server", metavar="URL", help="Ask this vLLM, llama.cpp or SGLang server, and read its own counts instead."
+    "--server",
+    metavar="URL",
+    help="Let this vLLM, llama.cpp or SGLang server answer the prompts, and read its counts, in place of --served.",
 )
-@click.option("--served-as", metavar="NAME", help="The server's name of the target, if it is another one.")
-@click.option("--api-key-env", metavar="NAME", help="The environment variable that holds the server's key.")
-@click.option("--json", "as_json", is_flag=True, help="Print the JSON that is written, in place of the text.")
-@click.option("--out", metavar="FILE", help=f"Where the JSON goes. Default: {RESULT} in the run's folder.")
+@click.option("--served-as", metavar="NAME", help="The target's model name on the server, if it differs.")
+@click.option("--api-key-env", metavar="NAME", help="The environment variable that holds the server's API key.")
+@click.option("--json", "as_json", is_flag=True, help="Print the JSON in place of the text.")
+@click.option("--out", metavar="FILE", help=f"The JSON file to write. Default: {RESULT} in the run's folder.")
 @overrides
 @no_plugin
 def diagnose(
@@ -70,9 +88,10 @@ def diagnose(
 ) -> None:
     """Find where a draft that trains well loses its acceptance, and say why.
 
-    RUN is a run file, a run's folder, or with --target a checkpoint. The same figures are measured at every stage from
-    training to decoding, and the first stage that drops is named with its cause. Evaluation is looked at as the run
-    file has it now, with --set: nothing that changed since training is refused. The exit code is 0 whatever is found.
+    RUN is a run file, a run's folder, or, with --target, a checkpoint. The command measures the same figures at every
+    stage from training to decoding, and reports the first stage at which they drop, with the cause. It evaluates with
+    the run file's present settings and --set, also if they changed since training. The exit code is 0 whatever the
+    diagnosis is.
     """
     from deepspec_core.disk import full_disk_is_an_error, why_not_writable
     from deepspec_core.errors import ConfigError
@@ -84,11 +103,11 @@ def diagnose(
     from deepspec_core.plugins.discovery import load_plugins
 
     if target is not None and not tasks:
-        raise click.UsageError("A checkpoint has no prompts of its own: give --task.")
+        raise click.UsageError("A checkpoint has no prompts: give --task.")
     if server is not None and served is not None:
-        raise click.UsageError("--server asks for what --served has in a file: give one of them.")
+        raise click.UsageError("--server and --served both give a server's counts: give only one of them.")
     if server is None and (served_as is not None or api_key_env is not None):
-        raise click.UsageError("--served-as and --api-key-env go with --server.")
+        raise click.UsageError("--served-as and --api-key-env need --server.")
     show_messages()
     plugins = load_plugins(blocked=blocked)
     if target is None:
@@ -138,5 +157,5 @@ def _table(found: Diagnosis) -> Table:
         mark = "drops" if stage.drops else ""
         rows.append([stage.name, STAGES[stage.name], *cells, length + interval, str(stage.blocks or "-"), mark])
     headings = ("stage", "what it is", *(str(k + 1) for k in range(size)), "accepted a round", "blocks", "")
-    title = "Right tokens by position, %, where all before them are right (recorded: whatever stands before them)"
+    title = "% of tokens that are right, by position, given that all before them are right (recorded: in any case)"
     return table(title, headings, rows, left=("stage", "what it is", ""))

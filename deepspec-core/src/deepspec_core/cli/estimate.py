@@ -1,4 +1,4 @@
-"""`deepspec estimate RUN.toml`: what training will take, before anything is started."""
+"""`deepspec estimate RUN.toml`: the memory, disk space and operations of training, before anything is started."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ if TYPE_CHECKING:
 
 _HELD = {
     "process": "Python, libraries and kernels, as loaded here",
-    "allocator": "freed, but kept by the C library; varies from run to run",
+    "allocator": "freed memory that the C library keeps; varies from run to run",
     "target_weights": "the target's weights",
     "trained_weights": "the draft's trained weights, fp32",
     "gathered_weights": "all trained weights, gathered for a step",
-    "frozen_weights": "the draft's embedding, head and constants",
-    "head_copies": "copies of frozen heads in the precision of products",
+    "frozen_weights": "the draft's embedding, lm_head and constants",
+    "head_copies": "copies of frozen lm_heads in the dtype of matrix products",
     "optimizer_moments": "the optimizer's two moments, fp32",
-    "gradients": "gradients, added up over a step's micro-batches",
-    "gradient_buckets": "gradients on their way between processes",
+    "gradients": "gradients, summed over a step's micro-batches",
+    "gradient_buckets": "buffers that exchange gradients between processes",
     "batches": "ids, masks, indices and stored features",
 }
 _PHASES = {
-    "features": "the batch comes in; online, through the target",
+    "features": "loading the batch; online, the target's forward pass",
     "forward": "the draft's forward pass",
-    "rows": "the loss: activations, its workspace and gradients",
+    "rows": "the loss: activations, workspace and gradients",
     "backward": "the draft's backward pass",
     "update": "the optimizer's update",
 }
@@ -40,8 +40,8 @@ _FLOPS = {
     "features": "the target's forward pass",
     "draft_forward": "the draft's forward pass",
     "draft_backward": "the draft's backward pass",
-    "rows": "the loss's vocabulary products, forward and backward",
-    "update": "the optimizer's products",
+    "rows": "the loss's products with the vocabulary, forward and backward",
+    "update": "the optimizer's matrix products",
 }
 
 
@@ -54,9 +54,10 @@ _FLOPS = {
 def estimate(
     path: str, as_json: bool, workers: int | None, overrides: tuple[str, ...], blocked: tuple[str, ...]
 ) -> None:
-    """Predict what training takes: peak memory, the size of the feature cache, operations per optimizer step.
+    """Predict the peak memory of training, the size of the feature cache, and the operations per optimizer step.
 
-    Reads the target's config and no weights. Sequences are taken to be as long as data.max_length allows.
+    Reads the target's config, but no weights. Assumes that every sequence has data.max_length tokens, so the figures
+    are upper bounds.
     """
     from deepspec_core.config.load import load_run_file
     from deepspec_core.pipeline import workers as all_workers
@@ -84,16 +85,16 @@ def _table(found: Estimate) -> Table:
 
     memory = found.memory
     table = Table(title=f"Memory of {'each' if found.processes > 1 else 'the'} training process, on {found.device}")
-    table.add_column("held all through a step")
+    table.add_column("held during the whole step")
     table.add_column("", justify="right")
     for name, size in memory.held.items():
         if size:
             table.add_row(_HELD[name], _bytes(size))
     table.add_section()
-    table.add_row("beyond that, at most, in", "", style="bold")
+    table.add_row("in addition, at most, during", "", style="bold")
     for name, size in memory.phases.items():
         if size:
-            mark = "  <- most" if name == memory.peak_phase else ""
+            mark = "  <- peak" if name == memory.peak_phase else ""
             table.add_row(_PHASES[name] + mark, _bytes(size))
     table.add_section()
     table.add_row("peak", _bytes(memory.peak_bytes), style="bold")
@@ -102,21 +103,24 @@ def _table(found: Estimate) -> Table:
 
 def _lines(found: Estimate) -> Iterator[str]:
     micro, total = found.micro_batch, sum(found.flops.values())
+    per_step = "micro-batch" if found.micro_batches_per_step == 1 else "micro-batches"
     yield (
-        f"Taken to be as long as can be: micro-batches of {micro.sequences:,} x {micro.tokens_per_sequence:,} tokens, "
-        f"supervised from the second on: {micro.rows:,} rows on {micro.target_positions:,} positions of the target; "
-        f"{found.micro_batches_per_step:,} a step{' of each process' if found.processes > 1 else ''}."
+        f"These are upper bounds: every sequence is assumed to have the maximum length, with all tokens but the first "
+        f"supervised. A micro-batch has {micro.sequences:,} x {micro.tokens_per_sequence:,} tokens. The draft predicts "
+        f"{micro.rows:,} tokens (rows) in it, at {micro.target_positions:,} positions of the target. "
+        f"{'Each process' if found.processes > 1 else 'An optimizer step'} computes {found.micro_batches_per_step:,} "
+        f"{per_step}{' per optimizer step' if found.processes > 1 else ''}."
     )
     if found.device != "cpu":
         yield (
-            "Attention is counted as the CPU does it, of which accelerators' kernels may take less; what the driver "
-            "and the device's allocator keep for themselves is not counted."
+            "Attention is counted with the CPU's implementation; accelerators' kernels may take less memory. Memory "
+            "that the driver and the device's allocator keep for themselves is not counted."
         )
     for what in found.not_counted:
-        yield f"Not counted, since it does not run without numbers: {what}"
+        yield f"Not counted: {what}"
     if found.cache is not None:
         yield f"Feature cache: {_cache(found.cache)}."
-    processes = f", all {found.processes} processes together" if found.processes > 1 else ""
+    processes = f" of all {found.processes} processes together" if found.processes > 1 else ""
     yield f"Operations of one optimizer step{processes}: {_operations(total)}"
     for name, count in found.flops.items():
         if count:
@@ -125,10 +129,14 @@ def _lines(found: Estimate) -> Iterator[str]:
 
 def _cache(cache: CacheSize) -> str:
     per_token = f"{cache.bytes_per_token:,} bytes a token, {_bytes(cache.bytes_per_token * 10**6)} for a million tokens"
-    twice = "; twice that until it is whole, since features come with answers" if cache.kept_with_answers else ""
+    twice = (
+        "; twice that until the cache is complete, because features that came with answers are kept beside it"
+        if cache.kept_with_answers
+        else ""
+    )
     if cache.most_bytes is None:
         return per_token + twice
-    return f"{per_token}; {_bytes(cache.most_bytes)} where all {cache.most_tokens:,} tokens come{twice}"
+    return f"{per_token}; at most {_bytes(cache.most_bytes)} for {cache.most_tokens:,} tokens{twice}"
 
 
 def _bytes(count: float) -> str:

@@ -1,7 +1,7 @@
-"""`deepspec evaluate --draft DRAFT --target MODEL --task TASK`: a draft's figures, without a run file.
+"""`deepspec evaluate --draft DRAFT --target MODEL --task TASK`: evaluate a draft without a run file.
 
-Puts together the run file that would say the same and hands it to the evaluate stage. With --server a running server
-answers instead (evaluate_server.py).
+Makes a run file from the command's options and gives it to the evaluate stage. With --server, a running server answers
+instead (evaluate_server.py).
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ DEFAULTS = EvaluateOptions()
     metavar="DRAFT",
     help="A checkpoint (directory or Hub id), or a draft that is not trained: TYPE, TYPE:VALUE or TYPE:key=value,...",
 )
-@click.option("--target", metavar="MODEL", help="Its target: a directory, a Hub id, or builtin:NAME.")
+@click.option("--target", metavar="MODEL", help="The draft's target: a directory, a Hub id, or builtin:NAME.")
 @click.option(
     "--task",
     "tasks",
     multiple=True,
     metavar="TASK",
-    help="A registered task; a file with `turns` or `messages`; NAME:FILE, a registered task from a file; or `all`, "
-    "every registered task. Repeatable.",
+    help="A registered task; a file with `turns` or `messages`; NAME:FILE, a registered task with prompts from a file; "
+    "or `all` registered tasks. Repeatable.",
 )
 @click.option(
     "--temperature",
@@ -63,7 +63,7 @@ DEFAULTS = EvaluateOptions()
     multiple=True,
     default=DEFAULTS.temperature,
     show_default=True,
-    help="Repeatable.",
+    help="The sampling temperature; 0 is greedy. Repeatable: each is evaluated.",
 )
 @sampling
 @click.option(
@@ -71,17 +71,19 @@ DEFAULTS = EvaluateOptions()
     type=click.IntRange(1, 2**16),
     default=DEFAULTS.samples,
     show_default=True,
-    help="Answers to each prompt above temperature 0.",
+    help="The number of answers to each prompt, at temperatures above 0.",
 )
 @click.option(
     "--turns",
     type=click.Choice(["first", "all"]),
     default=DEFAULTS.turns,
     show_default=True,
-    help="User turns that are asked; the model's own answers stand between.",
+    help="The user turns to ask: the first of each prompt, or all, with the model's own answers in between.",
 )
 @click.option(
-    "--limit", type=click.IntRange(min=1), help="Prompts of each task at most. Default: its own quota, or all."
+    "--limit",
+    type=click.IntRange(min=1),
+    help="The most prompts of each task. Default: the number that the task sets, or all.",
 )
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=DEFAULTS.max_new_tokens, show_default=True)
 @click.option(
@@ -91,7 +93,7 @@ DEFAULTS = EvaluateOptions()
     multiple=True,
     default=DEFAULTS.batch_sizes,
     show_default=True,
-    help="Sequences decoded at once. Repeatable: the speed-up at each.",
+    help="The number of sequences decoded at once. Repeatable: each is evaluated.",
 )
 @click.option(
     "--confidence-threshold",
@@ -100,28 +102,37 @@ DEFAULTS = EvaluateOptions()
     show_default=True,
     help="End a proposal before its first token whose confidence is below this.",
 )
-@click.option("--tree-nodes", type=click.IntRange(1, MOST_NODES), help="Propose trees of so many tokens, not chains.")
-@click.option("--calibration", metavar="FILE", help="What `deepspec calibrate` wrote for this draft.")
+@click.option(
+    "--tree-nodes", type=click.IntRange(1, MOST_NODES), help="Propose trees of at most this many tokens, not chains."
+)
+@click.option("--calibration", metavar="FILE", help="The file that `deepspec calibrate` wrote for this draft.")
 @click.option(
     "--cost-table",
     metavar="FILE",
-    help="Verify what is worth it by this table of the target, which `deepspec profile` wrote (Algorithm 1).",
+    help="In each round, verify only as many tokens as pay off by this cost table of the target, which "
+    "`deepspec profile` wrote (Algorithm 1).",
 )
-@click.option("--asynchronous", is_flag=True, help="With --cost-table: how much, the rounds before say.")
+@click.option(
+    "--asynchronous",
+    is_flag=True,
+    help="With --cost-table: choose the number of tokens from the confidences of two rounds earlier.",
+)
 @click.option("--thinking", is_flag=True, help="Ask in the target's thinking mode.")
 @click.option("--chat-template", metavar="FILE", help="A Jinja file in place of the target's own chat template.")
 @click.option("--dtype", type=click.Choice(DTYPES), help="Default: float32 on CPU, bfloat16 elsewhere.")
-@click.option("--out", metavar="DIR", help="Where results go. Default: evaluation-NAME, after the draft.")
+@click.option("--out", metavar="DIR", help="The folder for results. Default: evaluation-NAME, after the draft.")
 @click.option("--force", type=click.Choice(["evaluate"]), help="Discard the results in --out first.")
 @click.option(
-    "--server", metavar="URL", help="Ask this vLLM, llama.cpp or SGLang server: the prompts of RUN, or for --target."
+    "--server",
+    metavar="URL",
+    help="Let this vLLM, llama.cpp or SGLang server answer: the tasks of RUN, or those of --task for --target.",
 )
-@click.option("--served-as", metavar="NAME", help="The server's name of the target, if it is another one.")
-@click.option("--api-key-env", metavar="NAME", help="The environment variable that holds the server's key.")
+@click.option("--served-as", metavar="NAME", help="The target's model name on the server, if it differs.")
+@click.option("--api-key-env", metavar="NAME", help="The environment variable that holds the server's API key.")
 @click.option(
     "--against",
     metavar="RUN",
-    help="Compare the server's greedy answers with those of this evaluation. Default: RUN's own, where it has some.",
+    help="With --server: compare its greedy answers with those of this run's evaluation. Default: RUN's own, if any.",
 )
 @no_plugin
 @click.pass_context
@@ -158,14 +169,14 @@ def evaluate(
     against: str | None,
     blocked: tuple[str, ...],
 ) -> None:
-    """Evaluate a draft beside plain decoding of its target, or what a server makes of the draft that it has.
+    """Evaluate a draft beside plain decoding of its target, or evaluate a server with the draft that it serves.
 
-    What a checkpoint is (algorithm, options, tapped layers) is read from its config.json. Interrupted, the same command
-    goes on where it stopped.
+    The checkpoint's algorithm, options and tapped layers are read from its config.json. If the command is interrupted,
+    run it again: it continues where it stopped.
 
-    With --server, RUN is a run's folder or its run file, whose tasks and settings count where the command gives none;
-    without RUN, --target and --task say what is asked. It is asked greedily unless --temperature says otherwise.
-    Results go to --out, by default RUN's folder and `served` there, or `evaluation-served`.
+    With --server, RUN is a run's folder or its run file. Its tasks and settings apply where the command gives none.
+    Without RUN, --target and --task are required. Decoding is greedy unless --temperature is given. Results go to
+    --out, by default to `served` in RUN's folder, or to `evaluation-served` without RUN.
     """
     if server is not None:
         from deepspec_core.cli.evaluate_server import ask_server
@@ -173,13 +184,13 @@ def evaluate(
         return ask_server(context, server)
     for name, value in (("RUN", place), ("--served-as", served_as), ("--api-key-env", api_key_env)):
         if value is not None:
-            raise click.UsageError(f"{name} goes with --server. A run file is evaluated by `deepspec run`.")
+            raise click.UsageError(f"{name} needs --server. To evaluate a run file, use `deepspec run`.")
     if against is not None:
-        raise click.UsageError("--against goes with --server. Evaluations are compared by `deepspec report`.")
+        raise click.UsageError("--against needs --server. To compare evaluations, use `deepspec report`.")
     if asynchronous and cost_table is None:
-        raise click.UsageError("--asynchronous goes with --cost-table.")
+        raise click.UsageError("--asynchronous needs --cost-table.")
     if draft is None or target is None or not tasks:
-        raise click.UsageError("--draft, --target and --task are needed, or --server.")
+        raise click.UsageError("Give --draft, --target and --task, or --server.")
     from deepspec_core.plugins.discovery import load_plugins
     from deepspec_core.untrained.named import untrained_of
 
@@ -239,7 +250,7 @@ def _run_file(
     assert evaluated.draft is not None
     directory = resolve_draft(evaluated.draft, base=Path())
     algorithm, options, taps = read_options(directory, plugins.registry)
-    # A target without dense layers needs to be told; the draft itself is built from its own config.json.
+    # Targets without dense layers require this key; the draft itself is built from its own config.json.
     config = read_draft_config(directory)
     try:
         layer = LayerOptions(intermediate_size=config.get("intermediate_size"))

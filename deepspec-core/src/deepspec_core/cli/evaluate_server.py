@@ -1,6 +1,6 @@
-"""`deepspec evaluate [RUN] --server URL`: from what the command says to a run whose tasks a server answers.
+"""`deepspec evaluate [RUN] --server URL`: makes a run from the command's options; a server answers its tasks.
 
-Knows the command's options and run files. The asking is in pipeline/evaluating_server.py.
+Knows the command's options and run files. pipeline/evaluating_server.py sends the requests.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from deepspec_core.plugins.discovery import Plugins
 
 _GREEDY: Final = (0.0,)
-# What shapes decoding in this process, and says nothing to a server.
+# Options that shape decoding in this process and have no effect on a server.
 _OURS: Final = {
     "draft": "--draft",
     "confidence_threshold": "--confidence-threshold",
@@ -42,7 +42,7 @@ _OURS: Final = {
     "asynchronous": "--asynchronous",
     "dtype": "--dtype",
 }
-# What the command says in place of the run file's [evaluate], under the same names.
+# Options of the command that replace the keys of the same names in the run file's [evaluate].
 _ASKED: Final = (
     "turns",
     "limit",
@@ -58,21 +58,21 @@ _OF_THE_RUN: Final = {"target": "--target", "thinking": "--thinking", "chat_temp
 
 
 def ask_server(context: click.Context, address: str) -> None:
-    """Ask the server that the command names, and show its figures."""
+    """Let the server answer, and print the figures."""
     from deepspec_core.evaluation.report import checks, terminal_table
     from deepspec_core.pipeline.evaluating_server import Asked, evaluate_server
     from deepspec_core.plugins.discovery import load_plugins
 
     show_messages()
     said = {name: value for name, value in context.params.items() if _given(context, name)}
-    _refuse(said, _OURS, "says nothing to a server, which has a draft and settings of its own")
+    _refuse(said, _OURS, "has no effect on a server, which has its own draft and settings")
     if said.get("out") is not None and (problem := no_path("--out", said["out"])) is not None:
         raise problem
     plugins = load_plugins(blocked=said.get("blocked", ()))
     place, against = said.get("place"), said.get("against")
     own: Path | None = None if against is None else run_folder(against, said.get("blocked", ()))
     if place is not None:
-        _refuse(said, _OF_THE_RUN, "is what RUN says")
+        _refuse(said, _OF_THE_RUN, "is set by RUN")
         folder = run_folder(place, said.get("blocked", ()))
         run, out = _of_run(Path(place), folder, said, plugins), folder / "served"
         own = own or folder
@@ -108,7 +108,7 @@ def _refuse(said: dict[str, Any], names: dict[str, str], why: str) -> None:
 
 
 def _evaluated(options: EvaluateOptions, said: dict[str, Any], plugins: Plugins, *, has_data: bool) -> EvaluateOptions:
-    """The options with what the command says in their place."""
+    """The options, with those that the command gives replaced."""
     sizes = said.get("batch_sizes")
     changed: dict[str, Any] = {name: said[name] for name in _ASKED if name in said}
     if sizes:

@@ -1,4 +1,4 @@
-"""The values of a command's options, checked as [evaluate] of a run file is. Knows no command."""
+"""Checks the values of a command's options as those of [evaluate] in a run file. Knows no command."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 def check_values(said: Mapping[str, Any], registry: Registry) -> None:
-    """UsageError where a key of [evaluate] does not take the value that the option of its name was given.
+    """UsageError if an option has a value that the key of [evaluate] with the same name does not allow.
 
-    None is no value.
+    Options that are None were not given.
     """
     from deepspec_core.config.explain import explain
     from deepspec_core.config.structure import strict_converter

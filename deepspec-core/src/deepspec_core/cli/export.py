@@ -1,4 +1,4 @@
-"""`deepspec export RUN_OR_DRAFT --to FORMAT`: a draft as a serving engine loads it, without an export stage."""
+"""`deepspec export RUN_OR_DRAFT --to FORMAT`: write a draft in a serving engine's format, without an export stage."""
 
 from __future__ import annotations
 
@@ -22,25 +22,26 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("draft", metavar="RUN_OR_DIR_OR_HUB_ID", required=False)
 @click.option("--to", "name", required=True, metavar="FORMAT", help="An export format; see `deepspec plugins`.")
-@click.option("-o", "--out", metavar="DIR", help="The folder to write. Default: the draft's name and the format's.")
-@click.option("--target", metavar="NAME", help="The target's name in the export. Default: that in the draft's run.")
+@click.option("-o", "--out", metavar="DIR", help="The folder to write. Default: DRAFT-FORMAT, from their names.")
+@click.option("--target", metavar="NAME", help="The target's name in the export. Default: its name in the draft's run.")
 @click.option(
     "--draft-vocab",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Keep the N tokens that the run's answers have most of. The target is loaded to measure both drafts.",
+    help="Reduce the draft's vocabulary to the N most frequent tokens of the run's answers. The target is loaded to "
+    "measure the accepted length before and after.",
 )
 @click.option(
     "--prompts",
     type=click.IntRange(min=1),
     default=64,
     show_default=True,
-    help="With --draft-vocab: prompts of the run's first task that both are measured on.",
+    help="With --draft-vocab: the number of prompts, from the run's first task, for that measurement.",
 )
 @click.option(
     "--untrained",
     metavar="RUN.toml",
-    help="In place of a draft: the one that this run file would begin to train, with random weights.",
+    help="Export the untrained draft of this run file, with random weights, in place of a draft.",
 )
 @no_plugin
 def export(
@@ -53,18 +54,18 @@ def export(
     untrained: str | None,
     blocked: tuple[str, ...],
 ) -> None:
-    """Write a draft in the form that a serving engine loads.
+    """Write a draft in the format that a serving engine loads.
 
-    Of a run's folder or its run file it is the finished draft, and the model card has the run's settings and its
-    evaluation. No target is loaded, but by --draft-vocab and --untrained. The folder appears when all of it is written;
-    one that is there is never overwritten.
+    Given a run's folder or its run file, the command exports the finished draft; the model card then has the run's
+    settings and evaluation. Only --draft-vocab and --untrained load the target. The folder appears when all files are
+    written. An existing folder is never overwritten.
     """
     from deepspec_core.plugins.discovery import load_plugins
 
     if (draft is None) == (untrained is None):
         raise click.UsageError("Name a run or a checkpoint, or a run file with --untrained.")
     if untrained is not None and (draft_vocab is not None or target is not None):
-        raise click.UsageError("--untrained takes everything from the run file: --draft-vocab and --target do not go.")
+        raise click.UsageError("--untrained takes everything from the run file: leave out --draft-vocab and --target.")
     plugins = load_plugins(blocked=blocked)
     if untrained is not None:
         return _write_untrained(untrained, name, out, plugins)
@@ -123,7 +124,7 @@ def _write_reduced(
     directory = Path(checkpoint_in(folder))
     if directory == Path(folder):
         raise ConfigError(
-            "the tokens to keep are those of a run's answers",
+            "--draft-vocab needs a run: it keeps the most frequent tokens of the run's answers",
             where=where,
             found=folder,
             expected="the folder of a run that has trained, or its run file",
@@ -144,9 +145,9 @@ def _write_reduced(
         found = reduced(run, size, prompts=prompts, where=where)
     measured = found.about["measured"]
     click.echo(
-        f"{size:,} tokens are {100 * found.about['covered']:.2f}% of the answers'; accepted length "
-        f"{measured['accepted_length_before']:.3f} before, {measured['accepted_length_after']:.3f} after, on "
-        f"{measured['prompts']} prompts"
+        f"the {size:,} tokens that are kept make up {100 * found.about['covered']:.2f}% of the answers' tokens; "
+        f"accepted length {measured['accepted_length_before']:.3f} before, {measured['accepted_length_after']:.3f} "
+        f"after, on {measured['prompts']} prompts"
     )
     _write(chosen, found.draft, facts(found.draft, adapter, reduced=found.about), place)
 
@@ -162,7 +163,7 @@ def _write_untrained(path: str, name: str, out: str | None, plugins: Plugins) ->
     place = _free_place(out, f"{run.file.run.name}-untrained", name)
     draft, facts = untrained_draft(run, lambda facts: chosen.check(facts, where=f"--to {name}"))
     _write(chosen, draft, facts, place)
-    click.echo("its weights are random: it is there to be loaded, and speeds nothing up", err=True)
+    click.echo("the draft's weights are random: it shows whether an engine loads it, but gives no speed-up", err=True)
 
 
 def _free_place(out: str | None, own: str, name: str) -> Path:
@@ -187,7 +188,7 @@ def _write(chosen: Format, draft: DraftModel, facts: ExportFacts, place: Path) -
 
 
 def _own_name(given: str, directory: Path) -> str:
-    """A run's draft lies in `draft/` of the run's folder, which has the name that people know."""
+    """The draft's name. A run's draft is in `draft/` of the run's folder, so it gets that folder's name."""
     local = Path(given).expanduser().is_dir()
     if local and directory.name == "draft":
         return directory.resolve().parent.name

@@ -1,4 +1,4 @@
-"""`deepspec generate --target T [--draft D] [PROMPT]`: one answer, streamed, with its rounds and its speed."""
+"""`deepspec generate --target T [--draft D] [PROMPT]`: one streamed answer, then its rounds and its speed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _COLOURS = ("green", "cyan")
 @click.option(
     "--draft",
     metavar="DRAFT",
-    help="A draft checkpoint of this target, or TYPE, TYPE:VALUE, TYPE:key=value,... of a draft that is not trained. "
+    help="A draft checkpoint for this target, or a draft that is not trained: TYPE, TYPE:VALUE or TYPE:key=value,... "
     "Left out: plain decoding.",
 )
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True)
@@ -41,11 +41,15 @@ _COLOURS = ("green", "cyan")
     show_default=True,
     help="End a proposal before its first token whose confidence is below this.",
 )
-@click.option("--tree-nodes", type=click.IntRange(1, MOST_NODES), help="Propose trees of so many tokens, not chains.")
+@click.option(
+    "--tree-nodes", type=click.IntRange(1, MOST_NODES), help="Propose trees of at most this many tokens, not chains."
+)
 @click.option("--chat-template", metavar="FILE", help="A Jinja file in place of the target's own chat template.")
 @click.option("--dtype", type=click.Choice(DTYPES), help="Default: float32 on CPU, bfloat16 elsewhere.")
-@click.option("--plain/--no-plain", default=True, show_default=True, help="With a draft: time plain decoding too.")
-@click.option("--json", "as_json", is_flag=True, help="Machine-readable: one object, when all is done.")
+@click.option(
+    "--plain/--no-plain", default=True, show_default=True, help="With a draft: also decode without it, and compare."
+)
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable: one object, printed at the end.")
 @click.argument("prompt", required=False)
 def generate(
     target: str,
@@ -68,10 +72,10 @@ def generate(
     as_json: bool,
     prompt: str | None,
 ) -> None:
-    """Answer PROMPT, or what stands on standard input.
+    """Answer PROMPT, or the text on standard input.
 
-    The answer goes to standard output as rounds commit it. On a terminal, accepted draft tokens are coloured, the
-    colour changing with the round; the target's own tokens are not. Figures follow on standard error.
+    The answer is written to standard output round by round. On a terminal, accepted draft tokens are coloured, in
+    another colour each round; the target's own tokens are not coloured. Figures follow on standard error.
     """
     text = _prompt(prompt)
     from deepspec_core.interface.generating import generate as decode
@@ -95,7 +99,7 @@ def generate(
     # Without a draft there is no proposal that a threshold could end.
     without_draft = {**options, "confidence_threshold": 0.0}
     compared = drafted is not None and plain
-    # First calls pay for memory and the choice of kernels; a comparison is one of second calls.
+    # The first call pays for memory and the choice of kernels, so both ways are warmed up before they are compared.
     for warmed in (drafted, None) if compared else (drafted,):
         decode(
             model, warmed, text, **{**(without_draft if compared and warmed is None else options), "max_new_tokens": 2}

@@ -21,14 +21,15 @@ from deepspec_core.cli.options import no_plugin
     type=click.Choice(["published", "recommended"]),
     default="published",
     show_default=True,
-    help="The published settings, or those that decoded better for the same training; the file says where.",
+    help="The published settings, or settings that decoded better after the same training; the file cites the "
+    "measurement.",
 )
 @no_plugin
 def init(model: str, draft_type: str, data: str | None, out: str, recipe: str, blocked: tuple[str, ...]) -> None:
     """Write a run file that trains a draft for MODEL: a Hub id, a directory, or builtin:NAME.
 
-    Reads the target's config and tokenizer, no weights. Taps, mask token, sampling and sizes are chosen and explained;
-    what the run will need of disk and memory is estimated. An existing file is never overwritten.
+    Reads the target's config and tokenizer, but no weights. The file has taps, mask token, sampling and sizes, each
+    with an explanation, and estimates of the disk and memory that the run needs. An existing file is never overwritten.
     """
     from deepspec_core.config.starter import starter
     from deepspec_core.errors import ConfigError

@@ -1,6 +1,6 @@
-"""The `deepspec` command line: which commands there are, and how every one of them ends.
+"""The `deepspec` command line: its commands, and how they report errors and exit.
 
-A command lives in a file of its own and is imported when it is invoked or listed. Knows no command's options.
+Each command has a file of its own, which is imported when the command is invoked or listed. Knows no command's options.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from deepspec_core.errors import DeepSpecError, PluginError, nearest
 from deepspec_core.pipeline.threads import let_waiting_threads_sleep
 from deepspec_core.stopping import exit_code, stopped_by_sigterm
 
-# In the order of a project's life. A command is there when its file is.
+# In the order in which a project needs them. A command exists if its file does.
 COMMANDS = {
     "init": "init:init",
     "run": "run:run",
@@ -56,7 +56,7 @@ _PLUGIN_COMMANDS = "deepspec_core.plugin_commands"
 
 
 class LazyGroup(click.Group):
-    """Core's commands by file; plugins' commands only when a name is not core's, or for the list of all."""
+    """Finds core's commands by their files. Asks plugins for commands only if a name is not core's, or to list all."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Core's in the order of COMMANDS, then plugins' by name."""
@@ -72,7 +72,7 @@ class LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """As click does, with the nearest command in the message where there is none."""
+        """As click does, but if there is no such command, the message names the nearest one."""
         name = args[0]
         if not name.startswith("-") and self.get_command(ctx, name) is None:
             close = nearest(name, self.list_commands(ctx))
@@ -81,7 +81,7 @@ class LazyGroup(click.Group):
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """As click does. PluginError where a plugin's command fails by anything that is not said to the user."""
+        """As click does. PluginError if a plugin's command raises an exception that is no message for the user."""
         try:
             return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort, DeepSpecError):
@@ -97,12 +97,12 @@ class LazyGroup(click.Group):
 
 
 def _of_plugins() -> str:
-    """Where else a command may be from: plugins that are left out, with the reason, or not installed."""
+    """A hint for an unknown command: plugins that were not loaded, with the reason, and plugins to install."""
     from deepspec_core.plugins.discovery import load_plugins
 
     left_out = [record for record in load_plugins().records if not record.loaded]
     reasons = "".join(f"\nPlugin {one.name!r} of {one.package} is {one.status}: {one.reason}" for one in left_out)
-    return f" A plugin may have it that is not installed; `deepspec plugins` lists those that are.{reasons}"
+    return f" It may be a command of a plugin that is not installed; `deepspec plugins` lists installed ones.{reasons}"
 
 
 def _core_commands() -> list[str]:
@@ -118,8 +118,8 @@ def _import_command(name: str) -> click.Command:
 
 
 def _plugin_commands(ctx: click.Context) -> dict[str, tuple[str, click.Command]]:
-    """What plugins add, by name, with the plugin. Each adds to a group of its own: one that fails, or takes a name, is
-    reported and left out."""
+    """The commands that plugins add, by name, with the plugin's name. Each plugin adds to a separate group, so that a
+    plugin that fails, or a command whose name is taken, is reported and left out."""
     from deepspec_core.plugins.discovery import load_plugins
     from deepspec_core.plugins.references import blame
 
@@ -137,9 +137,9 @@ def _plugin_commands(ctx: click.Context) -> dict[str, tuple[str, click.Command]]
         added: Mapping[str, Any] = group.commands  # nobody checked what a plugin put there
         for name, command in added.items():
             owner = "deepspec-core" if name in COMMANDS else commands.get(name, ("",))[0]
-            wrong = f"is a command of {owner}" if owner else None
+            wrong = f"is already a command of {owner}" if owner else None
             if not isinstance(command, click.Command):
-                wrong = f"is no click.Command, but a {type(command).__name__}"
+                wrong = f"is a {type(command).__name__}, not a click.Command"
             if wrong:
                 click.echo(f"Warning: commands of plugin {implementation.plugin_name}: {name!r} {wrong}", err=True)
             else:
@@ -159,7 +159,7 @@ def execute(command: click.Command, name: str, arguments: Sequence[str] | None =
     open_missing_streams()
     let_waiting_threads_sleep()
     if not faulthandler.is_enabled():
-        # What no program can catch, such as a disk that fails under a mapped file, at least says where it was.
+        # A crash that Python cannot catch, such as a disk that fails under a mapped file, then prints a traceback.
         faulthandler.enable(2)
     try:
         with stopped_by_sigterm(), output_is_checked():

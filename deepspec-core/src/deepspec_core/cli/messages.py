@@ -1,4 +1,4 @@
-"""How what the library logs reaches people: one line a message, on standard error. Knows no command."""
+"""Shows the library's log messages to users: one line per message, on standard error. Knows no command."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import logging
 
 from deepspec_core.cli.output import say_error
 
-# Libraries that tell at INFO what a user of ours did not ask.
+# Libraries whose INFO messages do not concern our users.
 _NOISY = ("httpx", "httpx2", "urllib3", "filelock", "fsspec", "matplotlib")
 
 
 class _ToStandardError(logging.Handler):
-    """Asks for the stream at every message: whoever replaced it may have closed the one of before."""
+    """Looks up the stream for every message, because the stream may have been replaced and the old one closed."""
 
     def emit(self, record: logging.LogRecord) -> None:
         say_error(self.format(record))
 
 
 def show_messages() -> None:
-    """Show what is logged at INFO and above, of a run's first process; of the others errors only.
+    """Show messages at INFO and above from a run's first process, and errors only from the others.
 
     Calling it again changes nothing.
     """

@@ -13,12 +13,12 @@ from deepspec_core.scaffold.writing import KINDS
 @click.argument("kind", metavar="KIND", type=click.Choice(list(KINDS)))
 @click.argument("name", metavar="NAME")
 @click.option("-o", "--output", "out", default=".", show_default=True, metavar="DIR", help="The folder to write into.")
-@click.option("--for", "algorithm", metavar="TYPE", help="Of an exporter: the draft type that it writes.")
+@click.option("--for", "algorithm", metavar="TYPE", help="For an exporter: the draft type that it exports.")
 def new(kind: str, name: str, out: str, algorithm: str | None) -> None:
     """Write a plugin package, deepspec-NAME.
 
-    KIND is draft, loss, weighting, target, cache, task, exporter or command. The package works as it is written, and
-    its tests are the suite of its contract. Edit it from there. An existing folder is never overwritten.
+    KIND is draft, loss, weighting, target, cache, task, exporter or command. The package works as written, and its
+    tests run the conformance suite of its contract. Start editing from there. An existing folder is never overwritten.
     """
     from deepspec_core.cli.main import COMMANDS
     from deepspec_core.errors import ConfigError, nearest
@@ -26,7 +26,7 @@ def new(kind: str, name: str, out: str, algorithm: str | None) -> None:
     from deepspec_core.scaffold.writing import write_package
 
     if algorithm is not None and kind != "exporter":
-        raise ConfigError("--for is of exporters alone", where="--for", found=algorithm, fix="Leave it out.")
+        raise ConfigError("--for applies to exporters only", where="--for", found=algorithm, fix="Leave it out.")
     registry = load_plugins().registry
     if kind == "exporter":
         installed = registry.trained_drafts()

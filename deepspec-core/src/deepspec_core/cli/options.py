@@ -24,7 +24,7 @@ no_plugin = click.option(
     "blocked",
     multiple=True,
     metavar="NAME",
-    help="Leave a plugin out, by its name or its package's. Repeatable.",
+    help="Do not load a plugin, given by its name or its package's. Repeatable.",
 )
 overrides = click.option(
     "--set",
@@ -37,7 +37,7 @@ run_file = click.argument("path", metavar="RUN.toml", type=click.Path(path_type=
 
 
 def sampling(command: Any) -> Any:
-    """The options of how tokens are drawn, beside the temperature, and of what ends an answer."""
+    """The sampling options besides the temperature, and the stop strings."""
     for option in reversed(
         (
             click.option(
@@ -52,21 +52,21 @@ def sampling(command: Any) -> Any:
                 type=click.IntRange(min=0),
                 default=0,
                 show_default=True,
-                help="Draw from so many most probable tokens; 0: all.",
+                help="Draw from this many most probable tokens; 0: all.",
             ),
             click.option(
                 "--min-p",
                 type=click.FloatRange(0, 1),
                 default=0.0,
                 show_default=True,
-                help="Draw only tokens of at least this share of the greatest probability.",
+                help="Draw only tokens whose probability is at least this share of the greatest one; 0: all.",
             ),
             click.option(
                 "--repetition-penalty",
                 type=click.FloatRange(0.01, 100),
                 default=1.0,
                 show_default=True,
-                help="Above 1, tokens that stand already become less probable, also at temperature 0.",
+                help="Above 1, tokens that occurred already become less probable, also at temperature 0.",
             ),
             click.option("--stop", multiple=True, metavar="TEXT", help="A text that ends an answer. Repeatable."),
         )

@@ -1,4 +1,4 @@
-"""`deepspec plugins`: every plugin, what it offers, and why any was left out. Imports no plugin's heavy code."""
+"""`deepspec plugins`: every plugin, what it offers, and why it was not loaded. Imports no plugin's heavy code."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _COLOURS = {"ok": "green", "duplicate": "yellow", "blocked": "yellow"}
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable: a list of objects.")
 @no_plugin
 def plugins(as_json: bool, blocked: tuple[str, ...]) -> None:
-    """List the installed plugins: package, version, what each offers, and why any was left out."""
+    """List the installed plugins: package, version, what each offers, and the reason if one was not loaded."""
     records = load_plugins(blocked=blocked).records
     if as_json:
         click.echo(json.dumps([_as_json(record) for record in records], indent=2, ensure_ascii=False))
@@ -41,7 +41,8 @@ def _as_json(record: PluginRecord) -> dict[str, object]:
 
 
 def _table(records: Sequence[PluginRecord]) -> Iterator[str]:
-    """One row a plugin; below it, indented, what it offers and the reason, never wrapped: they hold paths to copy."""
+    """One row per plugin; below it, indented, what it offers and the reason. Lines are not wrapped, because they hold
+    paths to copy."""
     rows = [("PLUGIN", "PACKAGE", "VERSION", "STATUS")]
     rows += [(record.name, record.package, record.version, record.status) for record in records]
     widths = [max(len(row[column]) for row in rows) for column in range(4)]

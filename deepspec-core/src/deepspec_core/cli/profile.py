@@ -1,4 +1,4 @@
-"""`deepspec profile TARGET`: how many steps a second the target takes, by batch size and tokens in the batch."""
+"""`deepspec profile TARGET`: measure the target's steps per second, by batch size and tokens in the batch."""
 
 from __future__ import annotations
 
@@ -29,19 +29,23 @@ _FEWEST = 3
     multiple=True,
     default=(1, 2, 4, 8, 16, 32),
     show_default=True,
-    help="Concurrent requests. Repeatable.",
+    help="The number of concurrent requests. Repeatable.",
 )
 @click.option(
     "--draft-tokens",
     type=click.IntRange(min=1),
     default=7,
     show_default=True,
-    help="Draft tokens of a request that one step verifies, at most.",
+    help="The most draft tokens of a request that one step verifies.",
 )
-@click.option("--context", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens before a step.")
-@click.option("--repeats", type=click.IntRange(min=_FEWEST), default=15, show_default=True, help="Of each measurement.")
+@click.option(
+    "--context", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens of context before a step."
+)
+@click.option(
+    "--repeats", type=click.IntRange(min=_FEWEST), default=15, show_default=True, help="Repeats of each measurement."
+)
 @click.option("--dtype", type=click.Choice(DTYPES), help="Default: float32 on CPU, bfloat16 elsewhere.")
-@click.option("--out", metavar="FILE", help="Where the table goes. Default: profile-NAME.json, after the target.")
+@click.option("--out", metavar="FILE", help="The file to write. Default: profile-NAME.json, after the target.")
 @no_plugin
 def profile(
     target: str,
@@ -53,10 +57,10 @@ def profile(
     out: str | None,
     blocked: tuple[str, ...],
 ) -> None:
-    """Measure the steps a second of TARGET (a Hub id, a directory, or builtin:NAME) on this machine.
+    """Measure the steps per second of TARGET (a Hub id, a directory, or builtin:NAME) on this machine.
 
-    A step is one forward pass that verifies the draft tokens of every request. The table is what `deepspec simulate`
-    reads. Medians of repeated steps, the batch sizes taking turns. An existing file is never overwritten.
+    A step is one forward pass that verifies the draft tokens of every request. The table is the input of `deepspec
+    simulate`. It holds medians of repeated steps, interleaved over batch sizes. An existing file is never overwritten.
     """
     from rich.console import Console
 

@@ -27,10 +27,12 @@ if TYPE_CHECKING:
 @click.argument("places", metavar="RUN...", nargs=-1, required=True)
 @click.option("--json", "form", flag_value="json", help="Machine-readable: one object.")
 @click.option("--markdown", "form", flag_value="markdown", help="A Markdown page.")
-@click.option("--latex", "form", flag_value="latex", help="A LaTeX table, with the package booktabs.")
-@click.option("--html", metavar="FILE", help="Write a self-contained page there: charts, curves of training, answers.")
-@click.option("--png", metavar="FILE", help="Write the curves of training there as one picture.")
-@click.option("--output", metavar="FILE", help="Write the table there (Markdown, if no other format is asked for).")
+@click.option("--latex", "form", flag_value="latex", help="A LaTeX table, for the package booktabs.")
+@click.option(
+    "--html", metavar="FILE", help="Write a self-contained page to FILE: charts, curves of training, answers."
+)
+@click.option("--png", metavar="FILE", help="Write the curves of training to FILE as one picture.")
+@click.option("--output", metavar="FILE", help="Write the table to FILE (as Markdown, if no format is given).")
 @no_plugin
 def report(
     places: tuple[str, ...],
@@ -40,10 +42,11 @@ def report(
     output: str | None,
     blocked: tuple[str, ...],
 ) -> None:
-    """Compare runs, given by their folders or their run files: evaluations, and curves of training.
+    """Compare the evaluations and the curves of training of runs. RUN is a run's folder or its run file.
 
-    Rows that cannot be compared with the first run (another target, other prompts, other settings) are marked. Of one
-    run that was trained, report.html and training.png are written into its folder where no other file is asked for.
+    Rows that cannot be compared with the first run (another target, other prompts, other settings) are marked. For a
+    single trained run, the command writes report.html and training.png into its folder, unless options ask for other
+    output.
     """
     from deepspec_core.evaluation.comparison import compare
     from deepspec_core.reporting.curves import read_training
@@ -56,7 +59,7 @@ def report(
     for folder, (label, run) in zip(folders, found, strict=True):
         if run is None and all(one.label != label for one in trained):
             raise StageError(
-                "Nothing to report there",
+                "There is nothing to report in this folder",
                 where=folder,
                 expected=f"a run's folder with {METRICS} or curves in train/metrics.jsonl, or its run file",
                 fix="Run its train or evaluate stage first.",
@@ -65,7 +68,7 @@ def report(
     beside = len(folders) == 1 and bool(trained) and not (form or html or png or output)
     if not evaluated and (form or output or not (html or png or beside)):
         raise StageError(
-            "No evaluation there, and a table is of evaluations",
+            "There is no evaluation in this folder, so there is no table",
             where=folders[0],
             expected=f"a run's folder with {METRICS}, or its run file",
             fix="Run its evaluate stage first, or ask for the curves of training with --html or --png.",
@@ -107,7 +110,11 @@ def _draw(
     from deepspec_core.reporting.training import write_picture
 
     if png is not None and not trained:
-        raise StageError("No curves there", where=folders[0], expected="a run's folder with train/metrics.jsonl")
+        raise StageError(
+            "There are no curves of training in this folder",
+            where=folders[0],
+            expected="a run's folder with train/metrics.jsonl",
+        )
     if html is not None:
         pages = [
             shown_training(folder, label) if run is None else shown(folder, run)
@@ -121,18 +128,18 @@ def _draw(
 
 
 def _draw_beside(folder: Path, found: Sequence[tuple[str, Run | None]], trained: Sequence[Training]) -> None:
-    """In the run's folder. Nobody asked for it, so what stands in its way is said, and is no error."""
+    """Draw into the run's folder. The user did not ask for it, so a problem is reported but is not an error."""
     from deepspec_core.reporting.page import NAME as PAGE
     from deepspec_core.reporting.training import NAME as PICTURE
 
     try:
         _draw([folder], found, trained, str(folder / PAGE), str(folder / PICTURE))
     except (ConfigError, OSError) as error:
-        click.echo(f"no curves are drawn: {error}", err=True)
+        click.echo(f"curves of training were not drawn: {error}", err=True)
 
 
 def _runs(folders: Sequence[Path]) -> list[tuple[str, Run | None]]:
-    """Each run by its name, where two share one by its folder, and its evaluation."""
+    """Each run's label and evaluation. The label is the run's name, or its folder if two runs have the same name."""
     from deepspec_core.evaluation.comparison import Run
 
     reports = [_read(folder) for folder in folders]
@@ -154,7 +161,7 @@ def _read(folder: Path) -> dict[str, Any] | None:
 
 
 def _name(folder: Path) -> str:
-    """What the run is called in its file; else the folder's name."""
+    """The run's name in its run file; else the folder's name."""
     try:
         return str(tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))["run"]["name"])
     except (OSError, ValueError, KeyError, TypeError):

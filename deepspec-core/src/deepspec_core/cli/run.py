@@ -17,7 +17,7 @@ def _names(_context: click.Context, _parameter: click.Parameter, value: str | No
 
 
 class _Verbatim(click.Command):
-    """Keeps the arguments as they were given, for workers to be started with."""
+    """Keeps the command's arguments, with which worker processes are started."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         ctx.meta[ARGUMENTS] = list(args)
@@ -26,13 +26,15 @@ class _Verbatim(click.Command):
 
 @click.command(cls=_Verbatim)
 @run_file
-@click.option("--stages", callback=_names, metavar="STAGE,...", help="Only these stages.")
+@click.option("--stages", callback=_names, metavar="STAGE,...", help="Run only these stages of the run file.")
 @overrides
 @no_plugin
-@click.option("--force", callback=_names, metavar="STAGE", help="Discard a stage's results, and those built on them.")
-@click.option("--dry-run", is_flag=True, help="Show the plan and stop.")
+@click.option(
+    "--force", callback=_names, metavar="STAGE", help="Discard a stage's results, and the results that depend on them."
+)
+@click.option("--dry-run", is_flag=True, help="Show which stages would run, and stop.")
 @click.option("--workers", type=click.IntRange(min=1), help="Processes on this machine. Default: one per accelerator.")
-@click.option("--smoke", is_flag=True, help="Every stage on 16 samples and 10 steps, in a folder of its own.")
+@click.option("--smoke", is_flag=True, help="Run every stage on 16 samples and 10 steps, in a separate folder.")
 def run(
     path: str,
     stages: tuple[str, ...],
@@ -43,9 +45,10 @@ def run(
     workers: int | None,
     smoke: bool,
 ) -> int | None:
-    """Run the stages a run file declares.
+    """Run the stages of a run file.
 
-    Finished stages are skipped, interrupted ones resume, and a setting that changed under results is refused.
+    Finished stages are skipped and interrupted ones resume. If a setting changed after a stage had results, the command
+    stops with an error.
     """
     from deepspec_core.config.load import load_run_file
     from deepspec_core.pipeline import stages as pipeline
@@ -68,7 +71,7 @@ def run(
 
         for line in preview(the_run, steps):
             click.echo(line)
-        # What would stop the run later stops a dry run too: the plan is shown first, then why it would not come true.
+        # A dry run makes the same checks as a run: the plan is shown first, then any error that would stop the run.
         check_before(the_run, steps, may_write=False)
         return None
     count = 1
@@ -95,11 +98,11 @@ def run(
 
 
 def _nothing(_text: str) -> None:
-    """The first process speaks for all."""
+    """Say nothing: only the first process reports."""
 
 
 def show_report(folder: Path) -> None:
-    """The table of a finished evaluation, and where the rest of it lies."""
+    """Print the table of a finished evaluation, and the paths of its reports."""
     metrics = folder / "metrics.json"
     if not metrics.exists():
         return

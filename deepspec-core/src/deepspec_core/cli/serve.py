@@ -1,6 +1,6 @@
-"""`deepspec serve RUN.toml | TARGET`: vLLM, started so that training takes the target's features from it.
+"""`deepspec serve RUN.toml | TARGET`: start vLLM with a connector that writes the target's features for training.
 
-Knows the command's options and run files. The engine's own options are in servers/vllm_command.py.
+Knows the command's options and run files. servers/vllm_command.py knows vLLM's own options.
 """
 
 from __future__ import annotations
@@ -28,28 +28,26 @@ _STORED = ("float32", "bfloat16", "float8_e4m3")
 @click.argument("place", metavar="RUN.toml|TARGET")
 @click.argument("extra", nargs=-1, type=click.UNPROCESSED, metavar="[-- VLLM OPTIONS]")
 @click.option("--layers", metavar="N,N,...", help="Tapped decoder layers, counted from 0; -1: the embedding.")
-@click.option("--exchange", metavar="DIR", help="Where features are written; training sees it under the same path.")
-@click.option("--dtype", type=click.Choice(_COMPUTED), help="What the target computes with. Default: target.dtype.")
+@click.option("--exchange", metavar="DIR", help="The folder for features; training must see it under the same path.")
+@click.option("--dtype", type=click.Choice(_COMPUTED), help="The target's computation dtype. Default: target.dtype.")
 @click.option(
     "--stored-as",
     type=click.Choice(_STORED),
-    help="What features are written in. Default: what the target computes with.",
+    help="The number format in which features are written. Default: the computation dtype.",
 )
-@click.option("--max-length", type=click.IntRange(min=1), help="Tokens of the longest conversation.")
-@click.option("--revision", help="A branch, tag or commit of a Hub id.")
-@click.option("--host", default="127.0.0.1", show_default=True, help="The address it listens on.")
-@click.option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True, help="The port it listens on.")
-@click.option(
-    "--vllm", default="vllm", show_default=True, metavar="PROGRAM", help="vLLM's program, in its environment."
-)
-@click.option("--quiet", is_flag=True, help="Leave out what vLLM writes, unless it fails.")
-@click.option("--dry-run", is_flag=True, help="Show the command and stop.")
+@click.option("--max-length", type=click.IntRange(min=1), help="The number of tokens of the longest conversation.")
+@click.option("--revision", help="A branch, tag or commit of the Hub repository.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
+@click.option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True, help="The port to listen on.")
+@click.option("--vllm", default="vllm", show_default=True, metavar="PROGRAM", help="The path of vLLM's program.")
+@click.option("--quiet", is_flag=True, help="Do not show vLLM's output, unless it fails.")
+@click.option("--dry-run", is_flag=True, help="Show vLLM's command line, and stop.")
 @overrides
 @no_plugin
 def serve(place: str, extra: tuple[str, ...], blocked: tuple[str, ...], **said: Any) -> int | None:
-    """Start vLLM so that it gives the features of a target, and stay until Ctrl-C.
+    """Start vLLM as a server of a target's features, until Ctrl-C.
 
-    A run file says target, layers, number types and the exchange folder. Options of vLLM stand behind --.
+    Target, layers, dtypes and the exchange folder are read from the run file. Write vLLM's own options after --.
     """
     from attrs import evolve
 
@@ -59,7 +57,7 @@ def serve(place: str, extra: tuple[str, ...], blocked: tuple[str, ...], **said: 
 
     show_messages()
     if extra and not extra[0].startswith("-"):
-        raise click.UsageError(f"Unexpected {extra[0]!r}: options of vLLM stand behind --, and begin with --.")
+        raise click.UsageError(f"Unexpected {extra[0]!r}: write options of vLLM after --; each begins with --.")
     plugins = load_plugins(blocked=blocked)
     if place.endswith(".toml"):
         served = _of_run(place, said, extra, plugins)
@@ -74,19 +72,21 @@ def serve(place: str, extra: tuple[str, ...], blocked: tuple[str, ...], **said: 
     require_free(served)
     _make_folder(served.exchange)
     if not served.is_local and not os.environ.get("VLLM_API_KEY"):
-        click.echo(f"Anyone who reaches {served.host} can use this server. Set VLLM_API_KEY for a key.", err=True)
+        click.echo(
+            f"Anyone who can reach {served.host} can use this server. Set VLLM_API_KEY to require a key.", err=True
+        )
     return Engine(served, say=click.echo, quiet=said["quiet"]).run()
 
 
 def _of_run(place: str, said: dict[str, Any], extra: tuple[str, ...], plugins: Plugins) -> Served:
-    """As a run file says."""
+    """The server that a run file describes."""
     from deepspec_core.config.load import load_run_file
     from deepspec_core.pipeline.run import Run
 
     for name, key in (("layers", "target.layers"), ("max_length", "data.max_length"), ("revision", "target.revision")):
         if said[name] is not None:
             option = name.replace("_", "-")
-            raise click.UsageError(f"--{option} is what RUN says ({key}): leave it out, or use --set {key}=...")
+            raise click.UsageError(f"--{option} is set by the run file ({key}): leave it out, or use --set {key}=...")
     path = Path(place)
     run = Run(file=load_run_file(path, overrides=said["overrides"], plugins=plugins), path=path, plugins=plugins)
     exchange = said["exchange"]
@@ -96,14 +96,14 @@ def _of_run(place: str, said: dict[str, Any], extra: tuple[str, ...], plugins: P
 
 
 def _of_target(place: str, said: dict[str, Any], extra: tuple[str, ...], plugins: Plugins) -> Served:
-    """As the command alone says."""
+    """The server that the command's options describe."""
     from deepspec_core.pipeline.run import Run
     from deepspec_core.servers.vllm_command import meant_layers
 
     if said["overrides"]:
-        raise click.UsageError("--set changes a run file: name one in place of the target.")
+        raise click.UsageError("--set changes keys of a run file: give a run file in place of the target.")
     if said["layers"] is None:
-        raise click.UsageError("A target needs --layers, such as --layers 1,9,17; a run file says them.")
+        raise click.UsageError("Give --layers, such as --layers 1,9,17, or a run file in place of the target.")
     file = _run_file(place, meant_layers(said["layers"]), said["revision"])
     run = Run(file=file, path=Path("--layers"), plugins=plugins)
     return _served(run, said, extra, exchange=said["exchange"], max_length=said["max_length"], where="--layers")
@@ -139,7 +139,7 @@ def _served(
     options, target = run.file.target, run.target
     if exchange is None:
         raise ConfigError(
-            "No folder to write features to",
+            "There is no folder to write features to",
             where=f"{where}: features.exchange" if where.endswith(".toml") else "--exchange",
             expected="a folder that this machine and the trainers see under the same path",
             fix="Give --exchange DIR.",
@@ -171,18 +171,18 @@ def _served(
 
 
 def _make_folder(folder: Path) -> None:
-    """The exchange folder, made where it is not there. ConfigError where nothing can be written to it."""
+    """Make the exchange folder if it does not exist. ConfigError if it is not writable."""
     from deepspec_core.disk import is_folder, why_not_writable
     from deepspec_core.errors import ConfigError
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        problem = why_not_writable(folder) if is_folder(folder) else "it is no folder"
+        problem = why_not_writable(folder) if is_folder(folder) else "it is not a folder"
     except OSError as error:
         problem = error.strerror or str(error)
     if problem is not None:
         raise ConfigError(
-            "Features cannot be written here",
+            "Features cannot be written to this folder",
             where=f"--exchange {folder}",
             found=problem,
             fix="Name a folder that this user may write to.",

@@ -1,4 +1,4 @@
-"""`deepspec simulate RUN --profile FILE`: throughput against speed for a user, by policy of verification."""
+"""`deepspec simulate RUN --profile FILE`: total throughput and speed per user, by verification policy."""
 
 from __future__ import annotations
 
@@ -22,12 +22,14 @@ RESULT = "simulation.json"
 
 @click.command()
 @click.argument("run", metavar="RUN")
-@click.option("--profile", "profile", required=True, metavar="FILE", help="What `deepspec profile` measured.")
+@click.option(
+    "--profile", "profile", required=True, metavar="FILE", help="The cost table that `deepspec profile` wrote."
+)
 @click.option(
     "--requests",
     type=click.IntRange(min=1),
     multiple=True,
-    help="Concurrent requests. Repeatable. Default: all that were profiled.",
+    help="The number of concurrent requests. Repeatable. Default: all numbers in the cost table.",
 )
 @click.option(
     "--threshold",
@@ -38,11 +40,15 @@ RESULT = "simulation.json"
     show_default=True,
     help="Static confidence thresholds. Repeatable.",
 )
-@click.option("--task", "tasks", multiple=True, metavar="TASK", help="Replay these rounds. Repeatable. Default: all.")
 @click.option(
-    "--temperature", type=FiniteRange(min=0), help="Replay rounds at this one. Default: the highest evaluated."
+    "--task", "tasks", multiple=True, metavar="TASK", help="Replay the rounds of this task. Repeatable. Default: all."
 )
-@click.option("--calibration", metavar="FILE", help="What `deepspec calibrate` wrote for this draft.")
+@click.option(
+    "--temperature",
+    type=FiniteRange(min=0),
+    help="Replay rounds at this temperature. Default: the highest evaluated.",
+)
+@click.option("--calibration", metavar="FILE", help="The file that `deepspec calibrate` wrote for this draft.")
 @click.option(
     "--draft-ms",
     type=FiniteRange(0, 1e9),
@@ -53,7 +59,7 @@ RESULT = "simulation.json"
 @click.option(
     "--out",
     metavar="FILE",
-    help=f"Where the result goes, its picture beside it. Default: {RESULT} in the run's folder.",
+    help=f"The file to write; the picture is written beside it. Default: {RESULT} in the run's folder.",
 )
 @no_plugin
 def simulate(
@@ -72,8 +78,8 @@ def simulate(
 
     Compares no speculation, fixed numbers of verified tokens, static thresholds, the hardware-aware scheduler and its
     asynchronous form, and an oracle that knows what will be accepted. RUN is a run's folder or its run file. No model
-    is loaded. The table and the picture beside the file show the best fixed number and the best
-    threshold; the file has all.
+    is loaded. The table and the picture beside the file show only the best fixed number and the best threshold; the
+    file has all of them.
     """
     from rich.console import Console
 
@@ -105,7 +111,7 @@ def simulate(
     if found.noise is not None:
         click.echo(found.noise, err=True)
     if draft_ms == 0:
-        click.echo("The draft's time is not counted; --draft-ms adds it.")
+        click.echo("The draft's time is not counted; set it with --draft-ms.")
     click.echo(f"wrote {place}")
     with full_disk_is_an_error(place.parent):
         _draw(found, drawn)
@@ -119,11 +125,11 @@ def _check_place(place: Path, drawn: Path) -> None:
     from deepspec_core.reporting.simulated import is_picture
 
     if (problem := why_not_writable(place.parent)) is not None:
-        raise ConfigError("the result cannot be written there", where=place, found=problem)
+        raise ConfigError("the result cannot be written to this place", where=place, found=problem)
     for path, known in ((place, is_simulation), (drawn, is_picture)):
         if path.exists() and not known(path):
             raise ConfigError(
-                "there is another file already",
+                "the file exists already, and is not the result of a simulation",
                 where=path,
                 expected="a file that does not exist, or the result of an earlier simulation, which is replaced",
                 fix="Choose another with --out.",

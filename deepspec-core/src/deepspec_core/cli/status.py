@@ -1,4 +1,4 @@
-"""`deepspec status RUN`: how a run stands, from another shell while it goes on. Imports nothing heavy."""
+"""`deepspec status RUN`: the state of a run, from another shell while it runs. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable: one object.")
 @no_plugin
 def status(place: str, as_json: bool, blocked: tuple[str, ...]) -> None:
-    """How a run stands, given by its folder or its run file: stage, speed, time left, last evaluation, warnings.
+    """Show the state of a run: its stage, speed, time left, last evaluation and warnings.
 
-    It only reads, so it may be asked at any time and from any machine that sees the folder.
+    RUN is the run's folder or its run file. The command only reads, so it may be used at any time, from any machine
+    that sees the folder.
     """
     from deepspec_core.pipeline.run_status import status_of
 
@@ -37,7 +38,7 @@ def status(place: str, as_json: bool, blocked: tuple[str, ...]) -> None:
 
 
 def _printable(text: str) -> str:
-    """Without what is no letter to a terminal: the files' text may be anybody's, and would command it."""
+    """The text without control characters: files may hold anybody's text, and a terminal would obey them."""
     letters = (" " if letter.isspace() else letter for letter in text)
     return "".join("\ufffd" if unicodedata.category(letter).startswith("C") else letter for letter in letters)
 
@@ -69,12 +70,12 @@ def _lines(found: RunStatus) -> Iterator[str]:
 
 
 def _work(found: RunStatus) -> Iterator[str]:
-    """What is being done now, how fast, and who is slow."""
+    """The stage's present work, its speed, and the slowest rank."""
     from deepspec_core.progress import duration
 
     work = found.progress
     if work is None:
-        yield f"no progress to show yet, for {duration(found.seconds_without_progress or 0)}"
+        yield f"no progress to show yet, after {duration(found.seconds_without_progress or 0)}"
         return
     of = "" if work["total"] is None else f" of {work['total']:,}"
     line = f"{work['what']}: {work['done']:,}{of} {work['unit']}, {work['rate']:.3g} {work['unit']}/s"
@@ -87,7 +88,7 @@ def _work(found: RunStatus) -> Iterator[str]:
         )
     waited = found.seconds_without_progress or 0.0
     if waited > 60 and waited * work["rate"] > 3:
-        yield f"nothing was done for {duration(waited)}"
+        yield f"no progress for {duration(waited)}"
     slow: dict[str, Any] | None = found.slowest
     if slow is not None and "seconds" in slow:
         yield f"slowest rank: {slow['rank']}, {slow['seconds']:.3g} s a step, the fastest {slow['fastest_seconds']:.3g}"

@@ -18,7 +18,10 @@ def address(_options: object, attribute: Attribute[object], value: object) -> No
     if not usable:
         raise ValueError(f"'{attribute.name}' must be an address such as http://host:8000/v1: {value}")
     if parts is not None and (parts.username is not None or parts.query or parts.fragment):
-        raise ValueError(f"'{attribute.name}' must be an address alone; api_key_env names a key: {parts.hostname}")
+        raise ValueError(
+            f"'{attribute.name}' must be an address without user, password or query; api_key_env "
+            f"names a key: {parts.hostname}"
+        )
 
 
 def place(written: str) -> str:

@@ -8,7 +8,7 @@ from deepspec_core.plugins.registry import Registry
 
 WHERE = "train.batching"
 _ASKED = f'"{PACKED}"'
-_FIX = 'Set train.batching = "bucketed": less padding than "padded", and nothing is packed.'
+_FIX = 'Set train.batching = "bucketed", which has less padding than "padded" and packs nothing.'
 
 
 def require_packed_draft(algorithm: str, registry: Registry) -> None:
@@ -40,11 +40,11 @@ def require_packed_target(model_type: str, registry: Registry) -> None:
 
 
 def not_apart(error: type[DeepSpecError], who: str, where: str, raised: str | None = None) -> DeepSpecError:
-    """The error of what did not keep the conversations of a packed row apart when it was tried, or raised something."""
+    """The error for a component that did not keep the conversations of a packed row separate when tried, or raised."""
     return error(
-        f"{who} does not keep the conversations of a packed row apart",
+        f"{who} lets the conversations of a packed row influence each other",
         where=where,
-        found=raised or "other results for a conversation when the one beside it in its row is exchanged",
+        found=raised or "different results for a conversation when another conversation of its row is replaced",
         expected="each conversation computed as if it were alone",
         fix=_FIX,
     )

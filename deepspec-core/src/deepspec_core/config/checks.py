@@ -118,21 +118,26 @@ def _untrained(sections: Mapping[str, Any]) -> Iterator[ConfigError]:
     what = f"drafts of type {draft.type!r} are not trained"
     if run and set(run.stages) - {"evaluate"}:
         yield ConfigError(
-            f"{what}: there is nothing to do but to evaluate them",
+            f"{what}: they can only be evaluated",
             where="run.stages",
             found=", ".join(run.stages),
             expected="evaluate",
             fix='set run.stages = ["evaluate"]',
         )
     if draft.layer != LayerOptions():
-        yield ConfigError(f"{what}, and have no layers to shape", where="draft.layer", expected="no such table")
+        yield ConfigError(
+            f"{what}, so they have no layers whose shape could be set", where="draft.layer", expected="no such table"
+        )
     if draft.init is not None:
         yield ConfigError(
-            f"{what}: there is nothing to begin with", where="draft.init", found=draft.init, expected="no such key"
+            f"{what}, so they do not start from a checkpoint",
+            where="draft.init",
+            found=draft.init,
+            expected="no such key",
         )
     if evaluate and evaluate.draft is not None:
         yield ConfigError(
-            f"{what}: there is no checkpoint to evaluate",
+            f"{what}, so they have no checkpoint to evaluate",
             where="evaluate.draft",
             found=evaluate.draft,
             expected="no such key",
@@ -154,7 +159,7 @@ def cut_mistakes(evaluate: EvaluateOptions) -> Iterator[ConfigError]:
     """Two rules that both would end proposals."""
     if evaluate.scheduler is not None and evaluate.confidence_threshold > 0:
         yield ConfigError(
-            "two rules would end proposals",
+            "a confidence threshold and a scheduler cannot be used together",
             where="evaluate.confidence_threshold",
             found=f"{evaluate.confidence_threshold:g}, with evaluate.scheduler",
             expected="a threshold or a scheduler",
@@ -164,10 +169,10 @@ def cut_mistakes(evaluate: EvaluateOptions) -> Iterator[ConfigError]:
 def loss_mistakes(loss: LossOptions) -> Iterator[ConfigError]:
     """A loss that would train nothing."""
     if not loss.terms:
-        yield ConfigError("nothing to train on", where="loss.terms", found="{}", expected="at least one loss term")
+        yield ConfigError("there is no loss term", where="loss.terms", found="{}", expected="at least one loss term")
     elif not any(map(_counts, loss.terms.values())):
         yield ConfigError(
-            "nothing to train on: every coefficient is 0, so that no weight would ever change",
+            "there is nothing to train on: every coefficient is 0",
             where="loss.terms",
             found=", ".join(loss.terms),
             expected="at least one coefficient that is not 0",
@@ -249,10 +254,10 @@ def _answers(regenerate: RegenerateOptions) -> Iterator[ConfigError]:
 def _share(thinking: bool | float, run: RunOptions) -> Iterator[ConfigError]:
     if not isinstance(thinking, bool) and "train" in run.stages:
         yield ConfigError(
-            "a share of thinking needs the target's own answers",
+            "a share of conversations in thinking mode needs the regenerate stage",
             where="regenerate.thinking",
             found=f"{thinking:g}, without a regenerate stage",
-            expected="true or false, which says how prompts end before the answers that the sources have",
+            expected="true or false: the mode of all the sources' answers",
             fix='add "regenerate" to run.stages',
         )
 
@@ -309,11 +314,11 @@ def _cache_stage(run: RunOptions, mode: str, path: str | None, folder: Path) -> 
 def _subset(mode: str, subset: int | float | None) -> Iterator[ConfigError]:
     if subset is not None and mode in (ONLINE, SERVER):
         yield ConfigError(
-            "no cache is read of which this could be a part",
+            "cache.subset has no effect, because no cache is read",
             where="cache.subset",
             found=f'{subset:g}, with features.mode = "{mode}"',
             expected='features.mode = "cached"',
-            fix="remove it; `limit` of an entry of data.sources takes fewer conversations",
+            fix="remove it; to use fewer conversations, set `limit` in the entries of data.sources",
         )
 
 
@@ -321,11 +326,13 @@ def _supervision(data: DataOptions) -> Iterator[ConfigError]:
     for key in ("supervise_newline", "supervise_think_block"):
         if getattr(data, key):
             yield ConfigError(
-                "what the target emitted is trained on as it is: this choice is for rendered conversations",
+                "this key cannot be used with regenerated answers, which are trained on exactly "
+                "as the target generated them",
                 where=f"data.{key}",
                 found="true, with a regenerate stage",
                 expected="false",
-                fix='remove it, or "regenerate" from run.stages where the sources hold the target\'s answers as text',
+                fix='remove it; or remove "regenerate" from run.stages, if the sources hold the '
+                "target's answers as text",
             )
 
 
@@ -333,11 +340,11 @@ def _splits(data: DataOptions) -> Iterator[ConfigError]:
     for index, source in enumerate(data.sources):
         if source.split is not None and (source.path.startswith(BUILTIN) or source.path.endswith(ROW_FILES)):
             yield ConfigError(
-                "this source has no splits to choose from",
+                "this source has no splits",
                 where=f"data.sources[{index}].split",
                 found=f'"{source.split}", with path = "{source.path}"',
                 expected="no split",
-                fix="remove split, or name a dataset",
+                fix="remove `split`, or give a dataset as the path",
             )
 
 

@@ -28,7 +28,7 @@ def column_mistakes(columns: Mapping[str, str], where: str, *, builtin: bool) ->
     """Everything that is wrong with a `columns` map. `where` is its key; a `builtin` source has no use for one."""
     if columns and builtin:
         yield ConfigError(
-            "what a plugin ships has no columns to name",
+            "`columns` cannot be used with a builtin source",
             where=where,
             found=", ".join(columns),
             expected="no columns",
@@ -39,16 +39,16 @@ def column_mistakes(columns: Mapping[str, str], where: str, *, builtin: bool) ->
         if name not in (*BASES, *BESIDE):
             close = nearest(name, (*BASES, *BESIDE))
             yield ConfigError(
-                "this is no part of a conversation",
+                "this is not a name of a conversation's part",
                 where=f"{where}.{name}",
                 found=f'{name} = "{columns[name]}"',
-                expected=f"one of {', '.join((*BASES, *BESIDE))}; the source's own names stand on the right",
+                expected=f"one of {', '.join((*BASES, *BESIDE))}; the source's own names are the values",
                 fix=f"is `{close}` meant?" if close else None,
             )
     given = [name for name in BASES if name in columns]
     if columns and len(given) != 1:
         yield ConfigError(
-            "a conversation is made from one of these columns",
+            "`columns` must name exactly one of messages, turns and prompt",
             where=where,
             found=" and ".join(given) or "none of them",
             expected=f"one of {', '.join(BASES)}",
@@ -57,8 +57,8 @@ def column_mistakes(columns: Mapping[str, str], where: str, *, builtin: bool) ->
     for name, bases in BESIDE.items():
         if name in columns and not set(bases) & set(given):
             yield ConfigError(
-                f"`{name}` stands beside {' or '.join(f'`{base}`' for base in bases)} only",
+                f"`{name}` can be given with {' or '.join(f'`{base}`' for base in bases)} only",
                 where=f"{where}.{name}",
-                found=f"beside `{given[0]}`",
+                found=f"given with `{given[0]}`",
                 expected=f"no `{name}`",
             )

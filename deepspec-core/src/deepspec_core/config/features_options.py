@@ -1,6 +1,6 @@
 """[features]: where the target's features come from, and how servers are asked for them.
 
-Imports attrs only. Which keys go together, served_checks.py knows.
+Imports attrs only. served_checks.py checks which keys go together.
 """
 
 from __future__ import annotations
@@ -21,28 +21,31 @@ _REQUESTS = 2**20  # more than any server takes
 
 def _said(_options: object, attribute: Attribute[Any], value: str) -> None:
     if not value.strip():
-        raise ValueError(f"'{attribute.name}' must not be empty: leave it out, or say it")
+        raise ValueError(f"'{attribute.name}' must not be empty; leave it out if there is none")
 
 
 @frozen(kw_only=True)
 class FeaturesOptions:
-    """[features]: where training takes the target's features from.
+    """[features]: the source of the target's features (the hidden states that the draft is trained on).
 
-    mode: "online": the target runs beside the draft while training. "cached": training reads what the cache stage
-        wrote. "server": the target runs in serving engines elsewhere, and training reads what they write.
-    servers: The engines' addresses, such as "http://host:8000/v1"; `deepspec serve` starts one. With "cached", the
-        cache stage takes its features from them.
-    served_as: The name by which the servers know the target. Left out: target.model, or its folder.
-    exchange: The folder into which the servers write features. They and the run need it under the same path.
-    exchange_gb: Gigabytes (10^9 bytes) of this run's files in `exchange` at most, over all processes.
-    in_flight: Requests that one server has at once from this run, at most. Fewer are sent where more bring no gain.
-    prefetch: Samples that each process asks for ahead of training, at most. They stand in memory once they are read.
-        Left out: twice as many as it may ask for at once.
-    timeout: Seconds that a server may take for one answer, and that a run waits where no server is left.
-    file_timeout: Seconds that a server may take after its answer until its file is written.
-    api_key_env: The environment variable that holds the servers' key.
-    probe: What the servers' features of one text are compared with before the first stage. "target": the target in
-        this process, which is loaded for it and let go again. "servers": the first server's. "off": nothing.
+    mode: "online": the target runs beside the draft during training. "cached": training reads the cache that the cache
+        stage wrote. "server": the target runs in serving engines elsewhere, and training reads the features that they
+        write.
+    servers: The serving engines' addresses, such as "http://host:8000/v1"; `deepspec serve` starts such an engine. With
+        "cached", the cache stage takes its features from them.
+    served_as: The target's model name on the servers. Left out: target.model, or its folder.
+    exchange: The folder into which the servers write features. The servers and the run must see it under the same path.
+    exchange_gb: The most gigabytes (10^9 bytes) that this run's files take in `exchange`, over all processes.
+    in_flight: The largest number of requests that one server has at once from this run. The run sends fewer where more
+        would not raise the throughput.
+    prefetch: The largest number of samples that each process requests ahead of training. Their features are in memory
+        once they have been read. Left out: twice as many as the process may have in flight.
+    timeout: Seconds that a server may take for one answer, and that the run waits while no server is usable.
+    file_timeout: Seconds that a server may take, after its answer, to write its file.
+    api_key_env: The environment variable that holds the servers' API key.
+    probe: A check before the first stage: the servers' features of one text are compared with a reference. "target":
+        the features of the target in this process, which loads it for the check and frees it again. "servers": the
+        first server's features. "off": no check.
     """
 
     mode: str = ONLINE

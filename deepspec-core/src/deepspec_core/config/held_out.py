@@ -29,9 +29,9 @@ def evaluation_mistakes(train: TrainOptions, data: DataOptions | None) -> Iterat
     if train.evaluate_every is None:
         if train.evaluation != HeldOutOptions():
             yield ConfigError(
-                "this table says what is decoded during training, and nothing is decoded",
+                "train.evaluation has no effect, because there are no evaluations during training",
                 where="train.evaluation",
-                expected="train.evaluate_every, which says how often",
+                expected="train.evaluate_every, the number of steps between evaluations",
                 fix="set train.evaluate_every, or remove the table",
             )
         return

@@ -42,7 +42,7 @@ from deepspec_core.plugins.requirements import check_required
 class RunFile:
     """A whole run file.
 
-    required_plugins: Packages that the run needs, as requirements: ["deepspec-core>=0.2"].
+    required_plugins: The packages that the run needs, as version requirements: ["deepspec-core>=0.2"].
     """
 
     run: RunOptions
@@ -83,13 +83,17 @@ def run_file_of(tables: Mapping[str, Any], *, folder: str | os.PathLike[str], pl
     Tuples, paths, arrays and their numbers are taken as what TOML would have.
     """
     if not isinstance(tables, Mapping):
-        raise ConfigError("a run file is made of nested mappings", found=type(tables).__name__, expected="a dictionary")
+        raise ConfigError("a run file must be a nested mapping", found=type(tables).__name__, expected="a dictionary")
     try:
         key, plain = _other_key(tables), as_toml(tables)
     except RecursionError:
-        raise ConfigError("a run file is nested too deep", expected="a dictionary that does not hold itself") from None
+        raise ConfigError(
+            "a run file is nested too deep", expected="a dictionary that does not contain itself"
+        ) from None
     if key is not None:
-        raise ConfigError("a key of a run file is no text", found=repr(key)[:80], expected="names of sections and keys")
+        raise ConfigError(
+            "a key of a run file is not text", found=repr(key)[:80], expected="names of sections and keys"
+        )
     return _checked(plain, (), "the run file", Path(folder), plugins)
 
 
@@ -137,7 +141,7 @@ def _read(path: Path) -> dict[str, Any]:
     if (problem := no_path("the path of the run file", path)) is not None:
         raise problem
     if path.is_dir():
-        raise ConfigError("a run file is a file, this is a folder", where=path)
+        raise ConfigError("the path of a run file is a folder", where=path)
     try:
         return tomli.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

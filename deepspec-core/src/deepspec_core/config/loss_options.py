@@ -1,6 +1,6 @@
 """[loss]: the terms with their coefficients, schedules and options, and the weighting of rows.
 
-Imports attrs only. What options a plugin's term or weighting has, structure.py finds out.
+Imports attrs only. structure.py looks up the options of a plugin's term or weighting.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ KERNELS = ("auto", "plain", "eager", "compiled", "triton")
 
 @frozen(kw_only=True)
 class WeightingOptions:
-    """[loss] weighting: a table whose `type` names the weighting. Its own keys stand in the same table.
+    """[loss] weighting: a table whose `type` names the weighting. The weighting's own keys go in the same table.
 
-    type: How much each row of a block counts; the weighting's own keys stand beside this one.
+    type: The rule that weights the rows of a block; its own keys go beside this one.
     """
 
     type: str = "uniform"
@@ -36,11 +36,11 @@ def _number_or_schedule(options: object, attribute: Attribute[Any], value: objec
 
 @frozen(kw_only=True)
 class TermOptions:
-    """An entry of [loss] terms whose term has keys of its own. They stand in the same table as the coefficient:
-    terms = {NAME = {coefficient = 0.5, temperature = 2.0}}. The keys of a coefficient that changes may stand there too,
-    in the place of `coefficient`.
+    """An entry of [loss] terms whose term has keys of its own. They go in the same table as the coefficient:
+    terms = {NAME = {coefficient = 0.5, temperature = 2.0}}. For a coefficient that changes over training, the keys of
+    its schedule may replace `coefficient` in this table.
 
-    coefficient: What the term is multiplied by: a number, or a table for one that changes.
+    coefficient: The factor of the term: a number, or the table of a coefficient that changes over training.
     """
 
     coefficient: float | CoefficientSchedule = field(validator=_number_or_schedule)
@@ -61,16 +61,16 @@ def _numbers_first(terms: Mapping[str, float | CoefficientSchedule | TermOptions
 
 @frozen(kw_only=True)
 class LossOptions:
-    """[loss]: what the draft is trained on.
+    """[loss]: the training loss, a weighted sum of terms.
 
     The order of terms in the file does not matter: terms given as a number are summed first, then those given as a
     table.
 
-    terms: Loss terms and their coefficients: numbers, or tables for coefficients that change and for terms with keys of
-        their own. Left out: what the algorithm asks for.
-    weighting: How much each row of a block counts. Left out: what the algorithm asks for.
-    chunk_rows: The number of rows whose logits exist at once. Left out: it follows from the vocabulary.
-    kernels: How the passes over logits run. "auto" takes the fastest that can run here.
+    terms: The loss terms and their coefficients: a number, or a table if the coefficient changes over training or the
+        term has keys of its own. Left out: the algorithm's default terms.
+    weighting: How much each row (each token that a block predicts) counts. Left out: the algorithm's default weighting.
+    chunk_rows: The number of rows whose logits are in memory at once. Left out: chosen by the size of the vocabulary.
+    kernels: The implementation of the passes over logits. "auto" takes the fastest one that this machine can run.
     """
 
     terms: Terms = field(

@@ -60,10 +60,10 @@ def no_exchange(found: str, *, where: str) -> ConfigError:
 def too_long(asked: int, most: int, model: str, *, where: str) -> ConfigError:
     """The error for samples longer than the target has positions: it was never trained for what comes after them."""
     return ConfigError(
-        "samples would be longer than the target has positions",
+        "samples could be longer than the target's number of positions",
         where=where,
         found=f"{asked:,}",
-        expected=f"at most {most:,}, the positions of {model}",
+        expected=f"at most {most:,}, the number of positions of {model}",
         fix=f"Set data.max_length = {most}.",
     )
 

@@ -31,7 +31,8 @@ def apply_override(tables: dict[str, Any], text: str) -> str:
             raise ConfigError(
                 "not a table",
                 where=where,
-                found=f"{'.'.join(path[:depth])} is {'a list: set it whole' if isinstance(inner, list) else 'a value'}",
+                found=f"{'.'.join(path[:depth])} is "
+                f"{'a list, which can only be set as a whole' if isinstance(inner, list) else 'a value'}",
                 expected="a table",
             )
         table = inner

@@ -41,7 +41,7 @@ def checked_recipe(spec: DraftModelSpec, registry: Registry) -> CheckedRecipe:
         options, problems = _options(spec.options, _as_written(recipe.options), registry)
         for part, given in (("options", recipe.options), ("loss", recipe.loss)):
             problems += [
-                ConfigError("a run file cannot say it", where=f"{part}.{key}", found="None", expected="a value")
+                ConfigError("a run file cannot contain None", where=f"{part}.{key}", found="None", expected="a value")
                 for key, value in given.items()
                 if value is None
             ]
@@ -52,7 +52,7 @@ def checked_recipe(spec: DraftModelSpec, registry: Registry) -> CheckedRecipe:
             where=f"{registry.provider('draft', spec.name)}: recommended of {spec.name!r}, {problem.where}",
             found=problem.found,
             expected=problem.expected,
-            fix="take --recipe published, or correct the plugin",
+            fix="use --recipe published, or correct the plugin",
         )
     return CheckedRecipe(options=options, loss=loss)
 

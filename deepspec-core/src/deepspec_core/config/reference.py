@@ -1,8 +1,8 @@
-"""What every key of a run file means: type, default, limits and meaning, read off the schema itself.
+"""The reference of all keys of a run file: type, default, limits and meaning, read from the schema itself.
 
-A section is an attrs class. What its keys mean stands in its docstring, one `key: meaning` a line, longer ones
-continued on indented lines. Sections of plugins (draft types, weightings) are read the same way; a key without a
-meaning there is shown with its type and default. Knows schemas; not how a run file is read. Imports nothing heavy.
+A section is an attrs class. Its docstring explains each key on a line `key: meaning`, which may continue on indented
+lines. Sections of plugins (draft types, weightings) are read the same way; a plugin's key without an explanation is
+shown with its type and default only. Knows schemas; does not know how a run file is read. Imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from deepspec_core.plugins.registry import Registry
 
 _PAGE = """# The run file
 
-A run is one TOML file. `deepspec config check FILE` reports everything that is wrong with it at once, and what the
-config of a target on this machine and the file of `target.chat_template` say against it. `deepspec config
-show FILE` prints it with every default filled in. Paths are relative to the file. Unknown keys are refused, and so is
-`"8"` for `8`.
+A run is described by one TOML file. `deepspec config check FILE` reports all of its mistakes at once. The check also
+reads the config of a target on this machine and the file that `target.chat_template` names. `deepspec config show FILE`
+prints the file with every default filled in. Paths are relative to the file. Unknown keys are errors, and so are values
+of the wrong type, such as `"8"` for `8`.
 
 `--set train.lr=3e-4` overrides one key and leaves the file as it is. The commands `run`, `estimate`, `config check`,
 `config show`, `data show` and `data prepare` take it.
 
-`deepspec config keys --markdown` wrote this page. `deepspec config keys train` prints a section on the terminal, with
-the keys of the plugins that are installed there."""
-# A limit that only slips of the hand reach.
+`deepspec config keys --markdown` wrote this page. `deepspec config keys train` prints one section on the terminal.
+Sections that plugins extend then show the keys of the installed plugins."""
+# Bounds from here on only catch slips of the hand, and are not shown.
 _OF_NO_INTEREST = 1000
 _MEANING = re.compile(r"(\w+): (.*)")
 # Sections whose `type` names a component with keys of its own: the kind of component.
@@ -42,7 +42,8 @@ _TYPED = {DraftOptions: "draft", WeightingOptions: "weighting"}
 
 @frozen(kw_only=True)
 class KeyFacts:
-    """One key. `default` is as a run file says it; None where the key must be given, "" where it may be left out."""
+    """One key. `default` is written as in a run file; it is None if the key is required, and "" if there is no default
+    but the key may be left out."""
 
     name: str
     type: str
@@ -53,7 +54,8 @@ class KeyFacts:
 
 @frozen(kw_only=True)
 class SectionFacts:
-    """One section, or a table inside one. `path` is how a run file names it; `about` is a sentence or two."""
+    """One section, or a table inside one. `path` is its name in a run file; `about` says in a sentence or two what it
+    is for."""
 
     path: str
     about: str
@@ -61,7 +63,7 @@ class SectionFacts:
 
 
 def meanings(section: type[Any]) -> dict[str, str]:
-    """Key -> meaning, from the docstrings of a section and of those it builds on."""
+    """The meaning of each key, from the docstrings of a section's class and of its base classes."""
     found: dict[str, str] = {}
     for base in reversed(section.__mro__):
         if has(base):
@@ -70,7 +72,7 @@ def meanings(section: type[Any]) -> dict[str, str]:
 
 
 def about(section: type[Any]) -> str:
-    """What a section's own docstring says before its keys."""
+    """The part of a section's docstring before its keys."""
     return _listed(section)[0]
 
 
@@ -87,7 +89,7 @@ def sections(registry: Registry) -> list[SectionFacts]:
 
 
 def sections_named(name: str, registry: Registry) -> list[SectionFacts]:
-    """The section of that name and what is inside it. ConfigError where there is none, with the nearest name."""
+    """The section of that name and the tables inside it. ConfigError, with the nearest name, if there is none."""
     every = sections(registry)
     chosen = [section for section in every if section.path == name or section.path.startswith((f"{name}.", f"{name} "))]
     if not chosen:
@@ -133,7 +135,7 @@ def _listed(section: type[Any]) -> tuple[str, dict[str, str]]:
 
 
 def _with_tables(path: str, section: Any, registry: Registry) -> Iterator[SectionFacts]:
-    """The section, then the tables its keys hold, then the sections of components that its `type` may name."""
+    """The section, then the tables that its keys hold, then the sections of all components that its `type` may name."""
     resolve_types(section)
     if section is TermOptions:
         yield from _terms(path.removesuffix(" (an entry)"), registry)
@@ -193,7 +195,7 @@ def _key(attribute: Attribute[Any], said: Mapping[str, str]) -> KeyFacts:
 
 
 def _words(type_: Any) -> str:
-    """As errors say it, but a table is a table: its keys are listed on their own."""
+    """The type in the words of error messages, but a table's keys are left out: they are listed on their own."""
     return re.sub(r"a table with the keys [^|]*$", "a table", words(type_))
 
 
@@ -212,7 +214,7 @@ def _default(attribute: Attribute[Any]) -> str | None:
 
 
 def _limits(validator: Any) -> Iterator[str]:
-    """Validators in words. Types are told anyway; a validator of a plugin's own has no words."""
+    """The limits that validators set, in words. Types are shown elsewhere; a plugin's own validators are left out."""
     for inner in (*getattr(validator, "_validators", ()), *getattr(validator, "validators", ())):
         yield from _limits(inner)
     for name in ("validator", "member_validator"):

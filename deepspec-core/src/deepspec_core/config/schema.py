@@ -1,8 +1,8 @@
 """The run file's sections, as frozen keyword-only attrs classes: every key core knows, its type and its default.
 
-Imports attrs only. Sections whose shape a plugin decides (`[draft]`, a weighting) are kept here as a type name and a
-typed options object; structure.py fills them in from the registry. load.py puts the sections together to a run file.
-Paths are as written; Run (pipeline/run.py) resolves them against the run file's folder.
+Imports attrs only. A plugin decides the keys of some sections (`[draft]`, a weighting). Here such a section holds a
+type name and an options object, which structure.py builds with the registry's help. load.py combines the sections into
+a run file. Paths are stored as written; Run (pipeline/run.py) resolves them against the run file's folder.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ from deepspec_core.config.train_options import TrainOptions as TrainOptions
 from deepspec_core.layers.options import LayerOptions
 
 KNOWN_STAGES = ("regenerate", "cache", "train", "evaluate", "export")
-# Keys that a stage reads only by asking for them. Of no other key of their section it can be said who reads it, because
-# a plugin's options are read as a whole.
+# Keys that core reads one by one. The other keys of their section are a plugin's options, which are read as a whole, so
+# core cannot tell which stage reads which of them.
 READ_ALONE = ("draft.init", "draft.tree")
 DTYPES = ("float32", "bfloat16", "float16")
 # The task that asks the prompts a run never trained on.
 HELD_OUT = "held-out"
-# The option of a draft type that names the token which stands for what is to be proposed.
+# The option of a draft type that names the mask token: it fills the slots whose tokens the draft is to propose.
 MASK = "mask_token_id"
-# What ships inside a plugin stands after it: builtin:NAME.
+# The prefix of models and prompts that ship inside a plugin: builtin:NAME.
 BUILTIN = "builtin:"
-# How the names of files end that hold conversations or prompts: JSON lines, JSON arrays, Parquet.
+# Endings of the names of files with conversations or prompts: JSON lines, JSON arrays, Parquet.
 ROW_FILES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst", ".parquet")
 # A wider tree than this costs the target more than it can gain.
 MOST_NODES = 1024
@@ -59,20 +59,21 @@ _SEEDS = 2**63 - 1
 
 
 def changes_results(key: Attribute[Any]) -> bool:
-    """Whether results made with another value of this key are other results."""
+    """Whether another value of this key would change results."""
     return key.metadata != CHANGES_NOTHING
 
 
 @frozen(kw_only=True)
 class RunOptions:
-    """[run]: what this run is called, where its results go, which stages it has.
+    """[run]: the run's name, the folder for its results, and its stages.
 
-    name: What the run is called in reports and in the names of its files.
+    name: The run's name in reports and in the names of its files.
     output: The folder for results, relative to the run file.
-    stages: The stages, in this order: regenerate, cache, train, evaluate, export.
-    seed: Seeds the draft's first weights, the held-out split, sampling in regeneration, and the order of training.
-    threads: CPU threads of every stage. Left out: each stage's number follows from the size of its steps, and the
-        run's first line says it.
+    stages: The stages to run, in this order: regenerate, cache, train, evaluate, export.
+    seed: The seed of the draft's initial weights, the held-out split, sampling in regeneration, and the order of
+        training samples.
+    threads: The number of CPU threads of every stage. Left out: each stage chooses a number by the size of its steps,
+        and the run's first line reports it.
     """
 
     name: str = field(validator=matches_re(r"[\w.-]+"), metadata=CHANGES_NOTHING)
@@ -84,15 +85,16 @@ class RunOptions:
 
 @frozen(kw_only=True)
 class TargetOptions:
-    """[target]: the frozen model that the draft is for.
+    """[target]: the frozen model that the draft is trained for.
 
     model: A Hub id, a directory, or builtin:NAME.
-    layers: The tapped decoder layers, counted from 0, whose outputs the draft sees; -1 is the embedding. The last
-        layer cannot be tapped. Left out: none, for draft types that need none and drafts that are not trained.
-    dtype: The numbers the target computes with. Left out: float32 on a CPU, bfloat16 on an accelerator.
-    revision: A branch, tag or commit of a Hub id.
+    layers: The tapped decoder layers, counted from 0. The draft reads their outputs. -1 is the embedding; the last
+        layer cannot be tapped. Left out: no taps, for draft types that need none and drafts that are not trained.
+    dtype: The number format in which the target computes. Left out: float32 on a CPU, bfloat16 on an accelerator.
+    revision: A branch, tag or commit of the Hub repository.
     chat_template: A Jinja file to use in place of the target's own chat template, for instance for a base model.
-    trust_remote_code: Run code that the target's repository brings. Off, such a target is refused.
+    trust_remote_code: Whether to run code from the target's repository. If false, a target that needs such code is
+        refused.
     """
 
     model: str
@@ -109,13 +111,14 @@ class SourceOptions:
 
     path: A file of JSON lines (.jsonl), a JSON array (.json) or Parquet (.parquet), a dataset folder, a Hub dataset
         such as org/name, or builtin:NAME. JSON may be compressed (.jsonl.gz, .json.zst).
-    weight: How often the next conversation is taken from this source, relative to the other sources' weights. A source
-        is left when it is used up. Every conversation is used once.
-    split: The split of a dataset. Left out: train. Files and builtins have none.
-    limit: At most so many training conversations of this source.
-    columns: The source's own names, for rows in none of the known forms: { prompt = "query", answer = "response" }.
-        On the left stands one of messages, turns and prompt; beside it system, tools and id, with messages role and
-        content, and with prompt input and answer.
+    weight: How often the next conversation comes from this source, relative to the other sources' weights. When a
+        source is used up, the others go on. Every conversation is used once.
+    split: The split of a dataset. Left out: train. Files and builtins have no splits.
+    limit: The largest number of training conversations to take from this source.
+    columns: The source's column names, for rows in none of the known forms: { prompt = "query", answer = "response" }.
+        The keys are DeepSpec's names and the values the source's. Exactly one of messages, turns and prompt is
+        required. system, tools and id may be added; role and content too with messages; input and answer too with
+        prompt.
     """
 
     path: str
@@ -128,26 +131,27 @@ class SourceOptions:
 
 @frozen(kw_only=True)
 class DataOptions:
-    """[data]: the conversations, how long they may be, how many are held out from training.
+    """[data]: the conversations, their maximum length, and the share held out from training.
 
     An answer is supervised up to and including its end marker.
 
     sources: Where conversations come from; each entry is a table.
-    max_length: Tokens of the longest sample; longer conversations are cut. At most the target's positions.
-    held_out: The share of questions that are kept from training, for evaluation.
-    max_bad_rows: The share of a source's rows that may be no usable conversation. They are dropped, counted, and kept
-        in bad-rows.jsonl in the run's folder. One row may be bad in any case, unless this is 0.
-    duplicates: What becomes of conversations whose systems and users say what an earlier one's said, from whichever
-        source: "keep" them, as other answers to the same prompt, or "drop" all but the first.
-    min_supervised_tokens: Samples with fewer supervised tokens are dropped, and counted.
-    system_prompt: Put before conversations that have no system message. Regeneration, training and evaluation all do
-        so.
-    supervise: "all" answers of a conversation, or the "last" alone. "last" is for histories that the target did not say
-        as they stand there, such as answers without their thinking.
-    supervise_newline: Supervise the newline after an answer's end marker too. Not for runs that regenerate.
-    supervise_think_block: Supervise what the chat template itself puts before an answer too, such as an empty think
-        block. Not for runs that regenerate.
-    workers: Processes that render and tokenise. They change no sample.
+    max_length: The largest number of tokens of a sample; longer conversations are cut. At most the target's number of
+        positions.
+    held_out: The share of questions that training leaves out, so that evaluation can ask them.
+    max_bad_rows: The largest share of a source's rows that may be unusable as conversations. Such rows are dropped,
+        counted, and written to bad-rows.jsonl in the run's folder. One bad row is always allowed, unless this is 0.
+    duplicates: What happens to a conversation whose system and user messages equal an earlier one's, from any source:
+        "keep" it, as another answer to the same prompt, or "drop" it.
+    min_supervised_tokens: Samples with fewer supervised tokens are dropped and counted.
+    system_prompt: The system message of conversations that have none. Regeneration, training and evaluation all add
+        it.
+    supervise: Which answers of a conversation training supervises: "all", or only the "last". "last" is for
+        conversations whose earlier answers are not what the target generated, such as answers without their thinking.
+    supervise_newline: Also supervise the newline after an answer's end marker. Not for runs that regenerate.
+    supervise_think_block: Also supervise what the chat template puts before an answer, such as an empty think block.
+        Not for runs that regenerate.
+    workers: The number of processes that render and tokenise conversations. It changes no sample.
     """
 
     sources: tuple[SourceOptions, ...]
@@ -167,7 +171,7 @@ def _batch_sizes(_options: object, attribute: Attribute[Any], value: int | tuple
     sizes = value if isinstance(value, tuple) else (value,)
     deep_iterable(whole(1, _SEQUENCES))(None, attribute, sizes)
     if not sizes or len(set(sizes)) < len(sizes):
-        raise ValueError(f"'{attribute.name}' must be one size, or several different ones: {value}")
+        raise ValueError(f"'{attribute.name}' must be one batch size, or a list of different ones: {value}")
 
 
 def _truth_or_share(_options: object, attribute: Attribute[Any], value: bool | float) -> None:
@@ -182,30 +186,32 @@ def _number_or_share(_options: object, attribute: Attribute[Any], value: int | f
 
 @frozen(kw_only=True)
 class RegenerateOptions:
-    """[regenerate]: the target answers the prompts itself.
+    """[regenerate]: the target generates the answers that the draft is trained on.
 
-    servers: OpenAI-compatible servers of the target that answer, such as "http://host:8000/v1". Left out: the target
-        answers in this process.
-    served_as: The name by which the servers know the target. Left out: target.model, or its folder.
-    thinking: Ask in the target's thinking mode, in regeneration and in evaluation. A number between 0 and 1 is the
-        share of conversations that are asked so. Their ids decide which. Evaluation then reports both modes.
-        The chat template has to know the modes.
-    answers: Answers to each conversation, with seeds of their own. Each is a training conversation.
-    max_tokens: New tokens of one answer at most.
-    temperature: 0 is greedy. Left out: what the target's makers recommend.
+    servers: OpenAI-compatible servers that generate the target's answers, such as "http://host:8000/v1". Left out: the
+        target generates them in this process.
+    served_as: The target's model name on the servers. Left out: target.model, or its folder.
+    thinking: Use the target's thinking mode, in regeneration and in evaluation. A number between 0 and 1 is the share
+        of conversations in thinking mode, selected by their ids; evaluation then reports both modes. The chat template
+        must support the modes.
+    answers: The number of answers to each conversation, each with its own seed. Each becomes a training conversation.
+    max_tokens: The largest number of new tokens of one answer.
+    temperature: The sampling temperature; 0 is greedy. Left out: the recommendation of the target's makers.
     top_p: Sample from the smallest set of most probable tokens whose probabilities add up to this; 1 is off. Left out:
         as recommended.
-    top_k: Sample from so many most probable tokens; 0 is off. Left out: as recommended.
+    top_k: Sample from this many most probable tokens; 0 is off. Left out: as recommended.
     min_p: Sample only tokens whose probability is at least this share of the most probable token's; 0 is off. Left out:
         as recommended.
-    unfinished: What becomes of an answer that meets max_tokens: "keep" it, without an end marker, or "drop" it.
-    batch_size: Conversations answered at once in this process. It changes no answer.
-    max_concurrency: Requests that one server has at once, at most. Fewer are sent where more bring no gain.
-    timeout: Seconds that a server may take for one answer, and that a run waits where no server is left.
+    unfinished: What happens to an answer that reaches max_tokens: "keep" it, without an end marker, or "drop" it.
+    batch_size: The number of conversations answered at once in this process. It changes no answer.
+    max_concurrency: The largest number of requests that one server has at once. The run sends fewer where more would
+        not raise the throughput.
+    timeout: Seconds that a server may take for one answer, and that the run waits while no server is usable.
     max_failures: The stage stops if a larger share of the conversations fails.
-    api_key_env: The environment variable that holds the servers' key.
-    features: Take the features of a conversation together with its answer, so that the target reads it once. For runs
-        whose cache stage takes its features from the same servers. The cache stage asks for what did not come.
+    api_key_env: The environment variable that holds the servers' API key.
+    features: Receive a conversation's features together with its answer, so that the target reads the conversation
+        once. For runs whose cache stage takes its features from the same servers. The cache stage requests the features
+        that did not arrive with an answer.
     """
 
     servers: tuple[str, ...] = field(
@@ -232,14 +238,15 @@ class RegenerateOptions:
 class CacheOptions:
     """[cache]: how the cache stage stores features.
 
-    format: How features are stored; see `deepspec plugins`.
-    dtype: The number format of stored features. "float8_e4m3" takes about half the room of bfloat16. On the quickstart
-        it trained as good a draft (three seeds). Take it where disk or network is short, and bfloat16 otherwise.
-    path: The cache's folder. Left out: cache/ in the run's output. Another run's cache may be named.
-    subset: Cache and train on a part of the samples, for pilots: a share such as 0.1, or a number of samples. Their ids
-        decide which, and a smaller part is contained in every larger one. Of another run's cache this part is read.
-    shard_samples: Samples in one file of the cache.
-    batch_size: Samples the target reads at once.
+    format: The storage format; see `deepspec plugins`.
+    dtype: The number format of stored features. "float8_e4m3" takes about half the space of bfloat16. On the quickstart
+        it trained as good a draft (three seeds). Use it where disk or network is short, and bfloat16 otherwise.
+    path: The cache's folder. Left out: cache/ in the run's output. It may be another run's cache.
+    subset: Cache and train on a part of the samples, for pilot runs: a share such as 0.1, or a number of samples. They
+        are selected by their ids, so a smaller part is contained in every larger one. If the cache is another run's,
+        only this part of it is read.
+    shard_samples: The number of samples in one file of the cache.
+    batch_size: The number of samples that the target reads at once.
     """
 
     format: str = "hdf5"
@@ -252,10 +259,11 @@ class CacheOptions:
 
 @frozen(kw_only=True)
 class TreeOptions:
-    """[draft] tree: the draft proposes trees, chosen by its own probabilities. For decoding: training knows no trees.
+    """[draft] tree: the draft proposes trees of tokens, which it selects by its own probabilities. Only decoding uses
+    trees; training does not.
 
-    nodes: Tokens of a tree at most. The target scores them all in one pass and commits those of one path, which has no
-        more tokens than a chain has.
+    nodes: The largest number of tokens in a tree. The target scores all of them in one pass and commits the tokens of
+        one path. A path is no longer than a chain would be.
     """
 
     nodes: int = field(validator=whole(1, MOST_NODES))
@@ -263,16 +271,16 @@ class TreeOptions:
 
 @frozen(kw_only=True)
 class DraftOptions:
-    """[draft]: the algorithm. Its own keys stand in the same section.
+    """[draft]: the draft's algorithm and its options. The algorithm's own keys go in this section too.
 
-    type: The algorithm; its own keys stand beside this one. See `deepspec plugins`.
-    layer: The draft's own shape, where it is not the target's.
-    init: A draft checkpoint whose weights training begins with: a directory, the output of another run, or a Hub id.
-        It must be of this type, and as this section and `target.layers` say. Or the target's own layers, where the
-        draft's have their shapes: "target:last" copies its last ones, "target:taps" the tapped ones. Left out: new
-        weights.
-    tree: {nodes = 16} evaluates with trees of 16 tokens. Only evaluation reads it, so it may change under a trained
-        draft. For draft types that propose trees. Left out: chains.
+    type: The algorithm; its own keys go beside this one. See `deepspec plugins`.
+    layer: The shape of the draft's layers, where it differs from the target's.
+    init: What training starts from. A draft checkpoint: a directory, the output of another run, or a Hub id; its type,
+        options and taps must be those of this section and of `target.layers`. Or the target's own layers, if the
+        draft's layers have the same shapes: "target:last" copies the last ones, "target:taps" the tapped ones. Left
+        out: new random weights.
+    tree: {nodes = 16} evaluates with trees of at most 16 tokens. Only evaluation reads this key, so it may be changed
+        after training. For draft types that propose trees. Left out: chains.
     """
 
     type: str
@@ -284,10 +292,11 @@ class DraftOptions:
 
 @frozen(kw_only=True)
 class SchedulerOptions:
-    """[evaluate.scheduler]: the target verifies the draft tokens that are worth it at the present load.
+    """[evaluate.scheduler]: in each round, the target verifies only as many draft tokens as pay off at the present
+    load.
 
-    cost_table: A file that `deepspec profile` wrote for this target on such a machine.
-    asynchronous: The number of verified tokens comes from the confidences of two rounds earlier.
+    cost_table: A file that `deepspec profile` wrote for this target on a machine of this kind.
+    asynchronous: Choose the number of tokens to verify from the confidences of two rounds earlier.
     """
 
     cost_table: str
@@ -296,31 +305,37 @@ class SchedulerOptions:
 
 @frozen(kw_only=True)
 class EvaluateOptions:
-    """[evaluate]: real speculative decoding.
+    """[evaluate]: speculative decoding with the draft and the target, measured.
 
-    tasks: "held-out" (prompts the run never trained on), registered tasks, or files of rows as data.sources takes them.
-        NAME:FILE is a registered task, asked from a file.
-    turns: "first" asks the first user turn of a prompt, as published; "all" every one, the model's answers between.
-    temperature: Each of these temperatures is evaluated; 0 is greedy.
+    tasks: What to evaluate on: "held-out" (prompts that the run did not train on), registered tasks, or files of rows
+        in the forms that data.sources takes. NAME:FILE is a registered task with its prompts read from a file.
+    turns: "first" asks the first user turn of a prompt, as published. "all" asks every user turn, with the model's own
+        answers in between.
+    temperature: A list of temperatures; each is evaluated. 0 is greedy.
     top_p: Sample from the smallest set of most probable tokens whose probabilities add up to this; 1 is off.
-    top_k: Sample from so many most probable tokens; 0 is off.
+    top_k: Sample from this many most probable tokens; 0 is off.
     min_p: Sample only tokens whose probability is at least this share of the most probable token's; 0 is off.
-    repetition_penalty: Divides the positive logits, and multiplies the others, of tokens that the prompt or the answer
-        has already, also at temperature 0; 1 is off. The order is: this, temperature, top_k, top_p, min_p.
+    repetition_penalty: For tokens that already occur in the prompt or the answer, positive logits are divided by this
+        number and negative ones multiplied, also at temperature 0. 1 is off. The order of operations is:
+        repetition_penalty, temperature, top_k, top_p, min_p.
     stop: An answer ends with the token that completes one of these strings in its text.
-    samples: Answers to each prompt, with seeds of their own. At temperature 0 there is one.
-    max_new_tokens: New tokens of one answer at most.
-    batch_size: Sequences decoded at once. A list evaluates at each of them, for the speed-up under load.
-    limit: Prompts of each task at most. Left out: as many as the task says of itself, or all; and 500 of held-out
-        prompts.
-    max_failures: The stage stops if a larger share of a task's samples fails: the template refuses the prompt, or the
-        target or the draft raises an error on it. They are listed, and in no figure.
-    seed: Seeds sampling, and the choice of prompts where a task has more than are asked.
-    plain: Decode without the draft too: for the speed-up and the comparison of greedy outputs.
-    confidence_threshold: A proposal ends before its first token of lower confidence, if the draft gives any; 0: not.
-    draft: A draft checkpoint to evaluate (directory or Hub id) in place of the run's own.
-    calibration: A file that `deepspec calibrate` wrote for this draft. The draft's confidences are scaled by it.
-    scheduler: {cost_table = "FILE"} verifies what pays by that table, if the draft gives confidences.
+    samples: The number of answers to each prompt, each with its own seed. At temperature 0 there is one.
+    max_new_tokens: The largest number of new tokens of one answer.
+    batch_size: The number of sequences decoded at once. With a list, each size is evaluated: this shows the speed-up
+        under load.
+    limit: The largest number of prompts of each task. Left out: the number that the task itself sets, or all; for
+        held-out prompts, 500.
+    max_failures: The stage stops if a larger share of a task's samples fails. A sample fails if the chat template
+        refuses its prompt, or if the target or the draft raises an error on it. Failed samples are listed and are part
+        of no figure.
+    seed: The seed of sampling, and of the selection of prompts where a task has more than are asked.
+    plain: Also decode without the draft, for the speed-up and the comparison of greedy outputs.
+    confidence_threshold: End a proposal before its first token whose confidence is below this, if the draft gives
+        confidences; 0 is off.
+    draft: A draft checkpoint to evaluate (a directory or Hub id) in place of the run's own.
+    calibration: A file that `deepspec calibrate` wrote for this draft. It scales the draft's confidences.
+    scheduler: {cost_table = "FILE"}: in each round, verify the number of draft tokens that pays off by this cost table.
+        For drafts that give confidences.
     """
 
     tasks: tuple[str, ...] = (HELD_OUT,)
@@ -345,15 +360,15 @@ class EvaluateOptions:
 
     @property
     def batch_sizes(self) -> tuple[int, ...]:
-        """All of them."""
+        """All batch sizes, also where the key holds one number."""
         return (self.batch_size,) if isinstance(self.batch_size, int) else self.batch_size
 
 
 @frozen(kw_only=True)
 class ExportOptions:
-    """[export]: what to write for serving engines.
+    """[export]: the formats in which the draft is written for serving engines.
 
-    to: Formats to write; see `deepspec plugins`.
+    to: The formats to write; see `deepspec plugins`.
     """
 
     to: tuple[str, ...] = ()

@@ -1,6 +1,6 @@
 """The text of a new run file: every section, the keys that people change, and comments that explain their values.
 
-pipeline/starting.py gathers the facts about target and draft; here they become TOML. Opens nothing.
+pipeline/starting.py gathers the facts about target and draft; this file writes them as TOML. Opens nothing.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from deepspec_core.config.toml_values import toml
 
 _WIDTH = 116
 _COMMENT_AT = 36
-_LOSS_NOTE = "What the algorithm asks for; other terms: `deepspec plugins`."
+_LOSS_NOTE = "The algorithm's default loss; for other terms see `deepspec plugins`."
 
 
 @frozen(kw_only=True)
 class Start:
-    """What a run file is written from. `notes`, by section or key, are sentences that become comments.
+    """The facts for a run file. `notes`, by section or key, are sentences that become comments.
 
-    `option_values` replace the draft type's own defaults; `loss` is what its algorithm asks for. A draft that is not
+    `option_values` replace the draft type's defaults; `loss` is its algorithm's default loss. A draft that is not
     `trained` has no taps, and its file only the sections that evaluation reads.
     """
 
@@ -60,8 +60,10 @@ def starter(start: Start) -> str:
     ]
     draft = _section("draft", _draft(start), [*start.notes.get("draft", ()), about(start.options)])
     training = [
-        _section("regenerate", _regenerate(start), ["The target answers the prompts itself, turn by turn."]),
-        _section("features", [_line("mode", "online", 'the target runs beside the drafter; "cached" stores features')]),
+        _section(
+            "regenerate", _regenerate(start), ["The target answers the prompts of the conversations, turn by turn."]
+        ),
+        _section("features", [_line("mode", "online", 'the target runs beside the draft; "cached" stores features')]),
         _section("cache", _cache(), start.notes.get("cache", ())),
         draft,
         *([_section("draft.layer", _layer(start), start.notes.get("draft.layer", ()))] if start.layer else []),
@@ -69,11 +71,14 @@ def starter(start: Start) -> str:
         _section("train", _train()),
     ]
     evaluate = _section(
-        "evaluate", _evaluate(start), ["Real speculative decoding, beside the target's plain decoding."]
+        "evaluate",
+        _evaluate(start),
+        ["Speculative decoding with draft and target, beside the target's plain decoding."],
     )
     sections = [*before, *(training if start.trained else [draft]), evaluate]
     head = [
-        f"A draft of type {start.draft_type} for {start.model}, written by `deepspec init`. Check, look, try, run:",
+        f"A draft of type {start.draft_type} for {start.model}, written by `deepspec init`. Check "
+        f"it, look at the data, try it, run it:",
         "  deepspec config check FILE;  deepspec data show FILE;  deepspec run FILE --smoke;  deepspec run FILE",
     ]
     return "\n".join(["\n".join(f"# {line}" for line in head), *sections]) + "\n"
@@ -126,7 +131,7 @@ def _target(start: Start) -> list[str]:
 def _data(start: Start) -> list[str]:
     source = {"path": start.data, "weight": SourceOptions(path="").weight}
     prompt = _line(
-        "system_prompt", "You are a helpful assistant.", "none unless given; the same everywhere", written=False
+        "system_prompt", "You are a helpful assistant.", "none if left out; also used in evaluation", written=False
     )
     lines = [
         "# Files of JSON lines with `messages`, or datasets on the Hub; `limit = 1000` takes that many.",
@@ -144,8 +149,8 @@ def _data(start: Start) -> list[str]:
             {
                 "min_supervised_tokens": "samples with fewer are dropped, and counted",
                 "supervise": '"all" answers of a conversation, or the "last" alone',
-                "supervise_newline": "of conversations that are not regenerated: the newline after an answer",
-                "supervise_think_block": "and the think block the template itself puts before one",
+                "supervise_newline": "without regeneration: also supervise the newline after an answer",
+                "supervise_think_block": "and the think block that the template puts before it",
             },
         ),
     ]
@@ -156,14 +161,17 @@ def _regenerate(start: Start) -> list[str]:
     sampling = [_line(key, value, advised) for key, value in start.sampling.items()]
     return [
         *_defaults(RegenerateOptions, {"thinking": ""}),
-        _line("max_tokens", min(start.max_length, RegenerateOptions().max_tokens), "of one answer"),
+        _line("max_tokens", min(start.max_length, RegenerateOptions().max_tokens), "new tokens of one answer"),
         *sampling,
-        *_defaults(RegenerateOptions, {"batch_size": "conversations at once", "max_failures": "a larger share stops"}),
+        *_defaults(
+            RegenerateOptions,
+            {"batch_size": "conversations at once", "max_failures": "a larger share of failures stops the run"},
+        ),
     ]
 
 
 def _cache() -> list[str]:
-    return _defaults(CacheOptions, {"format": "", "dtype": '"float8_e4m3" takes about half of bfloat16'})
+    return _defaults(CacheOptions, {"format": "", "dtype": '"float8_e4m3" takes about half the space of bfloat16'})
 
 
 def _draft(start: Start) -> list[str]:
@@ -174,7 +182,7 @@ def _draft(start: Start) -> list[str]:
         inside = meanings(type(value)) if has(type(value)) else {}
         lines += _comments([said.get(name, ""), *(f"{key}: {meaning}" for key, meaning in inside.items())])
         if value is NOTHING:
-            lines.append(f"# {name}: has no default, and must be given")
+            lines.append(f"# {name}: is required and has no default")
         elif value is None:
             lines.append(f"# {name}: left out")
         else:
@@ -201,7 +209,7 @@ def _train() -> list[str]:
     return _defaults(
         TrainOptions,
         {
-            "lr": "the published recipe, as all of this section",
+            "lr": "this section is the published recipe",
             "global_batch_size": "sequences a step, over all devices",
             "micro_batch_size": "sequences at once on one device: more is faster, and takes more memory",
             "epochs": "",
@@ -221,6 +229,6 @@ def _evaluate(start: Start) -> list[str]:
         _line("tasks", known["tasks"], "prompts the run never trained on; or JSON-lines files with `turns`"),
         _line("temperature", known["temperature"]),
         _line("max_new_tokens", min(start.max_length, EvaluateOptions().max_new_tokens)),
-        *_defaults(EvaluateOptions, {"batch_size": "sequences at once", "plain": "also the target alone", "seed": ""}),
+        *_defaults(EvaluateOptions, {"batch_size": "sequences at once", "plain": "also without the draft", "seed": ""}),
         _line("limit", 100, "prompts of a task; left out: all of it, of held-out prompts 500", written=False),
     ]

@@ -258,7 +258,7 @@ def _check_name(registry: Registry, key: tuple[type, str], name: Any) -> None:
     if key in _BUILTINS and name.startswith(BUILTIN):
         spec = registry.get("builtin", name.removeprefix(BUILTIN))
         if spec.kind != _BUILTINS[key]:
-            raise PluginError(f"{name} is a builtin of another kind", found=spec.kind, expected=_BUILTINS[key])
+            raise PluginError(f"{name} is a builtin of the wrong kind", found=spec.kind, expected=_BUILTINS[key])
 
 
 def _component_options(

@@ -1,6 +1,6 @@
 """[train]: the optimizer, the batch and how long.
 
-Imports attrs only. Which batching a draft type takes, batching.py checks.
+Imports attrs only. batching.py checks whether a draft type supports the batching.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from deepspec_core.config.key_marks import CHANGES_NOTHING
 from deepspec_core.config.sampling_bounds import temperatures
 
 PACKED = "packed"
-# Which checkpoint the finished draft is.
+# The value of `final` that makes the best checkpoint the finished draft.
 BEST = "best"
 AUTO, DDP, FSDP = "auto", "ddp", "fsdp"
 PARALLEL = (AUTO, DDP, FSDP)
@@ -26,14 +26,15 @@ TRACKERS = (TENSORBOARD, "wandb", "mlflow", "trackio")
 
 @frozen(kw_only=True)
 class HeldOutOptions:
-    """[train.evaluation]: what the draft decodes while it is trained, every `train.evaluate_every` steps.
+    """[train.evaluation]: the evaluations during training, every `train.evaluate_every` steps.
 
-    prompts: Held-out prompts that are decoded, always the same.
-    max_new_tokens: New tokens of one answer at most, 2 or more: the first one is not the draft's.
-    temperature: 0 is greedy.
-    warn_after: A warning is given when the accepted length has fallen so many times in a row.
-    stop_after: Training ends when the accepted length has fallen so many times in a row. Left out: it does not end
-        early.
+    prompts: The number of held-out prompts to decode. Every evaluation decodes the same ones.
+    max_new_tokens: The largest number of new tokens of one answer, at least 2: the target gives the first one before
+        the draft proposes anything.
+    temperature: The sampling temperature; 0 is greedy.
+    warn_after: Warn when the accepted length has fallen in this many evaluations in a row.
+    stop_after: End training when the accepted length has fallen in this many evaluations in a row. Left out: training
+        does not end early.
     """
 
     prompts: int = field(default=32, validator=whole(1, _SEQUENCES))
@@ -45,46 +46,48 @@ class HeldOutOptions:
 
 @frozen(kw_only=True)
 class TrainOptions:
-    """[train]: the optimizer, the batch and how long.
+    """[train]: the optimizer, the batch, and the length of training.
 
     lr: The peak learning rate.
-    optimizer: "adamw", or "muon": Muon for the matrices between hidden states, AdamW for embeddings, heads, norms and
-        biases. Muon's steps are scaled to the size of AdamW's, so `lr` and `weight_decay` serve both. They are computed
-        in bfloat16, so results are not exact even in float32.
-    global_batch_size: Sequences of one optimizer step, over all processes.
-    micro_batch_size: Sequences a process computes at once, or rows if they are packed. Changes results by rounding
-        only.
-    batching: What is done about different lengths. "padded": each sequence has a row, filled up to the longest beside
-        it. "bucketed": the same, with steps of sequences of like length, so less is padding, and steps are others.
-        "packed": a row holds several sequences, none longer than the longest alone, and each is computed as if alone.
-        Steps are those of "padded", so results change by rounding only. Not every draft type takes packed rows. On a
-        CPU attention computes the whole square of a packed row, so long ones are slow there.
-    epochs: Passes over the training samples.
-    max_steps: Training ends after so many optimizer steps at most. The learning-rate schedule ends with it.
-    warmup: The share of all steps over which the learning rate rises; after it, it falls to 0 along a cosine.
-    weight_decay: The share of each weight that a step takes from it, times the learning rate.
+    optimizer: "adamw" or "muon". "muon" uses Muon for the matrices between hidden states, and AdamW for embeddings,
+        heads, norms and biases. Muon's steps are scaled to the size of AdamW's, so `lr` and `weight_decay` serve both.
+        They are computed in bfloat16, so results are not exact even with precision = "float32".
+    global_batch_size: The number of sequences of one optimizer step, over all processes.
+    micro_batch_size: The number of sequences (with "packed", of rows) that a process computes at once. Changes results
+        by rounding only.
+    batching: How sequences of different lengths form batches. "padded": each sequence has a row, padded to the longest
+        of its micro-batch. "bucketed": also padded, but the sequences of a step have similar lengths. There is less
+        padding, and steps consist of other sequences than with "padded". "packed": a row holds several sequences, and
+        each is computed as if it were alone. A row is no longer than the longest training sample. Steps consist of the
+        same sequences as with "padded", so results change by rounding only. Not every draft type takes packed rows. On
+        a CPU, attention computes the full square of a packed row, so long rows are slow.
+    epochs: The number of passes over the training samples.
+    max_steps: The largest number of optimizer steps. The learning-rate schedule then ends at this step.
+    warmup: The share of all steps over which the learning rate rises. After them it falls to 0 along a cosine.
+    weight_decay: Decoupled weight decay: a step reduces each weight by this share of it, times the learning rate.
     betas: AdamW's two averaging factors, each below 1.
     clip_norm: A gradient with a larger norm is scaled down to this norm.
-    checkpoint_activations: Whether the draft's layers compute their activations again in backward and do not keep them.
-        A step takes about a third longer and much less memory, which long sequences need. Results are the same.
+    checkpoint_activations: Compute the activations of the draft's layers again in the backward pass and do not keep
+        them. A step takes about a third longer and much less memory, which long sequences need. Results are the same.
     precision: "bfloat16" is autocast over fp32 weights; "float32" is for exact results.
-    checkpoint_every: Optimizer steps between checkpoints.
-    keep_checkpoints: How many of the newest checkpoints stay.
-    evaluate_every: Optimizer steps between evaluations of the draft: it decodes held-out prompts with the target, and
-        the tokens that a round commits are counted. They are also at the start and at the end. Left out: there are
-        none.
-    evaluation: What is decoded then, and when a falling accepted length is told of or ends training.
-    keep_best: How many checkpoints of the greatest accepted length stay beside the newest, if there are evaluations.
+    checkpoint_every: The number of optimizer steps between checkpoints.
+    keep_checkpoints: The number of newest checkpoints to keep.
+    evaluate_every: The number of optimizer steps between evaluations of the draft. An evaluation decodes held-out
+        prompts with draft and target and measures the accepted length. There is also one at the start and one at the
+        end of training. Left out: no evaluations.
+    evaluation: What these evaluations decode, and when a falling accepted length leads to a warning or ends training.
+    keep_best: The number of checkpoints with the greatest accepted length to keep beside the newest ones, if there are
+        evaluations.
     final: The checkpoint that becomes the finished draft: the "best" by accepted length, or the "last". Without
         evaluations it is the last.
-    log_every: Optimizer steps between lines of metrics.jsonl.
-    loader_workers: Processes that read and prepare samples; 0: the training process itself.
-    trackers: Where the lines of metrics.jsonl are shown as curves: "tensorboard", "wandb", "mlflow", "trackio". Each
-        has to be installed. Left out: TensorBoard, if it is installed. []: nowhere.
+    log_every: The number of optimizer steps between lines of metrics.jsonl.
+    loader_workers: The number of processes that read and prepare samples. With 0 the training process does it itself.
+    trackers: The trackers that show the lines of metrics.jsonl as curves: "tensorboard", "wandb", "mlflow", "trackio".
+        Each must be installed. Left out: TensorBoard, if it is installed. []: none.
     tracker_project: The project of Weights & Biases and Trackio, or the experiment of MLflow.
-    parallel: How several processes train one draft. "ddp": each has a copy of weights and optimizer state. "fsdp": each
-        has a part of both (FSDP2), and on several machines each machine has all parts. "auto": "ddp", unless a copy
-        does not fit a device. Changes results by rounding only.
+    parallel: How several processes train one draft. "ddp": each process holds a copy of the weights and the optimizer
+        state. "fsdp": each process holds a part of both (FSDP2); with several machines, the processes of each machine
+        together hold all of it. "auto": "ddp", unless a copy does not fit a device. Changes results by rounding only.
     """
 
     lr: float = field(default=6e-4, validator=above(0.0, 1e3))

@@ -21,7 +21,7 @@ def require_trees(algorithm: str, registry: Registry, *, where: str = WHERE) -> 
         where=where,
         found=f"{where.rpartition('.')[2]}, for a draft that proposes chains",
         expected=f"a draft of type {', '.join(able)}" if able else "a draft type that proposes trees",
-        fix="Leave it out: chains are proposed then.",
+        fix="Leave it out: the draft then proposes chains.",
     )
 
 
@@ -34,7 +34,7 @@ def tree_mistakes(evaluate: EvaluateOptions) -> Iterator[ConfigError]:
     ):
         if asked is not None:
             yield ConfigError(
-                "trees carry no confidence",
+                "proposals that are trees carry no confidence",
                 where=f"evaluate.{key}",
                 found=f"{asked}, with {WHERE}",
                 expected=f"chains, or no {key}",

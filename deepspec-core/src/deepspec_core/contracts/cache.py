@@ -1,4 +1,5 @@
-"""What a feature cache format must do: write each sample once, and open no cache that was made from anything else."""
+"""The contract of feature cache formats: write each sample once, and refuse to open a cache that was made from other
+inputs than expected."""
 
 from __future__ import annotations
 
@@ -18,22 +19,22 @@ __all__ = ["CacheFormat", "CacheHeader", "CacheReader", "CacheWriter", "MergingW
 
 @frozen(kw_only=True)
 class CacheHeader:
-    """What a cache was made from. Two caches are interchangeable if their headers are equal. `plugins`, `computed_in`,
-    `split` and `converted_from` may differ, and are not compared when a cache is opened.
+    """The inputs that a cache was made from. Two caches are interchangeable if their headers are equal, apart from
+    `plugins`, `computed_in`, `split` and `converted_from`, which are not compared when a cache is opened.
 
-    target: The name or path that the run file gives.
+    target: The target's name or path in the run file.
     revision: A fingerprint of the target: a Hub commit, or a digest of a local directory's config and weights.
     template: A digest of the chat template and the masking options.
     source: A digest of the conversations that the cache was made from.
     dtype: The number format in which the features are stored.
-    computed_in: The number format in which the target computed them; empty where that is not known.
-    subset: The part of the conversations' samples that the cache has, as the run file says it; empty where it has all.
-    precision: The coarsest number format that the features passed through: that of an earlier cache, where this one was
-        converted from it, else `dtype`.
-    converted_from: The digest of the cache that this one was converted from; empty where it was not.
-    split: The rule, the share and the seed by which held-out conversations were left out; empty where not known.
+    computed_in: The number format in which the target computed them; empty if not known.
+    subset: The part of the samples that the cache holds, as written in the run file; empty if it holds all.
+    precision: The coarsest number format that the features passed through. If this cache was converted from another,
+        this may be the other one's format; else it is `dtype`.
+    converted_from: The digest of the cache that this one was converted from; empty if it was not converted.
+    split: The rule, the share and the seed by which held-out conversations were left out; empty if not known.
 
-    Values of other types are a ValueError or TypeError.
+    Raises ValueError or TypeError for values of other types.
     """
 
     target: str = field(validator=instance_of(str))
@@ -55,7 +56,8 @@ class CacheHeader:
     converted_from: str = field(default="", validator=instance_of(str))
 
     def as_json(self) -> dict[str, Any]:
-        """Plain JSON types. Left out is what later versions added, where it says no more than caches without it."""
+        """Plain JSON types. Fields that were added in later versions are left out if they have the value that caches
+        without them imply."""
         content = {**asdict(self), "taps": list(self.taps)}
         says_nothing = {"subset": "", "precision": self.dtype, "converted_from": ""}
         return {
@@ -65,10 +67,10 @@ class CacheHeader:
 
 @runtime_checkable
 class CacheWriter(Protocol):
-    """Appends samples to shards. A killed process loses at most the shard it was writing; a new writer goes on.
+    """Appends samples to shards. A killed process loses at most the shard that it was writing; a new writer continues.
 
-    A writer may have `note_samples_with(token, count)`: keep how many samples of the whole cache contain the token. It
-    is called before `finish`.
+    A writer may have `note_samples_with(token, count)`, which records how many samples of the whole cache contain the
+    token. Core calls it before `finish`.
     """
 
     def written(self) -> set[str]:
@@ -84,16 +86,16 @@ class CacheWriter(Protocol):
         ...
 
     def close(self) -> None:
-        """Release the cache, whether finished or not. Samples outside sealed shards are lost. May be called twice."""
+        """Release the cache, finished or not. Samples outside sealed shards are lost. May be called more than once."""
         ...
 
 
 @runtime_checkable
 class MergingWriter(CacheWriter, Protocol):
-    """A writer that takes over what other writers wrote in folders of their own.
+    """A writer that can take over caches that other writers wrote in their own folders.
 
-    Several workers fill a cache where its format's writer is one of these. The first worker fills it alone where it is
-    not.
+    If the writer of a format has these methods, several workers fill a cache together. Otherwise the first worker fills
+    it alone.
     """
 
     def absorb(self, part: Path) -> None:
@@ -104,7 +106,7 @@ class MergingWriter(CacheWriter, Protocol):
         ...
 
     def arrange(self, order: Mapping[str, int]) -> None:
-        """Put the sealed shards in the order of their first samples' numbers in `order`."""
+        """Sort the sealed shards by the number that `order` gives to the id of each shard's first sample."""
         ...
 
 
@@ -112,15 +114,16 @@ class MergingWriter(CacheWriter, Protocol):
 class CacheReader(Protocol):
     """A complete cache, opened for reading. It can be pickled and sent to loader workers.
 
-    A reader may have `of_taps(taps)`: a reader of the same cache with some of its taps, in their order, which does not
-    read the others. Its header has these taps. Without it, core reads all taps and throws the others away.
+    These attributes are optional:
 
-    It may also have `samples_with(token)`: how many samples contain the token, where the writer was told; else None.
-    Without it, core reads the tokens of all samples to count.
-
-    And it may have `has_digest`: False says that what the cache's header and ids say could not be checked, because the
-    cache is of a version that kept no digest of them. Core tells the user. `digest` says which cache it is, down to the
-    bytes of its features; without it, core takes its header, ids and lengths for that.
+    of_taps(taps): Returns a reader of the same cache with only these taps, in this order; its header has these taps. It
+        does not read the other taps. Without it, core reads all taps and discards the others.
+    samples_with(token): How many samples contain the token, if the writer recorded it; else None. Without it, core
+        reads the tokens of all samples to count them.
+    has_digest: False if the cache's header and ids could not be checked, because the cache was written by a version
+        that stored no digest of them. Core then tells the user.
+    digest: Identifies the cache, down to the bytes of its features. Without it, core identifies the cache by its
+        header, ids and lengths.
     """
 
     header: CacheHeader
@@ -145,7 +148,7 @@ class CacheFormat(Protocol):
     def create(self, path: Path, header: CacheHeader, *, shard_samples: int = 512) -> CacheWriter:
         """Start or continue a cache. Each of its shards has at most `shard_samples` samples.
 
-        CacheError if `path` holds a cache with another header. StageError if another process is writing it.
+        CacheError if `path` holds a cache with another header. StageError if another process is writing the cache.
         """
         ...
 
@@ -164,13 +167,13 @@ class CacheFormat(Protocol):
         ...
 
     def verify(self, path: Path, *, part: int = 0, parts: int = 1, remembered: bool = True) -> Sequence[CacheError]:
-        """Read what is stored, and return an error for each file that is not as it was written.
+        """Read all stored files, and return an error for each one that differs from what was written.
 
-        `parts` callers share the work; this one is number `part`. With `remembered`, a file that was read before and
-        has not changed since need not be read again.
+        `parts` callers share the work; this one is number `part`. With `remembered`, a file that was verified before
+        and has not changed since need not be read again.
         """
         ...
 
     def bytes_per_token(self, header: CacheHeader) -> int:
-        """Bytes that one token takes in the cache, for estimates before anything is written."""
+        """The bytes that one token takes in the cache, for estimates before anything is written."""
         ...

@@ -1,8 +1,8 @@
-"""What an algorithm provides: preparation on the host, a network without side effects, and facts about itself.
+"""What an algorithm provides: preparation on the host, a network without side effects, and a description of itself.
 
-`Preparation` has no parameters and runs in loader workers. It does everything that is random or of varying length. Its
-random numbers follow from (seed, epoch, sample id), so padding, batch size and the number of workers do not change
-them. `DraftModel` is the network. This file knows no algorithm and no family.
+`Preparation` runs in loader workers and has no trainable parameters. All random and variable-length work is done there.
+Its random numbers are derived from (seed, epoch, sample id), so padding, batch size and the number of workers do not
+change them. `DraftModel` is the network. This file knows no algorithm and no family.
 
 Legend: B sequences, T tokens, C = taps * H, H hidden size, V the target's vocabulary, D the draft's, r rank of the
 correction.
@@ -31,9 +31,10 @@ __all__ = ["DraftBatch", "DraftDescription", "DraftModel", "Preparation", "Prepa
 class Sample:
     """One tokenised conversation.
 
-    input_ids [T] int64. loss_mask [T] bool is true on supervised tokens. `features` are [T, C] and [T, H], without a
-    batch dimension; None if they are computed online. `original_length` counts the tokens of the conversation before it
-    was cut after its last supervised token.
+    input_ids: [T] int64.
+    loss_mask: [T] bool, true on supervised tokens.
+    features: [T, C] and [T, H], without a batch dimension; None if they are computed online.
+    original_length: The number of tokens of the conversation before it was cut after its last supervised token.
     """
 
     id: str
@@ -47,10 +48,10 @@ class Sample:
 class PreparedSample:
     """A sample and what the algorithm drew for it.
 
-    The algorithm defines `tensors` and collates them itself. `counts` are summed up in the run's report.
-
-    row, start: Where core lays the sample in a packed batch, said before `collate` is called: its row, and the column
-        of its first token. `row` is None where samples are not packed; then each has a row of its own, from column 0.
+    tensors: The algorithm's own tensors, which its `collate` makes into a batch.
+    counts: Numbers that the run's report sums over samples.
+    row, start: The sample's place in a packed batch: its row, and the column of its first token. Core sets both before
+        it calls `collate`. `row` is None if samples are not packed; then each has a row of its own, from column 0.
     """
 
     sample: Sample
@@ -62,16 +63,16 @@ class PreparedSample:
 
 @runtime_checkable
 class Preparation(Protocol):
-    """The half of an algorithm that runs on the host. It can be pickled and has no parameters."""
+    """The part of an algorithm that runs on the host. It can be pickled and has no trainable parameters."""
 
     def prepare(self, sample: Sample, rng: np.random.Generator) -> PreparedSample:
-        """Draw what is random, such as anchors, and lay out what has varying length."""
+        """Draw the sample's random choices, such as anchors, and lay out its parts of variable length."""
         ...
 
     def collate(self, prepared: Sequence[PreparedSample]) -> Mapping[str, Tensor]:
         """The algorithm's own tensors of a batch, in the order of `prepared`. Core pads ids, masks and features.
 
-        Where samples are packed, rows follow each other in `prepared`, and in a row its samples from left to right.
+        If samples are packed, `prepared` lists them row by row, and from left to right within a row.
         """
         ...
 
@@ -80,9 +81,10 @@ class Preparation(Protocol):
 class DraftBatch:
     """The right-padded sequences of one micro-batch, on the device.
 
-    input_ids, loss_mask and attention_mask are [B, T]. features are [B, T, C] and [B, T, H], in the dtype they were
-    captured in. `prepared` is what `Preparation.collate` returned. `on_host` are pairs of its tensors and their copies
-    in the host's memory, where reading a number does not wait for the device. A draft hands them on to its rows.
+    input_ids, loss_mask and attention_mask are [B, T]. features are [B, T, C] and [B, T, H], in the dtype in which they
+    were captured. `prepared` is what `Preparation.collate` returned. `on_host` holds pairs: a tensor of `prepared`, and
+    its copy in the host's memory, which can be read without waiting for the device. A draft passes `on_host` on to its
+    rows.
 
     If sequences are packed, a row holds several conversations one after another, and position_ids and document_ids are
     [B, T]: a token's position in its own conversation, and the conversation's number in the order of `prepared`, -1 on
@@ -141,15 +143,15 @@ class DraftDescription:
 
     anchor_predicts: Whether slot 0 of a block is itself a prediction.
     max_tokens: The largest number of tokens that the draft proposes in one round.
-    window: How many positions the draft's attention sees, in training and in decoding; None if it sees all. It must be
-        the `window` of the adapter's attention projections; a run that asks for another is refused.
-    target_weights: Beginnings of names of weights in the target's checkpoint, such as "mtp.", that the draft asks for
-        beside the embedding and lm_head. They are handed to `adopt_weights` before training.
+    window: The number of positions that the draft's attention sees, in training and in decoding; None if it sees all.
+        It must be the `window` of the adapter's attention projections; a run that asks for another is refused.
+    target_weights: Prefixes of the names of weights in the target's checkpoint, such as "mtp.", that the draft needs
+        in addition to the embedding and lm_head. Core passes these weights to `adopt_weights` before training.
     gives_confidence: Whether its proposals carry confidence; None if the algorithm does not say.
     weight_names: Published names of parameters, by the draft's own names or their prefixes. The longest match counts.
     config: The keys that the algorithm adds to config.json.
-    training_keys: Those of them that say how the draft was trained, not what it is. A run that begins with its
-        checkpoint ([draft] init) may have other values.
+    training_keys: The keys of `config` that describe how the draft was trained, not what it is. A run that starts from
+        this checkpoint ([draft] init) may have other values of them.
     """
 
     algorithm: str
@@ -173,8 +175,8 @@ class DraftModel(nn.Module, ABC):
     Subclasses set `embed_tokens` (an adapter's embedding) and `lm_head` (nn.Linear without bias), and implement the
     methods below. `forward` draws no random numbers and does no work on the host.
 
-    A draft that knows some of the target's tokens sets `vocabulary` and gives `lm_head` as many rows. Before training
-    core chooses the tokens: those that answers have most of.
+    A draft with a reduced vocabulary sets `vocabulary`, and its `lm_head` has one row for each token of it. Core
+    chooses these tokens before training: the most frequent ones in the answers.
     """
 
     embed_tokens: nn.Module
@@ -199,9 +201,9 @@ class DraftModel(nn.Module, ABC):
         """The decoding side of the algorithm. It shares the weights of this network."""
 
     def tree_proposer(self, nodes: int) -> Proposer:
-        """The same, proposing trees of at most `nodes` tokens ([draft] tree). It has `max_nodes`.
+        """A proposer of trees of at most `nodes` tokens ([draft] tree). It has the attribute `max_nodes`.
 
-        Only of algorithms whose DraftModelSpec says `proposes_trees`.
+        Core calls this only for algorithms whose DraftModelSpec sets `proposes_trees`.
         """
         raise NotImplementedError(f"{type(self).__name__} proposes chains only")
 
@@ -210,11 +212,11 @@ class DraftModel(nn.Module, ABC):
         """Facts about this draft."""
 
     def spread(self, logits_D: Tensor) -> Tensor:
-        """Logits of the draft's tokens [..., D] among all of the target's [..., V]: -inf for those it does not know."""
+        """The draft's logits [..., D] spread over the target's vocabulary [..., V], with -inf for all other tokens."""
         return logits_D if self.vocabulary is None else self.vocabulary.spread(logits_D)
 
     def shared_heads(self, *, softcap: float | None = None, correction: Tensor | None = None) -> Heads:
-        """The heads of a draft whose lm_head is the target's, or the rows of it that its vocabulary has."""
+        """The heads of a draft whose lm_head is the target's, or the target's rows for a reduced vocabulary."""
         head, vocabulary = self.lm_head.weight, self.vocabulary
         if vocabulary is None:
             return Heads(draft=head, target=head, correction=correction, softcap=softcap)
@@ -227,10 +229,10 @@ class DraftModel(nn.Module, ABC):
         )
 
     def adopt(self, embedding_VH: Tensor, head_VH: Tensor) -> None:
-        """Take the target's embedding and lm_head, frozen. They stay the target's memory, and keep its dtype.
+        """Share the target's embedding and lm_head, frozen. They stay in the target's memory and keep its dtype.
 
-        So what `embed_tokens` gives may be of another dtype than the draft's weights. Of the lm_head, a reduced
-        vocabulary has copies of its rows; the whole one is kept beside them.
+        The output of `embed_tokens` may therefore have another dtype than the draft's weights. With a reduced
+        vocabulary, `lm_head` holds copies of the rows of its tokens, and the whole lm_head is kept beside them.
         """
         own_VH = self.embed_tokens.weight
         assert isinstance(own_VH, Tensor), "an embedding has a weight"
@@ -247,20 +249,21 @@ class DraftModel(nn.Module, ABC):
         self.lm_head.requires_grad_(False)
 
     def rollout(self, texts: Texts, uniforms: Tensor) -> Texts:
-        """Texts to train on in place of the data's. Drafts that train on what they write themselves override it.
+        """Texts to train on in place of the data's. Drafts that train on texts of their own override this method.
 
-        Called in every micro-batch, without gradients, before labels are laid out and features are taken: the target is
-        run on what it returns (on-policy distillation, arXiv 2306.13649 and 2310.08461). Texts keep their lengths:
-        input_ids and loss_mask may change, padding does not count. uniforms [B, T], float64 in [0, 1), are the only
-        source of randomness. A row of them follows from the seed, the epoch and the sample's id, so it does not depend
-        on the batch. Features must be computed while training (features.mode = "online").
+        Core calls it in every micro-batch, without gradients, before labels are laid out and features are computed. The
+        target then runs on the returned texts (on-policy distillation, arXiv 2306.13649 and 2310.08461). Lengths must
+        not change; input_ids and loss_mask may, and their values at padding are ignored. uniforms [B, T], float64 in
+        [0, 1), are the only source of randomness. Each row of them is derived from the seed, the epoch and the sample's
+        id, so it does not depend on the batch. Features must be computed during training (features.mode = "online").
         """
         return texts
 
     def adopt_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Copy weights that `describe().target_weights` asked for. Drafts that ask for some implement it.
+        """Copy the weights that `describe().target_weights` names. Drafts that name some implement this method.
 
-        `weights` are by their names in the target's checkpoint, on the CPU, in the shapes and dtypes stored there. Each
-        prefix has at least one. Before a run's first stage it is called with tensors that have no numbers.
+        `weights` maps names in the target's checkpoint to tensors on the CPU, in the shapes and dtypes stored there.
+        Each prefix has at least one weight. Before a run's first stage, core also calls this method with meta tensors,
+        which have a shape but no values.
         """
         raise NotImplementedError(f"{type(self).__name__} asks for weights of the target, and does not adopt them")

@@ -1,4 +1,4 @@
-"""What an exporter does: it writes a trained draft in the form that a serving engine loads, or says why it cannot.
+"""The contract of exporters. An exporter writes a trained draft in a serving engine's format, or says why it cannot.
 
 Knows what a draft is and where it comes from. Does not know any format or engine.
 """
@@ -18,9 +18,9 @@ __all__ = ["ExportFacts", "Exporter", "TargetName"]
 
 @frozen(kw_only=True)
 class TargetName:
-    """What a target is called in an export, which may be moved to another machine.
+    """The target's name in an export. An export may be moved to another machine, so the name has no local path.
 
-    name: The Hub id or `builtin:NAME` that the run file gives; of a local directory, its last part.
+    name: The Hub id or `builtin:NAME` in the run file; for a local directory, the last part of its path.
     local: Whether it was a local directory.
     """
 
@@ -30,20 +30,20 @@ class TargetName:
 
 @frozen(kw_only=True, eq=False)
 class ExportFacts:
-    """What is known of a draft without its weights: all of it before a run's first stage, but for `results`.
+    """Facts about a draft that need none of its weights. All except `results` are known before a run's first stage.
 
-    config: The keys of its checkpoint's config.json. Its `dtype` is that of the stored weights.
-    shapes: The shapes of its weights, by published name.
+    config: The keys of the checkpoint's config.json. Its `dtype` is that of the stored weights.
+    shapes: The shapes of the weights, by published name.
     softcap: The soft cap of the draft's logits; None if there is none.
-    target: None if nothing beside a checkpoint says what its target is called.
-    settings: Sections and keys of the run file that made the draft, as in TOML; empty if they are not known. A local
-        path stands there by its last part.
-    results: The `results` of the metrics.json of an evaluation of this very draft; empty if there is none.
-    tokenizer: Loads the target's tokenizer (transformers), for formats that hold one: TargetError where it cannot be
-        had. None if nothing says where the target is.
-    reduced: Of a vocabulary that was reduced for the export: `tokens`, `of`, `covered`, and `measured`, the accepted
+    target: None if no file beside the checkpoint names the target.
+    settings: Sections and keys of the run file that made the draft, as in TOML; empty if they are not known. Local
+        paths are shortened to their last part.
+    results: The `results` in metrics.json of an evaluation of exactly this draft; empty if there is none.
+    tokenizer: Loads the target's tokenizer (transformers), for formats that include one. It raises TargetError if it
+        cannot. None if the target's place is not known.
+    reduced: If the vocabulary was reduced for the export: `tokens`, `of`, `covered`, and `measured`, the accepted
         length before and after. Empty otherwise.
-    untrained: Whether the weights are as they were drawn, for something to load before there is a draft.
+    untrained: Whether the weights are still the initial random ones, for an export that is tried before training.
     """
 
     description: DraftDescription
@@ -63,16 +63,18 @@ class Exporter(Protocol):
     """Writes the drafts of one algorithm in one export format."""
 
     def unservable(self, facts: ExportFacts) -> str | None:
-        """Why the engine cannot serve such a draft, and the nearest alternative, or None.
+        """Why the engine cannot serve such a draft, and the nearest alternative; None if it can.
 
-        Asked before a run's first stage and before `write`. A DeepSpecError is said as it is.
+        Core calls it before a run's first stage and before `write`. It may raise a DeepSpecError, which the user sees
+        unchanged.
         """
         ...
 
     def write(self, draft: DraftModel, facts: ExportFacts, out: Path) -> None:
-        """Write the export's files into `out`, an empty folder, and nothing beside it.
+        """Write the export's files into `out`, an empty folder, and nothing outside it.
 
-        The folder gets its name when all of it is written. Links are refused, because an export is to be moved. An
-        exporter that checks what it wrote raises ExportError where it is not what the engine would need.
+        `out` is a temporary folder, which core renames when all files are written. Symbolic links are refused, because
+        they would break when the export is moved. An exporter that checks its own files raises ExportError if they are
+        not what the engine needs.
         """
         ...

@@ -1,6 +1,6 @@
-"""Where target features come from: a cache on disk, or the target itself.
+"""The contract of feature sources: a cache on disk, the target in this process, or servers.
 
-A source has samples, and gives the features of a batch of them. Training works the same with either.
+A source holds samples and returns the features of a batch of them. Training is the same with every source.
 """
 
 from __future__ import annotations
@@ -20,28 +20,26 @@ __all__ = ["FeatureSource"]
 class FeatureSource(Protocol):
     """Samples in a fixed order, read by index, and their features.
 
-    A source may have an attribute `of_given_texts`. If it is true, `features` are those of the `input_ids` it is given,
-    whatever the samples say. Drafts that train on texts of their own need such a source.
+    These attributes are optional:
 
-    A source may also have `tokens_of(index)`, which gives a sample without reading its features. It is called for every
-    sample before a draft with a reduced vocabulary is trained.
-
-    A source of features that are not stored may have `packed_features(input_ids, attention_mask, position_ids,
-    document_ids)`, for rows [B, T] that hold several conversations each, as in contracts.draft.DraftBatch. Without it,
-    `features` is called with a row for each conversation, and core packs what it returns.
-
-    A source that reads ahead by itself may have `in_order(indices)`, which gives the samples of these indices with
-    their features, in this order. What it returns is iterated over in a thread of the training process, and has
-    `close()`, which may be called from another thread and ends the iteration. Then no loader workers are started.
-
-    A source may have `figures()`, a mapping of names to numbers for metrics.jsonl, which are summed over ranks, and
-    `summary()`, a mapping for the summary of the train stage.
+    of_given_texts: True if `features` computes the features of the `input_ids` that it is given, even if the samples
+        have other tokens. Drafts that train on texts of their own need such a source.
+    tokens_of(index): Returns a sample without reading its features. Core calls it for every sample before it trains a
+        draft with a reduced vocabulary.
+    packed_features(input_ids, attention_mask, position_ids, document_ids): For sources that do not store features:
+        returns the features of rows [B, T] that hold several conversations each, as in contracts.draft.DraftBatch.
+        Without it, core calls `features` with one row for each conversation and packs the result.
+    in_order(indices): For sources that read ahead by themselves: an iterator over the samples of these indices with
+        their features, in this order. Core iterates in a thread of the training process and starts no loader workers.
+        The iterator has `close()`, which ends the iteration and may be called from another thread.
+    figures(): A mapping of names to numbers for metrics.jsonl. Core sums them over ranks.
+    summary(): A mapping for the summary of the train stage.
     """
 
     def __len__(self) -> int: ...
 
     def lengths(self) -> Sequence[int]:
-        """The number of tokens of each sample, in order. The samples are not read for it."""
+        """The number of tokens of each sample, in order, without reading the samples."""
         ...
 
     def __getitem__(self, index: int) -> Sample:

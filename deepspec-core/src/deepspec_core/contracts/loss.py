@@ -1,7 +1,7 @@
-"""What loss terms and weightings are.
+"""The contracts of loss terms and weightings.
 
-A loss term computes one value from the statistics of one row. A weighting computes the weights of whole blocks of rows;
-the statistics it reads carry no gradient.
+A loss term computes one value from the statistics of one row. A weighting computes the weights of the rows of whole
+blocks; the statistics that it reads carry no gradient.
 
 Legend: N rows (of a chunk), V the target's vocabulary, D the draft's (V if it is not reduced).
 """
@@ -23,8 +23,8 @@ class RowStats(Protocol):
     Statistics that need the target's logits exist only if the rows carry `target_hidden`.
 
     With a reduced vocabulary (`Heads.draft_ids`), the draft's probability of a token outside it is 0. tv, overlap and
-    acceptance compare with the target's whole distribution. soft_ce and kl would be infinite so; they compare with the
-    target's distribution over the draft's tokens, divided by its sum. Tokens are ids of the target's vocabulary.
+    acceptance compare with the target's whole distribution. soft_ce and kl would then be infinite, so they compare with
+    the target's distribution over the draft's tokens, renormalised. Tokens are ids of the target's vocabulary.
     """
 
     @property
@@ -32,14 +32,14 @@ class RowStats(Protocol):
         """Cross-entropy of the draft at the label.
 
         At a label outside a reduced vocabulary it is -log of the smallest normal number, without gradient. Such rows
-        weigh 0.
+        have the weight 0.
         """
         ...
 
     @property
     def ce_without_correction(self) -> Tensor:
-        """The same, before the low-rank correction is added. Only terms and weightings with `needs_uncorrected` may
-        read it, because for others the correction may be added in place.
+        """Cross-entropy of the draft at the label before the low-rank correction is added. Only terms and weightings
+        with `needs_uncorrected` may read it, because for others the correction may be added in place.
         """
         ...
 
@@ -50,8 +50,9 @@ class RowStats(Protocol):
 
     @property
     def overlap(self) -> Tensor:
-        """Sum over V of min(softmax(draft), softmax(target)), differentiable. This is the acceptance rate, exact also
-        near zero, where 1 - tv / 2 is not. Where the two are equal, each gets half of the gradient, as in tv.
+        """Sum over V of min(softmax(draft), softmax(target)), differentiable. This is the acceptance rate. It is exact
+        also near zero, where 1 - tv / 2 is not. Where the two probabilities are equal, each gets half of the gradient,
+        as in tv.
         """
         ...
 
@@ -82,19 +83,21 @@ class RowStats(Protocol):
 
     @property
     def draft_logits(self) -> Tensor:
-        """[N, D] fp32, capped and corrected. Only terms with `needs_logits` may read it; they run on the plain path."""
-        ...
-
-    @property
-    def target_logits(self) -> Tensor:
-        """[N, D] fp32, capped, of the draft's tokens. Only terms with `needs_logits` may read it; they run on the plain
+        """[N, D] fp32, soft-capped and corrected. Only terms with `needs_logits` may read it; they run on the plain
         path.
         """
         ...
 
     @property
+    def target_logits(self) -> Tensor:
+        """[N, D] fp32, soft-capped, for the draft's tokens. Only terms with `needs_logits` may read it; they run on the
+        plain path.
+        """
+        ...
+
+    @property
     def target_ids(self) -> Tensor:
-        """The labels, int64: those of the rows, else the target's argmax."""
+        """The labels, int64: the rows' `target_ids` if given, else the target's argmax."""
         ...
 
     @property
@@ -110,10 +113,10 @@ class LossTerm(Protocol):
     needs_target: Whether it reads statistics of the target.
     needs_extras: The names of the extras that it reads.
 
-    Two more attributes are optional, for weightings too, and count as False if they are missing.
+    Two more attributes are optional, also for weightings. A missing one counts as False.
 
-    needs_logits: Whether it reads `draft_logits` or `target_logits`. A run with such a term stays on the plain path.
-    needs_uncorrected: Whether it reads `ce_without_correction`, which takes one more tensor of logits.
+    needs_logits: Whether it reads `draft_logits` or `target_logits`. A run with such a term uses the plain path.
+    needs_uncorrected: Whether it reads `ce_without_correction`, which takes memory for one more tensor of logits.
     """
 
     needs_target: bool
@@ -126,10 +129,10 @@ class LossTerm(Protocol):
 
 @runtime_checkable
 class Weighting(Protocol):
-    """Computes how much each row of a block counts. Its result is multiplied with the rows' own weight.
+    """Computes how much each row of a block counts. Its result is multiplied by the rows' own weight.
 
-    It is called with whole blocks, and no gradient goes through it. It keeps nothing of a call. A slot that is not
-    supervised is not there, so a row's slot may be more than its place in the block.
+    It is called with whole blocks. No gradient flows through it. It keeps nothing between calls. Slots that are not
+    supervised have no row, so a row's slot number may be larger than its place in the block.
     """
 
     def __call__(self, slot: Tensor, block: Tensor, stats: RowStats) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a target family provides, and what a loaded target can do.
+"""The contracts of target families and of loaded targets.
 
 Knows shapes and slots. Does not know any family, any algorithm, or how a target is stored. Families are plugins.
 
@@ -32,12 +32,12 @@ __all__ = [
 
 @frozen(kw_only=True)
 class TargetArchitecture:
-    """What a draft, a cache or a report needs to know of a target.
+    """The facts of a target that drafts, caches and reports need.
 
     mask_token_id: None if the target has no mask token.
     name: The Hub id or directory that its config was read from; "" if it was made in memory.
-    known_taps: The taps of published drafts for this very target; () if none are known.
-    draft_softcap: The soft cap of a draft's logits, where its layers are another family's; left out: the target's.
+    known_taps: The taps of published drafts for exactly this target; () if none are known.
+    draft_softcap: The soft cap of the draft's logits, if its layers are another family's. Left out: `logit_softcap`.
     """
 
     model_type: str
@@ -58,7 +58,7 @@ class TargetArchitecture:
 
 @frozen(kw_only=True)
 class SpecialTokens:
-    """Token ids read from a target's files: those that end answers, for padding, and the mask token if there is one."""
+    """Token ids read from a target's files: those that end answers, the padding token and the mask token, if any."""
 
     stop: tuple[int, ...]
     pad: int
@@ -81,7 +81,8 @@ class TargetFeatures:
 
 @frozen(kw_only=True, eq=False)
 class TargetVocabulary:
-    """The parts of a target that drafts share: embedding and head, [V, H], plain and frozen; one tensor if tied."""
+    """The parts of a target that drafts share: embedding and lm_head, [V, H], dequantised and frozen. If tied, both are
+    one tensor."""
 
     embedding: Tensor
     head: Tensor
@@ -89,10 +90,10 @@ class TargetVocabulary:
 
 @frozen(kw_only=True)
 class TargetStep:
-    """What one decoding step gives for its new tokens: logits [B, T, V], soft-capped, and the features of training.
+    """The target's outputs for the new tokens of one decoding step: soft-capped logits [B, T, V], and features.
 
-    hidden [B, T, C] and last_hidden [B, T, H] are as in TargetFeatures. Logits are formed of last_hidden, so it costs
-    nothing.
+    hidden [B, T, C] and last_hidden [B, T, H] are as in TargetFeatures. last_hidden costs nothing extra, because the
+    logits are computed from it.
     """
 
     logits: Tensor
@@ -102,14 +103,15 @@ class TargetStep:
 
 @frozen(kw_only=True, eq=False)
 class AttentionProjections:
-    """The modules of a family's attention. Which position attends to which is the algorithm's choice.
+    """The modules of a family's attention. The algorithm chooses which position attends to which.
 
     query [in -> num_heads * head_dim], key and value [in -> num_kv_heads * head_dim], out [num_heads * head_dim -> H].
     If `value` is None, the output of the key projection, before its norm and rotation, serves as values. query_norm,
-    key_norm and value_norm get and give [..., heads, head_dim], so a norm may act on each head or on all of them; a
-    norm that the family lacks is Identity. `scale` multiplies q.k. `window` is how many positions a query sees, its own
-    included, as the run file asks; None: all before it. `names` gives the name of each module, or of a module inside
-    it, in published checkpoints, e.g. {"query": "q_proj", "query_norm.norm": "q_norm"}.
+    key_norm and value_norm take and return [..., heads, head_dim], so a norm may act on each head or across all heads;
+    a norm that the family lacks is Identity. `scale` multiplies q.k. `window` is the number of positions that a query
+    sees, its own included, as set in the run file; None: it sees all positions before it. `names` gives the name of
+    each module, or of a module inside it, in published checkpoints, e.g. {"query": "q_proj", "query_norm.norm":
+    "q_norm"}.
     """
 
     query: nn.Module
@@ -155,9 +157,10 @@ class SamplingDefaults:
 
 @frozen(kw_only=True)
 class ConversationFormat:
-    """How to find the assistant's answers in rendered text, and the family's sampling defaults.
+    """The markers that enclose the assistant's answers in rendered text, and the family's sampling defaults.
 
-    An answer starts right after `assistant_start`. It ends with one of `assistant_ends`, which is part of it.
+    An answer starts right after `assistant_start`. It ends with one of `assistant_ends`; this end marker is part of the
+    answer.
     """
 
     assistant_start: str
@@ -184,7 +187,7 @@ class TargetModel(Protocol):
         document_ids: Tensor | None,
         taps: Sequence[int],
     ) -> TargetFeatures:
-        """One forward pass over right-padded sequences [B, T]. Only the outputs of taps are kept; no logits are formed.
+        """One forward pass over right-padded sequences [B, T]. It keeps only the outputs of taps and forms no logits.
 
         attention_mask [B, T] is true on real tokens. If document_ids [B, T] is given (packed sequences), tokens attend
         only to tokens of their own document.
@@ -208,24 +211,24 @@ class TargetModel(Protocol):
         """Feed new tokens [B, T] to slots [B] (ascending), after the tokens that each slot has committed.
 
         positions [B, T] continue from each slot's committed length; -1 marks padding on the right. With `last_only`,
-        logits are [B, 1, V], of each sequence's last real token, which is all that prefill needs; features are of all T
-        tokens. The new tokens are not committed: without `commit`, the next call overwrites them.
+        logits are [B, 1, V], of each sequence's last real token: prefill needs no others. Features are still those of
+        all T tokens. The new tokens are not committed: without `commit`, the next call overwrites them.
 
-        The engine gives `sees` [B, T, T] only where a proposer gave a tree: sees[b, t, u] is whether new token t
-        attends to new token u, which is t itself or one before it. All new tokens attend to what is committed, as far
-        as a layer's window reaches. Positions are the committed length plus the number of other new tokens that are
-        seen, so several may be equal. A window counts positions. None: every token sees those before it.
+        The engine passes `sees` [B, T, T] only for trees. sees[b, t, u] is true if new token t attends to new token u;
+        u is at most t. All new tokens attend to the committed tokens, as far as a layer's window reaches. A token's
+        position is the committed length plus the number of other new tokens that it sees, so several tokens may have
+        the same position. A window counts positions. None: every token sees all tokens before it.
         """
         ...
 
     def commit(self, slots: Tensor, lengths: Tensor, kept: Tensor | None = None) -> None:
-        """Commit tokens, so that slots[b] holds its first lengths[b]; 0 frees the slot.
+        """Commit tokens, so that slots[b] holds its first lengths[b] tokens; 0 frees the slot.
 
-        A smaller length than before takes tokens back, which a small model that drafts does after each rejection.
+        A smaller length than before removes tokens. A small language model as a draft needs this after each rejection.
 
-        `kept` [B, N] are columns of the last `decode`, which had the same slots: those that are committed, in the order
-        of the text; as many of them count as the slot grows by. None: the first columns. The engine gives it only after
-        a `decode` with `sees`.
+        `kept` [B, N] are the committed columns of the last `decode`, which had the same slots, in the order of the
+        text. Of kept[b], as many columns count as the slot grows by. None: the first columns of the last `decode`. The
+        engine passes it only after a `decode` with `sees`.
         """
         ...
 
@@ -234,7 +237,7 @@ class TargetModel(Protocol):
         ...
 
     def head_weight(self) -> Tensor:
-        """[V, H], dequantised and frozen. Drafts share it, and the target's logits are computed again with it."""
+        """[V, H], dequantised and frozen. Drafts share it, and training computes the target's logits with it."""
         ...
 
 
@@ -242,14 +245,15 @@ class TargetModel(Protocol):
 class TargetAdapter(Protocol):
     """A target family. It loads targets, and makes the modules that drafts are built from.
 
-    It is made from a transformers config, and from the draft's own shape. The methods that return modules return new
-    ones with new weights, in the draft's shape.
+    It is made from a transformers config and from the shape of the draft's layers. The methods that return modules
+    return new modules with new weights, in the draft's shape.
 
-    An adapter may have `vocabulary(where, *, dtype, device)`, which gives a directory's TargetVocabulary without the
-    rest of the target, or None if it has to be loaded whole. Training on stored features asks for it.
+    An adapter may have `vocabulary(where, *, dtype, device)`. It returns the TargetVocabulary of a directory without
+    loading the rest of the target, or None if the target must be loaded whole. Training on stored features calls it.
 
-    An adapter may have `final_norm(where)`, which gives a directory's norm before the lm_head, in float32 on the CPU,
-    or None if it cannot be read apart. Features from servers are normed with it where the servers give states before.
+    An adapter may have `final_norm(where)`. It returns the norm before the lm_head of a directory, in float32 on the
+    CPU, or None if the norm cannot be read by itself. If servers deliver hidden states from before the final norm,
+    core applies this norm to them.
     """
 
     architecture: TargetArchitecture
@@ -262,9 +266,9 @@ class TargetAdapter(Protocol):
         ...
 
     def skeleton(self, *, dtype: torch.dtype) -> TargetModel:
-        """The target's modules without its weights, and without its quantisation.
+        """The target's modules with neither its weights nor its quantisation.
 
-        It is made under a mode in which tensors take no memory, to count what a forward pass would take.
+        Core calls it in a mode in which tensors take no memory, to estimate what a forward pass takes.
         """
         ...
 

@@ -1,7 +1,7 @@
-"""What an algorithm provides whose drafts are not trained: a draft made from its options, and facts about itself.
+"""The contract of drafts that are not trained: they are made from their options, and describe themselves.
 
-Such a draft has no checkpoint and no train stage. It needs no embedding, head or taps of the target. Core makes it
-where it evaluates or generates. This file knows no algorithm and no family.
+Such a draft has no checkpoint and no train stage. It needs no embedding, head or taps of the target. Core makes it when
+it evaluates or generates. This file knows no algorithm and no family.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ __all__ = ["LanguageModel", "Surroundings", "UntrainedDescription", "UntrainedDr
 
 @runtime_checkable
 class LanguageModel(Protocol):
-    """A causal language model that an installed family covers. Only `load` reads its weights.
+    """A causal language model of an installed family. Only `load` reads its weights.
 
-    `tokenizer` is transformers' own.
+    `tokenizer` is the transformers tokenizer.
     """
 
     @property
@@ -35,7 +35,8 @@ class LanguageModel(Protocol):
     def tokenizer(self) -> Any: ...
 
     def digest(self) -> str:
-        """Differs for every other model: of a directory, every byte of its weights counts; of a Hub id, the commit."""
+        """Identifies the model: the commit of a Hub id; for a directory, a digest in which every byte of its weights
+        counts."""
         ...
 
     def load(self) -> TargetModel:
@@ -43,17 +44,18 @@ class LanguageModel(Protocol):
         ...
 
     def parameters(self) -> int:
-        """How many numbers its weight files hold. From the Hub they are fetched for it."""
+        """The number of parameters in its weight files. Downloads the files if they are on the Hub."""
         ...
 
 
 @frozen(kw_only=True, eq=False)
 class Surroundings:
-    """What a draft that is not trained is made for.
+    """The target, and access to other models, for a draft that is not trained.
 
-    architecture, tokenizer (transformers' own), dtype and device are the target's. `open_model(name, revision)` finds a
-    language model by directory, Hub id or builtin:NAME; relative paths start where those of the user start. It raises
-    DeepSpecError where there is none, or no installed family covers it. `revision` may be None.
+    architecture, tokenizer (from transformers), dtype and device are the target's. `open_model(name, revision)` finds a
+    language model by directory, Hub id or builtin:NAME. Relative paths start where the user's other paths start: at the
+    run file's folder, or at the working directory. It raises DeepSpecError if there is no such model, or no installed
+    family covers it. `revision` may be None.
     """
 
     architecture: TargetArchitecture
@@ -69,9 +71,9 @@ class UntrainedDescription:
 
     algorithm: The draft type.
     max_tokens: The largest number of tokens that it proposes in one round.
-    num_layers: The decoder layers that it runs; 0 for a draft without a network.
+    num_layers: The number of decoder layers that it runs; 0 for a draft without a network.
     gives_confidence: Whether its proposals carry confidence.
-    remarks: Sentences that users have to know, such as where it proposes nothing. They are shown as warnings.
+    remarks: Sentences that users must know, such as when the draft proposes nothing. They are shown as warnings.
     """
 
     algorithm: str
@@ -85,8 +87,9 @@ class UntrainedDescription:
 class UntrainedDraft(Protocol):
     """A draft that is not trained.
 
-    `build(options, surroundings)` of its spec makes it. It raises DeepSpecError where the draft does not fit the
-    target, such as one with another tokenizer. Making it reads no weights, because it is made before the first stage.
+    `build(options, surroundings)` of its spec makes it. `build` raises DeepSpecError if the draft does not fit the
+    target, for instance because it has another tokenizer. `build` reads no weights, because core calls it before the
+    first stage.
     """
 
     def describe(self) -> UntrainedDescription:
@@ -94,13 +97,14 @@ class UntrainedDraft(Protocol):
         ...
 
     def digest(self) -> str:
-        """Differs where proposals may differ though the options are the same: of the files that it reads, or ""."""
+        """A digest of everything beside the options that proposals depend on, such as the files that it reads; "" if
+        there is nothing."""
         ...
 
     def proposer(self) -> Proposer:
-        """The decoding side. Weights are read at the first call. All calls may return the same proposer."""
+        """The proposer. The first call reads the weights. All calls may return the same proposer."""
         ...
 
     def parameters(self) -> int:
-        """How many numbers it computes with; 0 for a draft without a network. Called after `proposer`."""
+        """The number of its parameters; 0 for a draft without a network. Called after `proposer`."""
         ...

@@ -1,7 +1,7 @@
-"""Who answers prompts: what regeneration hands out, and what it gets back.
+"""The contract of answerers: regeneration gives them requests and receives answers.
 
-An answerer takes requests and gives back answers as they finish, in any order. The target in this process is one;
-servers (servers/farm.py) are another. Knows requests and completions; no conversations, no files.
+An answerer returns answers as they finish, in any order. The target in this process is one answerer; servers
+(servers/farm.py) are another. Knows requests and completions; knows no conversations and no files.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Where the assistant speaks in rendered text.
+"""Finds the assistant's answers in rendered text.
 
-Answers are found by rendering, so markers in what users write mean nothing. Two renderings are compared for every
-answer: the conversation up to it, with the generation prompt, and the conversation that ends with it. What the second
-has beyond the first is the answer. What the generation prompt says already (an empty think block, an empty thought
-channel) belongs to the template. Knows renderings; neither tokens nor how a template is run.
+Answers are found by rendering, so markers in users' texts have no effect. For every answer two renderings are compared:
+the conversation before it with the generation prompt, and the conversation that ends with it. The answer is what the
+second has in addition. Text that the generation prompt already contains (an empty think block, an empty thought
+channel) belongs to the template. Knows renderings; knows neither tokens nor how a template is run.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def answered(messages: Messages) -> list[int]:
 
 
 def rows(answers: Sequence[Reply], supervision: Supervision) -> list[tuple[str, list[Answer]]]:
-    """Texts to train on, and what is supervised in each: one for all answers, where the last rendering has them all.
+    """Texts to train on, and their supervised parts: one text for all answers, if the last rendering has all of them.
 
     A template that rewrites earlier answers (drops their thinking) gets one row an answer instead: what it writes of
     an earlier one is no longer what the target would emit there.
@@ -217,7 +217,7 @@ def _reply(
     head = prompt[: len(prompt) - len(tail)] if prompt.endswith(fmt.assistant_start + tail) else prompt
     if not whole.startswith(head):
         raise DataError(
-            "The chat template renders an answer elsewhere than after its prompt",
+            "The chat template does not render an answer right after its prompt",
             found=repr(whole[: len(head)][-60:]),
             expected=repr(head[-60:]),
         )

@@ -1,4 +1,4 @@
-"""Rows that cannot be used: counted, told, kept in a file, and too many of them refused.
+"""Rows that cannot be used: counts, reports and stores them, and refuses a source with too many.
 
 Knows rows and the reasons why they were dropped. Does not know what makes a row bad (messages.py, conversations.py).
 """
@@ -105,9 +105,9 @@ class BadRows:
             "Too many rows of a source cannot be used",
             where=f"data.sources: {source.name}",
             found=f"{source.bad.total():,} of {which}{source.rows:,} rows. {reasons}",
-            expected=f"at most a share of {self._most:g}, data.max_bad_rows",
+            expected=f"at most a share of {self._most:g} (data.max_bad_rows)",
             fix="Correct the rows, name their `columns`, or raise data.max_bad_rows."
-            + (f" {self._keep_in} has {self._which()} with their reasons." if self._keep_in else ""),
+            + (f" {self._keep_in} lists {self._which()} with their reasons." if self._keep_in else ""),
         )
 
     def _which(self) -> str:
@@ -115,7 +115,7 @@ class BadRows:
         return f"the first {self._most_kept:,}" if cut else "all of them"
 
     def finish(self) -> None:
-        """Put the rows that were kept into their file, and remove an older one where there are none."""
+        """Write the bad rows to their file, or remove an older file if there are none."""
         if self._keep_in is None:
             return
         if self._kept is None:

@@ -1,4 +1,4 @@
-"""Rows of a source with a `columns` map, in the names that conversations have here.
+"""Renames the columns of a source with a `columns` map to DeepSpec's names.
 
 Knows which column is which part of a conversation. Does not know what a message may hold (messages.py).
 """

@@ -1,7 +1,7 @@
-"""Texts that contain a marker of the chat template: the tokenizer would read it as the real one.
+"""Finds texts that contain a control token of the chat template, which the tokenizer would not tell from a real one.
 
-An answer with the end marker and another user's header in it would become a turn that nobody took. Knows tokenizers,
-messages and tools; not where conversations come from.
+An answer that contains the end marker and a user's header would become a turn that nobody wrote. Knows tokenizers,
+messages and tools; does not know where conversations come from.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def found_in(
     tokenizer: Any,
     tokens: Sequence[str],
 ) -> str | None:
-    """The first of these tokens in what is said, and where; None where there is none."""
+    """The first of these tokens in the texts, and its place; None if there is none."""
     said = [(f"message {i} ({each['role']})", {**each, "role": ""}) for i, each in enumerate(messages)]
     for where, value in [("the system prompt", system_prompt), ("the tools on offer", tools), *said]:
         for text in _texts(value):

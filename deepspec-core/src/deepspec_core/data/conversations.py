@@ -52,7 +52,7 @@ class Conversation:
 
     @property
     def digest(self) -> str:
-        """Of the content alone, without the id."""
+        """The digest of the contents, without the id."""
         return content_digest(self.messages, self.input_ids, self.loss_mask, self.tools)
 
     def given(self) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -126,7 +126,7 @@ def identity_of(row: Mapping[str, Any], where: str) -> str | None:
             "A row's id is neither text nor a whole number",
             where=where,
             found=repr(identity)[:80],
-            expected='such as "q-17" or 17; without an id, the content gives one',
+            expected='an id such as "q-17" or 17; a row without an id gets one from its content',
         )
     return str(identity)
 
@@ -184,7 +184,7 @@ def _tokens(row: Mapping[str, Any], where: str) -> tuple[tuple[int, ...] | None,
         for begin, end in _pairs(row, "prompt_answers", where):
             if not (isinstance(begin, int) and isinstance(end, int) and 0 <= begin < end <= len(prompt)):
                 raise DataError(
-                    "prompt_answers leaves the prompt",
+                    "prompt_answers has a range outside the prompt",
                     where=where,
                     found=[begin, end],
                     expected=f"within {len(prompt)}",
@@ -199,7 +199,7 @@ def _tokens(row: Mapping[str, Any], where: str) -> tuple[tuple[int, ...] | None,
             "input_ids and loss_mask differ in length",
             where=where,
             found=f"{len(ids)} and {len(given)}",
-            expected="one each",
+            expected="two lists of the same length",
         )
     return ids, given
 

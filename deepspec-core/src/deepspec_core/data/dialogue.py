@@ -1,7 +1,7 @@
-"""A conversation that the target answers turn by turn: what was said, and what is to be said before each answer.
+"""A conversation that the target answers turn by turn: the messages so far, and the messages before the next answer.
 
-What the source's assistant said is left out. Results that its tools gave are kept, as many at a time as one of its
-answers asked for, and are said where the target calls a tool too. Knows messages; neither tokens nor who answers.
+The source's assistant messages are left out. Recorded tool results are kept: as many as one of the source's answers
+requested are replayed when the target calls a tool too. Knows messages; knows neither tokens nor who answers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Messages = list[dict[str, Any]]
 
 @define
 class Dialogue:
-    """A conversation under way: `history` is what was said; `ahead` is what to say before each answer to come."""
+    """A running conversation: `history` holds the messages so far; `ahead` those to add before each further answer."""
 
     conversation: Conversation
     ahead: deque[Messages] = field(init=False)
@@ -55,7 +55,7 @@ class Dialogue:
         self.history += self.ahead.popleft()
 
     def end_with_an_answer(self) -> None:
-        """Take back what was said after the last answer."""
+        """Remove the messages after the last answer."""
         while self.history[-1]["role"] != "assistant":
             self.history.pop()
 

@@ -1,7 +1,7 @@
-"""A set of digests in one block of memory, for what has to be told from everything before it: ids, prompts, questions.
+"""A set of digests in one block of memory, to recognise repeated ids, prompts and questions.
 
-A digest takes 24 to 48 bytes here, on average about 32, where a set of Python's own takes about 110. Knows digests of
-16 bytes; not what they are of.
+A digest takes 24 to 48 bytes here, about 32 on average; a Python set takes about 110. Knows digests of 16 bytes; does
+not know what they are digests of.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ _CHARACTERS_AT_ONCE: Final = 1 << 18
 
 @frozen(kw_only=True)
 class TextRow:
-    """A text, and what of it is supervised."""
+    """A text and its supervised spans."""
 
     text: str
     spans: list[Answer]

@@ -20,7 +20,7 @@ _AFTER: Final = 200
 
 @frozen(kw_only=True)
 class Words:
-    """How messages call what fails. `work` is told to other workers, and is no other budget's in the run."""
+    """The words for messages. `work` identifies the budget among workers, and is unique in the run."""
 
     work: str
     problem: str
@@ -37,9 +37,9 @@ REGENERATION: Final = Words(
 
 
 class FailureBudget:
-    """At most the share `most` of what is seen may fail; one in a small set is always forgiven.
+    """At most the share `most` of the work may fail. One failure is always allowed, unless `most` is 0.
 
-    `where` is the file with the reasons. `done` conversations were seen and answered before.
+    `where` is the file with the reasons. `done` conversations were answered before.
     """
 
     def __init__(self, crew: Crew, most: float, where: Path | str, *, done: int, words: Words = REGENERATION) -> None:
@@ -50,7 +50,7 @@ class FailureBudget:
         crew.post(self._failed, 0)
 
     def seen(self) -> None:
-        """This worker took up one more."""
+        """Count one more item of work of this worker."""
         self._own_seen += 1
         self._crew.post(self._seen, self._own_seen)
 
@@ -61,24 +61,24 @@ class FailureBudget:
         self.check()
 
     def add(self, count: int, seen: int, why: str = "") -> None:
-        """So many more of this worker's failed. DataError where that is too many of all there is, which is known."""
+        """Add `count` failures of this worker. DataError if there are now too many among the `seen` items of work."""
         self.own += count
         self._crew.post(self._failed, self.own)
         self.check_all(self.failures, seen, why)
 
     @property
     def failures(self) -> int:
-        """Of all workers, as far as this one knows."""
+        """The failures of all workers, as far as this one knows."""
         return int(self._crew.total(self._failed))
 
     def check(self) -> None:
-        """DataError where too many failed so far. Of several workers only the first knows enough to say it early."""
+        """DataError if too many failed so far. With several workers, only the first checks this early."""
         seen = self._done + int(self._crew.total(self._seen))
         if self._most == 0 or (self._crew.first and seen >= _AFTER):
             self.check_all(self.failures, seen)
 
     def check_all(self, failures: int, seen: int, why: str = "") -> None:
-        """DataError where these are too many of all. `why` is the reason of one of them."""
+        """DataError if these are too many of `seen`. `why` is the reason of one of them."""
         if failures and not (self._most > 0 and failures <= math.ceil(self._most * seen)):
             raise DataError(
                 self._words.problem,

@@ -1,4 +1,4 @@
-"""The files of rows in a dataset folder, against those that are read of it.
+"""Compares the files of rows in a dataset folder with those that are read from it.
 
 Knows names of files. Does not know how `datasets` chooses among them, or what they hold.
 """
@@ -45,12 +45,13 @@ def require_all_read(folder: Path, files: Mapping[str, Iterable[str]], split: st
             where=folder,
             found=_named(unread, folder),
             expected="files of one kind, whose names belong to splits: train.jsonl, or train-1.jsonl and train-2.jsonl",
-            fix="Name the files one by one in data.sources, or move those that are not wanted out of the folder.",
+            fix="Name the files one by one in data.sources, or move the files that should not be "
+            "read out of the folder.",
         )
     left_out = [path for path in found if path not in of.get(split, ())]
     if left_out and (told := (str(folder), split, *left_out)) not in _told:
         _told.add(told)
-        log.warning("%s: of split %r, which does not hold %s", folder, split, _named(left_out, folder))
+        log.warning("%s: split %r is read, which does not include %s", folder, split, _named(left_out, folder))
 
 
 def _row_files(folder: Path) -> Iterator[str]:

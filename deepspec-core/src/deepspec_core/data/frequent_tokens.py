@@ -1,4 +1,4 @@
-"""The tokens that answers are made of, by how often they occur: what a draft with a reduced vocabulary should know.
+"""The most frequent tokens of answers, for the vocabulary of a draft with a reduced vocabulary.
 
 Knows ids and masks. Does not know drafts, targets or where samples come from.
 
@@ -29,7 +29,7 @@ class FrequentTokens:
 def frequent_tokens(samples: Iterable[Sample], *, size: int, vocab_size: int, always: Iterable[int]) -> FrequentTokens:
     """The `size` most frequent supervised tokens, of equals the smaller id; `always` are among them, however rare.
 
-    Tokens that never occur fill what is left, in the order of ids.
+    If there are fewer, tokens that never occur are added in the order of ids.
     """
     count_V = np.zeros(vocab_size, dtype=np.int64)
     for sample in samples:

@@ -1,8 +1,8 @@
-"""The {% generation %} marks of a chat template: what its author wants to be supervised.
+"""The {% generation %} marks of a chat template, with which its author marks the text to supervise.
 
-The marks write nothing. To see where they stand, each is replaced by a sign that no text has, with the white space
-that Jinja removes around a block removed as well. Which of them are blocks is Jinja's to say: in a comment, a string
-or a raw section a mark is text. Knows a template's source and its renderings; not how it is run.
+The marks produce no output. To find their places, each is replaced by a sign that occurs in no text, together with the
+white space that Jinja removes around a block. Jinja decides which marks are blocks: in a comment, a string or a raw
+section a mark is only text. Knows a template's source and its renderings; does not know how it is run.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _TAG: Final = re.compile(
 
 @lru_cache(maxsize=8)  # asked for every row, of few templates
 def with_signs(source: str) -> str:
-    """The template with a sign in place of each mark; itself where it has none, or is no Jinja template."""
+    """The template with a sign in place of each mark; unchanged if it has no marks, or is not a Jinja template."""
     written = source.replace("\r\n", "\n").replace("\r", "\n")  # as Jinja reads it
     places = _marks(written)
 

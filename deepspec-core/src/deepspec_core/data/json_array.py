@@ -1,8 +1,8 @@
-"""The elements of a file that holds one JSON array, one after the other: the array never stands in memory.
+"""The elements of a file that holds one JSON array, one after the other, without the whole array in memory.
 
-Elements are told apart by brackets, commas and quotes alone. So an element that is no JSON, not UTF-8 or too long does
-not hide those after it. Where brackets or quotes do not match, reading goes on at the next object that begins with the
-key that other elements begin with. Knows bytes; not what an element means.
+Elements are separated by brackets, commas and quotes only, so an element that is not JSON, not UTF-8 or too long does
+not affect those after it. If brackets or quotes do not match, reading continues at the next object that begins with the
+same key as other elements. Knows bytes; does not know what an element means.
 """
 
 from __future__ import annotations
@@ -179,11 +179,11 @@ def _fits(piece: bytes, kind: int, around: bytes, before: bytes) -> bool:
 
 def _hidden(path: Path, number: int, found: str) -> DataError:
     return DataError(
-        "A row's brackets or quotes do not match, and it may hide others",
+        "A row's brackets or quotes do not match, so that it may contain other rows",
         where=f"{path}: row {number}",
         found=found,
         expected="rows whose brackets, commas and quotes match",
-        fix="Mend the row, or write the file as JSON lines, where a broken row hides no other.",
+        fix="Repair the row, or write the file as JSON lines, in which a broken row affects no other row.",
     )
 
 

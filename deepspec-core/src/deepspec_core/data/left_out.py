@@ -1,9 +1,9 @@
-"""What a chat template leaves out of a conversation without a word: messages, tool calls, the tools on offer.
+"""Finds parts of a conversation that a chat template silently leaves out: messages, tool calls, offered tools.
 
-A template that knows no tools renders a call as an empty answer, and training would teach to answer nothing. Two looks
-are taken. Each part's own words have to stand in the rendering (written.py), so that nothing is cut. But they may stand
-elsewhere in the conversation, so each part is also replaced by a mark that stands nowhere, and the marks are looked for
-in a rendering of their own. Knows messages and rendered text; not how a template is run.
+A template without tool support renders a tool call as an empty answer, and training would then teach empty answers.
+There are two checks. Each part's own words must occur in the rendering (written.py), so nothing is cut. But the same
+words may also occur elsewhere in the conversation, so each part is also replaced by a unique mark, and the marks are
+searched for in a second rendering. Knows messages and rendered text; does not know how a template is run.
 """
 
 from __future__ import annotations

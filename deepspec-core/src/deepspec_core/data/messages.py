@@ -216,7 +216,7 @@ def _arguments(function: Mapping[str, Any], where: str) -> Mapping[str, Any]:
         others = [key for key, value in function.items() if key not in _ARGUMENTS and _may_be_arguments(value)]
         if others:
             raise DataError(
-                "A tool call's arguments stand under no known name",
+                "A tool call's arguments have an unknown name",
                 where=where,
                 found=", ".join(map(str, others)),
                 expected=" or ".join(_ARGUMENTS),
@@ -257,7 +257,7 @@ def _require_json(value: Any, where: str) -> None:
         odd = next((inner for inner in level if not isinstance(inner, _JSON)), None)
         if odd is not None:
             raise DataError(
-                "A tool or a call holds a value that is no JSON",
+                "A tool or a tool call holds a value that JSON does not have",
                 where=where,
                 found=f"{repr(odd)[:80]}, a {type(odd).__name__}",
                 expected="text, numbers, true, false, null, lists and objects",
@@ -275,5 +275,5 @@ def _parsed(value: Any, where: str) -> Any:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
         raise DataError(
-            "Not JSON", where=where, found=repr(value)[:80], expected="JSON text, or what it says"
+            "Not JSON", where=where, found=repr(value)[:80], expected="JSON text, or the value itself"
         ) from error

@@ -1,4 +1,4 @@
-"""The rows of a Parquet file, batch by batch: neither the file nor one of its row groups stands in memory whole.
+"""The rows of a Parquet file, read batch by batch, so that neither the file nor a whole row group is in memory.
 
 Knows the format through pyarrow. Does not know its values (table_rows.py), or what a row means.
 """

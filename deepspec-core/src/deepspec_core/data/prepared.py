@@ -75,7 +75,7 @@ def check_prepared(folder: Path) -> None:
         now = digests_of([path])[0] if path.is_file() else None
         if now != digests[name]:
             raise DataError(
-                "A prepared folder is not as it was written",
+                "A prepared folder has changed since it was written",
                 where=path,
                 found="no such file" if now is None else f"digest {now}",
                 expected=f"digest {digests[name]}, as {MANIFEST} says",

@@ -1,8 +1,8 @@
-"""The target answers the prompts itself: conversations in, the same with the target's own answers out.
+"""Regeneration: reads conversations and writes them with the target's own answers.
 
-Idempotent by id: finished conversations are appended to OUT.partial, one flushed line each, and a rerun does only what
-is missing; complete, they are put in the order of the input under the final name. Knows turns and files; who answers is
-answering.py's, in this process or on servers, and where conversations come from is the caller's.
+It can be repeated: each finished conversation is appended to OUT.partial as one flushed line, and a rerun answers only
+the missing ones. When all are done, they are written in the order of the input under the final name. Knows turns and
+files. answering.py defines who answers (this process or servers); the caller provides the conversations.
 """
 
 from __future__ import annotations
@@ -247,7 +247,12 @@ class _Work:
             try:
                 request = self._turn(dialogue)
             except DataError as error:
-                log.info("%s: no further turn is asked: %s (%s)", completion.id, error.problem, error.found)
+                log.info(
+                    "%s: the conversation ends here, without its further turns: %s (%s)",
+                    completion.id,
+                    error.problem,
+                    error.found,
+                )
             else:
                 if len(request.prompt_ids) < self.max_length:
                     self.next_turns.append(request)

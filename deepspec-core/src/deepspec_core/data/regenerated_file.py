@@ -114,7 +114,7 @@ def resume(partial: Path) -> dict[str, int]:
         with partial.open("rb") as lines, sound.open("wb") as file:
             file.writelines(line for line in lines if _checked(line) is not None)
         os.replace(sound, partial)
-        log.warning("%s: %d lines are not as they were written; they are removed, to be made again", partial, damaged)
+        log.warning("%s: %d damaged lines were removed; their conversations are answered again", partial, damaged)
     entries = _entries(partial, fix="Remove that line; its conversation is regenerated.")
     return {entry["id"]: offset for offset, entry in entries}
 
@@ -128,16 +128,16 @@ def finish(partial: Path, out: Path, order: Sequence[str]) -> Counter[str]:
     offsets = resume(partial)
     if count_lines(partial) < before:
         raise DataError(
-            "Regenerated conversations are not as they were written",
+            "The file of regenerated conversations is damaged",
             where=partial,
-            found=f"{before - len(offsets)} damaged lines, which are removed",
-            fix="Look at the disk, and run again: their conversations are answered again.",
+            found=f"{before - len(offsets)} damaged lines, which were removed",
+            fix="Check the disk, and run again: the conversations of these lines are answered again.",
         )
     if unknown := offsets.keys() - set(order):
         raise DataError(
-            "Regenerated conversations are not in the sources any more",
+            "Some regenerated conversations are no longer in the sources",
             where=partial,
-            found=f"{len(unknown)}, such as {min(unknown)}",
+            found=f"{len(unknown)} of them, such as {min(unknown)}",
             fix="Restore the sources, or remove the file to start over.",
         )
     if not offsets:
@@ -180,7 +180,7 @@ def count_lines(path: Path) -> int:
 
 
 def cut_answers(failures: Path) -> dict[str, dict[str, Any]]:
-    """Of the side file, the conversations that were left out because their first answer met the token limit, by id.
+    """The conversations in the side file, by id: they were left out because their first answer met the token limit.
 
     They were answered: a rerun does not ask them again. Failures are tried again.
     """

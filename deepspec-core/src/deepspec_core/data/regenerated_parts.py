@@ -1,8 +1,8 @@
-"""Where the workers of a regeneration write: one alone into the files of the whole, several each into files of its own.
+"""The files into which the workers of a regeneration write: the final file's partial file, or one file for each worker.
 
-A worker's file has the name of the whole and the worker's number behind it. The first worker adds them to the whole
-when all are done, or when an interrupted run goes on, with whatever number of workers. Knows lines and names of files;
-not what is in a conversation.
+A worker's file has the name of the whole file and the worker's number. The first worker merges these files when all are
+done, or when an interrupted run continues, with whatever number of workers. Knows lines and names of files; does not
+know the contents of a conversation.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def _add_lines(partial: Path) -> None:
 
 
 def _all_cut(failures: Path) -> dict[str, dict[str, Any]]:
-    """Of the whole and of the workers' files. Failures are tried again."""
+    """Those of the whole file and of the workers' files. Failed conversations are tried again."""
     found: dict[str, dict[str, Any]] = {}
     for path in (failures, *_parts(failures)):
         found |= cut_answers(path)

@@ -1,7 +1,7 @@
-"""A target's chat template, run: messages to text, or a refusal in words.
+"""Runs a target's chat template: it returns the rendered messages, or the reason why the template refuses them.
 
-Templates come with targets, and rows from anywhere, so whatever goes wrong in one is the row's refusal and no end of a
-run. Knows transformers' way to run a template and what templates want; neither tokens nor what is supervised.
+Templates come with targets, and rows from anywhere. So any error inside a template refuses the row and does not stop
+the run. Knows how transformers runs a template, and what templates expect; knows neither tokens nor supervision.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Template:
     def marks(
         self, messages: Messages, rendering: str, *, tools: Sequence[Mapping[str, Any]], thinking: bool
     ) -> list[tuple[int, int]] | None:
-        """Where the rendering of finished messages stands between {% generation %} marks; None: there are no marks."""
+        """The spans between {% generation %} marks in the rendering of finished messages; None: there are no marks."""
         if not self.has_marks:
             return None
         source = self.source(tools)
@@ -97,12 +97,12 @@ class Template:
 
     @cached_property
     def has_marks(self) -> bool:
-        """Whether it marks what is to be supervised."""
+        """Whether the template marks the text to supervise."""
         return any(with_signs(source) != source for source in (self.source(), self.source([_TOOL])))
 
     @cached_property
     def has_day(self) -> bool:
-        """Whether it writes what day it is (template_day.DAY)."""
+        """Whether the template writes the present date (template_day.DAY)."""
         return any(asks_for_the_day(source) for source in (self.source(), self.source([_TOOL])))
 
     def source(self, tools: Sequence[Mapping[str, Any]] = ()) -> str:
@@ -167,7 +167,7 @@ class Template:
             )
         except TemplateSyntaxError as error:
             raise DataError(
-                "The chat template is no Jinja template",
+                "The chat template is not a valid Jinja template",
                 where=self.tokenizer.name_or_path or "tokenizer",
                 found=f"line {without_the_day(error.lineno, source)}: {error.message}",
             ) from error

@@ -1,6 +1,6 @@
-"""The rows of one file: JSON lines, a JSON array, or Parquet, as its name says.
+"""The rows of one file, by the ending of its name: JSON lines, a JSON array, or Parquet.
 
-Knows the endings of names. Does not know datasets of several files, or what a row has to hold.
+Knows the endings of names. Does not know datasets of several files, or what a row must hold.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _broken(row: SourceRow, size: int) -> SourceRow:
     error = DataError(
         "A row's brackets or quotes do not match",
         where=row.where,
-        found=f"{size:,} bytes up to the next row that begins like others",
+        found=f"{size:,} bytes before the next row that begins like the others",
         expected="JSON",
     )
     return SourceRow(row.where, error=error, text=row.text)

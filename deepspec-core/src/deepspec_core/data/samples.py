@@ -1,6 +1,6 @@
-"""Tokenised conversations as stages walk through them: by number, each read when it is asked for.
+"""Tokenised conversations as stages read them: by number, each read when it is needed.
 
-Knows samples, their lengths and the order of their ids. Does not know where they lie (stored_samples.py).
+Knows samples, their lengths and the order of their ids. Does not know where they are stored (stored_samples.py).
 
 Legend: S samples.
 """
@@ -45,7 +45,7 @@ class Samples(Sequence[Sample]):
         return order
 
     def __getitem__(self, index: Any) -> Any:
-        """The sample of a number, or those of a slice as a list."""
+        """The sample with this number, or a list of samples for a slice."""
         if isinstance(index, slice):
             return [self.sample(number) for number in range(*index.indices(len(self)))]
         number = int(index) + len(self) * (index < 0)

@@ -1,6 +1,6 @@
-"""Conversations that are answered several times: each comes as often as answers are wanted, under ids of their own.
+"""Repeats conversations that are answered several times, with a separate id for each answer.
 
-Answers are drawn by seeds that follow from ids, so those to one prompt are drawn independently. Knows ids only.
+Answers are sampled with seeds derived from ids, so answers to the same prompt are independent. Knows ids only.
 """
 
 from __future__ import annotations

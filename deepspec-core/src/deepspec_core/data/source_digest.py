@@ -1,6 +1,6 @@
-"""The digest of a source of conversations: content counts, so that an edited source is told from the one that was read.
+"""The digest of a source of conversations. It covers the contents, so an edited source has another digest.
 
-Knows files, dataset folders and commits of the Hub; not what stands in a source.
+Knows files, dataset folders and commits of the Hub; does not know the contents of a source.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from deepspec_core.digests import digests_of
 
 
 def source_digest(source: SourceOptions, *, base: Path, ask_hub: bool) -> str | None:
-    """Of a file's content, of all files in a dataset folder, or the commit of a dataset on the Hub.
+    """The digest of a file, of all files in a dataset folder, or the commit of a dataset on the Hub.
 
     None where there is nothing to hash: prompts that a plugin ships come from its code, and the Hub is asked only if
     `ask_hub`. DataError where the Hub does not give the dataset, OSError where a file cannot be read.
@@ -36,5 +36,5 @@ def source_digest(source: SourceOptions, *, base: Path, ask_hub: bool) -> str | 
 
 
 def file_digest(path: Path) -> str:
-    """Of a file's content, every byte of it."""
+    """The digest of every byte of a file."""
     return digests_of([path])[0]

@@ -1,6 +1,6 @@
-"""One row as it stands in a file: its place, and what it says or why that cannot be read.
+"""One row of a file: its place, and its value or the reason why it cannot be read.
 
-Knows rows as values. Does not know files, or what a row has to hold.
+Knows rows as values. Does not know files, or what a row must hold.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MOST_BYTES: Final = 8 * 2**20
 
 @frozen
 class SourceRow:
-    """`where` is FILE:LINE, or FILE: row N. `error` says why there is no value; `text` is what stands there instead."""
+    """`where` is FILE:LINE, or FILE: row N. `error` says why there is no value; `text` is then the row's text."""
 
     where: str
     value: Any = None
@@ -49,5 +49,5 @@ def of_json(text: bytes, where: str, *, size: int, most_bytes: int | None, what:
 def too_long(where: str, size: int, most_bytes: int) -> DataError:
     """The error for a row that is longer than any conversation."""
     return DataError(
-        "A row is too long", where=where, found=in_words(size), expected=f"at most {in_words(most_bytes)} a row"
+        "A row is too long", where=where, found=in_words(size), expected=f"at most {in_words(most_bytes)} per row"
     )

@@ -247,6 +247,7 @@ def _dataset_errors(source: SourceOptions, problem: str | None = None) -> Iterat
             where=f"data.sources: {source.path}",
             found=problem or f"{type(error).__name__}: {error}",
             expected=f"split {source.split or 'train'!r} of a dataset folder or of a dataset on the Hub",
-            fix="Check the name, the split and the connection. Where one row is the reason, or offline, download the "
-            "dataset and give its folder: rows of JSON and Parquet files that cannot be read are left out there.",
+            fix="Check the name, the split and the connection. If one row is the cause, or without a "
+            "connection, download the "
+            "dataset and give its folder: rows of JSON and Parquet files that cannot be read are then left out.",
         ) from error

@@ -1,6 +1,7 @@
-"""The conversations of a run's sources: split, mixed and without doubles.
+"""The conversations of a run's sources: split, mixed and without duplicates.
 
-Does not know where the rows of a source are found (source_rows.py), nor templates, tokens or what is done with them.
+Does not know where the rows of a source are found (source_rows.py), or templates, tokens, or how conversations are
+used.
 """
 
 from __future__ import annotations
@@ -125,11 +126,12 @@ def _refuse_beside_prepared(sources: Sequence[SourceOptions], base: Path) -> Non
             continue
         if len(sources) > 1:
             raise DataError(
-                "A prepared folder is read alone, because its split is kept",
+                "A prepared folder must be the only source, because its split is kept",
                 where=f"data.sources: {source.path}",
                 found=f"{len(sources)} sources",
                 expected="no other source",
-                fix="Prepare all sources together: name them in one run file, and its prepared folder here.",
+                fix="Prepare all sources together: name them in one run file, prepare it, and name "
+                "the prepared folder here.",
             )
         for key in ("columns", "split"):
             if getattr(source, key):
@@ -186,9 +188,9 @@ def check_rows(
         raise DataError(
             "There is no conversation to train on",
             where="data.sources: " + ", ".join(source.path for source in sources),
-            found=f"{warned} rows that cannot be used, and no other that is not held out, at a share of {held_out:g}",
+            found=f"{warned} rows that cannot be used; all others are held out (data.held_out = {held_out:g})",
             expected="at least one conversation",
-            fix="Give more data, or lower data.held_out.",
+            fix="Add data to the sources, or lower data.held_out.",
         )
     return turns if len(local) == len(sources) else None
 

@@ -1,7 +1,7 @@
-"""Which conversations are held out from training, and which repeat a prompt: properties of what users say.
+"""Which conversations are held out from training, and which repeat a prompt, decided by what the users say.
 
-Sources repeat each other's prompts under other ids, with other system prompts and other answers. A split by id would
-put a held-out prompt into training again; this one cannot. Knows messages; not where they come from.
+Sources repeat each other's prompts under other ids, with other system prompts and other answers. A split by id could
+put a held-out prompt into training; this split cannot. Knows messages; does not know where they come from.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Samples that lie in the shards of a store: mapped into memory shard by shard, read when they are asked for.
+"""Samples stored in shards, which are memory-mapped one by one. A sample is read when it is needed.
 
-Knows shards in order. Does not know whether a store is whole, or what it was made from (token_store.py).
+Knows shards in order. Does not know whether a store is complete, or what it was made from (token_store.py).
 """
 
 from __future__ import annotations

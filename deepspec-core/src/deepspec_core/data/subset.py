@@ -1,6 +1,7 @@
-"""A part of a corpus, for pilots: chosen by a digest of each sample's id, whatever the order and wherever it is stored.
+"""A part of a corpus, for pilot runs: selected by a digest of each sample's id, so order and storage do not matter.
 
-A smaller part is contained in every larger one, be it a share or a number of samples. Knows ids and samples; no run.
+A smaller part is contained in every larger one, whether given as a share or as a number of samples. Knows ids and
+samples; knows no run.
 
 Legend: S samples of the whole, P of the part.
 """

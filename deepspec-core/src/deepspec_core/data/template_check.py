@@ -51,5 +51,5 @@ def _check_prompt(tokenizer: ChatTokenizer, messages: Messages, fmt: Conversatio
         else "The chat template and the family's conversation format disagree",
         found=repr(prompt[-60:]) + " before an answer",
         expected=repr(fmt.assistant_start),
-        fix=f"Where add_generation_prompt is true, let the template end with {fmt.assistant_start!r}.",
+        fix=f"Change the template: if add_generation_prompt is true, it must end with {fmt.assistant_start!r}.",
     )

@@ -88,7 +88,7 @@ class TokenBytes:
 
 
 def token_bytes(tokenizer: Any) -> TokenBytes | None:
-    """Of a transformers fast tokenizer; None where its vocabulary is not one of bytes."""
+    """The bytes of each token of a transformers fast tokenizer; None if its vocabulary does not consist of bytes."""
     backend = tokenizer.backend_tokenizer
     if not isinstance(backend.decoder, decoders.ByteLevel):
         return None

@@ -90,7 +90,7 @@ class TokenStore:
         return _changed(self.made_from, made_from)
 
     def fill(self, make: Make, read: Counter[str], check: Callable[[], None]) -> None:
-        """Store what is missing. What is wrong with the store is a warning. StageError where another process writes it.
+        """Store the missing samples. Damage in the store is a warning. StageError if another process is writing it.
 
         `make` gives the samples of every conversation that the manifest it gets does not have, with the counts up to
         there. `read` is what was counted of all conversations when the last one has come. `check` is called before a
@@ -104,9 +104,9 @@ class TokenStore:
         ):
             manifest, why = self._read()
             if why is not None:
-                log.warning("the stored tokens in %s are made anew: %s", self.folder, why)
+                log.warning("the tokens in %s are made again: %s", self.folder, why)
             for kept, problem in self._damage(manifest.shards):
-                log.warning("%s. It is made anew, with what follows", problem)
+                log.warning("%s. This shard and the following ones are made again", problem)
                 manifest = evolve(manifest, shards=manifest.shards[:kept], counts=None)
                 break
             if manifest.counts is None:

@@ -58,9 +58,10 @@ def in_processes(
     except BrokenProcessPool as error:
         raise DataError(
             "A process that tokenised conversations has died",
-            found="it was killed, had no memory left, or ran the script that started it from the beginning",
-            fix="Run again: it goes on from what is stored. Lower data.workers if memory is short. A script of your "
-            'own has to start its work below `if __name__ == "__main__":`, since each process reads the script again.',
+            found="it was killed, ran out of memory, or ran your own script from the beginning",
+            fix="Run again: it continues from the stored tokens. Lower data.workers if memory is "
+            "short. A script of your "
+            'own must start its work below `if __name__ == "__main__":`, because each process reads the script again.',
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

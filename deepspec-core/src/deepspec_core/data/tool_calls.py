@@ -32,7 +32,7 @@ _CALL: Final = {
 
 @frozen(kw_only=True)
 class CallForm:
-    """How calls are written: what is before the function's name, and the sign after it.
+    """How calls are written: the text before the function's name, and the character after it.
 
     marker: The token of the tokenizer's own that a call begins with, None where it begins with plain text.
     """

@@ -12,7 +12,7 @@ _TEXT: Final = json.JSONEncoder(ensure_ascii=False)
 
 
 def not_unicode(*values: Any) -> str | None:
-    """What in the texts of these values is no character, in words; None where they can be written as UTF-8."""
+    """The first invalid character in the texts of these values, in words; None if all can be encoded as UTF-8."""
     try:
         _TEXT.encode(values).encode("utf-8")
     except UnicodeEncodeError as error:
@@ -21,5 +21,5 @@ def not_unicode(*values: Any) -> str | None:
 
 
 def printable(text: str) -> str:
-    """The text with what is no character written as an escape."""
+    """The text with invalid characters written as escapes."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -1,9 +1,9 @@
-"""The best tree of so many tokens: those whose paths are most probable by the draft's own distributions.
+"""The best tree with a given number of tokens: the paths that are most probable by the draft's own distributions.
 
-A path's probability is the product of its tokens', so no node is more probable than its parent and the most probable
-nodes are a tree. Its expected accepted length is the greatest of all trees of that size, if the draft's distributions
-are the target's. Works level by level, without reading a number on the host: of a level no more nodes than the whole
-tree has can be in it. Knows distributions. Does not know drafts, or how a tree is verified.
+A path's probability is the product of its tokens' probabilities, so no node is more probable than its parent, and the
+most probable nodes form a tree. Of all trees of that size, it has the greatest expected accepted length if the draft's
+distributions equal the target's. The search works level by level and reads no value on the host: a level can have at
+most as many nodes as the whole tree. Knows distributions. Does not know drafts, or how a tree is verified.
 
 Legend: B slots, W nodes of a level, E tokens after each, M nodes of a tree, V vocabulary, N candidates.
 """

@@ -1,4 +1,4 @@
-"""Where decoding's time goes. Knows parts by name, and how to wait for a device."""
+"""Measures where decoding spends its time. Knows parts by name, and how to wait for a device."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""How long one step of a target takes, by the number of sequences and of new tokens a sequence.
+"""Measures the time of one step of a target, by the number of sequences and of new tokens per sequence.
 
-A step is what verification needs of the target: one forward pass over the new tokens of every sequence, with the logits
-of all of them. Knows targets. Does not know proposals, sampling or files.
+A step is the target's part of verification: one forward pass over the new tokens of every sequence, with the logits of
+all of them. Knows targets. Does not know proposals, sampling or files.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Whether what a proposer returns can be verified: shapes, kinds of numbers, ranges, and distributions that are some.
+"""Checks whether a proposal can be verified: shapes, dtypes, ranges, and whether probabilities are distributions.
 
-Shapes are known on the host and refused at once. Numbers are on the device: they are brought into range, so that the
-round can go on, and come along with what the engine reads on the host once a round anyway. So no round waits for the
-device once more, and no token of a round that is refused is committed to an output.
+Shapes are known on the host, and wrong ones are refused at once. Values are on the device. They are clamped into range,
+so that the round can continue, and the result of the check is read together with the values that the engine reads once
+per round anyway. So no round waits for the device a second time, and no token of a refused round is committed.
+
 Knows proposals. Does not know rounds, targets or any algorithm.
 
 Legend: B slots, K draft tokens at most (in a tree: nodes), V vocabulary, R numbers that are read of a slot.

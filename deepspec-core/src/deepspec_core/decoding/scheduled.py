@@ -1,8 +1,9 @@
 """A proposer whose proposals are cut to the tokens that are worth verifying at the present load.
 
-The engine verifies the active sequences together, so the wrapped proposer's confidences and a cost table say how many
-tokens of each. The target's distribution is kept. With sampling, the very tokens of a sequence depend on its neighbours
-through the lengths of the rounds; greedy ones do not. Knows proposals and costs. Does not know where costs come from.
+The engine verifies the active sequences together. The wrapped proposer's confidences and a cost table determine how
+many tokens of each sequence to verify. The target's distribution does not change. With sampling, a sequence's actual
+tokens depend on its neighbours, because they change the lengths of its rounds; greedy tokens do not. Knows proposals
+and costs. Does not know where costs come from.
 
 Legend: B slots in a call, K draft tokens at most.
 """

@@ -1,6 +1,6 @@
-"""What an estimate says, and as what it is written: parts by name, in bytes and floating-point operations.
+"""The contents of an estimate, and its JSON: parts by name, in bytes and floating-point operations.
 
-Knows the parts and how they add up; not where figures come from. Imports nothing heavy.
+Knows the parts and how they add up; does not know where figures come from. Imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -13,15 +13,19 @@ from attrs import asdict, frozen
 
 @frozen(kw_only=True)
 class Memory:
-    """Bytes of one training process, on its device. `held`: all through a step, by what they are; `phases`: the most
-    beyond that while a part of the step runs. The peak is all that is held and the largest phase."""
+    """Bytes of one training process on its device.
+
+    held: Bytes held during the whole step, by what they hold.
+    phases: The most bytes in addition to `held` while a part of the step runs, by part. The peak is the sum of `held`
+        and the largest phase.
+    """
 
     held: Mapping[str, int]
     phases: Mapping[str, int]
 
     @property
     def peak_phase(self) -> str:
-        """The phase in which most is alive."""
+        """The phase with the most bytes."""
         return max(self.phases, key=self.phases.__getitem__)
 
     @property
@@ -32,9 +36,10 @@ class Memory:
 
 @frozen(kw_only=True)
 class CacheSize:
-    """Of the feature cache. `most_tokens` and `most_bytes` are None where the run file limits no conversations.
+    """The size of the feature cache. `most_tokens` and `most_bytes` are None if the run file does not limit the number
+    of conversations.
 
-    kept_with_answers: Whether features come with answers, and are on disk twice until the cache is whole.
+    kept_with_answers: Whether features come with answers. They are then on disk twice until the cache is complete.
     """
 
     bytes_per_token: int
@@ -45,8 +50,8 @@ class CacheSize:
 
 @frozen(kw_only=True)
 class MicroBatch:
-    """`sequences` of `tokens_per_sequence` tokens each, what they give to predict, and the distinct positions it is
-    compared with."""
+    """`sequences` of `tokens_per_sequence` tokens each, the predictions in them (`rows`), and the number of distinct
+    positions of the target with which the predictions are compared."""
 
     sequences: int
     tokens_per_sequence: int
@@ -56,9 +61,10 @@ class MicroBatch:
 
 @frozen(kw_only=True)
 class Estimate:
-    """Of a run's training on `processes` devices. `flops`: of one optimizer step of all of them, by part.
+    """The estimate of a run's training on `processes` devices.
 
-    `not_counted`: what memory or flops leave out although there may be much of it, in words.
+    flops: Operations of one optimizer step of all processes together, by part.
+    not_counted: Sentences about parts that `memory` or `flops` leave out although they may be large.
     """
 
     device: str

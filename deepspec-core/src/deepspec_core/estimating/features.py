@@ -1,6 +1,6 @@
-"""Online features of a target without weights, for targets that can run without numbers.
+"""Online features of a target without weights, for targets that can run on tensors without values.
 
-Knows the target's contract; no drafts, no files.
+Knows the target's contract; knows no drafts and no files.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from deepspec_core.targets.opening import first_line
 
 
 class TriedFeatures(OnlineFeatures):
-    """As training asks a target for them. `problem`: why its forward pass could not run, None where it could.
+    """A feature source that runs the target as online training does. `problem` says why the target's forward pass could
+    not run; None if it could.
 
-    A target that reads numbers on its way, or has an operation torch cannot do without them, does not run; its features
-    then come from nowhere.
+    A target cannot run if its forward pass reads values, or has an operation that torch supports only with values. The
+    features are then empty tensors of the right shape.
     """
 
     def __init__(self, samples: Sequence[Sample], skeleton: TargetModel, taps: Sequence[int]) -> None:

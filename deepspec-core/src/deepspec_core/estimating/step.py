@@ -1,8 +1,9 @@
-"""Memory and arithmetic of one optimizer step, from the training code itself, run on tensors without memory.
+"""Memory and operations of one optimizer step: the training code itself runs on tensors that take no memory.
 
-What a step does is done: the batch goes to the device, features come, the draft runs forward and backward, the
-optimizer updates; bytes alive and products are counted on the way. Only the row engine is asked rather than run: what
-it holds depends on its chunks. Knows drafts, engines and batches; no run file, no device's allocator, no process.
+Every part of a step runs: the batch goes to the device, features are loaded or computed, the draft runs forward and
+backward, the optimizer updates. Live bytes and matrix products are counted meanwhile. Only the row engine does not run;
+it reports what it would take, because that depends on its chunks. Knows drafts, engines and batches; does not know run
+files, a device's allocator or processes.
 
 Legend: N rows, P distinct target positions.
 """
@@ -32,10 +33,13 @@ from deepspec_core.training.step import TrainingStep
 
 @frozen(kw_only=True)
 class StepEstimate:
-    """`held`: bytes there all through a step, by what they are. `phases`: the most beyond those, by part of a step.
+    """The estimate of one step.
 
-    `small`: the most bytes in storages of at most `process.HEAP_BLOCK` each. `flops`: of one micro-batch, by part, and
-    "update" of a step. `rows` and `positions`: N and P of the micro-batch.
+    held: Bytes held during the whole step, by what they hold.
+    phases: The most bytes in addition to `held`, by part of the step.
+    small: The most bytes in storages of at most `process.HEAP_BLOCK` bytes each.
+    flops: Operations of one micro-batch, by part; "update" is that of a whole step.
+    rows, positions: N and P of the micro-batch.
     """
 
     held: Mapping[str, int]
@@ -57,12 +61,12 @@ def estimate_step(
     accumulates: bool,
     options: TrainOptions,
 ) -> StepEstimate:
-    """What a step takes with this micro-batch, given a `draft` (and what `source` computes with) made under
-    `fake_tensors`. The draft's weights take the dtypes training gives them.
+    """The memory and operations of a step with this micro-batch. `draft`, and the modules that `source` computes with,
+    were made under `fake_tensors`. The draft's weights get the dtypes that training gives them.
 
-    `accumulates`: other micro-batches of the step came before, so gradients are there already, and the batch before
-    this one until this one has come. `options` choose the optimizer. `device_type` is the row engine's; the rest
-    runs as it does on the CPU.
+    `accumulates`: earlier micro-batches of the step have been computed. Their gradients then exist already, and the
+    previous batch exists until this one is loaded. `options` choose the optimizer. `device_type` is the row engine's;
+    everything else runs as on the CPU.
     """
     for parameter in draft.parameters():
         # As training does: fp32 master weights; frozen ones as they are.
@@ -123,9 +127,10 @@ def estimate_step(
 
 
 class _EngineStandIn:
-    """In the place of the row engine: says what it would take, and hands back gradients of the sizes it would.
+    """Replaces the row engine: reports the memory that it would take, and returns gradients of the same sizes.
 
-    `most`: bytes alive while it would run. `head_copies`: of frozen heads in the dtype of products, which it keeps.
+    `most`: live bytes while the engine would run. `head_copies`: bytes of the copies of frozen heads in the dtype of
+    products, which the engine keeps.
     """
 
     def __init__(self, engine: RowEngine, live: LiveBytes, compute_dtype: torch.dtype, device_type: str) -> None:

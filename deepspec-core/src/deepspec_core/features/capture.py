@@ -1,6 +1,6 @@
-"""Running the target over samples to take its features, in batches of like length.
+"""Runs the target over samples to compute their features, in batches of similar length.
 
-Knows batches and the type that features are kept in; not where they go nor what is done with them.
+Knows batches and the type in which features are stored; does not know where they go or how they are used.
 
 Legend: T tokens, C channels: taps * H, or H.
 """
@@ -83,5 +83,5 @@ def _require_finite(kept_TC: Tensor, computed_TC: Tensor, layers: Sequence[str],
         expected=f"{range_.min:,g} to {range_.max:,g}" if fits else "a finite number",
         fix='Set cache.dtype = "bfloat16".'
         if fits
-        else "Set target.dtype to a wider type, or look at the sample and the target's weights.",
+        else "Set target.dtype to a wider type, or examine the sample and the target's weights.",
     )

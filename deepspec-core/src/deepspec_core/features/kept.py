@@ -1,8 +1,8 @@
-"""Features that came with answers, kept on disk until a cache is filled with them.
+"""Features that were received with answers, stored on disk until a cache is filled with them.
 
-They are stored in a cache's own format, each under a digest of the token ids that it belongs to. So a text finds its
-features whatever its id is, and never those of another text. A journal beside them says of every text that regeneration
-wrote whether its features came, or why not. Knows token ids and a cache format; not who computed the features.
+They are stored in a cache format, each under a digest of its token ids. So a text finds its features whatever its id
+is, and never the features of another text. A journal beside them records for every regenerated text whether its
+features were received, or why not. Knows token ids and a cache format; does not know who computed the features.
 
 Legend: T tokens, C = taps * H, H hidden size.
 """
@@ -37,14 +37,14 @@ UNKNOWN: Final = "no answer has these token ids"
 
 
 def name_of(ids_T: Tensor) -> str:
-    """What features of this text are kept under."""
+    """The name under which the features of this text are stored."""
     return hashlib.sha256(ids_T.numpy().astype(np.int64).tobytes()).hexdigest()[:32]
 
 
 class KeptWriter:
-    """Keeps features in `folder`, going on with what is there. They can be read after the `with` block.
+    """Stores features in `folder`, in addition to those there. They can be read after the `with` block.
 
-    CacheError where what is there has another header, or is damaged.
+    CacheError if the features there have another header, or are damaged.
     """
 
     def __init__(self, cache_format: CacheFormat, folder: Path, header: CacheHeader) -> None:
@@ -56,7 +56,7 @@ class KeptWriter:
         self._broken = False
 
     def keep(self, ids_T: Tensor, features: TargetFeatures) -> None:
-        """Of a text, [T, C] and [T, H]. Not twice: the same text has the same features."""
+        """Store a text's features, [T, C] and [T, H], unless they are stored already."""
         name = name_of(ids_T)
         if name not in self._names:
             mask = torch.zeros(len(ids_T), dtype=torch.bool)
@@ -69,11 +69,11 @@ class KeptWriter:
         self._note(name, None)
 
     def lacks(self, ids_T: Tensor, reason: str) -> None:
-        """A text without features, and why."""
+        """Record that a text has no features, and why."""
         self._note(name_of(ids_T), reason)
 
     def told(self) -> Counter[str]:
-        """How many texts have features (""), and of the others why not; those of earlier processes too."""
+        """The number of texts with features (""), and of others by reason; those of earlier processes too."""
         return Counter(
             (LOST if name not in self._names else "") if reason is None else reason
             for name, reason in dict(_entries(self._path)).items()
@@ -90,7 +90,7 @@ class KeptWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            # Also where servers failed, or the run is to stop: nothing of it has to be asked for again.
+            # Also if servers failed or the run is stopping, so that no stored features have to be requested again.
             if not self._broken:
                 self._writer.finish()
         finally:
@@ -99,7 +99,7 @@ class KeptWriter:
 
 
 class KeptFeatures:
-    """What was kept in `folder`. CacheError where it is not finished, damaged, or has another header."""
+    """The features stored in `folder`. CacheError if they are unfinished, damaged, or have another header."""
 
     def __init__(self, cache_format: CacheFormat, folder: Path, header: CacheHeader) -> None:
         self._folder = folder
@@ -111,16 +111,16 @@ class KeptFeatures:
         return len(self._places)
 
     def has(self, sample: Sample) -> bool:
-        """Whether features of the sample's very token ids were kept."""
+        """Whether features of exactly the sample's token ids are stored."""
         return name_of(sample.input_ids) in self._places
 
     def why_not(self, sample: Sample) -> str:
-        """Why they were not, in words."""
+        """Why the sample's features are not stored, in words."""
         name = name_of(sample.input_ids)
         return (self._said[name] or LOST) if name in self._said else UNKNOWN
 
     def of(self, sample: Sample) -> Sample:
-        """The sample with its features. CacheError where they cannot be read, or are another text's."""
+        """The sample with its features. CacheError if they cannot be read, or belong to another text."""
         try:
             found = self._reader[self._places[name_of(sample.input_ids)]]
         except DeepSpecError as error:
@@ -131,10 +131,10 @@ class KeptFeatures:
 
     def _unusable(self, sample: Sample, found: str) -> CacheError:
         return CacheError(
-            "Features that came with an answer cannot be read",
+            "Features that were received with an answer cannot be read",
             where=f"sample {sample.id}, {self._folder}",
             found=found,
-            fix="Remove that folder and run again: servers are asked for what is missing.",
+            fix="Remove that folder and run again: the missing features are then requested from the servers.",
         )
 
 

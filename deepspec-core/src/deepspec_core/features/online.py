@@ -1,4 +1,4 @@
-"""Features computed by the target while training. Knows the target's contract; stores nothing."""
+"""Features computed by the target during training. Knows the target's contract; stores nothing."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Samples without features, ordered by id: the half of a feature source that computes or fetches its features.
+"""Samples without features, ordered by id: a base for feature sources that compute or fetch their features.
 
-The order is the one that a cache of the same samples has. Knows samples; not where features come from.
+The order is that of a cache of the same samples. Knows samples; does not know where features come from.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Arguments of the Python interface that are no options: paths, names of models, lists of stages and tasks, flags.
+"""Checks of the Python interface's arguments: paths, names of models, lists of stages and tasks, flags.
 
-Knows what a caller may have meant; not what the names stand for.
+Knows types and likely slips; does not know what the names stand for. options.py checks the other arguments.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from deepspec_core.errors import ConfigError
 
 
 def path_of(value: Any, argument: str, *, expected: str) -> Path:
-    """The path that an argument says.
+    """The argument as a path.
 
-    ConfigError where it is none, and where it is empty: an empty path would be the folder that Python runs in.
+    ConfigError if it is none, or empty: an empty path would mean the working directory.
     """
     if not isinstance(value, str | os.PathLike) or not os.fspath(value):
         raise _wrong(argument, "path", value, expected)
@@ -24,16 +24,16 @@ def path_of(value: Any, argument: str, *, expected: str) -> Path:
 
 
 def name_of(value: Any, argument: str, *, expected: str) -> str:
-    """The name that an argument says, as text or as a path. ConfigError where it is neither, or empty."""
+    """The argument, text or a path, as a name. ConfigError if it is neither, or empty."""
     if not isinstance(value, str | os.PathLike) or not os.fspath(value):
         raise _wrong(argument, "name", value, expected)
     return str(value)
 
 
 def names_of(value: Any, argument: str) -> Sequence[str]:
-    """The list of names that an argument says, paths as text.
+    """The argument as a list of names; paths become text.
 
-    ConfigError for a text alone, which would be read letter by letter.
+    ConfigError for a single text, which Python would iterate letter by letter.
     """
     is_list = isinstance(value, Sequence) and not isinstance(value, str)
     if not is_list or not all(isinstance(name, str | os.PathLike) for name in value):
@@ -43,15 +43,15 @@ def names_of(value: Any, argument: str) -> Sequence[str]:
 
 
 def flag_of(value: Any, argument: str) -> bool:
-    """The answer that an argument says. ConfigError for all but True and False: the text "no" would count as True."""
+    """The argument as a flag. ConfigError for all but True and False: the text "no" would count as True."""
     if not isinstance(value, bool):
-        raise _wrong(argument, "answer", value, "True or False")
+        raise _wrong(argument, "flag", value, "True or False")
     return value
 
 
 def _wrong(argument: str, what: str, value: Any, expected: str, fix: str | None = None) -> ConfigError:
     return ConfigError(
-        f"the argument `{argument}` is no {what}",
+        f"the argument `{argument}` is not a {what}",
         where=f"the argument `{argument}`",
         found=repr(value)[:80],
         expected=expected,

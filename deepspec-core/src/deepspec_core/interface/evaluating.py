@@ -1,7 +1,7 @@
-"""Evaluating a loaded draft from Python: real speculative decoding on tasks, with plain decoding beside it.
+"""Evaluating a loaded draft from Python: speculative decoding on tasks, with plain decoding beside it.
 
-Knows how models and tasks become figures; how groups are decoded and pooled is evaluation/'s. Runs with a run file
-evaluate in their own stage (pipeline/evaluating.py).
+Knows how models and tasks become figures; evaluation/ decodes the groups of prompts and pools their figures. Runs with
+a run file evaluate in their own stage (pipeline/evaluating.py).
 """
 
 from __future__ import annotations
@@ -45,10 +45,13 @@ DEFAULTS = EvaluateOptions()
 class Evaluation:
     """The figures of one task at one temperature and batch size.
 
-    `prompts` were decoded; `prompts_too_long` left the target no room to answer and were not. `speedup` is that of the
-    draft over plain decoding, and `mismatches` has the ids of prompts whose greedy output differed from it; both are
-    None where there was no plain decoding, `mismatches` also above temperature 0. `figures` has everything that
-    metrics.json of a run has for a task: acceptance by position, rounds, seconds by part, tokens per second.
+    prompts: The number of prompts decoded.
+    prompts_too_long: The number of prompts that were not decoded because they leave the target no room to answer.
+    speedup: The speed-up over plain decoding; None without plain decoding.
+    mismatches: The ids of prompts whose greedy output differs from plain decoding's; None without plain decoding and
+        at temperatures above 0.
+    figures: Everything that the metrics.json of a run has for a task: acceptance by position, rounds, seconds by part,
+        tokens per second.
     """
 
     task: str
@@ -89,12 +92,14 @@ def evaluate(
 ) -> list[Evaluation]:
     """Decode the prompts of every task at every temperature and batch size; one result each, in that order.
 
-    `tasks` are registered tasks or JSON-lines files with `turns` or `messages`, relative to the working directory; or a
-    dictionary of names and lists of prompts, as `generate` takes them. `limit` caps the prompts of each task. Samples
-    that fail are left out and listed in the figures, at most the share `max_failures`. With a `cost_table`, a file that
-    `deepspec profile` wrote, only the draft tokens are verified that pay at the present load; `asynchronous` as in
-    [evaluate.scheduler]. Raises DeepSpecError where more samples fail, a task or the table cannot be read, or does not
-    fit, or an option is out of range.
+    `tasks` are registered tasks, or JSON-lines files with `turns` or `messages`, relative to the working directory; or
+    a dictionary of task names and lists of prompts, as `generate` takes them. `limit` is the largest number of prompts
+    of each task. Samples that fail are left out of the figures and listed in them, up to the share `max_failures`. With
+    a `cost_table` (a file that `deepspec profile` wrote), each round verifies only as many draft tokens as pay off at
+    the present load; `asynchronous` is as in [evaluate.scheduler].
+
+    Raises DeepSpecError if more samples fail, if a task or the cost table cannot be read or does not fit, or if an
+    option is out of range.
     """
     check_models(target, draft)
     if draft is None:
@@ -229,13 +234,15 @@ def _scheduler(cost_table: object, asynchronous: object) -> dict[str, Any] | Non
         return {"cost_table": str(path), "asynchronous": asynchronous}
     if asynchronous:
         raise ConfigError(
-            "there is no scheduler to be asynchronous", where="the argument `asynchronous`", fix="Give a cost_table."
+            "asynchronous is an option of the scheduler, which needs a cost table",
+            where="the argument `asynchronous`",
+            fix="Give a cost_table.",
         )
     return None
 
 
 def _costs(target: Target, draft: Draft, options: EvaluateOptions) -> Costs | None:
-    """What the scheduler reads, with the mistakes that can be known of it now; None without one."""
+    """The scheduler's cost table; None without a scheduler. Raises the mistakes that can be known before decoding."""
     if options.scheduler is None:
         return None
     for mistake in cut_mistakes(options):
@@ -260,7 +267,7 @@ def _costs(target: Target, draft: Draft, options: EvaluateOptions) -> Costs | No
 
 def _no_tasks(names: Sequence[str]) -> ConfigError:
     return ConfigError(
-        "held-out prompts are those of a run's data" if names else "nothing to evaluate on",
+        "held-out prompts belong to the data of a run" if names else "there are no tasks to evaluate on",
         where="the argument `tasks`",
         found=list(names),
         expected="registered tasks, JSON-lines files, or a dictionary of names and lists of prompts",

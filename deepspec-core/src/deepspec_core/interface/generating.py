@@ -1,7 +1,7 @@
 """Continuing prompts with or without a draft, from Python.
 
-Knows how prompts become results and how a result is told round by round; what a prompt may look like is prompts.py's,
-how rounds work decoding/engine.py's.
+Knows how prompts become results, and how results are streamed round by round. prompts.py knows the forms of prompts;
+decoding/engine.py runs the rounds.
 """
 
 from __future__ import annotations
@@ -25,13 +25,11 @@ from deepspec_core.pipeline import threads
 
 @frozen
 class Round:
-    """One proposal and its verification: tokens proposed, how many of them were accepted, how many were committed.
+    """One proposal and its verification: the numbers of tokens that were proposed, accepted and committed.
 
-    Of a tree, `proposed` counts the tokens of its longest path.
-
-    Committed tokens are the accepted ones and, unless an accepted one ends the answer, one of the target's own. The
-    last round may commit more than `max_new_tokens` admits. `confidence` has a probability for each proposed token
-    where the draft gives one.
+    For a tree, `proposed` counts the tokens of its longest path. Committed tokens are the accepted ones and, unless an
+    accepted one ends the answer, one token of the target's own. The last round may commit more tokens than
+    `max_new_tokens` allows. `confidence` holds a probability for each proposed token, if the draft gives confidences.
     """
 
     proposed: int
@@ -44,9 +42,9 @@ class Round:
 class Generation:
     """One continued prompt.
 
-    `ids` are the new tokens, a stop token included; `text` is what they say. `finish_reason` is "stop" or "length". The
-    first token comes with the prompt; each of `rounds` commits those that follow. `seconds` go from the start of the
-    prompt to its last token; prompts of a batch share them.
+    `ids` are the new tokens, including a stop token; `text` is their text. `finish_reason` is "stop" or "length". The
+    target draws the first token when it reads the prompt; `rounds` commit the others. `seconds` is the time from the
+    start of the prompt to its last token, in which other prompts of the batch were decoded too.
     """
 
     prompt_ids: tuple[int, ...] = field(repr=False)
@@ -58,7 +56,7 @@ class Generation:
 
     @property
     def accepted_length(self) -> float:
-        """Tokens a round commits on average, the target's own included; 0 where there was no round."""
+        """The mean number of tokens committed per round, the target's own included; 0 if there was no round."""
         return sum(one.committed for one in self.rounds) / len(self.rounds) if self.rounds else 0.0
 
 
@@ -66,8 +64,9 @@ class Generation:
 class Streamed:
     """What one round added to one answer. `prompt` is the prompt's index.
 
-    `pieces` has the text of each of `ids`, "" where a character is not complete yet, or the text may become a stop
-    string; the draft proposed the first `accepted` ids, the target chose the rest.
+    `pieces` holds the text of each of `ids`. It is "" while a character is incomplete or the text may still become a
+    stop string; the text then follows in a later piece. The draft proposed the first `accepted` ids; the target chose
+    the rest.
     """
 
     prompt: int
@@ -77,7 +76,7 @@ class Streamed:
 
     @property
     def text(self) -> str:
-        """All pieces."""
+        """The text of all pieces."""
         return "".join(self.pieces)
 
 
@@ -103,15 +102,16 @@ def generate(
     """Continue every prompt; the results are in the order of the prompts.
 
     A prompt is a text (one user turn), a list of messages with `role` and `content`, or a list of token ids, which are
-    taken as they are. Texts and messages go through the target's chat template. With a draft the output is the same as
-    without: at temperature 0 token for token, above it in distribution. Prompt i draws from `seed` + i, whatever stands
-    beside it in the batch. A prompt that leaves the target less room than `max_new_tokens` gets what is left. The
-    repetition penalty comes before the temperature, then top_k, top_p and min_p (decoding/sampling.py). An answer ends
-    with the token that completes one of the `stop` strings; its text ends before that string.
+    used unchanged. Texts and messages go through the target's chat template. With a draft the output is the same as
+    without: at temperature 0 token for token, above it in distribution. Prompt i is sampled with the seed `seed` + i,
+    so the other prompts of its batch do not matter. If a prompt leaves the target fewer than `max_new_tokens`
+    positions, its answer ends at the last position. The order of operations is: repetition penalty, temperature, top_k,
+    top_p, min_p (decoding/sampling.py). An answer ends with the token that completes one of the `stop` strings; its
+    text ends before that string.
 
-    `on_round` is told, as decoding goes on, what each round added. Raises DeepSpecError for options out of range, for a
-    draft opened for other sizes, another dtype or device, and for prompts that cannot be rendered or leave no room to
-    answer.
+    `on_round` is called after each round with what the round added to an answer. Raises DeepSpecError for options out
+    of range, for a draft that was opened for a target of other sizes, dtype or device, and for prompts that cannot be
+    rendered or leave no room to answer.
     """
     check_models(target, draft)
     given = {
@@ -133,7 +133,7 @@ def generate(
         check_confidence(draft, options.confidence_threshold)
     elif options.confidence_threshold > 0:
         raise ConfigError(
-            "without a draft there is no confidence to compare with",
+            "a confidence threshold needs a draft",
             where="confidence_threshold",
             found=f"{options.confidence_threshold:g}",
             expected="a draft with a confidence head, or 0",
@@ -154,10 +154,10 @@ def generate(
 
 
 def check_confidence(draft: Draft, threshold: float) -> None:
-    """ConfigError where proposals are to end by a confidence that the draft does not give."""
+    """ConfigError if there is a confidence threshold and the draft gives no confidence."""
     if threshold > 0 and draft.description.gives_confidence is False:
         raise ConfigError(
-            "this draft gives no confidence to compare with",
+            "this draft gives no confidence to compare with the threshold",
             where="confidence_threshold",
             found=f"{threshold:g}",
             expected="a draft with a confidence head, or 0",
@@ -166,7 +166,7 @@ def check_confidence(draft: Draft, threshold: float) -> None:
 
 @define(slots=False)
 class _Answers:
-    """Answers under way: when each one started, and its text as far as it has been told."""
+    """Answers in progress: when each one started, and its text as far as it has been streamed."""
 
     target: Target
     on_round: Callable[[Streamed], None] | None

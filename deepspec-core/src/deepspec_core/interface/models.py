@@ -1,6 +1,6 @@
-"""Targets and drafts for a notebook: opened by name, checked against each other, ready to decode.
+"""Targets and drafts for the Python interface: opened by name and checked against each other.
 
-Knows how names become loaded models, and which draft goes with which target; not what is done with them.
+Knows how names become loaded models, and which draft fits which target; does not know what is done with them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ log = logging.getLogger("deepspec")
 
 @frozen(kw_only=True, eq=False)
 class Target:
-    """A loaded target. `name` and `revision` are what was asked for; `tokenizer` is transformers' own."""
+    """A loaded target. `name` and `revision` are those given to `load_target`; `tokenizer` is from transformers."""
 
     name: str
     adapter: TargetAdapter
@@ -53,7 +53,7 @@ class Target:
         return self.adapter.architecture
 
     def chat(self, *, thinking: bool) -> ChatTokenizer:
-        """The tokenizer with its chat template. DataError where it has none, or one that the family does not fit."""
+        """The tokenizer with its chat template. DataError if it has none, or one that does not fit the family."""
         chat = ChatTokenizer(self.tokenizer, thinking=thinking)
         check_template(chat, self.adapter.conversation_format(), where=self.name)
         return chat
@@ -66,11 +66,12 @@ class Target:
 
 @frozen(kw_only=True, eq=False)
 class Draft:
-    """A loaded draft. `description` says what it is, `target` what it was opened for, in `dtype` and on `device`.
+    """A loaded draft.
 
-    `tree_nodes`: how many tokens the trees have that it proposes; None: chains.
-
-    `path` is its directory, or its name where it is not trained.
+    path: The draft's directory, or its name if it is not trained.
+    description: Facts about the draft.
+    target: The target that the draft was opened for, in `dtype` and on `device`.
+    tree_nodes: The number of tokens in the trees that the draft proposes; None: it proposes chains.
     """
 
     path: Path | str
@@ -82,7 +83,7 @@ class Draft:
     tree_nodes: int | None = None
 
     def proposer(self) -> Proposer:
-        """A new decoding side."""
+        """A new proposer."""
         if self.tree_nodes is None:
             return self.model.proposer()
         assert isinstance(self.model, DraftModel), "only trained drafts propose trees"
@@ -109,8 +110,9 @@ def load_target(
 
     `dtype` is "float32", "bfloat16" or "float16"; left out, it is float32 on a CPU, where results are exact, and
     bfloat16 elsewhere. `device` is PyTorch's name of a device; left out, the accelerator if there is one. `revision` is
-    a branch, tag or commit on the Hub. `chat_template` is a Jinja file in place of the target's own template. Raises
-    DeepSpecError where there is no such target, no plugin covers it, or the file cannot be read or does not fit it.
+    a branch, tag or commit on the Hub. `chat_template` is a Jinja file to use in place of the target's own template.
+    Raises DeepSpecError if there is no such target, if no plugin covers it, or if the template file cannot be read or
+    does not fit the target.
     """
     trust_remote_code = flag_of(trust_remote_code, "trust_remote_code")
     plugins = load_plugins()
@@ -121,7 +123,7 @@ def load_target(
     adapter, _ = open_target_alone(
         where, registry=plugins.registry, trust_remote_code=trust_remote_code, revision=revision
     )
-    # The tokenizer first: what is missing is said before gigabytes are read.
+    # The tokenizer comes first, so that a missing one is reported before gigabytes of weights are read.
     tokenizer = tokenizer_for(where, trust_remote_code, revision=revision)
     if chat_template is not None:
         path = path_of(chat_template, "chat_template", expected="a Jinja file")
@@ -136,13 +138,14 @@ def load_target(
 def load_draft(name: str | Path, target: Target, *, tree_nodes: int | None = None) -> Draft:
     """The draft of a directory or a Hub id, in the target's dtype and on its device.
 
-    A draft that is not trained is named by its type and its options: "TYPE", "TYPE:VALUE" for the value of the one
-    option that must be given, or "TYPE:key=value,key=value". A directory of that name wins. With `tree_nodes` the draft
-    proposes trees of so many tokens, which carry no confidence, in place of chains.
+    A draft that is not trained is given as its type and options: "TYPE"; "TYPE:VALUE", with the value of its one
+    required option; or "TYPE:key=value,key=value". If a directory has that name, the directory is opened. With
+    `tree_nodes` the draft proposes trees of at most this many tokens in place of chains. Trees carry no confidence.
 
-    Raises DeepSpecError where there is no such checkpoint, no installed algorithm knows it, its weights are damaged, it
-    was made for a target of other sizes, or it proposes no trees. Whether it was trained for this very target is not
-    known here: a draft of another target of the same sizes is opened, and few of its tokens are accepted.
+    Raises DeepSpecError if there is no such checkpoint, if no installed algorithm recognises it, if its weights are
+    damaged, if it was made for a target of other sizes, or if it proposes no trees. This function cannot check whether
+    the draft was trained for exactly this target: a draft of another target of the same sizes is opened, and few of its
+    tokens are accepted.
     """
     check_models(target, None)
     registry = target.plugins.registry
@@ -188,13 +191,14 @@ def load_draft(name: str | Path, target: Target, *, tree_nodes: int | None = Non
 
 
 def check_models(target: Target, draft: Draft | None) -> None:
-    """ConfigError for what is no loaded model, CheckpointError for a draft of other sizes, dtype or device."""
+    """ConfigError for an argument that is not a loaded model; CheckpointError for a draft that was opened for a target
+    of other sizes, dtype or device."""
     if not isinstance(target, Target):
-        raise _no_model("target", target, "load_target(NAME) returns")
+        raise _no_model("target", target, "load_target(NAME)")
     if draft is None:
         return
     if not isinstance(draft, Draft):
-        raise _no_model("draft", draft, "load_draft(NAME, target) returns, or None")
+        raise _no_model("draft", draft, "load_draft(NAME, target), or None")
     opened = _facts(draft.target, draft.dtype, draft.device)
     wanted = _facts(target.architecture, target.model.dtype, target.model.device)
     if opened != wanted:
@@ -210,15 +214,15 @@ def check_models(target: Target, draft: Draft | None) -> None:
 
 def _no_model(argument: str, given: object, source: str) -> ConfigError:
     return ConfigError(
-        f"this is no {argument}",
+        f"this is not a loaded {argument}",
         where=f"the argument `{argument}`",
         found=repr(given),
-        expected=f"what {source}",
+        expected=f"the result of {source}",
     )
 
 
 def _facts(architecture: TargetArchitecture, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """What a draft and its target have in common."""
+    """The facts in which a draft and its target must agree."""
     return {
         "hidden_size": architecture.hidden_size,
         "vocab_size": architecture.vocab_size,
@@ -259,6 +263,6 @@ def _device(given: str | torch.device | None) -> torch.device:
             "no such device",
             where="device",
             found=f"{given} ({(str(error).splitlines() or [''])[0]})",
-            expected="such as cpu, cuda or cuda:1",
+            expected="the name of a device, such as cpu, cuda or cuda:1",
         ) from error
     return device

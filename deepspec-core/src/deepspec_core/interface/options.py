@@ -1,6 +1,6 @@
-"""Options of the Python interface, checked as strictly as those of a run file: every problem at once, and in words.
+"""Options of the Python interface, checked as strictly as those of a run file: all problems are reported at once.
 
-Knows how keyword arguments become an attrs class. What a value of a run file may be is config/'s.
+Knows how keyword arguments become an attrs class. config/ knows the values that the keys of a run file may have.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Options = TypeVar("Options")
 
 @frozen(kw_only=True)
 class GenerateOptions:
-    """How prompts are continued. `thinking` and `system_prompt` concern prompts that go through the chat template."""
+    """The options of `generate`. `thinking` and `system_prompt` apply to prompts that go through the chat template."""
 
     max_new_tokens: int = field(default=256, validator=whole(1))
     temperature: float = field(default=0.0, validator=temperatures)
@@ -41,9 +41,9 @@ class GenerateOptions:
 
 
 def checked(kind: type[Options], values: Mapping[str, Any], *, call: str, registry: Registry) -> Options:
-    """The options as their class. Numbers of NumPy and PyTorch are taken as Python's.
+    """The values as an options object. Numbers from NumPy and PyTorch count as Python numbers.
 
-    ConfigError, with every problem, names the arguments as the caller of `call` wrote them.
+    ConfigError holds every problem, and names the arguments of the function `call`.
     """
     try:
         return strict_converter(registry).structure(as_toml(values), kind)

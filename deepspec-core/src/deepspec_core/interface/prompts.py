@@ -1,7 +1,7 @@
-"""Prompts as people write them in Python, and the token ids they stand for.
+"""Prompts of the Python interface, and how they become token ids.
 
-A prompt is a text (one user turn), a list of messages, or token ids. Knows these shapes; how messages become text is
-known to the target's chat template.
+A prompt is a text (one user turn), a list of messages, or token ids. Knows these forms; the target's chat template
+turns messages into text.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _SHAPES = "text, a list of messages with `role` and `content`, or a list of toke
 
 
 def listed(prompts: Any) -> list[Prompt]:
-    """One prompt alone as a list of one, several as a list. DataError for what is neither."""
+    """The prompts as a list; a single prompt becomes a list of one. DataError for anything else."""
     if isinstance(prompts, (str, bytes, bytearray)):
         return [prompts]
     if isinstance(prompts, Mapping) or not _is_list(prompts):
@@ -44,14 +44,14 @@ def listed(prompts: Any) -> list[Prompt]:
 
 @define(slots=False)
 class PromptReader:
-    """Turns prompts into token ids for one target. The chat template is needed only by prompts that go through it."""
+    """Turns prompts into token ids for one target. The chat template is opened only if a prompt needs it."""
 
     target: Target
     thinking: bool
     system_prompt: str | None
 
     def ids(self, prompt: Any, where: str) -> tuple[int, ...]:
-        """The ids of one prompt. DataError, saying `where`, for one that is malformed, empty or too long."""
+        """The ids of one prompt. DataError, at `where`, if it is malformed, empty or too long."""
         return self._fitting(self._read(prompt, where), where)
 
     def _read(self, prompt: Any, where: str) -> tuple[int, ...]:
@@ -60,7 +60,7 @@ class PromptReader:
         no_list = not _is_list(prompt)
         # Bytes would pass for a list of ids below 256.
         if isinstance(prompt, (Mapping, bytes, bytearray)) or no_list:
-            raise DataError("this is no prompt", where=where, found=type(prompt).__name__, expected=_SHAPES)
+            raise DataError("this is not a prompt", where=where, found=type(prompt).__name__, expected=_SHAPES)
         parts = _as_list(prompt)
         if not parts:
             raise _empty(where)
@@ -68,7 +68,12 @@ class PromptReader:
             return self._rendered(parts, where)
         other = next((part for part in parts if not _is_id(part)), None)
         if other is not None:
-            raise DataError("a prompt's ids are not whole numbers", where=where, found=repr(other), expected="[12, 34]")
+            raise DataError(
+                "a prompt's ids are not whole numbers",
+                where=where,
+                found=repr(other),
+                expected="whole numbers, such as [12, 34]",
+            )
         return tuple(map(int, parts))
 
     @cached_property
@@ -101,14 +106,14 @@ class PromptReader:
                 "a prompt has ids outside the vocabulary",
                 where=where,
                 found=outside,
-                expected=f"0 to {architecture.vocab_size - 1}",
+                expected=f"ids from 0 to {architecture.vocab_size - 1}",
             )
         if len(ids) >= architecture.max_positions:
             raise DataError(
                 "a prompt leaves the target no room to answer",
                 where=where,
                 found=f"{len(ids):,} tokens",
-                expected=f"fewer than {architecture.max_positions:,}",
+                expected=f"fewer than {architecture.max_positions:,}, the target's positions",
             )
         return ids
 

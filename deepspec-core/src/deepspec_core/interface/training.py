@@ -1,6 +1,6 @@
-"""A whole run from Python: the same stages, folders and refusals as on the command line, without its output.
+"""A whole run from Python: the same stages, folders and checks as on the command line, without its output.
 
-Knows where a run's results lie; what stages do is pipeline/'s.
+Knows where a run's results are; pipeline/ runs the stages.
 """
 
 from __future__ import annotations
@@ -27,12 +27,14 @@ log = logging.getLogger("deepspec")
 
 @frozen(kw_only=True)
 class Training:
-    """What a run left behind. `folder` is its output, `draft` the directory of the finished draft.
+    """The results of a run.
 
-    `steps`: optimizer steps. `figures`: the last line of the training log, such as {"loss": ...}. `metrics`: what the
-    evaluate stage wrote to metrics.json. `stages`: the summary of each stage that was asked for. Without a train stage
-    among them `draft` is None where no earlier run left one, `steps` 0 and `figures` empty; without an evaluate stage
-    `metrics` is None.
+    folder: The run's output.
+    draft: The directory of the finished draft; None if neither this call nor an earlier one has trained it.
+    steps: The number of optimizer steps; 0 if no train stage was asked for.
+    figures: The last line of the training log, such as {"loss": ...}; empty if no train stage was asked for.
+    metrics: The contents of metrics.json; None if no evaluate stage was asked for.
+    stages: The summary of each stage that was asked for.
     """
 
     folder: Path
@@ -51,14 +53,15 @@ def train(
     smoke: bool = False,
     base: str | os.PathLike[str] = ".",
 ) -> Training:
-    """Do the stages of a run file, or only those in `stages`, as far as they are not done.
+    """Run the stages of a run file, or only those in `stages`. Finished stages are skipped.
 
-    `run_file` is the path of a TOML file, or a RunFile, or a dictionary as RunFile.from_dict takes it; of the latter
-    two, relative paths start at `base`. Finished stages are skipped, interrupted ones resume, and a setting that
-    changed under results is refused; `force` discards the results of stages first. `smoke` makes every stage small.
+    `run_file` is the path of a TOML file, a RunFile, or a dictionary as RunFile.from_dict takes it. For a RunFile or a
+    dictionary, relative paths start at `base`. Interrupted stages resume. If a setting changed after a stage had
+    results, the run is refused, unless `force` names the stage: its results are then discarded first. `smoke` makes
+    every stage small.
 
-    Runs in this process on one device; messages go to the logger "deepspec". Raises DeepSpecError as the command line
-    would report it.
+    Runs in this process on one device. Messages go to the logger "deepspec". Raises the DeepSpecError that the command
+    line would print.
     """
     smoke = flag_of(smoke, "smoke")
     plugins, base = load_plugins(), path_of(base, "base", expected="a folder")

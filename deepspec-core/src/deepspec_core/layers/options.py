@@ -74,22 +74,23 @@ def rope_problem(entry: Mapping[str, Any]) -> str | None:
 
 @frozen(kw_only=True)
 class LayerOptions:
-    """[draft.layer]: the draft's own shape. What is left out is the target's.
+    """[draft.layer]: the shape of the draft's layers. A key that is left out takes the target's value.
 
-    style: The family whose layers the draft has, by its name in `deepspec plugins`: projections, norms, MLP, rotary
-        embedding. The sizes are still the target's. The draft then embeds tokens and forms logits as that family does,
-        with the target's weights. Serving engines have draft layers of few families. Left out: the target's own family.
-    intermediate_size: Width of the MLP. Needed for targets without dense layers.
-    num_heads: Query heads.
-    num_kv_heads: Key and value heads.
-    head_dim: Size of a head.
-    rope: Parameters of the rotary embedding that differ from the target's, by the names that config.json has in
-        `rope_parameters`, such as {rope_type = "yarn", factor = 4.0, original_max_position_embeddings = 32768}. With a
-        `rope_type`, only the target's base (`rope_theta`) is kept. Without one, they have to be parameters that the
-        target's kind reads.
-    window: Positions that each of the draft's attention layers sees, its own included. Earlier ones are not seen, in
-        training as in decoding, so the draft's decoding cost and cache stop growing with the context. It must be at
-        least as large as what the draft proposes in one round. Left out: the whole context.
+    style: The family whose layers the draft has (projections, norms, MLP, rotary embedding), by its name in
+        `deepspec plugins`. The sizes are still the target's. The draft then also embeds tokens and forms logits as that
+        family does, with the target's weights. Serving engines support draft layers of few families. Left out: the
+        target's own family.
+    intermediate_size: The width of the MLP. Required for targets without dense layers.
+    num_heads: The number of query heads.
+    num_kv_heads: The number of key and value heads.
+    head_dim: The size of a head.
+    rope: Parameters of the rotary embedding that differ from the target's, by their names in the `rope_parameters` of
+        config.json, such as {rope_type = "yarn", factor = 4.0, original_max_position_embeddings = 32768}. With a
+        `rope_type`, only the base (`rope_theta`) is taken from the target. Without one, only parameters that the
+        target's `rope_type` reads are allowed.
+    window: The number of positions that each of the draft's attention layers sees, the query's own included, in
+        training as in decoding. The cost of the draft's decoding and its cache then stop growing with the context. It
+        must be at least the number of tokens that the draft proposes in one round. Left out: the whole context.
     """
 
     style: str | None = field(default=None, validator=optional(instance_of(str)))

@@ -1,1 +1,1 @@
-"""Runs: which stages a run file has, which results exist, what is left to do, and doing it."""
+"""Runs: the stages of a run file, their results, and what is left to do."""

@@ -1,6 +1,6 @@
-"""Where a run's cache and its inputs must not lie, because a stage writes or discards what is there.
+"""Checks that no stage writes over or discards a run's cache or inputs.
 
-Knows folders. Does not know what is in them, but for what tells a cache from other files.
+Knows folders. Of their contents it knows only how to tell a cache from other files.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ def check_cache_place(run: Run) -> None:
         reason = "a folder with files that are no cache"
     if reason is not None:
         raise ConfigError(
-            "the cache cannot be put there",
+            "the cache cannot be put into this folder",
             where="cache.path",
             found=f"{run.file.cache.path}: {reason}",
-            expected="a folder of its own: an empty one, one that does not exist, or a cache",
+            expected="a separate folder: an empty one, one that does not exist yet, or a cache",
         )
 
 
@@ -66,9 +66,9 @@ def check_inputs_survive(run: Run, discarded: Sequence[str]) -> None:
         inside = [folder for folder in folders if place.is_relative_to(folder)]
         if inside and not path.startswith(BUILTIN) and place.exists():
             raise StageError(
-                "What the run reads would be discarded",
+                "--force would discard files that the run reads",
                 where=key,
                 found=f"{path}, in {inside[0]}",
-                expected="a place outside the results that --force discards",
-                fix="Copy it elsewhere, and name the copy.",
+                expected="files outside the folders that --force discards",
+                fix="Copy the files to another folder, and name the copy.",
             )

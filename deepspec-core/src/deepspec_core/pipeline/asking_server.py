@@ -1,6 +1,6 @@
-"""What a command that measures one server asks of it: its address, and the run's target as it must serve it.
+"""The server that a command measures: its address, and the run's target as the server must serve it.
 
-Knows runs and the options of commands. How a server is asked is in servers/.
+Knows runs and the options of commands. servers/ sends the requests.
 """
 
 from __future__ import annotations
@@ -24,11 +24,14 @@ def address_of(given: str) -> str:
     parts = urlsplit(given)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ConfigError(
-            "The server has no address", where="--server", found=given, expected="an address like http://host:8000"
+            "This is not the address of a server",
+            where="--server",
+            found=given,
+            expected="an address like http://host:8000",
         )
     if parts.username is not None or parts.password is not None:
         raise ConfigError(
-            "A key does not belong into an address, which results keep",
+            "The server's address contains a user or password, and results would store it",
             where="--server",
             expected="an address without a name and a password",
             fix="Name the environment variable that holds the key in --api-key-env.",

@@ -46,7 +46,9 @@ def run_stage(run: Run) -> dict[str, Any]:
             if kept is not None:
                 one_pass.begin_alike(run)
             for reason, count in came.most_common():
-                log.info("features of %d samples %s", count, _asked(reason) if reason else "came with their answers")
+                log.info(
+                    "features of %d samples %s", count, _asked(reason) if reason else "were received with their answers"
+                )
         if came[""] < len(samples):
             servers = begin(run, "cache")
 

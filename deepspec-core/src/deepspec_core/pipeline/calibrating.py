@@ -1,6 +1,6 @@
 """`deepspec calibrate`: temperatures for the confidences of an evaluated draft, fitted on its recorded rounds.
 
-Knows a run's folder and what is written there. The fit is in evaluation/calibration.py.
+Knows a run's folder and the files that it writes there. The fit is in evaluation/calibration.py.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Calibrated:
 def calibrate(
     folder: Path, *, tasks: Sequence[str], temperature: float | None, versions: Mapping[str, str]
 ) -> Calibrated:
-    """Fit on the rounds of a run's folder and write both files there. See recorded_rounds for what is refused."""
+    """Fit on the rounds of a run's folder and write both files there. recorded_rounds.py lists the errors."""
     rounds = recorded_rounds(folder, tasks=tasks, temperature=temperature)
     own = rounds.judged()
     unchanged_draft(rounds)

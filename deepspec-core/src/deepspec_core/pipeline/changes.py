@@ -1,6 +1,7 @@
-"""Whether the inputs of a stage's results are still the same: keys of the run file, and other content that it read.
+"""Checks whether the inputs of a stage's results are still the same: keys of the run file, and other content that it
+read.
 
-Knows records and where each content of a run lies. Does not know what a stage is or does.
+Knows records and where each content of a run is stored. Does not know what a stage is or does.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ def refuse_changes(run: Run, record: StageRecord) -> None:
         others = ", ".join(name for name, _, _ in changes[1:6])
         more = f" (and {len(changes) - 1} more: {others})" if changes[1:] else ""
         raise StageError(
-            f"`{key}` changed under the results of the stage `{stage}`{more}",
+            f"`{key}` changed after the stage `{stage}` had results{more}",
             where=folder,
             found=f"{key} = {new}",
-            expected=f"{key} = {old}, which the results were made with",
+            expected=f"{key} = {old}, with which the results were made",
             fix=f"Set it back, {back}",
         )
     _refuse_others(run, record, record.content, folder, "which the results were made with", back)
@@ -52,11 +53,11 @@ def _refuse_others(
         new = digest_now(run, name, resuming=not record.complete)
         if new is not None and new != old:
             raise StageError(
-                f"{name[0].upper()}{name[1:]} changed under the results of the stage `{record.stage}`",
+                f"{name[0].upper()}{name[1:]} changed after the stage `{record.stage}` had results",
                 where=where,
                 found=new[:_DIGITS],
                 expected=f"{old[:_DIGITS]}, {whose}",
-                fix=f"Put back what was there, {back}",
+                fix=f"Restore the earlier version, {back}",
             )
 
 

@@ -1,6 +1,6 @@
 """Checks before the first stage, so that a mistake is reported at once and not after hours.
 
-Knows which stages are to run and what each will need. Tries training out through trying.py. Writes no results.
+Knows which stages will run and what each of them needs. trying.py tries the training. Writes no results.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def _prompt_length(run: Run, system_prompt: str | None) -> int:
             error.problem,
             where=f"{run.path}: {key if system_prompt is None else 'data.system_prompt'}",
             found=error.found,
-            expected=error.expected or "a template that writes all of a prompt",
+            expected=error.expected or "a template whose output contains the whole prompt",
             fix="Name another template in target.chat_template."
             if system_prompt is None
             else "Change data.system_prompt, or name another template in target.chat_template.",
@@ -171,7 +171,7 @@ def _room_for_answers(run: Run) -> None:
         else:
             key, fix = "max_length", "Raise data.max_length."
         raise ConfigError(
-            "every sample would be dropped as too short: what it may hold is full before enough is supervised",
+            "every sample would be dropped as too short: prompt and supervised tokens exceed data.max_length",
             where=f"{run.path}: data.{key}",
             found=f"{prompt} tokens before an answer, and {data.min_supervised_tokens} supervised at least",
             expected=f"at most {most:,} together, the tokens of the longest sample",
@@ -195,7 +195,7 @@ def _answers_reach(run: Run, turns: int | None) -> None:
         )
         return
     raise ConfigError(
-        "the target's answers would be dropped as too short",
+        "every answer of the target would be dropped as too short",
         where=f"{run.path}: regenerate.max_tokens",
         found=f"{longest}, of {turns} turns at most, with data.min_supervised_tokens = {least}",
         expected=f"at least {-(-least // turns)}",
@@ -214,10 +214,10 @@ def _mask_token(run: Run, description: DraftDescription) -> None:
     used.setdefault(architecture.pad_token_id, "the padding token")
     if mask in used:
         raise ConfigError(
-            "the mask token means something to the target",
+            "the mask token occurs in the target's texts",
             where=f"{run.path}: [draft] {MASK}",
             found=f"{mask} ({tokenizer.decode([mask])!r}), {used[mask]}",
-            expected="an id that no text of the target uses",
+            expected="a token id that no text of the target uses",
             fix="Choose an unused or reserved id of the target's vocabulary.",
         )
 
@@ -277,7 +277,7 @@ def _room_for_checkpoint(run: Run, needed: int) -> None:
     free = free_bytes(run.folder)
     if needed > free:
         raise CheckpointError(
-            "no room for a checkpoint",
+            "the disk has no room for a checkpoint",
             where=run.folder,
             found=f"{in_words(free)} free",
             expected=in_words(needed),
@@ -291,7 +291,7 @@ def _room_for_checkpoint(run: Run, needed: int) -> None:
     most = train.keep_checkpoints + best + 1 - there
     if needed * most > free:
         log.warning(
-            "%d checkpoints may take %s, and %s are free in %s; train.keep_checkpoints and keep_best say how many stay",
+            "%d checkpoints may take %s, but only %s are free in %s: see train.keep_checkpoints and train.keep_best",
             most,
             in_words(needed * most),
             in_words(free),
@@ -347,7 +347,7 @@ def _evaluation(run: Run, confidence: bool | None, proposed: int | None) -> None
         costs_of(run, confidence, proposed)
     if options.confidence_threshold > 0 and confidence is False:
         raise ConfigError(
-            "this draft gives no confidence to compare with",
+            "this draft gives no confidence to compare with the threshold",
             where="[evaluate] confidence_threshold",
             found=f"{options.confidence_threshold:g}",
             expected="a draft with a confidence head, or a threshold of 0",

@@ -1,7 +1,7 @@
-"""`deepspec compare`: a run's draft beside baselines, on the run's own prompts: drafts that are not trained, and trees.
+"""`deepspec compare`: a run's draft beside baselines (drafts that are not trained, and trees) on the run's own prompts.
 
-Every baseline is evaluated as a run of its own, in a folder below the run's, so it resumes and is skipped like one.
-Knows runs and their evaluations. How figures are put side by side is in evaluation/.
+Every baseline is evaluated as a separate run in a folder below the run's, so it resumes, and is skipped if it is
+finished. Knows runs and their evaluations. evaluation/ puts the figures side by side.
 """
 
 from __future__ import annotations
@@ -156,17 +156,20 @@ def _finished(folder: Path) -> dict[str, Any]:
         return read_metrics(folder / METRICS)
     except FileNotFoundError:
         raise StageError(
-            "No evaluation there", where=folder, expected=f"a folder with {METRICS}", fix="Name another in --beside."
+            "There is no evaluation in this folder",
+            where=folder,
+            expected=f"a folder with {METRICS}",
+            fix="Name another in --beside.",
         ) from None
 
 
 def _refuse_shared_names(own: str, names: Sequence[str]) -> None:
-    """ConfigError where two of what is compared would have one name, or one folder."""
+    """ConfigError if two of the compared evaluations would have the same name or folder."""
     slugs = [_slug(name) for name in names]
     for index, name in enumerate(names):
         if name == own:
             raise ConfigError(
-                "a baseline has the name of the run",
+                "a baseline has the same name as the run",
                 where="--with",
                 found=name,
                 expected="a name that differs from run.name",
@@ -177,7 +180,7 @@ def _refuse_shared_names(own: str, names: Sequence[str]) -> None:
                 "two baselines would share one folder",
                 where="--with",
                 found=f"{names[slugs.index(slugs[index])]} and {name}",
-                expected="names that differ in letters and digits",
+                expected="names that differ in their letters or digits, which make the folder's name",
                 fix="Compare them in two commands, each with an output of its own: --set run.output=...",
             )
 
@@ -187,7 +190,7 @@ def _slug(name: str) -> str:
 
 
 def _baseline(file: RunFile, name: str, own: Run) -> RunFile:
-    """The run file of what `name` says. ConfigError where it is no draft without training, and no tree."""
+    """The run file of the baseline `name`. ConfigError if it is neither a draft that is not trained nor a tree."""
     slug = _slug(name)
     baseline = evolve(
         file,
@@ -224,7 +227,7 @@ def _nodes(name: str) -> int | None:
         return None
     if not colon or not re.fullmatch(r"[0-9]{1,9}", number) or not 1 <= int(number) <= MOST_NODES:
         raise ConfigError(
-            "a tree has a number of tokens",
+            "tree:N needs the number of tokens of the tree",
             where="--with",
             found=name,
             expected=f"{TREE}:N, N from 1 to {MOST_NODES}, as in {TREE}:16",

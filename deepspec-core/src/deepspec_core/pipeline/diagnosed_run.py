@@ -1,6 +1,6 @@
-"""The run that a diagnosis looks at: of a run file, of a run's folder, or of a checkpoint with its target.
+"""The run that a diagnosis examines: that of a run file, of a run's folder, or of a checkpoint with its target.
 
-Knows how each is named and opened. Does not know what is looked at.
+Knows how each is named and opened. Does not know what a diagnosis examines.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from deepspec_core.plugins.discovery import Plugins
 
 
 def run_of(place: Path, *, overrides: Sequence[str], tasks: Sequence[str], plugins: Plugins) -> Run:
-    """The run of a run file, or of a run's folder. StageError where a folder does not say what its paths start at."""
+    """The run of a run file, or of a run's folder. StageError if a folder's relative paths cannot be resolved."""
     if place.is_dir():
         file, path = run_file_of(place, overrides=overrides, plugins=plugins)
     else:

@@ -1,6 +1,7 @@
-"""The rounds of a served draft, for a diagnosis: a running server is asked evaluation's prompts, and its counters read.
+"""The rounds of a served draft, for a diagnosis: a running server answers the evaluation's prompts, and its counters
+are read.
 
-Knows runs and servers. What the counts are compared with is in diagnosing.py.
+Knows runs and servers. diagnosing.py compares the counts.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The texts that a diagnosis measures a run's draft on: training samples, held-out ones, evaluation's prompts.
+"""The texts on which a diagnosis measures a run's draft: training samples, held-out samples, the evaluation's prompts.
 
-Knows a run's data, cache and target. Does not know drafts or acceptance. Nothing here refuses what changed since the
-run was made: that is what is looked for.
+Knows a run's data, cache and target. Does not know drafts or acceptance. Nothing here refuses inputs that changed since
+the run was made, because a diagnosis looks for such changes.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def with_live_features(run: Run, samples: Sequence[Sample], taps: Sequence[int])
 
 
 def header_differences(run: Run, header: CacheHeader) -> dict[str, tuple[Any, Any]]:
-    """By field, what the cache says and what the run would write now, where that is not the same."""
+    """The fields in which the cache's header differs from the one that the run would write now, with both values."""
     now = run.cache.header_of(header.source)
     pairs = {name: (getattr(header, name), getattr(now, name)) for name in _COMPARED}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}

@@ -1,8 +1,8 @@
-"""`deepspec diagnose`: where a draft that trains well loses its acceptance, and why.
+"""`deepspec diagnose`: finds the stage at which a draft that trains well loses its acceptance, and the cause.
 
-Measures the same figures at every stage between training and serving. From one stage to the next one thing changes, so
-the first that drops says what. Beside that it looks at what is known to go wrong. Knows runs; how each thing is
-compared is in diagnosis/.
+Measures the same figures at every stage between training and serving. Neighbouring stages differ in one thing, so the
+first stage with a drop shows the cause. Known causes are also checked directly. Knows runs; diagnosis/ makes the
+comparisons.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def diagnose(
     ConfigError for drafts that are not trained, and other DeepSpecErrors for what cannot be loaded at all.
     """
     if not run.trains:
-        raise ConfigError("a draft of this type is not trained", where=run.path, found=run.file.draft.type)
+        raise ConfigError("drafts of this type are not trained", where=run.path, found=run.file.draft.type)
     count = threads.choose(run, ["evaluate"])["evaluate"]
     with threads.using(count):
         looking = _Looking(run=run, extent=extent, tolerance=tolerance, say=say)

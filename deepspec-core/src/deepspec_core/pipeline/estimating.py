@@ -1,4 +1,4 @@
-"""Estimates of what a run's training will take: memory, the size of the feature cache, and operations.
+"""Estimates of a run's training: memory, the size of the feature cache, and operations.
 
 Reads the target's config, but no weights and no data. Samples are assumed to be as long as the run allows and
 supervised from their second token on, so the estimates are upper bounds for the run's own data. Knows runs. Does not
@@ -24,16 +24,16 @@ from deepspec_core.pipeline.training import new_draft, require_trained
 from deepspec_core.rows.engine import RowEngine, build_engine
 from deepspec_core.training.host_batch import HostBatch
 
-# Training on features of which nothing is computed in its own process.
+# Modes in which the training process computes no features itself.
 STORED = (CACHED, SERVER)
 
 
 def estimate(run: Run, *, processes: int = 1) -> Estimate:
     """The estimate for training in `processes` processes, each on a device like the one of this process.
 
-    The draft and, with online features, the target run on fake tensors, with the code for a CPU. Kernels of
-    accelerators may take less memory for attention. TargetError or ConfigError if the target, its taps or the draft's
-    options would stop training too.
+    The draft and, with online features, the target run on fake tensors with the CPU's implementation. Kernels of
+    accelerators may take less memory for attention. Raises the TargetError or ConfigError that training would raise for
+    the target, its taps or the draft's options.
     """
     require_trained(run)
     run.data.check_length()
@@ -50,7 +50,7 @@ def estimate(run: Run, *, processes: int = 1) -> Estimate:
             target = run.target.adapter.skeleton(dtype=run.target.dtype)
             whole = made.now
         draft = new_draft(run)
-        # The draft shares these. Of the rest of the target, training on stored features loads nothing.
+        # The draft shares these. Training on stored features loads nothing else of the target.
         shared = target.embedding_weight(), target.head_weight()
         draft.adopt(*shared)
         in_draft = [*draft.embed_tokens.parameters(), *draft.lm_head.parameters()]
@@ -101,9 +101,9 @@ def estimate(run: Run, *, processes: int = 1) -> Estimate:
 
 
 def _exchanged(held: Mapping[str, int], processes: int, *, sharded: bool) -> dict[str, int]:
-    """What is held otherwise by one of several processes. Gradients are sent in buffers of their own.
+    """The parts of `held` that differ with several processes. Gradients are exchanged in separate buffers.
 
-    In shards, each process has a part of weights and moments, and during a step all of the weights beside it.
+    If sharded, each process holds a part of the weights and moments, and during a step also all of the weights.
     """
     trained = held["trained_weights"]
     if processes == 1:
@@ -120,9 +120,11 @@ def _exchanged(held: Mapping[str, int], processes: int, *, sharded: bool) -> dic
 
 
 def _not_counted(run: Run, problem: str | None) -> tuple[str, ...]:
-    left_out = [] if problem is None else [f"the target's forward pass: {problem}"]
+    left_out = []
+    if problem is not None:
+        left_out.append(f"the target's forward pass, which cannot run on tensors without values: {problem}")
     if run.file.train.batching == PACKED:
-        left_out.append("packed rows: a row is taken to hold one sequence, and several have more anchors")
+        left_out.append("the further anchors of packed rows: a row is assumed to hold one sequence")
     return tuple(left_out)
 
 

@@ -1,6 +1,7 @@
-"""The draft that a run evaluates: a checkpoint, which is the run's own or a named one, or a draft that is not trained.
+"""The draft that a run evaluates: the run's own checkpoint, a named checkpoint, or a draft that is not trained.
 
-Knows where checkpoints of a run lie, and how both kinds are loaded. Does not know what an evaluation does with them.
+Knows where the checkpoints of a run are, and how both kinds of drafts are loaded. Does not know what an evaluation does
+with them.
 """
 
 from __future__ import annotations
@@ -113,5 +114,5 @@ def _require_unchanged(now: str, then: str, where: Path | str) -> None:
         raise StageError(
             "The draft changed while it was read",
             where=where,
-            fix="Another process writes it: wait for that, and run again.",
+            fix="Another process is writing the checkpoint: wait until it has finished, and run again.",
         )

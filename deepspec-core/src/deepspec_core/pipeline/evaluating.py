@@ -160,7 +160,7 @@ def journals(tasks: Sequence[str]) -> dict[str, str]:
     shared = [task for task, name in names.items() if list(names.values()).count(name) > 1]
     if shared or len(names) < len(tasks):
         raise DataError(
-            "Two tasks would share one file of results",
+            "Two tasks would write the same file of results",
             where="evaluate.tasks",
             found=", ".join(shared or tasks),
             fix="Name each task once, and give files different names.",

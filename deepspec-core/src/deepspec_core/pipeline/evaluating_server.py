@@ -1,7 +1,8 @@
-"""`deepspec evaluate --server`: the tasks of a run, or of a command, answered and counted by a running server.
+"""`deepspec evaluate --server`: a running server answers the tasks of a run or of a command, and its rounds are
+counted.
 
-Knows a run's target, prompts and recorded evaluation. How a server is asked is in servers/; what its counters say, in
-evaluation/served.py.
+Knows a run's target, prompts and recorded evaluation. servers/ sends the requests; evaluation/served.py interprets the
+counters.
 """
 
 from __future__ import annotations
@@ -100,18 +101,18 @@ class _Recordings:
 
 
 def evaluate_server(run: Run, asked: Asked) -> dict[str, Any]:
-    """Ask the server all tasks at all temperatures and batch sizes, and write metrics.json, report.md and the answers.
+    """Let the server answer all tasks at all temperatures and batch sizes. Write metrics.json, report.md, answers.
 
-    DeepSpecError for whatever stands against it; nothing is written then. What is known before is said before.
+    DeepSpecError if it cannot be done; nothing is written then. It is raised before the first request if possible.
     """
     options = run.file.evaluate
     journals(options.tasks)
     if options.stop:
         raise ConfigError(
-            "A server is not asked to end answers at strings",
+            "Stop strings cannot be used with a server",
             where="evaluate.stop",
             found=", ".join(map(repr, options.stop)),
-            expected="none with --server: servers differ in whether an answer's ids have the tokens of such a string",
+            expected="no stop strings with --server: servers differ in whether an answer's ids include their tokens",
             fix="Leave evaluate.stop out of the run file that --server reads, and --stop out of the command.",
         )
     asked = evolve(asked, address=address_of(asked.address))
@@ -134,7 +135,7 @@ def evaluate_server(run: Run, asked: Asked) -> dict[str, Any]:
     with (
         lock(
             asked.out,
-            problem="Another process writes there",
+            problem="Another process is writing to this folder",
             fix="Wait for it, or choose another folder with --out.",
         ),
         Server(address=asked.address, wanted=wanted) as server,
@@ -164,17 +165,19 @@ def evaluate_server(run: Run, asked: Asked) -> dict[str, Any]:
 
 
 def _require_free(asked: Asked) -> None:
-    """StageError where results are that are not to be discarded; never those of this engine."""
+    """StageError if there are results that must not be discarded. Results of this engine are never discarded."""
     try:
         there = read_metrics(asked.out / METRICS)
     except FileNotFoundError:
         return
     fix = "Choose another folder with --out"
     if "server" not in there:
-        raise StageError("The results of a server would replace this engine's own", where=asked.out, fix=f"{fix}.")
+        raise StageError("The server's results would replace those of this engine", where=asked.out, fix=f"{fix}.")
     if not asked.force:
         raise StageError(
-            "There are results already", where=asked.out, fix=f"{fix}, or discard them with --force evaluate."
+            "There are results in this folder already",
+            where=asked.out,
+            fix=f"{fix}, or discard them with --force evaluate.",
         )
 
 
@@ -188,17 +191,17 @@ def _recordings(run: Run, asked: Asked, passes: Sequence[_Pass]) -> _Recordings 
         if not asked.required:
             return None
         raise StageError(
-            "No evaluation there",
+            "There is no evaluation in this folder",
             where=asked.own,
             expected=f"a run's folder with {METRICS}, or its run file",
             fix="Run its evaluate stage first.",
         ) from None
     if "server" in report:
-        raise ConfigError("these are a server's results, not this engine's", where=asked.own / METRICS)
+        raise ConfigError("these are the results of a server, not of this engine", where=asked.own / METRICS)
     theirs, ours = report["target"].get("revision"), run.target.fingerprint()
     if theirs != ours:
         raise ConfigError(
-            "The recorded outputs are another target's",
+            "The recorded outputs are those of another target",
             where=asked.own / METRICS,
             found=f"revision {str(theirs)[:12]}",
             expected=f"{ours[:12]}, that of {run.file.target.model}",
@@ -210,9 +213,9 @@ def _recordings(run: Run, asked: Asked, passes: Sequence[_Pass]) -> _Recordings 
     comparable = alike and 0.0 in options.temperature and any(found.has(one) for one in passes)
     if asked.required and not comparable:
         raise ConfigError(
-            "Nothing could be compared",
+            "There is no answer to compare with",
             where=asked.own,
-            found="no recorded greedy answer to a prompt that is asked greedily",
+            found="no recorded greedy answer to any of the prompts that the server answers greedily",
             expected="an evaluation at temperature 0 of the same tasks with the same penalty and without stop strings, "
             "and --temperature 0 here",
             fix="Evaluate it with evaluate.temperature = [0.0], or leave --against out.",
@@ -260,16 +263,23 @@ def _warn(measured: Measured, about: dict[str, Any]) -> None:
     name = f"{about['task']} at temperature {about['temperature']:g}"
     if measured.disturbed:
         log.warning(
-            "%s: the server counted %s generated tokens and answered with %s: somebody else asked it too. Its rounds "
-            "are left out, and its speed is not that of these answers.",
+            "%s: the server counted %s generated tokens, but its answers have %s: other clients "
+            "used it too. Its rounds "
+            "are left out, and its speed includes the other work.",
             name,
             f"{measured.by_counters:,}",
             f"{measured.counted:,}",
         )
     if measured.disturbed is None:
-        log.warning("%s: the server shows no counters, so other work that it did meanwhile is not noticed", name)
+        log.warning(
+            "%s: the server shows no counters, so work for other clients at the same time would go unnoticed", name
+        )
     if measured.mismatched:
-        log.warning("%s: %d answers came as text whose tokens are not those it counted", name, measured.mismatched)
+        log.warning(
+            "%s: %d answers were received as text, and have another number of tokens than the server counted",
+            name,
+            measured.mismatched,
+        )
 
 
 def _result(about: dict[str, Any], measured: Measured, one: _Pass, beside: Agreement | None) -> dict[str, Any]:
@@ -296,7 +306,7 @@ def _answers(completions: Sequence[Completion]) -> Iterator[dict[str, Any]]:
 
 
 def _report(run: Run, server: Server, asked: Asked, results: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the server does not say of its draft and its weights is None."""
+    """Facts about draft and weights that the server does not report are None."""
     options = run.file.evaluate
     longest = max((len(result["marginal"] or ()) for result in results), default=0)
     names = ("algorithm", "checkpoint", "revision", "calibration", "parameters", "trainable_parameters")

@@ -1,7 +1,6 @@
-"""The export stage: the run's draft as serving engines load it, one folder a format.
+"""The export stage: writes the run's draft for serving engines, one folder for each format.
 
-Knows where a run's exports lie, and what a run says of its draft. How an export is written is known to
-checkpoints/exports.py.
+Knows where a run's exports are, and the facts that a run has about its draft. checkpoints/exports.py writes an export.
 """
 
 from __future__ import annotations

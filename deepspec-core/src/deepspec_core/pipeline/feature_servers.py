@@ -1,4 +1,4 @@
-"""The feature servers of a run: from its file to a farm of them (features/served/).
+"""The feature servers of a run: makes a farm of them (features/served/) from the run file.
 
 Knows [features], the run's target and its processes. Does not know how servers are asked.
 """
@@ -144,7 +144,7 @@ def from_run(run: Run) -> ServedFeatures:
 
 
 def _compare(run: Run, work: FeatureWork) -> Reference:
-    """Compare what servers gave with the target here, or with each other. ConfigError where one gives something else.
+    """Compare the servers' states with those of the target here, or with each other. ConfigError if a server's differ.
 
     Returns what they were compared with.
 
@@ -157,7 +157,11 @@ def _compare(run: Run, work: FeatureWork) -> Reference:
     else:
         reference = Reference(states=given.pop(first), whose=f"the first server, {first}")
     if not given:
-        log.info('%s is the only server, and compared with nothing; features.probe = "target" would', first)
+        log.info(
+            '%s is the only server, so its features are not compared; features.probe = "target" '
+            "compares them with the target",
+            first,
+        )
     for address, found in given.items():
         compared = differences(found, reference.states)
         require_alike(compared, where=f"features.servers: {address}", whose=reference.whose)
@@ -195,10 +199,10 @@ def _begun_with(record: Path, stage: str) -> ServedRecord | None:
         for path in results.rglob("*")
     ):
         raise StageError(
-            "A stage that servers began has no record of what they gave",
+            "The record of the servers' features is missing",
             where=record,
-            found="results of the stage, and no such file",
-            expected="the states that its servers gave for a short text when it was begun",
+            found="results of the stage, but no such file",
+            expected="the features of a short text, which the servers gave when the stage began",
             fix=f"Run again with --force {stage}, or choose another output.",
         )
     return None
@@ -231,7 +235,7 @@ def _require_room(run: Run, work: FeatureWork, max_length: int, count: int) -> N
     longest, most = work.bytes_of(max_length), work.exchange.most
     if longest > most:
         raise ConfigError(
-            "The exchange folder may not hold the longest sample",
+            "The limit of the exchange folder is too small for the longest sample",
             where=f"{run.path}: features.exchange_gb",
             found=f"{in_words(most)} for each of {count} process{'es' * (count > 1)}",
             expected=f"at least {in_words(longest)}: data.max_length = {max_length:,} tokens, "

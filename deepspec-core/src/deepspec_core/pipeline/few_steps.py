@@ -1,8 +1,9 @@
-"""A warning where training takes so few steps that the draft cannot have learned anything.
+"""Warns if training takes so few steps that the draft cannot have learned anything.
 
-The rule: fewer than FEWEST optimizer steps. Published drafts take tens of thousands; after fewer than some hundreds the
+The rule: fewer than FEWEST optimizer steps. Published drafts take tens of thousands. After less than a few hundred, the
 loss still falls steeply, and the accepted length says nothing about the algorithm, the target or the data. A smoke run
-is not warned about. Said before the first stage where the run file alone tells, else when the samples are counted.
+gets no warning. The warning comes before the first stage if the run file determines the number of steps, else when the
+samples have been counted.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ FEWEST: Final = 300
 
 
 def steps_of(options: TrainOptions, samples: int | None) -> tuple[int | None, int | None]:
-    """(the steps of training, those of one epoch) for so many samples; None where they are not known.
+    """(steps of training, steps of one epoch) for a number of samples; None for steps that are not known.
 
-    Of an unknown number of samples, max_steps are the most.
+    If the number of samples is not known, max_steps is the upper bound of the first.
     """
     if samples is None:
         return options.max_steps, None
@@ -38,7 +39,7 @@ def warn_before(run: Run) -> None:
 
 
 def warn_exactly(run: Run, samples: int) -> None:
-    """When the samples are counted, unless max_steps had it said before. The sources are not the stage's to read."""
+    """Warn once the samples are counted, unless max_steps led to the warning before the first stage."""
     said = run.file.train.max_steps is not None and run.file.train.max_steps < FEWEST
     if not run.smoke and not said:
         _warn(run.file.train, samples, "")
@@ -50,7 +51,7 @@ def _warn(options: TrainOptions, samples: int | None, most: str) -> None:
         return
     share = f", {100 * steps / epoch:.0f}% of an epoch" if epoch and steps < epoch else ""
     log.warning(
-        "training takes %s%d optimizer steps%s: fewer than %d are too few for its figures to mean anything. Raise "
+        "training takes %s%d optimizer steps%s: with fewer than %d, its figures mean little. Raise "
         "train.epochs or train.max_steps, or lower train.global_batch_size (%d)",
         most, steps, share, FEWEST, options.global_batch_size,
     )  # fmt: skip

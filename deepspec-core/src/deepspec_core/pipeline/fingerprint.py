@@ -1,8 +1,8 @@
-"""What a stage's results were made from, so that a rerun can tell whether it has changed.
+"""The inputs of a stage's results, recorded so that a rerun can tell whether they have changed.
 
-A fingerprint holds the values of the keys of the run file that the stage read, and the digests of the other content
-that it read (reads.py). It is kept as text beside the stage's results (stage.json), so that a message can name a
-difference. Knows keys and values. Does not know what stages do.
+A fingerprint holds the values of the run file's keys that the stage read, and the digests of the other content that it
+read (reads.py). It is stored as text beside the stage's results (stage.json), so that a message can name a difference.
+Knows keys and values. Does not know what stages do.
 """
 
 from __future__ import annotations

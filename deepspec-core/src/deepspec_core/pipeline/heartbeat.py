@@ -1,7 +1,7 @@
-"""What a run says of itself while it runs, in status.json in its folder: signs of life, the stage, how far it is.
+"""Writes status.json in a run's folder while the run works: signs of life, the stage, and its progress.
 
-The first worker's process has a thread that writes the file every few seconds, whole or not at all. What stages show as
-progress and what is warned about is noted without them. run_status.py reads it. Knows no stage.
+The first worker's process has a thread that writes the file every few seconds, atomically. It takes progress and
+warnings from where stages report them anyway. run_status.py reads the file. Knows no stage.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _beating: Heartbeat | None = None
 
 @frozen(kw_only=True)
 class Process:
-    """A process, told apart from one that has its number later or on another machine or in another container."""
+    """A process, identified so that a later process with its number, or one elsewhere, is not taken for it."""
 
     host: str = field(factory=socket.gethostname)
     boot: str
@@ -64,7 +64,7 @@ class Process:
 
     @property
     def is_here(self) -> bool:
-        """Whether its machine, and what gives processes their numbers, are this process's."""
+        """Whether it runs on this machine and in this PID namespace."""
         return (self.host, self.boot, self.numbers) == (
             socket.gethostname(),
             _text(_PROC / "sys/kernel/random/boot_id"),
@@ -87,7 +87,7 @@ def _numbers() -> str:
 
 
 class _Warnings(logging.Handler):
-    """Keeps the newest of what is warned about, and counts all."""
+    """Keeps the newest warnings, and counts all of them."""
 
     def __init__(self) -> None:
         super().__init__(level=logging.WARNING)
@@ -170,7 +170,9 @@ class Heartbeat:
             except OSError as error:
                 unwritten, self._unwritten = self._unwritten, True
                 if not unwritten:
-                    log.warning("%s cannot be written (%s): `deepspec status` shows what was", self._path, error)
+                    log.warning(
+                        "%s cannot be written (%s): `deepspec status` will show an old state", self._path, error
+                    )
 
     def _progress(self) -> dict[str, Any] | None:
         shown = progress.now()

@@ -1,7 +1,8 @@
-"""A run's workers on this machine: started together, asked to stop together, ended together.
+"""A run's workers on this machine: started together and stopped together.
 
-The process that starts them stays and computes nothing. It passes Ctrl-C and SIGTERM on, and a worker that fails ends
-the others. Should it be killed, its workers notice and stop by themselves. Knows processes; not what a worker does.
+The process that starts them waits and computes nothing. It passes Ctrl-C and SIGTERM on to the workers. If one worker
+fails, it stops the others. If it is itself killed, the workers notice and stop. Knows processes; does not know what a
+worker does.
 """
 
 from __future__ import annotations
@@ -105,7 +106,12 @@ def _watch(workers: Sequence[subprocess.Popen[bytes]], request: StopRequest) -> 
             if ended_badly:
                 rank, code = ended_badly[0]
                 if request.number is None:
-                    log.error("worker %d of %d ended first, %s; the others are ended", rank, len(workers), _how(code))
+                    log.error(
+                        "worker %d of %d ended first, %s; the other workers were stopped",
+                        rank,
+                        len(workers),
+                        _how(code),
+                    )
             until = time.monotonic() + (_SECONDS_AFTER_FAILURE if ended_badly else SECONDS_TO_STOP)
             for worker in alive:
                 with suppress(ProcessLookupError):
@@ -120,7 +126,7 @@ def _watch(workers: Sequence[subprocess.Popen[bytes]], request: StopRequest) -> 
 
 
 def _how(code: int) -> str:
-    """A worker that failed has said why."""
+    """How a worker ended. A worker that failed has printed the reason itself."""
     return f"killed by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
 
 

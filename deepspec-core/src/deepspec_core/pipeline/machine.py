@@ -1,4 +1,6 @@
-"""What decides how fast this process computes: device, threads and versions. Knows nothing of what is computed."""
+"""The facts that determine how fast this process computes: device, threads and versions. Does not know what it
+computes.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Made-up samples of a run, to try out and to estimate its training before there is any data.
+"""Made-up samples of a run, for trying and estimating its training before there is any data.
 
-Their sizes are right, and their numbers mean nothing. Features may be fake tensors (estimating/memory.py).
+They have the sizes of real samples and arbitrary values. Features may be fake tensors (estimating/memory.py).
 
 Legend: T tokens, C = taps * H, H hidden size.
 """

@@ -1,4 +1,4 @@
-"""Whether what a plugin offers as a feature source or a cache format has what its contract asks for.
+"""Checks whether a plugin's feature source or cache format has the members that its contract requires.
 
 Knows the members of these two contracts. Does not know stages, or any source or format.
 """
@@ -54,8 +54,8 @@ def _refuse(registry: Registry, kind: str, name: str, *, found: str, expected: t
         "cache": ("cache format", "contracts.cache.CacheFormat"),
     }[kind]
     raise PluginError(
-        f"{name!r} is no {title}",
+        f"{name!r} is not a {title}",
         where=registry.provider(kind, name),
         found=found,
-        expected=f"what `build` makes has {', '.join(expected)} ({contract})",
+        expected=f"an object from `build` with {', '.join(expected)} ({contract})",
     )

@@ -1,8 +1,8 @@
-"""Answers and features in one pass: the regenerate stage keeps what the cache stage then need not ask for.
+"""Answers and features in one pass: the regenerate stage stores features that the cache stage then need not request.
 
-[regenerate] features asks for it. Features are kept in the regenerate stage's folder until the cache is whole. They
-belong to the target, the taps and the number format, and to token ids; not to conversations. Knows a run's stages and
-folders; not how servers are asked, nor how features are stored.
+The key [regenerate] features switches it on. The features stay in the regenerate stage's folder until the cache is
+complete. They belong to token ids of one target with its taps and number format, not to conversations. Knows a run's
+stages and folders; does not know how servers are asked, or how features are stored.
 """
 
 from __future__ import annotations
@@ -116,14 +116,16 @@ def kept_of(run: Run) -> KeptFeatures | None:
     if not run.has("regenerate") or not (folder := folder_of(run)).exists():
         return None
     if not run.file.regenerate.features:
-        log.warning("features that came with answers are not used: regenerate.features = false")
+        log.warning("features that were received with answers are not used, because regenerate.features = false")
         return None
     _discard_others(run)
     kept: KeptFeatures | None = None
     try:
         kept = KeptFeatures(run.cache.format, folder, _header(run)) if folder.exists() else None
     except DeepSpecError as error:
-        log.warning("features that came with answers cannot be used, and servers are asked again: %s", error)
+        log.warning(
+            "features that were received with answers cannot be used; servers are asked for them again: %s", error
+        )
     # The workers ask servers together, so the first one decides for all. What it can read, they can.
     usable = workers.crew().told_by_first("features that came with answers can be used", kept is not None)
     return (kept or KeptFeatures(run.cache.format, folder, _header(run))) if usable else None
@@ -148,7 +150,7 @@ def told(samples: Samples, kept: KeptFeatures | None) -> Counter[str]:
 
 
 def end(run: Run) -> None:
-    """The cache is whole: what was kept for it is removed."""
+    """Remove the stored features; called when the cache is complete."""
     if run.has("regenerate"):
         discard(folder_of(run))
 
@@ -172,7 +174,7 @@ def _header(run: Run) -> CacheHeader:
 
 
 def _discard_others(run: Run) -> None:
-    """Remove, and say so, what was kept for another target, other taps or another number format."""
+    """Remove, with a warning, features that were stored for another target, other taps or another number format."""
     folder = folder_of(run)
     if not folder.exists() or not workers.crew().first:
         return
@@ -183,5 +185,5 @@ def _discard_others(run: Run) -> None:
         if found is not None or record.exists():
             read_record(record)
     except DeepSpecError as error:
-        log.warning("features that came with answers are discarded: %s", error)
+        log.warning("features that were received with answers are discarded: %s", error)
         discard(folder)

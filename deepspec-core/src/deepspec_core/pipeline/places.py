@@ -1,6 +1,7 @@
-"""The places where a run writes: that folders can be made and filled, and that nothing else has the name of a file.
+"""Checks the places where a run writes: folders can be made and written to, and no other file has the name of one of
+them.
 
-Knows the names of the files that stages write; not what is in them. Writes nothing.
+Knows the names of the files that stages write; does not know their contents. Writes nothing.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def check_places(run: Run, todo: Collection[str]) -> None:
         problem = why_not_writable(folder)
         if problem is not None:
             raise StageError(
-                "Results cannot be written there",
+                "Results cannot be written to this folder",
                 where=folder,
                 found=problem,
                 fix="Choose another run.output (or cache.path), or make the folder writable.",
@@ -57,11 +58,11 @@ def check_places(run: Run, todo: Collection[str]) -> None:
     draft = run.folder / "draft"
     if "train" in todo and (draft.is_symlink() or (draft.exists() and not draft.is_dir())):
         raise StageError(
-            "The finished draft cannot be put there",
+            "The finished draft cannot be written to this place",
             where=draft,
             found="a symbolic link" if draft.is_symlink() else "a file",
             expected="a folder of this run, or nothing",
-            fix="Move it away, or choose another run.output.",
+            fix="Move what is there away, or choose another run.output.",
         )
 
 

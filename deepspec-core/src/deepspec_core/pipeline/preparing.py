@@ -1,6 +1,6 @@
-"""`deepspec data prepare`: a run's conversations as its stages read them, written once, with counts.
+"""`deepspec data prepare`: writes a run's conversations once, as its stages would read them, with counts.
 
-Knows [data] of a run file. Needs no target: what depends on a tokenizer or a chat template is left to the run.
+Knows [data] of a run file. Needs no target: steps that depend on a tokenizer or a chat template are left to the run.
 """
 
 from __future__ import annotations
@@ -93,13 +93,13 @@ def _write(run: Run, folder: Path) -> dict[Split, Counter[str]]:
         bad_rows.finish()
     if not counts["train"]["conversations"]:
         raise DataError(
-            "There is no conversation to train on", where=f"{run.path}: data.sources", fix="Give more data."
+            "There is no conversation to train on", where=f"{run.path}: data.sources", fix="Add data to the sources."
         )
     if _digests(run) != digests:
         raise DataError(
             "A source changed while it was read",
             where=f"{run.path}: data.sources",
-            expected="files that nobody writes meanwhile",
+            expected="files that do not change while the command reads them",
             fix="Run the command again.",
         )
     _write_manifest(run, folder, counts, digests)
@@ -144,14 +144,14 @@ def _refuse_other(folder: Path) -> None:
     there = os.path.lexists(folder)
     if there and (folder.is_symlink() or not folder.is_dir() or (any(folder.iterdir()) and not is_prepared(folder))):
         raise DataError(
-            "Prepared conversations cannot be put there",
+            "Prepared conversations cannot be written to this folder",
             where=folder,
             found="something else",
             expected="prepared conversations, an empty folder, or nothing",
             fix="Choose another folder with --out.",
         )
     if (reason := why_not_writable(folder.parent)) is not None:
-        raise DataError("Prepared conversations cannot be put there", where=folder, found=reason)
+        raise DataError("Prepared conversations cannot be written to this folder", where=folder, found=reason)
 
 
 def _put(partial: Path, folder: Path, *, force: bool) -> Literal["written", "replaced", "unchanged"]:
@@ -163,10 +163,10 @@ def _put(partial: Path, folder: Path, *, force: bool) -> Literal["written", "rep
     if not force:
         changed = _differences(partial, folder)
         raise DataError(
-            "Other conversations were prepared there",
+            "The folder holds other prepared conversations",
             where=folder,
-            found=f"other {', '.join(changed)}" if changed else f"files that are not as {MANIFEST} says",
-            expected="the same content",
+            found=f"other {', '.join(changed)}" if changed else f"files that differ from {MANIFEST}",
+            expected="the conversations that this command would write",
             fix="Replace them with --force, or choose another folder with --out.",
         )
     old = folder.with_name(f".{folder.name}.{os.getpid()}.old")

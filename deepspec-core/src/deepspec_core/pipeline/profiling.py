@@ -54,9 +54,9 @@ def profile(
     """
     for place in (out, served_place(out)):
         if place.exists():
-            raise ConfigError("there is a file already", where=place, fix="Choose another with --out, or remove it.")
+            raise ConfigError("this file exists already", where=place, fix="Choose another with --out, or remove it.")
     if (problem := why_not_writable(out.parent)) is not None:
-        raise ConfigError("the cost table cannot be written there", where=out, found=problem)
+        raise ConfigError("the cost table cannot be written to this place", where=out, found=problem)
     repeated = [size for size in shapes.batch_sizes if shapes.batch_sizes.count(size) > 1]
     if repeated:
         raise ConfigError("a batch size is given twice", where="--batch-size", found=repeated[0])

@@ -1,9 +1,9 @@
-"""What a stage reads while it works: keys of the run file, and other content such as source files and weights.
+"""Records what a stage reads while it works: keys of the run file, and other content such as source files and weights.
 
-A stage's results depend on what it read. So every reading is recorded when it happens, and no list has to be kept by
-hand. The sections of a run file note the name of each key that is read (`recording`). A value that is computed once and
-used by several stages (`remembered`) notes on every use what was read to compute it. Knows names and digests. Does not
-know stages or folders.
+A stage's results depend on what it read. Each reading is recorded when it happens, so nobody has to maintain a list.
+The sections of a run file record the name of each key that is read (`recording`). A value that is computed once and
+used by several stages (`remembered`) records, at every use, everything that was read to compute it. Knows names and
+digests. Does not know stages or folders.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Reads:
 
     @contextmanager
     def unnoted(self) -> Iterator[None]:
-        """Inside the block nothing is noted: what is read there decides no result of the stage."""
+        """Inside the block nothing is recorded, because what is read there affects no result of the stage."""
         opened, self._open = self._open, []
         try:
             yield

@@ -1,4 +1,4 @@
-"""The rounds that a finished evaluation recorded, chosen by task and temperature, and the draft that they are of.
+"""The rounds that a finished evaluation recorded, selected by task and temperature, and the draft that decoded them.
 
 Knows metrics.json and the journals of a run's folder. Needs no run file and loads no model.
 """
@@ -58,7 +58,7 @@ class RecordedRounds:
         }
 
     def require_uncut(self) -> None:
-        """StageError if proposals were cut: what the draft would have proposed further is not recorded."""
+        """StageError if proposals were cut, because the rest of what the draft would have proposed is not recorded."""
         self._require_without("scheduler", self.report["settings"].get("scheduler"), "no scheduler")
         self._require_without(
             "confidence_threshold", self.report["settings"].get("confidence_threshold"), "threshold 0"
@@ -90,11 +90,11 @@ class RecordedRounds:
     def _require_without(self, what: str, value: object, instead: str) -> None:
         if value:
             raise StageError(
-                "The confidences of these rounds are not those of the draft alone",
+                "The confidences of these rounds were changed or cut by other settings",
                 where=self.folder / METRICS,
                 found=f"[evaluate] {what} = {value}",
                 expected=f"rounds that were decoded with {instead}",
-                fix="Evaluate with that, and another run.output to keep these results.",
+                fix="Evaluate again with this setting, and another run.output to keep the present results.",
             )
 
 
@@ -110,7 +110,7 @@ def recorded_rounds(folder: Path, *, tasks: Sequence[str] = (), temperature: flo
         report = read_metrics(folder / METRICS)
     except FileNotFoundError:
         raise StageError(
-            "No evaluation there",
+            "There is no evaluation in this folder",
             where=folder,
             expected=f"a run's folder with {METRICS}, or its run file",
             fix="Run its evaluate stage first.",
@@ -171,7 +171,7 @@ def _completions(folder: Path, report: Mapping[str, Any], result: Mapping[str, A
     said = (result.get("prompts_digest"), result["samples"], result.get("rounds"))
     if found != said:
         raise StageError(
-            f"A journal is not the one that {METRICS} was made from",
+            f"A journal does not belong to {METRICS}",
             where=path,
             found=f"{found[1]} samples, {found[2]} rounds, prompts {found[0][:12]}",
             expected=f"{said[1]} samples, {said[2]} rounds, prompts {str(said[0])[:12]}",

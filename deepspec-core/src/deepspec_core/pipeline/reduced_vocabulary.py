@@ -1,7 +1,7 @@
-"""A finished draft with fewer tokens to propose: those that its run's answers have most of, and what that costs.
+"""Reduces the vocabulary of a finished draft to the most frequent tokens of its run's answers, and measures the cost.
 
-Training is not repeated: rows of the lm_head, and of whatever else has a row for each token that can be proposed, are
-left out. Knows a run's folder and how a draft's weights follow its vocabulary; no format, and no algorithm.
+Training is not repeated: rows of the lm_head, and of every other weight with a row for each token, are left out. Knows
+a run's folder and how a draft's weights depend on its vocabulary; knows no export format and no algorithm.
 
 Legend: D tokens kept, V tokens of the target.
 """
@@ -120,7 +120,7 @@ def keep_rows(whole: DraftModel, draft: DraftModel, ids_D: torch.Tensor) -> None
             kept[name] = given[ids_D]
         else:
             raise PluginError(
-                "the draft's weights do not follow its vocabulary",
+                "the draft has a weight whose shape does not fit a reduced vocabulary",
                 where=name,
                 found=None if given is None else list(given.shape),
                 expected=f"{list(own.shape)}, or a row for each token of the target",
@@ -132,10 +132,10 @@ def _require_trained_answers(run: Run) -> None:
     answers = run.data.regenerated
     if answers is not None and not answers.is_file():
         raise StageError(
-            "the run's answers are not there",
+            "the run's answers are missing",
             where=answers,
-            expected="the file that the stage `regenerate` left",
-            fix="Put it back.",
+            expected="the file that the stage `regenerate` wrote",
+            fix="Put the file back.",
         )
     for stage in ("regenerate", "cache", "train"):
         record = read_record(run.stage_folder(stage)) if stage in run.file.run.stages else None
@@ -153,7 +153,7 @@ def _samples(run: Run) -> Iterator[Samples]:
     if TokenStore(data.tokens_folder, made_from(data)).ready() is not None:
         yield data.training_samples()
         return
-    log.info("the answers are tokenised again: the run's stored tokens are gone, or of other versions")
+    log.info("the answers are tokenised again, because the run's stored tokens are missing or from other versions")
     with TemporaryDirectory() as folder:
         yield evolve(data, folder=Path(folder)).training_samples()
 
@@ -163,7 +163,7 @@ def _new(run: Run, size: int, where: str) -> tuple[DraftModel, TargetAdapter]:
     kind, options, taps = read_options(folder, registry)
     if options is None or not any(one.name == _OPTION for one in attrs.fields(type(options))):
         raise ConfigError(
-            "drafts of this type have no vocabulary of their own",
+            "drafts of this type cannot have a reduced vocabulary",
             where=where,
             found=kind,
             expected=f"a draft type with the option {_OPTION}",
@@ -173,7 +173,7 @@ def _new(run: Run, size: int, where: str) -> tuple[DraftModel, TargetAdapter]:
             "the draft's vocabulary is reduced already",
             where=where,
             found=f"{getattr(options, _OPTION):,} tokens",
-            expected="a draft that knows all of its target's tokens",
+            expected="a draft with the target's whole vocabulary",
             fix="Train with another [draft] vocab_size.",
         )
     adapter = draft_adapter(folder, registry=registry)
@@ -183,7 +183,7 @@ def _new(run: Run, size: int, where: str) -> tuple[DraftModel, TargetAdapter]:
         raise ConfigError(error.problem, where=where, found=error.found, expected=error.expected) from error
     if draft.vocabulary is not None and size == draft.vocabulary.target_size:
         raise ConfigError(
-            "these are all of the target's tokens: nothing is reduced",
+            "this is the target's whole vocabulary: nothing would be reduced",
             where=where,
             found=f"{size:,}",
             expected=f"fewer than {size:,}",

@@ -39,10 +39,10 @@ def run_stage(run: Run) -> dict[str, Any]:
         report = _regenerated(run, counts, farm_of(run) if served else None)
     with_features = without.pop("", 0)
     for reason, count in without.most_common():
-        log.warning("%d texts came without features, which are asked for later: %s", count, reason)
+        log.warning("%d answers were received without features; the cache stage will request them: %s", count, reason)
     if report.skipped_results:
         log.info(
-            "%d recorded tool results were skipped, and %d were said after the target's own calls",
+            "%d recorded tool results were skipped, and %d were replayed after the target's own tool calls",
             report.skipped_results,
             report.replayed_results,
         )

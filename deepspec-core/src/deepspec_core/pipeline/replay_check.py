@@ -1,6 +1,6 @@
-"""Whether recorded tool results can be replayed: known before the first stage, from the rows and the chat template.
+"""Checks, before the first stage, whether recorded tool results can be replayed with the chat template.
 
-Knows counts of rows and the template; not how conversations are answered.
+Knows counts of rows and the template; does not know how conversations are answered.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """One run: its file, its folder, and the target, data and cache that its stages share.
 
-Knows where the files of a run lie and how its parts belong together. Each part knows its own section of the run file
+Knows where the files of a run are and how its parts belong together. Each part knows its own section of the run file
 (run_target.py, run_data.py, run_cache.py). Nothing heavy is imported before a part is used.
 """
 

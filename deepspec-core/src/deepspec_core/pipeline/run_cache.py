@@ -1,6 +1,6 @@
-"""A run's feature cache: where it lies, what it is made from, and opening it.
+"""A run's feature cache: its folder, its header, and opening it.
 
-Knows the run file's [cache]; not how features are stored (cache/) nor how they are made (features/).
+Knows the run file's [cache]; does not know how features are stored (cache/) or computed (features/).
 """
 
 from __future__ import annotations
@@ -132,14 +132,14 @@ class RunCache:
             log.warning("cache %s: %s", self.folder, CANNOT_BE_CHECKED)
         self.reads.content(contents.CACHE, self.digest())
         if reader.header.taps != taps:
-            log.info("of the cache's taps %s, %s are read", list(reader.header.taps), list(taps))
+            log.info("the cache has taps %s; this run reads %s", list(reader.header.taps), list(taps))
         part = self.part_of(of_taps(reader, taps))
         if len(part) < len(reader):
-            log.info("of the cache's %s samples, cache.subset takes %s", f"{len(reader):,}", f"{len(part):,}")
+            log.info("the cache has %s samples; cache.subset selects %s", f"{len(reader):,}", f"{len(part):,}")
         return part
 
     def samples(self) -> Samples:
-        """The training samples that the cache is to have: those of cache.subset, or all."""
+        """The training samples that belong into the cache: those of cache.subset, or all."""
         from deepspec_core.data.subset import SamplesOfPart
 
         samples = self.data.training_samples()
@@ -147,7 +147,7 @@ class RunCache:
         if numbers is None:
             return samples
         self.data.counts["not_in_subset"] = len(samples) - len(numbers)
-        log.info("of %s samples, cache.subset takes %s", f"{len(samples):,}", f"{len(numbers):,}")
+        log.info("there are %s samples; cache.subset selects %s", f"{len(samples):,}", f"{len(numbers):,}")
         return SamplesOfPart(samples, numbers)
 
     def part_of(self, reader: CacheReader) -> CacheReader:
@@ -174,13 +174,13 @@ class RunCache:
                 fix="Raise cache.subset, or give a number of samples, such as 100.",
             )
         if subset > count:
-            log.warning("cache.subset asks for %s samples, and there are %s", f"{subset:,}", f"{count:,}")
+            log.warning("cache.subset asks for %s samples, but there are only %s", f"{subset:,}", f"{count:,}")
         return numbers
 
     def expected_samples(self) -> int | None:
         """How many samples the cache has at most, as far as limits of sources and cache.subset say; else None.
 
-        Of a share about so many. A conversation is taken to be one sample.
+        For a share, the number is approximate. Each conversation counts as one sample.
         """
         subset, most = self.options.subset, self.data.expected_conversations()
         if subset is None or (most is None and isinstance(subset, float)):
@@ -204,7 +204,7 @@ class RunCache:
         self._written_now = True
 
     def _verify(self) -> None:
-        """Read what is stored, each worker its share; CacheError for the first damage.
+        """Read the stored files, each worker its share; CacheError for the first damage.
 
         Every time: a disk that loses bits changes no time of a file.
         """
@@ -235,11 +235,11 @@ class RunCache:
         found = self.format.header(self.folder)
         if found is not None and found.split != self._split():
             raise CacheError(
-                "The cache was made with another split, so held-out prompts of this run may stand in it",
+                "The cache was made with another split, so it may contain held-out prompts of this run",
                 where=self.folder,
-                found=found.split or "a cache that does not say how it was split",
+                found=found.split or "a cache that does not record its split",
                 expected=self._split(),
-                fix="Set data.held_out and run.seed as there, or name other evaluate.tasks than held_out.",
+                fix="Set data.held_out and run.seed to those of the cache, or name other evaluate.tasks than held-out.",
             )
 
     def locked(self, *, shared: bool = False) -> Lock:
@@ -252,7 +252,7 @@ class RunCache:
         )
 
     def let_go(self) -> None:
-        """Of the cache that was opened: others may write it from now on."""
+        """Release the opened cache, so that others may write it."""
         self._held.release()
 
     def digest(self) -> str:

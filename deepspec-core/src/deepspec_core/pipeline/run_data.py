@@ -1,7 +1,7 @@
-"""A run's conversations: of its sources, regenerated, and as the tokens training reads.
+"""A run's conversations: from its sources, regenerated, and as tokens for training.
 
-Knows the run file's [data] and where the regenerate stage leaves its answers; not how conversations are read, rendered
-or masked (data/), nor what a stage does with them.
+Knows the run file's [data] and where the regenerate stage stores its answers. Does not know how conversations are read,
+rendered or masked (data/), or what a stage does with them.
 """
 
 from __future__ import annotations
@@ -160,11 +160,11 @@ class RunData:
                     "A source changed while it was read",
                     where=f"{self.named_in}: data.sources[{index}]: {self.options.sources[index].path}",
                     expected="a file that nobody writes while a run reads it",
-                    fix="Put back what was there and run again, or start anew with --force.",
+                    fix="Restore the earlier file and run again, or start again with --force.",
                 )
 
     def split(self) -> dict[str, Any]:
-        """`rule`, `held_out` and `seed` of what is held out: the run's own, or those of its prepared folder."""
+        """`rule`, `held_out` and `seed` of the held-out split: the run's own, or those of its prepared folder."""
         from deepspec_core.data.sources import prepared_split
         from deepspec_core.data.split import RULE
 
@@ -178,7 +178,7 @@ class RunData:
         return source_digest(self.options.sources[index], base=self.base, ask_hub=ask_hub)
 
     def regenerated_digest(self) -> str:
-        """Of the file of regenerated conversations, which this run has. OSError where it cannot be read."""
+        """The digest of this run's file of regenerated conversations. OSError if it cannot be read."""
         from deepspec_core.data.source_digest import file_digest
 
         assert self.regenerated is not None, "the run has the regenerate stage"
@@ -216,14 +216,12 @@ class RunData:
             if asked == limit:
                 break
         if refused:
-            log.warning(
-                "%d held-out conversations are not asked: the chat template does not take their prompts", refused
-            )
+            log.warning("%d held-out prompts are left out, because the chat template refuses them", refused)
 
     def expected_conversations(self) -> int | None:
         """How many training conversations there are at most, None where a source has no limit.
 
-        Of a run that regenerates, each answer to a conversation is one.
+        In a run that regenerates, each answer to a conversation counts as one.
         """
         with self.reads.unnoted():  # this bound is shown to people: no result depends on it
             limits = [source.limit for source in self.options.sources]

@@ -1,6 +1,6 @@
-"""The run whose results a folder holds, opened from the run file that is saved there.
+"""Opens the run whose results are in a folder, from the run file that is saved there.
 
-Knows where relative paths of the saved file start, and which keys hold paths. Opens nothing that they name.
+Knows where relative paths of the saved file start, and which keys hold paths. Opens no file that they name.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def run_file_of(folder: Path, *, overrides: Sequence[str] = (), plugins: Plugins
     saved = folder / SAVED
     if not saved.is_file():
         raise StageError(
-            "No run there",
+            "There is no run in this folder",
             where=folder,
             expected=f"a run file, or a run's folder with {SAVED}; with --target, a checkpoint",
         )
@@ -43,7 +43,7 @@ def run_file_of(folder: Path, *, overrides: Sequence[str] = (), plugins: Plugins
         return file, base / SAVED
     if relative := [f"{key} = {path}" for key, path in _paths(file) if not Path(path).expanduser().is_absolute()]:
         raise StageError(
-            "The folder does not say where its run file lay, and paths start there",
+            "The place of the run file is not known, and the run has paths relative to it",
             where=saved,
             found=f"{', '.join(relative)}; run.output = {output}",
             fix="Name the run file in place of the folder.",

@@ -1,8 +1,8 @@
-"""How a run stands, from the files in its folder: its stages, how far it is, whether it is alive, what it found last.
+"""The state of a run, from the files in its folder: its stages, its progress, whether it is alive, its latest figures.
 
-Nothing is written, and no lock is taken, so a run never notices. Files are read as somebody else's: a damaged one is a
-remark, and the rest is said. Knows status.json, the stages' records and the figures of training and evaluation. Imports
-nothing heavy.
+It writes nothing and takes no lock, so it cannot disturb a run. Files are not trusted: a damaged one becomes a remark,
+and everything else is reported. Knows status.json, the stages' records and the figures of training and evaluation.
+Imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -106,7 +106,9 @@ def status_of(folder: Path) -> RunStatus:
     planned, name = _planned(folder, remarks)
     if written is None and not planned:
         raise StageError(
-            "No run there", where=folder, expected=f"a run's folder, with config.toml and {STATUS}, or its run file"
+            "There is no run in this folder",
+            where=folder,
+            expected=f"a run's folder, with config.toml and {STATUS}, or its run file",
         )
     state, said = _life(written, now)
     at = written["stage"] if written is not None and state in ("running", "silent", "dead") else None

@@ -125,7 +125,7 @@ class RunTarget:
 
     @remembered
     def vocabulary(self) -> TargetVocabulary:
-        """The target's embedding and lm_head, which drafts share. Of a target that is not loaded, only these are read.
+        """The target's embedding and lm_head, which drafts share. If the target is not loaded, only these are read.
 
         What else is asked of the target afterwards loads all of it.
         """
@@ -223,5 +223,5 @@ class RunTarget:
             raise StageError(
                 "The target changed while the run was reading it",
                 where=self.where,
-                fix="Another process writes it: wait for that, and run again.",
+                fix="Another process is writing the target: wait until it has finished, and run again.",
             )

@@ -54,9 +54,9 @@ def stored_samples(data: RunData) -> tuple[StoredSamples, Counter[str]]:
         ready = store.ready()
         if ready is None:
             raise DataError(
-                "The stored tokens are not what was written a moment ago",
+                "The stored tokens differ from those that were just written",
                 where=store.folder,
-                fix="Check the disk, and what else writes there.",
+                fix="Check the disk, and whether another process writes to this folder.",
             )
     since = time.monotonic()
     while ready is None:
@@ -68,7 +68,7 @@ def stored_samples(data: RunData) -> tuple[StoredSamples, Counter[str]]:
             since = time.monotonic()
         elif time.monotonic() - since > _PATIENCE_SECONDS:
             raise DataError(
-                f"Worker {workers.rank()} would make other tokens than the first one",
+                f"Worker {workers.rank()} would tokenise differently from the first worker",
                 where=store.folder,
                 found="other values of: " + ", ".join(others),
                 expected="the same sources, tokenizer and versions for every worker",

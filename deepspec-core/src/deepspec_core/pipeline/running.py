@@ -1,4 +1,5 @@
-"""Doing a run in this process: plan it, try it out, lock its folder, discard forced results, do the stages in order.
+"""Runs the stages of a run in this process: makes the plan, tries it, locks the folder, discards results, runs the
+stages.
 
 The other workers of the run join it. The command line and the Python interface both use this file. It knows no stage
 and starts no other process.
@@ -57,9 +58,9 @@ def do(
         for now, before in zip(stages.plan(run, only=only, force=force), steps, strict=True):
             if now != before:
                 raise StageError(
-                    f"Another process worked on the stage `{now.stage.name}` meanwhile",
+                    f"Another process changed the stage `{now.stage.name}` at the same time",
                     where=run.stage_folder(now.stage.name),
-                    fix="Run again: it is looked at anew.",
+                    fix="Run again: the stage's state is then read again.",
                 )
         for folder in stages.discard(run, force):
             say(f"discarded {folder}")

@@ -1,6 +1,6 @@
-"""The scheduled decoding of an evaluation: the cost table that it names, and what that must cover.
+"""The scheduled decoding of an evaluation: opens the cost table that it names, and checks what the table must cover.
 
-Knows runs and cost tables. How tokens are admitted is in decoding/scheduled.py.
+Knows runs and cost tables. decoding/scheduled.py selects the tokens.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Costs:
     asynchronous: bool
 
     def scheduled(self, proposer: Proposer) -> Proposer:
-        """The proposer with its proposals cut to what is worth verifying."""
+        """The proposer, with its proposals cut to the tokens that are worth verifying."""
         # Asked again and again for the same few numbers.
         return ScheduledProposer(proposer, cache(self.table.steps_per_second), asynchronous=self.asynchronous)
 
@@ -47,7 +47,7 @@ class Costs:
 
 
 def costs_of(run: Run, gives_confidence: bool | None, max_tokens: int) -> Costs | None:
-    """What [evaluate.scheduler] names, for a draft that proposes so many tokens; None if there is no such table.
+    """The cost table of [evaluate.scheduler], for a draft that proposes `max_tokens` tokens; None without a scheduler.
 
     Raises as `costs_from` does.
     """
@@ -102,7 +102,7 @@ def costs_from(
     measured = measured if isinstance(measured, dict) else {}
     if measured.get("device") != machine["device"]:
         raise StageError(
-            "the cost table is of another kind of machine",
+            "the cost table was measured on another kind of machine",
             where=path,
             found=f"steps on {measured.get('device')}",
             expected=machine["device"],
@@ -124,8 +124,7 @@ def costs_from(
             ) from None
     if device.type == "cpu" and measured.get("threads") != count:
         log.warning(
-            "%s was measured with %s threads, and this evaluation computes with %d: "
-            "its costs may not be those of these steps",
+            "%s was measured with %s threads, but this evaluation uses %d: its costs may be wrong here",
             path,
             measured.get("threads"),
             count,

@@ -1,7 +1,7 @@
-"""In which family's style a new run's draft should be, so that some engine serves it: installed exporters are asked.
+"""Chooses the family style of a new run's draft so that some serving engine supports it, by asking installed exporters.
 
-The draft is built on the meta device in the style of each family. Knows no format, no family and no engine: that the
-target's own style is served nowhere shows by its formats, which are only those that take a draft of any style.
+The draft is built on the meta device in the style of each family. Knows no format, no family and no engine. If only
+formats that accept every draft accept the target's own style, no engine serves that style.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The servers of a run that regenerates through them: from its file to a farm (servers/farm.py).
+"""The servers of a run that regenerates through them: makes a farm (servers/farm.py) from the run file.
 
-Knows [regenerate] and the run's target, and which stages ask servers; not how servers are spoken to.
+Knows [regenerate] and the run's target, and which stages use servers; does not know the servers' protocol.
 """
 
 from __future__ import annotations
@@ -65,13 +65,13 @@ def end_of(tokenizer: ChatTokenizer, stop_ids: tuple[int, ...]) -> int:
 
 
 def key_in(name: str | None, *, where: str) -> str | None:
-    """The key in the environment variable of this name. ConfigError where it is not there, or is no key."""
+    """The key in the environment variable of this name. ConfigError if it is missing or not a valid key."""
     if name is None:
         return None
     key = os.environ.get(name, "").strip()
     if not key or not key.isascii() or not key.isprintable():
         raise ConfigError(
-            "The servers' key is not in the environment",
+            "The servers' API key is not in the environment",
             where=where,
             found=f"{name} is {'not a key' if key else 'not set, or empty'}",
             fix=f"Set {name}, or remove {where.rpartition(' ')[2]}.",

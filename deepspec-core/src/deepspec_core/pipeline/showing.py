@@ -1,4 +1,5 @@
-"""What `deepspec data show` shows: samples as training reads them, prompts as they are sent, and what was dropped.
+"""The contents of `deepspec data show`: samples as training reads them, prompts as they are sent, and dropped
+conversations.
 
 Needs the tokenizer and the target's config, never its weights. Knows where a run's conversations are. Does not know how
 they are printed.

@@ -1,4 +1,4 @@
-"""`deepspec simulate`: what policies of verification would make of an evaluation's rounds at several loads.
+"""`deepspec simulate`: the throughput of an evaluation's rounds under several verification policies and loads.
 
 Knows a run's folder, cost tables and calibrations by their files. The replay is in evaluation/simulation.py.
 """
@@ -81,7 +81,7 @@ def simulate(
         raise StageError("No sample has a round to replay", where=folder, fix="Evaluate with more tokens or prompts.")
     if any(one.nodes is not None for sample in samples for one in sample.rounds):
         raise StageError(
-            "These rounds are of trees, which no policy of this simulation cuts",
+            "The simulation cannot replay rounds of trees",
             where=folder,
             expected="rounds of chains",
             fix="Evaluate without [draft] tree.",

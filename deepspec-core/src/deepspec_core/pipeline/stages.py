@@ -1,8 +1,8 @@
-"""The stages of a run: what each reads, what it builds on, and whether it is to run, resume, be skipped or be refused.
+"""The stages of a run: what each reads and depends on, and whether it will run, resume, be skipped or be refused.
 
 A stage whose keys are unchanged and whose results are complete is skipped. An interrupted stage resumes. If a key has
 changed since the results were made, an error names the key, and nothing is overwritten. Imports nothing heavy: the
-functions that do the stages are named as text.
+functions that run the stages are named as text.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def plan(run: Run, *, only: Sequence[str] = (), force: Sequence[str] = ()) -> li
                 f"The stage `{name}` needs the results of "
                 + ", and of ".join(f"`{one}`, which {what}" for one, what in missing.items()),
                 where=run.folder,
-                fix=f"Run first what is missing: --stages {','.join(wanted)}",
+                fix=f"Run the missing stages first: --stages {','.join(wanted)}",
             )
         action: Action = "run" if record is None else "skip" if record.complete else "resume"
         steps.append(Step(stage=stage, action=action, record=record, forced=_forced(stage, force, present)))
@@ -235,9 +235,9 @@ def _do(run: Run, step: Step, say: Callable[[str], None]) -> StageRecord:
 
     if _record_of_results(folder) != before:
         raise StageError(
-            f"Another process worked on the stage `{name}` meanwhile",
+            f"Another process changed the stage `{name}` at the same time",
             where=folder,
-            fix="Run again: it is looked at anew.",
+            fix="Run again: the stage's state is then read again.",
         )
     keep(Trace())
     heartbeat.enter(name)
@@ -266,7 +266,7 @@ def _versions(run: Run, name: str, before: StageRecord | None) -> dict[str, str]
         return now
     changed = {plugin: old for plugin, old in before.plugins.items() if old.rpartition(_THEN)[2] != now.get(plugin)}
     for plugin, old in changed.items():
-        log.warning("%s: resumed with %s %s, and begun with %s", name, plugin, now.get(plugin, "not installed"), old)
+        log.warning("%s: resumed with %s %s, but started with %s", name, plugin, now.get(plugin, "not installed"), old)
     return now | {plugin: f"{old}{_THEN}{now.get(plugin, 'not installed')}" for plugin, old in changed.items()}
 
 
@@ -310,7 +310,7 @@ def _require_same_reading(name: str, read: Trace) -> None:
         for what, digest in content.items():
             if digest != read.content.get(what, digest):
                 raise StageError(
-                    f"The workers of this run do not read the same: {what} differs",
+                    f"The workers of this run read different inputs: {what} differs",
                     where=f"workers {crew.rank} and {rank}, stage `{name}`",
                     found=digest[:16],
                     expected=read.content[what][:16],

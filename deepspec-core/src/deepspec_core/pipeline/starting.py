@@ -1,7 +1,7 @@
-"""Choosing what a new run file says: taps, the mask token, sampling, sizes, and estimates of what they cost.
+"""Chooses the contents of a new run file: taps, the mask token, sampling, sizes, and estimates of their cost.
 
 Reads the target's config, its tokenizer and the sizes of its files, never its weights. Builds the draft on the meta
-device to count its parameters. The wording of the file is in config/starter.py.
+device to count its parameters. config/starter.py writes the text of the file.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def _recommended(spec: DraftModelSpec, registry: Registry) -> CheckedRecipe:
         raise ConfigError(
             f"no recipe is recommended for drafts of type {spec.name!r}",
             where="--recipe recommended",
-            expected="published, which nothing has been shown to beat",
+            expected="published: no settings have been shown to decode better",
         )
     return checked_recipe(spec, registry)
 

@@ -92,13 +92,14 @@ def check_target_start(run: Run, draft: DraftModel) -> None:
     _check_layers(run, draft, target)
     stored = extra_weights_before(run.target.where, ("",), revision=run.file.target.revision)
     if stored is None:
-        log.info("that the draft's layers can start from the target's is not known before the target is downloaded")
+        log.info("whether the draft's layers can start from the target's is checked after the target's download")
     else:
         copies_of(run, draft, stored)
     differing = config_differences(expected_config(draft, target), expected_config(draft, run.target.draft_adapter))
     if differing:
         log.warning(
-            "draft.init: the target's layers have %s; the draft's have %s. The weights are taken",
+            "draft.init: the target's layers have %s; the draft's have %s. The target's weights "
+            "are copied all the same",
             *(", ".join(f"{key} = {pair[side]}" for key, pair in differing.items()) for side in (0, 1)),
         )
 
@@ -115,7 +116,7 @@ def take_target_layers(run: Run, draft: DraftModel) -> None:
         for name, of_target in copies.weights.items():
             own[name].copy_(weights[of_target])
     log.info(
-        "draft.init: %d weights with %s numbers are those of the target's layers %s%s",
+        "draft.init: %d weights (%s parameters) were copied from the target's layers %s%s",
         len(copies.weights),
         f"{sum(own[name].numel() for name in copies.weights):,}",
         ", ".join(map(str, copies.layers)),
@@ -139,7 +140,7 @@ def _target_itself(run: Run) -> TargetAdapter:
 
 
 def _check_layers(run: Run, draft: DraftModel, target: TargetAdapter) -> None:
-    """ConfigError for what is known of the draft's layers without the target's files."""
+    """ConfigError for mistakes in the draft's layers that are known without the target's files."""
     layers = _layers(draft)
     if not layers:
         raise _refused(
@@ -234,7 +235,7 @@ def copies_of(run: Run, draft: DraftModel, stored: Mapping[str, StoredWeight]) -
 
 
 def _place_of_layers(stored: Mapping[str, StoredWeight], wanted: set[str]) -> str:
-    """What stands before "layers." in the names of the target's language model: where most of what is wanted is."""
+    """The prefix before "layers." in the names of the target's weights: the one with most wanted weights."""
     counts: dict[str, int] = {}
     for name in stored:
         if (found := _LAYER.match(name)) is not None:

@@ -131,10 +131,10 @@ def new_draft(run: Run) -> DraftModel:
     draft: DraftModel = registry.build("draft", kind, options, adapter, taps)
     if not isinstance(draft, DraftModel):
         raise PluginError(
-            f"draft type {kind!r} is no draft",
+            f"draft type {kind!r} does not make a draft",
             where=registry.provider("draft", kind),
             found=type(draft).__name__,
-            expected="what `build` makes is a contracts.draft.DraftModel",
+            expected="a contracts.draft.DraftModel from `build`",
         )
     shared = {id(weight) for part in (draft.embed_tokens, draft.lm_head) for weight in part.parameters()}
     if not any(weight.requires_grad and id(weight) not in shared for weight in draft.parameters()):
@@ -153,11 +153,11 @@ def require_trained(run: Run) -> None:
     """ConfigError where drafts of the run's type are not trained."""
     if not run.trains:
         raise ConfigError(
-            "a draft of this type is not trained",
+            "drafts of this type are not trained",
             where=f"{run.path}: draft.type",
             found=run.file.draft.type,
             expected="a draft type that is trained",
-            fix="Its run has one stage, evaluate.",
+            fix='Set run.stages = ["evaluate"].',
         )
 
 

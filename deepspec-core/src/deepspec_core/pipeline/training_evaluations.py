@@ -49,7 +49,9 @@ def evaluations_of(run: Run) -> Evaluations:
         task=_PLACE,
     )
     if asked.too_long:
-        log.warning("%s: %d prompts leave the target no room to answer and are not asked", _PLACE, asked.too_long)
+        log.warning(
+            "%s: %d prompts are left out, because they leave the target no room to answer", _PLACE, asked.too_long
+        )
     decoding = HeldOutDecoding(
         target=run.target.model,
         registry=run.plugins.registry,
@@ -78,7 +80,7 @@ def check_evaluations(run: Run) -> None:
         found = _not_on_hub(where, revision)
     if found is not None:
         raise TargetError(
-            "the draft cannot be evaluated during training: the target's weights are not there",
+            "the draft cannot be evaluated during training, because the target's weights are missing",
             where=where,
             found=found,
             expected="a target that can be loaded",

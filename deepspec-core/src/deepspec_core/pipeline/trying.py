@@ -112,7 +112,10 @@ def _rows(run: Run, draft: DraftModel) -> Rows | None:
         raise
     except Exception as error:
         if reads_numbers(error):
-            log.info("the draft's forward pass was not tried: it reads numbers (%s)", blame(error))
+            log.info(
+                "the draft's forward pass was not tried before the run, because it reads values of tensors (%s)",
+                blame(error),
+            )
             return None
         kind = run.file.draft.type
         raise PluginError(
@@ -165,11 +168,11 @@ class _OneValueARow:
         if problem is None:
             return cast(Tensor, value)
         raise PluginError(
-            f"loss term {self._name!r} does not return one number a row",
+            f"loss term {self._name!r} does not return one number per row",
             where=self._package,
             found=problem,
             expected=f"a tensor of shape [{_ROWS}] for {_ROWS} rows, of a floating-point type, all finite",
-            fix="return what was computed from each row, not its mean or sum",
+            fix="return one value for each row, not their mean or sum",
         )
 
     def __getattr__(self, name: str) -> Any:
@@ -196,7 +199,7 @@ class _OneWeightARow:
         if problem is None:
             return cast(Tensor, value)
         raise PluginError(
-            f"weighting {self._name!r} does not return one weight a row",
+            f"weighting {self._name!r} does not return one weight per row",
             where=self._package,
             found=problem,
             expected=f"a tensor of shape [{_ROWS}] for {_ROWS} rows, of a floating-point type: finite, none negative, "

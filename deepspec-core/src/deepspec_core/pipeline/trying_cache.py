@@ -36,10 +36,10 @@ def try_format(run: Run) -> None:
         problem = lost_by(run.cache.format, run.cache.bare_header())
     if problem is not None:
         raise PluginError(
-            f"cache format {name!r} does not keep a sample",
+            f"cache format {name!r} does not preserve a sample",
             where=package,
             found=problem,
-            expected="what was written is read back (contracts.cache.CacheFormat)",
+            expected="the same sample when it is read back (contracts.cache.CacheFormat)",
         )
 
 

@@ -1,4 +1,4 @@
-"""A trial of what a new draft says of itself, before a run's first stage: its facts, and its weights' published names.
+"""Tries the description of a new draft before a run's first stage: its facts, and its weights' published names.
 
 Knows runs and descriptions. Reads no weight and no file.
 """
@@ -64,5 +64,5 @@ def _shared_names(draft: DraftModel, said: DraftDescription) -> str | None:
 
 def _refused(kind: str, package: str, field: str, found: str, expected: str) -> PluginError:
     return PluginError(
-        f"draft type {kind!r} describes itself wrongly: `{field}`", where=package, found=found, expected=expected
+        f"draft type {kind!r} has a wrong description: `{field}`", where=package, found=found, expected=expected
     )

@@ -1,4 +1,4 @@
-"""A trial, before a run's first stage, of what its draft must do once it is trained: be recognised, and decode.
+"""Tries, before a run's first stage, what the finished draft must do: its checkpoint is recognised, and it decodes.
 
 Knows the config.json that saving will write, and the draft's proposer. Trains nothing and writes nothing.
 """
@@ -92,7 +92,7 @@ def _other_weights(draft: DraftModel, again: DraftModel) -> str | None:
 
 def _not_opened(kind: str, package: str, found: str) -> PluginError:
     return PluginError(
-        f"the checkpoint of draft type {kind!r} would not open as what was trained",
+        f"the checkpoint of draft type {kind!r} would not open as the draft that was trained",
         where=package,
         found=found,
         expected="the taps and weights of the trained draft",
@@ -102,7 +102,7 @@ def _not_opened(kind: str, package: str, found: str) -> PluginError:
 
 def _not_recognised(kind: str, package: str, found: str) -> PluginError:
     return PluginError(
-        f"draft type {kind!r} would not be recognised in its own checkpoint's config.json",
+        f"draft type {kind!r} would not be recognised by its own checkpoint's config.json",
         where=package,
         found=found,
         expected=f"{kind!r} recognises it, and no other draft type",
@@ -125,7 +125,7 @@ def _try_window(run: Run, description: DraftDescription, config: dict[str, Any])
     ):
         if found != asked:
             raise PluginError(
-                f"{what} does not keep to [draft.layer] window",
+                f"{what} does not use the window of [draft.layer]",
                 where=package,
                 found="no window" if found is None else found,
                 expected="no window" if asked is None else asked,
@@ -139,7 +139,7 @@ def _try_proposer(run: Run, draft: DraftModel) -> None:
         made = _try_made(run, partial(draft.tree_proposer, _NODES))
         if made is not None and getattr(made, "max_nodes", None) != _NODES:
             raise PluginError(
-                f"draft type {run.file.draft.type!r} does not keep to the size of a tree",
+                f"draft type {run.file.draft.type!r} does not use the size of a tree that it was given",
                 where=run.plugins.registry.provider("draft", run.file.draft.type),
                 found=f"max_nodes = {getattr(made, 'max_nodes', None)}",
                 expected=f"max_nodes = {_NODES}, as `tree_proposer({_NODES})` was asked",
@@ -155,7 +155,10 @@ def _try_made(run: Run, make: Callable[[], Proposer]) -> Proposer | None:
         raise
     except Exception as error:
         if reads_numbers(error):
-            log.info("the draft's proposer was not tried: it reads numbers (%s)", blame(error))
+            log.info(
+                "the draft's proposer was not tried before the run, because it reads values of tensors (%s)",
+                blame(error),
+            )
             return None
         raise PluginError(
             f"draft type {kind!r} fails to give a proposer",
@@ -164,10 +167,10 @@ def _try_made(run: Run, make: Callable[[], Proposer]) -> Proposer | None:
         ) from error
     if not isinstance(made, Proposer):
         raise PluginError(
-            f"what draft type {kind!r} gives is no proposer",
+            f"draft type {kind!r} does not return a proposer",
             where=run.plugins.registry.provider("draft", kind),
             found=type(made).__name__,
-            expected="what `proposer()` returns has max_tokens, taps, open_slots, start, propose, accept and free "
+            expected="an object from `proposer()` with max_tokens, taps, open_slots, start, propose, accept and free "
             "(contracts.proposer.Proposer)",
         )
     return made

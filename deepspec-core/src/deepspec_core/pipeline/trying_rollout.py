@@ -1,4 +1,4 @@
-"""A trial, before a run's first stage, of a draft that trains on its own texts. Knows runs; trains nothing.
+"""Tries, before a run's first stage, the rollout of a draft that trains on its own texts. Knows runs; trains nothing.
 
 Legend: B samples, T tokens.
 """
@@ -45,7 +45,10 @@ def try_rollout(run: Run, draft: DraftModel) -> None:
         raise
     except Exception as error:
         if reads_numbers(error):
-            log.info("the draft's rollout was not tried: it reads numbers (%s)", blame(error))
+            log.info(
+                "the draft's rollout was not tried before the run, because it reads values of tensors (%s)",
+                blame(error),
+            )
             return
         kind = run.file.draft.type
         raise PluginError(

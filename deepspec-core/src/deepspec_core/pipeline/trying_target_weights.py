@@ -1,4 +1,4 @@
-"""A trial, before a run's first stage, of the weights that the draft asks its target for: they are there, and they fit.
+"""Checks, before a run's first stage, that the target has the weights that the draft needs, and that they fit.
 
 Knows their names and shapes, from the headers of the target's files. Reads no weight.
 """
@@ -31,7 +31,7 @@ def try_target_weights(run: Run, draft: DraftModel, description: DraftDescriptio
     revision = run.file.target.revision
     found = extra_weights_before(run.target.where, description.target_weights, revision=revision)
     if found is None:
-        log.info("that the target's extra weights fit the draft is not known before the target is downloaded")
+        log.info("whether the target's extra weights fit the draft is checked after the target's download")
         return
     try:
         with fake_tensors(), without_torch_messages(), torch.no_grad():
@@ -40,7 +40,10 @@ def try_target_weights(run: Run, draft: DraftModel, description: DraftDescriptio
         raise
     except Exception as error:
         if reads_numbers(error):
-            log.info("how the draft adopts the target's weights was not tried: it reads numbers (%s)", blame(error))
+            log.info(
+                "adopt_weights of the draft was not tried before the run, because it reads values of tensors (%s)",
+                blame(error),
+            )
             return
         kind = run.file.draft.type
         raise PluginError(

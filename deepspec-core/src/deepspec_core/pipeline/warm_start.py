@@ -1,7 +1,8 @@
-"""The checkpoint that training begins with, [draft] init: found, compared with the run file, its weights taken.
+"""The checkpoint from which training starts ([draft] init): finds it, compares it with the run file, copies its
+weights.
 
-Knows runs and draft checkpoints. Does not know training, nor what a draft type does with its weights. A run that
-resumes takes what its own checkpoint has, and reads the named one no more.
+Knows runs and draft checkpoints. Does not know training, or what a draft type does with its weights. A run that resumes
+uses its own checkpoint and does not read the named one again.
 """
 
 from __future__ import annotations
@@ -95,7 +96,8 @@ def check_init(run: Run, draft: DraftModel, description: DraftDescription) -> No
     if shape:
         found, expected = _in_words(shape)
         log.warning(
-            "draft.init: the checkpoint was made for a target with %s; this one has %s. Its weights are taken",
+            "draft.init: the checkpoint was made for a target with %s; this one has %s. Training "
+            "starts from its weights all the same",
             found,
             expected,
         )
@@ -125,7 +127,7 @@ def start_of(run: Run) -> Start | None:
         raise CheckpointError(
             "The checkpoint of draft.init changed while it was read",
             where=folder,
-            fix="Another process writes it: wait for that, and run again.",
+            fix="Another process is writing the checkpoint: wait until it has finished, and run again.",
         )
     return Start(folder=folder, named=named, weights=weights)
 
@@ -155,7 +157,7 @@ def take_vocabulary(draft: DraftModel, start: Start) -> dict[str, Any]:
     vocabulary.choose(start.weights[KEY])
     if (found := vocabulary.problem()) is not None:
         raise CheckpointError(
-            "the draft's vocabulary is none of this target's",
+            "the draft's vocabulary does not fit this target",
             where=start.folder / WEIGHTS,
             found=f"{KEY}: {found}",
             expected=f"token ids from 0 to below {vocabulary.target_size:,} that increase",
@@ -179,7 +181,7 @@ def take_weights(draft: DraftModel, start: Start) -> None:
     numbers = sum(own[name].numel() for name in taken)
     left = sorted(names[name] for name in own if name.startswith(_OF_TARGET))
     log.info(
-        "draft.init: %d weights with %s numbers are those of %s; not taken: %s, which are the target's",
+        "draft.init: %d weights (%s parameters) were copied from %s; %s are the target's own",
         len(taken),
         f"{numbers:,}",
         start.folder,
@@ -188,7 +190,8 @@ def take_weights(draft: DraftModel, start: Start) -> None:
     others = [name for name in left if _differs(start.weights[name], own[_own_name(names, name)])]
     if others:
         log.warning(
-            "draft.init: %s of the checkpoint are not this target's: it was trained for another one of the same sizes",
+            "draft.init: %s of the checkpoint differ from this target's: it was trained for "
+            "another target of the same sizes",
             " and ".join(others),
         )
 
@@ -248,9 +251,9 @@ def _value(value: Any) -> str:
 
 def _conflict(run: Run, found: str, expected: str) -> ConfigError:
     return ConfigError(
-        "training cannot begin with this checkpoint",
+        "training cannot start from this checkpoint",
         where=f"{run.path}: draft.init = {run.file.draft.init!r}",
         found=found,
         expected=expected,
-        fix="Set [draft] and target.layers to what the checkpoint is, name another checkpoint, or remove draft.init.",
+        fix="Set [draft] and target.layers to those of the checkpoint, name another checkpoint, or remove draft.init.",
     )

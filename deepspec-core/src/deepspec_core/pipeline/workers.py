@@ -1,7 +1,7 @@
-"""One run as several processes: who this one is, how it finds the others, and how all begin and end together.
+"""One run as several processes: this process's rank, how it finds the others, and how all begin and end together.
 
-Every worker takes part in every stage that can be shared; what they tell each other goes through crew.py. Knows the
-launcher's environment (torchrun, accelerate launch, local_workers.py); not what a stage does.
+Every worker takes part in every stage that can be shared; workers exchange messages through crew.py. Knows the
+launcher's environment (torchrun, accelerate launch, local_workers.py); does not know what a stage does.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _crew: Crew = ALONE
 
 
 def rank() -> int:
-    """This process among those of the run, 0 where it is alone."""
+    """The number of this process among those of the run; 0 if it is alone."""
     return int(os.environ.get("RANK", "0"))
 
 
@@ -126,7 +126,7 @@ def _held_by_workers(folder: Path, *, shared: bool) -> Lock:
         folder,
         name=_LOCK,
         shared=shared,
-        problem="Workers of an earlier run are still ending",
+        problem="Workers of an earlier run have not ended yet",
         fix="Wait a minute, or stop them.",
     )
 

@@ -1,9 +1,9 @@
 """Every hook that a plugin may implement. Each docstring states the contract.
 
-A plugin is a module (entry-point group `deepspec`). Its functions carry `@hookimpl` and the names of hooks. It imports
-only attrs and deepspec_core; its specs name heavy code as text (specs.py). Hooks that offer components return iterables
-of specs and are called once, when plugins are loaded. Notices are called at certain points of a run, never in every
-step. A notice that raises is reported with the plugin's name, and the run goes on.
+A plugin is a module (entry-point group `deepspec`). Its functions are named like hooks and marked with `@hookimpl`. It
+imports only attrs and deepspec_core; its specs refer to heavy code by text (specs.py). Hooks that offer components
+return iterables of specs. Core calls them once, when plugins are loaded. Hooks that are notices are called at certain
+points of a run, never in every step. If a notice raises, core reports it with the plugin's name, and the run continues.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def deepspec_draft_models() -> Iterable[DraftModelSpec]:  # type: ignore[empty-b
 def deepspec_losses() -> Iterable[ComponentSpec]:  # type: ignore[empty-body]
     """Offer row-wise loss terms: `[loss] terms = {NAME = coefficient}`. `build()` returns a contracts.loss.LossTerm.
 
-    With `options`, `[loss] terms = {NAME = {coefficient = C, ...}}`, and `build(options)`.
+    With `options`, run files write `[loss] terms = {NAME = {coefficient = C, ...}}`, and core calls `build(options)`.
     """
 
 
@@ -51,7 +51,7 @@ def deepspec_weightings() -> Iterable[ComponentSpec]:  # type: ignore[empty-body
 
 @hookspec
 def deepspec_target_adapters() -> Iterable[TargetAdapterSpec]:  # type: ignore[empty-body]
-    """Offer target families, chosen by the target's config.model_type."""
+    """Offer target families. Core chooses one by the target's config.model_type."""
 
 
 @hookspec
@@ -63,8 +63,8 @@ def deepspec_cache_formats() -> Iterable[ComponentSpec]:  # type: ignore[empty-b
 def deepspec_feature_sources() -> Iterable[ComponentSpec]:  # type: ignore[empty-body]
     """Offer ways to get target features: `[features] mode = NAME`.
 
-    `build(run)` returns a contracts.features.FeatureSource. Of the run it may use `run.file` (the run file in effect),
-    `run.data.training_samples()`, `run.target.model` and `run.cache.open()`.
+    `build(run)` returns a contracts.features.FeatureSource. It may use `run.file` (the run file with its defaults and
+    overrides), `run.data.training_samples()`, `run.target.model` and `run.cache.open()`.
     """
 
 
@@ -80,7 +80,7 @@ def deepspec_builtins() -> Iterable[BuiltinSpec]:  # type: ignore[empty-body]
 
 @hookspec
 def deepspec_exporters() -> Iterable[ExportSpec]:  # type: ignore[empty-body]
-    """Offer exports: `[export] to = [NAME]`. Each pair of format and algorithm has its own spec."""
+    """Offer export formats: `[export] to = [NAME]`. Each pair of format and algorithm has its own spec."""
 
 
 @hookspec
@@ -100,4 +100,4 @@ def deepspec_checkpoint_saved(run: Any, checkpoint: Any) -> None:
 
 @hookspec
 def deepspec_evaluation_finished(run: Any, report: Any) -> None:
-    """Notice: an evaluation is over; `report` is the mapping that was written to metrics.json."""
+    """Notice: an evaluation is finished; `report` is the mapping that was written to metrics.json."""

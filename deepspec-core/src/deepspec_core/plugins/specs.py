@@ -1,8 +1,8 @@
-"""What a plugin offers: small frozen records, in which heavy code is named as text.
+"""The specs of what a plugin offers: small frozen records that refer to heavy code by text.
 
-`build` is "module:attribute". It is imported when the component is first used, so listing plugins and checking a run
-file never import torch. `options` is a frozen keyword-only attrs class, and its module imports attrs only. It gives the
-component's section of a run file its keys and types. This file imports attrs and nothing else.
+`build` is "module:attribute". Core imports it when the component is first used, so listing plugins and checking a run
+file never import torch. `options` is a frozen keyword-only attrs class, whose module imports attrs only. It defines the
+keys and types of the component's section in a run file. This file imports attrs and nothing else.
 """
 
 from __future__ import annotations
@@ -38,7 +38,10 @@ def _of_a_checkpoint(spec: DraftModelSpec, attribute: Attribute[str], value: str
     if spec.trained:
         _REFERENCE(spec, attribute, value)
     elif value or spec.class_suffix or spec.recognise is not _nothing:
-        raise ValueError("'class_suffix', 'recognise' and 'options_of' are of checkpoints: leave them out, or train")
+        raise ValueError(
+            "'class_suffix', 'recognise' and 'options_of' must be left out where 'trained' is False: "
+            "such drafts have no checkpoints"
+        )
 
 
 @frozen(kw_only=True)
@@ -47,9 +50,10 @@ class ComponentSpec:
 
     name: The name in run files.
     summary: One line for `deepspec plugins`.
-    build: Names what is called to make the component, as the hook of its kind says (hooks.py). If `options` is given,
-        the options object is the first argument.
-    options: Of draft types, loss terms and weightings only; others have no table of the run file that could give them.
+    build: The reference of the callable that makes the component. The hook of its kind defines the arguments
+        (hooks.py). If `options` is given, the options object is the first argument.
+    options: The options class, for draft types, loss terms and weightings only: other components have no table in the
+        run file.
     """
 
     name: str = field(validator=_NAME)
@@ -62,11 +66,13 @@ class ComponentSpec:
 class Recipe:
     """Settings that decode better than an algorithm's published ones, for the same training.
 
-    evidence: What was measured, on what, and what was not: sentences, which stand in run files with these settings.
-    options: Keys of the draft type's options that differ from the defaults. A mask token is the target's, and no key.
-    loss: Keys of [loss], as a run file writes them, in the place of the algorithm's own.
+    evidence: What was measured, on what, and what was not. These sentences are written into run files with these
+        settings.
+    options: Keys of the draft type's options that differ from the defaults. The mask token is not allowed here, because
+        it depends on the target.
+    loss: Keys of [loss], as a run file writes them, which replace the algorithm's own.
 
-    `deepspec init` checks both as it would check a run file, and names the package in the error.
+    `deepspec init` checks `options` and `loss` as it would check a run file. Its errors name the package.
     """
 
     evidence: str = field(validator=matches_re(r"(?s)\S.*"))
@@ -78,26 +84,29 @@ class Recipe:
 class DraftModelSpec(ComponentSpec):
     """An algorithm of drafts. `build(options, adapter, taps)` returns a contracts.draft.DraftModel with new weights.
 
-    trained: False for drafts that are ready as they are, such as one that copies from the prompt. `build(options,
-        surroundings)` then returns a contracts.untrained.UntrainedDraft, and the fields below stay empty, because there
-        is no checkpoint.
-    also_called: Other names by which commands take a draft that is not trained.
+    trained: False for drafts that need no training, such as one that copies from the prompt. `build(options,
+        surroundings)` then returns a contracts.untrained.UntrainedDraft. The fields class_suffix, recognise and
+        options_of stay empty, because there is no checkpoint.
+    also_called: Other names by which commands accept a draft that is not trained.
     class_suffix: The end of published class names; the adapter's prefix is their beginning.
-    recognise: Called with the config.json of a checkpoint, as a mapping. Says whether it is one of this algorithm.
-    options_of: Names a function that reads such a config.json back and returns (options, taps). Required of drafts
-        that are trained.
-    elsewhere: Class names (`architectures`) of other projects' checkpoints of such drafts, or keys that only their
-        config.json has, each with a sentence for users: whose format it is, and what differs. A checkpoint with such a
-        name or key is refused, and named in the error, whatever else it says. An installed draft type whose
-        `class_suffix` is such a name, the whole of it, takes it back: that type's `recognise` decides.
-    proposes_trees: Whether the draft has a `tree_proposer`. Others are refused where a run file has [draft] tree.
-    default_loss: Keys of [loss], as a run file writes them, for those that the run file leaves out. An example is
-        {"terms": {"ce": 1.0}}.
-    recommended: What `deepspec init --recipe recommended` writes, where something beats the published recipe.
-    needs_taps: False if the draft works without tapped layers, as one does that reads only the target's last hidden
-        state. Then [target] layers may be [].
+    recognise: Called with the config.json of a checkpoint, as a mapping. Returns whether the checkpoint is one of this
+        algorithm.
+    options_of: The reference of a function that reads such a config.json and returns (options, taps). Required for
+        drafts that are trained.
+    elsewhere: Marks of other projects' checkpoints of such drafts: class names (`architectures`), or keys that only
+        their config.json has. Each maps to a sentence for users, which says whose format it is and what differs. A
+        checkpoint with such a name or key is refused with this sentence, whatever else its config.json contains. There
+        is one exception: if the `class_suffix` of an installed draft type is exactly such a name, that type's
+        `recognise` decides.
+    proposes_trees: Whether the draft has a `tree_proposer`. A run file with [draft] tree is refused for other drafts.
+    default_loss: The algorithm's values for keys of [loss] that the run file leaves out, as a run file writes them, for
+        example {"terms": {"ce": 1.0}}.
+    recommended: The settings that `deepspec init --recipe recommended` writes, if some decode better than the published
+        ones.
+    needs_taps: False if the draft works without tapped layers, for instance because it reads only the target's last
+        hidden state. [target] layers may then be [].
     takes_packed: Whether the draft can be trained on rows that hold several conversations (contracts.draft.DraftBatch).
-        Others are refused where a run file has [train] batching = "packed".
+        A run file with [train] batching = "packed" is refused for other drafts.
     """
 
     trained: bool = field(default=True, validator=instance_of(bool))
@@ -120,12 +129,12 @@ class TargetAdapterSpec(ComponentSpec):
     """A target family. `build(config, draft_layer, tokens)` returns a contracts.target.TargetAdapter.
 
     model_types: The values of config.model_type that the family covers.
-    takes_packed: Whether the `features` of its targets keep the conversations of a packed row apart, as the contract
-        asks (`document_ids`). If not, a run that packs and computes features while training is refused.
+    takes_packed: Whether `features` of its targets keeps the conversations of a packed row separate, as the contract
+        requires (`document_ids`). If not, a run that packs rows and computes features during training is refused.
 
-    `config` is a transformers config. Two arguments are optional. `draft_layer` holds the draft's own shape as the run
-    file gives it ([draft.layer]), or is None. `tokens` (contracts.target.SpecialTokens) holds the ids read from the
-    target's directory; if it is None, those of the config are used.
+    `config` is a transformers config. Two arguments are optional. `draft_layer` holds the shape of the draft's layers
+    as written in the run file ([draft.layer]), or is None. `tokens` (contracts.target.SpecialTokens) holds the ids read
+    from the target's directory; if it is None, those of the config are used.
     """
 
     model_types: tuple[str, ...] = field(validator=deep_iterable(instance_of(str), instance_of(tuple)))
@@ -148,9 +157,10 @@ class BuiltinSpec(ComponentSpec):
 class TaskSpec(ComponentSpec):
     """An evaluation task. `build(limit, seed)` yields mappings with `id` and `messages` (or `turns`).
 
-    from_row: Names a function that makes such a mapping of one row of the task's own data. With it the task can be
-        asked from a file of such rows: `tasks = ["NAME:FILE"]`.
-    quota: How many rows are asked where a run gives no limit, drawn by its seed where there are more. None: all.
+    from_row: The reference of a function that makes such a mapping from one row of the task's own data. With it, the
+        task's prompts can be read from a file of such rows: `tasks = ["NAME:FILE"]`.
+    quota: The number of prompts to ask if the run sets no limit. If the task has more, they are drawn with the run's
+        seed. None: all.
     """
 
     from_row: str | None = field(default=None, validator=optional(_REFERENCE))

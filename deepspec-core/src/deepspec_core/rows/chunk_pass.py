@@ -120,7 +120,7 @@ class RowPass:
 
     @property
     def gradients(self) -> dict[str, Tensor]:
-        """Of the total, by the name of the input."""
+        """The gradients of the total, by the name of the input."""
         return self._rows | {name: head.sum for name, head in self._heads.items()}
 
     def _empty(self, rows: int) -> Tensor:

@@ -23,10 +23,10 @@ class CoefficientSchedule:
     """A coefficient that changes over training: [loss] terms = {tv = {start = 0.0, end = 0.9, steps = 2000}}.
 
     start: The coefficient before the change.
-    end: The coefficient after it.
-    steps: Optimizer steps from `start` to `end`.
+    end: The coefficient after the change.
+    steps: The number of optimizer steps from `start` to `end`.
     after: The optimizer step at which the change begins; before it the coefficient is `start`.
-    shape: How the coefficient moves.
+    shape: The curve from `start` to `end`.
     """
 
     start: float = field(validator=coefficient)
@@ -38,7 +38,7 @@ class CoefficientSchedule:
     def at(self, step: int) -> float:
         """The coefficient at optimizer step `step`, counted from 0, which is (1 - s) * start + s * end.
 
-        For "linear", s = clamp((step - after) / steps, 0, 1). For "cosine", s is (1 - cos(pi * that)) / 2.
+        With t = clamp((step - after) / steps, 0, 1), s = t for "linear" and s = (1 - cos(pi * t)) / 2 for "cosine".
         """
         share = min(max((step - self.after) / self.steps, 0.0), 1.0)
         if self.shape == "cosine":

@@ -1,4 +1,4 @@
-"""What a pass over rows takes: memory while it runs, memory kept until backward, and operations.
+"""The memory of a pass over rows while it runs, the memory kept until backward, and its operations.
 
 The figures are computed from shapes, following the steps of chunk_pass.py. Nothing runs. Knows shapes only.
 """

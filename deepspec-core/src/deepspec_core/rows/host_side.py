@@ -1,8 +1,8 @@
-"""The numbers of rows that decide on the host: which rows there are, and how they are cut into chunks.
+"""The values of rows that the host needs: which rows there are, and how they are cut into chunks.
 
-On an accelerator, reading them back waits for all that runs there. So a draft hands on what the host knows
-(`Rows.on_host`), and a micro-step never waits. A copy is found by the tensor that it is a copy of, so rows with a
-changed tensor cannot go with an old copy. Knows rows and devices. Does not know chunks, kernels or terms.
+On an accelerator, copying them to the host waits for all work on the device. So a draft passes on the copies that the
+host already has (`Rows.on_host`), and a micro-step never waits. A copy is found by the tensor of which it is a copy, so
+a changed tensor cannot be used with an old copy. Knows rows and devices. Does not know chunks, kernels or terms.
 
 Legend: N rows.
 """

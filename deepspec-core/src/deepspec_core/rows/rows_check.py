@@ -1,8 +1,8 @@
-"""Whether what a draft hands to losses is what contracts/rows.py says: shapes, kinds of numbers, order, ranges.
+"""Checks the rows that a draft returns against contracts/rows.py: shapes, dtypes, order, ranges.
 
-Shapes are looked at on the host, and numbers in the host's copies of them (host_side.py). Every check takes as many
+Shapes are checked on the host, and values in the host's copies of the tensors (host_side.py). Every check takes as many
 operations as there are rows, so it is made in every step. Knows rows and heads. Does not know which draft made them;
-whoever knows tells it (`RowsError.of`).
+the caller adds that (`RowsError.of`).
 
 Legend: N rows, P target positions, H hidden size, V the target's vocabulary, D the draft's, G slots, r rank of the
 correction.

@@ -1,7 +1,7 @@
 """Products of rows with a vocabulary head: one head for all rows, or one for each slot.
 
-Of heads a slot, the rows of each slot are multiplied with its own, and put back in the order of rows. Knows slots and
-heads. Does not know which head it is, or gradients' sums.
+With one head for each slot, the rows of each slot are multiplied by its head, and put back in the order of rows. Knows
+slots and heads. Does not know which head it is, or the sums of gradients.
 
 Legend: N rows of a chunk, G slots, V vocabulary, X width of the head.
 """

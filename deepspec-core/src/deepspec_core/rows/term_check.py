@@ -1,4 +1,4 @@
-"""Whether a loss term says what it needs, and gives one number a row, as contracts/loss.py asks.
+"""Checks whether a loss term declares what it needs and returns one number per row, as contracts/loss.py requires.
 
 Knows the contract's members and shapes. Does not know which plugin a term comes from, or what it computes.
 
@@ -25,7 +25,7 @@ def check_members(term: Any, name: str, package: str) -> None:
         found = f"needs_extras = {term.needs_extras!r}"
     if found is not None:
         raise PluginError(
-            f"{name!r} is no loss term",
+            f"{name!r} is not a loss term",
             where=package,
             found=found,
             expected="needs_target (a bool), needs_extras (a tuple of names) and __call__ (contracts.loss.LossTerm)",
@@ -40,7 +40,7 @@ def one_a_row(value: Any, count: int, what: str) -> Tensor:
     if isinstance(value, Tensor) and tuple(value.shape) == (count,) and value.is_floating_point():
         return value
     raise PluginError(
-        f"{what} does not return one number a row",
+        f"{what} does not return one number per row",
         where="[loss]",
         found=f"{list(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else type(value).__name__,
         expected=f"a tensor of shape [{count}] for {count} rows, of a floating-point type",

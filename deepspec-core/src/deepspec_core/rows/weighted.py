@@ -1,7 +1,7 @@
-"""Rows without those that weigh 0. Such a row is not there: what its tensors hold, NaN for example, reaches nothing.
+"""Removes rows of weight 0 before any logits are formed, so that their contents, such as NaN, affect nothing.
 
-0 times NaN is NaN, in a sum and in every product of a gradient. So these rows are taken out before any logits are
-formed. Knows rows. Does not know chunks, kernels or terms.
+0 times NaN is NaN, in a sum and in every product of a gradient. Multiplication by the weight would therefore not be
+enough. Knows rows. Does not know chunks, kernels or terms.
 
 Legend: N rows.
 """

@@ -11,7 +11,7 @@ from deepspec_core.config.bounds import above, real
 class DecayOptions:
     """[loss] weighting = {type = "decay", gamma = 4.0}: later slots of a block weigh less.
 
-    gamma: A row in slot k weighs exp(-k / gamma). With less than 0.01, only slot 0 would weigh anything.
+    gamma: A row in slot k has the weight exp(-k / gamma). Below 0.01, only slot 0 would have any weight.
     """
 
     gamma: float = field(default=4.0, validator=real(0.01, 1e30))
@@ -19,10 +19,11 @@ class DecayOptions:
 
 @frozen(kw_only=True)
 class DPaceOptions:
-    """[loss] weighting = {type = "d-pace", alpha = 0.5}: rows weigh by the draft's own confidence in the labels.
+    """[loss] weighting = {type = "d-pace", alpha = 0.5}: the weights of rows follow from the probabilities that the
+    draft gives to the labels.
 
-    The probability q that the draft gives a label counts as (1 - alpha) * q + alpha. With a small alpha, rows weigh
-    little if they come after a row whose label the draft finds improbable.
+    A label's probability q enters as (1 - alpha) * q + alpha. With a small alpha, rows after a label that the draft
+    finds improbable have little weight.
 
     alpha: How far each probability is raised towards 1. With 1, probabilities do not matter: a row's weight is the
         number of rows from it to the end of its block.

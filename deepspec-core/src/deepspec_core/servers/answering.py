@@ -1,6 +1,6 @@
-"""The work of a farm that answers prompts: a completion for each request, in whichever dialect a server speaks.
+"""A farm's work of answering prompts: a completion for each request, in the dialect that each server speaks.
 
-Knows what is wanted, dialects and answers. Does not know farms.
+Knows requests, dialects and answers. Does not know farms.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _MISMATCHED: Final = "with other token counts than the server's"
 
 @frozen
 class Answering:
-    """A servers.work.Work: completions of what is wanted, in the first of the dialects that a server takes."""
+    """A servers.work.Work: completions of the wanted requests, in the first dialect that a server accepts."""
 
     wanted: Wanted
     dialects: tuple[Dialect, ...] = DIALECTS

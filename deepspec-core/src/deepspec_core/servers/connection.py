@@ -1,6 +1,7 @@
-"""One server over HTTP: what is sent to it, and what an exchange that fails says about it.
+"""One server over HTTP: sends requests, and describes exchanges that fail.
 
-Knows HTTP and JSON; not what a completion means, nor other servers. A key goes into a header and nowhere else.
+Knows HTTP and JSON; does not know what a completion means, or other servers. An API key is sent in a header and stored
+nowhere else.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _BUSY: Final = (429, 503)
 class Kind(Enum):
     """What a failed exchange says about the server.
 
-    DOWN: nobody answers. DIED: it broke off an answer. WRONG: it is not what it was taken for. BUSY: it has too much to
+    DOWN: no answer. DIED: it broke off an answer. WRONG: it is another server than expected. BUSY: it has too much to
     do. BAD: this answer cannot be used.
     """
 

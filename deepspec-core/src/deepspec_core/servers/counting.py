@@ -1,6 +1,6 @@
-"""What a server counts of its speculative decoding: the text of /metrics as numbers, and two readings as a difference.
+"""A server's counters of speculative decoding: parses the text of /metrics, and takes the difference of two readings.
 
-Knows the text form of Prometheus and what counters mean. Which counters an engine has is in engines.py.
+Knows the text format of Prometheus and what counters mean. engines.py knows which counters an engine has.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """How servers are asked to complete a prompt: two dialects of one protocol.
 
-All sampling settings are sent, also those that are off, because a server completes what is left out from the model's
-generation_config.json. Knows the bodies of requests; not how they are sent.
+All sampling settings are sent, also those that are off, because a server takes missing settings from the model's
+generation_config.json. Knows the bodies of requests; does not know how they are sent.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Dialect(Protocol):
 
     @property
     def lists_what_it_serves(self) -> bool:
-        """Whether /models names what is served, and not what else could be."""
+        """Whether /models lists only the models that are served, and not others that could be loaded."""
         ...
 
     @property

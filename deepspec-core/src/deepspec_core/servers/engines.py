@@ -1,7 +1,7 @@
-"""The engines whose speculative decoding can be measured: vLLM, llama.cpp, SGLang. All that differs between them.
+"""The engines whose speculative decoding can be measured (vLLM, llama.cpp, SGLang), and all differences between them.
 
-vLLM and llama.cpp count rounds for the whole server, at /metrics. SGLang says the rounds of each answer in the answer.
-Written for vLLM 0.32, llama.cpp 11434 and SGLang 0.5.23.
+vLLM and llama.cpp count rounds for the whole server, at /metrics. SGLang reports the rounds of each answer in the
+answer. Written for vLLM 0.32, llama.cpp 11434 and SGLang 0.5.23.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""How many requests one server is to have at once: as many as raise its tokens a second, and no more.
+"""Finds how many requests one server should have at once: as many as raise its tokens per second, and no more.
 
-The level doubles while that brings a clear gain, then stays at the smaller of the last two. It halves where the server
-says that it is busy. Knows times and counts; no requests.
+The level doubles as long as that brings a clear gain, then stays at the smaller of the last two levels. It halves if
+the server reports that it is busy. Knows times and counts; knows no requests.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""One server answers prompts while its counters are watched: answers, time, and the rounds it counted in between.
+"""One server answers prompts while its counters are read: answers, time, and the rounds counted meanwhile.
 
-Nobody else may ask the server meanwhile: its counters are those of all it does. Tokens that it counted and we did not
-receive show that somebody did. Knows requests and counters; not what is made of them.
+No other client may use the server at the same time, because its counters cover all of its work. If it counted more
+tokens than we received, another client did use it. Knows requests and counters; does not know how they are evaluated.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class Server:
             engine = engine_of(models)
             if engine is None:
                 raise ConfigError(
-                    "The server is none whose speculative decoding can be measured",
+                    "Speculative decoding cannot be measured on this kind of server",
                     where=self._where,
                     found="; ".join(said) or f"models of {', '.join(sorted({str(m.get('owned_by')) for m in models}))}",
                     expected=" or ".join(one.name for one in ENGINES),
@@ -116,7 +116,10 @@ class Server:
                 await self._reading()
         except Fault as fault:
             raise ConfigError(
-                "The server does not answer", where=self._where, found=fault.reason, fix="Start it, or correct it."
+                "The server does not answer",
+                where=self._where,
+                found=fault.reason,
+                fix="Start the server, or correct the address.",
             ) from None
 
     async def _measure(
@@ -234,10 +237,10 @@ class Server:
             )
         except (Fault, Refusal) as error:
             raise StageError(
-                "The server did not answer a prompt, so its counters are not those of the answers",
+                "The server did not answer a prompt, so its counters do not match the answers",
                 where=f"{self._where}: {request.id}",
                 found=str(error),
-                fix="Put that right and ask again: nothing was written.",
+                fix="Correct the cause and run the command again: nothing was written.",
             ) from None
 
     async def _reading(self) -> Reading:
@@ -295,30 +298,31 @@ class Server:
         except Reset:
             found = None
         raise StageError(
-            "The server counted from anew while it was measured",
+            "The server's counters restarted during the measurement",
             where=self._where,
             found="lower counters than before, or another process"
             if found is None
             else f"{found.generated:,} generated tokens, where its answers have {counted:,}",
             expected="counters of all its answers",
-            fix="See why it restarted, and ask again: nothing was written.",
+            fix="Find out why the server restarted, and run the command again: nothing was written.",
         )
 
     def _gone(self, fault: Fault) -> StageError:
         return StageError(
-            "The server does not answer any more",
+            "The server has stopped answering",
             where=self._where,
             found=fault.reason,
-            fix="Start it and ask again: nothing was written.",
+            fix="Start the server, and run the command again: nothing was written.",
         )
 
     def _contradicting(self, why: str) -> StageError:
         return StageError(
-            "The server's counters do not go together",
+            "The server's counters contradict each other",
             where=self._where,
             found=why,
-            expected="counts of one engine's rounds, each of them possible beside the others",
-            fix="Ask the engine itself, and not a program between that counts otherwise. Nothing was written.",
+            expected="consistent counts of the rounds of one engine",
+            fix="Use the address of the engine itself, not that of a proxy that counts differently. "
+            "Nothing was written.",
         )
 
     @property

@@ -1,4 +1,4 @@
-"""A request under way and a server, as a farm (servers/farm.py) keeps them. Knows no HTTP and no order of work."""
+"""A running request and a server, as a farm (servers/farm.py) stores them. Knows no HTTP and no order of work."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Job:
 
 @define(eq=False)
 class Member:
-    """A server. `served` is None while it is not asked: it is probed, and `out` says that this was told.
+    """A server. `served` is None while it must be probed before it is used; `out` is true once this was reported.
 
     doubts: Requests that it refused, of which another has not said yet whether it answers them. heard: when it last
     answered, or was asked after a pause.

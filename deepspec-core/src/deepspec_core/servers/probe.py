@@ -1,7 +1,8 @@
-"""What a server is: asked once before it answers anything, and again before it is let in again.
+"""Checks a server before its first answer, and again before a failed server is used again.
 
-It must serve the target, take every sampling setting, and hold samples of the longest length. A server that ignores a
-setting would answer all the same, so each is sent once with a value that cannot be taken. Knows one server.
+The server must serve the target, accept every sampling setting, and take samples of the longest length. A server that
+ignores a setting would answer all the same, so each setting is sent once with an invalid value, which the server must
+refuse. Knows one server.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ async def probe(connection: Connection, wanted: Wanted, *, dialects: Sequence[Di
         where=_where(connection, wanted),
         found="\n            ".join(said),
         expected=f"an OpenAI-compatible server of {' or '.join(wanted.names)}, at an address like http://host:8000/v1",
-        fix=f"If it knows the target by another name, say so in {wanted.called.served_as}.",
+        fix=f"If it knows the target by another name, set {wanted.called.served_as} to that name.",
     )
 
 
@@ -68,7 +69,7 @@ async def entry_of(
 ) -> tuple[dict[str, Any] | None, list[dict[str, Any]], list[str]]:
     """The target's entry in the server's list, the list, and what the server says in its place.
 
-    NotServed where it serves another model, or shorter texts. No entry where the list is not of what is served.
+    NotServed if it serves another model, or only shorter texts. No entry if the list is not that of served models.
     """
     models, said = await listed(connection, wanted)
     entry = _entry(models, wanted.names)

@@ -1,7 +1,7 @@
-"""From what a server says to an answer: its token ids, and whether it is whole.
+"""Turns a server's response into an answer: its token ids, and whether it is complete.
 
-Token ids are taken where the server returns them. Otherwise its text is tokenised here, and their number compared with
-what the server counted. Knows answers; no connections.
+Token ids are used if the server returns them. Otherwise the response's text is tokenised here, and the number of tokens
+is compared with the server's count. Knows answers; knows no connections.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The command that starts vLLM so that it gives features: its options, and what its environment needs.
+"""The command that starts vLLM as a server of features: its options, and its environment.
 
 Knows vLLM's options and the connector in in_vllm/; starts nothing. Written for vLLM 0.32 and 0.33.
 """
@@ -122,12 +122,12 @@ class Served:
 
     @property
     def positions(self) -> int | None:
-        """Of a text as long as can be, and of the token that every request generates; answers need more."""
+        """The positions of the longest text and of the token that every request generates; answers need more."""
         return None if self.max_length is None else self.max_length + (ROOM if self.answers else 1)
 
 
 def command(served: Served) -> list[str]:
-    """vLLM's command line. ConfigError where `extra` sets what is set here."""
+    """vLLM's command line. ConfigError if `extra` sets an option that this function sets."""
     for word in served.extra:
         # With answers there are decoding steps, and graphs of them may be of use.
         if not (served.answers and word == _GRAPHS):
@@ -200,8 +200,8 @@ def _refuse_own(word: str) -> None:
         raise ConfigError(
             "deepspec serve sets this option of vLLM itself"
             if option in _SET
-            else "This option of vLLM does not go with deepspec serve",
-            where="the words behind --",
+            else "This option of vLLM cannot be used with deepspec serve",
+            where="the options after --",
             found=word if name.endswith(option[2:]) else f"{word}, which vLLM reads as {option}",
             expected="other options of `vllm serve`",
             fix=f"Leave it out; {_SET[option]} sets it." if option in _SET else f"Leave it out: {_NEVER[option]}.",
@@ -214,5 +214,8 @@ def meant_layers(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError as error:
         raise ConfigError(
-            "no list of layers", where="--layers", found=repr(text), expected='whole numbers, such as "1,9,17"'
+            "this is not a list of layers",
+            where="--layers",
+            found=repr(text),
+            expected='whole numbers, such as "1,9,17"',
         ) from error

@@ -1,6 +1,6 @@
-"""vLLM as a process of this one: started, awaited, asked once for features, and ended with it.
+"""vLLM as a child process: starts it, waits until it is ready, makes one test request for features, and stops it.
 
-Knows processes and the first question; not how the command is made (vllm_command.py).
+Knows processes and the test request; vllm_command.py makes the command.
 """
 
 from __future__ import annotations
@@ -61,10 +61,10 @@ def require_free(served: Served) -> None:
             listener.bind((served.host.strip("[]"), served.port))
         except OSError as error:
             raise ConfigError(
-                "The server cannot listen here",
+                "The server cannot listen on this address",
                 where=f"--host {served.host} --port {served.port}",
                 found=error.strerror or str(error),
-                fix="Give another --port, or end what listens there.",
+                fix="Give another --port, or stop the program that listens on it.",
             ) from error
 
 
@@ -142,7 +142,7 @@ class Engine:
         return False
 
     def _ask_once(self, process: subprocess.Popen[str]) -> None:
-        """A request of three tokens, to see that files come and hold what was asked for."""
+        """A test request of three tokens, which checks that a file is written and holds the requested states."""
         body = {
             "model": self.served.names[0],
             "prompt": list(_FIRST_PROMPT),
@@ -156,7 +156,7 @@ class Engine:
             if process.poll() is not None:
                 raise self._ended(process.returncode, "vLLM ended at its first request") from error
             raise StageError(
-                "vLLM does not answer a request", where=self.served.address, found=_said(error), fix=_LAYERS_FIX
+                "vLLM does not answer the first request", where=self.served.address, found=_said(error), fix=_LAYERS_FIX
             ) from error
         said = answer.get("kv_transfer_params") if isinstance(answer, dict) else None
         path = said.get("hidden_states_path") if isinstance(said, dict) else None
@@ -167,7 +167,7 @@ class Engine:
         self._check_file(Path(path))
 
     def _check_file(self, path: Path) -> None:
-        """StageError where the first file is not what was asked for. It is removed."""
+        """StageError if the first file does not hold what was requested. The file is removed."""
         from safetensors import SafetensorError, safe_open
 
         expected = (len(_FIRST_PROMPT), len(self.served.layer_ids))
@@ -179,17 +179,17 @@ class Engine:
                 shape, metadata = tuple(file.get_slice("hidden_states").get_shape()), file.metadata() or {}
         except (OSError, SafetensorError) as error:
             raise StageError(
-                "vLLM's first file cannot be read",
+                "The first file of features from vLLM cannot be read",
                 where=path,
                 found=str(error),
-                fix="Look at what it wrote, and at the room in the exchange folder.",
+                fix="Read vLLM's output, and check the free space of the exchange folder.",
             ) from error
         finally:
             for one in (path, lock):
                 one.unlink(missing_ok=True)
         if shape[:2] != expected or metadata.get("layers") != json.dumps(self.served.layer_ids):
             raise StageError(
-                "vLLM gives other states than were asked for",
+                "vLLM writes other hidden states than were requested",
                 where=path,
                 found=f"{list(shape)}, layers {metadata.get('layers')}",
                 expected=f"{list(expected)} and the hidden size, layers {self.served.layer_ids}",
@@ -205,7 +205,7 @@ class Engine:
     def _ended(self, code: int, problem: str) -> StageError:
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         lines = "\n    ".join(self._last) if self._last else "nothing"
-        return StageError(problem, where=self.served.executable, found=f"{how}; the last it said:\n    {lines}")
+        return StageError(problem, where=self.served.executable, found=f"{how}; the end of its output:\n    {lines}")
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What every server is asked for, whatever its dialect. Knows values; no servers."""
+"""The request that every server gets, whatever its dialect. Knows values; knows no servers."""
 
 from __future__ import annotations
 

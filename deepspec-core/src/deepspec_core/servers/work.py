@@ -1,4 +1,4 @@
-"""What a farm of servers does for whoever uses it: what is asked of a server, and how its answer is taken.
+"""The contract of a farm's work: which request a server gets, and how its answer is received.
 
 Knows the members that servers/farm.py needs. Does not know what a request or an answer is.
 """

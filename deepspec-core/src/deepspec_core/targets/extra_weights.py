@@ -96,7 +96,7 @@ def wanted_names(names: Sequence[str], prefixes: Sequence[str], *, where: object
     for prefix in prefixes:
         if not any(name.startswith(prefix) for name in names):
             raise TargetError(
-                "the target lacks weights that the draft asks for",
+                "the target lacks weights that the draft needs",
                 where=where,
                 found=f"no name that begins with {prefix!r}; {_near(prefix, names)}",
                 expected=f"weights named {prefix}...",

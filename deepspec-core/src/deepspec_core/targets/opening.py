@@ -220,7 +220,7 @@ def special_tokens(
     stop = stop or _ids(text.get("eos_token_id"), f"{where}: eos_token_id of config.json")
     if not stop:
         raise TargetError(
-            "nothing says where the target's answers stop",
+            "the target has no stop token",
             where=where,
             expected="eos_token_id in generation_config.json or config.json, or an end token of the tokenizer",
             fix="Add eos_token_id to generation_config.json.",
@@ -376,11 +376,11 @@ def fetched(where: str | Path, revision: str | None, trust_remote_code: bool = F
 
 def _not_given(where: str | Path, revision: str | None, problem: str) -> TargetError:
     return TargetError(
-        "no such local directory, and the Hub does not give it",
+        "there is no such local directory, and the Hub has no such repository or cannot be reached",
         where=where if revision is None else f"{where} at revision {revision}",
         found=problem,
         expected="a local directory, or a Hub id that exists and can be reached",
-        fix="Check the name and the network; offline, download it first and give its directory.",
+        fix="Check the name and the network. Without a network, download the model first and give its directory.",
     )
 
 
@@ -389,7 +389,7 @@ def _ids(value: Any, where: str) -> tuple[int, ...]:
     ids = () if value is None else tuple(value) if isinstance(value, list | tuple) else (value,)
     if any(type(token) is not int or token < 0 for token in ids):
         raise TargetError(
-            "no token id", where=where, found=repr(value)[:80], expected="a whole number, or a list of them"
+            "this is not a token id", where=where, found=repr(value)[:80], expected="a whole number, or a list of them"
         )
     return ids
 

@@ -1,8 +1,8 @@
-"""Micro-batches of a source that reads ahead by itself, made in a thread of this process.
+"""Micro-batches of a source that reads ahead by itself, prepared in a thread of this process.
 
-Such a source has `in_order(indices)`: it keeps many requests under way along the whole order of training, which loader
-workers, each with a few micro-batches of its own, cannot. The thread prepares and collates while the training process
-computes. Knows plans, sources and preparations; not where features come from.
+Such a source has `in_order(indices)`: it keeps many requests in flight along the whole order of training. Loader
+workers could not do this, because each sees only a few micro-batches. The thread prepares and collates while the
+training process computes. Knows plans, sources and preparations; does not know where features come from.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _READY = 2  # micro-batches that wait for the training process
 def batches_ahead(
     source: Any, preparation: Preparation, plans: StepPlans, *, seed: int, pinned: bool
 ) -> Iterator[HostBatch]:
-    """The micro-batches of the plans, in order. Closing the iterator ends the thread, and what the source has begun."""
+    """The micro-batches of the plans, in order. Closing the iterator ends the thread and the source's requests."""
     ready: queue.Queue[HostBatch | BaseException | None] = queue.Queue(_READY)
     closed = threading.Event()
 

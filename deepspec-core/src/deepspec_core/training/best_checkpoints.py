@@ -1,9 +1,9 @@
-"""Evaluations of the draft during its training: when there is one, what was found, which checkpoints are the best.
+"""Evaluations of the draft during training: when they happen, their results, and which checkpoints are the best.
 
-An evaluation decodes with a checkpoint, never with the draft that is being trained: so it changes nothing of training,
-and a run that was killed in between finds the checkpoint and evaluates it then. What was found stands in
-evaluations.jsonl. All workers decode and decide alike; the first one writes. Knows records and checkpoints. Does not
-know how a draft is decoded.
+An evaluation decodes with a checkpoint, never with the draft that is being trained. So it does not affect training, and
+if a run is killed in between, it finds the checkpoint and evaluates it after it resumes. Results are written to
+evaluations.jsonl. All workers decode and reach the same decisions; the first one writes. Knows records and checkpoints.
+Does not know how a draft is decoded.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Evaluations:
     def begin(
         self, folder: Path, log: MetricsLog | None, save: Callable[[int], None], *, done: int, total: int, epoch: int
     ) -> None:
-        """Read what was found up to step `done`, and evaluate its checkpoint where that is due.
+        """Read the results up to step `done`, and evaluate its checkpoint if that is due.
 
         Later records are removed, as they will be found again. `log` is the first worker's metrics.jsonl; `save` writes
         the checkpoint of step 0; `total` and `epoch` are numbers of steps. CheckpointError where a record is damaged.
@@ -177,7 +177,8 @@ class Evaluations:
             set_aside(path, damage, f"the finished draft is that of step {step}")
         if self._checkpoint(ranked[0]) not in there:
             log.warning(
-                "the checkpoint of step %d, the best on held-out prompts, is gone: that of step %d is taken",
+                "the checkpoint of step %d, the best on held-out prompts, is missing; the "
+                "finished draft is that of step %d",
                 ranked[0]["step"],
                 step,
             )
@@ -245,7 +246,7 @@ def _resumed(path: Path, resume_at: int) -> tuple[Journal, list[dict[str, Any]]]
                 "damaged record of an evaluation",
                 where=f"{path}:{number}",
                 found=json.dumps(record)[:80],
-                fix="Remove that line and those after it, or train anew with --force train.",
+                fix="Remove that line and those after it, or train again from the start with --force train.",
             )
         last = record["step"]
     kept = [record for record in journal.entries if record["step"] <= resume_at]

@@ -140,7 +140,7 @@ def require_space(folder: Path, needed_bytes: int) -> None:
     free = free_bytes(folder)
     if free < needed_bytes:
         raise CheckpointError(
-            "no room for a checkpoint",
+            "the disk has no room for a checkpoint",
             where=folder,
             found=f"{in_words(free)} free",
             expected=in_words(needed_bytes),
@@ -194,7 +194,7 @@ def _scalars_for(checkpoint: Path, optimizer: torch.optim.Optimizer) -> dict[str
             where=path,
             found=f"format {scalars.get('format')}",
             expected=f"format {_FORMAT}",
-            fix="resume with the version of deepspec-core that wrote it, or train anew in another output folder",
+            fix="resume with the version of deepspec-core that wrote it, or train again in another output folder",
         )
     written = scalars.get("optimizer", ADAMW)  # older checkpoints do not say it
     if written != name_of(optimizer):

@@ -1,4 +1,4 @@
-"""In which order an epoch visits its samples, of which each `step_size` following ones make up an optimizer step.
+"""The order in which an epoch visits its samples. Each `step_size` consecutive samples make up an optimizer step.
 
 Knows lengths and random numbers. Does not know steps, ranks or rows.
 """

@@ -1,8 +1,8 @@
-"""Damaged checkpoints are set aside, and the next one is taken: to go on from, and as the finished draft.
+"""Sets damaged checkpoints aside and takes the next older one, for resuming and for the finished draft.
 
-The first rank tries them, the others follow it. A damaged one is renamed, never removed, because something of it may be
-wanted. Where no sound one is left, it is an error: training from the first step again is the user's choice. Knows
-checkpoints and ranks. Does not know training.
+The first rank tries the checkpoints, and the others follow it. A damaged checkpoint is renamed, never removed, because
+parts of it may still be useful. If no sound one is left, an error is raised: whether to train again from the first step
+is the user's choice. Knows checkpoints and ranks. Does not know training.
 """
 
 from __future__ import annotations
@@ -86,11 +86,11 @@ def first_sound(candidates: Iterable[Path], read: Callable[[Path], T]) -> tuple[
     if damaged:
         path, first = damaged[0]
         raise CheckpointError(
-            "damaged training state, and no earlier checkpoint to go on from",
+            "damaged training state, and there is no earlier checkpoint to resume from",
             where=first.where,
             found=first.found,
             expected=first.expected,
-            fix=f"remove {path.parent} to train anew from the first step, or train in another output folder",
+            fix=f"remove {path.parent} to train again from the first step, or train in another output folder",
         ) from first
     return None
 

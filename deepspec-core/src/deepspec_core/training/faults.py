@@ -1,6 +1,6 @@
 """Errors that end training: numbers that are not finite, and an epoch without anything to learn from.
 
-Knows what was seen, and how it is said. Does not know when it is looked for.
+Makes the errors. Does not know when they are checked for.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ def not_finite(step: int, grad_norm: float, done: Sequence[tuple[Sequence[str], 
     more = f" and {len(ids) - _SHOWN_IDS} more" if len(ids) > _SHOWN_IDS else ""
     what = "loss" if culprits else "gradient"
     return TrainingError(
-        f"the {what} of step {step + 1} is not finite; weights were left as they were after step {step}",
+        f"the {what} of step {step + 1} is not finite; the weights are still those of step {step}",
         where=f"samples {', '.join(ids[:_SHOWN_IDS])}{more}",
         found=f"gradient norm {grad_norm}",
-        fix="look at these samples and their features; lower train.lr or train.clip_norm where they are sound",
+        fix="examine these samples and their features; if they are sound, lower train.lr or train.clip_norm",
     )
 
 

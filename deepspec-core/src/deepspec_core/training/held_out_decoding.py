@@ -1,8 +1,8 @@
-"""Decoding a fixed set of prompts with a checkpoint, between two steps of training.
+"""Decodes a fixed set of prompts with a checkpoint, between two steps of training.
 
-The draft is loaded from the checkpoint as an evaluation loads it, so the figures are those that an evaluation of it
-would find, and the draft that is being trained is not touched. The workers share the prompts. Knows targets, drafts and
-requests. Does not know training, or what becomes of the figures.
+The draft is loaded from the checkpoint as the evaluate stage would load it. So the figures are those of an evaluation
+of this checkpoint, and the draft in training is not touched. The workers share the prompts. Knows targets, drafts and
+requests. Does not know training, or how the figures are used.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class HeldOutDecoding:
                 "No held-out prompt could be decoded with the draft",
                 where=draft,
                 found=failed[0] if failed else "answers of one token",
-                fix="Look at that error, or remove train.evaluate_every.",
+                fix="Correct the cause of that error, or remove train.evaluate_every.",
             )
         pooled = pool(completions)
         return Decoded(
@@ -109,6 +109,6 @@ class HeldOutDecoding:
 
 
 def _completion(row: dict[str, Any]) -> Completion:
-    """A completion as another worker told it, in which tuples are lists."""
+    """A completion from the JSON of another worker, in which tuples are lists."""
     ids = {name: tuple(row[name]) for name in ("prompt_ids", "output_ids")}
     return Completion(**{**row, **ids, "rounds": tuple(Round(**one) for one in row["rounds"])})

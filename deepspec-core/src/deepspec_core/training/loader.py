@@ -81,10 +81,11 @@ def dead_worker_is_an_error() -> Iterator[None]:
         # Noticed while a batch was waited for, it is told twice, and only the first time how it ended.
         told = str(error.__cause__) if _DEAD.match(str(error.__cause__)) else str(error)
         raise TrainingError(
-            "a loader worker ended",
+            "a loader worker ended unexpectedly",
             found=told.splitlines()[0].strip(),
-            expected="processes that read samples for as long as training lasts",
-            fix="Memory may have run out: lower train.loader_workers. Run again: it goes on from the last checkpoint.",
+            expected="loader workers that run until training ends",
+            fix="Memory may have run out: lower train.loader_workers. Run again: training resumes "
+            "from the last checkpoint.",
         ) from error
 
 

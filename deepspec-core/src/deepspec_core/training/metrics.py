@@ -1,4 +1,4 @@
-"""Training figures. Each is a ratio of sums, which are added up over steps and divided when a line is written.
+"""Training figures. Each is a ratio of sums: the sums add up over steps, and are divided when a line is written.
 
 Knows names, numerators, denominators, and the file they are written to. Does not know what they mean, or ranks.
 """
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 def at_a_glance(line: Mapping[str, Any]) -> dict[str, float | str]:
-    """What of a line the progress line shows, besides steps and time: of each what it is called there."""
+    """The figures of a line that the progress line shows besides steps and time, by their names there."""
     shown: dict[str, float | str] = {"loss": line["loss"]} if "loss" in line else {}
     tau = line.get("tau_probabilistic", line.get("tau_greedy"))
     if tau is not None:
@@ -81,7 +81,7 @@ class MetricsLog:
             file.write(json.dumps(figures) + "\n")
 
     def add(self, step: int, figures: Mapping[str, Any]) -> None:
-        """Give the line of a step more figures. A step without a line, or whose line has them, stays as it is."""
+        """Add figures to the line of a step. Nothing changes if the step has no line, or its line has them already."""
         before = self.of_step(step)
         if before and not figures.keys() <= before.keys():
             added = json.dumps({**before, **figures}).encode()
@@ -119,7 +119,7 @@ class Clock:
         self._tokens += tokens
 
     def waiting(self, loader: Iterator[T]) -> Iterator[T]:
-        """What `loader` gives. The time until it gives it counts as waiting."""
+        """Pass on the items of `loader`, and count the time until each arrives as waiting."""
         while True:
             asked = time.monotonic()
             try:

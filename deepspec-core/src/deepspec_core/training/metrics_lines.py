@@ -1,7 +1,7 @@
-"""metrics.jsonl as its readers see it: while training writes it, after a kill, and after other people had it.
+"""Reads metrics.jsonl, also while training writes it, after a kill, and after other people edited it.
 
-A line that is no JSON object with a whole `step`, or a half-written last one, is left out and counted. Values that are
-no finite numbers are left out as well. Knows lines; not what figures mean. Imports nothing heavy.
+A line that is not a JSON object with a whole `step`, or a half-written last line, is left out and counted. Values that
+are not finite numbers are left out too. Knows lines; does not know what figures mean. Imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _LONGEST: Final = 1 << 20
 
 
 def read_lines(path: Path) -> tuple[list[Line], int]:
-    """All lines, and how many there were that cannot be read. Nothing where there is no such file."""
+    """All readable lines, and the number of others. No lines if there is no such file."""
     following = Following(path)
     return [line for _, line in following.new()], following.unreadable
 
@@ -75,7 +75,7 @@ class Following:
 
 
 def figures_of(text: bytes) -> Line | None:
-    """The figures of a line with a step of 0 or more; None where it is no such line."""
+    """The figures of a line whose step is 0 or more; None for other lines."""
     try:
         content: Any = json.loads(text)
     except (ValueError, RecursionError):

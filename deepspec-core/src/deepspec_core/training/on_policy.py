@@ -1,7 +1,7 @@
-"""Texts that a draft writes itself, for training on them: rolled out, checked, prepared, before features are taken.
+"""Training on texts that the draft generates itself: rolls them out, checks them and prepares them before features.
 
-Preparation waits for the rollout, so it runs in the training process. Random numbers follow from the seed, the epoch
-and the sample's id. Knows drafts that roll out; not what they write, nor losses.
+Preparation must wait for the rollout, so it runs in the training process. Random numbers are derived from the seed, the
+epoch and the sample's id. Knows drafts with a rollout; does not know what they generate, or losses.
 
 Legend: B samples, T tokens of the longest.
 """
@@ -33,10 +33,10 @@ def rolls_out(draft: DraftModel) -> bool:
 def stored_features(where: object, found: object) -> ConfigError:
     """The error of a draft that rolls out, with features that were taken of other texts."""
     return ConfigError(
-        "the draft trains on texts that it writes while it trains, and stored features are of other texts",
+        "the draft trains on texts that it generates during training, but stored features belong to other texts",
         where=where,
         found=found,
-        expected='features of the texts that are given, as with features.mode = "online"',
+        expected='features that are computed during training: features.mode = "online"',
         fix='Set features.mode = "online", and leave "cache" out of run.stages.',
     )
 
@@ -115,7 +115,7 @@ class Rollouts:
 
 
 def check_shapes(draft: DraftModel, returned: object, given: Texts) -> None:
-    """PluginError if what a rollout returned is not of the given texts' shapes. Reads no numbers."""
+    """PluginError if a rollout returned other shapes than the given texts have. Reads no values."""
     if not isinstance(returned, Texts):
         raise refused(draft, "rollout()", type(returned).__name__, "contracts.draft.Texts")
     for name in ("input_ids", "loss_mask"):
@@ -128,7 +128,7 @@ def check_shapes(draft: DraftModel, returned: object, given: Texts) -> None:
 def refused(draft: DraftModel, name: str, found: object, expected: str) -> PluginError:
     """The error of a rollout that breaks its contract."""
     return PluginError(
-        f"a draft rolls out what cannot be trained on: `{name}`",
+        f"a draft's rollout cannot be trained on: `{name}`",
         where=f"{package_of(draft)}, {component_of(draft)}",
         found=found,
         expected=expected,

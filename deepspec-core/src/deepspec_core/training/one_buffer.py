@@ -1,4 +1,4 @@
-"""Several tensors in one piece of memory, so that they cross a border between processes or devices at once.
+"""Several tensors in one piece of memory, so that they move between processes or devices in one transfer.
 
 Between processes each piece of memory takes a file descriptor and a handshake of about a millisecond, whatever its
 size. Knows tensors and their names. Does not know what they mean.

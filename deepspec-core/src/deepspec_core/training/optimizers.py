@@ -40,7 +40,7 @@ def build_optimizer(
     if not hidden:
         raise no_matrices(len(trained))
     log.info(
-        "optimizer: Muon for %d matrices with %s numbers, AdamW for %d other weights with %s",
+        "optimizer: Muon for %d matrices (%s parameters), AdamW for %d other weights (%s parameters)",
         len(hidden),
         f"{sum(value.numel() for value in hidden):,}",
         len(others),

@@ -1,7 +1,8 @@
-"""How long the steps take, which rank is the slowest, and the most memory: figures for each line of metrics.jsonl.
+"""The figures of speed and memory for metrics.jsonl: time per step, the slowest rank, and peak memory.
 
-A rank's own time ends before the last backward pass of a step, where it exchanges gradients and waits for the others.
-On a CUDA device it is measured by events on the stream, so nothing waits. Knows clocks and ranks, not what a step does.
+A rank's own time ends before the last backward pass of a step, in which it exchanges gradients and waits for the
+others. On a CUDA device it is measured by events on the stream, so nothing waits. Knows clocks and ranks; does not know
+what a step does.
 """
 
 from __future__ import annotations

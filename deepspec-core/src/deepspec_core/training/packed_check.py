@@ -1,7 +1,7 @@
-"""Whether the conversations of a packed row are kept apart, tried with real numbers before the first step.
+"""Tries, with real numbers before the first step, whether the conversations of a packed row are kept separate.
 
-Two made-up conversations share a row. What is computed of one must not change when the other is exchanged. What a
-plugin says of itself is thus not believed. Knows the contracts of drafts and targets; no run, no algorithm, no family.
+Two made-up conversations share a row. The results for one must not change when the other is replaced. So a plugin's own
+claim is not trusted. Knows the contracts of drafts and targets; knows no run, no algorithm, no family.
 
 Legend: T tokens, C = taps * H, H hidden size, N rows.
 """

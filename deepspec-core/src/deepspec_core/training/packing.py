@@ -1,6 +1,6 @@
-"""Which conversations share a row: as few rows as hold them, about equally full, so that little is padded.
+"""Decides which conversations share a row: the fewest rows that hold them, about equally full, for little padding.
 
-Knows indices and lengths. Does not know what is in a row, nor which samples a step has.
+Knows indices and lengths. Does not know what is in a row, or which samples a step has.
 """
 
 from __future__ import annotations

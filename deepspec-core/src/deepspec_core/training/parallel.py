@@ -1,9 +1,10 @@
-"""Data parallelism: where trained weights, gradients and moments lie, and when ranks exchange them.
+"""Data parallelism: where trained weights, gradients and moments are stored, and when ranks exchange them.
 
-Three ways with one face. Alone: all of it on one device. Replicated (DDP): a copy on each device. Sharded (FSDP2): each
-device keeps a part, and the weights are gathered for the length of an optimizer step. Every rank may have another
-number of micro-batches in a step, so all of them exchange exactly twice a step: weights before its first forward pass,
-gradients in its last backward pass. Knows modules and ranks. Does not know optimizers, files or steps' sums.
+There are three modes with one interface. Single: everything on one device. Replicated (DDP): a copy on each device.
+Sharded (FSDP2): each device holds a part, and the weights are gathered for the duration of an optimizer step. Ranks may
+have different numbers of micro-batches in a step, so all of them exchange exactly twice per step: weights before its
+first forward pass, gradients in its last backward pass. Knows modules and ranks. Does not know optimizers, files or the
+sums of a step.
 """
 
 from __future__ import annotations
@@ -144,11 +145,11 @@ def parallelise(step: TrainingStep, wanted: str, *, device: torch.device, proces
         return Alone(step)
     how, why = choose(wanted, step.draft, device=device)
     if how == DDP:
-        log.info("parallel: ddp, %d processes with a copy of the weights each (%s)", processes, why)
+        log.info("parallel: ddp, %d processes, each with a copy of the weights (%s)", processes, why)
         return Replicated(step)
     mesh, groups = mesh_of(device, processes)
     spread = f"{groups} groups of {processes // groups}" if groups > 1 else f"{processes} processes"
-    log.info("parallel: fsdp, weights, gradients and moments spread over %s (%s)", spread, why)
+    log.info("parallel: fsdp, weights, gradients and moments sharded over %s (%s)", spread, why)
     return Sharded(step, mesh)
 
 

@@ -1,8 +1,8 @@
-"""How an optimizer step's sums become its gradient: by one division by the step's denominator over all ranks.
+"""Turns the sums of an optimizer step into its gradient, with one division by the step's denominator over all ranks.
 
-Backward adds up gradients of sums, so the number of micro-batches, ranks and their sizes do not matter. Data
-parallelism averages over ranks, so the gradient is also multiplied by world_size. Knows sums and gradients. Does not
-know drafts, losses or files.
+Backward adds up gradients of sums, so the number and sizes of micro-batches and ranks do not matter. Data parallelism
+averages over ranks, so the gradient is also multiplied by world_size. Knows sums and gradients. Does not know drafts,
+losses or files.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class StepSums:
             self.ratios[name] = self.ratios[name] + ratio if name in self.ratios else ratio
 
     def add_counts(self, name: str, numerator: int, denominator: int) -> None:
-        """Add to a metric what was counted on the host. Nothing is copied to the device."""
+        """Add counts from the host to a metric. Nothing is copied to the device."""
         counts = [torch.full((), float(count), device=self.device) for count in (numerator, denominator)]
         self.ratios[name] = torch.stack(counts) + self.ratios.get(name, 0.0)
 

@@ -38,7 +38,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor, on every rank. Of a sharded one, all its ranks must call it together."""
+    """The whole tensor, on every rank. If it is sharded, all its ranks must call this together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 

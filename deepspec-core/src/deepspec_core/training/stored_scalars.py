@@ -1,4 +1,4 @@
-"""What a checkpoint says beside tensors: which numbers a run must have too, and that all of them are there.
+"""The scalars of a checkpoint: which of them a run must share, and whether all of them are there.
 
 Knows names and types. Does not know files.
 """

@@ -1,8 +1,9 @@
-"""The lines of metrics.jsonl as curves in TensorBoard, Weights & Biases, MLflow or Trackio, through accelerate.
+"""Shows the lines of metrics.jsonl as curves in TensorBoard, Weights & Biases, MLflow or Trackio, through accelerate.
 
-Each tracker has a thread that follows the file. Training never waits for it; one that raises is reported once and
-switched off. `trackers.json` keeps what each one was told, so a resumed run continues its curve, nothing is told twice,
-and one that is switched on later is told everything. Knows lines, not what they mean, and no training loop.
+Each tracker has a thread that follows the file. Training never waits for it. If a tracker raises, this is reported
+once, and the tracker is switched off. `trackers.json` records which lines each tracker has received. So a resumed run
+continues its curve, no line is sent twice, and a tracker that is added later receives all lines. Knows lines; does not
+know what they mean, or the training loop.
 """
 
 from __future__ import annotations
@@ -48,14 +49,15 @@ def require_trackers(asked: Sequence[str] | None, *, where: str) -> None:
     for name in asked or ():
         if not installed(name):
             raise ConfigError(
-                f"{_TITLES[name]} is asked for and not installed",
+                f"{_TITLES[name]} is in train.trackers but is not installed",
                 where=f"{where}: train.trackers",
                 found=name,
-                fix=f"Install it: pip install {_PACKAGES.get(name, name)}. Or take it out of the list.",
+                fix=f"Install it: pip install {_PACKAGES.get(name, name)}. Or remove it from the list.",
             )
     if asked is None and not installed(TENSORBOARD):
         log.info(
-            "TensorBoard is not installed, so there will be no curves in it: pip install %s", _PACKAGES[TENSORBOARD]
+            "TensorBoard is not installed, so curves are not shown in it. To install it: pip install %s",
+            _PACKAGES[TENSORBOARD],
         )
 
 
@@ -113,7 +115,7 @@ class Trackers:
             teller.wake()
 
     def summary(self) -> dict[str, dict[str, Any]]:
-        """Of each tracker the step it was told up to, and its error where it has failed."""
+        """For each tracker: the last step that it received, and its error if it has failed."""
         return {teller.name: teller.summary() for teller in self._tellers}
 
     def __exit__(
@@ -157,7 +159,7 @@ class _Teller:
         self._thread.join(max(0.0, until - time.monotonic()))
         if self._thread.is_alive():
             self._error = f"it did not end within {seconds:.0f} seconds"
-            log.warning("%s: %s; it was told the lines %s", _TITLES[self.name], self._error, self._up_to())
+            log.warning("%s: %s; it received the lines %s", _TITLES[self.name], self._error, self._up_to())
 
     def summary(self) -> dict[str, Any]:
         return {"told_to_step": self._told.step, **({} if self._error is None else {"error": self._error})}
@@ -182,7 +184,7 @@ class _Teller:
         except BaseException as error:  # some libraries leave by sys.exit
             self._error = f"{type(error).__name__}: {error}"[:500]
             log.warning(
-                "%s is switched off, and training goes on: %s. It was told the lines %s",
+                "%s is switched off, and training continues: %s. It received the lines %s",
                 _TITLES[self.name], self._error, self._up_to(),
             )  # fmt: skip
 
@@ -198,7 +200,7 @@ class _Teller:
         return place
 
     def _begin_anew(self, why: str) -> None:
-        log.warning("%s is not of this run (%s): %s begins a new curve", STATE, why, _TITLES[self.name])
+        log.warning("%s belongs to another run (%s): %s begins a new curve", STATE, why, _TITLES[self.name])
 
     def _start(self, told: _Told) -> Any:
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS

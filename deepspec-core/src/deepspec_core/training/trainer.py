@@ -1,8 +1,8 @@
 """The training loop: optimizer steps over a source of samples, with checkpoints, resumption and figures.
 
 Knows sources, drafts, engines and optimizers through their contracts. Does not know stages, folders other than its own,
-algorithms or families. accelerate finds devices and ranks, parallel.py spreads the draft, step.py has the precision,
-reduction.py the division.
+algorithms or families. accelerate finds devices and ranks, parallel.py distributes the draft, step.py sets the
+precision, reduction.py divides the sums.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def train(
     """
     if len(source) == 0:
         raise DataError(
-            "no samples to train on",
+            "there are no samples to train on",
             expected="at least one conversation that passes [data]'s filters",
             fix="lower data.min_supervised_tokens, raise data.max_length, or add sources",
         )

@@ -64,7 +64,7 @@ def make_untrained(
         problem = f"digest() = {digest!r}"
     if problem is not None:
         raise PluginError(
-            f"draft type {kind!r} describes itself wrongly",
+            f"draft type {kind!r} has a wrong description",
             where=package,
             found=problem,
             expected=f"an UntrainedDescription of the algorithm {kind!r} with max_tokens of 1 or more, a number of "

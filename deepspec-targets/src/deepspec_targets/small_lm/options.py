@@ -10,11 +10,11 @@ from deepspec_core.config.bounds import whole
 
 @frozen(kw_only=True)
 class SmallLMOptions:
-    """Any causal language model with the target's tokenizer proposes tokens, one forward pass a token.
+    """A causal language model with the target's tokenizer proposes the tokens, with one forward pass per token.
 
     model: A Hub id, a directory, or builtin:NAME.
-    revision: A branch, tag or commit of a Hub id.
-    max_tokens: Tokens of one proposal.
+    revision: A branch, tag or commit of the Hub repository.
+    max_tokens: The number of tokens of one proposal.
     """
 
     model: str = field(validator=instance_of(str))

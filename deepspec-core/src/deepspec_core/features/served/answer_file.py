@@ -1,7 +1,7 @@
-"""Reading one answer's file, and checking it: what a server wrote is not believed.
+"""Reads and checks the file of one answer. Nothing in a server's file is trusted.
 
-The format is safetensors, read here into memory of this process: a file that is mapped could still be cut by whoever
-wrote it. Knows one file and what it should hold; not where it lies, nor who wrote it.
+The format is safetensors. The file is read into this process's memory: a mapped file could still be truncated by its
+writer. Knows one file and what it should hold; does not know where it is, or who wrote it.
 
 Legend: T tokens, K states of a token (the taps and the final one), H hidden size.
 """
@@ -39,7 +39,7 @@ class States:
 
     states: [T, K, H], as the engine orders them, in the type they were stored in; bfloat16 where that is float8.
     stored: The type they were stored in, as [cache] dtype names it.
-    normed: Whether the final state is after the target's last norm; None where the file does not say.
+    normed: Whether the final state is after the target's last norm; None if the file does not say so.
     size: Bytes of the file.
     """
 
@@ -50,7 +50,7 @@ class States:
 
 
 def read_states(file: BinaryIO, place: Path, *, ids: Tensor, layers: AskedLayers, hidden_size: int) -> States:
-    """The states of the text `ids` [T]. BadAnswer, with what is wrong, where the file does not hold them."""
+    """The states of the text `ids` [T]. BadAnswer, with the reason, if the file does not hold them."""
     entries, said, start, size = _header(file, place)
     sent_T = ids.to(torch.int64)
     found_T = _tensor(file, place, entries, "token_ids", _IDS, start, size, (len(ids),)).to(torch.int64)

@@ -1,8 +1,8 @@
-"""Where an answer's file may lie, and waiting until the engine has written it.
+"""Checks the path of an answer's file, and waits until the engine has written the file.
 
-An engine chooses the file's path, so the path is not believed: it has to lie in the exchange folder, be named after the
-request, and be no link. The engine holds a lock on FILE.lock while it writes. Knows paths and locks; not what is in a
-file.
+The engine chooses the file's path, so the path is not trusted: it must be in the exchange folder, be named after the
+request, and be no link. The engine holds a lock on FILE.lock while it writes. Knows paths and locks; does not know a
+file's contents.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def remove(place: Path) -> None:
 
 
 def _try(place: Path) -> tuple[BinaryIO | None, str]:
-    """The file; or None, and what is in the way."""
+    """The file; or None and the reason."""
     lock = _open(place.with_name(place.name + LOCK_SUFFIX))
     try:
         if lock is not None:

@@ -1,8 +1,8 @@
-"""What is asked of one server: an answer, and the hidden states of the text that it ends. It is a farm's work.
+"""A farm's work of generating answers together with the hidden states of prompt and answer.
 
-The target reads a conversation once: the server writes what it computed while it answered. An answer counts also where
-its states do not: then they are asked for later, as of any other text. Knows answers and the protocol of features; not
-which conversations are answered, nor where features go.
+The target reads a conversation once, because the server writes its hidden states while it answers. If the states of an
+answer are missing, the answer still counts, and the states are requested later as for any other text. Knows answers and
+the protocol of features; does not know which conversations are answered, or where features go.
 
 Legend: T tokens of a prompt and its answer.
 """

@@ -1,7 +1,7 @@
-"""What is asked of one server: the hidden states of a text. It is a farm's work (servers/work.py).
+"""A farm's work (servers/work.py) of computing the hidden states of texts.
 
-The text goes as token ids, as a completion of one new token. The answer names a file, which is read, checked and
-removed. Knows the protocol; not which samples are asked for, nor what their features are for.
+A text is sent as token ids, with a completion of one new token. The response names a file, which is read, checked and
+removed. Knows the protocol; does not know which samples are requested, or how their features are used.
 
 Legend: T tokens, K states of a token, H hidden size, C = taps * H.
 """

@@ -29,7 +29,7 @@ def captured_by(
 ) -> Iterator[Sample]:
     """As features.capture.capture, but servers compute the features. `dtype` None: as they write them.
 
-    Those that were `kept` are taken from there, and servers asked for the others; None: there are no others.
+    Features in `kept` are taken from there, and the others are requested from `servers`; None: all are in `kept`.
     CacheError where a feature is not finite in `dtype`.
     """
     samples = as_samples(samples)

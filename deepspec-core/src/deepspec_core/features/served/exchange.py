@@ -1,10 +1,10 @@
-"""The exchange folder: which files are whose, and how much of it this process fills.
+"""The exchange folder: to which process each file belongs, and how much of the folder this process fills.
 
-An engine writes the file, and the run removes it. So the run names it: the name of a request is part of its file's
-name, and begins with what tells this run and this process from all others. A process removes files with its own
-beginning, and no others. Several runs, and several processes of one, may share a folder.
+An engine writes a file, and the run removes it, so the run chooses the name. A file's name contains the name of its
+request, which begins with a prefix that identifies this run and this process. A process removes only files with its own
+prefix. Several runs, and several processes of one run, may share a folder.
 
-Knows a folder, names and sizes. Does not know what is in a file, nor servers.
+Knows a folder, names and sizes. Does not know the contents of files, or servers.
 """
 
 from __future__ import annotations
@@ -57,11 +57,11 @@ def owner_of(folder: Path, *, may_write: bool = True) -> str:
     number = path.read_text(encoding="ascii", errors="replace").strip()
     if not re.fullmatch(r"[0-9a-f]{32}", number):
         raise StageError(
-            "The file that says which files of the exchange folder are this run's is damaged",
+            "The file that identifies this run's files in the exchange folder is damaged",
             where=path,
             found=repr(number[:40]),
             expected="32 hexadecimal digits",
-            fix="Remove it. Files that an earlier process left in the exchange folder then stay there.",
+            fix="Remove this file. Files of earlier processes in the exchange folder then stay until you delete them.",
         )
     inodes = f"{folder.stat().st_ino}\0{path.stat().st_ino}"
     return hashlib.sha256(b"\0".join([number.encode(), os.fsencode(folder.resolve()), inodes.encode()])).hexdigest()[
@@ -141,7 +141,7 @@ class Exchange:
                 self._given_up[ticket.name] = (size, time.monotonic() + self.late)
 
     def clear(self, *, session: bool = False) -> tuple[int, int]:
-        """Remove what this process has in the folder and nobody waits for: (files, bytes), locks not counted.
+        """Remove this process's files that nobody waits for. Returns (files, bytes), without lock files.
 
         `session`: only what this session has. A file that cannot be removed is told once, and stays.
         """
@@ -226,7 +226,7 @@ class Exchange:
         if new:
             log.warning(
                 "%d of this run's files in %s cannot be removed (%s: %s). Let server and run have the same user, or a "
-                "folder and a umask that let both remove files; then remove what stays by hand",
+                "folder and a umask that let both remove files; then remove the remaining files by hand",
                 len(new),
                 self.folder,
                 new[0],

@@ -1,8 +1,8 @@
-"""Whether a server's last state is after the target's last norm, and norming it where it is not.
+"""Finds out whether a server's last hidden state is already normed, and applies the target's final norm if not.
 
-Drafts and losses read the state after the norm, which the lm_head takes. Engines give the state before it, or do not
-say which. After an RMS norm every token has a mean square of 1 once the norm's gain is taken out, so it can be measured
-with the norm's weight alone. Knows one norm and states; no servers.
+Drafts and losses read the state after the norm, which is the input of the lm_head. Engines return the state before it,
+or do not say which. After an RMS norm every token has a mean square of 1 once the norm's gain is divided out, so the
+norm's weight alone is enough to find out. Knows one norm and states; knows no servers.
 
 Legend: T tokens, H hidden size.
 """

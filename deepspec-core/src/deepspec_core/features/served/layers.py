@@ -1,4 +1,5 @@
-"""How engines number what they give: sorted, layer L's output as L + 1, the embedding as 0, the final state last.
+"""The numbers by which engines know hidden states: layer L's output is L + 1, the embedding 0, the final state the
+last.
 
 Knows numbers only.
 
@@ -25,7 +26,7 @@ class AskedLayers:
 
     @property
     def ids(self) -> tuple[int, ...]:
-        """The engine's numbers of what is asked for, rising. There are K."""
+        """The engine's numbers of the requested states, increasing. There are K."""
         return tuple(sorted({*(tap + 1 for tap in self.taps), self.num_layers}))
 
     @property

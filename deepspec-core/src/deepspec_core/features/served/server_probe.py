@@ -1,12 +1,12 @@
-"""Comparing what servers compute of one text: with the target in this process, or with each other.
+"""Compares the hidden states that servers compute for one text with the target in this process, or with each other.
 
-What differs is said by state: its error, and what the error is like. A state that is another layer's, or another
-model's, is refused. Token ids go to servers, so a server's own chat template has no part in it. Knows states; asks no
-server, and no target.
+The result has, for each state, its error and the likely kind of error. A state that belongs to another layer or another
+model is refused. Servers receive token ids, so a server's own chat template plays no part. Knows states; uses no server
+and no target.
 
-The error of a state is the median over tokens of |found - reference| / |reference|. The median, because the first
-tokens of a text have states of another size in many models. A token with an error of e has a cosine of at least about
-1 - e^2 / 2.
+The error of a state is the median over tokens of |found - reference| / |reference|. The median is used because, in many
+models, the first tokens of a text have states of another magnitude. A token with an error of e has a cosine of at least
+about 1 - e^2 / 2.
 
 Legend: T tokens, H hidden size.
 """
@@ -88,7 +88,7 @@ def differences(found: Mapping[str, Tensor], reference: Mapping[str, Tensor]) ->
 class Reference:
     """What the states of the short text have to be like: a server that comes, or comes back, is compared with it.
 
-    states: By name, [T, H]. whose: what messages call them. most: the largest error that is taken.
+    states: By name, [T, H]. whose: their source, for messages. most: the largest accepted error.
     precisions: What the states may have been computed in, where that matters (precision_of).
     """
 

@@ -1,8 +1,8 @@
-"""What servers gave for a short text when a stage was begun, which they have to give as long as it goes on.
+"""The hidden states of a short text, recorded when a stage begins. Its servers must give the same as long as it runs.
 
-The file stands in the stage's folder, in safetensors. Its states are kept, and no digest of them: the same target in
-another engine, or on another accelerator, gives numbers that differ by rounding. Knows one file and the bounds; no
-servers.
+The file is in the stage's folder, in safetensors. It holds the states and not a digest of them, because the same target
+in another engine or on another accelerator gives numbers that differ by rounding. Knows one file and the bounds; knows
+no servers.
 
 Legend: T tokens, H hidden size, C = taps * H.
 """
@@ -64,7 +64,7 @@ class ServedRecord:
 
     @property
     def bound(self) -> float:
-        """The largest error that is taken. Servers that were apart from the start may be so later."""
+        """The largest accepted error. Servers that differed at the start may differ as much later."""
         return min(MOST_ERROR, max(2 * self.spread, *(_BOUNDS[name] for name in self.precisions)))
 
     def reference(self, work: FeatureWork, *, where: Path) -> Reference:
@@ -116,7 +116,7 @@ def read_record(path: Path) -> ServedRecord:
 
 def _unusable(path: Path, found: str, expected: str) -> StageError:
     return StageError(
-        "The record of what servers gave cannot be used",
+        "The record of the servers' features cannot be used",
         where=path,
         found=found,
         expected=expected,

@@ -1,7 +1,7 @@
-"""The features of many samples from servers: in order, asked for ahead of whoever uses them.
+"""The features of many samples from servers, in order, requested ahead of their use.
 
 A thread keeps the servers busy (servers/farm.py), as far ahead as `prefetch` samples and the exchange folder allow. The
-order is that of the samples, whichever server answered first. Knows samples and a farm; not what a server is asked.
+order is that of the samples, whichever server answers first. Knows samples and a farm; does not know the requests.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class Stream:
             yield evolve(sample, features=taken.features)
 
     def close(self) -> None:
-        """End what is under way. Files of this stream are removed."""
+        """End the requests in flight, and remove this stream's files."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()

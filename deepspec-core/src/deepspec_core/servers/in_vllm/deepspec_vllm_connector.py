@@ -221,7 +221,10 @@ class DeepSpecHiddenStates(KVConnectorBase_V1, SupportsHMA):  # type: ignore[mis
         shape = kv_caches[name].shape
         if len(shape) != 4 or shape[1] != len(self._layers) or shape[2] != self._block_size:
             expected = f"[blocks, {len(self._layers)}, {self._block_size}, hidden size]"
-            raise ValueError(f"the states lie otherwise than this connector knows: {list(shape)}, expected {expected}")
+            raise ValueError(
+                f"vLLM stores the hidden states in a layout that this connector does not know: "
+                f"{list(shape)}, expected {expected}"
+            )
         self._states = kv_caches[name]
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
@@ -247,7 +250,9 @@ class DeepSpecHiddenStates(KVConnectorBase_V1, SupportsHMA):  # type: ignore[mis
                 fcntl.flock(lock, fcntl.LOCK_EX)
             except OSError as error:
                 # Whoever reads finds no file, and asks again.
-                log.error("%s cannot be made or locked, so its request is not written: %s", beside, error)
+                log.error(
+                    "%s cannot be created or locked, so the features of its request are not written: %s", beside, error
+                )
                 continue
             self._locks[name] = lock, beside
 
@@ -335,7 +340,9 @@ def _place(kv_cache_config: Any) -> tuple[int, int]:
     if not own and len(groups) == 1:
         own = [0]  # where every layer keeps as many tokens in a block, they share a group
     if len(own) != 1:
-        raise ValueError(f"the states are not kept in one group of the cache, but in {len(own)} of {len(groups)}")
+        raise ValueError(
+            f"the hidden states must be in one group of the KV cache, but are in {len(own)} of {len(groups)}"
+        )
     return own[0], groups[own[0]].kv_cache_spec.block_size
 
 
