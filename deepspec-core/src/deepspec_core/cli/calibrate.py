@@ -29,7 +29,7 @@ def calibrate(run: str, tasks: tuple[str, ...], temperature: float | None, block
 
     RUN is a run's folder or its run file. Writes calibration.json there, beside the draft, and calibration.sglang.json,
     the same as SGLang reads it. No output of the target changes by it. The column "left out" is the error on each half
-    of the samples with temperatures fitted on the other half.
+    of the prompts with temperatures fitted on the other half.
     """
     from rich.console import Console
 
