@@ -129,7 +129,7 @@ def test_an_edited_or_foreign_file_is_refused(judged_copy: Path) -> None:
         read_calibration(path, draft_revision=revision, positions=positions + 1)
 
 
-def test_no_output_changes_by_a_calibration(judged_copy: Path) -> None:
+def test_no_output_changes_by_a_calibration(judged_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The same tokens at both temperatures; only the confidences are other ones, and metrics.json says so."""
     assert main(["calibrate", "run"]) == 0
     text = (judged_copy / "config.toml").read_text()
@@ -151,6 +151,10 @@ def test_no_output_changes_by_a_calibration(judged_copy: Path) -> None:
     (result,) = (one for one in report["results"] if one["temperature"] == 1)
     after = json.loads((judged_copy / "calibration.json").read_text())["after"]
     assert result["confidence"]["ece"] == pytest.approx(after["ece"], abs=1e-4)
+    # It was fitted on these prompts, and that is no measure of it.
+    assert "fitted on these same prompts" in capsys.readouterr().err
+    assert result["calibration_fitted_here"] is True
+    assert "fitted on these prompts" in Path("scaled/report.md").read_text()
     # Another calibration under finished results is noticed.
     assert main(["calibrate", "run", "--temperature", "0"]) == 0
     assert main(["run", "scaled.toml"]) == 2

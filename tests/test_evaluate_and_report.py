@@ -202,6 +202,23 @@ def test_other_targets_and_settings_are_marked(evaluated: Path, changes: dict[st
     assert [row["comparable"] for row in comparison.as_json()["rows"]] == [True, False]
 
 
+def test_a_calibration_under_a_threshold_is_told(evaluated: Path) -> None:
+    """It moves where proposals end. Where nothing is cut by confidence it changes no accepted length."""
+    names = {"draft__calibration": "ab" * 16, "settings__confidence_threshold": 0.1}
+    plain = run_of(evaluated, "a", settings__confidence_threshold=0.1)
+    comparison = compare([plain, run_of(evaluated, "b", **names)])
+    assert comparison.differences == ("draft.calibration differs: None in a, abababababab... in b",)
+    assert [row.marked for row in comparison.rows] == [False, True]
+    # Another draft has a calibration of its own.
+    third = run_of(evaluated, "c", **names | {"draft__calibration": "cd" * 16, "draft__revision": "other"})
+    assert compare([run_of(evaluated, "b", **names), third]).differences == ()
+    assert len(compare([plain, third]).differences) == 1
+    uncut = compare([run_of(evaluated, "a"), run_of(evaluated, "b", draft__calibration="ab" * 16)])
+    assert uncut.differences == ()
+    assert uncut.remarks[0].endswith("draft.calibration differs: None in a, abababababab... in b")
+    assert "calibration: abab" in markdown(run_of(evaluated, "b", **names).report)
+
+
 def test_other_prompts_under_the_same_name_are_marked(evaluated: Path) -> None:
     first = run_of(evaluated, "a")
     result = deepcopy(first.report["results"][0])

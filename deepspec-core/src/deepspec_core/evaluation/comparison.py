@@ -146,6 +146,12 @@ def compare(runs: Sequence[Run]) -> Comparison:
             differences += _difference(f"{section}.{name}", [runs[index] for index in told], values)
             for index in silent:
                 untold.setdefault(index, []).append(f"{section}.{name}")
+    here = [run for run in runs if "server" not in run.report]
+    scaled_otherwise = [index for index, run in enumerate(runs) if run in here and not _scaled_alike(run, here[0])]
+    calibrations = _difference("draft.calibration", here, [run.report["draft"].get("calibration") for run in here])
+    if scaled_otherwise and any(_cut(run) for run in here):
+        unlike.update(scaled_otherwise)
+        differences += calibrations
     rows: list[Row] = []
     keys = dict.fromkeys(key for run in runs for key in _results(run))
     sizes = {size for _, _, size in keys}
@@ -167,7 +173,8 @@ def compare(runs: Sequence[Run]) -> Comparison:
         f"a server does not tell {', '.join(names)}: not compared for {runs[index].label}"
         for index, names in untold.items()
     ]
-    here = [run for run in runs if "server" not in run.report]
+    if scaled_otherwise and not any(_cut(run) for run in here):
+        remarks += [f"confidences differ for that reason, and no accepted length: {line}" for line in calibrations]
     if 0 < len(here) < len(runs):
         remarks.append("the speed of a server is that of its own machine and program")
     remarks += [
@@ -195,8 +202,21 @@ def _untold(run: Run, section: str, name: str) -> bool:
     return "server" in run.report and name in own and own[name] is None
 
 
+def _cut(run: Run) -> bool:
+    """Whether confidences decide how long proposals are."""
+    settings = run.report["settings"]
+    return bool(settings.get("confidence_threshold") or settings.get("scheduler"))
+
+
+def _scaled_alike(run: Run, first: Run) -> bool:
+    """Whether a calibration scaled both or neither, and the same one for the same draft. Another draft has its own."""
+    drafts = [one.report["draft"] for one in (run, first)]
+    mine, other = (draft.get("calibration") for draft in drafts)
+    return mine == other or (None not in (mine, other) and drafts[0].get("revision") != drafts[1].get("revision"))
+
+
 def _is_digest(value: object) -> TypeGuard[str]:
-    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{40,}", value) is not None
+    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{32,}", value) is not None
 
 
 def _difference(what: str, runs: Sequence[Run], values: Sequence[object]) -> list[str]:
