@@ -107,6 +107,24 @@ def test_a_draft_that_changed_is_refused(judged_copy: Path, capsys: pytest.Captu
     assert not Path("other").exists()
 
 
+def test_a_draft_that_the_run_file_names_is_found_from_anywhere(
+    judged_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A relative path is one from the run file's folder, wherever a command starts later."""
+    shutil.copytree(json.loads((judged_copy / "metrics.json").read_text())["draft"]["checkpoint"], "mine")
+    (tmp_path / "conf").mkdir()
+    shutil.copy(judged_copy / "config.toml", "conf/one.toml")
+    changed = {"run.output": '"../results"', "evaluate.draft": '"../mine"', "evaluate.temperature": "[1.0]"}
+    assert (
+        main(["run", "conf/one.toml", *(word for key in changed for word in ("--set", f"{key}={changed[key]}"))]) == 0
+    )
+    assert json.loads(Path("results/metrics.json").read_text())["draft"]["checkpoint"] == "../mine"
+    (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
+    for place in ("conf", "elsewhere/deep"):
+        monkeypatch.chdir(tmp_path / place)
+        assert main(["calibrate", str(tmp_path / "results")]) == 0
+
+
 def test_an_edited_or_foreign_file_is_refused(judged_copy: Path) -> None:
     assert main(["calibrate", "run"]) == 0
     path = judged_copy / "calibration.json"

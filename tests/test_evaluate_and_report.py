@@ -52,7 +52,7 @@ def test_the_result_is_what_a_run_leaves(evaluated: Path) -> None:
     folder = evaluated / "evaluation-mine"
     report = json.loads((folder / "metrics.json").read_text())
     assert report["draft"]["algorithm"] == "dflash"
-    assert report["draft"]["checkpoint"] == "mine"
+    assert report["draft"]["checkpoint"] == "../mine"  # from its folder
     assert report["draft"]["taps"] == [2, 4, 6, 8, 10]
     (result,) = report["results"]
     assert (result["task"], result["temperature"], result["samples"]) == ("task.jsonl", 0.0, 2)

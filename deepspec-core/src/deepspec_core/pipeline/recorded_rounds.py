@@ -13,6 +13,7 @@ from attrs import frozen
 
 from deepspec_core.checkpoints.opening import resolve_draft
 from deepspec_core.decoding.engine import Completion
+from deepspec_core.disk import is_folder
 from deepspec_core.errors import CheckpointError, ConfigError, StageError, nearest
 from deepspec_core.evaluation.evaluator import recorded
 from deepspec_core.evaluation.metrics_file import NAME as METRICS
@@ -122,8 +123,10 @@ def recorded_rounds(folder: Path, *, tasks: Sequence[str] = (), temperature: flo
 
 def unchanged_draft(rounds: RecordedRounds) -> Path:
     """The directory of the draft that the rounds are of. CheckpointError if it is gone, StageError if it changed."""
-    named, own = str(rounds.report["draft"].get("checkpoint")), rounds.folder / "draft"
-    place = own if named == "draft" and own.is_dir() else resolve_draft(named, base=Path())
+    named = str(rounds.report["draft"].get("checkpoint"))
+    # Files of before have what the run file says.
+    of_before = not is_folder(rounds.folder / named) and is_folder(Path(named))
+    place = resolve_draft(named, base=Path() if of_before else rounds.folder)
     now, then = fingerprint(place), str(rounds.report["draft"].get("revision"))
     if now != then:
         raise StageError(
