@@ -117,7 +117,7 @@ def recorded_rounds(folder: Path, *, tasks: Sequence[str] = (), temperature: flo
             fix="Run its evaluate stage first.",
         ) from None
     results = _chosen(once(report["results"]), tasks, temperature, folder / METRICS)
-    completions = [completion for result in results for completion in _completions(folder, report, result)]
+    completions = [completion for result in results for completion in completions_of(folder, report, result)]
     return RecordedRounds(folder=folder, report=report, results=tuple(results), completions=tuple(completions))
 
 
@@ -166,7 +166,11 @@ def _chosen(
     return [one for one in results if float(one["temperature"]) == asked]
 
 
-def _completions(folder: Path, report: Mapping[str, Any], result: Mapping[str, Any]) -> list[Completion]:
+def completions_of(folder: Path, report: Mapping[str, Any], result: Mapping[str, Any]) -> list[Completion]:
+    """The answers of one result of `report`, the metrics.json in `folder`.
+
+    StageError where its journal is missing or another one; DataError where that is damaged.
+    """
     path = journal_of(folder, result)
     digest, groups = recorded(path, max_tokens=report["draft"].get("max_tokens"))
     completions = [completion for group in groups for completion in group.completions]
