@@ -49,8 +49,9 @@ def test_both_files_are_written(judged_copy: Path, capsys: pytest.CaptureFixture
     assert len(own["temperatures"]) == report["draft"]["max_tokens"]
     # As SGLang reads it: one temperature above 0 for each draft token, and lists of errors.
     served = json.loads((judged_copy / "calibration.sglang.json").read_text())
-    assert set(served) == {"temperatures", "dataset", "num_samples", "ece_before", "ece_after"}
+    assert set(served) == {"temperatures", "dataset", "num_samples", "ece_before", "ece_after", "draft"}
     assert served["temperatures"] == own["temperatures"]
+    assert served["draft"] == own["draft"]["revision"]
     assert served["ece_before"] == [position["ece"] for position in own["before"]["positions"]]
     assert not list(judged_copy.glob("*.partial"))
 

@@ -71,6 +71,8 @@ def write_calibration(
             "num_samples": fitted_on["rounds"],
             "ece_before": [position.ece for position in fitted.before.positions],
             "ece_after": [position.ece for position in fitted.after.positions],
+            # SGLang's reader passes over keys that it does not know.
+            "draft": draft.get("revision"),
         },
     )
     return own, served
