@@ -219,6 +219,30 @@ def test_a_calibration_under_a_threshold_is_told(evaluated: Path) -> None:
     assert "calibration: abab" in markdown(run_of(evaluated, "b", **names).report)
 
 
+def test_a_setting_that_is_not_written_has_its_default(evaluated: Path) -> None:
+    changes = {"settings__samples": 2, "settings__top_p": 1.0, "settings__stop": []}
+    comparison = compare([run_of(evaluated, "a"), run_of(evaluated, "b", **changes)])
+    assert comparison.differences == ("settings.samples differs: 1 in a, 2 in b",)
+
+
+def test_trees_are_compared_with_chains(evaluated: Path) -> None:
+    """How a draft proposes is what is compared. It is told, and marks no row."""
+    comparison = compare([run_of(evaluated, "a"), run_of(evaluated, "b", settings__tree_nodes=8)])
+    assert comparison.differences == ()
+    assert not any(row.marked for row in comparison.rows)
+    assert comparison.remarks[0].endswith("settings.tree_nodes differs: None in a, 8 in b")
+
+
+def test_a_task_is_the_same_from_any_path(evaluated: Path) -> None:
+    first = run_of(evaluated, "a")
+    result = deepcopy(first.report["results"][0]) | {"task": "../data/task.jsonl"}
+    comparison = compare([first, run_of(evaluated, "b", results__0=result)])
+    assert comparison.differences == ()
+    assert [row.cells()[1] for row in comparison.rows] == ["task.jsonl", "task.jsonl"]
+    other = run_of(evaluated, "b", results__0=result | {"prompts_digest": "0" * 64})
+    assert "../data/task.jsonl at T=0 was not evaluated in a" in compare([first, other]).differences
+
+
 def test_other_prompts_under_the_same_name_are_marked(evaluated: Path) -> None:
     first = run_of(evaluated, "a")
     result = deepcopy(first.report["results"][0])

@@ -27,6 +27,7 @@ from deepspec_core.evaluation.markdown_table import markdown_table
 from deepspec_core.evaluation.metrics_file import NAME as METRICS
 from deepspec_core.evaluation.metrics_file import read_metrics
 from deepspec_core.evaluation.paired import Difference, paired_difference
+from deepspec_core.evaluation.tasks import task_name
 from deepspec_core.pipeline.recorded_rounds import completions_of
 from deepspec_core.pipeline.run import Run
 from deepspec_core.pipeline.running import run_stages
@@ -232,7 +233,9 @@ def _nodes(name: str) -> int | None:
 
 
 def _key(result: Mapping[str, Any]) -> _Key:
-    return report.task_of(result), result["temperature"], result.get("batch_size")
+    # Of one evaluation no two tasks share a name, and another may have the same file by another path.
+    task = report.task_of({**result, "task": task_name(result["task"])})
+    return task, result["temperature"], result.get("batch_size")
 
 
 def _rounds(label: str, folder: Path, evaluated: Mapping[str, Any]) -> tuple[dict[_Key, list[Completion]], list[str]]:
