@@ -179,7 +179,7 @@ def compare(runs: Sequence[Run]) -> Comparison:
         for index, names in untold.items()
     ]
     if scaled_otherwise and not any(_cut(run) for run in here):
-        remarks += [f"confidences differ for that reason, and no accepted length: {line}" for line in calibrations]
+        remarks += [f"this changes confidences and no accepted length: {line}" for line in calibrations]
     trees = _difference(f"settings.{_TREE}", here, [run.report["settings"].get(_TREE) for run in here])
     remarks += [f"a tree has the target verify more tokens in a round: {line}" for line in trees]
     if 0 < len(here) < len(runs):

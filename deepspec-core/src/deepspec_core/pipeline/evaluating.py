@@ -60,7 +60,7 @@ def run_stage(run: Run) -> dict[str, Any]:
         later = later_turns(run, prompts, thinking=thinking)
         digest = digest_of(asked, later)
         both = not isinstance(run.file.regenerate.thinking, bool)
-        known = _known(calibration, digest, f"{task_label(task)}{_mode(both, thinking)}")
+        known = crew.first and _known(calibration, digest, f"{task_label(task)}{_mode(both, thinking)}")
         for temperature, batch_size in product(options.temperature, options.batch_sizes):
             # Greedy answers to one prompt are all the same.
             requests = repeated(asked, options.samples if temperature > 0 else 1)
