@@ -40,7 +40,7 @@ def test_what_commands_made_of_a_draft_goes_with_it(run_file: Path) -> None:
     plugins = load_plugins()
     run = Run(file=load_run_file(run_file, plugins=plugins), path=run_file, plugins=plugins)
     of_draft = {"calibration.json", "calibration.sglang.json", "diagnosis.json"}
-    of_rounds = {"metrics.json", "simulation.json"}
+    of_rounds = {"metrics.json", "simulation.json", "simulation.svg"}
 
     def left(force: str) -> set[str]:
         for name in (*of_draft, *of_rounds, "train/stage.json", "evaluate/stage.json"):

@@ -31,7 +31,7 @@ from deepspec_core.plugins.references import resolve
 # calibration stays where the evaluation alone is made anew, which may be in order to use it.
 _BESIDE: Final[Mapping[str, tuple[str, ...]]] = {
     "train": ("calibration.json", "calibration.sglang.json", "diagnosis.json"),
-    "evaluate": ("metrics.json", "report.md", "report.html", "simulation.json"),
+    "evaluate": ("metrics.json", "report.md", "report.html", "simulation.json", "simulation.svg"),
 }
 
 
