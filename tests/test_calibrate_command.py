@@ -49,8 +49,9 @@ def test_both_files_are_written(judged_copy: Path, capsys: pytest.CaptureFixture
     assert len(own["temperatures"]) == report["draft"]["max_tokens"]
     # As SGLang reads it: one temperature above 0 for each draft token, and lists of errors.
     served = json.loads((judged_copy / "calibration.sglang.json").read_text())
-    assert set(served) == {"temperatures", "dataset", "num_samples", "ece_before", "ece_after"}
+    assert set(served) == {"temperatures", "dataset", "num_samples", "ece_before", "ece_after", "draft"}
     assert served["temperatures"] == own["temperatures"]
+    assert served["draft"] == own["draft"]["revision"]
     assert served["ece_before"] == [position["ece"] for position in own["before"]["positions"]]
     assert not list(judged_copy.glob("*.partial"))
 
@@ -107,6 +108,24 @@ def test_a_draft_that_changed_is_refused(judged_copy: Path, capsys: pytest.Captu
     assert not Path("other").exists()
 
 
+def test_a_draft_that_the_run_file_names_is_found_from_anywhere(
+    judged_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A relative path is one from the run file's folder, wherever a command starts later."""
+    shutil.copytree(json.loads((judged_copy / "metrics.json").read_text())["draft"]["checkpoint"], "mine")
+    (tmp_path / "conf").mkdir()
+    shutil.copy(judged_copy / "config.toml", "conf/one.toml")
+    changed = {"run.output": '"../results"', "evaluate.draft": '"../mine"', "evaluate.temperature": "[1.0]"}
+    assert (
+        main(["run", "conf/one.toml", *(word for key in changed for word in ("--set", f"{key}={changed[key]}"))]) == 0
+    )
+    assert json.loads(Path("results/metrics.json").read_text())["draft"]["checkpoint"] == "../mine"
+    (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
+    for place in ("conf", "elsewhere/deep"):
+        monkeypatch.chdir(tmp_path / place)
+        assert main(["calibrate", str(tmp_path / "results")]) == 0
+
+
 def test_an_edited_or_foreign_file_is_refused(judged_copy: Path) -> None:
     assert main(["calibrate", "run"]) == 0
     path = judged_copy / "calibration.json"
@@ -129,7 +148,7 @@ def test_an_edited_or_foreign_file_is_refused(judged_copy: Path) -> None:
         read_calibration(path, draft_revision=revision, positions=positions + 1)
 
 
-def test_no_output_changes_by_a_calibration(judged_copy: Path) -> None:
+def test_no_output_changes_by_a_calibration(judged_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The same tokens at both temperatures; only the confidences are other ones, and metrics.json says so."""
     assert main(["calibrate", "run"]) == 0
     text = (judged_copy / "config.toml").read_text()
@@ -151,6 +170,10 @@ def test_no_output_changes_by_a_calibration(judged_copy: Path) -> None:
     (result,) = (one for one in report["results"] if one["temperature"] == 1)
     after = json.loads((judged_copy / "calibration.json").read_text())["after"]
     assert result["confidence"]["ece"] == pytest.approx(after["ece"], abs=1e-4)
+    # It was fitted on these prompts, and that is no measure of it.
+    assert "fitted on these same prompts" in capsys.readouterr().err
+    assert result["calibration_fitted_here"] is True
+    assert "fitted on these prompts" in Path("scaled/report.md").read_text()
     # Another calibration under finished results is noticed.
     assert main(["calibrate", "run", "--temperature", "0"]) == 0
     assert main(["run", "scaled.toml"]) == 2

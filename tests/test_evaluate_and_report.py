@@ -52,7 +52,7 @@ def test_the_result_is_what_a_run_leaves(evaluated: Path) -> None:
     folder = evaluated / "evaluation-mine"
     report = json.loads((folder / "metrics.json").read_text())
     assert report["draft"]["algorithm"] == "dflash"
-    assert report["draft"]["checkpoint"] == "mine"
+    assert report["draft"]["checkpoint"] == "../mine"  # from its folder
     assert report["draft"]["taps"] == [2, 4, 6, 8, 10]
     (result,) = report["results"]
     assert (result["task"], result["temperature"], result["samples"]) == ("task.jsonl", 0.0, 2)
@@ -200,6 +200,47 @@ def test_other_targets_and_settings_are_marked(evaluated: Path, changes: dict[st
     assert comparison.rows[1].cells()[0].endswith("*")
     assert said in comparison.markdown()
     assert [row["comparable"] for row in comparison.as_json()["rows"]] == [True, False]
+
+
+def test_a_calibration_under_a_threshold_is_told(evaluated: Path) -> None:
+    """It moves where proposals end. Where nothing is cut by confidence it changes no accepted length."""
+    names = {"draft__calibration": "ab" * 16, "settings__confidence_threshold": 0.1}
+    plain = run_of(evaluated, "a", settings__confidence_threshold=0.1)
+    comparison = compare([plain, run_of(evaluated, "b", **names)])
+    assert comparison.differences == ("draft.calibration differs: None in a, abababababab... in b",)
+    assert [row.marked for row in comparison.rows] == [False, True]
+    # Another draft has a calibration of its own.
+    third = run_of(evaluated, "c", **names | {"draft__calibration": "cd" * 16, "draft__revision": "other"})
+    assert compare([run_of(evaluated, "b", **names), third]).differences == ()
+    assert len(compare([plain, third]).differences) == 1
+    uncut = compare([run_of(evaluated, "a"), run_of(evaluated, "b", draft__calibration="ab" * 16)])
+    assert uncut.differences == ()
+    assert uncut.remarks[0].endswith("draft.calibration differs: None in a, abababababab... in b")
+    assert "calibration: abab" in markdown(run_of(evaluated, "b", **names).report)
+
+
+def test_a_setting_that_is_not_written_has_its_default(evaluated: Path) -> None:
+    changes = {"settings__samples": 2, "settings__top_p": 1.0, "settings__stop": []}
+    comparison = compare([run_of(evaluated, "a"), run_of(evaluated, "b", **changes)])
+    assert comparison.differences == ("settings.samples differs: 1 in a, 2 in b",)
+
+
+def test_trees_are_compared_with_chains(evaluated: Path) -> None:
+    """How a draft proposes is what is compared. It is told, and marks no row."""
+    comparison = compare([run_of(evaluated, "a"), run_of(evaluated, "b", settings__tree_nodes=8)])
+    assert comparison.differences == ()
+    assert not any(row.marked for row in comparison.rows)
+    assert comparison.remarks[0].endswith("settings.tree_nodes differs: None in a, 8 in b")
+
+
+def test_a_task_is_the_same_from_any_path(evaluated: Path) -> None:
+    first = run_of(evaluated, "a")
+    result = deepcopy(first.report["results"][0]) | {"task": "../data/task.jsonl"}
+    comparison = compare([first, run_of(evaluated, "b", results__0=result)])
+    assert comparison.differences == ()
+    assert [row.cells()[1] for row in comparison.rows] == ["task.jsonl", "task.jsonl"]
+    other = run_of(evaluated, "b", results__0=result | {"prompts_digest": "0" * 64})
+    assert "../data/task.jsonl at T=0 was not evaluated in a" in compare([first, other]).differences
 
 
 def test_other_prompts_under_the_same_name_are_marked(evaluated: Path) -> None:

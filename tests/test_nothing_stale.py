@@ -17,6 +17,8 @@ from deepspec_core.evaluation.evaluator import evaluate
 from deepspec_core.journal import Journal
 from deepspec_core.pipeline.fingerprint import fingerprint, flatten
 from deepspec_core.pipeline.reads import Reads, recording, remembered
+from deepspec_core.pipeline.run import Run
+from deepspec_core.pipeline.stages import discard
 from deepspec_core.plugins.discovery import load_plugins
 
 ONE_THREAD = ("--set", "run.threads=1")
@@ -31,6 +33,24 @@ def _rows(path: Path, count: int = 16, text: str = "the") -> None:
         {"id": str(number), "messages": [{"role": "user", "content": f"{text} {number}"}]} for number in range(count)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_what_commands_made_of_a_draft_goes_with_it(run_file: Path) -> None:
+    """A calibration of before would be served beside the draft that is trained anew."""
+    plugins = load_plugins()
+    run = Run(file=load_run_file(run_file, plugins=plugins), path=run_file, plugins=plugins)
+    of_draft = {"calibration.json", "calibration.sglang.json", "diagnosis.json"}
+    of_rounds = {"metrics.json", "simulation.json", "simulation.svg"}
+
+    def left(force: str) -> set[str]:
+        for name in (*of_draft, *of_rounds, "train/stage.json", "evaluate/stage.json"):
+            (run.folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (run.folder / name).write_text("{}")
+        discard(run, [force])
+        return {path.name for path in run.folder.iterdir()} & (of_draft | of_rounds)
+
+    assert left("evaluate") == of_draft, "the calibration may be what it is evaluated with"
+    assert left("train") == set()
 
 
 def test_every_key_that_changes_results_is_noted_when_it_is_read(run_file: Path) -> None:

@@ -24,7 +24,6 @@ from deepspec_core.pipeline.training import publish
         "cache/.lock",
         "train/metrics.jsonl",
         "metrics.json",
-        "metrics.json.partial",
         "report.md",
         "report.md.partial",
         "report.html",

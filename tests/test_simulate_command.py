@@ -135,12 +135,12 @@ def test_other_mistakes(judged_copy: Path, profile: str, capsys: pytest.CaptureF
     refused(
         capsys,
         [*command, "--out", "run/metrics.json"],
-        "there is is not the result of a simulation",
+        "is not the result of a simulation",
         "run/metrics.json",
     )
     assert Path("run/metrics.json").read_text() == evaluated
     Path("mine.svg").write_text("mine")
-    refused(capsys, [*command, "--out", "mine.json"], "there is another file already", "mine.svg")
+    refused(capsys, [*command, "--out", "mine.json"], "the file exists already", "mine.svg")
     assert Path("mine.svg").read_text() == "mine"
     refused(capsys, [*command, "--out", "new.svg"], "the picture of the result has this name")
     short = ["--batch-size", "1", "--draft-tokens", "1", "--context", "8", "--repeats", "3", "--out", "short.json"]

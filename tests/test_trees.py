@@ -82,7 +82,7 @@ def test_trees_beside_chains_in_one_table(finished_copy: Path, capsys: pytest.Ca
     assert {row["run"] for row in rows} == {"quickstart-dflash", "tree:6"}
     report = json.loads((folder / "compare" / "tree_6" / "metrics.json").read_text())
     assert report["settings"]["tree_nodes"] == 6
-    assert all(row["ahead"] is not None for row in rows if row["run"] == "tree:6")
+    assert all(row["ahead"] is not None and row["comparable"] for row in rows if row["run"] == "tree:6")
     assert (folder / "config.toml").read_text() == saved
     capsys.readouterr()
     assert main(["compare", str(folder), "--with", "tree:6"]) == 0

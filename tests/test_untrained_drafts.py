@@ -264,5 +264,11 @@ def test_baselines_beside_a_runs_draft(small_lm: Path, capsys: pytest.CaptureFix
     assert ahead[str(alone)] is None
     assert ahead["lookup"] is not None
     assert any("rounds of an evaluation are missing" in remark for remark in compared["remarks"])
+    # The rounds of another draft.
+    shutil.copytree(small_lm.parent / "runs" / "baseline" / "evaluate", alone / "evaluate")
+    assert main([*command, "--with", "lookup", "--beside", str(alone)]) == 0
+    compared = json.loads((folder / "comparison.json").read_text())
+    assert {row["run"]: row["ahead"] for row in compared["rows"]}[str(alone)] is None
+    assert any("not the one that metrics.json was made from" in remark for remark in compared["remarks"])
     refused(capsys, [*command, "--with", "baseline"], "--with", "same name as the run")
     refused(capsys, [*command, "--with", "small-lm:model=a/b,small-lm:model=a_b"], "--with", "share one folder")

@@ -5,16 +5,18 @@ import math
 import numpy as np
 import pytest
 
+from deepspec_core.decoding.engine import Completion, Round
 from deepspec_core.evaluation.calibration import GRID, fit, fitted
-from deepspec_core.evaluation.reliability import Judged, ece, reliability, survival
+from deepspec_core.evaluation.reliability import Judged, ece, judged, reliability, survival
+from deepspec_core.evaluation.turns import sample_id
 
 
-def rounds_of(logits_NK: np.ndarray, survived_NK: np.ndarray, *, samples: int = 10) -> Judged:
+def rounds_of(logits_NK: np.ndarray, survived_NK: np.ndarray, *, prompts: int = 10) -> Judged:
     return Judged(
         logits=logits_NK,
         proposed=np.ones(logits_NK.shape, dtype=bool),
         survived=survived_NK,
-        sample=np.arange(len(logits_NK)) % samples,
+        prompt=np.arange(len(logits_NK)) % prompts,
     )
 
 
@@ -78,9 +80,9 @@ def test_a_temperature_at_the_end_of_the_grid_is_named() -> None:
     assert fitted(rounds_of(logits, survived), 2).at_the_edge == (2,)
 
 
-def test_one_sample_leaves_none_out() -> None:
+def test_one_prompt_leaves_none_out() -> None:
     whole = drawn([1.0], rounds=50)
-    assert fitted(rounds_of(whole.logits, whole.survived, samples=1), 1).after_left_out is None
+    assert fitted(rounds_of(whole.logits, whole.survived, prompts=1), 1).after_left_out is None
 
 
 def test_positions_that_no_round_proposed_have_one() -> None:
@@ -92,9 +94,9 @@ def test_only_labelled_positions_are_fitted() -> None:
     whole = drawn([2.0, 0.5], rounds=400)
     proposed = whole.proposed.copy()
     proposed[::2, 1] = False
-    some = Judged(logits=whole.logits, proposed=proposed, survived=whole.survived, sample=whole.sample)
+    some = Judged(logits=whole.logits, proposed=proposed, survived=whole.survived, prompt=whole.prompt)
     other_logits = np.where(proposed, whole.logits, 77.0)
-    other = Judged(logits=other_logits, proposed=proposed, survived=whole.survived, sample=whole.sample)
+    other = Judged(logits=other_logits, proposed=proposed, survived=whole.survived, prompt=whole.prompt)
     assert fit(some, 2) == fit(other, 2)
     assert reliability(some) == reliability(other)
 
@@ -109,3 +111,43 @@ def test_one_class_still_has_temperatures(survived: bool) -> None:
 def test_equal_errors_take_the_temperature_nearest_to_one() -> None:
     """A logit of 0 is a half at every temperature."""
     assert fit(rounds_of(np.zeros((10, 1)), np.ones((10, 1), dtype=bool)), 1) == (1.0,)
+
+
+def test_the_answers_to_a_prompt_are_left_out_together() -> None:
+    """Samples and later turns that say the same add nothing that is new. The other half had better not know them."""
+    drawn_NK = drawn([2.0, 2.0], rounds=40)
+    accepted_N = drawn_NK.survived.sum(1)
+
+    def answers(copies: int, turn: str) -> list[Completion]:
+        names = [
+            [f"p{n}", *(sample_id(f"p{n}", k) for k in range(2, copies + 1)), *([f"p{n}{turn}"] * bool(turn))]
+            for n in range(10)
+        ]
+        return [
+            Completion(
+                id=name,
+                prompt_ids=(2,),
+                output_ids=(5,),
+                finish_reason="stop",
+                rounds=tuple(
+                    Round(2, int(accepted_N[row]), int(accepted_N[row]) + 1, tuple(drawn_NK.logits[row].tolist()))
+                    for row in range(n, 40, 10)
+                ),
+            )
+            for n, of in enumerate(names)
+            for name in of
+        ]
+
+    once, thrice, turned = (judged(answers(*how)) for how in ((1, ""), (3, ""), (1, " (turn 2)")))
+    assert once is not None
+    assert thrice is not None
+    assert turned is not None
+    expected = fitted(once, 2)
+    assert expected.after_left_out is not None
+    assert expected.after_left_out.ece is not None
+    assert expected.after.ece is not None
+    assert expected.after_left_out.ece > expected.after.ece
+    for several in (thrice, turned):
+        found = fitted(several, 2).after_left_out
+        assert found is not None
+        assert found.ece == pytest.approx(expected.after_left_out.ece)

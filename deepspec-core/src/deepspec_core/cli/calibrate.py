@@ -31,7 +31,7 @@ def calibrate(run: str, tasks: tuple[str, ...], temperature: float | None, block
 
     RUN is a run's folder or its run file. Writes calibration.json to the run's folder, and calibration.sglang.json, the
     same for SGLang. Calibration changes no output of the target. The column "left out" is the cross-validated error: on
-    each half of the samples, with temperatures fitted on the other half.
+    each half of the prompts, with temperatures fitted on the other half.
     """
     from rich.console import Console
 

@@ -25,8 +25,8 @@ GRID: Final = tuple(10 ** (step / 20) for step in range(-20, 21))
 class Fitted:
     """Temperatures, and how well confidences foretell acceptance on the same rounds before and after.
 
-    `after_left_out` judges each half of the samples with temperatures that were fitted on the other half; None where
-    there are fewer than two samples.
+    `after_left_out` judges each half of the prompts with temperatures that were fitted on the other half; None where
+    there are fewer than two prompts.
     """
 
     temperatures: tuple[float, ...]
@@ -80,14 +80,14 @@ def fit(rounds: Judged, positions: int) -> tuple[float, ...]:
 
 
 def left_out(rounds: Judged, positions: int) -> Reliability | None:
-    """The figures of each half of the samples with temperatures that were fitted on the other half.
+    """The figures of each half of the prompts with temperatures that were fitted on the other half.
 
-    None if there are fewer than two samples with rounds.
+    All answers to a prompt are in one half: they are alike. None if there are fewer than two prompts with rounds.
     """
-    known = np.unique(rounds.sample)
+    known = np.unique(rounds.prompt)
     if len(known) < 2:
         return None
-    second_N = np.isin(rounds.sample, known[1::2])
+    second_N = np.isin(rounds.prompt, known[1::2])
     logits_NK = rounds.logits.copy()
     for half_N in (second_N, ~second_N):
         fitted_K = fit(rounds.of_rounds(~half_N), positions)

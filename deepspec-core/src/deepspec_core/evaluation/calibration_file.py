@@ -25,11 +25,15 @@ _FIX: Final = "Fit it again with `deepspec calibrate RUN`."
 
 @frozen(kw_only=True)
 class Calibration:
-    """One temperature for each token that a draft proposes at most, the digest of that draft, and of the file."""
+    """One temperature for each token that a draft proposes at most, the digest of that draft, and of the file.
+
+    `prompts` has the digest of each task's prompts that it was fitted on, as results in metrics.json have theirs.
+    """
 
     temperatures: tuple[float, ...]
     draft_revision: str
     digest: str
+    prompts: frozenset[str]
 
 
 def write_calibration(
@@ -67,6 +71,8 @@ def write_calibration(
             "num_samples": fitted_on["rounds"],
             "ece_before": [position.ece for position in fitted.before.positions],
             "ece_after": [position.ece for position in fitted.after.positions],
+            # SGLang's reader passes over keys that it does not know.
+            "draft": draft.get("revision"),
         },
     )
     return own, served
@@ -97,4 +103,11 @@ def read_calibration(path: Path, *, draft_revision: str, positions: int) -> Cali
             expected=f"{positions} numbers above 0",
             fix=_FIX,
         )
-    return Calibration(temperatures=tuple(temperatures or ()), draft_revision=draft_revision, digest=digest_of(path))
+    try:
+        prompts = frozenset(str(task["prompts_digest"]) for task in found["fitted_on"]["tasks"])
+    except (KeyError, TypeError) as error:
+        where = f"{path}: fitted_on"
+        raise CheckpointError("the calibration does not say its prompts", where=where, fix=_FIX) from error
+    return Calibration(
+        temperatures=tuple(temperatures or ()), draft_revision=draft_revision, digest=digest_of(path), prompts=prompts
+    )

@@ -11,12 +11,14 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
-from attrs import frozen
+from attrs import evolve, frozen
 from rich.table import Table
 
 from deepspec_core.evaluation import report as single
 from deepspec_core.evaluation.latex import latex_table
 from deepspec_core.evaluation.markdown_table import markdown_table
+from deepspec_core.evaluation.sampled import with_defaults
+from deepspec_core.evaluation.tasks import task_name
 
 HEADINGS = (
     "draft",
@@ -32,6 +34,8 @@ HEADINGS = (
 MARK = " *"
 # Settings that must be equal for figures to be compared. Taps and the draft's size may differ: they are compared.
 _TARGET = ("model", "revision", "dtype")
+# So is how a draft proposes: as trees of so many tokens, or as chains.
+_TREE = "tree_nodes"
 _DIGEST = 12
 _MACHINE = ("device", "threads", "torch", "transformers")
 
@@ -90,8 +94,8 @@ class Row:
 class Comparison:
     """The rows of all runs, ordered by task, temperature and batch size, and how the runs differ.
 
-    `differences` say in words what makes figures incomparable; empty if nothing does. `remarks` are differences that
-    affect speed alone.
+    `differences` say in words what makes figures incomparable; empty if nothing does. `remarks` mark no row: they are
+    of speed, of how drafts propose, or say what is not known.
     """
 
     rows: tuple[Row, ...]
@@ -133,9 +137,10 @@ class Comparison:
 
 def compare(runs: Sequence[Run]) -> Comparison:
     """Put runs into one table. The others are compared with the first."""
+    runs = [_with_defaults(run) for run in named_alike(runs)]
     differences: list[str] = []
     unlike: set[int] = set()
-    settings = dict.fromkeys(name for run in runs for name in run.report["settings"])
+    settings = dict.fromkeys(name for run in runs for name in run.report["settings"] if name != _TREE)
     untold: dict[int, list[str]] = {}
     for section, names in (("target", _TARGET), ("settings", tuple(settings))):
         for name in names:
@@ -146,6 +151,12 @@ def compare(runs: Sequence[Run]) -> Comparison:
             differences += _difference(f"{section}.{name}", [runs[index] for index in told], values)
             for index in silent:
                 untold.setdefault(index, []).append(f"{section}.{name}")
+    here = [run for run in runs if "server" not in run.report]
+    scaled_otherwise = [index for index, run in enumerate(runs) if run in here and not _scaled_alike(run, here[0])]
+    calibrations = _difference("draft.calibration", here, [run.report["draft"].get("calibration") for run in here])
+    if scaled_otherwise and any(_cut(run) for run in here):
+        unlike.update(scaled_otherwise)
+        differences += calibrations
     rows: list[Row] = []
     keys = dict.fromkeys(key for run in runs for key in _results(run))
     sizes = {size for _, _, size in keys}
@@ -167,7 +178,10 @@ def compare(runs: Sequence[Run]) -> Comparison:
         f"a server does not tell {', '.join(names)}: not compared for {runs[index].label}"
         for index, names in untold.items()
     ]
-    here = [run for run in runs if "server" not in run.report]
+    if scaled_otherwise and not any(_cut(run) for run in here):
+        remarks += [f"this changes confidences and no accepted length: {line}" for line in calibrations]
+    trees = _difference(f"settings.{_TREE}", here, [run.report["settings"].get(_TREE) for run in here])
+    remarks += [f"a tree has the target verify more tokens in a round: {line}" for line in trees]
     if 0 < len(here) < len(runs):
         remarks.append("the speed of a server is that of its own machine and program")
     remarks += [
@@ -180,6 +194,26 @@ def compare(runs: Sequence[Run]) -> Comparison:
         for line in _difference("workers", runs, [single.most_workers(run.report) for run in runs])
     ]
     return Comparison(rows=tuple(rows), differences=tuple(differences), remarks=tuple(remarks))
+
+
+def named_alike(runs: Sequence[Run]) -> list[Run]:
+    """The runs, where a task of the same file name and the same prompts has the name that it has in the first of them.
+
+    A file is named by its path, which differs with the place of the run file.
+    """
+    names: dict[tuple[str, str], str] = {}
+
+    def named(result: Mapping[str, Any]) -> dict[str, Any]:
+        task, digest = str(result["task"]), result.get("prompts_digest")
+        return {**result, "task": task if digest is None else names.setdefault((task_name(task), digest), task)}
+
+    return [
+        evolve(run, report={**run.report, "results": [named(one) for one in run.report["results"]]}) for run in runs
+    ]
+
+
+def _with_defaults(run: Run) -> Run:
+    return evolve(run, report={**run.report, "settings": with_defaults(run.report["settings"])})
 
 
 def _results(run: Run) -> dict[tuple[str, float, int | None], Mapping[str, Any]]:
@@ -195,8 +229,21 @@ def _untold(run: Run, section: str, name: str) -> bool:
     return "server" in run.report and name in own and own[name] is None
 
 
+def _cut(run: Run) -> bool:
+    """Whether confidences decide how long proposals are."""
+    settings = run.report["settings"]
+    return bool(settings.get("confidence_threshold") or settings.get("scheduler"))
+
+
+def _scaled_alike(run: Run, first: Run) -> bool:
+    """Whether a calibration scaled both or neither, and the same one for the same draft. Another draft has its own."""
+    drafts = [one.report["draft"] for one in (run, first)]
+    mine, other = (draft.get("calibration") for draft in drafts)
+    return mine == other or (None not in (mine, other) and drafts[0].get("revision") != drafts[1].get("revision"))
+
+
 def _is_digest(value: object) -> TypeGuard[str]:
-    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{40,}", value) is not None
+    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{32,}", value) is not None
 
 
 def _difference(what: str, runs: Sequence[Run], values: Sequence[object]) -> list[str]:

@@ -20,6 +20,7 @@ from attrs import asdict, frozen
 
 from deepspec_core.decoding.engine import Completion
 from deepspec_core.errors import DataError
+from deepspec_core.evaluation.turns import prompt_of
 
 # Equal widths on [0, 1]. A bin has its lower edge and not its upper one; the last has both.
 ECE_BINS = 20
@@ -33,13 +34,13 @@ class Judged:
     logits: [N, K] fp64, 0 where nothing was proposed.
     proposed: [N, K], which positions have a label.
     survived: [N, K], whether the tokens up to this position were accepted.
-    sample: [N], which completion a round belongs to.
+    prompt: [N], the number of the prompt that a round's answer belongs to. Samples, turns and modes share it.
     """
 
     logits: np.ndarray
     proposed: np.ndarray
     survived: np.ndarray
-    sample: np.ndarray
+    prompt: np.ndarray
 
     def of_rounds(self, chosen: np.ndarray) -> Judged:
         """Some of the rounds. `chosen` [N] has a boolean for each."""
@@ -47,7 +48,7 @@ class Judged:
             logits=self.logits[chosen],
             proposed=self.proposed[chosen],
             survived=self.survived[chosen],
-            sample=self.sample[chosen],
+            prompt=self.prompt[chosen],
         )
 
 
@@ -104,6 +105,7 @@ def judged(completions: Sequence[Completion]) -> Judged | None:
     if all(r.confidence is None for _, r in rounds):
         return None
     width = max(r.proposal_length for _, r in rounds)
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(prompt_of(one.id) for one in completions))}
     logits_NK = np.zeros((len(rounds), width))
     for row, (sample, r) in enumerate(rounds):
         given = () if r.confidence is None else r.confidence
@@ -121,7 +123,7 @@ def judged(completions: Sequence[Completion]) -> Judged | None:
         logits=logits_NK,
         proposed=at_K < np.array([r.proposal_length for _, r in rounds])[:, None],
         survived=at_K < np.array([r.accepted_draft_length for _, r in rounds])[:, None],
-        sample=np.array([sample for sample, _ in rounds]),
+        prompt=np.array([numbers[prompt_of(completions[sample].id)] for sample, _ in rounds]),
     )
 
 

@@ -266,6 +266,10 @@ def checks(report: Mapping[str, Any]) -> list[str]:
             f"{name}: {100 * result['limit_share']:.0f}% of answers hit the token limit, "
             f"{100 * result['loop_share']:.0f}% end in a loop."
         )
+        if result.get("calibration_fitted_here"):
+            lines.append(
+                f"{name}: the calibration was fitted on these prompts. Confidences look better than on others."
+            )
         if failures := result.get("failures"):
             lines.append(f"{name}: {len(failures)} samples failed and are in no figure.")
         lines += [f"{name}: {line}" for line in of_server(result)]
@@ -322,6 +326,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         "## Settings",
         "",
         *(f"- {name}: {value}" for name, value in report["settings"].items()),
+        f"- calibration: {draft.get('calibration')}",
         *(f"- {name}: {value}" for name, value in report["machine"].items()),
         "",
     ]

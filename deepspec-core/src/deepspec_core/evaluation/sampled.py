@@ -5,8 +5,8 @@ Knows options by their names. Does not know where they come from, or what is dec
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, Protocol
 
 from deepspec_core.config.schema import EvaluateOptions
 from deepspec_core.contracts.proposer import Sampling
@@ -62,6 +62,17 @@ def shown_text(tokenizer: Any) -> Callable[[Sequence[int]], str]:
 
 def told(options: EvaluateOptions) -> dict[str, Any]:
     """The settings of a report that are not at their defaults, in plain JSON types."""
-    usual = EvaluateOptions()
-    on = {name: value for name in _TOLD if (value := getattr(options, name)) != getattr(usual, name)}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in on.items()}
+    return {name: value for name, value in _values(options).items() if value != _USUAL[name]}
+
+
+def with_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a report, also those that are at their defaults."""
+    return {**_USUAL, **settings}
+
+
+def _values(options: EvaluateOptions) -> dict[str, Any]:
+    found = {name: getattr(options, name) for name in _TOLD}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
+
+
+_USUAL: Final = _values(EvaluateOptions())

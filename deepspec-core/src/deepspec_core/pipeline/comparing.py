@@ -23,12 +23,12 @@ from deepspec_core.decoding.engine import Completion
 from deepspec_core.errors import ConfigError, DataError, StageError
 from deepspec_core.evaluation import comparison, report
 from deepspec_core.evaluation.comparison import Comparison, compare
-from deepspec_core.evaluation.evaluator import recorded
 from deepspec_core.evaluation.markdown_table import markdown_table
 from deepspec_core.evaluation.metrics_file import NAME as METRICS
 from deepspec_core.evaluation.metrics_file import read_metrics
 from deepspec_core.evaluation.paired import Difference, paired_difference
-from deepspec_core.pipeline.evaluating import journal_of
+from deepspec_core.evaluation.tasks import task_name
+from deepspec_core.pipeline.recorded_rounds import completions_of
 from deepspec_core.pipeline.run import Run
 from deepspec_core.pipeline.running import run_stages
 from deepspec_core.plugins.discovery import Plugins
@@ -236,7 +236,9 @@ def _nodes(name: str) -> int | None:
 
 
 def _key(result: Mapping[str, Any]) -> _Key:
-    return report.task_of(result), result["temperature"], result.get("batch_size")
+    # Of one evaluation no two tasks share a name, and another may have the same file by another path.
+    task = report.task_of({**result, "task": task_name(result["task"])})
+    return task, result["temperature"], result.get("batch_size")
 
 
 def _rounds(label: str, folder: Path, evaluated: Mapping[str, Any]) -> tuple[dict[_Key, list[Completion]], list[str]]:
@@ -247,13 +249,11 @@ def _rounds(label: str, folder: Path, evaluated: Mapping[str, Any]) -> tuple[dic
         return found, remarks
     for result in evaluated["results"]:
         try:
-            _, groups = recorded(journal_of(folder, result))
+            found[_key(result)] = completions_of(folder, evaluated, result)
         except (DataError, StageError) as error:
             where = f"{report.task_of(result)} at temperature {result['temperature']:g}"
             remarks.append(
                 f"no difference from {label} on {where}: {error.problem} ({error.where}). Copy the whole folder of "
                 "that evaluation, with its folder evaluate/, or evaluate again there with --force evaluate"
             )
-        else:
-            found[_key(result)] = [done for group in groups for done in group.completions]
     return found, remarks

@@ -20,6 +20,7 @@ from deepspec_core.contracts.draft import DraftDescription
 from deepspec_core.contracts.proposer import Proposer
 from deepspec_core.contracts.target import TargetAdapter
 from deepspec_core.contracts.untrained import UntrainedDescription
+from deepspec_core.disk import is_folder
 from deepspec_core.errors import StageError
 from deepspec_core.pipeline import contents
 from deepspec_core.pipeline.run import Run
@@ -29,7 +30,8 @@ from deepspec_core.untrained.making import proposer_of, revision_of
 
 @frozen(kw_only=True, eq=False)
 class EvaluatedDraft:
-    """A loaded draft. `revision` tells it from every other one; `checkpoint` is its name in reports, if it has one.
+    """A loaded draft. `revision` tells it from every other one; `checkpoint` is its name in reports, if it has one:
+    a directory as it is found from the run's folder, or a Hub id.
 
     `proposer` makes its decoding side, of chains or of the trees that [draft] tree asks for.
     """
@@ -53,7 +55,7 @@ def load_evaluated(run: Run) -> EvaluatedDraft:
     tree = run.file.draft.tree
     return EvaluatedDraft(
         description=draft.describe(),
-        checkpoint=run.file.evaluate.draft or os.path.relpath(folder, run.folder),
+        checkpoint=_name(run, folder),
         revision=revision,
         parameters=Parameters.of(draft),
         proposer=draft.proposer if tree is None else partial(draft.tree_proposer, tree.nodes),
@@ -107,6 +109,17 @@ def draft_digest(run: Run) -> str:
 def _draft_folder(run: Run) -> Path:
     named = run.file.evaluate.draft
     return run.folder / "draft" if named is None else resolve_draft(named, base=run.base)
+
+
+def _name(run: Run, folder: Path) -> str:
+    """What finds the checkpoint in this directory again, from the run's folder and wherever a command starts."""
+    named = run.file.evaluate.draft
+    if named is None:
+        return os.path.relpath(folder, run.folder)
+    place = Path(named).expanduser()
+    if place.is_absolute() or not is_folder(run.base / place):
+        return named
+    return os.path.relpath(folder, run.folder.resolve())
 
 
 def _require_unchanged(now: str, then: str, where: Path | str) -> None:

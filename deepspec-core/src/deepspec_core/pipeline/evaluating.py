@@ -60,6 +60,7 @@ def run_stage(run: Run) -> dict[str, Any]:
         later = later_turns(run, prompts, thinking=thinking)
         digest = digest_of(asked, later)
         both = not isinstance(run.file.regenerate.thinking, bool)
+        known = crew.first and _known(calibration, digest, f"{task_label(task)}{_mode(both, thinking)}")
         for temperature, batch_size in product(options.temperature, options.batch_sizes):
             # Greedy answers to one prompt are all the same.
             requests = repeated(asked, options.samples if temperature > 0 else 1)
@@ -90,6 +91,7 @@ def run_stage(run: Run) -> dict[str, Any]:
                     "prompts_too_long": too_long,
                     **({} if later is None else {"turns_not_asked": _not_asked(requests, groups, later)}),
                     "prompts_digest": digest,
+                    **({} if calibration is None else {"calibration_fitted_here": known}),
                 }
             )
     if not crew.first:
@@ -251,6 +253,18 @@ def calibration_of(run: Run, draft: DraftDescription | UntrainedDescription, rev
     found = read_calibration(run.base / named, draft_revision=revision, positions=draft.max_tokens)
     run.reads.content(contents.CALIBRATION, found.digest)
     return found
+
+
+def _known(calibration: Calibration | None, digest: str, what: str) -> bool:
+    """Whether the calibration was fitted on the prompts with this digest. That is a warning."""
+    known = calibration is not None and digest in calibration.prompts
+    if known:
+        log.warning(
+            "%s: the calibration was fitted on these same prompts. Confidences look better here than on others. Fit on "
+            "another task: deepspec calibrate RUN --task",
+            what,
+        )
+    return known
 
 
 def _decoding(

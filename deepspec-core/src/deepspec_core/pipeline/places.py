@@ -36,8 +36,9 @@ _STORE_TOKENS: Final = ("cache", "train")
 # Files in the run's folder, by the stage that writes them; those of "" are written by every run.
 _OF_RUNS: Final[Mapping[str, tuple[str, ...]]] = {
     "": (LOCK, "config.toml", STATUS, f"{STATUS}.partial"),
-    "evaluate": tuple(
-        f"{name}{end}" for name in ("metrics.json", "report.md", "report.html") for end in ("", ".partial")
+    "evaluate": (
+        "metrics.json",
+        *(f"{name}{end}" for name in ("report.md", "report.html") for end in ("", ".partial")),
     ),
 }
 

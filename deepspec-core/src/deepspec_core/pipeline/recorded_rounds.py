@@ -13,6 +13,7 @@ from attrs import frozen
 
 from deepspec_core.checkpoints.opening import resolve_draft
 from deepspec_core.decoding.engine import Completion
+from deepspec_core.disk import is_folder
 from deepspec_core.errors import CheckpointError, ConfigError, StageError, nearest
 from deepspec_core.evaluation.evaluator import recorded
 from deepspec_core.evaluation.metrics_file import NAME as METRICS
@@ -116,14 +117,16 @@ def recorded_rounds(folder: Path, *, tasks: Sequence[str] = (), temperature: flo
             fix="Run its evaluate stage first.",
         ) from None
     results = _chosen(once(report["results"]), tasks, temperature, folder / METRICS)
-    completions = [completion for result in results for completion in _completions(folder, report, result)]
+    completions = [completion for result in results for completion in completions_of(folder, report, result)]
     return RecordedRounds(folder=folder, report=report, results=tuple(results), completions=tuple(completions))
 
 
 def unchanged_draft(rounds: RecordedRounds) -> Path:
     """The directory of the draft that the rounds are of. CheckpointError if it is gone, StageError if it changed."""
-    named, own = str(rounds.report["draft"].get("checkpoint")), rounds.folder / "draft"
-    place = own if named == "draft" and own.is_dir() else resolve_draft(named, base=Path())
+    named = str(rounds.report["draft"].get("checkpoint"))
+    # Files of before have what the run file says.
+    of_before = not is_folder(rounds.folder / named) and is_folder(Path(named))
+    place = resolve_draft(named, base=Path() if of_before else rounds.folder)
     now, then = fingerprint(place), str(rounds.report["draft"].get("revision"))
     if now != then:
         raise StageError(
@@ -163,7 +166,11 @@ def _chosen(
     return [one for one in results if float(one["temperature"]) == asked]
 
 
-def _completions(folder: Path, report: Mapping[str, Any], result: Mapping[str, Any]) -> list[Completion]:
+def completions_of(folder: Path, report: Mapping[str, Any], result: Mapping[str, Any]) -> list[Completion]:
+    """The answers of one result of `report`, the metrics.json in `folder`.
+
+    StageError where its journal is missing or another one; DataError where that is damaged.
+    """
     path = journal_of(folder, result)
     digest, groups = recorded(path, max_tokens=report["draft"].get("max_tokens"))
     completions = [completion for group in groups for completion in group.completions]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -26,6 +26,13 @@ from deepspec_core.pipeline.fingerprint import RECORD, StageRecord, fingerprint,
 from deepspec_core.pipeline.reads import Trace
 from deepspec_core.pipeline.run import Run
 from deepspec_core.plugins.references import resolve
+
+# Files in the run's folder that are of a stage's results, by the stage. What commands fitted to a draft goes with it. A
+# calibration stays where the evaluation alone is made anew, which may be in order to use it.
+_BESIDE: Final[Mapping[str, tuple[str, ...]]] = {
+    "train": ("calibration.json", "calibration.sglang.json", "diagnosis.json"),
+    "evaluate": ("metrics.json", "report.md", "report.html", "simulation.json", "simulation.svg"),
+}
 
 
 @frozen(kw_only=True)
@@ -181,9 +188,8 @@ def discard(run: Run, force: Sequence[str]) -> list[Path]:
                             shutil.rmtree(entry)
                         elif entry.name != LOCK:  # others may be waiting for it
                             entry.unlink()
-                if name == "evaluate":
-                    for report in ("metrics.json", "report.md", "report.html"):
-                        (run.folder / report).unlink(missing_ok=True)
+                for made in _BESIDE.get(name, ()):
+                    (run.folder / made).unlink(missing_ok=True)
                 emptied.append(folder)
     return emptied
 

@@ -15,7 +15,7 @@ from attrs import frozen
 
 from deepspec_core.disk import in_words
 from deepspec_core.evaluation import comparison, report
-from deepspec_core.evaluation.comparison import Run, compare
+from deepspec_core.evaluation.comparison import Run, compare, named_alike
 from deepspec_core.reporting import charts, curves, training
 from deepspec_core.reporting.curves import Training, read_training
 from deepspec_core.reporting.samples import NAME as SAMPLES
@@ -86,7 +86,7 @@ def page(runs: Sequence[Shown]) -> str:
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     # A run has one number in all charts, and evaluated ones are the first.
     runs = sorted(runs, key=lambda one: one.run is None)
-    evaluated = [one.run for one in runs if one.run is not None]
+    evaluated = named_alike([one.run for one in runs if one.run is not None])
     compared = compare(evaluated) if evaluated else None
     trained = [(number, one.training) for number, one in enumerate(runs) if one.training is not None]
     return template.render(
