@@ -86,7 +86,7 @@ def test_other_mistakes(judged_copy: Path, profile: str, capsys: pytest.CaptureF
     refused(
         capsys,
         [*command, "--out", "run/metrics.json"],
-        "there is is not the result of a simulation",
+        "is not the result of a simulation",
         "run/metrics.json",
     )
     assert Path("run/metrics.json").read_text() == evaluated
