@@ -249,5 +249,5 @@ def test_codes_that_nothing_undoes_are_refused(dtype: torch.dtype, families: Any
     target = TransformersTarget(family.model(), open_family(family, registry).architecture)
     target.head = Packed(torch.zeros(61, 32), knows=False)
     target.head.weight = nn.Parameter(torch.zeros(61, 32).to(dtype), requires_grad=False)
-    with pytest.raises(TargetError, match="quantised, and nothing says how to undo it"):
+    with pytest.raises(TargetError, match="quantised and cannot be dequantised"):
         target.head_weight()

@@ -1,9 +1,9 @@
-"""What every family's adapter shares: the draft's shape, new weights, config.json, loading.
+"""The base class of families' adapters: the draft's shape, new weights, config.json, loading.
 
-Works on any transformers text config; a family subclasses `FamilyAdapter`, names its published class prefix and
-conversation format, and builds its own blocks from `self.shape` (layouts.py has those that several families share).
-A family may have more than one config class: each has an adapter, or one adapter reads what they have in common.
-Knows no family and no algorithm.
+It works on any transformers text config. A family subclasses `FamilyAdapter`, sets its published class prefix and
+conversation format, and builds its own blocks from `self.shape` (layouts.py has blocks that several families share). If
+a family has several config classes, each may have its own adapter, or one adapter reads the keys that they share. Knows
+no family and no algorithm.
 
 Legend: V vocabulary, H hidden size.
 """
@@ -40,19 +40,21 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 class FamilyAdapter(ABC):
-    """A contracts.target.TargetAdapter but for the blocks and the conversation format, which families add.
+    """A contracts.target.TargetAdapter except for the blocks and the conversation format, which families add.
 
-    `config` is the target's transformers config. `self.text` is its text part; `self.shape` is the same in the draft's
-    own shape, from which families build blocks. `tokens` are the special ids where core has read them from the target's
-    generation config and tokenizer; without them the config's own are taken.
+    `config` is the target's transformers config. `self.text` is its text part. `self.shape` is the text part with the
+    draft's sizes, from which families build blocks. `tokens` are the special ids that core has read from the target's
+    generation config and tokenizer; if None, those of the config are used.
 
-    `draft_class` is the config class of the family's drafts, if they are of another than the target. `text_weights`
-    maps names of weights in the files of a multimodal model to those of its text part alone, and `ignored_weights`
-    are patterns of what the text part does not need, and `own_draft_weights` of layers that a target brings for
-    drafting: they are no part of its answers, and a draft may ask for them. `spare_tokens` names, by size of the
-    published vocabularies, an id that no text uses: the mask where the tokenizer has none. `slides_alike` says
-    whether the family's sliding layers are built as its full ones, so that a draft of these that slides may be
-    called so.
+    class_prefix: The beginning of the class names of published drafts.
+    draft_class: The config class of the family's drafts, if it differs from the target's.
+    text_weights: Patterns that map names of weights in the files of a multimodal model to names in its text part.
+    ignored_weights: Patterns of weights that the text part does not need.
+    own_draft_weights: Patterns of layers that a target has for drafting. Its answers do not use them; a draft may.
+    spare_tokens: By vocabulary size, an id that no text uses: the mask token if the tokenizer has none.
+    slides_alike: Whether the family's sliding layers are built like its full-attention layers. A draft with a window
+        may then be published with the family's own keys for sliding layers.
+    known_taps: The taps of published drafts, by the target's number of layers and hidden size.
     """
 
     class_prefix: ClassVar[str]
@@ -91,7 +93,7 @@ class FamilyAdapter(ABC):
         return config.get_text_config()
 
     def size_keys(self) -> Mapping[str, str]:
-        """The options of [draft.layer], and what the config calls them."""
+        """The keys of the config that the options of [draft.layer] set, by option."""
         return {
             "intermediate_size": "intermediate_size",
             "num_heads": "num_attention_heads",
@@ -100,9 +102,9 @@ class FamilyAdapter(ABC):
         }
 
     def draft_shape(self, sizes: Mapping[str, Any]) -> Any:
-        """The text config with the draft's own `sizes`, by the config's names; head_dim is always written out.
+        """The text config with the draft's `sizes`, which are given by the config's keys; head_dim is always set.
 
-        With a `draft_class`, a config of that class, with what the target's has in common with it.
+        With a `draft_class`, it is a config of that class, with the values of the keys that both classes have.
         """
         fields, kind = self.text.to_dict(), self.draft_class or type(self.text)
         if self.draft_class is not None:
@@ -110,7 +112,7 @@ class FamilyAdapter(ABC):
         return kind.from_dict(fields | {"head_dim": head_dim_of(self.text)} | dict(sizes))
 
     def describe(self, tokens: SpecialTokens) -> TargetArchitecture:
-        """The target's numbers, under the names most configs use."""
+        """The target's architecture, read from the keys that most configs use."""
         return TargetArchitecture(
             model_type=self.config.model_type,
             hidden_size=self.text.hidden_size,
@@ -130,10 +132,10 @@ class FamilyAdapter(ABC):
     def load(
         self, where: str | Path, *, dtype: torch.dtype, device: torch.device | str, trust_remote_code: bool = False
     ) -> TargetModel:
-        """The frozen target, from a Hugging Face directory; of a multimodal one the text part alone.
+        """The frozen target, from a Hugging Face directory. Of a multimodal model only the text part is loaded.
 
-        A quantised multimodal one is loaded whole: its quantisation names modules of the whole. TargetError where
-        weights do not fit the config.
+        A quantised multimodal model is loaded whole, because its quantisation config names modules of the whole model.
+        TargetError if weights do not fit the config.
         """
         from deepspec_core.families.loading import load_causal_lm
         from deepspec_core.families.transformers_target import TransformersTarget
@@ -153,7 +155,7 @@ class FamilyAdapter(ABC):
     def vocabulary(
         self, where: str | Path, *, dtype: torch.dtype, device: torch.device | str
     ) -> TargetVocabulary | None:
-        """The embedding and the lm_head alone. None of a quantised target: only its modules know how to undo that."""
+        """The embedding and the lm_head alone. None for a quantised target, which only its modules can dequantise."""
         from deepspec_core.families.vocabulary import read_vocabulary
 
         if any(getattr(config, "quantization_config", None) is not None for config in (self.config, self.text)):
@@ -162,14 +164,14 @@ class FamilyAdapter(ABC):
         return read_vocabulary(Path(where), self.text, renamed=renamed, dtype=dtype, device=device)
 
     def final_norm(self, where: str | Path) -> nn.Module | None:
-        """The norm before the lm_head alone. Quantised targets have it as others do."""
+        """The norm before the lm_head alone. Quantised targets store it like others."""
         from deepspec_core.families.final_norm import read_final_norm
 
         renamed = {} if self.text is self.config else self.text_weights
         return read_final_norm(Path(where), self.text, renamed=renamed)
 
     def skeleton(self, *, dtype: torch.dtype) -> TargetModel:
-        """The text part with new weights in `dtype`, plain where the target is quantised."""
+        """The text part with new weights in `dtype`, never quantised."""
         from transformers import AutoModelForCausalLM
 
         from deepspec_core.families.transformers_target import TransformersTarget
@@ -195,10 +197,8 @@ class FamilyAdapter(ABC):
         return self.new(nn.Embedding(self.text.vocab_size, self.text.hidden_size))
 
     def draft_config(self, layers: int, extra: Mapping[str, Any]) -> Any:
-        """The target's text config in the draft's shape: `layers` layers of one kind, untied, `extra` at top level.
-
-        `architectures` is None unless `extra` has it.
-        """
+        """The target's text config in the draft's shape: `layers` layers of one kind, untied, with `extra` at the top
+        level. `architectures` is None unless `extra` has it."""
         fields = self.shape.to_dict()
         for about_target in ("transformers_version", "_name_or_path", "quantization_config"):
             fields.pop(about_target, None)
@@ -208,7 +208,7 @@ class FamilyAdapter(ABC):
         return type(self.shape).from_dict(fields | self.window_fields(layers) | dict(extra))
 
     def window_fields(self, layers: int) -> dict[str, Any]:
-        """What config.json says of the draft's window; nothing without one. Engines read the target's own keys."""
+        """The keys of config.json for the draft's window; none without a window. Engines read the family's own keys."""
         window = self.draft_layer.window
         if window is None:
             return {}
@@ -218,7 +218,7 @@ class FamilyAdapter(ABC):
         return fields | ({"use_sliding_window": True} if hasattr(self.shape, "use_sliding_window") else {})
 
     def not_dense(self) -> str | None:
-        """What the target's layers have that a draft's cannot, by the config's own name for it, or None."""
+        """The part of the target's layers that a draft's layers cannot have, by its name in the config, or None."""
         return None
 
     def attention_heads(self) -> tuple[int, int, int]:
@@ -251,7 +251,7 @@ class FamilyAdapter(ABC):
 
     @abstractmethod
     def conversation_format(self) -> ConversationFormat:
-        """Where the assistant speaks, and how the family's makers sample."""
+        """The markers of the assistant's answers, and the makers' recommended sampling."""
 
     @abstractmethod
     def attention_projections(self, in_features: int) -> AttentionProjections:
@@ -275,12 +275,12 @@ class FamilyAdapter(ABC):
 
 
 def head_dim_of(text: Any) -> int:
-    """The head size of a text config; where it names none, the hidden size is divided among the heads."""
+    """The head size of a text config; without a head_dim, the hidden size divided by the number of heads."""
     return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
 
 
 def tokens_of(text: Any) -> SpecialTokens:
-    """The special ids a config itself names; its padding falls back to a stop token, then to 0."""
+    """The special ids in a config. Without a padding id, the first stop token is used, else 0."""
     stop = text.eos_token_id
     stop = () if stop is None else (stop,) if isinstance(stop, int) else tuple(stop)
     pad = text.pad_token_id if text.pad_token_id is not None else next(iter(stop), 0)

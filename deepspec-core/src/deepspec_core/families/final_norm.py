@@ -1,4 +1,4 @@
-"""Reads a target's last norm without the rest of it, for last states that a server gives before it.
+"""Reads a target's final norm without the rest of the target, for servers that return states from before the norm.
 
 Knows transformers' conventions: the norm is the one norm that is the decoder's own child. Knows no family.
 """

@@ -1,4 +1,4 @@
-"""Attention of a target on the CPU: query heads that share keys read them where they are.
+"""Attention of a target on the CPU: query heads that share keys read them without copies.
 
 transformers copies keys and values once for every query head where there is a mask, because that suits some
 accelerators. On the CPU the kernel reads shared keys itself: with 14 query heads on 2 of keys, 32 sequences and 150

@@ -1,6 +1,6 @@
 """Layouts of attention, norms and rotary embedding that several families share, under their usual published names.
 
-Knows what such a layout consists of; which family uses which, and with what scales and biases, the families say.
+Knows the parts of such layouts. The families decide which layout they use, with which scales and biases.
 
 Legend: B sequences, T tokens, H hidden size, h heads, D head size.
 """

@@ -1,8 +1,8 @@
 """Attention masks of a target's layers, built once a call and shared by all of them.
 
-Masks are additive, 0 = may attend and -inf = may not: attention kernels would turn boolean ones into these, layer by
-layer. Knows layer types as transformers configs name them (full and sliding attention);
-not caches, not models. None stands for "plain causal", which attention kernels do fastest without a mask.
+Masks are additive: 0 = may attend, -inf = may not. Attention kernels would convert boolean masks to these in every
+layer. None stands for plain causal attention, which kernels compute fastest without a mask. Knows layer types as
+transformers configs name them (full and sliding attention); knows neither caches nor models.
 
 Legend: B sequences, T query positions, L key positions.
 """

@@ -1,9 +1,9 @@
 """Which kinds of rotary position embedding a target may have.
 
-Decoding keeps keys that were rotated when the sequence was shorter. With a kind whose angles follow from the sequence's
-length, they no longer fit those rotated now: the same tokens get other logits depending on how they were fed, a draft's
-verification accepts other tokens than plain decoding draws, and plain decoding differs with the neighbours in a batch.
-Knows configs; no family.
+Decoding caches keys that were rotated when the sequence was shorter. If the angles depend on the sequence's length,
+cached keys do not fit new ones. The same tokens then get other logits depending on how they were fed, verification
+accepts other tokens than plain decoding draws, and plain decoding depends on the neighbours in a batch. Knows configs;
+knows no family.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """A transformers Cache over core's slot caches, so that any transformers decoder can run incrementally on slots.
 
-Knows transformers' one call, `update`, and cells, the places of tokens in a slot; not masks, not how long a sequence
-stands. Committed text stands in the cells of its positions. New tokens stand after it in the order they come, where
-those of a tree have other positions than cells. Layer caches are made when a layer first writes, in the shape, type and
-place of what it writes.
+Knows transformers' one call, `update`, and cells, the places of tokens in a slot; knows neither masks nor the lengths
+of sequences. A committed token is in the cell with the number of its position. New tokens follow in the order in which
+they are fed, so the cells of a tree's tokens differ from their positions. A layer's cache is made when the layer first
+writes, with the shape, dtype and device of the written tensor.
 
 Legend: B slots in a call, G kv heads, T new tokens, D head size, L keys read.
 """

@@ -1,10 +1,10 @@
 """A draft whose layers are another family's than its target's: `[draft.layer] style`.
 
-Knows how the sizes of one text config become those of another family's. The target is loaded and fed by its own
-adapter; projections, norms, MLP, rotary embedding and config.json are the style's, and so are how tokens are embedded
-(with the target's weights, but without a scale that only the target's family has) and how logits are capped: that is
-what an engine's draft of that family computes. A checkpoint is therefore a plain one of the style's family. Knows no
-family by name.
+Knows how the sizes of one text config are transferred to another family's. The target is loaded and run by its own
+adapter. Projections, norms, MLP, rotary embedding and config.json are those of the style. So are the embedding of
+tokens (with the target's weights, but without a scale that only the target's family has) and the soft cap of logits,
+because that is what an engine's draft of that family computes. A checkpoint is therefore an ordinary one of the style's
+family. Knows no family by name.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["TARGET_FAMILY", "StyledAdapter", "styled_adapter"]
 
 TARGET_FAMILY: Final = "target_model_type"
-"""The key of a draft's config.json that says the target's family, where the draft's layers are of another."""
+"""The key of a draft's config.json with the target's family, if the draft's layers are of another family."""
 # What configs of all families call alike, and a draft shares with its target.
 _SHARED: Final = (
     "hidden_size",

@@ -1,7 +1,8 @@
 """Any transformers causal language model as a contracts.target.TargetModel.
 
-Runs the decoder and the head themselves, never the model's own forward: logits are formed only where asked for, and
-soft-capping is data of the architecture. Knows transformers' conventions; no family and no algorithm.
+It runs the decoder and the lm_head separately and never the model's own forward, so that logits are formed only where
+they are needed. The soft cap is read from the architecture. Knows transformers' conventions; knows no family and no
+algorithm.
 
 Legend: B sequences or slots, T tokens, H hidden size, C = taps * H, V vocabulary, S slots open.
 """
@@ -57,7 +58,7 @@ class TransformersTarget:
     ) -> TargetFeatures:
         """Taps [B, T, C] and final norm [B, T, H] of right-padded or packed sequences [B, T].
 
-        Padding needs no mask: it stands to the right, where causal attention does not look.
+        Padding needs no mask, because it is on the right, where causal attention does not look.
         """
         mask_BT = attention_mask.bool()
         torch._assert_async((mask_BT[:, 1:] <= mask_BT[:, :-1]).all(), "sequences must be padded on the right")
@@ -142,18 +143,18 @@ class TransformersTarget:
         return softcapped(self.head(hidden), self.architecture.logit_softcap)
 
     def _cells(self, slots: Tensor, positions: Tensor) -> Tensor:
-        """Where a tree's tokens stand, [B, T]: one after another, behind what is committed."""
+        """The cells of a tree's tokens, [B, T]: consecutive, after the committed tokens."""
         order_T = torch.arange(positions.shape[1], device=positions.device)
         return (self.committed_S[slots][:, None] + order_T).where(positions >= 0, -1)
 
     def _reach(self, cells: Tensor) -> int:
-        # Exact where reading a tensor is free; on an accelerator a bound, since reading would stop the queue.
+        # Exact on the CPU; on an accelerator an upper bound, because reading the tensor would wait for the device.
         if cells.device.type == "cpu":
             return int(cells.max().clamp(min=0)) + 1
         return min(self.longest + cells.shape[1], self.cache.max_length)
 
     def _check(self, slots: Tensor, positions: Tensor, cells: Tensor, sees: Tensor | None) -> None:
-        """Wrong positions or slot orders would decode the wrong text in silence. Does not wait for the device."""
+        """Check positions and slot order: wrong ones would silently decode wrong text. Does not wait for the device."""
         first = positions[:, 0]
         fits = ((first == self.committed_S[slots]) | (first < 0)).all()
         if sees is not None:
@@ -168,7 +169,7 @@ class TransformersTarget:
 
 
 class LayerTaps:
-    """Keeps outputs of chosen decoder layers during a forward; hooks are set when the choice changes, not per call."""
+    """Keeps outputs of chosen decoder layers during a forward pass. Hooks are set only when the choice changes."""
 
     def __init__(self, layers: nn.ModuleList) -> None:
         self.layers = layers
@@ -177,7 +178,7 @@ class LayerTaps:
         self.kept: dict[int, Tensor] = {}
 
     def select(self, taps: Sequence[int]) -> None:
-        """Taps of the next forwards; none are fine. TargetError where they are out of range or out of order."""
+        """Set the taps of the next forward passes, or none. TargetError if they are out of range or out of order."""
         if tuple(taps) == self.chosen:
             return
         chosen = check_taps(taps, len(self.layers)) if taps else ()
@@ -187,7 +188,7 @@ class LayerTaps:
         self.chosen = chosen
 
     def take(self, like: Tensor) -> Tensor:
-        """[B, T, C] of the last forward, beside `like` [B, T, H]; lets go of what was kept."""
+        """The taps [B, T, C] of the last forward pass, on the device of `like` [B, T, H]. Frees the kept outputs."""
         kept = [self.kept.pop(tap).to(like.device) for tap in self.chosen]
         return torch.cat(kept, dim=-1) if kept else like.new_empty((*like.shape[:-1], 0))
 
@@ -206,7 +207,7 @@ class LayerTaps:
 
 
 def _plain_weight(module: nn.Module) -> Tensor:
-    """A module's weight as plain 16- or 32-bit numbers, dequantised where the module or its weight knows how."""
+    """A module's weight as plain 16- or 32-bit numbers, dequantised if the module or its weight has `dequantize`."""
     weight: Any = module.weight
     part: Any
     for part in (module, weight):
@@ -217,9 +218,9 @@ def _plain_weight(module: nn.Module) -> Tensor:
             break
     if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dtype.itemsize < 2:
         raise TargetError(
-            "the target's embedding or lm_head is quantised, and nothing says how to undo it",
+            "the target's embedding or lm_head is quantised and cannot be dequantised",
             found=getattr(weight, "dtype", type(weight).__name__),
             expected="plain 16- or 32-bit weights, which drafts share, or a module or tensor with dequantize()",
-            fix="Use a target whose quantisation leaves the embedding and lm_head as they are.",
+            fix="Use a target whose embedding and lm_head are not quantised.",
         )
     return weight.detach()
