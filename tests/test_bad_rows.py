@@ -105,8 +105,8 @@ def test_too_many_bad_rows_are_one_error_before_the_first_stage(
     for part in (
         "Too many rows of a source cannot be used",
         "10 of 90 rows. 6: A part of a message is not text; 2: A line is not JSON; 1: ",
-        "a share of 0.05, data.max_bad_rows",
-        f"{run.folder / BAD_ROWS} has all of them with their reasons",
+        "at most a share of 0.05 (data.max_bad_rows)",
+        f"{run.folder / BAD_ROWS} lists all of them with their reasons",
     ):
         assert part in seen.err, part
     kept = [json.loads(line) for line in (run.folder / BAD_ROWS).read_text().splitlines()]
@@ -171,7 +171,7 @@ def test_rows_that_are_kept_of_too_many_are_bounded(tmp_path: Path) -> None:
     for number in range(7):
         source.rows += 1
         bad.add(SourceRow(f"rows:{number}", {"x": "y" * MOST_BYTES}), DataError("It is bad"), source)
-    with pytest.raises(DataError, match="has the first 3 with their reasons"):
+    with pytest.raises(DataError, match="lists the first 3 with their reasons"):
         bad.check(source)
     kept: list[dict[str, Any]] = [json.loads(line) for line in (tmp_path / "bad").read_text().splitlines()]
     assert [entry["where"] for entry in kept] == ["rows:0", "rows:1", "rows:2"]

@@ -148,7 +148,7 @@ def test_a_dataset_of_the_hub_that_moved_on_is_refused(
     record.write_text(json.dumps({**json.loads(record.read_text()), "complete": False}))
     commit[0] = "2222222"
     assert main(command) == 2
-    assert "The content of data.sources[0] changed under" in capsys.readouterr().err
+    assert "The content of data.sources[0] changed after the stage `" in capsys.readouterr().err
 
 
 def test_answers_do_not_depend_on_the_taps(finished_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:

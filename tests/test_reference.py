@@ -62,7 +62,7 @@ def test_every_kind_has_an_entry_with_spec_contract_and_suite(kind: str) -> None
     rows = table(section(hook))
     assert rows["spec"].startswith(f"`{KINDS[kind].spec.__name__}`")
     assert {"in a run file", "chosen by"} & set(rows), f"the entry of {hook} does not say how a run names one"
-    (built,) = [name for name in rows if name.startswith("`build") or name == "trained"]
+    (built,) = [name for name in rows if name.startswith("`build") or name == "a draft that is trained"]
     if built.startswith("`build("):
         assert "contracts." in rows[built] or kind == "task", f"the entry of {hook} names no contract"
     for module, name in re.findall(r"`(contracts\.\w+)\.(\w+)`", section(hook)):

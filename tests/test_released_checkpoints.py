@@ -168,7 +168,7 @@ def test_an_algorithm_that_is_not_installed_is_missed_by_name(copy: Path, capsys
 
 
 def test_names_that_lead_nowhere(hub: list[dict[str, Any]], tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="the Hub has no such repository or cannot be reached"):
+    with pytest.raises(CheckpointError, match="the Hub does not give this repository"):
         resolve_draft("deepseek-ai/no-such-draft", base=tmp_path)
     with pytest.raises(CheckpointError, match="no draft checkpoint in this directory"):
         resolve_draft("./no-such-draft", base=tmp_path)

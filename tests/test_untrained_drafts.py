@@ -269,6 +269,6 @@ def test_baselines_beside_a_runs_draft(small_lm: Path, capsys: pytest.CaptureFix
     assert main([*command, "--with", "lookup", "--beside", str(alone)]) == 0
     compared = json.loads((folder / "comparison.json").read_text())
     assert {row["run"]: row["ahead"] for row in compared["rows"]}[str(alone)] is None
-    assert any("not the one that metrics.json was made from" in remark for remark in compared["remarks"])
+    assert any("A journal does not belong to metrics.json" in remark for remark in compared["remarks"])
     refused(capsys, [*command, "--with", "baseline"], "--with", "same name as the run")
     refused(capsys, [*command, "--with", "small-lm:model=a/b,small-lm:model=a_b"], "--with", "share one folder")

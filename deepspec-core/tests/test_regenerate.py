@@ -296,7 +296,7 @@ def test_mistakes_are_told(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
         "rewritten": [],
     }
     partial.write_text(json.dumps(line) + "\n")
-    with pytest.raises(DataError, match=r"(?s)not in the sources.*gone"):
+    with pytest.raises(DataError, match=r"(?s)no longer in the sources.*gone"):
         _run(out, _conversations(2), tokenizer)
     damaged = ["nonsense", "{}", "null", "[1]", '"x"', "[" * 10**5]
     damaged += [json.dumps({**line, name: None}) for name in line]

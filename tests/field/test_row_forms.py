@@ -159,8 +159,8 @@ def test_a_column_that_is_not_there_is_named(tmp_path: Path) -> None:
         ('{promt = "query"}', "is `prompt` meant?"),
         ('{answer = "response"}', "one of messages, turns, prompt"),
         ('{prompt = "a", messages = "b"}', "messages and prompt"),
-        ('{messages = "a", answer = "b"}', "beside `prompt` only"),
-        ('{turns = "a", role = "b"}', "beside `messages` only"),
+        ('{messages = "a", answer = "b"}', "with `prompt` only"),
+        ('{turns = "a", role = "b"}', "with `messages` only"),
         ("{prompt = 3}", "text in quotes"),
     ],
 )

@@ -49,7 +49,7 @@ def resolve_draft(name: str | Path, *, base: Path) -> Path:
         return Path(snapshot_download(text, allow_patterns=list(_HUB_FILES)))
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            "there is no such local directory, and the Hub has no such repository or cannot be reached",
+            "there is no such local directory, and the Hub does not give this repository",
             where=text,
             found=problem or first_line(error),
             expected="a local directory, or a Hub id that exists and can be reached",

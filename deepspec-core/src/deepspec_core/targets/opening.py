@@ -376,7 +376,7 @@ def fetched(where: str | Path, revision: str | None, trust_remote_code: bool = F
 
 def _not_given(where: str | Path, revision: str | None, problem: str) -> TargetError:
     return TargetError(
-        "there is no such local directory, and the Hub has no such repository or cannot be reached",
+        "there is no such local directory, and the Hub does not give this repository",
         where=where if revision is None else f"{where} at revision {revision}",
         found=problem,
         expected="a local directory, or a Hub id that exists and can be reached",
