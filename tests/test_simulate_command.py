@@ -80,14 +80,17 @@ def test_the_picture_has_a_curve_for_each_kind_of_policy(
     assert not Path("run/simulation.svg").exists()
 
 
-def test_calibrated_confidences_are_used(judged_copy: Path, profile: str) -> None:
+def test_calibrated_confidences_are_used(judged_copy: Path, profile: str, capsys: pytest.CaptureFixture[str]) -> None:
     # One threshold that unscaled and scaled confidences pass differently.
     command = ["simulate", "run", "--profile", profile, "--requests", "1", "--threshold", "0.4"]
     assert main(["calibrate", "run"]) == 0
     assert main([*command, "--out", "raw.json"]) == 0
+    assert "fitted on these same" not in capsys.readouterr().err
     assert main([*command, "--calibration", "run/calibration.json", "--out", "scaled.json"]) == 0
+    assert "fitted on these same rounds" in capsys.readouterr().err
     raw, scaled = (json.loads(Path(name).read_text()) for name in ("raw.json", "scaled.json"))
     assert raw["calibration"] is None
+    assert (raw["calibration_fitted_here"], scaled["calibration_fitted_here"]) == (False, True)
     assert scaled["calibration"]
     at = next(index for index, one in enumerate(raw["results"]) if one["policy"].startswith("threshold"))
     assert raw["results"][at]["verified_per_step"] != scaled["results"][at]["verified_per_step"]

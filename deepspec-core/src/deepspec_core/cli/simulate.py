@@ -108,6 +108,12 @@ def simulate(
     console.print(_table(found.outcomes))
     if not found.confidences:
         click.echo("This draft gives no confidences: thresholds and schedulers are left out.")
+    if found.made_from["calibration_fitted_here"]:
+        click.echo(
+            "The calibration was fitted on these same rounds: thresholds and schedulers look better here than on other "
+            "prompts. To avoid this, fit on another task: deepspec calibrate RUN --task",
+            err=True,
+        )
     if found.noise is not None:
         click.echo(found.noise, err=True)
     if draft_ms == 0:

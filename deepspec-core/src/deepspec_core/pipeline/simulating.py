@@ -15,7 +15,7 @@ from attrs import asdict, evolve, frozen
 from deepspec_core.decoding.engine import Completion
 from deepspec_core.digests import digest_of
 from deepspec_core.errors import CheckpointError, StageError
-from deepspec_core.evaluation.calibration_file import read_calibration
+from deepspec_core.evaluation.calibration_file import Calibration, read_calibration
 from deepspec_core.evaluation.cost_table import CostTable, faster_with_more, read_cost_table
 from deepspec_core.evaluation.reliability import judged
 from deepspec_core.evaluation.simulation import Outcome, policies, replay, replayable
@@ -87,8 +87,9 @@ def simulate(
             fix="Evaluate without [draft] tree.",
         )
     confidences = judged(samples) is not None
-    if calibration is not None:
-        samples = _scaled(samples, rounds, calibration, confidences)
+    fitted = None if calibration is None else _calibration(rounds, calibration, confidences)
+    if fitted is not None:
+        samples = _scaled(samples, fitted)
     # Tokens after an accepted stop token are not recorded, so a proposal may have been longer than its round says.
     longest = max(one.proposal_length for sample in samples for one in sample.rounds)
     outcomes = []
@@ -107,7 +108,9 @@ def simulate(
         "target": dict(rounds.report["target"]),
         "rounds": rounds.provenance(),
         "cost_table": {"digest": digest_of(profile), **table.about},
-        "calibration": None if calibration is None else digest_of(calibration),
+        "calibration": None if fitted is None else fitted.digest,
+        "calibration_fitted_here": fitted is not None
+        and any(one["prompts_digest"] in fitted.prompts for one in rounds.results),
         "draft_seconds": draft_seconds,
     }
     return Simulation(outcomes=tuple(outcomes), confidences=confidences, made_from=made_from, noise=noise)
@@ -118,8 +121,8 @@ def _seconds(table: CostTable, requests: int, longest: int) -> dict[int, float]:
     return {tokens: table.seconds(requests, tokens) for tokens in range(requests, requests * (longest + 1) + 1)}
 
 
-def _scaled(samples: Sequence[Completion], rounds: RecordedRounds, path: Path, confidences: bool) -> list[Completion]:
-    """The samples with confidences scaled by the calibration of this file."""
+def _calibration(rounds: RecordedRounds, path: Path, confidences: bool) -> Calibration:
+    """The calibration of this file. CheckpointError or StageError where it does not fit the rounds."""
     if not confidences:
         raise CheckpointError(
             "this draft gives no confidence to calibrate",
@@ -129,7 +132,11 @@ def _scaled(samples: Sequence[Completion], rounds: RecordedRounds, path: Path, c
         )
     rounds.require_unscaled()
     revision = str(rounds.report["draft"].get("revision"))
-    fitted = read_calibration(path, draft_revision=revision, positions=rounds.positions)
+    return read_calibration(path, draft_revision=revision, positions=rounds.positions)
+
+
+def _scaled(samples: Sequence[Completion], fitted: Calibration) -> list[Completion]:
+    """The samples with confidences scaled by the calibration."""
     return [
         evolve(
             sample,
