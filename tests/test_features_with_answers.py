@@ -250,7 +250,7 @@ def test_features_of_other_settings_are_discarded(
     capsys.readouterr()
     assert run(run_file, exchange, servers, change) == 0
     message = capsys.readouterr().err
-    assert "features that came with answers are discarded: The cache was made for another" in message
+    assert "features that were received with answers are discarded: The cache was made for another" in message
     assert summary(run_file, "cache")["asked again"] == {"no features were kept": COUNT}
     assert sum(len(server.asked) for server in servers) == COUNT
     reader = HDF5Format().open(folder_of(run_file) / "cache", None)

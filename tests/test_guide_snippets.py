@@ -74,8 +74,13 @@ def keeps(
         assert broken_by(type("Shown", (suite,), members), only) == {}
 
 
-def keeps_as_a_draft(draft: Any, only: Any, said: Mapping[str, Any] = SMALL, **spec: Any) -> None:
-    """The same of a draft with the options `said`. It is one built on DFlash unless `spec` says what it is."""
+def keeps_as_a_draft(
+    draft: Any, only: Any, said: Mapping[str, Any] = SMALL, more: Mapping[str, Any] | None = None, **spec: Any
+) -> None:
+    """The same of a draft with the options `said`. It is one built on DFlash unless `spec` says what it is.
+
+    more: Further members of the suite's subclass.
+    """
     if not spec:
         spec = {"options": DFlashOptions, "options_of": "deepspec_dflash.options:options_of", "takes_packed": True}
     made = DraftModelSpec(
@@ -83,7 +88,7 @@ def keeps_as_a_draft(draft: Any, only: Any, said: Mapping[str, Any] = SMALL, **s
         recognise=lambda config: config["architectures"][0].endswith(draft.class_suffix),
         default_loss={"terms": {"ce": 1.0}}, **spec,
     )  # fmt: skip
-    keeps(kit.DraftModelSuite, "deepspec_draft_models", made, draft, only, options=said)
+    keeps(kit.DraftModelSuite, "deepspec_draft_models", made, draft, only, options=said, **(more or {}))
 
 
 def new(draft: Any, **options: Any) -> Any:
@@ -121,7 +126,11 @@ def check_halved(names: Mapping[str, Any], only: Any) -> None:
 
 def check_begun(names: Mapping[str, Any], only: Any) -> None:
     """It begins with a weight of the target's files. Core hands over shapes alone before that."""
-    keeps_as_a_draft(names["BegunDraft"], only)
+
+    def in_files(suite: Any) -> dict[str, Tensor]:
+        return {"mtp.fc.weight": torch.randn(suite.draft().backbone.fc.weight.shape)}
+
+    keeps_as_a_draft(names["BegunDraft"], only, more={"target_weights": in_files})
     draft = new(names["BegunDraft"])
     weight = torch.randn(32, 64).bfloat16()
     with TemporaryDirectory() as folder:
