@@ -13,6 +13,7 @@ from attrs import evolve
 from stand_in_server import wait_until
 from test_servers import COUNT, Servers, _conversations, _farm, _run, _wanted, expected, servers, tokenizer
 
+from deepspec_core.data.answering import Unanswered
 from deepspec_core.data.conversations import Conversation
 from deepspec_core.data.tokenize import ChatTokenizer
 from deepspec_core.decoding.engine import Request
@@ -108,3 +109,26 @@ def test_one_that_refuses_at_once_does_not_read_the_whole_source(
     helper.join()
     assert (report.conversations, report.failures) == (count, 0)
     assert early == [2 * START]
+
+
+def test_what_is_refused_waits_for_a_server_that_is_probed_after_a_pause(
+    tokenizer: ChatTokenizer, servers: Servers
+) -> None:
+    sick, well = servers("vllm", "vllm")
+    _refuses(sick, after=0)
+    slow, refuse = threading.Event(), well._refused
+
+    def late(body: dict[str, Any]) -> tuple[int, str] | None:
+        if body["max_tokens"] == 1 and slow.is_set():
+            time.sleep(0.3)
+        return refuse(body)
+
+    well._refused = late
+    todo = [Request(id="first", prompt_ids=(5, 6), seed=0)]
+    answers = evolve(_farm(tokenizer, sick, well), idle=0.2)(lambda: iter([todo.pop()] if todo else []))
+    assert not isinstance(next(answers), Unanswered)
+    time.sleep(0.5)
+    slow.set()
+    todo.append(Request(id="second", prompt_ids=(5, 7), seed=0))
+    assert not isinstance(next(answers), Unanswered)
+    assert list(answers) == []

@@ -269,8 +269,8 @@ class _Session:
             self._take_out(server, reason)
 
     def _others(self, server: Member) -> list[Member]:
-        """The servers that are in beside this one."""
-        return [other for other in self.servers if other is not server and other.served is not None]
+        """The servers beside this one that are in, or are probed after a pause and may be in again at once."""
+        return [other for other in self.servers if other is not server and not other.out]
 
     def _with_nobody_else(self) -> list[Unanswered]:
         """What is refused by a server that alone is in by now."""
