@@ -1,7 +1,7 @@
-"""Convolutions over the slots of a block, before and after a sublayer. Knows neither the sublayer nor the draft.
+"""Convolutions over the slots of a block, before and after a sublayer. Does not know the sublayer or the draft.
 
 out[i, c] = sum over t of (base[t, c] + delta[i, t, g(c)]) x[i - t, c], where g(c) is the group of channel c, and x is 0
-before slot 0. delta is projected from the sublayer's input, for the convolutions before and after it at once.
+before slot 0. One projection of the sublayer's input gives delta, for the convolutions before and after the sublayer.
 
 Legend: N blocks, S slots, H hidden size, t taps, G groups of channels, g channels of a group.
 """
@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 
 class BlockConvolution(nn.Module):
-    """A module for DraftLayer.around_attention and around_mlp. New, it changes nothing."""
+    """A module for DraftLayer.around_attention and around_mlp. With its initial weights it changes nothing."""
 
     def __init__(self, hidden_size: int, *, taps: int, group: int) -> None:
         super().__init__()

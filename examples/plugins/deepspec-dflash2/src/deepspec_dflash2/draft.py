@@ -1,6 +1,6 @@
 """The DFlash 2 draft: DFlash with convolutions around its sublayers, and a selector that chooses among candidates.
 
-Blocks, backbone and the base loss's rows are DFlash's.
+Blocks, backbone and the rows of the base loss are those of DFlash. Does not know how a proposal is drawn.
 
 Legend: N live blocks, K predictions of a block, R rows, B slots in a call, W nodes of a level, H hidden size,
 C candidates, V the target's vocabulary.
@@ -28,7 +28,7 @@ from deepspec_dflash2.selector import CandidateSelector, candidates, logits_at
 
 
 class DFlash2Draft(DFlashModel):
-    """A contracts.draft.DraftModel. New, it computes what a DFlash draft with the same weights does."""
+    """A contracts.draft.DraftModel. Before training, it computes the same as a DFlash draft with the same weights."""
 
     algorithm, class_suffix = "dflash2", CLASS
     options: DFlash2Options

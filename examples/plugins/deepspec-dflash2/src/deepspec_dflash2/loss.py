@@ -1,4 +1,4 @@
-"""The selector's loss. Knows the candidates' tokens and scores, and not where they come from.
+"""The selector's loss. Knows the candidates' tokens and scores. Does not know how they are computed.
 
 Legend: N rows, C candidates.
 """

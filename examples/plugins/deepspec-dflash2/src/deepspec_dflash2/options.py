@@ -1,4 +1,4 @@
-"""What `[draft] type = "dflash2"` may say, and how it is read back from config.json. Imports nothing heavy."""
+"""The keys of `[draft]` for `type = "dflash2"`, and how config.json is read back. Imports nothing heavy."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""What the package offers: the draft type, and the loss that its selector is trained with."""
+"""The components that the package offers: the draft type, and the loss term that trains its selector."""
 
 from deepspec_core.plugins import ComponentSpec, DraftModelSpec, hookimpl
 from deepspec_dflash2.options import DFlash2Options, is_dflash2

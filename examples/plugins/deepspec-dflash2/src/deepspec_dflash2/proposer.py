@@ -1,7 +1,7 @@
 """Decoding: DFlash's backbone pass, then a walk from the anchor through each slot's candidates.
 
-A token is chosen or drawn among the candidates alone. That distribution, over the whole vocabulary, is what
-verification is told.
+A token is chosen or drawn from the candidates only. The proposal gives verification this distribution, spread over the
+whole vocabulary. Does not know how the candidates are scored.
 
 Legend: B slots in a call, K predictions of a block, W nodes of a level, H hidden size, V vocabulary.
 """
@@ -41,7 +41,7 @@ class DFlash2Proposer(DFlashProposer):
 
 
 class DFlash2TreeProposer(DFlashTreeProposer):
-    """The same of trees: the most probable walks."""
+    """A proposer of trees, which consist of the most probable walks."""
 
     model: DFlash2Draft
 

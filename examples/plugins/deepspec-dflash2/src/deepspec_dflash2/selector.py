@@ -1,7 +1,8 @@
 """The candidate selector: scores of a slot's candidate tokens, given the token before them.
 
-S(a, b) = U(b) + <A(a) * P(h), B(b)>, where U is the head's logit, h the slot's hidden state, and A and B are codebooks.
-Knows hidden states, tokens and logits. Does not know blocks, losses, or how tokens are drawn.
+S(a, b) = U(b) + <A(a) * P(h), B(b)>, where a is the token before, b the candidate, U the head's logit, h the slot's
+hidden state, P a projection, and A and B are codebooks. Knows hidden states, tokens and logits. Does not know blocks,
+losses, or how tokens are drawn.
 
 Legend: ... any leading dimensions, N rows, C candidates, H hidden size, r rank, V vocabulary.
 """
@@ -22,7 +23,7 @@ Logits = Callable[[Tensor], Tensor]
 
 
 class CandidateSelector(nn.Module):
-    """New, it adds nothing to the head's logits: the successors' codebook is 0."""
+    """With its initial weights it adds nothing to the head's logits, because the successors' codebook is 0."""
 
     def __init__(self, target: TargetArchitecture, rank: int) -> None:
         super().__init__()

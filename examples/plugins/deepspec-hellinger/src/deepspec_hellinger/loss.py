@@ -1,6 +1,7 @@
-"""The term: H^2(p, q) = 1 - sum over V of sqrt(p * q), between 0 and 1.
+"""The squared Hellinger distance: H^2(p, q) = 1 - sum over V of sqrt(p * q), between 0 and 1.
 
-Smoother than total variation where the two distributions nearly agree, bounded unlike the Kullback-Leibler divergence.
+It is smoother than total variation where the two distributions nearly agree. Unlike the Kullback-Leibler divergence, it
+is bounded. Knows two distributions. Does not know drafts or targets.
 
 Legend: N rows of a chunk, V vocabulary.
 """

@@ -1,4 +1,4 @@
-"""What this package offers to DeepSpec. Imports core's specs only; the loss itself is named as text."""
+"""The loss term that this package offers. Imports core's specs only, and refers to the loss itself by text."""
 
 from collections.abc import Iterable
 

@@ -1,1 +1,1 @@
-"""Prompt lookup: a draft that copies what followed the same tokens before."""
+"""Prompt lookup: a draft that copies the tokens that followed an earlier occurrence of the last tokens."""

@@ -1,7 +1,8 @@
 """Prompt lookup as a draft: no network, no training, no files.
 
-The idea is prompt lookup decoding (Saxena, 2023): text repeats what it quotes, so the tokens after the latest earlier
-occurrence of the last few are a guess at the next ones.
+The idea is prompt lookup decoding (Saxena, 2023): answers often repeat parts of the text before them. So the draft
+finds the latest earlier occurrence of the last few tokens, and proposes the tokens that followed it. Knows token ids
+only.
 """
 
 from __future__ import annotations

@@ -9,11 +9,13 @@ from deepspec_core.config.bounds import whole
 
 @frozen(kw_only=True)
 class LookupOptions:
-    """Proposes what followed the last tokens where they stood before, in the prompt or in the answer.
+    """Proposes the tokens that followed an earlier occurrence of the last tokens, in the prompt or in the answer.
 
-    max_tokens: Tokens of one proposal at most.
-    longest: The number of last tokens that are looked up first. While they stand nowhere, one less is looked up.
-    shortest: The fewest tokens that are looked up; with none of them found, nothing is proposed.
+    max_tokens: The largest number of tokens in one proposal.
+    longest: The number of last tokens that are looked up first. If they do not occur earlier, one token less is looked
+        up, and so on.
+    shortest: The smallest number of tokens that are looked up. If these do not occur earlier either, nothing is
+        proposed.
     """
 
     max_tokens: int = field(default=7, validator=whole(1, 1024))

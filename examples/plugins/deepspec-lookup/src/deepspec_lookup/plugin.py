@@ -1,4 +1,4 @@
-"""What the package offers: one draft type, which is not trained."""
+"""The component that the package offers: one draft type, which is not trained."""
 
 from deepspec_core.plugins import DraftModelSpec, hookimpl
 from deepspec_lookup.options import LookupOptions
@@ -8,7 +8,7 @@ from deepspec_lookup.options import LookupOptions
 def deepspec_draft_models():
     yield DraftModelSpec(
         name="lookup",
-        summary="Prompt lookup: proposes what followed the last tokens before. Not trained.",
+        summary="Prompt lookup: copies what followed an earlier occurrence of the last tokens. Not trained.",
         build="deepspec_lookup.draft:LookupDraft",
         options=LookupOptions,
         trained=False,

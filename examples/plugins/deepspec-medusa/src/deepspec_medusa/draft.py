@@ -1,7 +1,7 @@
-"""Medusa-1 heads (arXiv 2401.10774, section 2.1), in training and of a checkpoint.
+"""Medusa-1 heads (arXiv 2401.10774, section 2.1): the network, its training rows and its description.
 
-The target's last hidden state at position p - 1 gives, by the target's own lm_head, the token at p: the anchor. Head k
-guesses the token at p + 1 + k from the same state. Knows no family, and not how proposals are made.
+From the target's last hidden state at position p - 1, the target's lm_head predicts the token at p, the anchor. Head k
+predicts the token at p + 1 + k from the same state. Does not know any family, or how proposals are made.
 
 Legend: N anchors, K heads, H hidden size, V vocabulary, T tokens.
 """

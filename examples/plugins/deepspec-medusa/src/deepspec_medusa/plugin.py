@@ -1,4 +1,4 @@
-"""What the package offers: one draft type."""
+"""The component that the package offers: one draft type."""
 
 from deepspec_core.plugins import DraftModelSpec, hookimpl
 from deepspec_medusa.options import MedusaOptions, is_medusa

@@ -1,6 +1,7 @@
 """How Medusa heads propose: all tokens of a round at once, as a chain or as the best tree.
 
-Knows the target's last hidden state before the last committed token. The token itself is not read.
+The heads read the target's last hidden state at the position before the last committed token. They do not read the
+token itself.
 
 Legend: S slots, B slots in a call, T tokens, K heads, H hidden size, C channels of features, V vocabulary.
 """
@@ -67,7 +68,7 @@ class MedusaProposer:
 
 
 class MedusaTreeProposer(MedusaProposer):
-    """The same of trees: the most probable paths through the heads' distributions."""
+    """A proposer of trees, which consist of the most probable paths through the heads' distributions."""
 
     def __init__(self, draft: MedusaDraft, nodes: int) -> None:
         super().__init__(draft)

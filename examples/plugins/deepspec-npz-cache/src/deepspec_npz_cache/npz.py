@@ -1,8 +1,8 @@
-"""Shards as NumPy archives: an array of sample i is called "i/NAME", and `original_length` is of all samples.
+"""Shards as NumPy archives: an array of sample i is called "i/NAME", and `original_length` covers all samples.
 
-An .npz is a zip file of .npy files. They are written one by one, so that a shard never stands in memory, and without
-compression, so that reading a sample reads its own bytes alone. Nothing is pickled, and nothing pickled is read. Knows
-one shard; sealing, manifests and checksums are core's.
+An .npz file is a zip file of .npy files. They are written one by one, so that no shard is in memory as a whole, and
+without compression, so that reading a sample reads no bytes of other samples. No pickled data is written or read. Knows
+one shard. Does not know sealing, manifests or checksums, which are core's work.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the package offers: one cache format."""
+"""The component that the package offers: one cache format."""
 
 from deepspec_core.plugins import ComponentSpec, hookimpl
 

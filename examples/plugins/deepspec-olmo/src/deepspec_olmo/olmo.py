@@ -1,4 +1,4 @@
-"""OLMo 2 and 3: norms after attention and MLP, and over whole query and key projections. Drafts are OLMo 2 layers."""
+"""OLMo 2 and 3: norms after attention and MLP, and over whole query and key projections. Drafts have OLMo 2 layers."""
 
 from collections.abc import Mapping
 from typing import Any

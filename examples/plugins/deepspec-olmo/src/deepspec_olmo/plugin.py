@@ -1,4 +1,4 @@
-"""What this package offers: one family."""
+"""The component that this package offers: one target family."""
 
 from collections.abc import Iterable
 
