@@ -73,7 +73,7 @@ class BadRows:
     def add(self, row: SourceRow, error: DataError, source: OfOneSource) -> str:
         """Drop a row. Returns the name that it is counted under: "unusable" if it is well-formed, else "malformed".
 
-        DataError where the source is not `checked` and far more of its first rows are bad than may be.
+        Raises DataError if the source is not `checked` and far more of its first rows are bad than may be.
         """
         found = "" if error.found is None else f" ({str(error.found)[:_LONGEST_REASON]})"
         bad = BadRow(
@@ -93,7 +93,7 @@ class BadRows:
         return bad.count
 
     def check(self, source: OfOneSource) -> None:
-        """DataError where a source that was read has too many bad rows."""
+        """Raise DataError if a source that was read has too many bad rows."""
         if source.bad.total() > (max(1, self._most * source.rows) if self._most > 0 else 0):
             raise self._too_many(source)
 

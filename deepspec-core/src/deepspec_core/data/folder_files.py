@@ -30,7 +30,7 @@ _told: set[tuple[str, ...]] = set()
 
 
 def require_all_read(folder: Path, files: Mapping[str, Iterable[str]], split: str) -> None:
-    """DataError where a file of rows belongs to no split: it would be left out without a word.
+    """Raise DataError if a file of rows belongs to no split: it would be left out without a word.
 
     `files` are those of each split. Those of other splits are a warning, once in a process. So are those of no split
     where the folder's README.md lists its files.

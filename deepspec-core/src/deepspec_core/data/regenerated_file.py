@@ -67,7 +67,7 @@ def _checked(line: bytes) -> bytes | None:
 
 
 def _entries(path: Path, *, fix: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Offset and content of each line; DataError, saying `fix`, for one that regeneration did not write."""
+    """Offset and content of each line; raises DataError, saying `fix`, for one that regeneration did not write."""
     offset = 0
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
@@ -122,7 +122,7 @@ def resume(partial: Path) -> dict[str, int]:
 def finish(partial: Path, out: Path, order: Sequence[str]) -> Counter[str]:
     """Put the lines in the order of the input under the final name, and sum them up.
 
-    DataError where lines belong to no conversation of the input, or there are none.
+    Raises DataError if lines belong to no conversation of the input, or there are none.
     """
     before = count_lines(partial)
     offsets = resume(partial)

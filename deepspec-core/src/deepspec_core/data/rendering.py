@@ -44,7 +44,7 @@ class Template:
     ) -> str:
         """The text; with `prompt` it ends where the assistant is to begin. `source`: another template in its place.
 
-        TemplateRefusal where the template raises an error, of whatever kind. DataError where it is no template.
+        Raises TemplateRefusal if the template raises any error. Raises DataError if it is no template.
         """
         called = any(message.get("tool_calls") for message in messages)
         said = [_with_text(message) for message in messages] if called and self._wants_text else messages
@@ -106,7 +106,10 @@ class Template:
         return any(asks_for_the_day(source) for source in (self.source(), self.source([_TOOL])))
 
     def source(self, tools: Sequence[Mapping[str, Any]] = ()) -> str:
-        """The template's own text; some tokenizers have another one for tools. DataError where none is the default."""
+        """The template's own text; some tokenizers have another one for tools.
+
+        Raises DataError if none is the default.
+        """
         try:
             return str(self.tokenizer.get_chat_template(None, list(tools) or None))
         except ValueError as error:

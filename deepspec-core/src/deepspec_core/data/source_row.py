@@ -27,7 +27,7 @@ class SourceRow:
     text: str = field(default="", kw_only=True)
 
     def content(self) -> Any:
-        """The value. DataError where there is none."""
+        """The value. Raises DataError if there is none."""
         if self.error is not None:
             raise self.error
         return self.value

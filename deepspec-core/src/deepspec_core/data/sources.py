@@ -66,8 +66,8 @@ def read_sources(
 
     `own`: what this project wrote itself is read, where a row may have any length.
 
-    DataError where a source is missing or not readable, or has too many bad rows. Where `check_rows` has not counted
-    them, because the source does not lie on this machine, far too many of the first rows are enough.
+    Raises DataError if a source is missing or not readable, or has too many bad rows. Where `check_rows` has not
+    counted them, because the source does not lie on this machine, far too many of the first rows are enough.
     """
     _refuse_beside_prepared(sources, base)
     counts = Counter() if counts is None else counts
@@ -117,7 +117,7 @@ def prepared_split(sources: Sequence[SourceOptions], *, base: Path) -> dict[str,
 
 
 def _refuse_beside_prepared(sources: Sequence[SourceOptions], base: Path) -> None:
-    """DataError for a prepared folder beside other sources, or read in another way than as it is.
+    """Raise DataError for a prepared folder beside other sources, or read in another way than as it is.
 
     Its split is kept. Another source, split otherwise, might train on what it holds out.
     """
@@ -158,9 +158,9 @@ def check_rows(
 
     `counts` is told of the `conversations` that were read, and how many are `with_results` of tools.
 
-    DataError where a source has too many bad rows, or if there is nothing to train on. Files and dataset folders are
-    read as far as training reads them, and bad rows are warned about. The file `keep_in` gets the first of too many.
-    Of the Hub nothing is read, and what a plugin ships is believed.
+    Raises DataError if a source has too many bad rows, or if there is nothing to train on. Files and dataset folders
+    are read as far as training reads them, and bad rows are warned about. The file `keep_in` gets the first of too
+    many. Of the Hub nothing is read, and what a plugin ships is believed.
     """
     local = [source for source in sources if _is_local(source, base)]
     found, turns, warned = 0, 0, 0

@@ -24,7 +24,7 @@ _TURNS: Final = (
 
 
 def check_template(tokenizer: ChatTokenizer, fmt: ConversationFormat, *, where: object) -> None:
-    """DataError, saying `where`, if the template's renderings do not fit `fmt`, or leave out plain answers.
+    """Raise DataError, saying `where`, if the template's renderings do not fit `fmt`, or leave out plain answers.
 
     A conversation that the template refuses in its own words says nothing about others, and is no error here.
     """

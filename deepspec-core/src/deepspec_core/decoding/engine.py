@@ -59,8 +59,8 @@ def decode(
     gets every token of the output once, in the order of the sequence. With `stop_text`, an output ends with the token
     that completes one of its strings; its last round counts whole, as at the limit.
 
-    PluginError if the proposer returns what cannot be verified (proposal_check.py). What it returns can cost speed, and
-    never changes an output: tokens of such a round are not committed.
+    Raises PluginError if the proposer returns what cannot be verified (proposal_check.py). What it returns can cost
+    speed, and never changes an output: tokens of such a round are not committed.
     """
     engine = _Engine(
         target,

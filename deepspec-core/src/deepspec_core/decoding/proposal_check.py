@@ -47,8 +47,8 @@ class ProposerFailedError(PluginError):
 class ProposalCheck:
     """Checks the proposals of one decoding, in the order of its rounds.
 
-    `max_tokens`, `max_nodes` (without it: max_tokens) and `taps` are read once. PluginError if they are no numbers of
-    tokens and layers.
+    `max_tokens`, `max_nodes` (without it: max_tokens) and `taps` are read once. Raises PluginError if they are no
+    numbers of tokens and layers.
     """
 
     def __init__(self, proposer: Proposer, *, vocab_size: int) -> None:
@@ -64,7 +64,7 @@ class ProposalCheck:
     def __call__(self, proposal: Proposal, *, slots_B: Tensor, sampling: Sampling, uniforms_BK: Tensor) -> Checked:
         """The next round's proposal for these slots, drawn with these uniforms. Does not wait for the device.
 
-        PluginError where its shapes or kinds of numbers are not those of the contract.
+        Raises PluginError if its shapes or kinds of numbers are not those of the contract.
         """
         self._shapes(proposal, slots_B)
         num_draft = proposal.tokens.shape[1]
@@ -132,14 +132,14 @@ class ProposalCheck:
             siblings.add((parent, token))
 
     def refuse_confidence(self, confidence: Sequence[float], row: int) -> None:
-        """PluginError if the confidence in a slot's proposed tokens is not finite."""
+        """Raise PluginError if the confidence in a slot's proposed tokens is not finite."""
         if not all(map(math.isfinite, confidence)):
             raise self._refused("confidence", f"{list(confidence)}, in row {row}", "finite logits")
 
     @contextmanager
     def calling(self, method: str) -> Iterator[None]:
-        """Within it the proposer's method runs. ProposerFailedError, with its name, if that raises anything but our
-        errors, or that memory ran out.
+        """Within it the proposer's method runs. Raises ProposerFailedError, with its name, if that raises anything but
+        our errors, or that memory ran out.
         """
         try:
             yield

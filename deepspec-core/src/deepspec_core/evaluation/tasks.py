@@ -64,9 +64,9 @@ def load_task(
 
     `task` is "held-out", a registered task, or a file (relative to `base`) whose rows are those of sources
     (data/row_files.py, data/conversations.py). NAME:FILE is a registered task, from a file of conversations or of the
-    rows of the task's own data. If a task has more rows than its limit or quota, random.Random(seed)
-    shuffles them before they are cut. DataError if the file is missing, a row is malformed, or a row says what no
-    conversation here can hold.
+    rows of the task's own data. If a task has more rows than its limit or quota, random.Random(seed) shuffles them
+    before they are cut. Raises DataError if the file is missing, a row is malformed, or a row says what no conversation
+    here can hold.
     """
     file = task_file(task)
     quota = quota_of(task, registry) if limit is None and task != HELD_OUT else None

@@ -33,7 +33,8 @@ class Asked:
 def ask(run: Run, requests: Sequence[Request], asked: Asked, *, max_new_tokens: int) -> tuple[Outcomes | None, str]:
     """The server's rounds on these requests, asked greedily; or None, and why they are not known.
 
-    ConfigError where it does not answer, or does not serve the run's target. StageError where an answer cannot be used.
+    Raises ConfigError if it does not answer, or does not serve the run's target. Raises StageError if an answer cannot
+    be used.
     """
     wanted = wanted_of(
         run,

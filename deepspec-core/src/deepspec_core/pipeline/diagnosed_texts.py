@@ -42,7 +42,10 @@ _COMPARED = ("target", "revision", "taps", "hidden_size", "vocab_size", "tokeniz
 
 
 def stored_samples(run: Run, most: int) -> tuple[list[Sample], CacheHeader]:
-    """Samples of the run's cache with their features, evenly spread, and the cache's header. CacheError without one."""
+    """Samples of the run's cache with their features, evenly spread, and the cache's header.
+
+    Raises CacheError without one.
+    """
     reader = run.cache.part_of(run.cache.format.open(run.cache.folder, None))
     source = CachedFeatures(reader)
     return [source[index] for index in _spread(len(source), most)], reader.header

@@ -89,7 +89,7 @@ def diagnose(
 ) -> Diagnosis:
     """Measure every stage that this run has. A server's counts come from the file `served`, or from the server itself.
 
-    ConfigError for drafts that are not trained, and other DeepSpecErrors for what cannot be loaded at all.
+    Raises ConfigError for drafts that are not trained, and other DeepSpecErrors for what cannot be loaded at all.
     """
     if not run.trains:
         raise ConfigError("drafts of this type are not trained", where=run.path, found=run.file.draft.type)

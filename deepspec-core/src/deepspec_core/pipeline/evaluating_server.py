@@ -103,7 +103,8 @@ class _Recordings:
 def evaluate_server(run: Run, asked: Asked) -> dict[str, Any]:
     """Let the server answer all tasks at all temperatures and batch sizes. Write metrics.json, report.md, answers.
 
-    DeepSpecError if it cannot be done; nothing is written then. It is raised before the first request if possible.
+    Raises DeepSpecError if it cannot be done; nothing is written then. It is raised before the first request if
+    possible.
     """
     options = run.file.evaluate
     journals(options.tasks)
@@ -165,7 +166,7 @@ def evaluate_server(run: Run, asked: Asked) -> dict[str, Any]:
 
 
 def _require_free(asked: Asked) -> None:
-    """StageError if there are results that must not be discarded. Results of this engine are never discarded."""
+    """Raise StageError if there are results that must not be discarded. Results of this engine are never discarded."""
     try:
         there = read_metrics(asked.out / METRICS)
     except FileNotFoundError:

@@ -73,7 +73,10 @@ class Keeping:
     dtype: torch.dtype | None
 
     def keep(self, line: Mapping[str, Any], answer: Answer) -> None:
-        """The features of a conversation's last text, before its line counts. CacheError where one is not finite."""
+        """The features of a conversation's last text, before its line counts.
+
+        Raises CacheError if one is not finite.
+        """
         for prompt_ids, output_ids in line["rewritten"]:
             self.writer.lacks(_text(prompt_ids, output_ids), _NOT_LAST)
         text_T = _text(line["prompt_ids"], line["output_ids"])

@@ -100,7 +100,7 @@ class RunStatus:
 
 
 def status_of(folder: Path) -> RunStatus:
-    """How the run of a folder stands. StageError where the folder holds no run."""
+    """How the run of a folder stands. Raises StageError if the folder holds no run."""
     now, remarks = time.time(), list[str]()
     written = _read_status(folder, remarks)
     planned, name = _planned(folder, remarks)

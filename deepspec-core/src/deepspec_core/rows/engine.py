@@ -94,8 +94,8 @@ class RowEngine:
 
         Rows of weight 0 are not there: nothing that they hold counts. `with_metrics` adds accuracy per slot and, if the
         rows have a target, the acceptance rate per slot to the metrics. `weights` keep copies of trained heads, and say
-        where their gradients go. ConfigError if a term reads what these rows do not carry, or if the chosen kernels
-        cannot run. RowsError if the rows or the heads are not what the contract says.
+        where their gradients go. Raises ConfigError if a term reads what these rows do not carry, or if the chosen
+        kernels cannot run. Raises RowsError if the rows or the heads are not what the contract says.
         """
         self.check(rows, heads)
         self._warn_of_idle(rows)
@@ -260,7 +260,7 @@ class RowEngine:
 def build_engine(loss: LossOptions, registry: Registry) -> RowEngine:
     """The engine that a run file's [loss] section asks for. `registry` finds terms and weightings by name.
 
-    PluginError where one cannot be built, or a term does not say what it needs.
+    Raises PluginError if one cannot be built, or a term does not say what it needs.
     """
     terms: dict[str, tuple[LossTerm, float | CoefficientSchedule]] = {}
     for name, entry in loss.terms.items():

@@ -91,7 +91,8 @@ class Evaluations:
         """Read the results up to step `done`, and evaluate its checkpoint if that is due.
 
         Later records are removed, as they will be found again. `log` is the first worker's metrics.jsonl; `save` writes
-        the checkpoint of step 0; `total` and `epoch` are numbers of steps. CheckpointError where a record is damaged.
+        the checkpoint of step 0; `total` and `epoch` are numbers of steps. Raises CheckpointError if a record is
+        damaged.
         """
         self._folder, self._log, self._total, self._epoch = folder, log, total, epoch
         self._start = time.monotonic()
@@ -159,7 +160,7 @@ class Evaluations:
     def chosen(self, last: Path) -> Path:
         """The checkpoint that becomes the finished draft. `last` is the newest, which this training wrote or read.
 
-        The best that is as it was written. Damaged ones are set aside and counted; CheckpointError where all are.
+        The best that is as it was written. Damaged ones are set aside and counted; raises CheckpointError if all are.
         """
         if not self.records or self._options.final != BEST:
             return last

@@ -72,7 +72,7 @@ def iterate(
 
 @contextmanager
 def dead_worker_is_an_error() -> Iterator[None]:
-    """TrainingError where a loader worker ends inside the block. PyTorch notices it wherever the main thread is."""
+    """Raise TrainingError if a loader worker ends inside the block. PyTorch notices it wherever the main thread is."""
     try:
         yield
     except RuntimeError as error:

@@ -33,7 +33,7 @@ _COARSE = 1e-2
 
 
 def check_target_apart(target: TargetModel, taps: Sequence[int]) -> None:
-    """TargetError if the target's features of a conversation depend on the one beside it."""
+    """Raise TargetError if the target's features of a conversation depend on the one beside it."""
     vocab_size = target.architecture.vocab_size
     for kept in (0, 1):
         found = [_features(target, taps, seeds, kept, vocab_size) for seeds in _exchanged(kept)]
@@ -42,7 +42,7 @@ def check_target_apart(target: TargetModel, taps: Sequence[int]) -> None:
 
 
 def check_draft_apart(draft: DraftModel, *, device: torch.device, compute_dtype: torch.dtype) -> None:
-    """PluginError if the draft's rows of a conversation depend on the one beside it."""
+    """Raise PluginError if the draft's rows of a conversation depend on the one beside it."""
     bf16, where = compute_dtype == torch.bfloat16, f"{package_of(draft)}, {component_of(draft)}"
     for kept in (0, 1):
         found = []

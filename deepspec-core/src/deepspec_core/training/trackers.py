@@ -45,7 +45,7 @@ def installed(name: str) -> bool:
 
 
 def require_trackers(asked: Sequence[str] | None, *, where: str) -> None:
-    """ConfigError where a tracker is asked for that is not installed. Says so where TensorBoard alone is missing."""
+    """Raise ConfigError if a tracker is asked for that is not installed. Says so where TensorBoard alone is missing."""
     for name in asked or ():
         if not installed(name):
             raise ConfigError(
