@@ -32,7 +32,7 @@ def cut(proposal: Proposal, threshold: float) -> Proposal:
 
 
 def shortened(proposal: Proposal, lengths_B: Tensor) -> Proposal:
-    """The first lengths[b] tokens of each slot, at most as many as it proposes. Columns that none needs are dropped."""
+    """The first lengths[b] tokens of each slot, if it proposes as many. Columns that no slot needs are dropped."""
     width = int(lengths_B.max())
     return evolve(
         proposal,

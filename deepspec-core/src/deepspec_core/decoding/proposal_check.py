@@ -27,13 +27,13 @@ from deepspec_core.errors import DeepSpecError, PluginError
 from deepspec_core.plugins.origin import component_of, package_of
 from deepspec_core.plugins.references import blame
 
-# Of probabilities in fp32 whose sum over a large vocabulary, or whose cumulative sum, was formed in another order.
+# The tolerance for fp32 probabilities whose sum or cumulative sum over a large vocabulary was formed in another order.
 _TOLERANCE = 1e-3
 
 
 @frozen(kw_only=True, eq=False)
 class Checked:
-    """A proposal whose numbers are in range, the proposal as it came, and what `refuse` is to be told: [B, R] int64."""
+    """A proposal clamped into range, the proposal as it came, and the numbers that `refuse` reads: [B, R] int64."""
 
     proposal: Proposal
     given: Proposal
@@ -41,7 +41,7 @@ class Checked:
 
 
 class ProposerFailedError(PluginError):
-    """A proposer raised an error. What it returned is not wrong, so the fault may be of one sample."""
+    """A proposer raised an error. It did not return a wrong proposal, so one sample may be the cause."""
 
 
 class ProposalCheck:
@@ -193,7 +193,7 @@ class ProposalCheck:
 
 @frozen
 class _Fault:
-    """A field, what is expected of it, and how what a slot's column holds is told."""
+    """A field, what is expected of it, and how a message describes the value in a slot's column."""
 
     field: str
     expected: str

@@ -71,7 +71,7 @@ class RowEngine:
         self.chunk_rows = chunk_rows
         self.kernels = kernels
         self.needs_target = any(term.needs_target for term, _ in self.terms.values())
-        # A term that does not say needs none.
+        # A term without the attribute `needs_logits` needs no logits.
         readers = {**{f"term {name}": term for name, (term, _) in terms.items()}, "the weighting": weighting}
         self.needs_logits = [name for name, reader in readers.items() if getattr(reader, "needs_logits", False)]
         self.needs_uncorrected = any(getattr(reader, "needs_uncorrected", False) for reader in readers.values())
@@ -176,7 +176,7 @@ class RowEngine:
         )
 
     def check(self, rows: Rows, heads: Heads) -> None:
-        """RowsError if shapes break the contract. ConfigError if a term reads what these rows do not carry."""
+        """Raise RowsError if shapes break the contract, and ConfigError if a term reads what these rows do not carry."""
         check_shapes(rows, heads)
         for name, (term, _) in self.terms.items():
             if term.needs_target and rows.target_hidden is None:
@@ -196,7 +196,7 @@ class RowEngine:
                 )
 
     def _are_new(self, ids_D: Tensor | None) -> bool:
-        """Whether these ids were not looked at before. Looking at them waits for the device."""
+        """Whether these ids have not been checked before. Checking them waits for the device."""
         known = self._known_ids
         if ids_D is None or (known is not None and known[0]() is ids_D and known[1] == ids_D._version):
             return False

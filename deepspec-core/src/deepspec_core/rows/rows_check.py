@@ -20,12 +20,12 @@ from deepspec_core.errors import PluginError
 from deepspec_core.plugins.origin import component_of, package_of
 from deepspec_core.rows.host_side import differing, host_side
 
-# Where one head serves all slots.
+# Stands for the number of slots if one head serves any number of them.
 _ANY_SLOT = 2**62
 
 
 class RowsError(PluginError):
-    """Rows that break the contract. `field` is theirs."""
+    """Rows break the contract. `field` names the field of the rows that is wrong."""
 
     def __init__(self, field: str, found: object, expected: str, *, where: str | None = None) -> None:
         self.field = field

@@ -36,7 +36,7 @@ def one_a_row(value: Any, count: int, what: str) -> Tensor:
     """The value of a term or weighting. Raises PluginError unless it is [count]: torch would spread any other over the
     rows.
 
-    `what` says which it is, in the words of messages. Reads no numbers.
+    `what` names the term or weighting in messages. No values are read.
     """
     if isinstance(value, Tensor) and tuple(value.shape) == (count,) and value.is_floating_point():
         return value

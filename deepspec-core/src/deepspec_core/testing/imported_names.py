@@ -107,7 +107,7 @@ class _Reader(ast.NodeVisitor):
 
 
 def _bindings(node: ast.Import | ast.ImportFrom) -> Iterator[tuple[str, str, str]]:
-    """(imported name, local name, dotted name that it stands for). Relative imports, of the own package, are skipped."""
+    """(imported name, local name, dotted name that it stands for). Relative imports are skipped: they are internal."""
     if isinstance(node, ast.ImportFrom):
         for alias in node.names if node.level == 0 else ():
             imported = f"{node.module}.{alias.name}"
