@@ -16,7 +16,7 @@ from deepspec_core.errors import DataError
 
 log = logging.getLogger("deepspec")
 
-# What describes a dataset and is no part of it.
+# Files that describe a dataset and hold none of its rows.
 _ABOUT: Final = (
     "config.json",
     "dataset_dict.json",

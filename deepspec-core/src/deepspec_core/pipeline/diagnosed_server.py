@@ -23,7 +23,7 @@ _AT_ONCE = 4
 
 @frozen(kw_only=True)
 class Asked:
-    """What the command says of the server: its address, its name of the target, and what holds its key."""
+    """The command's options for the server: its address, its name of the target, and the variable of its key."""
 
     address: str
     served_as: str | None = None

@@ -105,9 +105,9 @@ def check(run: Run, processes: int = 1, *, may_write: bool = True) -> None:
 
 
 def begin(run: Run, stage: str, *, record: Path | None = None, crew: Crew | None = None) -> FeatureServers:
-    """The servers, for this process of a stage: tried, and what an earlier one left in the exchange folder removed.
+    """The servers of this process of a stage: checked, and with an earlier process's files in the exchange removed.
 
-    A server stays out that does not give what it gave at the start, or what others gave when the stage was begun.
+    A server stays out if its features differ from those at the start, or from those when the stage was begun.
     Raises ConfigError if no server is left, and StageError if a stage that was begun has no record of what it began
     with. `record`: the record's file, where it does not lie in the stage's folder. `crew`: who asks, where not all
     workers.
@@ -128,7 +128,7 @@ def begin(run: Run, stage: str, *, record: Path | None = None, crew: Crew | None
     if begun is None and crew.first:
         first = next(address for address in run.file.features.servers if address in work.tried)
         ServedRecord.of(work, first).write(path)
-    # The first process says what the stage begins with, and the others' servers have to give the same.
+    # The first process records the features that the stage begins with. The others' servers have to give the same.
     crew.told_by_first(f"what servers gave when the {stage} stage was begun", True)
     if begun is None:
         crew.require_seen(path)

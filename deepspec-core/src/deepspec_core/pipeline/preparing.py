@@ -31,7 +31,7 @@ from deepspec_core.pipeline.run import Run
 from deepspec_core.pipeline.run_data import BAD_ROWS
 from deepspec_core.progress import Progress
 
-# Of a manifest, what does not say what the conversations are.
+# Keys of a manifest that do not describe the conversations.
 _BESIDE = ("plugins",)
 
 

@@ -176,7 +176,7 @@ class RowEngine:
         )
 
     def check(self, rows: Rows, heads: Heads) -> None:
-        """Raise RowsError if shapes break the contract, and ConfigError if a term reads what these rows do not carry."""
+        """Raise RowsError if shapes break the contract, ConfigError if a term reads what these rows do not carry."""
         check_shapes(rows, heads)
         for name, (term, _) in self.terms.items():
             if term.needs_target and rows.target_hidden is None:

@@ -54,7 +54,7 @@ from deepspec_core.training.stored_scalars import check_scalars
 
 @frozen(kw_only=True)
 class TrainResult:
-    """What training came to.
+    """The result of training.
 
     checkpoint: The newest checkpoint, a directory with `draft/`.
     resumed_from: The step of the checkpoint that training went on from, or 0.
