@@ -39,7 +39,7 @@ class Manifest:
 
 
 def is_prepared(folder: Path) -> bool:
-    """Whether there is a manifest in the folder that says it is one of prepared conversations, damaged or not."""
+    """Whether the folder has a manifest of prepared conversations, be it damaged or not."""
     path = folder / MANIFEST
     if not path.is_file():
         return False

@@ -67,7 +67,7 @@ class Template:
                 add_generation_prompt=prompt,
                 enable_thinking=thinking,
             )
-        except Exception:  # why it is refused, `render` says
+        except Exception:  # `render` reports the reason
             if len(conversations) == 1:
                 return [None]
             half = len(conversations) // 2
@@ -121,7 +121,7 @@ class Template:
             ) from error
 
     def all_it_writes(self) -> str:
-        """Its source, and renderings of conversations with all that a template may ask for."""
+        """The template's source, and its renderings of conversations with everything that a template may use."""
         call = {**_call(_ARGUMENTS), "reasoning_content": "!"}
         whole = [{"role": "system", "content": "!"}, _ASKED, call, _result(), {**_ANSWER, "reasoning_content": "!"}]
         texts = [self.source(), self.source([_TOOL])]
@@ -131,7 +131,7 @@ class Template:
                 try:
                     texts.append(self.render(messages, prompt=prompt, tools=tools, thinking=thinking))
                 except TemplateRefusal:
-                    continue  # it writes no such conversation, so nothing in one
+                    continue  # the template refuses such conversations
         return "\n".join(texts)
 
     @cached_property

@@ -15,7 +15,7 @@ from deepspec_core.errors import DataError
 from deepspec_core.json_lines import lines_of
 
 PARQUET = ".parquet"
-# How the names of JSON files end that hold an array. Many hold JSON lines instead.
+# The endings of JSON files that may hold an array. Many such files hold JSON lines instead.
 _JSON = (".json", ".json.gz", ".json.zst")
 
 

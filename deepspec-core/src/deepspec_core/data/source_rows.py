@@ -23,9 +23,9 @@ from deepspec_core.data.table_rows import BATCH_ROWS, rows_of_table
 from deepspec_core.errors import DataError, nearest
 from deepspec_core.hub import say_local_copy, why_unreachable
 
-# What `save_to_disk` writes into a folder.
+# The files that `save_to_disk` writes into a folder.
 _SAVED: Final = ("dataset_dict.json", "dataset_info.json")
-# The readers of `datasets` whose rows are those of the files.
+# The readers of `datasets` that yield a file's rows unchanged.
 _OF_ROWS: Final = ("json", "parquet")
 
 
@@ -38,7 +38,7 @@ class Registry(Protocol):
 
 
 def has_splits(source: SourceOptions, base: Path) -> bool:
-    """Whether the source itself says which conversations are held out."""
+    """Whether the source itself decides which conversations are held out."""
     return source.path.startswith(BUILTIN) or is_prepared(base / source.path)
 
 

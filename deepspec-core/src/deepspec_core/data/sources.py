@@ -99,7 +99,7 @@ def read_sources(
 
 
 def _named(identity: str, digest: str) -> bytes:
-    """A digest of what a conversation is called and says. `digest` is of fixed length."""
+    """A digest of a conversation's id and content. `digest` has a fixed length."""
     return digest16(digest + identity)
 
 
@@ -196,7 +196,7 @@ def check_rows(
 
 
 def _is_local(source: SourceOptions, base: Path) -> bool:
-    """Whether it lies on this machine, where all of it is read before the first stage."""
+    """Whether the source lies on this machine. All of it is then read before the first stage."""
     return not source.path.startswith(BUILTIN) and not on_hub(source, base)
 
 
@@ -255,7 +255,7 @@ def _usable(
 
 
 def _interleave(streams: Sequence[Iterator[Conversation]], weights: Sequence[float]) -> Iterator[Conversation]:
-    """Next comes the stream that is furthest behind its share; the earlier one of equals."""
+    """Interleave streams: next comes the one that is furthest behind its share; of equal ones, the earlier."""
     taken = dict.fromkeys(range(len(streams)), 0)
     while taken:
         index = min(taken, key=lambda i: ((taken[i] + 1) / weights[i], i))

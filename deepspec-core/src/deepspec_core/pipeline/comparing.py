@@ -239,7 +239,7 @@ def _nodes(name: str) -> int | None:
 
 
 def _key(result: Mapping[str, Any]) -> _Key:
-    # Of one evaluation no two tasks share a name, and another may have the same file by another path.
+    # No two tasks of one evaluation share a name, but another evaluation may have the same file by another path.
     task = report.task_of({**result, "task": task_name(result["task"])})
     return task, result["temperature"], result.get("batch_size")
 

@@ -132,7 +132,7 @@ def journal_of(folder: Path, result: Mapping[str, Any]) -> Path:
     """The journal of one of the results of metrics.json, in a run's folder."""
     about = (_file_name(result["task"]), result["temperature"], result.get("thinking", False))
     apart = folder / "evaluate" / _journal_name(*about, result.get("batch_size"))
-    # Where there is one batch size, no name says it.
+    # If there is only one batch size, file names do not contain it.
     return apart if apart.is_file() else folder / "evaluate" / _journal_name(*about, None)
 
 
@@ -221,7 +221,7 @@ def later_turns(run: Run, prompts: Sequence[Prompt], *, thinking: bool) -> Later
 
 
 def _not_asked(requests: Sequence[Request], groups: Sequence[Group], later: LaterTurns) -> int:
-    """How many later turns found no room, or a template that refuses the answer before them."""
+    """The number of later turns that did not fit, or whose preceding answer the template refuses."""
     failed = {one.id for group in groups for one in group.failures}
     turns = sum(1 + later.number(request.id) for request in requests if request.id not in failed)
     return turns - sum(len(group.completions) for group in groups)

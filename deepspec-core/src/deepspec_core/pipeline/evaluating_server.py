@@ -90,7 +90,7 @@ class _Recordings:
         return any((request.id, request.prompt_ids) in own for request in one.requests)
 
     def beside(self, one: _Pass, measured: Measured, limit: int) -> Agreement | None:
-        """These answers beside the server's, of at most `limit` tokens."""
+        """How the recorded answers compare with the server's, which have at most `limit` tokens."""
         return agreement(
             measured.completions,
             self.completions[_key(one)],
@@ -341,7 +341,7 @@ def _report(run: Run, server: Server, asked: Asked, results: list[dict[str, Any]
 
 def _write(out: Path, report: dict[str, Any], answers: Sequence[dict[str, Any]]) -> None:
     with full_disk_is_an_error(out):
-        # metrics.json says that the others are whole: it goes first and comes last.
+        # metrics.json means that the other files are complete, so it is removed first and written last.
         (out / METRICS).unlink(missing_ok=True)
         _put(out / ANSWERS, lambda: "".join(json.dumps(answer) + "\n" for answer in answers))
         _put(out / "report.md", lambda: markdown(report))

@@ -203,7 +203,7 @@ class RunCache:
         return evolve(expected, taps=found.taps) if covers(found, expected) else expected
 
     def written(self) -> None:
-        """This process has just written the cache, and need not read it to believe it."""
+        """Note that this process has just written the cache, so that it need not verify it."""
         self._written_now = True
 
     def _verify(self) -> None:
