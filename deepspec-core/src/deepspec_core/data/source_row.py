@@ -19,7 +19,7 @@ MOST_BYTES: Final = 8 * 2**20
 
 @frozen
 class SourceRow:
-    """`where` is FILE:LINE, or FILE: row N. `error` is the reason if there is no value; `text` is then the row's text."""
+    """`where` is FILE:LINE, or FILE: row N. `error` says why a value is missing; `text` is then the row's text."""
 
     where: str
     value: Any = None
