@@ -24,7 +24,7 @@ def is_alpaca(row: Mapping[str, Any]) -> bool:
 
 
 def alpaca_messages(row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
-    """The messages of such a row, `history` ([[question, answer], ...]) included. DataError for others."""
+    """The messages of such a row, `history` ([[question, answer], ...]) included. Raises DataError for others."""
     messages: list[dict[str, Any]] = []
     for index, pair in enumerate(listed(row.get("history") or [], "history", where)):
         if not isinstance(pair, list | tuple) or len(pair) != 2:

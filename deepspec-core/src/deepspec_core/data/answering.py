@@ -39,7 +39,7 @@ class Answer:
 
 @frozen(kw_only=True)
 class Unanswered:
-    """A request that nobody could answer, and why in words. `cause` is what was raised last."""
+    """A request that no server could answer, with the reason in words. `cause` is the last error."""
 
     id: str
     reason: str

@@ -21,13 +21,13 @@ from deepspec_core.data.messages import UnusableRow
 from deepspec_core.data.source_row import SourceRow
 from deepspec_core.errors import DataError
 
-# Of a row that is kept, so many characters of JSON: what is longer is an image, or damage.
+# The number of characters of JSON that are kept of a bad row. A longer row contains an image, or is damaged.
 _LONGEST: Final = 1 << 14
 _LONGEST_REASON: Final = 200
 _REASONS_SHOWN: Final = 3
-# Below so many rows a share says little.
+# Below this many rows, a share says little.
 _AFTER: Final = 200
-# So many standard deviations above the budget, the first rows are no accident of their order.
+# This many standard deviations above the budget, the bad rows at the beginning are not a matter of chance.
 _DEVIATIONS: Final = 4
 
 
@@ -42,7 +42,7 @@ class BadRow:
 
 @define
 class OfOneSource:
-    """What became of one source's rows. `checked`: all of them were read and counted before."""
+    """The counts of one source's rows. `checked`: All rows were read and counted before."""
 
     name: str
     checked: bool = True
@@ -73,7 +73,7 @@ class BadRows:
     def add(self, row: SourceRow, error: DataError, source: OfOneSource) -> str:
         """Drop a row. Returns the name that it is counted under: "unusable" if it is well-formed, else "malformed".
 
-        DataError where the source is not `checked` and far more of its first rows are bad than may be.
+        Raises DataError if the source is not `checked` and far more of its first rows are bad than may be.
         """
         found = "" if error.found is None else f" ({str(error.found)[:_LONGEST_REASON]})"
         bad = BadRow(
@@ -93,7 +93,7 @@ class BadRows:
         return bad.count
 
     def check(self, source: OfOneSource) -> None:
-        """DataError where a source that was read has too many bad rows."""
+        """Raise DataError if a source that was read has too many bad rows."""
         if source.bad.total() > (max(1, self._most * source.rows) if self._most > 0 else 0):
             raise self._too_many(source)
 

@@ -36,7 +36,10 @@ class ColumnMap:
         return frozenset((*named, *_OURS)) if self._columns else FIELDS
 
     def row(self, row: Any, where: str) -> Any:
-        """A row as `messages`, `system`, `tools`, `id`. DataError where it lacks a column, or one holds no messages."""
+        """A row as `messages`, `system`, `tools`, `id`.
+
+        Raises DataError if it lacks a column, or one holds no messages.
+        """
         if not self._columns or not isinstance(row, Mapping):
             return row
         found: dict[str, Any] = {}
@@ -76,14 +79,14 @@ class ColumnMap:
         return {**kept, **{name: item.get(column) for name, column in ours.items()}}
 
     def check(self, names: tuple[str, ...] | None) -> None:
-        """DataError where a column is not among the names of a table's columns; None: they are not known."""
+        """Raise DataError if a column is not among the names of a table's columns; None: they are not known."""
         if names is not None:
             for name, column in self._columns.items():
                 if name not in ("role", "content") and column not in names:
                     raise self._missing(name, f"{self._key}.{name}", dict.fromkeys(names))
 
     def check_seen(self) -> None:
-        """DataError where no row at all had one of the columns: its name is a mistake."""
+        """Raise DataError if no row at all had one of the columns: its name is a mistake."""
         for name in sorted(self._unseen):
             raise DataError(
                 "No row has a column that `columns` names",

@@ -38,7 +38,7 @@ def _token_in(text: str, tokenizer: Any, tokens: Sequence[str]) -> str | None:
     for token in tokens:
         if token in text:
             return token
-    # A tokenizer may read signs that look alike, or capitals, as the same. Only its ids tell.
+    # A tokenizer may treat similar characters, or capitals, as the same. Only token ids show it.
     normalizer = tokenizer.backend_tokenizer.normalizer
     if normalizer is None or (read := normalizer.normalize_str(text)) == text:
         return None

@@ -76,8 +76,8 @@ def content_digest(
 
 
 def from_row(row: Any, where: str) -> Conversation:
-    """A row of any accepted shape. DataError, saying `where` (file:line), if it is malformed; UnusableRow, a kind of
-    DataError, if it is well-formed and says what no conversation here can hold.
+    """A row of any accepted shape. Raises DataError, saying `where` (file:line), if it is malformed; UnusableRow, a
+    kind of DataError, if it is well-formed and says what no conversation here can hold.
 
     Accepted: `messages` [{role, content}]; `conversations` [{from, value}] (or role and content); `turns` [text], the
     user's only; `prompt` or `question`, one text of the user; `instruction` with `input` or `output` (alpaca.py). Where
@@ -117,7 +117,7 @@ def from_row(row: Any, where: str) -> Conversation:
 
 
 def identity_of(row: Mapping[str, Any], where: str) -> str | None:
-    """The row's `id` as text; None where it has none. DataError for what identifies nothing."""
+    """The row's `id` as text; None where it has none. Raises DataError for what identifies nothing."""
     identity = row.get("id")
     if identity is None or identity == "":
         return None
@@ -165,7 +165,7 @@ def _said(row: Mapping[str, Any], where: str) -> tuple[dict[str, Any], ...]:
 
 
 def _refuse_silence(messages: Sequence[Mapping[str, Any]], where: str) -> None:
-    """UnusableRow for an answer of nothing: it would teach to end at once."""
+    """Raise UnusableRow for an answer of nothing: it would teach to end at once."""
     for index, message in enumerate(messages):
         silent = not (message["content"].strip() or message.get("tool_calls") or message.get("reasoning_content"))
         if silent and message["role"] == "assistant":

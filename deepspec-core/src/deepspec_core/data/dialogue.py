@@ -38,20 +38,20 @@ class Dialogue:
 
     @property
     def skipped_results(self) -> int:
-        """The recorded tool results that were not said."""
+        """The recorded tool results that were not replayed."""
         return _results(self.conversation.messages) - _results(self.history)
 
     def goes_on(self, *, called: bool) -> bool:
-        """Whether there is something to say after an answer, which `called` a tool or did not.
+        """Whether further messages follow an answer. `called`: The answer calls a tool.
 
-        Results that it did not ask for are left out.
+        If it does not, the recorded tool results that follow it are left out.
         """
         while self.ahead and not called and not _is_question(self.ahead[0]):
             self.ahead.popleft()
         return bool(self.ahead)
 
     def say_next(self) -> None:
-        """Say what comes before the next answer."""
+        """Add the messages that come before the next answer to the history."""
         self.history += self.ahead.popleft()
 
     def end_with_an_answer(self) -> None:

@@ -22,7 +22,7 @@ from deepspec_core.data.answers import Answer, supervised
 from deepspec_core.data.token_bytes import TokenBytes, token_bytes, trims_offsets
 
 Array = np.ndarray[Any, Any]
-# What the tokenizer returns for a text is a hundred times as large, so few long texts are encoded at once.
+# The tokenizer's result is a hundred times as large as its text, so few long texts are encoded at once.
 _CHARACTERS_AT_ONCE: Final = 1 << 18
 
 
@@ -48,7 +48,7 @@ class TokenRow:
 
 @frozen(kw_only=True)
 class Row:
-    """What one sample is made of, and its id."""
+    """The content of one sample, and its id."""
 
     id: str
     content: TextRow | TokenRow
@@ -63,7 +63,7 @@ class Encoding:
     def with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids, and the characters each stands for, without white space that an added token swallows."""
         if not self._has_own_ways:
-            # What is around the Rust tokenizer takes a third of the time, and does nothing for one text.
+            # The wrapper around the Rust tokenizer takes a third of the time, and does nothing for a single text.
             read = self._undisturbed().encode(text, add_special_tokens=False)
             ids, offsets = read.ids, read.offsets
         else:

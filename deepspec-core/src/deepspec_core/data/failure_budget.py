@@ -55,13 +55,16 @@ class FailureBudget:
         self._crew.post(self._seen, self._own_seen)
 
     def failed(self) -> None:
-        """One of this worker's failed. DataError where that is one too many."""
+        """One of this worker's failed. Raises DataError if that is one too many."""
         self.own += 1
         self._crew.post(self._failed, self.own)
         self.check()
 
     def add(self, count: int, seen: int, why: str = "") -> None:
-        """Add `count` failures of this worker. DataError if there are now too many among the `seen` items of work."""
+        """Add `count` failures of this worker.
+
+        Raises DataError if there are now too many among the `seen` items of work.
+        """
         self.own += count
         self._crew.post(self._failed, self.own)
         self.check_all(self.failures, seen, why)
@@ -72,13 +75,13 @@ class FailureBudget:
         return int(self._crew.total(self._failed))
 
     def check(self) -> None:
-        """DataError if too many failed so far. With several workers, only the first checks this early."""
+        """Raise DataError if too many failed so far. With several workers, only the first checks this early."""
         seen = self._done + int(self._crew.total(self._seen))
         if self._most == 0 or (self._crew.first and seen >= _AFTER):
             self.check_all(self.failures, seen)
 
     def check_all(self, failures: int, seen: int, why: str = "") -> None:
-        """DataError if these are too many of `seen`. `why` is the reason of one of them."""
+        """Raise DataError if these are too many of `seen`. `why` is the reason of one of them."""
         if failures and not (self._most > 0 and failures <= math.ceil(self._most * seen)):
             raise DataError(
                 self._words.problem,

@@ -16,7 +16,7 @@ from deepspec_core.errors import DataError
 
 log = logging.getLogger("deepspec")
 
-# What describes a dataset and is no part of it.
+# Files that describe a dataset and hold none of its rows.
 _ABOUT: Final = (
     "config.json",
     "dataset_dict.json",
@@ -30,7 +30,7 @@ _told: set[tuple[str, ...]] = set()
 
 
 def require_all_read(folder: Path, files: Mapping[str, Iterable[str]], split: str) -> None:
-    """DataError where a file of rows belongs to no split: it would be left out without a word.
+    """Raise DataError if a file of rows belongs to no split: it would be left out without a word.
 
     `files` are those of each split. Those of other splits are a warning, once in a process. So are those of no split
     where the folder's README.md lists its files.

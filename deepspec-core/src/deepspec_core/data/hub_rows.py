@@ -21,7 +21,8 @@ def hub_rows(
     """The rows of a split, in the dataset's order.
 
     `files` are JSON-lines files of the repository, read one after the other in place of a split: for repositories that
-    are no dataset as a whole. What was fetched once is read without a network. DataError where it cannot be fetched.
+    are no dataset as a whole. What was fetched once is read without a network. Raises DataError if it cannot be
+    fetched.
     """
     import datasets
     from huggingface_hub import hf_hub_download

@@ -54,7 +54,7 @@ class Element:
 
 
 def is_array(path: Path) -> bool:
-    """Whether the file's content begins as a JSON array. DataError where it cannot be read."""
+    """Whether the file's content begins as a JSON array. Raises DataError if it cannot be read."""
     try:
         with opened(path) as file:
             first = True
@@ -71,7 +71,7 @@ def is_array(path: Path) -> bool:
 def elements_of(path: Path, *, most_bytes: int | None = None) -> Iterator[Element]:
     """Every element of a file that `is_array`, numbered from 1; of one longer than `most_bytes` only the beginning.
 
-    DataError where the file cannot be read, is no array to its end, or has a broken element that may hide others.
+    Raises DataError if the file cannot be read, is no array to its end, or has a broken element that may hide others.
     """
     number = 0
     try:

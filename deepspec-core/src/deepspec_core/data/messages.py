@@ -58,7 +58,8 @@ def listed(value: Any, name: str, where: str) -> Sequence[Any]:
 def message_of(item: Any, where: str) -> dict[str, Any]:
     """A message with `role`, `content` and what else it says.
 
-    DataError, saying `where`, if it is malformed; UnusableRow if it says what no conversation here can hold.
+    Raises DataError, saying `where`, if it is malformed; raises UnusableRow if it says what no conversation here can
+    hold.
     """
     if not isinstance(item, Mapping):
         raise DataError("A message is not an object", where=where, found=repr(item)[:80], expected="{role, content}")
@@ -85,7 +86,7 @@ def message_of(item: Any, where: str) -> dict[str, Any]:
 
 
 def refuse_media(item: Mapping[str, Any], where: str) -> None:
-    """UnusableRow where a message or a row has images and the like beside its text."""
+    """Raise UnusableRow if a message or a row has images and the like beside its text."""
     name = next((name for name in MEDIA if item.get(name)), None)
     if name is not None:
         raise UnusableRow("A conversation is about more than its text", where=where, found=name, expected="text alone")
@@ -155,7 +156,7 @@ def _extras(item: Mapping[str, Any], role: str, where: str) -> dict[str, Any]:
 
 
 def _thinking(item: Mapping[str, Any], where: str) -> str:
-    """An answer's thinking, "" where it has none. UnusableRow where there is some that cannot be read."""
+    """An answer's thinking, "" where it has none. Raises UnusableRow if there is some that cannot be read."""
     name = next((name for name in _THINKING if item.get(name)), None)
     if name is not None:
         return _text(item[name], f"{where} {name}")
@@ -210,7 +211,10 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
 
 
 def _arguments(function: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-    """A call's arguments, {} where it says none. DataError where they are no object, or stand under another name."""
+    """A call's arguments, {} where it says none.
+
+    Raises DataError if they are no object, or stand under another name.
+    """
     name = next((name for name in _ARGUMENTS if function.get(name) not in _NOTHING), None)
     if name is None:
         others = [key for key, value in function.items() if key not in _ARGUMENTS and _may_be_arguments(value)]
@@ -237,7 +241,10 @@ def _may_be_arguments(value: Any) -> bool:
 
 
 def tools_of(value: Any, where: str) -> tuple[dict[str, Any], ...]:
-    """A row's tools: function schemas, or the same as JSON text. DataError, saying `where`, for anything else."""
+    """A row's tools: function schemas, or the same as JSON text.
+
+    Raises DataError, saying `where`, for anything else.
+    """
     tools = _parsed(value or [], where) or []
     if not isinstance(tools, Sequence) or not all(isinstance(tool, Mapping) for tool in tools):
         raise DataError("tools is not a list of objects", where=where, found=repr(tools)[:80], expected="[{...}, ...]")
@@ -246,7 +253,8 @@ def tools_of(value: Any, where: str) -> tuple[dict[str, Any], ...]:
 
 
 def _require_json(value: Any, where: str) -> None:
-    """DataError for what JSON cannot hold, such as dates and bytes of tables, or for more levels than any schema has.
+    """Raise DataError for what JSON cannot hold, such as dates and bytes of tables, or for more levels than any schema
+    has.
 
     Rendering and digests go through it recursively.
     """

@@ -17,7 +17,7 @@ _BUFFER_BYTES: Final = 1 << 20
 
 
 def parquet_columns(path: Path) -> tuple[str, ...]:
-    """The names of the columns. DataError where the file cannot be read."""
+    """The names of the columns. Raises DataError if the file cannot be read."""
     import pyarrow
     import pyarrow.parquet
 
@@ -28,7 +28,7 @@ def parquet_columns(path: Path) -> tuple[str, ...]:
 
 
 def read_parquet(path: Path, *, most_bytes: int | None, columns: Collection[str] | None) -> Iterator[SourceRow]:
-    """Every row, as an object of its columns, of which only `columns` are read. DataError where the file cannot be
+    """Every row, as an object of its columns, of which only `columns` are read. Raises DataError if the file cannot be
     read.
 
     A row that is longer than `most_bytes`, or has a value that cannot be read, has an error in place of a value.

@@ -39,7 +39,7 @@ class Manifest:
 
 
 def is_prepared(folder: Path) -> bool:
-    """Whether there is a manifest in the folder that says it is one of prepared conversations, damaged or not."""
+    """Whether the folder has a manifest of prepared conversations, be it damaged or not."""
     path = folder / MANIFEST
     if not path.is_file():
         return False
@@ -48,7 +48,7 @@ def is_prepared(folder: Path) -> bool:
 
 
 def manifest_of(folder: Path) -> Manifest:
-    """The manifest of a prepared folder. DataError where it is of another version, or damaged."""
+    """The manifest of a prepared folder. Raises DataError if it is of another version, or damaged."""
     path = folder / MANIFEST
     content = read_object(path, kind=DataError, fix=_AGAIN)
     if content.get("version") != VERSION:
@@ -68,7 +68,7 @@ def manifest_of(folder: Path) -> Manifest:
 
 
 def check_prepared(folder: Path) -> None:
-    """DataError where a file of a prepared folder is missing, or not as it was written."""
+    """Raise DataError if a file of a prepared folder is missing, or not as it was written."""
     digests = manifest_of(folder).digests
     for name in FILES.values():
         path = folder / name
@@ -84,7 +84,7 @@ def check_prepared(folder: Path) -> None:
 
 
 def prepared_rows(folder: Path, split: Split) -> Iterator[SourceRow]:
-    """The rows of one split. DataError where the folder is not as it was written."""
+    """The rows of one split. Raises DataError if the folder is not as it was written."""
     check_prepared(folder)
     yield from read_rows(folder / FILES[split], most_bytes=None)
 

@@ -48,7 +48,7 @@ NO_CALLS: Final = "it has tool results, and the chat template writes no tool cal
 
 @frozen(kw_only=True)
 class RegenerateReport:
-    """Of the whole file, earlier runs included; `written` and `skipped` tell this run's share from theirs.
+    """The counts of the whole file, with those of earlier runs. `written` is this run's share, `skipped` theirs.
 
     `unfinished` conversations end in an answer that met the token limit, kept without an end marker; `empty` ones in an
     answer without text. `cut` conversations were left out because their first answer met it. `dropped_turns` would have
@@ -78,7 +78,7 @@ class RegenerateReport:
 
 
 def sample_seed(seed: int, identity: str, turn: int = 0) -> int:
-    """A turn's own seed: neither its neighbours nor its place in the file matter."""
+    """A turn's own seed. It does not depend on other conversations or on the place in the file."""
     digest = hashlib.sha256(f"{seed}/{identity}/{turn}".encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big")
 
@@ -190,7 +190,7 @@ def regenerate(
 
 @define
 class _Work:
-    """Hands out requests, takes answers back, and keeps the books."""
+    """Hands out requests, takes answers back, and counts them."""
 
     source: Iterator[Conversation]
     tokenizer: ChatTokenizer
@@ -262,7 +262,7 @@ class _Work:
         return self._line(dialogue, dropped + dialogue.questions_ahead)
 
     def give_up(self, unanswered: Unanswered) -> None:
-        """Its conversation is a failure."""
+        """Count the request's conversation as a failure."""
         del self.under_way[unanswered.id]
         self._fail(unanswered.id, unanswered.reason)
 
@@ -340,7 +340,7 @@ class _Work:
         return form is not None and form.is_in(dialogue.history[-1]["content"], names)
 
     def _turn(self, dialogue: Dialogue) -> Request:
-        """Say what comes before the next answer."""
+        """Add the messages before the next answer, and make its request."""
         dialogue.say_next()
         identity = dialogue.conversation.id
         return Turn(

@@ -24,7 +24,7 @@ log = logging.getLogger("deepspec")
 # How a line of the partial file ends. The checksum is of the object without it. Earlier versions wrote none.
 _CHECKSUM: Final = re.compile(rb', "crc32": "([0-9a-f]{8})"\}\n')
 _CHECKSUM_BYTES: Final = len(b', "crc32": "01234567"}\n')
-# What later steps read of a line, and its type.
+# The keys of a line that later steps read, with their types.
 _FIELDS: Final = {
     "id": str,
     "messages": list,
@@ -67,7 +67,7 @@ def _checked(line: bytes) -> bytes | None:
 
 
 def _entries(path: Path, *, fix: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Offset and content of each line; DataError, saying `fix`, for one that regeneration did not write."""
+    """Offset and content of each line; raises DataError, saying `fix`, for one that regeneration did not write."""
     offset = 0
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
@@ -120,9 +120,9 @@ def resume(partial: Path) -> dict[str, int]:
 
 
 def finish(partial: Path, out: Path, order: Sequence[str]) -> Counter[str]:
-    """Put the lines in the order of the input under the final name, and sum them up.
+    """Write the lines in the order of the input under the final name, and return their counts.
 
-    DataError where lines belong to no conversation of the input, or there are none.
+    Raises DataError if lines belong to no conversation of the input, or there are none.
     """
     before = count_lines(partial)
     offsets = resume(partial)

@@ -54,7 +54,7 @@ class WorkerFiles:
     def collect(self, counts: dict[str, int], order: Iterable[str]) -> Counter[str]:
         """The sum of all workers' counts, when all are done. The first one adds their files to the whole.
 
-        `order` has the ids of all conversations: DataError where workers read others.
+        `order` has the ids of all conversations. Raises DataError if workers read others.
         """
         if self._crew.count == 1:
             return Counter(counts)

@@ -44,7 +44,7 @@ class Template:
     ) -> str:
         """The text; with `prompt` it ends where the assistant is to begin. `source`: another template in its place.
 
-        TemplateRefusal where the template raises an error, of whatever kind. DataError where it is no template.
+        Raises TemplateRefusal if the template raises any error. Raises DataError if it is no template.
         """
         called = any(message.get("tool_calls") for message in messages)
         said = [_with_text(message) for message in messages] if called and self._wants_text else messages
@@ -67,7 +67,7 @@ class Template:
                 add_generation_prompt=prompt,
                 enable_thinking=thinking,
             )
-        except Exception:  # why it is refused, `render` says
+        except Exception:  # `render` reports the reason
             if len(conversations) == 1:
                 return [None]
             half = len(conversations) // 2
@@ -106,7 +106,10 @@ class Template:
         return any(asks_for_the_day(source) for source in (self.source(), self.source([_TOOL])))
 
     def source(self, tools: Sequence[Mapping[str, Any]] = ()) -> str:
-        """The template's own text; some tokenizers have another one for tools. DataError where none is the default."""
+        """The template's own text; some tokenizers have another one for tools.
+
+        Raises DataError if none is the default.
+        """
         try:
             return str(self.tokenizer.get_chat_template(None, list(tools) or None))
         except ValueError as error:
@@ -118,7 +121,7 @@ class Template:
             ) from error
 
     def all_it_writes(self) -> str:
-        """Its source, and renderings of conversations with all that a template may ask for."""
+        """The template's source, and its renderings of conversations with everything that a template may use."""
         call = {**_call(_ARGUMENTS), "reasoning_content": "!"}
         whole = [{"role": "system", "content": "!"}, _ASKED, call, _result(), {**_ANSWER, "reasoning_content": "!"}]
         texts = [self.source(), self.source([_TOOL])]
@@ -128,7 +131,7 @@ class Template:
                 try:
                     texts.append(self.render(messages, prompt=prompt, tools=tools, thinking=thinking))
                 except TemplateRefusal:
-                    continue  # it writes no such conversation, so nothing in one
+                    continue  # the template refuses such conversations
         return "\n".join(texts)
 
     @cached_property

@@ -15,14 +15,15 @@ from deepspec_core.errors import DataError
 from deepspec_core.json_lines import lines_of
 
 PARQUET = ".parquet"
-# How the names of JSON files end that hold an array. Many hold JSON lines instead.
+# The endings of JSON files that may hold an array. Many such files hold JSON lines instead.
 _JSON = (".json", ".json.gz", ".json.zst")
 
 
 def read_rows(
     path: Path, *, most_bytes: int | None = MOST_BYTES, columns: Collection[str] | None = None
 ) -> Iterator[SourceRow]:
-    """Every row, lazily. DataError where the file cannot be read. A row that cannot be read has an error of its own.
+    """Every row, lazily. Raises DataError if the file cannot be read. A row that cannot be read has an error of its
+    own.
 
     Rows longer than `most_bytes` are not read. Of a table only `columns` are, if they are given.
     """

@@ -59,7 +59,7 @@ class Samples(Sequence[Sample]):
 
 
 class HeldSamples(Samples):
-    """Samples that stand in memory."""
+    """Samples that are held in memory."""
 
     def __init__(self, samples: Iterable[Sample]) -> None:
         self._samples = list(samples)

@@ -18,7 +18,7 @@ def source_digest(source: SourceOptions, *, base: Path, ask_hub: bool) -> str | 
     """The digest of a file, of all files in a dataset folder, or the commit of a dataset on the Hub.
 
     None where there is nothing to hash: prompts that a plugin ships come from its code, and the Hub is asked only if
-    `ask_hub`. DataError where the Hub does not give the dataset, OSError where a file cannot be read.
+    `ask_hub`. Raises DataError if the Hub does not give the dataset, and OSError if a file cannot be read.
     """
     if source.path.startswith(BUILTIN):
         return None

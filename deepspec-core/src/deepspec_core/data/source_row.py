@@ -19,7 +19,7 @@ MOST_BYTES: Final = 8 * 2**20
 
 @frozen
 class SourceRow:
-    """`where` is FILE:LINE, or FILE: row N. `error` says why there is no value; `text` is then the row's text."""
+    """`where` is FILE:LINE, or FILE: row N. `error` says why a value is missing; `text` is then the row's text."""
 
     where: str
     value: Any = None
@@ -27,7 +27,7 @@ class SourceRow:
     text: str = field(default="", kw_only=True)
 
     def content(self) -> Any:
-        """The value. DataError where there is none."""
+        """The value. Raises DataError if there is none."""
         if self.error is not None:
             raise self.error
         return self.value

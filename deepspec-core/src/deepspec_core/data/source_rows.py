@@ -23,9 +23,9 @@ from deepspec_core.data.table_rows import BATCH_ROWS, rows_of_table
 from deepspec_core.errors import DataError, nearest
 from deepspec_core.hub import say_local_copy, why_unreachable
 
-# What `save_to_disk` writes into a folder.
+# The files that `save_to_disk` writes into a folder.
 _SAVED: Final = ("dataset_dict.json", "dataset_info.json")
-# The readers of `datasets` whose rows are those of the files.
+# The readers of `datasets` that yield a file's rows unchanged.
 _OF_ROWS: Final = ("json", "parquet")
 
 
@@ -38,7 +38,7 @@ class Registry(Protocol):
 
 
 def has_splits(source: SourceOptions, base: Path) -> bool:
-    """Whether the source itself says which conversations are held out."""
+    """Whether the source itself decides which conversations are held out."""
     return source.path.startswith(BUILTIN) or is_prepared(base / source.path)
 
 
@@ -49,7 +49,7 @@ def rows_of(
 
     `own`: the source is what this project wrote itself, where a row may have any length.
 
-    DataError where the source is missing or cannot be read. A row that cannot be read has an error of its own.
+    Raises DataError if the source is missing or cannot be read. A row that cannot be read has an error of its own.
     """
     if source.path.startswith(BUILTIN):
         yield from _builtin(source.path, split, seed, registry)
@@ -62,7 +62,7 @@ def rows_of(
 
 
 def check_source(source: SourceOptions, *, base: Path, registry: Registry) -> None:
-    """DataError where the source is not there, or known to lack a column that it names.
+    """Raise DataError if the source is not there, or known to lack a column that it names.
 
     No row is read; of a Hub dataset only what describes it is.
     """
@@ -115,7 +115,7 @@ def _builtin(path: str, split: Split, seed: int, registry: Registry) -> Iterator
 
 
 def _offered_prompts(path: str, registry: Registry) -> str:
-    """The name of the builtin. DataError where it offers no prompts."""
+    """The name of the builtin. Raises DataError if it offers no prompts."""
     name = path.removeprefix(BUILTIN)
     spec = registry.get("builtin", name)
     if spec.kind != "prompts":
@@ -221,7 +221,7 @@ def _open_dataset(source: SourceOptions, base: Path, *, look_only: bool = False)
 
 
 def _require_inside(folder: Path, files: Mapping[str, Iterable[str]]) -> None:
-    """DataError where a dataset folder names data that lies elsewhere: nobody would see it change."""
+    """Raise DataError if a dataset folder names data that lies elsewhere: nobody would see it change."""
     root = os.path.abspath(folder)
     for path in (path for paths in files.values() for path in paths):
         if not os.path.abspath(path).startswith(root + os.sep):
@@ -236,7 +236,7 @@ def _require_inside(folder: Path, files: Mapping[str, Iterable[str]]) -> None:
 
 @contextmanager
 def _dataset_errors(source: SourceOptions, problem: str | None = None) -> Iterator[None]:
-    """DataError for what `datasets` raises. `problem` is a better reason, where one is known."""
+    """Raise DataError for what `datasets` raises. `problem` is a better reason, where one is known."""
     import datasets
 
     try:

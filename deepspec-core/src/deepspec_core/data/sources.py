@@ -66,8 +66,8 @@ def read_sources(
 
     `own`: what this project wrote itself is read, where a row may have any length.
 
-    DataError where a source is missing or not readable, or has too many bad rows. Where `check_rows` has not counted
-    them, because the source does not lie on this machine, far too many of the first rows are enough.
+    Raises DataError if a source is missing or not readable, or has too many bad rows. Where `check_rows` has not
+    counted them, because the source does not lie on this machine, far too many of the first rows are enough.
     """
     _refuse_beside_prepared(sources, base)
     counts = Counter() if counts is None else counts
@@ -99,7 +99,7 @@ def read_sources(
 
 
 def _named(identity: str, digest: str) -> bytes:
-    """A digest of what a conversation is called and says. `digest` is of fixed length."""
+    """A digest of a conversation's id and content. `digest` has a fixed length."""
     return digest16(digest + identity)
 
 
@@ -117,7 +117,7 @@ def prepared_split(sources: Sequence[SourceOptions], *, base: Path) -> dict[str,
 
 
 def _refuse_beside_prepared(sources: Sequence[SourceOptions], base: Path) -> None:
-    """DataError for a prepared folder beside other sources, or read in another way than as it is.
+    """Raise DataError for a prepared folder beside other sources, or read in another way than as it is.
 
     Its split is kept. Another source, split otherwise, might train on what it holds out.
     """
@@ -158,9 +158,9 @@ def check_rows(
 
     `counts` is told of the `conversations` that were read, and how many are `with_results` of tools.
 
-    DataError where a source has too many bad rows, or if there is nothing to train on. Files and dataset folders are
-    read as far as training reads them, and bad rows are warned about. The file `keep_in` gets the first of too many.
-    Of the Hub nothing is read, and what a plugin ships is believed.
+    Raises DataError if a source has too many bad rows, or if there is nothing to train on. Files and dataset folders
+    are read as far as training reads them, and bad rows are warned about. The file `keep_in` gets the first of too
+    many. Of the Hub nothing is read, and what a plugin ships is believed.
     """
     local = [source for source in sources if _is_local(source, base)]
     found, turns, warned = 0, 0, 0
@@ -196,7 +196,7 @@ def check_rows(
 
 
 def _is_local(source: SourceOptions, base: Path) -> bool:
-    """Whether it lies on this machine, where all of it is read before the first stage."""
+    """Whether the source lies on this machine. All of it is then read before the first stage."""
     return not source.path.startswith(BUILTIN) and not on_hub(source, base)
 
 
@@ -255,7 +255,7 @@ def _usable(
 
 
 def _interleave(streams: Sequence[Iterator[Conversation]], weights: Sequence[float]) -> Iterator[Conversation]:
-    """Next comes the stream that is furthest behind its share; the earlier one of equals."""
+    """Interleave streams: next comes the one that is furthest behind its share; of equal ones, the earlier."""
     taken = dict.fromkeys(range(len(streams)), 0)
     while taken:
         index = min(taken, key=lambda i: ((taken[i] + 1) / weights[i], i))

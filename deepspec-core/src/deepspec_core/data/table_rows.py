@@ -13,9 +13,9 @@ from typing import Any, Final
 from deepspec_core.data.source_row import SourceRow, too_long
 from deepspec_core.errors import DataError
 
-# Larger ones need more memory, and gain nothing.
+# Larger batches need more memory, and gain nothing.
 BATCH_ROWS: Final = 64
-# What stands in a row in place of a column that nobody reads. Messages about the row still name the column.
+# The value of a column that is not read. Messages about the row still name the column.
 _NOT_READ: Final = "(not read)"
 # What Arrow and JSON raise for a value that Python has no place for: a date out of range, text that is not UTF-8.
 _NO_VALUE: Final = (ArithmeticError, LookupError, RuntimeError, ValueError)
@@ -24,7 +24,7 @@ _Restore = Callable[[Any], Any]
 
 
 def columns_read(names: Sequence[str], wanted: Collection[str] | None) -> list[str]:
-    """Those of a table's columns that are wanted; all of them for None."""
+    """The columns of a table that are wanted; None: all of them."""
     return [name for name in names if wanted is None or name in wanted]
 
 
@@ -83,7 +83,7 @@ def _restoring(kind: Any) -> _Restore | None:
 
 
 def _said(struct: dict[str, Any]) -> dict[str, Any]:
-    """The members that say something: null is what a struct has for a member that only other rows say."""
+    """The members that are not null: a struct has null for a member that only other rows have."""
     return {name: value for name, value in struct.items() if value is not None}
 
 

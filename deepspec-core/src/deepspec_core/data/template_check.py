@@ -24,9 +24,9 @@ _TURNS: Final = (
 
 
 def check_template(tokenizer: ChatTokenizer, fmt: ConversationFormat, *, where: object) -> None:
-    """DataError, saying `where`, if the template's renderings do not fit `fmt`, or leave out plain answers.
+    """Raise DataError, saying `where`, if the template's renderings do not fit `fmt`, or leave out plain answers.
 
-    A conversation that the template refuses in its own words says nothing about others, and is no error here.
+    If the template refuses a conversation with a message of its own, this says nothing about others and is no error.
     """
     for turns in (_TURNS[:2], _TURNS):
         try:
@@ -43,7 +43,7 @@ def _check_prompt(tokenizer: ChatTokenizer, messages: Messages, fmt: Conversatio
     prompt = tokenizer.render(messages, None, prompt=True)
     last = prompt.rfind(messages[-1]["content"])
     if last < 0 or fmt.assistant_start in prompt[last:]:
-        return  # a message that is left out is said as such
+        return  # another check reports a message that is left out
     ignored = prompt == tokenizer.render(messages, None, prompt=False)
     raise DataError(
         "The chat template ignores add_generation_prompt"

@@ -1,4 +1,4 @@
-"""The day that chat templates are told: always the same one, so that the same run renders the same tokens every day.
+"""The date that chat templates get: always the same one, so that the same run renders the same tokens every day.
 
 Some templates write today's date into the system message. They ask `strftime_now`, a function that transformers gives
 them and that no argument can replace. So a macro of that name is put before them. Knows Jinja and dates; no tokenizer.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Final
 
-# The day that a widely used template writes where it cannot ask.
+# The date that a widely used template writes if it cannot get today's.
 DAY: Final = datetime(2024, 7, 26)
 _NAME: Final = "strftime_now"
 _LETTERS: Final = "aAbBcdHIjmMpSuUVwWxXyYGzZ"
@@ -27,12 +27,12 @@ _MACRO: Final = (
 
 
 def asks_for_the_day(source: str) -> bool:
-    """Whether a template asks what day it is."""
+    """Whether a template asks for today's date."""
     return _NAME in source
 
 
 def told_the_day(source: str) -> str:
-    """The template with DAY as its today; the same text where it does not ask."""
+    """The template with DAY as today's date. The text is unchanged if the template does not ask for the date."""
     return _MACRO + source if asks_for_the_day(source) else source
 
 

@@ -18,5 +18,5 @@ def thinks(share: bool | float, identity: str) -> bool:
 
 
 def modes(share: bool | float) -> tuple[bool, ...]:
-    """The modes that there are: a share has both, without thinking first."""
+    """The modes in use. A share uses both; the mode without thinking comes first."""
     return (share,) if isinstance(share, bool) else (False, True)

@@ -72,11 +72,11 @@ class NewTokenShard:
 
     @property
     def tokens(self) -> int:
-        """Of all samples."""
+        """The number of tokens of all samples."""
         return len(self._loss_mask)
 
     def append(self, sample: Sample) -> None:
-        """One more sample."""
+        """Add a sample."""
         self._ids.append(sample.id)
         self._lengths.append(len(sample.input_ids))
         self._original_lengths.append(sample.original_length)
@@ -84,7 +84,7 @@ class NewTokenShard:
         self._loss_mask += sample.loss_mask.numpy().astype(np.uint8).tobytes()
 
     def write(self, path: Path) -> None:
-        """Write the samples, at least one, and have them on the disk."""
+        """Write the samples, of which there is at least one, and sync them to the disk."""
         starts = np.zeros(len(self) + 1, dtype=np.int32)
         np.cumsum(self._lengths, out=starts[1:])
         input_ids = np.frombuffer(self._input_ids, dtype=np.int32)

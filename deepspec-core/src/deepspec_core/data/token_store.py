@@ -90,7 +90,8 @@ class TokenStore:
         return _changed(self.made_from, made_from)
 
     def fill(self, make: Make, read: Counter[str], check: Callable[[], None]) -> None:
-        """Store the missing samples. Damage in the store is a warning. StageError if another process is writing it.
+        """Store the missing samples. Damage in the store is a warning. Raises StageError if another process is writing
+        it.
 
         `make` gives the samples of every conversation that the manifest it gets does not have, with the counts up to
         there. `read` is what was counted of all conversations when the last one has come. `check` is called before a

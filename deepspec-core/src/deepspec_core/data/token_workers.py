@@ -36,7 +36,7 @@ _Sent = tuple[tuple[tuple[str, Any, Any, int], ...], bool, tuple[str, str] | Non
 def in_processes(
     conversations: Iterable[Conversation], tokenisation: Tokenisation, processes: int
 ) -> Iterator[tuple[Conversation, Outcome]]:
-    """Each conversation with its outcome, in order. DataError where a process dies."""
+    """Each conversation with its outcome, in order. Raises DataError if a process dies."""
     rest = iter(conversations)
     pool = ProcessPoolExecutor(
         processes,

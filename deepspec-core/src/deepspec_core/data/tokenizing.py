@@ -115,7 +115,10 @@ class Sorting:
     seen: DigestSet = field(factory=DigestSet)
 
     def kept(self, conversation: Conversation, outcome: Outcome) -> list[Sample]:
-        """Those of a conversation's samples that are worth training on. DataError where its template does not fit."""
+        """Those of a conversation's samples that are worth training on.
+
+        Raises DataError if its template does not fit.
+        """
         if outcome.error is not None:
             error = outcome.error
             where = f"conversation {conversation.id}"

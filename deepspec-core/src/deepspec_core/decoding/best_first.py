@@ -22,7 +22,7 @@ __all__ = ["NextTokens", "best_first", "log_probabilities"]
 
 
 class NextTokens(Protocol):
-    """What a draft says of the tokens of one level, given the nodes of the level above."""
+    """A draft's distributions for the tokens of one level of a tree, given the nodes of the level above."""
 
     def __call__(self, level: int, tokens_BW: Tensor | None, parents_BW: Tensor | None) -> Tensor:
         """Log-probabilities [B, W, V] of the token after each of the nodes; [B, 1, V] if they are the same for all.
@@ -48,7 +48,7 @@ def best_first(next_tokens: NextTokens, *, nodes: int, longest: int, limits: Ten
         given_BWV = next_tokens(level, tokens_BW, parents_BW).float()
         likeliest_B1E = None
         if given_BWV.shape[1] < score_BW.shape[1]:
-            # The same after all nodes: none of them needs more than so many likeliest tokens.
+            # The distribution is the same after all nodes, so only this many of its likeliest tokens are needed.
             given_BWV, likeliest_B1E = given_BWV.topk(min(nodes, given_BWV.shape[2]))
         each = given_BWV.shape[2]
         above_BW = score_BW.masked_fill(level >= limits[:, None], -torch.inf)
@@ -57,7 +57,7 @@ def best_first(next_tokens: NextTokens, *, nodes: int, longest: int, limits: Ten
         parents_BW, tokens_BW = chosen_BW // each, chosen_BW % each
         if likeliest_B1E is not None:
             tokens_BW = likeliest_B1E[:, 0].gather(1, tokens_BW)
-        # Rounding may lift a logarithm above 0. Then a child would come before its parent.
+        # Rounding may lift a log-probability above 0, and a child would then come before its parent.
         score_BW = torch.minimum(score_BW, above_BW.gather(1, parents_BW))
         scores.append(score_BW)
         tokens.append(tokens_BW)
@@ -69,15 +69,15 @@ def best_first(next_tokens: NextTokens, *, nodes: int, longest: int, limits: Ten
 def log_probabilities(logits_V: Tensor, sampling: Sampling) -> Tensor:
     """Logarithms of the draft's probabilities, [..., V] fp32: as it would draw; at temperature 0, as at temperature 1.
 
-    A greedy target takes one token, and how likely a token is to be that one, only the softmax tells. A repetition
-    penalty is on the tokens that are committed, [B, ..., V]. Those of a path itself are left as they are: that changes
-    which tree is best, never what is drawn.
+    A greedy target takes one token; the softmax at temperature 1 estimates how likely each token is to be that one. A
+    repetition penalty applies to the committed tokens, [B, ..., V]. Tokens of the path itself get no penalty: this can
+    change which tree is best, but never what is drawn.
     """
     logits_V = penalised(logits_V, sampling)
     if sampling.temperature == 0:
         return logits_V.float().log_softmax(-1)
     if sampling.top_k == 0 and sampling.top_p == 1 and sampling.min_p == 0:
-        # The logarithm of the distribution, at a fraction of the time.
+        # The same as the logarithm of the distribution, in a fraction of its time.
         return (logits_V.float() / sampling.temperature).log_softmax(-1)
     return distribution(logits_V, sampling).log()
 
@@ -85,7 +85,7 @@ def log_probabilities(logits_V: Tensor, sampling: Sampling) -> Tensor:
 def _of_the_best(scores: list[Tensor], tokens: list[Tensor], parents: list[Tensor], nodes: int) -> Proposal:
     """The `nodes` best of all levels' candidates, whose parents are indices among those."""
     score_BN, tokens_BN, parents_BN = (torch.cat(parts, dim=1) for parts in (scores, tokens, parents))
-    # Stable: a parent as probable as its child is of a level before, so it comes first.
+    # The sort is stable: a parent that is as probable as its child is of an earlier level, so it comes first.
     score_BN, order_BN = score_BN.sort(dim=1, descending=True, stable=True)
     columns_BN = torch.arange(order_BN.shape[1], device=order_BN.device).expand_as(order_BN)
     rank_BN = torch.empty_like(order_BN).scatter_(1, order_BN, columns_BN)

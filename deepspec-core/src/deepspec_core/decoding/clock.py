@@ -14,7 +14,7 @@ from attrs import define
 class Clock:
     """Seconds spent in each part of decoding. `host` is the rest of the engine's time.
 
-    `now` tells the time: the wall clock's, or, as where other work shares the machine, the process's own.
+    `now` reads the time: from the wall clock, or, if other work shares the machine, from the process's own CPU clock.
     """
 
     prefill: float = 0.0

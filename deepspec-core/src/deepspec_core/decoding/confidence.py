@@ -17,8 +17,8 @@ def cut(proposal: Proposal, threshold: float) -> Proposal:
     """The tokens of the proposal before the first whose confidence, sigmoid(logit), is below `threshold`; perhaps none.
 
     Columns that no slot needs are dropped, so that the target does not score them. The output keeps the target's
-    distribution, because a token's confidence depends only on the tokens before it. ConfigError if the draft gives no
-    confidence.
+    distribution, because a token's confidence depends only on the tokens before it. Raises ConfigError if the draft
+    gives no confidence.
     """
     if proposal.confidence is None:
         raise ConfigError(
@@ -32,7 +32,7 @@ def cut(proposal: Proposal, threshold: float) -> Proposal:
 
 
 def shortened(proposal: Proposal, lengths_B: Tensor) -> Proposal:
-    """The first lengths[b] tokens of each slot, at most as many as it proposes. Columns that none needs are dropped."""
+    """The first lengths[b] tokens of each slot, if it proposes as many. Columns that no slot needs are dropped."""
     width = int(lengths_B.max())
     return evolve(
         proposal,

@@ -59,8 +59,8 @@ def decode(
     gets every token of the output once, in the order of the sequence. With `stop_text`, an output ends with the token
     that completes one of its strings; its last round counts whole, as at the limit.
 
-    PluginError if the proposer returns what cannot be verified (proposal_check.py). What it returns can cost speed, and
-    never changes an output: tokens of such a round are not committed.
+    Raises PluginError if the proposer returns what cannot be verified (proposal_check.py). What it returns can cost
+    speed, and never changes an output: tokens of such a round are not committed.
     """
     engine = _Engine(
         target,
@@ -194,7 +194,7 @@ class _Engine:
         return self.sampling if self.seen_SV is None else evolve(self.sampling, seen=self.seen_SV[slots_B])
 
     def _see(self, slots_B: Tensor, tokens_BK: Tensor, counts_B: Tensor) -> None:
-        """The first counts[b] of the tokens now stand in slots[b]."""
+        """Mark the first counts[b] of the tokens as seen in slots[b], for the repetition penalty."""
         if self.seen_SV is None:
             return
         counted_BK = torch.arange(tokens_BK.shape[1], device=counts_B.device) < counts_B[:, None]
@@ -226,9 +226,9 @@ class _Engine:
     def _score(
         self, slots_B: Tensor, last_B: Tensor, position_B: Tensor, proposal: Proposal, uniforms_BU: Tensor
     ) -> tuple[Verdict, TargetStep]:
-        """The target's pass over a proposal, what is committed, and the pass as it is of committed tokens.
+        """The target's pass over a proposal, the verdict, and the part of the pass that belongs to committed tokens.
 
-        Of the uniforms, K are for acceptance, one for the target's own token.
+        Of the uniforms, K decide about acceptance, and one draws the target's own token.
         """
         sampling = self._sampling_of(slots_B)
         if proposal.parents is not None:
@@ -278,7 +278,7 @@ class _Engine:
         """Append committed tokens, finish sequences that are over, and tell the proposer about the others."""
         counts_B3 = torch.stack([verdict.proposal_lengths, verdict.accepted, verdict.committed], dim=1)
         to_read = [counts_B3, verdict.tokens, *([] if checked is None else [checked.to_read])]
-        # Read once: every reading waits for the device.
+        # All values are read at once, because every read waits for the device.
         read, width = torch.cat(to_read, dim=1).tolist(), verdict.tokens.shape[1]
         counts, tokens, given = (
             [numbers[part] for numbers in read] for part in (slice(3), slice(3, 3 + width), slice(3 + width, None))
@@ -318,7 +318,7 @@ class _Engine:
         return done
 
     def _tell(self, sequence: Underway, before: int, accepted: int) -> None:
-        """Report the output from index `before` on, up to the limit."""
+        """Report the tokens of the output from index `before` on, up to the limit, to `on_round`."""
         fresh = tuple(sequence.output[before : sequence.limit])
         if self.on_round is not None and fresh:
             self.on_round(Committed(sequence.request.id, fresh, min(accepted, len(fresh))))

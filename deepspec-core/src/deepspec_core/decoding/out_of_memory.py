@@ -1,4 +1,7 @@
-"""Which errors say that memory ran out, on an accelerator or on the CPU. Knows errors; not what took the memory."""
+"""Recognises errors that mean that memory ran out, on an accelerator or on the CPU.
+
+This file knows errors. It does not know what took the memory.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ _TEXTS = ("DefaultCPUAllocator", "not enough memory: you tried to allocate", "ou
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether less work at once may go where this failed."""
+    """Whether the error means that memory ran out, so that a smaller batch may succeed."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _TEXTS)

@@ -50,7 +50,7 @@ def measure_steps(
             try:
                 seconds = _turn(target, size, widths, context, count, generator)
             except (RuntimeError, MemoryError) as error:
-                # Of a CPU's memory PyTorch says it in words only.
+                # For CPU memory, PyTorch has no error class of its own, only a message.
                 if type(error) is RuntimeError and "allocate memory" not in str(error):
                     raise
                 raise TargetError(

@@ -27,13 +27,13 @@ from deepspec_core.errors import DeepSpecError, PluginError
 from deepspec_core.plugins.origin import component_of, package_of
 from deepspec_core.plugins.references import blame
 
-# Of probabilities in fp32 whose sum over a large vocabulary, or whose cumulative sum, was formed in another order.
+# The tolerance for fp32 probabilities whose sum or cumulative sum over a large vocabulary was formed in another order.
 _TOLERANCE = 1e-3
 
 
 @frozen(kw_only=True, eq=False)
 class Checked:
-    """A proposal whose numbers are in range, the proposal as it came, and what `refuse` is to be told: [B, R] int64."""
+    """A proposal clamped into range, the proposal as it came, and the numbers that `refuse` reads: [B, R] int64."""
 
     proposal: Proposal
     given: Proposal
@@ -41,14 +41,14 @@ class Checked:
 
 
 class ProposerFailedError(PluginError):
-    """A proposer raised an error. What it returned is not wrong, so the fault may be of one sample."""
+    """A proposer raised an error. It did not return a wrong proposal, so one sample may be the cause."""
 
 
 class ProposalCheck:
     """Checks the proposals of one decoding, in the order of its rounds.
 
-    `max_tokens`, `max_nodes` (without it: max_tokens) and `taps` are read once. PluginError if they are no numbers of
-    tokens and layers.
+    `max_tokens`, `max_nodes` (without it: max_tokens) and `taps` are read once. Raises PluginError if they are no
+    numbers of tokens and layers.
     """
 
     def __init__(self, proposer: Proposer, *, vocab_size: int) -> None:
@@ -64,7 +64,7 @@ class ProposalCheck:
     def __call__(self, proposal: Proposal, *, slots_B: Tensor, sampling: Sampling, uniforms_BK: Tensor) -> Checked:
         """The next round's proposal for these slots, drawn with these uniforms. Does not wait for the device.
 
-        PluginError where its shapes or kinds of numbers are not those of the contract.
+        Raises PluginError if its shapes or kinds of numbers are not those of the contract.
         """
         self._shapes(proposal, slots_B)
         num_draft = proposal.tokens.shape[1]
@@ -132,14 +132,14 @@ class ProposalCheck:
             siblings.add((parent, token))
 
     def refuse_confidence(self, confidence: Sequence[float], row: int) -> None:
-        """PluginError if the confidence in a slot's proposed tokens is not finite."""
+        """Raise PluginError if the confidence in a slot's proposed tokens is not finite."""
         if not all(map(math.isfinite, confidence)):
             raise self._refused("confidence", f"{list(confidence)}, in row {row}", "finite logits")
 
     @contextmanager
     def calling(self, method: str) -> Iterator[None]:
-        """Within it the proposer's method runs. ProposerFailedError, with its name, if that raises anything but our
-        errors, or that memory ran out.
+        """Within it the proposer's method runs. Raises ProposerFailedError, with its name, if that raises anything but
+        our errors, or that memory ran out.
         """
         try:
             yield
@@ -193,7 +193,7 @@ class ProposalCheck:
 
 @frozen
 class _Fault:
-    """A field, what is expected of it, and how what a slot's column holds is told."""
+    """A field, what is expected of it, and how a message describes the value in a slot's column."""
 
     field: str
     expected: str

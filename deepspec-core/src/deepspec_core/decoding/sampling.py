@@ -20,15 +20,15 @@ from deepspec_core.contracts.proposer import Sampling
 
 __all__ = ["distribution", "draw", "draw_in_turn", "draw_tokens", "next_token", "penalised"]
 
-# Of a vocabulary's probabilities, so many of the greatest are looked at for top-p before all of them are sorted.
+# For top-p, this many of the greatest probabilities are looked at before all of them are sorted.
 _CANDIDATES = 256
-# Cumulative sums are formed over blocks of so many tokens, and then within one of them.
+# Cumulative sums are formed over blocks of this many tokens, and then within one block.
 _BLOCK = 512
-# A vocabulary of no more tokens is summed as one: so few sums take less time than finding a block.
+# A vocabulary of at most this many tokens is summed as one block, which takes less time than finding a block.
 _WHOLE = 8 * _BLOCK
-# Drawn are the points below this part of the total, which a cumulative sum in fp64 reaches in whatever order it adds.
+# Points are drawn below this part of the total, which an fp64 cumulative sum reaches whatever its order of addition.
 _REACHED = 1 - 2.0**-46
-# Numbers of one fp32 tensor of the target's rows at most, 64 MiB; more rows are taken in turns.
+# The largest number of entries of one fp32 tensor of the target's rows (64 MiB). More rows are processed in turns.
 _CHUNK = 2**24
 
 
@@ -115,14 +115,14 @@ def draw_in_turn(
 
 
 def chunks(rows: int, vocab_size: int) -> Iterator[slice]:
-    """Slices that cover so many rows, each of so few that one fp32 tensor of theirs has no more than _CHUNK numbers."""
+    """Slices that cover this many rows. An fp32 tensor of the rows of one slice has at most _CHUNK entries."""
     step = max(1, _CHUNK // vocab_size)
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 
 
 def pick(logits_BV: Tensor, sampling: Sampling, uniforms_B: Tensor) -> Tensor:
-    """The tokens [B] of `next_token`, without the distributions; no more than a chunk's stand at once."""
+    """The tokens [B] of `next_token`, without the distributions. Only one chunk's distributions exist at a time."""
     if sampling.temperature == 0 and sampling.seen is None:
         return logits_BV.argmax(-1)
     parts = [next_token(logits_BV[some], sampling.of(some), uniforms_B[some])[0] for some in chunks(*logits_BV.shape)]
@@ -183,12 +183,12 @@ def _first_beyond(mass: Tensor, summed: Tensor, point: Tensor) -> Tensor:
 
 
 def _most_probable(probs_NV: Tensor, p: float) -> Tensor:
-    """Which tokens are the fewest most probable ones whose sum reaches p, [N, V]; of equals, the first."""
+    """A mask [N, V] of the fewest most probable tokens whose sum reaches p. Of equal ones, the first are taken."""
     vocab_size = probs_NV.shape[1]
     most = min(_CANDIDATES, vocab_size)
     count_N, least_N, at_least_N = _border(probs_NV.topk(most, dim=1).values, p)
     if most < vocab_size and len(flat := (count_N == most).nonzero()[:, 0]):
-        # So flat a row needs more than the candidates, or may.
+        # A row this flat needs, or may need, more tokens than the candidates.
         found = _border(probs_NV[flat].sort(dim=1, descending=True).values, p)
         count_N[flat], least_N[flat], at_least_N[flat] = found
     kept_NV = probs_NV >= least_N[:, None]

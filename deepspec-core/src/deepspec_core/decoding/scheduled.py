@@ -48,7 +48,7 @@ class ScheduledProposer:
     def propose(
         self, slots: Tensor, limits: Tensor, sampling: Sampling, uniforms: Tensor, stop_ids: Sequence[int]
     ) -> Proposal:
-        """The admitted tokens of the wrapped proposer's proposal. ConfigError if it has no confidence."""
+        """The admitted tokens of the wrapped proposer's proposal. Raises ConfigError if it has no confidence."""
         proposal = self.proposer.propose(slots, limits, sampling, uniforms, stop_ids)
         if proposal.confidence is None:
             raise ConfigError(

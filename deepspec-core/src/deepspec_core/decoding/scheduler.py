@@ -24,7 +24,7 @@ Survival: TypeAlias = Sequence[Sequence[float]]
 Speed: TypeAlias = Callable[[int], float]
 """Steps a second of the target at so many tokens in the batch, each request's own last token included."""
 
-# How many steps earlier the confidences are from which the asynchronous form takes its number of tokens.
+# The asynchronous form takes its number of tokens from the confidences of this many steps earlier.
 LAG = 2
 
 
@@ -37,8 +37,8 @@ def admit(survivals: Survival, speed: Speed, *, early_stop: bool = True) -> list
     """How many tokens of each request to verify: those that raise the expected tokens a second.
 
     Tokens are tried in descending survival, equal ones by their position, so a request's tokens come in order. The
-    search ends at the first that does not raise the rate. Without `early_stop` the best number of tokens is searched
-    among all, which is not lossless if the survivals are of the tokens that are admitted.
+    search ends at the first token that does not raise the rate. Without `early_stop` all numbers of tokens are
+    searched. This is not lossless if the survivals belong to the same tokens that are admitted.
     """
     order = _ordered(survivals)
     requests = len(survivals)
@@ -69,7 +69,7 @@ class AsynchronousScheduler:
     """Algorithm 1 without waiting for the current confidences: LAG steps ago they decided how many tokens to verify.
 
     The number comes from a search among all counts, which is lossless here because it does not depend on current
-    tokens. Which tokens fill it, the current confidences say. In the first LAG steps no number is known, and no token
+    tokens. The current confidences decide which tokens fill it. In the first LAG steps no number is known, and no token
     is verified.
     """
 

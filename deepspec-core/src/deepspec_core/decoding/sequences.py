@@ -61,7 +61,7 @@ class Committed:
 class Underway:
     """A sequence in a slot. `position` is that of its last committed token, which the target has not read yet.
 
-    `limit`: the tokens of its output at most. `enough`: with so many committed, no round follows.
+    `limit`: the largest number of output tokens. `enough`: the number of committed tokens after which no round follows.
     """
 
     request: Request
@@ -82,7 +82,7 @@ class Underway:
         for token in tokens:
             self.output.append(token)
             self.stopped = token in stop_ids
-            # Stop tokens are no text, and what stands beyond the limit is not seen.
+            # Stop tokens have no text, and tokens beyond the limit are not shown.
             if not self.stopped and self.watch is not None and len(self.output) <= self.limit:
                 self.stopped = self.watch.push(token)
             if self.stopped:

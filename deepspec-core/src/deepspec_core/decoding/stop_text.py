@@ -15,7 +15,7 @@ from deepspec_core.decoding.text_stream import TextStream
 
 @frozen
 class StopText:
-    """The strings, none of them empty, and what gives the text of ids."""
+    """The stop strings, none of them empty, and the function from ids to text."""
 
     stops: tuple[str, ...]
     decode: Callable[[Sequence[int]], str]
@@ -31,7 +31,7 @@ class StopText:
 
 @define
 class Watch:
-    """One answer's text, as far as a string may still begin in it."""
+    """A watch over one answer. It holds the end of the text in which a stop string may still begin."""
 
     stops: tuple[str, ...]
     stream: TextStream
@@ -48,7 +48,7 @@ class Watch:
 
 @define
 class Shown:
-    """What may be shown of one answer's text: nothing that a string may turn out to begin in, or that follows one."""
+    """Decides how much of one answer's text may be shown: nothing that may begin a stop string, or that follows one."""
 
     stops: tuple[str, ...]
     held: str = ""
@@ -66,7 +66,7 @@ class Shown:
         return before if self.ended else text[: len(text) - keep]
 
     def rest(self) -> str:
-        """What was held back, when no more pieces come."""
+        """The text that was held back, once no more pieces come."""
         return "" if self.ended else self.held
 
 

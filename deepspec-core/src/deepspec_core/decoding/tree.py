@@ -4,8 +4,8 @@ In each slot the target draws the token after the last committed one from its ow
 has that token, the walk goes on there; if not, the token is committed as the target's own and the round ends. So every
 committed token is the target's draw, whatever the tree is and however it was chosen: the rule needs no probabilities
 of a draft (a tree that is chosen, as by its most probable paths, has none). At temperature 0 the draw is the argmax.
-Knows parents and distributions, and how the target is told. Does not know proposers, or what a round does with the
-outcome.
+This file knows parents and distributions, and how the target gets a tree. It does not know proposers, or what a round
+does with the outcome.
 
 Legend: B slots, M nodes, T = M + 1 columns of the target (the last committed token, then the nodes), K tokens of a path
 at most, C = taps * H, V vocabulary.
@@ -81,8 +81,8 @@ def verify_tree(
 ) -> Verdict:
     """Decide a round.
 
-    logits [B, T, V] are the target's after each column, depths [B, T] the lengths of the paths to them. Column k of the
-    uniforms [B, K+1] in [0, 1) draws the k-th token of the path, so no draw depends on the shape of the tree.
+    logits [B, T, V] are the target's after each column, and depths [B, T] the lengths of the paths to the columns.
+    Column k of the uniforms [B, K+1] in [0, 1) draws the k-th token of the path, so no draw depends on the tree.
     """
     tokens_BM, parents_BM = proposal.tokens, proposal.parents
     assert parents_BM is not None, "a chain"

@@ -1,1 +1,1 @@
-"""Where a draft loses its acceptance between training and serving: the same figures at every stage, and causes."""
+"""Finds where a draft loses acceptance between training and serving: compares each stage's figures, finds causes."""

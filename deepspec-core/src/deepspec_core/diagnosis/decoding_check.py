@@ -1,9 +1,9 @@
-"""Whether the draft says the same in decoding as in training: at the same places of the same texts, with the same
-features and weights.
+"""Checks whether the draft predicts the same in decoding as in training, at the same anchors of the same texts, with
+the same features and weights.
 
-Looks at rounds of the engine. For each, the training pass is asked for the block at that anchor, and a new proposer for
-its proposal. Where they differ, it is tried whether other positions, or another slot, make them agree. Knows drafts and
-proposers through their contracts. Does not know algorithms.
+The check takes rounds of the engine. For each round, the training pass computes the block at the round's anchor, and a
+new proposer makes its proposal there. If the two differ, the check tries whether other positions, or another slot, make
+them agree. This file knows drafts and proposers through their contracts. It does not know algorithms.
 
 Legend: T tokens, K tokens of a proposal, V vocabulary.
 """
@@ -30,8 +30,8 @@ from deepspec_core.diagnosis.finding import ENGINE, Finding
 from deepspec_core.diagnosis.outcomes import Outcomes, of_blocks
 from deepspec_core.diagnosis.training_pass import Said, said_of
 
-# Mean total variation distance between two distributions of one token, by the type of the weights. Rounding stays
-# below: an fp32 draft differs by some millionths, a bf16 one by some hundredths.
+# The largest mean total variation distance between two distributions of one token that rounding explains, by the dtype
+# of the weights. By rounding, an fp32 draft differs by some millionths, and a bf16 draft by some hundredths.
 _APART = {torch.float32: 0.005}
 _APART_ELSE = 0.05
 # A change explains a difference if less than this share of it is left.
@@ -41,10 +41,10 @@ _SHIFTS = (-2, -1, 1, 2)
 
 @frozen(kw_only=True, eq=False)
 class Probe:
-    """One round. `trained` and `engine` are the numbers of leading right tokens, of `length` proposed ones.
+    """One round. `trained` and `engine` are the numbers of leading matching tokens among the `length` proposed tokens.
 
-    said: [K, V], the distributions of the training pass. proposed: Those of a new proposer, as far as it proposed the
-        text itself before; None if it gives none.
+    said: [K, V], the distributions of the training pass. proposed: The distributions of a new proposer, up to its first
+        token that differs from the text; None if it gives no distributions.
     """
 
     group: int
@@ -61,7 +61,7 @@ class Probe:
 def probes(
     draft: DraftModel, target: TargetModel, completions: Sequence[Completion], *, most: int, seed: int
 ) -> list[Probe]:
-    """Probes of at most `most` rounds, evenly spread. Rounds whose block training would not form are left out."""
+    """Probes of at most `most` rounds, evenly spread. Rounds at whose anchor training forms no block are left out."""
     places = [
         (group, anchor, r.proposal_length, r.accepted_draft_length)
         for group, done in enumerate(completions)
@@ -80,7 +80,7 @@ def probes(
 
 
 def _anchors(done: Completion) -> list[int]:
-    """The place of the last committed token when each round begins."""
+    """The position of the last committed token (the anchor) at the beginning of each round."""
     return list(accumulate((r.acceptance_length for r in done.rounds), initial=len(done.prompt_ids)))
 
 
@@ -135,7 +135,7 @@ def _probe(
 
 
 def _block_of(said: Said, labels: Tensor) -> Tensor | None:
-    """The rows of the one block with these labels; None if there is none, or more than one."""
+    """The rows of the block that has these labels. None if no block has them, or if several have."""
     found = []
     for block in sorted(set(said.block.tolist())):
         rows = (said.block == block).nonzero()[:, 0][: len(labels)]
@@ -146,9 +146,9 @@ def _block_of(said: Said, labels: Tensor) -> Tensor | None:
 
 @torch.no_grad()
 def _proposed(draft: DraftModel, one: Probe, shift: int = 0, rotary: type[nn.Module] | None = None) -> Tensor | None:
-    """What a new proposer says after the tokens before the anchor and the anchor itself, [K, V].
+    """The distributions that a new proposer gives after the text up to and including the anchor, [K, V].
 
-    With a `shift` the block stands so many positions later; the features of the prompt stay where they are.
+    With a `shift` the block stands this many positions later; the features of the prompt stay in place.
     """
     proposer, device = draft.proposer(), one.features.hidden.device
     slot, length = torch.zeros(1, dtype=torch.long, device=device), torch.tensor([one.anchor], device=device)
@@ -164,15 +164,15 @@ def _proposed(draft: DraftModel, one: Probe, shift: int = 0, rotary: type[nn.Mod
     if proposal.probabilities is None:
         return None
     labels = ids[one.anchor + 1 :]
-    # The distribution after a token that is not the text's may be another one.
+    # After a proposed token that differs from the text, the distributions cannot be compared.
     same = _leading(proposal.tokens[0, : len(labels)], labels) + 1
     found: Tensor = proposal.probabilities[0, : min(same, len(labels))].float().cpu()
-    # What is no distribution is another stage's matter: the number format's.
+    # Values that are not finite are found by another stage, that of the number format.
     return found if bool(found.isfinite().all()) else None
 
 
 def engine_outcomes(found: Sequence[Probe]) -> tuple[Outcomes, Outcomes]:
-    """The same rounds as the training pass has them, and as the engine had them. An answer is a group."""
+    """The outcomes of the same rounds in the training pass and in the engine. An answer is a group."""
     groups = [one.group for one in found]
     positions = np.arange(max((one.length for one in found), default=0))
     counted = positions < np.array([one.length for one in found])[:, None]
@@ -186,7 +186,10 @@ def engine_outcomes(found: Sequence[Probe]) -> tuple[Outcomes, Outcomes]:
 def decoding_finding(
     draft: DraftModel, found: Sequence[Probe], rotary: type[nn.Module]
 ) -> tuple[Finding | None, Mapping[str, Any]]:
-    """What differs between the training pass and decoding, and the facts. `rotary` is the class of rotary modules."""
+    """The difference between the training pass and decoding, if there is one, and the facts that were measured.
+
+    `rotary` is the class of rotary modules.
+    """
     measured = [one for one in found if one.proposed is not None]
     facts: dict[str, Any] = {"rounds": len(found), "rounds_the_engine_accepts_less": sum(_less(one) for one in found)}
     if measured:
@@ -244,7 +247,7 @@ def _proposer_finding(facts: Mapping[str, Any]) -> Finding:
 
 
 def _by_positions(draft: DraftModel, found: Sequence[Probe], rotary: type[nn.Module]) -> dict[str, float]:
-    """How far the distributions are apart where the block stands so many positions later."""
+    """How far the distributions differ if the block stands a number of positions later."""
     apart = {}
     for shift in _SHIFTS:
         moved = [_proposed(draft, one, shift, rotary) for one in found]
@@ -254,7 +257,7 @@ def _by_positions(draft: DraftModel, found: Sequence[Probe], rotary: type[nn.Mod
 
 
 def _by_slots(found: Sequence[Probe]) -> dict[str, float]:
-    """How far the proposer's tokens are from those of the training pass one slot later, and one earlier."""
+    """How far the proposer's distributions differ from those of the training pass one slot later, and one earlier."""
     rows = [(_given(one.proposed), one.said) for one in found]
     later = [(proposed[: len(said) - 1], said[1:]) for proposed, said in rows if len(said) > 1]
     earlier = [(proposed[1:], said) for proposed, said in rows if len(proposed) > 1]
@@ -271,7 +274,7 @@ def _apart(proposed: Sequence[Tensor], found: Sequence[Probe]) -> float:
 
 @contextmanager
 def _blocks_moved(draft: DraftModel, shift: int, rotary: type[nn.Module] | None) -> Iterator[None]:
-    """Rotary modules of this class turn as if every position were `shift` later."""
+    """Within this context, rotary modules of this class rotate as if every position were `shift` later."""
 
     def later(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (args[0], (args[1] + shift).clamp(min=0), *args[2:])

@@ -1,6 +1,6 @@
-"""Whether a run's finished draft is the one that was trained: its digest, its config.json, its weights.
+"""Checks whether a run's finished draft is the one that was trained: its digest, its config.json, its weights.
 
-Knows files of checkpoints and what a run file says of a draft. Does not know acceptance.
+This file knows checkpoint files and the draft's keys of a run file. It does not know acceptance.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from safetensors import safe_open
 from deepspec_core.checkpoints.published import CONFIG, WEIGHTS, config_text, read_draft_config
 from deepspec_core.diagnosis.finding import ENGINE, LIVE, PRECISION, REPLAYED, Finding
 
-# What says how the numbers are stored or who wrote the file, not what the draft is.
+# Keys that describe how the numbers are stored or who wrote the file. They do not describe the draft.
 _ABOUT_FILES = ("dtype", "torch_dtype", "transformers_version", "_name_or_path")
 _ROTARY = ("rope_parameters", "rope_theta", "rope_scaling", "partial_rotary_factor")
 _SHOWN = 4
@@ -24,20 +24,20 @@ _AFTER = (REPLAYED, PRECISION, LIVE, ENGINE)
 
 
 def config_differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """By key, what config.json says and what the run file asks for. Inner keys are dotted."""
+    """The values that differ between config.json and the run file, by key. Nested keys are joined by dots."""
     flat, asked = _flat(found), _flat(expected)
     keys = sorted((flat.keys() | asked.keys()) - set(_ABOUT_FILES))
     return {key: (flat.get(key), asked.get(key)) for key in keys if flat.get(key) != asked.get(key)}
 
 
 def expected_config(draft: Any, adapter: Any) -> dict[str, Any]:
-    """The config.json that a draft of the run would be written with. Its weights are not read."""
+    """The config.json that the run would write for its draft. No weights are read."""
     found: dict[str, Any] = json.loads(config_text(draft, draft.describe(), adapter))
     return found
 
 
 def weight_differences(finished: Path, trained: Path) -> list[str]:
-    """The names of tensors that are not the same in two checkpoints, or are in one only."""
+    """The names of tensors that differ between two checkpoints, or that only one of them has."""
     with safe_open(str(finished / WEIGHTS), "pt") as left, safe_open(str(trained / WEIGHTS), "pt") as right:
         names = set(left.keys()), set(right.keys())
         both = names[0] & names[1]
@@ -54,11 +54,12 @@ def draft_findings(
     trained: Path | None,
     anchor_predicts: tuple[bool, bool],
 ) -> tuple[list[Finding], dict[str, Any]]:
-    """What differs between the draft's files and what was trained, and the facts.
+    """The differences between the draft's files and the trained draft, and the facts that were compared.
 
-    digest: Of the draft now. trained_digest: As training left it. expected: Its config.json by the run file. trained:
-    The draft of the training checkpoint that it was made from, if that is there as training left it. anchor_predicts:
-    Whether the anchor's own slot predicts, as the files say and as the run file says. What is not known is None.
+    digest: The draft's digest now. trained_digest: The digest at the end of training. expected: The config.json that
+    follows from the run file. trained: The draft of the training checkpoint that it was made from, if that is still
+    unchanged. anchor_predicts: Whether the anchor's own slot predicts, by the draft's files and by the run file. A
+    value that is not known is None.
     """
     differences = {} if expected is None else config_differences(read_draft_config(folder), expected)
     tensors = [] if trained is None else weight_differences(folder, trained)
@@ -103,7 +104,7 @@ def draft_findings(
 
 
 def _kinds(differences: Mapping[str, tuple[Any, Any]], *, slots: bool) -> dict[str, dict[str, tuple[Any, Any]]]:
-    """The differing keys by what they are about. `slots`: other keys of the draft make another slot predict."""
+    """The differing keys by topic. `slots`: Keys of the draft differ in a way that makes another slot predict."""
     found: dict[str, dict[str, tuple[Any, Any]]] = {}
     for key, pair in differences.items():
         first = key.partition(".")[0]

@@ -1,6 +1,7 @@
-"""Whether stored features are those that the target computes now: by tapped layer, and which layer fits instead.
+"""Checks whether stored features equal those that the target computes now, for each tapped layer.
 
-Knows tensors and layer numbers. Does not know caches or drafts.
+Where a tap differs, the check looks for the layer that fits. This file knows tensors and layer numbers. It does not
+know caches or drafts.
 
 Legend: T tokens, C = taps * H, H hidden size.
 """
@@ -18,7 +19,7 @@ from deepspec_core.contracts.target import TargetModel
 from deepspec_core.data.collate import pad_ids
 from deepspec_core.diagnosis.finding import HELD_OUT, LIVE, PROMPTS, Finding
 
-# What rounding cannot do: float8 with three bits of mantissa stays within 4% and above 0.999.
+# Differences that rounding cannot cause: float8 with three bits of mantissa stays within 4%, with a cosine above 0.999.
 _LIKE = 0.99
 _NEAR = 0.1
 LAST = "last"
@@ -28,11 +29,11 @@ _EXPLAINS = (LIVE, HELD_OUT, PROMPTS)
 
 @frozen(kw_only=True)
 class TapDifference:
-    """Stored and live features of one tap, over all tokens of some samples.
+    """How the stored features of one tap differ from the live ones, over all tokens of some samples.
 
-    tap: A layer, or "last" for the output of the final norm. cosine: The mean over tokens. typical, largest: The median
-    and the largest over tokens of |stored - live| / |live|. fits: The layer whose live features are nearest to the
-    stored ones, and their median difference.
+    tap: A layer, or "last" for the output of the final norm. cosine: The mean cosine over tokens. typical, largest: The
+    median and the maximum over tokens of |stored - live| / |live|. fits: The layer whose live features are nearest to
+    the stored ones, and the median difference of the two.
     """
 
     tap: int | str
@@ -49,7 +50,7 @@ class TapDifference:
 
 
 def compare_features(samples: Sequence[Sample], target: TargetModel, taps: Sequence[int]) -> list[TapDifference]:
-    """The stored features of samples against the target's own, tap by tap, then the final norm's output."""
+    """Compare the stored features of samples with the target's own, tap by tap, then the final norm's output."""
     taps = tuple(sorted(taps))
     layers = tuple(range(-1, target.architecture.num_layers - 1))
     stored: list[Tensor] = []
@@ -88,7 +89,7 @@ def _relative(own_TH: Tensor, live_TH: Tensor) -> Tensor:
 
 
 def features_finding(compared: Sequence[TapDifference]) -> Finding | None:
-    """What differs, if rounding does not explain it."""
+    """The finding about features that differ by more than rounding; None if there are none."""
     off = [one for one in compared if not one.agrees]
     if not off:
         return None

@@ -1,6 +1,6 @@
-"""What a diagnosis says: stages with their figures, findings that explain them, and the first stage that drops.
+"""The result of a diagnosis: stages with their figures, findings that explain drops, and the first stage that drops.
 
-Knows names, figures and sentences. Does not know how anything was measured.
+This file knows names, figures and sentences. It does not know how anything was measured.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PROMPTS: Final = "prompts"
 ENGINE: Final = "engine"
 SERVED: Final = "served"
 
-# What each stage is, and what has changed since the one before it.
+# A description of each stage, and of what changed since the stage before it.
 STAGES: Final = {
     RECORDED: "as training recorded it in its last steps",
     REPLAYED: "the finished draft on training samples, with the features that training read",
@@ -33,7 +33,7 @@ STAGES: Final = {
     ENGINE: "the engine's rounds in these very answers",
     SERVED: "the rounds that a server counted",
 }
-# What to look at where nothing found explains a drop.
+# Advice for a stage that drops without a finding that explains it.
 _FIXES: Final = {
     REPLAYED: "Evaluate a checkpoint of train/checkpoints, and compare its files with those of the draft.",
     PRECISION: "Set target.dtype to the precision of training, or train in that of evaluation.",
@@ -49,12 +49,12 @@ _FIXES: Final = {
 class Stage:
     """The figures of one stage.
 
-    shares: By position, the share of the draft's tokens that are right, whatever stands before them.
-    conditional: By position, the same where all tokens before are right. Empty where only `shares` are known.
-    accepted: Draft tokens a round, as `conditional` says.
-    unfit: How many outputs of the draft are no finite numbers.
-    against: How it differs from the stage before it that was measured; None for the first.
-    what: What the difference is of.
+    shares: By position, the share of the draft's tokens that match, whether or not the tokens before them match.
+    conditional: By position, the same share, given that all tokens before match. Empty where only `shares` are known.
+    accepted: Accepted draft tokens per round, computed from `conditional`.
+    unfit: The number of the draft's outputs that are not finite.
+    against: The name of the last stage before it that was measured; None for the first stage.
+    difference: The difference from that stage, and what: the name of the figure that is compared.
     rates: By position, the mean acceptance rate at temperature 1, where it is known.
     """
 
@@ -75,10 +75,10 @@ class Stage:
 
 @frozen(kw_only=True)
 class Finding:
-    """A difference that was seen directly.
+    """A difference that a check found directly.
 
-    says: One or more sentences with the evidence. fix: An imperative sentence. explains: The stages whose drop it
-    would cause, in order.
+    says: One or more sentences with the evidence. fix: An imperative sentence. explains: The stages whose drop the
+    difference would cause, in order.
     """
 
     name: str
@@ -89,7 +89,7 @@ class Finding:
 
 @frozen(kw_only=True)
 class Diagnosis:
-    """Everything that was measured. `facts` are what the checks saw, in JSON types; `not_measured` says why not."""
+    """Everything that was measured. `facts` has the checks' results in JSON types, `not_measured` reasons for gaps."""
 
     stages: tuple[Stage, ...]
     findings: tuple[Finding, ...]
@@ -105,12 +105,12 @@ class Diagnosis:
 
     @property
     def causes(self) -> tuple[Finding, ...]:
-        """The findings that explain the first drop; all where nothing drops."""
+        """The findings that explain the first drop. All findings if nothing drops."""
         first = self.first
         return tuple(one for one in self.findings if first is None or first.name in one.explains)
 
     def sentences(self) -> list[str]:
-        """The verdict in plain sentences, the first stage that drops before everything else."""
+        """The verdict in plain sentences. The first stage that drops comes first."""
         first, causes = self.first, self.causes
         if first is None and not causes:
             return [f"Nothing found: {self._agreement()}", *self._beside()]
@@ -150,7 +150,7 @@ class Diagnosis:
         )
 
     def as_json(self) -> dict[str, Any]:
-        """Plain JSON types. A figure that is no finite number is null."""
+        """Plain JSON types. A figure that is not finite is null."""
         first = self.first
         whole: dict[str, Any] = _finite(
             {

@@ -1,7 +1,7 @@
-"""What became of proposals, block by block, and the figures that every stage of a diagnosis is compared by.
+"""The outcomes of proposals, block by block, and the figures by which the stages of a diagnosis are compared.
 
-A block is one proposal: of a training pass, of the engine, or of a server. Knows which of its tokens counted and
-matched. Does not know where blocks come from.
+A block is one proposal: of a training pass, of the engine, or of a server. This file knows which tokens of a block
+counted and matched. It does not know where blocks come from.
 
 Legend: M blocks, S positions of a block, G groups (samples or prompts), D draws.
 """
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from deepspec_core.decoding.engine import Completion
 
 DRAWS = 1000
-# The middle 99% of the draws: several stages are looked at, and each may be accused.
+# The middle 99% of the draws, not 95%, because several stages are compared and each comparison may be a false alarm.
 _QUANTILES = (0.005, 0.995)
 
 Counts = NDArray[np.float64]
@@ -27,10 +27,9 @@ Counts = NDArray[np.float64]
 class Outcomes:
     """Sums over the blocks of each group, [G, S]. The blocks of one group are not independent of each other.
 
-    matched, counted: Of all blocks that have a token at a position: how many of these tokens matched, and how many
-        there are.
-    survived, reached: The same among blocks whose tokens before the position all matched.
-    unfit: How many of the draft's outputs are no finite numbers. Their tokens count as not matched.
+    counted, matched: The number of blocks that have a token at a position, and how many of these tokens matched.
+    reached, survived: The same two counts over the blocks whose tokens before the position all matched.
+    unfit: The number of the draft's outputs that are not finite. Their tokens count as not matched.
     """
 
     matched: Counts
@@ -41,33 +40,33 @@ class Outcomes:
 
     @property
     def groups(self) -> int:
-        """How many samples or prompts there are."""
+        """The number of samples or prompts."""
         return len(self.counted)
 
     @property
     def blocks(self) -> int:
-        """How many proposals have a first token."""
+        """The number of proposals that have a first token."""
         return int(self.counted[:, :1].sum())
 
     def shares(self) -> list[float | None]:
-        """By position, the share of tokens that match, whatever stands before them. None: there is no such token."""
+        """By position, the share of tokens that match, whether or not those before match. None: no token."""
         return _ratios(self.matched.sum(0), self.counted.sum(0))
 
     def conditional(self) -> list[float | None]:
-        """By position, the share of tokens that match where all before them do."""
+        """By position, the share of tokens that match, given that all tokens before them match."""
         return _ratios(self.survived.sum(0), self.reached.sum(0))
 
     def accepted(self) -> float:
-        """Draft tokens accepted a round, as the conditional shares say: sum_k prod_{j<=k} share_j."""
+        """Accepted draft tokens per round, from the conditional shares: sum_k prod_{j<=k} share_j."""
         return float(_accepted(self.survived.sum(0), self.reached.sum(0)))
 
     def mean_share(self) -> float:
-        """The mean of `shares` over the positions that were seen."""
+        """The mean of `shares` over the positions that have a token."""
         return float(_mean(self.matched.sum(0), self.counted.sum(0)))
 
 
 def of_blocks(group_M: Sequence[int], matched_MS: NDArray[np.bool_], counted_MS: NDArray[np.bool_]) -> Outcomes:
-    """The outcomes of blocks, each with the number of its group. Counted tokens stand before those that are not."""
+    """The outcomes of blocks, each with the number of its group. In a block, counted tokens precede all others."""
     groups = np.unique(np.asarray(group_M, dtype=np.int64), return_inverse=True)[1]
     size = int(groups.max(initial=-1)) + 1
     before_MS = np.cumprod(np.pad(matched_MS, ((0, 0), (1, 0)), constant_values=True)[:, :-1], axis=1).astype(bool)
@@ -86,9 +85,9 @@ def of_blocks(group_M: Sequence[int], matched_MS: NDArray[np.bool_], counted_MS:
 
 
 def of_completions(completions: Sequence[Completion], *, last: bool = False) -> Outcomes:
-    """The engine's rounds. The last one of each answer is left out: it ends where the answer does, not the draft.
+    """The outcomes of the engine's rounds. The last round of each answer is left out, because the answer's end cuts it.
 
-    With `last` it is among them, as in the counts of a server.
+    With `last` it is included, as in the counts of a server.
     """
     rounds = [(group, r) for group, done in enumerate(completions) for r in (done.rounds if last else done.rounds[:-1])]
     positions = np.arange(max((r.proposal_length for _, r in rounds), default=0))
@@ -106,12 +105,12 @@ class Difference:
     interval: tuple[float, float]
 
     def drops(self, tolerance: float) -> bool:
-        """Whether the later stage is surely lower, and by more than this share of the earlier one."""
+        """Whether the later stage is significantly lower, and by more than this share of the earlier one."""
         return self.interval[1] < 0 and self.earlier - self.later > tolerance * self.earlier
 
 
 def accepted_difference(earlier: Outcomes, later: Outcomes, *, paired: bool, seed: int = 0) -> Difference:
-    """Of the draft tokens accepted a round. `paired`: both have the same groups, which are drawn together."""
+    """The difference in accepted draft tokens per round. `paired`: Both have the same groups, drawn together."""
     rng = np.random.default_rng(seed)
     draws = _draws(rng, earlier.groups)
     of_earlier = _accepted(draws @ earlier.survived, draws @ earlier.reached)
@@ -121,30 +120,30 @@ def accepted_difference(earlier: Outcomes, later: Outcomes, *, paired: bool, see
 
 
 def share_difference(recorded: Sequence[float], samples: int, later: Outcomes, *, seed: int = 0) -> Difference:
-    """Of the mean share of matching tokens. Of the earlier one only the shares are known, and of how many samples."""
+    """The difference in the mean share of matching tokens. The earlier stage has shares only."""
     rng = np.random.default_rng(seed)
     size = min(len(recorded), later.counted.shape[1])
     draws = _draws(rng, later.groups)
     of_later = _mean((draws @ later.matched)[:, :size], (draws @ later.counted)[:, :size])
-    # As if a sample were one token: those of a sample are not independent.
+    # Each sample counts as one observation, because the tokens of a sample are not independent.
     of_earlier = np.mean([rng.binomial(samples, share, DRAWS) / samples for share in recorded[:size]], axis=0)
     mean = float(_mean(later.matched.sum(0)[:size], later.counted.sum(0)[:size]))
     return Difference(earlier=float(np.mean(recorded[:size])), later=mean, interval=_interval(of_later - of_earlier))
 
 
 def accepted_interval(outcomes: Outcomes, *, seed: int = 0) -> tuple[float, float]:
-    """The 99% interval of the draft tokens accepted a round."""
+    """The 99% interval of the accepted draft tokens per round."""
     draws = _draws(np.random.default_rng(seed), outcomes.groups)
     return _interval(_accepted(draws @ outcomes.survived, draws @ outcomes.reached))
 
 
 def _draws(rng: np.random.Generator, groups: int) -> Counts:
-    """How often each group is drawn, [D, G]."""
+    """The number of times that each group is drawn in each draw, [D, G]."""
     return rng.multinomial(groups, np.full(groups, 1 / max(1, groups)), size=DRAWS).astype(np.float64)
 
 
 def _accepted(survived: Counts, reached: Counts) -> Counts:
-    """[..., S] -> [...]. A position that nothing reached adds nothing."""
+    """Accepted draft tokens per round, [..., S] -> [...]. A position that no block reached adds 0."""
     ratio = np.divide(survived, reached, out=np.zeros_like(survived), where=reached > 0)
     found: Counts = np.cumprod(ratio, axis=-1).sum(-1)
     return found

@@ -1,6 +1,6 @@
-"""Whether evaluation asks in the words that training read: token ids of prompts, and how they differ.
+"""Checks whether evaluation renders prompts as training did: compares their token ids, and says how they differ.
 
-Knows token ids and renderings of one chat template. Does not know where conversations come from.
+This file knows token ids and renderings of one chat template. It does not know where conversations come from.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _FIXES = {
 
 @frozen(kw_only=True)
 class PromptDifference:
-    """How one prompt of evaluation differs from what training read of the same conversation, with the evidence."""
+    """How one prompt of evaluation differs from the same conversation's tokens in training, with the evidence."""
 
     sample: str
     kind: str
@@ -34,7 +34,7 @@ class PromptDifference:
 
 @frozen(kw_only=True)
 class Trained:
-    """The token ids of a training sample, answer included. Its first `prompt` tokens are not supervised."""
+    """The token ids of a training sample, with its answer. The first `prompt` tokens are not supervised."""
 
     sample: str
     ids: Sequence[int]
@@ -44,10 +44,11 @@ class Trained:
 def compare_prompt(
     trained: Trained, asked: Sequence[int], other_mode: Sequence[int], tokenizer: ChatTokenizer, *, header: str
 ) -> PromptDifference:
-    """`asked` is evaluation's prompt of the sample's first turn, `other_mode` with thinking the other way round.
+    """Compare evaluation's prompt of the sample's first turn, `asked`, with the sample.
 
-    The prompt is the same if the sample begins with it, and neither the assistant's `header` nor what the other mode
-    ends with stands between the prompt and the answer.
+    `other_mode` is the same prompt with thinking switched the other way. The prompt is the same as training's if the
+    sample begins with it, and if neither the assistant's `header` nor the end of `other_mode` stands between the prompt
+    and the answer.
     """
     sample, ids, asked, other_mode = trained.sample, list(trained.ids), list(asked), list(other_mode)
     between = tokenizer.decode(ids[len(asked) : trained.prompt])
@@ -80,9 +81,9 @@ def compare_prompt(
 
 
 def prompts_finding(found: Sequence[PromptDifference]) -> Finding | None:
-    """What most of the differing prompts have in common; None if fewer than half differ.
+    """The finding about what most differing prompts have in common. None if fewer than half of the prompts differ.
 
-    A few may: a sample without thoughts looks as if it was asked without thinking.
+    A few prompts may differ without a fault: a sample without thoughts looks like one that was asked without thinking.
     """
     different = [one for one in found if one.kind != SAME]
     if 2 * len(different) < len(found) or not different:

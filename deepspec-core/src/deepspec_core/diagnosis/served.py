@@ -1,7 +1,7 @@
-"""The rounds that a server counted, as its speculative-decoding metrics give them, in a JSON file.
+"""The rounds that a server counted in its speculative-decoding metrics, read from a JSON file.
 
-`{"drafts": 1200, "accepted": [900, 640, 410]}`: how many proposals there were, and in how many of them the token at
-each position was accepted. Knows the file and its counts. Asks no server.
+`{"drafts": 1200, "accepted": [900, 640, 410]}` has the number of proposals, and for each position the number of
+proposals whose token there was accepted. This file knows the JSON file and its counts. It does not contact a server.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from deepspec_core.diagnosis.outcomes import Difference, Outcomes
 from deepspec_core.errors import DataError
 from deepspec_core.json_files import read_object
 
-# Counters say nothing of prompts, so rounds are dealt out to as many groups.
+# Counters do not tell prompts apart, so the rounds are distributed over this many groups.
 _GROUPS = 100
 
 
 def served_outcomes(path: Path, *, max_tokens: int) -> Outcomes:
-    """The server's rounds. DataError if the file is not as described, or its counts do not go together.
+    """The outcomes of the server's rounds. Raises DataError if the file is malformed or its counts are inconsistent.
 
-    The draft proposes `max_tokens` at most: a token accepted beyond them was another draft's.
+    The draft proposes at most `max_tokens` tokens. A token that was accepted beyond them came from another draft.
     """
     try:
         content = read_object(path, kind=DataError)
@@ -54,7 +54,7 @@ def served_outcomes(path: Path, *, max_tokens: int) -> Outcomes:
 
 
 def above_the_engine(difference: Difference, tolerance: float) -> Finding | None:
-    """The finding where the server surely accepts more than the engine, by more than this share of the engine's."""
+    """The finding if the server accepts significantly more than the engine, by more than this share of the engine's."""
     over = difference.later - difference.earlier
     if difference.interval[0] <= 0 or over <= tolerance * difference.earlier:
         return None
@@ -70,9 +70,9 @@ def above_the_engine(difference: Difference, tolerance: float) -> Finding | None
 
 
 def outcomes_of_counts(rounds: int, accepted: Sequence[int]) -> Outcomes:
-    """The outcomes of so many rounds, of which accepted[k] accepted the token at position k; it never rises with k."""
+    """The outcomes of this many rounds. accepted[k] of them accepted the token at position k; it never rises with k."""
     counts = [rounds, *accepted]
-    # Rounds by how many tokens they accepted, each kind dealt out to the groups at random.
+    # Rounds are sorted by their number of accepted tokens; each kind is distributed over the groups at random.
     exactly = -np.diff([*counts, 0])
     rng = np.random.default_rng(0)
     dealt_SG = np.array([rng.multinomial(number, [1 / _GROUPS] * _GROUPS) for number in exactly])

@@ -1,7 +1,7 @@
-"""The pass of training over samples, with a finished draft: which token it says at each slot, and which is right.
+"""Runs the training pass over samples with a finished draft: which token it predicts at each slot, and the label.
 
-It is training's own pass: the draft's preparation, its forward, and the row engine with a term that only looks. Knows
-drafts through their contract. Does not know where samples and features come from.
+It is training's own pass: the draft's preparation, its forward, and the row engine with a term that only records. This
+file knows drafts through their contract. It does not know where samples and features come from.
 
 Legend: N rows, M blocks, S slots.
 """
@@ -31,9 +31,9 @@ from deepspec_core.training.sampler import sample_rng
 class Said:
     """The rows of one sample, in the order of blocks and slots: [N] each.
 
-    said: The draft's most probable token. labels: The right one. acceptance: The acceptance rate at temperature 1; NaN
-        where the draft has no target to compare with. fit: Whether the row's output is finite. distributions: [N, V],
-        what the draft gives each token of the target's vocabulary; None if they were not asked for.
+    said: The draft's most probable token. labels: The label. acceptance: The acceptance rate at temperature 1; NaN
+        where the row has no target distribution. fit: Whether the row's output is finite. distributions: [N, V], the
+        draft's distribution over the target's vocabulary; None if it was not asked for.
     """
 
     sample: Sample
@@ -47,12 +47,12 @@ class Said:
 
     @property
     def matched(self) -> Tensor:
-        """Whether the draft says the right token."""
+        """Whether the draft's most probable token is the label, [N]."""
         return (self.said == self.labels) & self.fit
 
 
 class _Look:
-    """A loss term that keeps what it sees."""
+    """A loss term that records the statistics that it is given."""
 
     needs_extras: tuple[str, ...] = ()
     needs_logits = True
@@ -80,9 +80,10 @@ def said_of(
     compute_dtype: torch.dtype = torch.float32,
     keep_distributions: bool = False,
 ) -> Iterator[Said]:
-    """What the draft says of each sample, which has its features. Each is its own batch.
+    """The draft's predictions for each sample. Samples carry their features, and each is a batch of its own.
 
-    `compute_dtype` bfloat16 is autocast, as in training. Draws follow from `seed` and the sample's id.
+    With `compute_dtype` bfloat16 the pass runs under autocast, as in training. Draws depend on `seed` and the sample's
+    id.
     """
     for sample in samples:
         prepared = draft.preparation.prepare(sample, sample_rng(seed, 0, sample.id))
@@ -131,7 +132,7 @@ def outcomes_of(said: Sequence[Said]) -> Outcomes:
 
 
 def acceptance_rates(said: Sequence[Said]) -> list[float]:
-    """By slot, the mean acceptance rate at temperature 1; empty where the draft has no target to compare with."""
+    """By slot, the mean acceptance rate at temperature 1. Empty if the rows have no target distribution."""
     slot = torch.cat([one.slot for one in said]) if said else torch.zeros(0, dtype=torch.long)
     rate = torch.cat([one.acceptance for one in said]) if said else torch.zeros(0)
     if not len(rate) or bool(rate.isnan().any()):
@@ -140,7 +141,7 @@ def acceptance_rates(said: Sequence[Said]) -> list[float]:
 
 
 def _finite(rows: Rows) -> Rows:
-    """The rows without numbers that are none: those would spread through sums. They are counted apart."""
+    """The rows with values that are not finite replaced, because these would spread through sums. `fit` counts them."""
     return evolve(
         rows,
         hidden=rows.hidden.nan_to_num(0.0, 0.0, 0.0),
@@ -151,7 +152,7 @@ def _finite(rows: Rows) -> Rows:
 
 
 class _Stored:
-    """Stands for a source where every sample brings its features."""
+    """Takes the place of a feature source, because every sample carries its features."""
 
     def __len__(self) -> int:
         return 0

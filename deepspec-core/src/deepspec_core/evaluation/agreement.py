@@ -1,6 +1,6 @@
-"""Greedy answers of a server beside those that this engine recorded for the same prompts, token for token.
+"""Compares a server's greedy answers, token by token, with those that this engine recorded for the same prompts.
 
-Knows finished sequences. Does not know where they come from.
+This file knows finished sequences. It does not know where they come from.
 """
 
 from __future__ import annotations
@@ -16,7 +16,11 @@ from deepspec_core.evaluation.served import by_position, kept_per_round
 
 @frozen(kw_only=True)
 class Difference:
-    """An answer that differs. The tokens at the first place, from 0, where they part; None where one has ended."""
+    """An answer that differs between the two engines.
+
+    position: The index, from 0, of the first output token that differs.
+    ours, theirs: The two tokens at that index; None where that answer has ended.
+    """
 
     id: str
     position: int
@@ -26,10 +30,10 @@ class Difference:
 
 @frozen(kw_only=True)
 class Agreement:
-    """Both engines on the prompts that both answered.
+    """How both engines compare on the prompts that both answered.
 
-    acceptance_length, by_position, kept_per_round: This engine's own, the second of all rounds; None where the server
-        answered other prompts too, or there was another limit of tokens.
+    acceptance_length, by_position, kept_per_round: This engine's own figures. `by_position` gives shares of all rounds.
+        They are None where the server also answered other prompts, or where the two token limits differ.
     """
 
     run: str
@@ -54,9 +58,9 @@ def agreement(
     draft_revision: str | None,
     limits: tuple[int, int],
 ) -> Agreement | None:
-    """Compare the answers to equal prompts; None if there is none.
+    """Compare the answers to equal prompts. Returns None if the engines have no prompt in common.
 
-    `limits` are the most tokens of an answer, theirs and ours: further tokens than the smaller are not compared.
+    `limits` are the token limits of an answer, theirs and ours. Tokens beyond the smaller limit are not compared.
     """
     own = {(done.id, done.prompt_ids): done for done in ours}
     pairs = [(done, own[done.id, done.prompt_ids]) for done in theirs if (done.id, done.prompt_ids) in own]

@@ -1,8 +1,9 @@
 """Sequential temperature scaling: a temperature for each position's confidence logit, fitted on recorded rounds.
 
-From left to right, each position takes the temperature of a grid whose product of confidences up to that position has
-the least expected calibration error. The temperatures before it stay as they are. Dividing a logit by a temperature
-keeps the order of a position's confidences. Knows recorded rounds. Does not know drafts or files.
+Positions are fitted from left to right. For each position, every temperature of a grid is tried, and the one is taken
+whose product of confidences up to that position has the least expected calibration error. The temperatures of earlier
+positions stay fixed. Dividing the logits of a position by a temperature keeps the order of its confidences. This file
+knows recorded rounds. It does not know drafts or files.
 
 Legend: N rounds, K positions.
 """
@@ -17,16 +18,16 @@ from attrs import evolve, frozen
 
 from deepspec_core.evaluation.reliability import Judged, Reliability, ece, reliability, survival
 
-# From a tenth to ten, equal steps of the logarithm. 1 is among them, so that no position gets worse than without.
+# From 0.1 to 10 in equal steps of the logarithm. 1 is in the grid, so fitting makes no position worse.
 GRID: Final = tuple(10 ** (step / 20) for step in range(-20, 21))
 
 
 @frozen(kw_only=True)
 class Fitted:
-    """Temperatures, and how well confidences foretell acceptance on the same rounds before and after.
+    """Temperatures, and how well confidences predict acceptance on the same rounds before and after scaling.
 
-    `after_left_out` judges each half of the prompts with temperatures that were fitted on the other half; None where
-    there are fewer than two prompts.
+    `after_left_out` judges each half of the prompts with temperatures that were fitted on the other half. It is None
+    where there are fewer than two prompts.
     """
 
     temperatures: tuple[float, ...]
@@ -36,12 +37,12 @@ class Fitted:
 
     @property
     def at_the_edge(self) -> tuple[int, ...]:
-        """The positions, from 1, whose temperature is an end of the grid: a better one may lie beyond."""
+        """The positions, from 1, whose temperature is an end of the grid. A better temperature may lie beyond it."""
         return tuple(k for k, one in enumerate(self.temperatures, start=1) if one in (GRID[0], GRID[-1]))
 
 
 def fitted(rounds: Judged, positions: int) -> Fitted:
-    """Fit so many positions, and judge the result."""
+    """Fit the temperatures of this many positions, and judge the result."""
     temperatures = fit(rounds, positions)
     return Fitted(
         temperatures=temperatures,
@@ -52,9 +53,9 @@ def fitted(rounds: Judged, positions: int) -> Fitted:
 
 
 def fit(rounds: Judged, positions: int) -> tuple[float, ...]:
-    """The temperatures of so many positions. A position that no round proposed has 1.
+    """The temperatures of this many positions. A position at which no round proposed a token gets 1.
 
-    Of temperatures with equal errors, the one nearest to 1 is taken.
+    Among temperatures with equal errors, the one nearest to 1 is taken.
     """
     before_N = np.ones(len(rounds.logits))
     found: list[float] = []
@@ -82,7 +83,8 @@ def fit(rounds: Judged, positions: int) -> tuple[float, ...]:
 def left_out(rounds: Judged, positions: int) -> Reliability | None:
     """The figures of each half of the prompts with temperatures that were fitted on the other half.
 
-    All answers to a prompt are in one half: they are alike. None if there are fewer than two prompts with rounds.
+    All answers to a prompt are in the same half, because they are alike. Returns None if fewer than two prompts have
+    rounds.
     """
     known = np.unique(rounds.prompt)
     if len(known) < 2:

@@ -1,6 +1,7 @@
 """calibration.json: temperatures of a draft's confidences, with the draft and the rounds that they were fitted on.
 
-Knows the file, and the form in which a serving engine reads the same. Does not fit anything.
+This file knows the format of calibration.json, and the form in which a serving engine reads the same temperatures. It
+does not fit anything.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ _FIX: Final = "Fit it again with `deepspec calibrate RUN`."
 
 @frozen(kw_only=True)
 class Calibration:
-    """One temperature for each token that a draft proposes at most, the digest of that draft, and of the file.
+    """One temperature for each position of the draft's longest proposal, and the digests of the draft and the file.
 
-    `prompts` has the digest of each task's prompts that it was fitted on, as results in metrics.json have theirs.
+    `prompts` has the digest of the prompts of each task that it was fitted on, in the form that metrics.json uses.
     """
 
     temperatures: tuple[float, ...]
@@ -45,7 +46,7 @@ def write_calibration(
     fitted_on: Mapping[str, Any],
     versions: Mapping[str, str],
 ) -> tuple[Path, Path]:
-    """Write both files into `folder` and return their paths. `fitted_on` says the tasks and counts of the rounds."""
+    """Write both files into `folder` and return their paths. `fitted_on` has the tasks and the counts of rounds."""
     own, served = folder / NAME, folder / SERVED
     left_out = fitted.after_left_out
     write_sealed(
@@ -71,7 +72,7 @@ def write_calibration(
             "num_samples": fitted_on["rounds"],
             "ece_before": [position.ece for position in fitted.before.positions],
             "ece_after": [position.ece for position in fitted.after.positions],
-            # SGLang's reader passes over keys that it does not know.
+            # SGLang's reader ignores keys that it does not know.
             "draft": draft.get("revision"),
         },
     )
@@ -79,9 +80,9 @@ def write_calibration(
 
 
 def read_calibration(path: Path, *, draft_revision: str, positions: int) -> Calibration:
-    """The calibration of the draft with this digest, which proposes so many tokens.
+    """Read the calibration of the draft that has this digest and proposes this many tokens.
 
-    CheckpointError if the file is missing, damaged, edited, or of another draft.
+    Raises CheckpointError if the file is missing, damaged or edited, or if it belongs to another draft.
     """
     found = read_sealed(path, form=FORM, version=VERSION, what="the calibration", kind=CheckpointError, fix=_FIX)
     draft, temperatures = found.get("draft"), found.get("temperatures")

@@ -1,8 +1,8 @@
 """Several evaluations in one table, and every difference that makes their figures incomparable.
 
-Knows what a run's metrics.json says, and not how it was made. Nothing is left out or averaged. A run on another target,
-on other prompts or with other settings keeps its rows. They are marked, and the difference is written below the table.
-What a server does not tell is said, and marks no row.
+This file knows what a run's metrics.json says. It does not know how the figures were made. Nothing is left out or
+averaged. A run on another target, on other prompts or with other settings keeps its rows. These rows are marked, and
+the difference is written below the table. If a server does not report a setting, a note says so, but no row is marked.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ HEADINGS = (
     "conditional acceptance by position, %",
 )
 MARK = " *"
-# Settings that must be equal for figures to be compared. Taps and the draft's size may differ: they are compared.
+# Settings that must be equal for figures to be compared. Taps and the draft's size may differ: these may be compared.
 _TARGET = ("model", "revision", "dtype")
 # So is how a draft proposes: as trees of so many tokens, or as chains.
 _TREE = "tree_nodes"
@@ -94,8 +94,8 @@ class Row:
 class Comparison:
     """The rows of all runs, ordered by task, temperature and batch size, and how the runs differ.
 
-    `differences` say in words what makes figures incomparable; empty if nothing does. `remarks` mark no row: they are
-    of speed, of how drafts propose, or say what is not known.
+    `differences` describe what makes figures incomparable; empty if nothing does. `remarks` mark no row: they are about
+    speed, about how drafts propose, or about what is not known.
     """
 
     rows: tuple[Row, ...]
@@ -136,7 +136,7 @@ class Comparison:
 
 
 def compare(runs: Sequence[Run]) -> Comparison:
-    """Put runs into one table. The others are compared with the first."""
+    """Put runs into one table. Every other run is compared with the first one."""
     runs = [_with_defaults(run) for run in named_alike(runs)]
     differences: list[str] = []
     unlike: set[int] = set()
@@ -197,9 +197,10 @@ def compare(runs: Sequence[Run]) -> Comparison:
 
 
 def named_alike(runs: Sequence[Run]) -> list[Run]:
-    """The runs, where a task of the same file name and the same prompts has the name that it has in the first of them.
+    """The runs, with tasks renamed so that the same file of prompts has the same name in all of them.
 
-    A file is named by its path, which differs with the place of the run file.
+    A task that is read from a file is named by the file's path, which depends on where the run file lies. Tasks with
+    the same file name and the same prompts take the name that the first of these runs gives them.
     """
     names: dict[tuple[str, str], str] = {}
 
@@ -224,19 +225,19 @@ def _results(run: Run) -> dict[tuple[str, float, int | None], Mapping[str, Any]]
 
 
 def _untold(run: Run, section: str, name: str) -> bool:
-    """Whether this is of a server, which did not tell it."""
+    """Whether the run is a server's, and the server did not report this value."""
     own = run.report[section]
     return "server" in run.report and name in own and own[name] is None
 
 
 def _cut(run: Run) -> bool:
-    """Whether confidences decide how long proposals are."""
+    """Whether confidences decide how long the proposals are (by a threshold or a scheduler)."""
     settings = run.report["settings"]
     return bool(settings.get("confidence_threshold") or settings.get("scheduler"))
 
 
 def _scaled_alike(run: Run, first: Run) -> bool:
-    """Whether a calibration scaled both or neither, and the same one for the same draft. Another draft has its own."""
+    """Whether both runs, or neither, scaled confidences by a calibration. The same draft must have the same one."""
     drafts = [one.report["draft"] for one in (run, first)]
     mine, other = (draft.get("calibration") for draft in drafts)
     return mine == other or (None not in (mine, other) and drafts[0].get("revision") != drafts[1].get("revision"))
@@ -248,7 +249,7 @@ def _is_digest(value: object) -> TypeGuard[str]:
 
 def _difference(what: str, runs: Sequence[Run], values: Sequence[object]) -> list[str]:
     """A sentence that says which run has which value; none if all are equal."""
-    if all(value == values[0] for value in values):  # also where there are none
+    if all(value == values[0] for value in values):  # also true of no values
         return []
     # The first characters of digests and commits are enough to see that they differ.
     short = [f"{value[:_DIGEST]}..." if _is_digest(value) else value for value in values]

@@ -1,6 +1,6 @@
-"""A cost table: how many steps a second a target takes, by concurrent requests and tokens in the batch.
+"""A cost table: how many steps per second a target takes, by concurrent requests and tokens in the batch.
 
-Knows the table's file and how values between measured ones are found. Does not measure.
+This file knows the table's file and how values between measured ones are interpolated. It does not measure.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _COUNTS: Final = ("requests", "tokens", "repeats")
 
 @frozen(kw_only=True)
 class CostTable:
-    """Measured steps of one target. Every batch size has a step of one token a request, and longer ones."""
+    """Measured steps of one target. Each batch size has a step with one token per request, and longer steps."""
 
     steps: tuple[Step, ...]
     about: Mapping[str, Any]
@@ -39,9 +39,10 @@ class CostTable:
         return tuple(sorted({step.requests for step in self.steps}))
 
     def seconds(self, requests: int, tokens: float) -> float:
-        """The time of a step of so many requests with `tokens` in all, linear between the nearest measured steps.
+        """The time of a step of this many requests with `tokens` tokens in all.
 
-        ConfigError if this number of requests was not measured, or `tokens` lie beyond its measured steps.
+        The time is interpolated linearly between the nearest measured steps. Raises ConfigError if this number of
+        requests was not measured, or if `tokens` lies outside its measured steps.
         """
         row = sorted((step.tokens, step.seconds) for step in self.steps if step.requests == requests)
         if not row:
@@ -68,8 +69,9 @@ class CostTable:
     def steps_per_second(self, requests: int, tokens: int) -> float:
         """1 / seconds, also for numbers of requests between measured ones.
 
-        Their seconds are linear between the nearest two, each with as many tokens a request. ConfigError as `seconds`
-        raises it, for fewer or more requests than were measured and for too many tokens of either.
+        Between them, the seconds are interpolated linearly between the nearest two measured numbers of requests, at the
+        same number of tokens per request. Raises ConfigError, as `seconds` does, for fewer or more requests than were
+        measured, and where the tokens exceed the measured steps of either neighbour.
         """
         sizes = self.batch_sizes
         at = bisect_left(sizes, requests)
@@ -81,19 +83,20 @@ class CostTable:
 
 
 def write_cost_table(path: Path, steps: Sequence[Step], about: Mapping[str, Any]) -> Path:
-    """Write the table, and beside it the same by tokens alone, as SGLang reads it. Returns the second path.
+    """Write the table, and beside it the form that SGLang reads, which is by tokens alone. Returns the second path.
 
-    There, steps a second never rise with the tokens: a count has the speed of the fastest with as many or more.
+    In the second file, steps per second never rise with the number of tokens: each number of tokens has the speed of
+    the fastest step with at least as many tokens.
 
-    `about` says the target ("model", "revision", "dtype"), the machine and the settings.
+    `about` has the target ("model", "revision", "dtype"), the machine and the settings.
     """
     rows = [{**asdict(step), "steps_per_second": 1 / step.seconds} for step in steps]
     write_sealed(path, {**about, "steps": rows}, form=FORM, version=VERSION)
     by_tokens = sorted({step.tokens for step in steps})
     # Several batch sizes may have the same number of tokens.
     taken = [median(step.seconds for step in steps if step.tokens == tokens) for tokens in by_tokens]
-    # SGLang takes the next smaller count, so a count that seems faster than it would pay whatever is accepted. A step
-    # can be filled up to a longer one, so it need not take more time.
+    # SGLang looks up the next smaller number of tokens. If more tokens seemed faster, they would seem to pay whatever
+    # is accepted. A step can be padded to the length of a longer one, so it never needs more time than the longer one.
     speeds = [1 / least for least in accumulate(reversed(taken), min)][::-1]
     served = served_place(path)
     write_json(
@@ -108,7 +111,7 @@ def write_cost_table(path: Path, steps: Sequence[Step], about: Mapping[str, Any]
 
 
 def faster_with_more(steps: Sequence[Step]) -> str | None:
-    """A sentence on steps that took less time than one of fewer tokens, which is mostly noise. None without any."""
+    """A sentence about steps that took less time than a step of fewer tokens (mostly noise). None if there are none."""
     ordered = sorted(steps, key=lambda step: (step.requests, step.tokens))
     pairs = [(a, b) for a, b in pairwise(ordered) if a.requests == b.requests and a.seconds > b.seconds]
     if not pairs:
@@ -123,14 +126,14 @@ def faster_with_more(steps: Sequence[Step]) -> str | None:
 
 
 def served_place(path: Path) -> Path:
-    """Where the form that SGLang reads lies, beside the table at `path`."""
+    """The path of the form that SGLang reads, beside the table at `path`."""
     return path.with_name(f"{path.stem}.sglang.json")
 
 
 def read_cost_table(path: Path, *, target: Mapping[str, Any]) -> CostTable:
-    """The table of this target, which has "model", "revision" and "dtype" as in metrics.json.
+    """Read the table of this target. `target` has "model", "revision" and "dtype" as in metrics.json.
 
-    StageError if the file is missing, damaged, edited, or of another target or number format.
+    Raises StageError if the file is missing, damaged or edited, or if its target or dtype is another one.
     """
     found = read_sealed(path, form=FORM, version=VERSION, what="the cost table", kind=StageError, fix=_FIX)
     own = found.get("target")

@@ -2,8 +2,8 @@
 
 Prompts are split into groups. Each group is decoded plainly and speculatively, one right after the other, so that both
 run under the same load of the machine. The result of a group is one line of a journal, and an interrupted evaluation
-goes on after the last finished group. At temperature 0 every speculative output is compared with the plain one. How a
-group is decoded is group_decoding.py's; how its line is written and read, recorded_groups.py's.
+goes on after the last finished group. At temperature 0 every speculative output is compared with the plain one.
+group_decoding.py decodes a group; recorded_groups.py writes and reads its line.
 """
 
 from __future__ import annotations
@@ -51,11 +51,13 @@ def evaluate(
 ) -> list[Group]:
     """Decode every request. Groups that are in the journal are taken from there.
 
-    The workers of `crew` share the groups. The first one returns all of them, the others return their own.
-    `machine` says what decides how fast this process decodes. StageError if the journal was begun with other prompts
-    than those of `prompts_digest`, or on another machine. DataError if a line of it is damaged; or if a larger share
-    than `max_failures` of all samples raises, counted over all workers, with the `refused` ones, which are not among
-    the requests; or if no sample is left.
+    The workers of `crew` share the groups. The first worker returns all groups; the others return their own.
+    `machine` describes what decides how fast this process decodes. `refused` are prompts that could not be asked; they
+    are not among the requests, but they count as failures.
+
+    Raises StageError if the journal was begun with other prompts than those of `prompts_digest`, or on another machine.
+    Raises DataError if a line of the journal is damaged, if more than the share `max_failures` of all samples fails
+    (counted over all workers), or if no sample is left.
     """
     size = max(decoding.batch_size, -(-len(requests) // MIN_GROUPS))
     groups = [requests[start : start + size] for start in range(0, len(requests), size)]
@@ -105,10 +107,10 @@ def _bounds(decoding: Decoding) -> Bounds:
 
 
 def recorded(journal: Path, *, max_tokens: int | None = None) -> tuple[str, list[Group]]:
-    """The digest of the prompts of a journal, and all groups in it. The file is only read.
+    """The digest of a journal's prompts, and all groups in the journal. The file is only read.
 
-    `max_tokens` are those that the draft proposes at most on a path, where it is known.
-    DataError if a line of it is damaged; StageError if there is no such file.
+    `max_tokens` is the largest number of tokens that the draft proposes on one path, where it is known.
+    Raises DataError if a line is damaged, and StageError if there is no such file.
     """
     if not journal.is_file():
         raise StageError("The rounds of an evaluation are missing", where=journal, fix=_AGAIN)
@@ -128,9 +130,9 @@ def recorded(journal: Path, *, max_tokens: int | None = None) -> tuple[str, list
 def summarise(groups: Sequence[Group], *, seed: int, cut: bool = False) -> dict[str, Any]:
     """The figures of one task at one temperature: pooled metrics, times, speed-up, and prompts whose outputs differ.
 
-    "confidence" says how well the draft's confidence foretells acceptance. It is missing where the draft gives none,
-    and where a threshold or a scheduler `cut` proposals: the tokens that it kept are not a fair sample. DataError if
-    confidences do not fit.
+    "confidence" says how well the draft's confidence predicts acceptance. It is missing where the draft gives no
+    confidence, and where a threshold or a scheduler `cut` the proposals, because the tokens that remain are not a fair
+    sample. Raises DataError if the confidences do not match the proposed tokens.
     """
     completions = [completion for group in groups for completion in group.completions]
     summary: dict[str, Any] = pool(completions, seed=seed).as_json()

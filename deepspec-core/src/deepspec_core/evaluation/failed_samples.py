@@ -1,4 +1,7 @@
-"""Samples that failed, as results, warnings and reports say them. Knows results; not why something fails."""
+"""Samples that failed, in the form of results, warnings and reports.
+
+This file knows results. It does not know why a sample fails.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ _MOST = 50
 
 
 def failures_of(refused: Sequence[Failure]) -> list[dict[str, Any]]:
-    """These as results have them, in JSON types."""
+    """The failures in the form that results have, in JSON types."""
     return [asdict(one) for one in refused]
 
 
@@ -28,14 +31,14 @@ def with_refused(summary: Mapping[str, Any], refused: Sequence[Failure]) -> dict
 
 
 def warn_of_failures(name: str, failures: Sequence[Mapping[str, Any]]) -> None:
-    """Say how many failed, and why one did."""
+    """Warn how many samples failed, with the reason of one of them."""
     if failures:
         first = failures[0]
         log.warning("%s: %d failed and are in no figure; %s: %s", name, len(failures), first["id"], first["reason"])
 
 
 def rows(task: str, batch: str, failures: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """A row under HEADINGS for each, the first ones where there are many."""
+    """A row under HEADINGS for each failure. Where there are many, only the first ones."""
     more = len(failures) - _MOST
     shown = [[task, batch, str(one["id"]), str(one["reason"])] for one in failures[:_MOST]]
     return shown + ([[task, batch, f"and {more} more, in metrics.json", ""]] if more > 0 else [])

@@ -1,8 +1,9 @@
-"""Decodes one group of prompts plainly and speculatively, at a size that fits memory, without samples that raise.
+"""Decodes one group of prompts plainly and speculatively, at a batch size that fits memory, without failing samples.
 
-A batch that does not fit is halved; both decodings of a group then run at the same size, and later groups begin with
-it. Where something else is raised, each sample is decoded alone, and those that raise again are left out and listed.
-Knows requests, models and errors. Does not know files, tasks, or how many failures are too many.
+A batch that does not fit memory is halved. Both decodings of the group then run at the smaller size, and later groups
+begin with it. If decoding raises any other error, each sample is decoded alone. Samples that raise again are left out
+and listed. This file knows requests, models and errors. It does not know files, tasks, or how many failures are too
+many.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ WARM_UP_TOKENS = 16
 class Decoding:
     """What both decodings of an evaluation share. `max_length` is the greatest length of a sequence with its prompt.
 
-    `later` asks further turns, each after the decoding's own answers; without it the requests are all there is.
+    `later` asks the further turns of a conversation, after the answers of the same decoding. Without it, only the given
+    requests are decoded.
     """
 
     target: TargetModel
@@ -55,7 +57,7 @@ class Decoding:
 class Timing:
     """The seconds of one decoding, by part, and the number of tokens in its output.
 
-    peak_bytes: The most memory at once (peak_memory.py). None where it is not known, as in journals of before.
+    peak_bytes: The peak memory (peak_memory.py). None where it is not known, as in journals of older versions.
     """
 
     tokens: int
@@ -69,7 +71,7 @@ class Timing:
 
 @frozen(kw_only=True)
 class Failure:
-    """A sample that is in no figure, and why."""
+    """A sample that failed and counts in no figure, and the reason."""
 
     id: str
     reason: str
@@ -77,11 +79,11 @@ class Failure:
 
 @frozen(kw_only=True)
 class Group:
-    """The results of one group of prompts. `plain` is None if plain decoding is off. So many `workers` decoded groups
-    at the same time.
+    """The results of one group of prompts. `plain` is None if plain decoding is off.
 
-    failures: The samples that raised, which are among no completions.
-    halved_to: How many sequences were decoded at once, where as many as were asked for did not fit memory; else None.
+    workers: How many workers decoded groups at the same time.
+    failures: The samples that raised an error. They have no completion.
+    halved_to: How many sequences were decoded at once, if the requested batch size did not fit memory; else None.
     """
 
     completions: tuple[Completion, ...]
@@ -95,7 +97,7 @@ class Group:
 
 @frozen(kw_only=True)
 class _Fault:
-    """What ended an attempt."""
+    """The error that ended an attempt to decode a group."""
 
     error: Exception
     memory: bool
@@ -103,17 +105,17 @@ class _Fault:
 
 @define
 class GroupDecoder:
-    """Decodes groups one after another, of what warnings call `what`, at first so many sequences at once."""
+    """Decodes groups one after another, at first with the given batch size. Warnings call the groups' task `what`."""
 
     decoding: Decoding
     what: str
     size: int
 
     def warm_up(self, requests: Sequence[Request]) -> None:
-        """Decode a little both ways without measuring, because first calls also allocate memory and select kernels.
+        """Decode a few tokens both ways without measuring, because first calls also allocate memory and select kernels.
 
-        The key-value caches are allocated for all of max_length, so a few tokens touch everything. A sample that raises
-        is found when its group is decoded.
+        The key-value caches are allocated for the whole max_length, so a few tokens are enough. Errors are ignored
+        here: a sample that raises is found when its group is decoded.
         """
         tokens = min(self.decoding.max_new_tokens, WARM_UP_TOKENS)
         brief = evolve(self.decoding, max_new_tokens=tokens, later=None)
@@ -122,7 +124,7 @@ class GroupDecoder:
                 return
 
     def __call__(self, requests: Sequence[Request]) -> Group:
-        """Decode the group. An error that no sample raises alone is raised as it came."""
+        """Decode the group. If decoding raises an error, but no sample raises one alone, that error is raised again."""
         failures: list[Failure] = []
         left = list(requests)
         while isinstance(found := self._attempt(left, self.decoding), _Fault):
@@ -144,7 +146,7 @@ class GroupDecoder:
                 raise
             memory = is_out_of_memory(error)
             if memory:
-                # Its frames hold what took the memory.
+                # The traceback's frames hold the tensors that took the memory.
                 error.__traceback__ = error.__context__ = error.__cause__ = None
             log.debug("%s: an attempt at %d sequences at once failed", self.what, size, exc_info=error)
             fault = _Fault(error=error, memory=memory)
@@ -163,7 +165,7 @@ class GroupDecoder:
         ]
 
     def _halve(self) -> bool:
-        """Whether there is a smaller size to try."""
+        """Halve the batch size. Returns whether there is a smaller size to try."""
         if self.size == 1:
             return False
         log.warning(
@@ -176,7 +178,7 @@ class GroupDecoder:
         return True
 
     def _let_go(self) -> None:
-        """Free the caches of the attempt before others are made."""
+        """Free the caches of the last attempt before the next attempt allocates its own."""
         self.decoding.target.open_slots(1, 1)
         self.decoding.proposer.open_slots(1, 1)
         gc.collect()

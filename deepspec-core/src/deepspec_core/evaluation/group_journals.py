@@ -1,8 +1,9 @@
-"""The journals of one evaluation: the finished one, groups in order, and those that several workers write beside it.
+"""The journals of one evaluation: the final one, with groups in order, and those that several workers write beside it.
 
-A worker's journal has the name of the finished one and the worker's number behind it, and each of its lines says which
-group it is. The first worker puts their groups into the finished journal when all are done, or when an interrupted
-evaluation goes on, with whatever number of workers. Knows lines; not what a group holds.
+A worker's journal has the name of the final journal followed by the worker's number, and each of its lines has the
+number of its group. The first worker copies all groups into the final journal when every worker is done, or when an
+interrupted evaluation goes on; the number of workers may then differ. This file knows lines. It does not know what a
+group holds.
 """
 
 from __future__ import annotations
@@ -17,14 +18,15 @@ from deepspec_core.journal import Journal
 
 
 class GroupJournals:
-    """The journals of `count` groups, begun or continued by a crew under a head.
+    """The journals of `count` groups, begun or continued by a crew. Each journal begins with a head line.
 
     prompts: The digest of the prompts. machine: What decides how fast this worker decodes.
-    done: The entries of finished groups by number, each with its place for errors. Only the first worker has them.
+    done: The entries of finished groups by number, each with its place in the file for errors. Only the first worker
+        has them.
     mine: The numbers of the missing groups that this worker decodes, in order.
 
-    StageError if a journal has other prompts or another speed. The number of threads may be another one where the
-    number of workers is: they share the machine's cores.
+    Raises StageError if a journal was begun with other prompts or on a machine of another speed. The number of threads
+    may differ if the number of workers differs, because workers share the machine's cores.
     """
 
     def __init__(self, path: Path, *, prompts: str, machine: Mapping[str, Any], count: int, crew: Crew) -> None:
@@ -55,7 +57,7 @@ class GroupJournals:
         return list(missing)
 
     def append(self, number: int, entry: Mapping[str, Any]) -> None:
-        """Keep a group that this worker has decoded."""
+        """Append a group that this worker has decoded to its journal."""
         if self._crew.count > 1:
             self._own.append({"group": number, **entry})
             return
@@ -64,7 +66,7 @@ class GroupJournals:
         self._written += 1
 
     def collect(self) -> None:
-        """When all are done: the first worker puts all groups into the finished journal, the others' into `done`."""
+        """After all workers are done, the first one copies all groups into the final journal and fills `done`."""
         if self._crew.count > 1:
             size = self._own.path.stat().st_size
             sizes = self._crew.gather(f"all of {self._path.name}", size)
@@ -93,7 +95,7 @@ class GroupJournals:
         return journal
 
     def _fill(self, until: int) -> None:
-        """Put the workers' groups up to a number into the finished journal."""
+        """Copy the workers' groups up to a number into the final journal."""
         for number in range(self._written, until):
             self._whole.append(self.done[number][0])
         self._written = max(self._written, until)
@@ -111,7 +113,7 @@ class GroupJournals:
                 self.done.setdefault(number, (entry, f"{path}:{line}"))
 
     def _check(self, head: Mapping[str, Any], path: Path) -> None:
-        """StageError where groups under this head cannot stand beside this worker's own."""
+        """Raise StageError if groups under this head cannot be pooled with this worker's own."""
         own = self._head
         if head.get("prompts") != own["prompts"]:
             raise StageError(

@@ -1,4 +1,4 @@
-"""Tables for LaTeX, with rules of the package booktabs. Knows text; not what it says."""
+"""Tables for LaTeX, with the rules of the package booktabs. This file does not know what the text means."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _SPECIAL = {
 
 
 def escaped(text: str) -> str:
-    """The text as LaTeX sets it literally, on one line."""
+    """The text on one line, escaped so that LaTeX prints it literally."""
     return "".join(_SPECIAL.get(mark, mark) for mark in " ".join(text.split()))
 
 
 def latex_table(
     headings: Sequence[str], rows: Sequence[Sequence[str]], *, left: Sequence[str], notes: Sequence[str] = ()
 ) -> str:
-    """A `tabular`, then the notes, a paragraph each. The columns in `left` hold words, the others numbers."""
+    """A `tabular`, then the notes, one paragraph each. The columns in `left` hold words; the others hold numbers."""
     columns = "".join("l" if heading in left else "r" for heading in headings)
     lines = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", _row(headings), r"\midrule", *map(_row, rows)]
     lines += [r"\bottomrule", r"\end{tabular}"]

@@ -1,4 +1,4 @@
-"""Tables for Markdown. Knows text; not what it says."""
+"""Tables for Markdown. This file does not know what the text means."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a table, whose cells are set literally."""
+    """The lines of a table. Cells are escaped, so that their text is shown literally."""
     return [_row(headings), "|" + "---|" * len(headings), *map(_row, rows)]
 
 

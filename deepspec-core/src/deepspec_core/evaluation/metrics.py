@@ -1,7 +1,7 @@
 """Figures of speculative decoding from recorded rounds. They are pooled over all rounds, not averaged over samples.
 
 A round is one proposal and its verification. Rounds count before trimming: the last round of a sample may commit more
-tokens than its limit admits. Knows counts. Does not know proposers or times.
+tokens than its limit admits. This file knows counts. It does not know proposers or times.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from deepspec_core.decoding.engine import Completion, Round
 from deepspec_core.evaluation.turns import prompt_of
 
 BOOTSTRAP_DRAWS = 1000
-# Tokens of context in the first bucket. Each further one reaches twice as far.
+# The end of the first bucket, in tokens of context. Each further bucket ends at twice the length.
 FIRST_BUCKET = 256
 LOOP_TAIL = 48
 
@@ -38,10 +38,10 @@ class PooledMetrics:
     prompts: Prompts with an answer. samples: Answers; a prompt with later turns, or with several samples, has several.
     acceptance_length: Tokens committed per round (tau), with a 95% bootstrap interval over prompts: all answers to a
         prompt are drawn together.
-    draft_tokens_per_proposal: Tokens proposed per round, of a tree all of them.
+    draft_tokens_per_proposal: Tokens proposed per round. In a tree, all of its tokens count.
     verify_rate: Tokens committed per token that the target scored.
     marginal: For each position k, the share of the rounds that proposed token k in which it was accepted.
-    conditional: The same, among the rounds in which all tokens before k were accepted.
+    conditional: The same share, among the rounds in which all tokens before k were accepted.
     limit_share: The share of samples that reached the token limit.
     loop_share: The share of samples whose end repeats itself.
     by_context: The accepted length by the length of the context. Buckets without rounds are left out.
@@ -105,7 +105,7 @@ def _scored(one: Round) -> int:
 
 
 def _contexts(completion: Completion) -> list[int]:
-    """The tokens there are when each round begins. The first answer token comes from the prompt's own pass."""
+    """The tokens of context at the beginning of each round. The first answer token comes from the prefill."""
     lengths = (r.acceptance_length for r in completion.rounds)
     return list(accumulate(lengths, initial=len(completion.prompt_ids) + 1))[: len(completion.rounds)]
 

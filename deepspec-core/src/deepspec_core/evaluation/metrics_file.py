@@ -1,7 +1,7 @@
-"""metrics.json of a run: written, and read as a file that somebody may have edited, or half written.
+"""Writes metrics.json of a run, and reads it as a file that somebody may have edited, or that is half written.
 
-Knows its version and what a file of before has at least. What each part means, and what it can be, is in
-metrics.schema.json beside this file. Not what is made of it.
+This file knows the version of metrics.json, and what a file of an older version has at least. The meaning and the
+values of each part are in metrics.schema.json beside this file. This file does not know what is made of the figures.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ def schema() -> dict[str, Any]:
 
 
 def write_metrics(path: Path, report: Mapping[str, Any]) -> None:
-    """Write the report, which has its version; the file appears when all of it is written."""
+    """Write the report, which has its version. The file appears only when all of it is written."""
     write_json(path, report)
 
 
 def read_metrics(path: Path) -> dict[str, Any]:
-    """The report in the file. One that was written before files had versions is read as one of today.
+    """The report in the file. A report from before there were versions is converted to the present form.
 
-    StageError where it is damaged or of an unknown version; FileNotFoundError where it is not there.
+    Raises StageError if the file is damaged or has an unknown version, and FileNotFoundError if it is missing.
     """
     report = read_object(path, kind=StageError, strict=False, fix=_FIX)
     version = report.get("version", VERSION)
@@ -73,18 +73,19 @@ def read_metrics(path: Path) -> dict[str, Any]:
 
 
 def results_of(path: Path, revision: str) -> list[dict[str, Any]]:
-    """The results in the file, if they are of the draft with this fingerprint; none if they are of another.
+    """The results in the file if they belong to the draft with this fingerprint; else an empty list.
 
-    As read_metrics raises.
+    Raises the same errors as read_metrics.
     """
     report = read_metrics(path)
     return list(report["results"]) if report["draft"].get("revision") == revision else []
 
 
 def _as_of_today(report: dict[str, Any]) -> dict[str, Any]:
-    """A report of before there were versions.
+    """Convert a report from before there were versions to the present form.
 
-    It had one batch size, among its settings, and of outputs that differ from plain decoding's the id alone.
+    Such a report has one batch size, among its settings. For an output that differs from plain decoding's, it has the
+    id alone.
     """
     settings = dict(report["settings"])
     size = {"batch_size": settings.pop("batch_size")} if "batch_size" in settings else {}

@@ -1,6 +1,6 @@
 """docs/metrics-file.md: every key of metrics.json with its type and meaning, made from the JSON Schema.
 
-Knows the parts of JSON Schema that metrics.schema.json uses. Does not know any figure.
+This file knows the parts of JSON Schema that metrics.schema.json uses. It does not know any figure.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _NAMES = {"integer": "whole number", "number": "number", "string": "text", "bool
 
 
 def markdown() -> str:
-    """The page."""
+    """The page as Markdown."""
     whole = schema()
     lines = [_HEAD, "| key | type | meaning |", "|---|---|---|"]
     for key, kind, meaning in _keys(whole, whole, ""):
@@ -45,7 +45,7 @@ def _keys(node: Mapping[str, Any], whole: Mapping[str, Any], above: str) -> Iter
 
 
 def _that_is_some(node: Mapping[str, Any], whole: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The form that is not null, of a node with two."""
+    """The alternative that is not null, of a node with two alternatives."""
     forms = (_resolved(one, whole) for one in node.get("anyOf", ()))
     return next((one for one in forms if _kinds(one) != ["null"]), node)
 
@@ -56,7 +56,7 @@ def _kinds(node: Mapping[str, Any]) -> list[str]:
 
 
 def _resolved(node: Mapping[str, Any], whole: Mapping[str, Any]) -> dict[str, Any]:
-    """The node with what it refers to in its place. Its own description is the nearer one."""
+    """The node with its reference resolved. The node's own description replaces that of the referenced node."""
     if "$ref" not in node:
         return dict(node)
     return {**whole["$defs"][node["$ref"].rpartition("/")[2]], **node}

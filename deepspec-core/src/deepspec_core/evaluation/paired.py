@@ -1,7 +1,7 @@
 """The difference of two accepted lengths on the same prompts, with an interval.
 
-Prompts differ more than drafts do. So each draw of the bootstrap takes the same prompts for both. Knows counts. Does
-not know drafts.
+Prompts differ more than drafts do. So each draw of the bootstrap takes the same prompts for both drafts. This file
+knows counts. It does not know drafts.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from deepspec_core.evaluation.turns import prompt_of
 
 @frozen(kw_only=True)
 class Difference:
-    """Tokens a round, with a 95% bootstrap interval over prompts."""
+    """A difference in tokens per round, with a 95% bootstrap interval over prompts."""
 
     value: float
     interval: tuple[float, float]
@@ -27,13 +27,13 @@ class Difference:
 def paired_difference(first: Sequence[Completion], second: Sequence[Completion], *, seed: int) -> Difference | None:
     """The accepted length of the first minus that of the second, each pooled over its rounds.
 
-    None where they are not of the same prompts, or one has no rounds.
+    Returns None if the prompts of the two are not the same, or if one of them has no rounds.
     """
     others = {done.id: done for done in second}
     pairs = [(done, others.get(done.id)) for done in first]
     if len(first) != len(second) or any(other is None or one.prompt_ids != other.prompt_ids for one, other in pairs):
         return None
-    # All answers to a prompt are drawn together: they are not independent.
+    # All answers to a prompt are drawn together, because they are not independent.
     of_prompts: dict[str, np.ndarray] = {}
     for one in first:
         counts_4 = np.array([*_counts(one), *_counts(others[one.id])], dtype=np.int64)

@@ -1,8 +1,9 @@
-"""Where two greedy outputs of one prompt part, and how nearly equal the target's choice was there.
+"""Finds where two greedy outputs of one prompt part, and how close the target's logits of the two tokens are there.
 
-Verification scores several tokens at once, plain decoding one. Their sums are rounded differently, in bfloat16
-coarsely. So where two tokens are almost equally likely, the two ways may choose differently. A small gap says that this
-happened; a large one says that something is wrong. Knows outputs and one pass of the target.
+Verification scores several tokens at once; plain decoding scores one. Their sums are rounded differently, coarsely so
+in bfloat16. So where two tokens are almost equally likely, the two ways may choose differently. A small gap of the
+logits means that this happened; a large gap means that something is wrong. This file knows outputs and one pass of the
+target.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from deepspec_core.decoding.sampling import penalised
 class Parting:
     """An output that differs from plain decoding's.
 
-    position: The index, from 0, of the first output token that differs. None in journals of before it was recorded, as
-        everything below.
+    position: The index, from 0, of the first output token that differs. None in older journals, which did not record
+        it or the fields below.
     plain_token, speculative_token: The two tokens there; None where that output has ended.
-    logit_gap: The target's logit of the plain token minus that of the speculative one, in one pass over the prompt and
-        what both outputs share. Negative where that pass prefers the speculative token.
+    logit_gap: The target's logit of the plain token minus that of the speculative token, in one pass over the prompt
+        and the tokens that both outputs share. Negative where that pass prefers the speculative token.
     """
 
     id: str
@@ -38,13 +39,16 @@ class Parting:
 
 
 def differs(fast: Completion, plain: Completion | None) -> bool:
-    """Whether one prompt has two outputs. A later turn after different answers is another prompt."""
+    """Whether the two outputs of one prompt differ. A later turn after different answers is another prompt."""
     return plain is not None and fast.prompt_ids == plain.prompt_ids and fast.output_ids != plain.output_ids
 
 
 @torch.no_grad()
 def parting(target: TargetModel, fast: Completion, plain: Completion, sampling: Sampling) -> Parting:
-    """Where they part; they do. Logits have the sampling's penalty. The target forgets the sequences in its slots."""
+    """Where the two outputs part. They must differ.
+
+    The sampling's penalty is applied to the logits. The target loses the sequences in its slots.
+    """
     pairs = zip(fast.output_ids, plain.output_ids, strict=False)
     shortest = min(len(fast.output_ids), len(plain.output_ids))
     position = next((index for index, (one, other) in enumerate(pairs) if one != other), shortest)
@@ -64,7 +68,7 @@ def parting(target: TargetModel, fast: Completion, plain: Completion, sampling: 
 
 
 def recorded_parting(entry: str | Mapping[str, Any]) -> Parting:
-    """What a journal has of one. Journals of before have the id alone."""
+    """The parting that a journal's entry records. Entries of older journals have the id alone."""
     return Parting(id=entry) if isinstance(entry, str) else Parting(**entry)
 
 

@@ -1,6 +1,6 @@
-"""The most memory that a piece of work took: allocated on an accelerator, or resident in this process on a CPU.
+"""The peak memory of a piece of work: allocated on an accelerator, or resident in this process on a CPU.
 
-Knows PyTorch's counters and Linux's. Does not know what the work is.
+This file knows the counters of PyTorch and of Linux. It does not know what the work is.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-_PEAK_ONLY = "5"  # what clear_refs takes to forget the greatest resident size
+_PEAK_ONLY = "5"  # written to clear_refs, this resets the peak resident size
 
 
 def forget_peak(device: torch.device) -> None:
-    """Begin anew. On a CPU where the system does not allow it, peaks remain those of the whole process."""
+    """Reset the peak. On a CPU whose system does not allow it, peaks remain those of the whole process."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif device.type == "cpu":
@@ -27,7 +27,7 @@ def forget_peak(device: torch.device) -> None:
 
 
 def peak_bytes(device: torch.device) -> int | None:
-    """The most bytes at once since forget_peak; None on devices that do not count them."""
+    """The peak in bytes since forget_peak; None on devices that do not count bytes."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     if device.type != "cpu":

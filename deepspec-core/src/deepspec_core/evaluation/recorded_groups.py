@@ -1,7 +1,8 @@
-"""A group of prompts as a line of a journal: written with a digest, and read as what somebody may have edited.
+"""A group of prompts as a line of a journal: written with a digest, and checked when it is read.
 
-The digest is of all else that the line says. Lines of before have none, and are taken where their numbers can be those
-of rounds. Knows what a group holds. Does not know files, prompts or models.
+Somebody may have edited a line. The digest covers everything else in the line. Lines of older versions have no digest;
+they are accepted if their numbers are possible for rounds. This file knows what a group holds. It does not know files,
+prompts or models.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ _DO_AGAIN: Final = "Remove that line and those after it; what they recorded is d
 
 @frozen(kw_only=True)
 class Bounds:
-    """What recorded numbers cannot exceed; None where it is not known.
+    """The upper bounds of recorded numbers; None where a bound is not known.
 
-    max_tokens: The tokens on a path of a proposal. vocab_size: Token ids are below it.
+    max_tokens: The largest number of tokens on a path of a proposal. vocab_size: All token ids are below it.
     """
 
     max_tokens: int | None = None
@@ -34,7 +35,7 @@ class Bounds:
 
 
 def entry_of(group: Group) -> dict[str, Any]:
-    """The line of a group."""
+    """The entry of a group, which becomes a line of the journal."""
     entry = asdict(group)
     return {**entry, "digest": content_digest(entry)}
 
@@ -49,8 +50,8 @@ def group_of(
 ) -> Group:
     """The group that a line of the journal records.
 
-    `expected` has the requests of its first turns, and is empty where there is no such group; None if they are not
-    known. DataError, naming `where`, if the line is damaged.
+    `expected` has the requests of the group's first turns. It is empty if there should be no such group, and None if
+    the requests are not known. Raises DataError, which names `where`, if the line is damaged.
     """
     try:
         group = _from_json(entry)
@@ -69,7 +70,7 @@ def group_of(
 
 
 def _answers(group: Group, expected: Sequence[Sequence[Request]]) -> bool:
-    """Whether the first turns are those of the requests, but for what failed."""
+    """Whether the first turns are those of the requests, except for samples that failed."""
     firsts = {one.id for requests in expected for one in requests}
     first = [done for done in group.completions if done.id in firsts or first_turn_of(done.id) not in firsts]
     failed = {one.id for one in group.failures}
@@ -78,7 +79,7 @@ def _answers(group: Group, expected: Sequence[Sequence[Request]]) -> bool:
 
 
 def _impossible(group: Group, bounds: Bounds) -> Iterator[str]:
-    """What cannot be in a group that was decoded."""
+    """Descriptions of the values that no decoded group can have."""
     if not all(type(number) is int for number in (group.workers, group.halved_to or 1)):
         yield "numbers that are none"
     for done in group.completions:
@@ -90,7 +91,7 @@ def _impossible(group: Group, bounds: Bounds) -> Iterator[str]:
             yield f"numbers that are none, in {done.id}"
         if not all(0 <= token < (bounds.vocab_size or math.inf) for token in ids):
             yield f"a token id outside the vocabulary, in {done.id}"
-        # The first token is no round's, and the last round may go beyond the output's end.
+        # The first token belongs to no round, and the last round may commit tokens beyond the output's end.
         if not 1 + sum(committed[:-1]) <= len(done.output_ids) <= 1 + sum(committed):
             yield f"{len(done.output_ids)} tokens of output from rounds that committed {sum(committed)}, in {done.id}"
         if done.finish_reason not in ("stop", "length"):
@@ -114,7 +115,7 @@ def _impossible_round(one: Round, *, last: bool, most: int | None) -> str | None
         return f"{accepted} of {proposed} proposed tokens accepted"
     if most is not None and proposed > most:
         return f"{proposed} proposed tokens of a draft that proposes {most}"
-    # Without the target's own token if an accepted one ended the answer.
+    # If an accepted token ended the answer, the round does not commit the target's own token.
     if committed != accepted + 1 and not (last and committed == accepted > 0):
         return f"{committed} tokens committed where {accepted} were accepted"
     if one.confidence is not None and (len(logits) != proposed or not all(map(math.isfinite, logits))):

@@ -1,11 +1,11 @@
-"""How well a draft's confidence foretells verification: ECE, Brier score and AUROC of each proposal position.
+"""How well a draft's confidence predicts verification: ECE, Brier score and AUROC of each proposal position.
 
-A token's confidence is the probability that it is accepted, given that all tokens before it are. What is judged is the
-product of the confidences up to a position, beside whether verification accepted every token up to there. A position
-after the first rejected token has not been verified by itself, but its prefix is known not to have survived. A position
-that was not proposed, or stands after an accepted stop token, has no label and does not count.
+A token's confidence is the probability that it is accepted, given that all tokens before it are. The product of the
+confidences up to a position is compared with the label, which is whether verification accepted every token up to there.
+A position after the first rejected token was not verified by itself, but its prefix is known to be rejected. A position
+that was not proposed, or that follows an accepted stop token, has no label and does not count.
 
-Knows recorded rounds. Does not know drafts, and does not change a confidence.
+This file knows recorded rounds. It does not know drafts, and it does not change a confidence.
 
 Legend: N rounds, K positions.
 """
@@ -22,18 +22,18 @@ from deepspec_core.decoding.engine import Completion
 from deepspec_core.errors import DataError
 from deepspec_core.evaluation.turns import prompt_of
 
-# Equal widths on [0, 1]. A bin has its lower edge and not its upper one; the last has both.
+# Equal widths on [0, 1]. A bin includes its lower edge and excludes its upper one; the last bin includes both.
 ECE_BINS = 20
 AUROC_BINS = 1000
 
 
 @frozen(kw_only=True, eq=False)
 class Judged:
-    """Rounds whose proposals were judged by their draft.
+    """Rounds whose draft gave confidences for its proposals.
 
-    logits: [N, K] fp64, 0 where nothing was proposed.
+    logits: [N, K] fp64, confidence logits; 0 where nothing was proposed.
     proposed: [N, K], which positions have a label.
-    survived: [N, K], whether the tokens up to this position were accepted.
+    survived: [N, K], whether all tokens up to this position were accepted.
     prompt: [N], the number of the prompt that a round's answer belongs to. Samples, turns and modes share it.
     """
 
@@ -43,7 +43,7 @@ class Judged:
     prompt: np.ndarray
 
     def of_rounds(self, chosen: np.ndarray) -> Judged:
-        """Some of the rounds. `chosen` [N] has a boolean for each."""
+        """The rounds that are true in `chosen` [N]."""
         return Judged(
             logits=self.logits[chosen],
             proposed=self.proposed[chosen],
@@ -54,7 +54,7 @@ class Judged:
 
 @frozen(kw_only=True)
 class Bin:
-    """The rounds whose confidence lies in one of the ECE_BINS bins, the first being 0. Means over these rounds."""
+    """The means over the rounds whose confidence lies in one of the ECE_BINS bins. Bins are numbered from 0."""
 
     index: int
     rounds: int
@@ -64,12 +64,14 @@ class Bin:
 
 @frozen(kw_only=True)
 class PositionReliability:
-    """One position. `confidence` is the mean product of confidences, `accepted` the share of prefixes that survived.
+    """The figures of one position.
+
+    confidence: The mean product of confidences. accepted: The share of rounds whose prefix survived.
 
     ece: The mean of |confidence - accepted| over the bins, weighted by their rounds.
     brier: The mean squared difference of the confidence and 0 or 1.
-    auroc: The probability that a surviving prefix has a higher confidence than another one, equal ones counting half
-        (histogram of AUROC_BINS bins). None where all survived, or none did.
+    auroc: The probability that a surviving prefix has a higher confidence than a rejected one. Equal confidences count
+        half (histogram of AUROC_BINS bins). None where all prefixes survived, or none did.
     bins: Bins without rounds are left out.
     """
 
@@ -99,7 +101,7 @@ class Reliability:
 def judged(completions: Sequence[Completion]) -> Judged | None:
     """The rounds of finished sequences with their labels; None if the draft gave no confidence.
 
-    DataError if a round has other than one finite confidence for each of its tokens.
+    Raises DataError if a round does not have exactly one finite confidence for each of its tokens.
     """
     rounds = [(sample, r) for sample, completion in enumerate(completions) for r in completion.rounds]
     if all(r.confidence is None for _, r in rounds):
@@ -136,7 +138,7 @@ def survival(logits_NK: np.ndarray, temperatures_K: Sequence[float] | np.ndarray
 
 
 def reliability(rounds: Judged, temperatures_K: Sequence[float] | np.ndarray | None = None) -> Reliability:
-    """The figures of all positions, of confidences scaled by `temperatures_K` [K] if there are any."""
+    """The figures of all positions. If `temperatures_K` [K] is given, confidence logits are divided by it."""
     confidence_NK = survival(rounds.logits, temperatures_K)
     positions = tuple(
         _position(confidence_NK[rounds.proposed[:, k], k], rounds.survived[rounds.proposed[:, k], k])
@@ -151,7 +153,7 @@ def reliability(rounds: Judged, temperatures_K: Sequence[float] | np.ndarray | N
 
 
 def ece(confidence_N: np.ndarray, survived_N: np.ndarray) -> float:
-    """The expected calibration error of probabilities [N] beside booleans [N]. There is at least one."""
+    """The expected calibration error of probabilities [N] against labels [N] (booleans). N is at least 1."""
     index_N = _bin_of(confidence_N, ECE_BINS)
     # n_b / N * |mean confidence - mean label| = |sum of confidences - number of labels| / N.
     gaps = np.bincount(index_N, weights=confidence_N - survived_N, minlength=ECE_BINS)
@@ -159,7 +161,7 @@ def ece(confidence_N: np.ndarray, survived_N: np.ndarray) -> float:
 
 
 def auroc(confidence_N: np.ndarray, survived_N: np.ndarray) -> float | None:
-    """The area under the ROC curve of probabilities [N] beside booleans [N]; None if all booleans are alike."""
+    """The area under the ROC curve of probabilities [N] against labels [N] (booleans). None if all labels are equal."""
     index_N = _bin_of(confidence_N, AUROC_BINS)
     positive = np.bincount(index_N[survived_N], minlength=AUROC_BINS)
     negative = np.bincount(index_N[~survived_N], minlength=AUROC_BINS)

@@ -27,7 +27,7 @@ NOTE = (
 
 
 def drafted_by(report: Mapping[str, Any]) -> str:
-    """What proposed: the draft's algorithm, or the server, which does not say what draft it has."""
+    """The name of what proposed: the draft's algorithm, or the server, which does not report its draft."""
     server = report.get("server")
     return str(report["draft"]["algorithm"] if server is None else server["engine"])
 
@@ -39,7 +39,7 @@ def task_of(result: Mapping[str, Any]) -> str:
 
 
 def once(results: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """One result of each task and temperature, at its first batch size. What rounds accept does not depend on that."""
+    """One result per task and temperature, at its first batch size: acceptance does not depend on the batch size."""
     found: dict[tuple[str, float], Mapping[str, Any]] = {}
     for result in results:
         found.setdefault((task_of(result), result["temperature"]), result)
@@ -64,13 +64,13 @@ def accepted(result: Mapping[str, Any]) -> str:
 
 
 def batch(result: Mapping[str, Any]) -> str:
-    """The batch size; unknown where a file of before does not say it."""
+    """The batch size; unknown where a file of an older version does not have it."""
     halved = ", ".join(map(str, result.get("halved_to", ())))
     return str(result.get("batch_size", "-")) + (f" (halved: {halved})" if halved else "")
 
 
 def prompts(result: Mapping[str, Any]) -> str:
-    """How many prompts, and how many answers they have where these are more. A file of before has the answers alone."""
+    """The number of prompts, and that of answers if there are more. Older files have only the number of answers."""
     answers = result["samples"]
     asked = result.get("prompts", answers)
     return str(asked) if asked == answers else f"{asked} ({answers} answers)"
@@ -82,7 +82,7 @@ def speedup(result: Mapping[str, Any]) -> str:
 
 
 def table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], *, left: Sequence[str]) -> Table:
-    """A table for the terminal. The columns in `left` hold words, the others numbers."""
+    """A table for the terminal. The columns in `left` hold words; the others hold numbers."""
     made = Table(title=title)
     for heading in headings:
         made.add_column(heading, justify="left" if heading in left else "right")
@@ -131,7 +131,7 @@ RELIABILITY_HEADINGS = ("task", "T", "position", "rounds", "confidence, %", "acc
 
 
 def reliability_rows(name: str, temperature: float, found: Mapping[str, Any]) -> list[list[str]]:
-    """A row for each position of `found` (Reliability.as_json) under RELIABILITY_HEADINGS, and one of all together."""
+    """A row for each position of `found` (Reliability.as_json) under RELIABILITY_HEADINGS, and one for all."""
     rows = [
         [
             name,
@@ -149,7 +149,7 @@ def reliability_rows(name: str, temperature: float, found: Mapping[str, Any]) ->
 
 
 def _reliability(report: Mapping[str, Any]) -> list[str]:
-    """A table of how well confidences foretell acceptance, where there are any."""
+    """A table of how well confidences predict acceptance, if there are any confidences."""
     threshold = report["settings"].get("confidence_threshold") or 0
     title = ["", "## Confidence beside acceptance", ""]
     if report["settings"].get("scheduler"):
@@ -178,7 +178,7 @@ def _size(draft: Mapping[str, Any]) -> str:
 
 
 def figure(value: float | None) -> str:
-    """Three decimals; a dash where there is no figure."""
+    """The figure with three decimals; a dash where there is none."""
     return "-" if value is None else f"{value:.3f}"
 
 
@@ -216,7 +216,7 @@ _MOST_PARTINGS = 50
 
 
 def partings(report: Mapping[str, Any]) -> list[list[str]]:
-    """A row under PARTING_HEADINGS for each output that differs, the first ones where there are many."""
+    """A row under PARTING_HEADINGS for each output that differs. Where there are many, only the first ones."""
     rows = [
         [
             task_of(result),
@@ -233,7 +233,7 @@ def partings(report: Mapping[str, Any]) -> list[list[str]]:
 
 
 def failed(report: Mapping[str, Any]) -> list[str]:
-    """A table of the samples that failed, where there are any."""
+    """A table of the samples that failed, if any did."""
     rows = [
         row
         for result in report["results"]
@@ -244,7 +244,7 @@ def failed(report: Mapping[str, Any]) -> list[str]:
 
 
 def memory(timing: Mapping[str, Any]) -> str:
-    """The most memory at once, where it is known."""
+    """The peak memory, where it is known."""
     peak = timing.get("peak_bytes")
     return "-" if peak is None else in_words(peak)
 
@@ -254,7 +254,7 @@ def _or_dash(value: object) -> str:
 
 
 def checks(report: Mapping[str, Any]) -> list[str]:
-    """Sentences: whether greedy outputs are equal to plain decoding's, and what inflates or slows the figures."""
+    """Sentences that say whether greedy outputs equal plain decoding's, and what inflates or slows the figures."""
     lines = []
     for result in report["results"]:
         size = f", batch {batch(result)}" if len(once(report["results"])) < len(report["results"]) else ""
@@ -282,7 +282,7 @@ def checks(report: Mapping[str, Any]) -> list[str]:
 
 
 def most_workers(report: Mapping[str, Any]) -> int:
-    """How many workers decoded at the same time, at most."""
+    """The largest number of workers that decoded at the same time."""
     return max((result.get("workers", 1) for result in report["results"]), default=1)
 
 

@@ -1,6 +1,6 @@
 """Turns the prompts of a task into requests: rendered, with seeds, and without prompts that cannot be answered.
 
-Knows prompts and the chat template. Does not know the sources of tasks, models or decoding.
+This file knows prompts and the chat template. It does not know where tasks come from, models or decoding.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ def requests_of_prompts(
     task: str,
     max_failures: float = 0.0,
 ) -> Askable:
-    """The requests that leave the target room to answer, and what becomes of the other prompts.
+    """The requests that leave the target room to answer, and the prompts that are too long or cannot be asked.
 
     `room` is the target's number of positions. Prompt i is decoded with `seed` + i, whichever prompts come before it.
-    DataError if no prompt can be asked, or if the template refuses a larger share of them than `max_failures`. That is
-    known before anything is decoded, so none of a small task is forgiven.
+    Raises DataError if no prompt can be asked, or if the template refuses a larger share of the prompts than
+    `max_failures`. This is known before anything is decoded, so the share applies to small tasks too.
     """
     rendered, refused, errors = list[Request](), list[Failure](), list[DataError]()
     for prompt in prompts:
@@ -76,7 +76,7 @@ def requests_of_prompts(
 
 
 def _rendered(prompt: Prompt, tokenizer: ChatTokenizer, system_prompt: str | None) -> tuple[int, ...]:
-    """The prompt's token ids; DataError, saying the prompt's row, where the template does not take it."""
+    """The prompt's token ids. Raises DataError, which names the prompt's row, if the template refuses it."""
     try:
         return tokenizer.render_prompt(prompt.messages, system_prompt, prompt.tools)
     except DataError as error:
@@ -87,9 +87,9 @@ def _rendered(prompt: Prompt, tokenizer: ChatTokenizer, system_prompt: str | Non
 
 
 def repeated(requests: Sequence[Request], samples: int) -> list[Request]:
-    """So many samples of each request, one after the other. A sample's seed follows from the request's and its number.
+    """This many samples of each request, one after the other.
 
-    The first is the request itself.
+    The first sample is the request itself. The seed of a further one follows from the request's seed and its number.
     """
     return [
         request if number == 1 else evolve(request, id=sample_id(request.id, number), seed=_seed(request.seed, number))

@@ -1,6 +1,6 @@
-"""How an evaluation, or `generate`, draws and ends its answers: what the options say, as decoding takes it.
+"""How an evaluation, or `generate`, samples and ends its answers: turns options into the objects that decoding takes.
 
-Knows options by their names. Does not know where they come from, or what is decoded.
+This file knows options by their names. It does not know where they come from, or what is decoded.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _TOLD = ("top_p", "top_k", "min_p", "repetition_penalty", "stop", "samples")
 
 
 class Sampled(Protocol):
-    """The options that say how tokens are drawn and where answers end."""
+    """The options that decide how tokens are drawn and where answers end."""
 
     @property
     def top_p(self) -> float: ...
@@ -46,7 +46,7 @@ def sampling_at(options: Sampled, temperature: float) -> Sampling:
 
 
 def stop_text(options: Sampled, tokenizer: Any) -> StopText | None:
-    """What ends answers beside stop tokens, with the text that `tokenizer`, a Hub tokenizer, makes of ids."""
+    """The stop texts that end answers beside stop tokens; None if there are none. `tokenizer` is a Hub tokenizer."""
     return StopText(options.stop, shown_text(tokenizer)) if options.stop else None
 
 
@@ -54,7 +54,7 @@ def shown_text(tokenizer: Any) -> Callable[[Sequence[int]], str]:
     """The text of ids as servers give it: without special tokens, and with all spaces."""
 
     def decode(ids: Sequence[int]) -> str:
-        # Cleaning up would remove spaces that were told already.
+        # Cleaning up would remove spaces that were already shown in an earlier part of the text.
         return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     return decode
@@ -66,7 +66,7 @@ def told(options: EvaluateOptions) -> dict[str, Any]:
 
 
 def with_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a report, also those that are at their defaults."""
+    """The settings of a report, with the defaults of those that the report does not have."""
     return {**_USUAL, **settings}
 
 

@@ -1,7 +1,7 @@
-"""Whether JSON is what a JSON Schema says, and the first place where it is not.
+"""Checks JSON against a JSON Schema, and finds the first place that does not conform.
 
-Knows the parts of JSON Schema that metrics.schema.json uses, but for keys that go together. Keys that the schema does
-not have are taken, because later files may have more. Does not know any figure.
+This file knows the parts of JSON Schema that metrics.schema.json uses, except for keys that must occur together. Keys
+that the schema does not have are accepted, because later versions may have more. It does not know any figure.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _TYPES: Final = {"object": dict, "array": list, "string": str, "boolean": bool, 
 def first_fault(content: Any, schema: Mapping[str, Any], *, complete: bool = True) -> str | None:
     """The first value that the schema refuses, as in "results[0].samples = 'x'"; None if there is none.
 
-    Unless it is to be `complete`, keys that the schema requires may be missing.
+    Keys that the schema requires may be missing, unless `complete` is true.
     """
     return next(_faults(content, schema, schema, "", complete), None)
 
@@ -40,7 +40,7 @@ def _faults(value: Any, node: Mapping[str, Any], whole: Mapping[str, Any], at: s
     if "anyOf" in node:
         found = [next(_faults(value, one, whole, at, complete), None) for one in node["anyOf"]]
         if None not in found:
-            # A form whose fault is inside the value is the one that was meant.
+            # If the fault of an alternative lies inside the value, that alternative was probably meant.
             yield max((one for one in found if one), key=lambda one: not one.startswith(f"{at} = "))
     if "not" in node and not any(_faults(value, node["not"], whole, at, True)):
         yield f"{at} with keys that exclude each other"
@@ -50,7 +50,7 @@ def _faults(value: Any, node: Mapping[str, Any], whole: Mapping[str, Any], at: s
 
 
 def _is_such(value: Any, node: Mapping[str, Any]) -> bool:
-    """Whether the value itself, not what is in it, is as the node says."""
+    """Whether the value itself conforms to the node. Values inside it are not looked at."""
     kinds = node.get("type", [])
     if kinds and not any(_is_of(value, kind) for kind in ([kinds] if isinstance(kinds, str) else kinds)):
         return False

@@ -1,8 +1,8 @@
-"""JSON files that say what they are, of which version, and whether somebody edited them.
+"""JSON files that carry their format, their version, and a digest by which edits are noticed.
 
-The object has the keys `format` and `version`, then its content, then `digest`, which is a digest of all the rest. An
-edit that leaves the digest as it was is noticed. It tells accidents apart, not forgeries. Knows files; not what their
-content means.
+The object has the keys `format` and `version`, then its content, then `digest`, which covers all other keys. An edit
+that leaves the digest unchanged is noticed. The digest protects against accidents, not against forgery. This file knows
+files. It does not know what their content means.
 """
 
 from __future__ import annotations
@@ -22,13 +22,16 @@ _OWN = ("format", "version", "digest")
 
 
 def write_sealed(path: Path, content: Mapping[str, Any], *, form: str, version: int) -> None:
-    """Write the file; it appears when all of it is written. `content` has plain JSON types with finite numbers."""
+    """Write the file, which appears only when all of it is written. `content` has plain JSON types, finite numbers."""
     whole: dict[str, Any] = {"format": form, "version": version, **content}
     write_json(path, {**whole, "digest": content_digest(whole)})
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON object; the file appears when all of it is written. Of several writers one file stays, whole."""
+    """Write a JSON object. The file appears only when all of it is written.
+
+    If several processes write the same file, one of their files stays, and it is complete.
+    """
     partial = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
     try:
         partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
@@ -40,9 +43,9 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def read_sealed(
     path: Path, *, form: str, version: int, what: str, kind: type[DeepSpecError], fix: str
 ) -> dict[str, Any]:
-    """The content of the file. `kind` of error if it is missing, of another format or version, or edited.
+    """The content of the file. Raises `kind` if the file is missing, edited, or of another format or version.
 
-    `what` names such a file in messages, as in "the calibration".
+    `what` names the file in messages, as in "the calibration".
     """
     try:
         whole = read_object(path, kind=kind, fix=fix)
@@ -70,5 +73,5 @@ def read_sealed(
 
 
 def content_digest(content: Mapping[str, Any]) -> str:
-    """The digest of plain JSON types, in whatever order the keys stand."""
+    """The digest of plain JSON types. It does not depend on the order of the keys."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

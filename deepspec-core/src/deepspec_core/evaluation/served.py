@@ -1,6 +1,6 @@
-"""The figures of one task as a server's counters give them, in the form of metrics.json: what they do not tell is None.
+"""The figures of one task from a server's counters, in the form of metrics.json. Figures not counted are None.
 
-Knows what was measured (servers/measuring.py). Does not know servers.
+This file knows what was measured (servers/measuring.py). It does not know servers.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _OF_ROUNDS: Final = (
 def figures(measured: Measured) -> dict[str, Any]:
     """The figures of one pass over a task's prompts.
 
-    A server without speculative decoding has those of plain decoding alone. Where others asked it too, its rounds are
-    not those of the answers, and no figure is made of them.
+    A server without speculative decoding has only the figures of plain decoding. If other clients asked the server
+    during the pass, its counted rounds include theirs, and no figure is made from rounds.
     """
     answers = measured.completions
     tokens = sum(len(answer.output_ids) for answer in answers)
@@ -63,15 +63,15 @@ def figures(measured: Measured) -> dict[str, Any]:
 
 
 def kept_per_round(answers: Sequence[Completion], rounds: int) -> float:
-    """Tokens of the answers per round, but for the first token of each, which the prompt's own pass gives.
+    """Tokens of the answers per round, without the first token of each answer, which the prefill gives.
 
-    Engines differ in what they count of an answer's last round: some count tokens after its end. This does not.
+    Engines count the last round of an answer differently: some count tokens after its end. This figure does not.
     """
     return sum(len(answer.output_ids) - 1 for answer in answers) / rounds
 
 
 def by_position(accepted_at: tuple[int, ...], rounds: int) -> list[float]:
-    """The share of all rounds that accepted the token at each position, as engines count it."""
+    """For each position, the share of all rounds that accepted the token there, as engines count it."""
     return [count / rounds for count in accepted_at]
 
 
@@ -92,7 +92,7 @@ def _of_rounds(tally: Tally) -> dict[str, Any]:
 
 
 def _beside(kept: int, tally: Tally) -> int:
-    """How many of the tokens that answers kept no round can have given: engines count no step without a proposal."""
+    """How many tokens of the answers came from no counted round: engines do not count steps without a proposal."""
     return max(0, kept - tally.rounds - tally.accepted)
 
 

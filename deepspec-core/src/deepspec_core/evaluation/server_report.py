@@ -1,6 +1,6 @@
-"""What a report says of results that a server gave: whether it was alone, and how its answers compare with ours.
+"""What a report says about a server's results: whether others used the server, and how its answers compare with ours.
 
-Knows metrics.json. The tables that all reports share are in report.py.
+This file knows metrics.json. The tables that all reports share are in report.py.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _MOST_DIFFERING: Final = 50
 
 
 def of_server(result: Mapping[str, Any]) -> Iterator[str]:
-    """Sentences about one result; none where it is not a server's."""
+    """Sentences about one result. Empty if the result is not a server's."""
     counted = result.get("counted")
     if counted is None:
         return

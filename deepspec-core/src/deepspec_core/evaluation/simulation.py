@@ -1,13 +1,14 @@
-"""Replays recorded rounds at a number of concurrent requests, under a cost table and a policy of verification.
+"""Replays recorded rounds with a number of concurrent requests, under a cost table and a verification policy.
 
-A request goes through the recorded rounds of a sample in order. In each step a policy says how many of the round's
-proposed tokens are verified. As many of them as were accepted in the record are committed, and the target's own token.
-A request ends when it has as many tokens as the recorded answer. Another one takes its place, so the number of requests
-is always the same; samples are taken in turn, again from the first after the last.
+A request goes through the recorded rounds of a sample in order. In each step a policy decides how many of the round's
+proposed tokens are verified. Of these, the tokens that were accepted in the record are committed, plus the target's own
+token. A request ends when it has as many tokens as the recorded answer. Another request then takes its place, so the
+number of requests is constant. Samples are taken in turn; after the last one, the first one follows again.
 
-A round that was cut short would go on with another proposal than the next one recorded. That proposal is not known, and
-the recorded round takes its place, from the first again after the last. So the replay is exact where all tokens are
-verified, and an estimate elsewhere. Knows rounds and costs. Does not know files or models.
+After a round that was cut short, the real draft would make another proposal than the next recorded one. That proposal
+is not known, so the next recorded round is used instead; after the last round, the first one follows again. So the
+replay is exact if all tokens are verified, and an estimate otherwise. This file knows rounds and costs. It does not
+know files or models.
 """
 
 from __future__ import annotations
@@ -23,23 +24,23 @@ from attrs import define, frozen
 from deepspec_core.decoding.engine import Completion, Round
 from deepspec_core.decoding.scheduler import AsynchronousScheduler, Speed, admit, before_first_below, survival
 
-# At least so many requests are replayed, if there are as many samples; and MIN_TURNS times the concurrent ones.
+# At least this many requests are replayed, if there are as many samples; and MIN_TURNS times the concurrent requests.
 MIN_REQUESTS = 64
 MIN_TURNS = 4
-# What `admit` takes for a token that commits nothing: above 0, and too little to change a rate.
+# The gain that `admit` is given for a token that commits nothing: above 0, and too small to change a rate.
 _NOTHING = 1e-300
 
 Policy: TypeAlias = Callable[[Sequence[Round], Speed], Sequence[int]]
-"""The number of tokens to verify of each request's round, at most as many as it proposes. Called once a step."""
+"""Returns, for each request's round, how many of its proposed tokens to verify. Called once per step."""
 
 
 @frozen(kw_only=True)
 class Outcome:
-    """What a policy makes of the record at one number of concurrent requests.
+    """The result of replaying the record under a policy, at one number of concurrent requests.
 
-    tokens_per_second: Committed tokens of all requests; tokens_per_second_per_user those of one.
-    tokens_per_step: Committed tokens of a request in a step.
-    verified_per_step: Draft tokens of a request that the target verifies in a step.
+    tokens_per_second: Committed tokens per second of all requests together; tokens_per_second_per_user: of one request.
+    tokens_per_step: Tokens that one request commits per step.
+    verified_per_step: Draft tokens of one request that the target verifies per step.
     """
 
     policy: str
@@ -63,9 +64,10 @@ class _Request:
 def policies(
     num_tokens: int, thresholds: Sequence[float], *, confidences: bool, draft_seconds: float = 0.0
 ) -> dict[str, Callable[[], Policy]]:
-    """The policies by name, made anew for each replay. Those that read confidences only if there are `confidences`.
+    """Makers of policies by name: each replay needs a new one. Policies that read confidences need `confidences`.
 
-    The oracle knows that a step takes `draft_seconds` more. The schedulers count the target's time, as decoding does.
+    The oracle counts the draft's time, `draft_seconds` per step. The schedulers count only the target's time, as
+    decoding does.
     """
     made: dict[str, Callable[[], Policy]] = {"none": partial(_fixed, 0)}
     made |= {f"fixed {k}": partial(_fixed, k) for k in range(1, num_tokens + 1)}
@@ -84,9 +86,10 @@ def replay(
     seconds: Callable[[int], float],
     draft_seconds: float = 0.0,
 ) -> Outcome:
-    """Replay the samples, each with at least one round.
+    """Replay the samples, each of which has at least one round.
 
-    `seconds` is the time of a step with so many tokens. A step of any policy but "none" takes `draft_seconds` more.
+    `seconds` gives the time of a step by its number of tokens. Each step of a policy other than "none" takes
+    `draft_seconds` more.
     """
     supply = _supply(samples)
     active = [next(supply) for _ in range(requests)]
@@ -126,12 +129,15 @@ def replay(
 
 
 def replayable(samples: Sequence[Completion]) -> list[Completion]:
-    """The samples that have something to replay: a round, and a token beyond the one that prefill gives."""
+    """The samples that can be replayed: they have a round, and a token beyond the one that the prefill gives."""
     return [sample for sample in samples if sample.rounds and len(sample.output_ids) > 1]
 
 
 def best_of_kinds(outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """By number of requests, each kind of policy. Of the fixed numbers and of the thresholds, the fastest."""
+    """The best outcome of each kind of policy at each number of requests.
+
+    All fixed lengths are one kind, and all thresholds are one kind. The fastest of a kind is kept.
+    """
     best: dict[tuple[int, str], Outcome] = {}
     for one in outcomes:
         place = (one.requests, one.policy.split()[0])
@@ -149,7 +155,7 @@ def _supply(samples: Sequence[Completion]) -> Iterator[_Request]:
 def _committed(one: Round, length: int) -> int:
     """The tokens that a round commits if only its first `length` ones are verified."""
     if length >= one.accepted_draft_length:
-        # Without the target's own token if the last accepted one ended the answer.
+        # If the last accepted token ended the answer, this does not include the target's own token.
         return one.acceptance_length
     return length + 1
 
@@ -172,7 +178,7 @@ def _asynchronous() -> Policy:
 
 
 def _oracle(draft_seconds: float, rounds: Sequence[Round], speed: Speed) -> list[int]:
-    """The best step of those who know what each token will commit. Nobody does: in a step no policy does better.
+    """The best choice for a step if it were known what each token will commit: an upper bound for every policy.
 
     Tokens that commit nothing are tried after all others, for tables in which a longer step takes less time.
     """

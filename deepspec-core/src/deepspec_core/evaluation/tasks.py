@@ -1,6 +1,6 @@
 """Evaluation prompts: registered tasks, files of rows, registered tasks from files, and the run's held-out prompts.
 
-Knows where prompts come from and how a limit cuts them. Does not know how they are rendered or decoded.
+This file knows where prompts come from and how a limit cuts them. It does not know how they are rendered or decoded.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ log = logging.getLogger("deepspec")
 HELD_OUT_QUOTA = 500
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*")
 _OF_A_PROMPT = re.compile(r" \((sample|turn) \d+\)$")
-# A file of a task's rows may hold conversations instead, under one of these. Other names may be columns of the task's.
+# A file for a registered task may hold conversations, under one of these keys, instead of the task's own rows.
 _CONVERSATIONS = ("messages", "conversations", "turns")
 
 
 @frozen(kw_only=True)
 class Prompt:
-    """One question: messages to render with the generation prompt. Its `index` in the task decides its seed.
+    """One prompt: messages to render with the generation prompt. Its `index` in the task decides its seed.
 
-    `later` are the user's further turns, each with the system messages before it. Answers that the row itself has are
-    left out. `where` is the row it came from (FILE:LINE), for messages.
+    `later` has the user's further turns, each with the system messages before it. Answers that the row itself contains
+    are left out. `where` names the row that the prompt came from (FILE:LINE), for messages.
     """
 
     id: str
@@ -64,9 +64,9 @@ def load_task(
 
     `task` is "held-out", a registered task, or a file (relative to `base`) whose rows are those of sources
     (data/row_files.py, data/conversations.py). NAME:FILE is a registered task, from a file of conversations or of the
-    rows of the task's own data. If a task has more rows than its limit or quota, random.Random(seed)
-    shuffles them before they are cut. DataError if the file is missing, a row is malformed, or a row says what no
-    conversation here can hold.
+    rows of the task's own data. If a task has more rows than its limit or quota, random.Random(seed) shuffles them
+    before they are cut. Raises DataError if the file is missing, a row is malformed, or a row says what no conversation
+    here can hold.
     """
     file = task_file(task)
     quota = quota_of(task, registry) if limit is None and task != HELD_OUT else None
@@ -114,7 +114,7 @@ def task_file(task: str) -> str | None:
 
 
 def task_name(task: str) -> str:
-    """What a task is called: a registered one by its name, a file by its own without the ending."""
+    """The name of a task: that of a registered task, or the file's name without its ending."""
     name, file = _parts(task)
     if name is not None or file is None:
         return name or task
@@ -122,19 +122,19 @@ def task_name(task: str) -> str:
 
 
 def task_label(task: str) -> str:
-    """What a task is called in results. A registered task is the same from whatever file it is asked."""
+    """The name of a task in results. A registered task has the same name, whatever file its rows come from."""
     name, file = _parts(task)
     return task if name is None or file is None else name
 
 
 def task_digest(task: str, *, base: Path) -> str | None:
-    """The digest of a task's file; None if the task is no file. OSError if it cannot be read."""
+    """The digest of a task's file; None if the task has no file. Raises OSError if the file cannot be read."""
     file = task_file(task)
     return file_digest(base / file) if file is not None and (base / file).is_file() else None
 
 
 def _parts(task: str) -> tuple[str | None, str | None]:
-    """The registered name and the file that a task says, each None where it says none."""
+    """The registered name and the file in the text of a task. Each is None if the text does not have it."""
     if not task.endswith(ROW_FILES):
         return task, None
     name, colon, file = task.partition(":")
@@ -142,7 +142,7 @@ def _parts(task: str) -> tuple[str | None, str | None]:
 
 
 def _mapped(task: str, registry: Registry) -> Callable[[Any, str], Any]:
-    """What makes a conversation of a row of the task's file; rows that are conversations stay as they are."""
+    """A function that turns a row of the task's file into a conversation. Conversations stay unchanged."""
     name, _ = _parts(task)
     if name is None:
         return lambda row, where: row
@@ -167,7 +167,7 @@ def _mapped(task: str, registry: Registry) -> Callable[[Any, str], Any]:
 
 
 def _registered(task: str, limit: int | None, seed: int, registry: Registry) -> Iterable[Any]:
-    """The rows of a registered task. All of them are made here, where a failure is told as the plugin's."""
+    """The rows of a registered task. All are made here, so that an error among them is reported as the plugin's."""
     make = registry.load("task", task)
     with registry.blaming("task", task):
         return list(make(limit, seed))
@@ -188,12 +188,12 @@ def _read_file(path: Path, base: Path, name: str, mapped: Callable[[Any, str], A
 
 
 def _plain(identity: str) -> str:
-    """The id, with a full stop behind it where it ends as the ids of further samples and turns do (turns.py)."""
+    """The id; with a full stop appended if it ends like the ids of further samples and turns (turns.py)."""
     return f"{identity}." if _OF_A_PROMPT.search(identity) else identity
 
 
 def _prompt(row: Any, index: int, name: str, where: str) -> Prompt:
-    """The messages up to the first user turn. DataError if there is none, or if the row is malformed."""
+    """The messages up to the first user turn. Raises DataError if there is no user turn, or if the row is malformed."""
     said = {key: row[key] for key in row if key not in TOKENS} if isinstance(row, Mapping) else row
     conversation = from_row(said, where)
     roles = [message["role"] for message in conversation.messages]
@@ -232,9 +232,9 @@ def _prompt(row: Any, index: int, name: str, where: str) -> Prompt:
 
 
 def _later(messages: Iterable[Mapping[str, Any]]) -> tuple[tuple[Mapping[str, Any], ...], ...]:
-    """What is said before each further answer, up to the user's last turn.
+    """The messages before each further answer, up to the user's last turn.
 
-    Nothing is asked after the result of a tool: it would answer a call that the target did not make.
+    The turns end at the first result of a tool, because it would answer a call that the target did not make.
     """
     turns: list[tuple[Mapping[str, Any], ...]] = []
     said: list[Mapping[str, Any]] = []

@@ -1,6 +1,7 @@
-"""The later turns of prompts: what the user says next, after the answers that were really given.
+"""The later turns of prompts: renders the user's next messages after the answers that were decoded before.
 
-Knows how a conversation goes on. Does not know how it is decoded; each decoding goes on with its own answers.
+This file knows how a conversation goes on. It does not know how it is decoded. Plain and speculative decoding each
+continue with their own answers.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ _NAMES = re.compile(r"(?P<prompt>.*?)(?: \(sample (?P<sample>\d+)\))?(?P<turn> \
 
 @frozen(kw_only=True)
 class LaterTurns:
-    """Asks the turns after the first. `prompts` are by id; `positions` is the target's number of positions.
+    """Makes the requests of the turns after the first. `prompts` are by id; `positions` is the target's number of them.
 
-    `stop_text` is what ended answers: the user was not shown what follows.
+    `stop_text` cuts answers where a stop text ended them, because the user was not shown the rest.
     """
 
     prompts: Mapping[str, Prompt]
@@ -37,10 +38,10 @@ class LaterTurns:
     stop_text: StopText | None = None
 
     def next(self, identity: str, answers: Sequence[Completion]) -> Request | None:
-        """The turn after these answers. None if it was the last one, or if the next cannot be asked.
+        """The request of the turn after these answers. None if there is no further turn, or if it cannot be asked.
 
-        It cannot where the conversation fills the target's positions, or the template refuses an answer, such as one
-        with a control token in its text.
+        It cannot be asked if the conversation fills the target's positions, or if the template refuses an answer, for
+        example one whose text contains a control token.
         """
         prompt = self.prompts[prompt_of(identity)]
         if len(answers) > len(prompt.later):
@@ -67,7 +68,7 @@ class LaterTurns:
         return len(self.prompts[prompt_of(identity)].later)
 
     def _said(self, ids: Sequence[int]) -> str:
-        """The answer as the user was shown it."""
+        """The text of the answer as the user saw it."""
         text = self.tokenizer.decode(ids)
         return text if self.stop_text is None else self.stop_text.cut(text)
 
@@ -94,11 +95,11 @@ def _parts(identity: str) -> dict[str, str | None]:
 
 
 def _sample(identity: str) -> list[int]:
-    """The number of a further sample; none of the first."""
+    """The number of a further sample, in a list; empty for the first sample."""
     number = _parts(identity)["sample"]
     return [] if number is None else [int(number)]
 
 
 def _seed(*of: int) -> int:
-    """A later turn's own seed, of the prompt's place, the turn and the sample: no neighbour and no answer matters."""
+    """The seed of a later turn. It depends on the prompt's index, the turn and the sample, and on no answer."""
     return int.from_bytes(hashlib.sha256(json.dumps(of).encode()).digest()[:8], "big")

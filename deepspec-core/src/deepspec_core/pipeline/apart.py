@@ -17,7 +17,7 @@ from deepspec_core.pipeline.run import Run
 
 
 def check_cache_place(run: Run) -> None:
-    """ConfigError for a cache.path where other files are, or belong: the cache's folder is the cache's alone."""
+    """Raise ConfigError for a cache.path where other files are, or belong: the cache's folder is the cache's alone."""
     if run.file.cache.path is None:
         return
     folder, reason = run.cache.folder.resolve(), None

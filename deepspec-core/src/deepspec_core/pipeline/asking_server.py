@@ -51,7 +51,7 @@ def wanted_of(
     timeout: float = 1800.0,
 ) -> Wanted:
     """The run's target with room for these requests, or with all its positions. `served_as` is the server's name of
-    it, if it is another one. ConfigError where the environment has no such key."""
+    it, if it is another one. Raises ConfigError if the environment has no such key."""
     positions = run.target.architecture.max_positions
     longest = max(len(request.prompt_ids) for request in requests)
     return wanted_of_target(

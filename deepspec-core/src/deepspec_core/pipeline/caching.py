@@ -25,7 +25,10 @@ SERVERS: Final = "servers"
 
 
 def run_stage(run: Run) -> dict[str, Any]:
-    """Write the cache. Sealed shards of an interrupted run are kept. CacheError if the disk has no room for it."""
+    """Write the cache. Sealed shards of an interrupted run are kept.
+
+    Raises CacheError if the disk has no room for it.
+    """
     options, cache_format, folder = run.file.cache, run.cache.format, run.cache.folder
     samples = run.cache.samples()
     order = samples.longest_first()  # as `capture` goes through them

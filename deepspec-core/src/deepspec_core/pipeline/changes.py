@@ -24,7 +24,7 @@ _DIGITS: Final = 16
 
 
 def refuse_changes(run: Run, record: StageRecord) -> None:
-    """StageError if a key or some content is not what the results were made with."""
+    """Raise StageError if a key or some content is not what the results were made with."""
     stage, folder = record.stage, run.stage_folder(record.stage)
     back = f"choose another run.output, or discard the results with --force {stage}."
     changes = differences(record.keys, fingerprint(flatten(run.file), record.names_read))

@@ -125,7 +125,7 @@ def check_before(run: Run, steps: Sequence[Step], *, may_write: bool = True, pro
 
 
 def _prompt_length(run: Run, system_prompt: str | None) -> int:
-    """How many tokens the shortest prompt has. ConfigError where the chat template refuses it, or leaves it out.
+    """How many tokens the shortest prompt has. Raises ConfigError if the chat template refuses it, or leaves it out.
 
     So it would do with every conversation.
     """
@@ -159,7 +159,7 @@ def _thinking(run: Run) -> None:
 
 
 def _room_for_answers(run: Run) -> None:
-    """ConfigError where the shortest prompt and the fewest supervised tokens are longer than any sample may be."""
+    """Raise ConfigError if the shortest prompt and the fewest supervised tokens are longer than any sample may be."""
     data, most = run.file.data, run.data.max_length
     prompt = _prompt_length(run, data.system_prompt)
     if prompt + data.min_supervised_tokens > most:
@@ -180,7 +180,7 @@ def _room_for_answers(run: Run) -> None:
 
 
 def _answers_reach(run: Run, turns: int | None) -> None:
-    """ConfigError where no conversation can have enough supervised tokens to be kept, however long its answers are.
+    """Raise ConfigError if no conversation can have enough supervised tokens to be kept, however long its answers are.
 
     `turns` is the most of any conversation. Where it is not known, an answer that is too short alone is a warning.
     """
@@ -204,7 +204,7 @@ def _answers_reach(run: Run, turns: int | None) -> None:
 
 
 def _mask_token(run: Run, description: DraftDescription) -> None:
-    """ConfigError for a mask token that means something to the target: the draft would read it as that."""
+    """Raise ConfigError for a mask token that means something to the target: the draft would read it as that."""
     mask = description.config.get(MASK)
     if mask is None:
         return
@@ -223,7 +223,7 @@ def _mask_token(run: Run, description: DraftDescription) -> None:
 
 
 def _offered(run: Run, todo: Collection[str]) -> None:
-    """PluginError where the feature source or the cache format of a stage is none."""
+    """Raise PluginError if the feature source or the cache format of a stage is none."""
     from deepspec_core.pipeline.offered import check_format, check_source_kind
 
     registry = run.plugins.registry

@@ -103,8 +103,8 @@ def compare_with(
 
     `tree:N` among the names is the run's own draft, proposing trees of N tokens. `force` discards evaluations first.
     `beside` are folders of evaluations that are there already, such as a server's. Where the rounds of one are missing
-    or damaged, its rows have no difference, and that is said before the first evaluation. ConfigError for a name that
-    is no draft without training. DeepSpecError where an evaluation fails, and where there is none in `beside`.
+    or damaged, its rows have no difference, and that is said before the first evaluation. Raises ConfigError for a name
+    that is no draft without training. Raises DeepSpecError if an evaluation fails, and where there is none in `beside`.
     """
     own = Run(file=file, path=path, plugins=plugins)
     others = {str(folder): folder for folder in beside}
@@ -164,7 +164,7 @@ def _finished(folder: Path) -> dict[str, Any]:
 
 
 def _refuse_shared_names(own: str, names: Sequence[str]) -> None:
-    """ConfigError if two of the compared evaluations would have the same name or folder."""
+    """Raise ConfigError if two of the compared evaluations would have the same name or folder."""
     slugs = [_slug(name) for name in names]
     for index, name in enumerate(names):
         if name == own:
@@ -190,7 +190,10 @@ def _slug(name: str) -> str:
 
 
 def _baseline(file: RunFile, name: str, own: Run) -> RunFile:
-    """The run file of the baseline `name`. ConfigError if it is neither a draft that is not trained nor a tree."""
+    """The run file of the baseline `name`.
+
+    Raises ConfigError if it is neither a draft that is not trained nor a tree.
+    """
     slug = _slug(name)
     baseline = evolve(
         file,
@@ -236,7 +239,7 @@ def _nodes(name: str) -> int | None:
 
 
 def _key(result: Mapping[str, Any]) -> _Key:
-    # Of one evaluation no two tasks share a name, and another may have the same file by another path.
+    # No two tasks of one evaluation share a name, but another evaluation may have the same file by another path.
     task = report.task_of({**result, "task": task_name(result["task"])})
     return task, result["temperature"], result.get("batch_size")
 

@@ -29,7 +29,10 @@ from deepspec_core.plugins.discovery import Plugins
 
 
 def run_of(place: Path, *, overrides: Sequence[str], tasks: Sequence[str], plugins: Plugins) -> Run:
-    """The run of a run file, or of a run's folder. StageError if a folder's relative paths cannot be resolved."""
+    """The run of a run file, or of a run's folder.
+
+    Raises StageError if a folder's relative paths cannot be resolved.
+    """
     if place.is_dir():
         file, path = run_file_of(place, overrides=overrides, plugins=plugins)
     else:
@@ -40,7 +43,7 @@ def run_of(place: Path, *, overrides: Sequence[str], tasks: Sequence[str], plugi
 
 
 def run_of_checkpoint(draft: str, *, target: str, tasks: Sequence[str], plugins: Plugins) -> Run:
-    """The run that would evaluate a checkpoint. CheckpointError where it is none."""
+    """The run that would evaluate a checkpoint. Raises CheckpointError if it is none."""
     folder = resolve_draft(draft, base=Path())
     algorithm, options, taps = read_options(folder, plugins.registry)
     try:

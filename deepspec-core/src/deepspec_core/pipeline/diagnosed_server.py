@@ -23,7 +23,7 @@ _AT_ONCE = 4
 
 @frozen(kw_only=True)
 class Asked:
-    """What the command says of the server: its address, its name of the target, and what holds its key."""
+    """The command's options for the server: its address, its name of the target, and the variable of its key."""
 
     address: str
     served_as: str | None = None
@@ -33,7 +33,8 @@ class Asked:
 def ask(run: Run, requests: Sequence[Request], asked: Asked, *, max_new_tokens: int) -> tuple[Outcomes | None, str]:
     """The server's rounds on these requests, asked greedily; or None, and why they are not known.
 
-    ConfigError where it does not answer, or does not serve the run's target. StageError where an answer cannot be used.
+    Raises ConfigError if it does not answer, or does not serve the run's target. Raises StageError if an answer cannot
+    be used.
     """
     wanted = wanted_of(
         run,

@@ -37,12 +37,15 @@ from deepspec_core.pipeline.evaluating import prompts_of, requests_of
 from deepspec_core.pipeline.run import Run
 
 _BATCH = 8
-# Fields of a cache's header that say what its features and tokens are of.
+# Fields of a cache's header that identify the target of its features and its tokens.
 _COMPARED = ("target", "revision", "taps", "hidden_size", "vocab_size", "tokenizer", "template")
 
 
 def stored_samples(run: Run, most: int) -> tuple[list[Sample], CacheHeader]:
-    """Samples of the run's cache with their features, evenly spread, and the cache's header. CacheError without one."""
+    """Samples of the run's cache with their features, evenly spread, and the cache's header.
+
+    Raises CacheError without one.
+    """
     reader = run.cache.part_of(run.cache.format.open(run.cache.folder, None))
     source = CachedFeatures(reader)
     return [source[index] for index in _spread(len(source), most)], reader.header
@@ -134,7 +137,7 @@ def samples_of(completions: Sequence[Completion], max_length: int) -> list[Sampl
 
 
 def prompt_differences(run: Run, samples: Sequence[Sample]) -> list[PromptDifference]:
-    """How evaluation asks the first turn of the conversations that training samples are of."""
+    """How evaluation's prompts differ from the training samples of the same conversations, at the first turn."""
     by_id = {sample.id: sample for sample in samples} | {sample.id.partition("#")[0]: sample for sample in samples}
     mode = run.file.regenerate.thinking
     tokenizer = run.target.tokenizer.in_mode(mode is True)

@@ -59,18 +59,18 @@ from deepspec_core.targets.opening import fingerprint
 from deepspec_core.training import checkpoint as checkpoints
 from deepspec_core.training.metrics_lines import METRICS, read_lines
 
-# Lines of metrics.jsonl that stand for the end of training.
+# The number of last lines of metrics.jsonl that represent the end of training.
 _LAST_LINES = 4
 _COMPARED_SAMPLES = 4
-# What evaluation may change of greedy decoding. The training pass has none of it, so no stage here has.
+# Options of evaluation that change greedy decoding. The training pass has none of them, so no stage here uses them.
 _NOT_OF_TRAINING = ("turns", "repetition_penalty", "stop", "confidence_threshold", "calibration", "scheduler")
-# What changes answers above temperature 0 only.
+# Options that change answers only above temperature 0.
 _OF_SAMPLING = ("top_p", "top_k", "min_p", "samples")
 
 
 @frozen(kw_only=True)
 class Extent:
-    """How much is measured: training samples, prompts, rounds that are looked at, new tokens of an answer."""
+    """How much is measured: the numbers of training samples, prompts, examined rounds, and new tokens of an answer."""
 
     samples: int = 48
     prompts: int = 24
@@ -89,7 +89,7 @@ def diagnose(
 ) -> Diagnosis:
     """Measure every stage that this run has. A server's counts come from the file `served`, or from the server itself.
 
-    ConfigError for drafts that are not trained, and other DeepSpecErrors for what cannot be loaded at all.
+    Raises ConfigError for drafts that are not trained, and other DeepSpecErrors for what cannot be loaded at all.
     """
     if not run.trains:
         raise ConfigError("drafts of this type are not trained", where=run.path, found=run.file.draft.type)
@@ -115,7 +115,7 @@ def diagnose(
 
 
 def left_out(options: EvaluateOptions) -> dict[str, str]:
-    """What these options change in decoding that no stage of a diagnosis has, as `not_measured` says it."""
+    """The effects of these options on decoding that no stage of a diagnosis measures, in the form of `not_measured`."""
     usual = EvaluateOptions()
     asked = (*_OF_SAMPLING, *_NOT_OF_TRAINING) if any(options.temperature) else _NOT_OF_TRAINING
     names = [name for name in asked if getattr(options, name) != getattr(usual, name)]
@@ -129,7 +129,7 @@ def left_out(options: EvaluateOptions) -> dict[str, str]:
 
 @define(kw_only=True)
 class _Looking:
-    """A diagnosis while it is made. `last` are the outcomes of the newest stage, to compare the next one with."""
+    """A diagnosis in progress. `last` has the outcomes of the newest stage, with which the next one is compared."""
 
     run: Run
     extent: Extent
@@ -151,11 +151,11 @@ class _Looking:
 
     @property
     def trained_here(self) -> bool:
-        """Whether the draft is the run's own, so that what training left can be compared."""
+        """Whether the draft is the run's own, so that it can be compared with the results of training."""
         return self.run.file.evaluate.draft is None and (self.run.stage_folder("train") / METRICS).is_file()
 
     def ask(self, server: Asked) -> Outcomes | None:
-        """The server's rounds on evaluation's prompts. It is asked first, because it may be the wrong one."""
+        """The server's rounds on evaluation's prompts. This comes first, because it may be the wrong server."""
         self.say("the server")
         requests, limit = self._asked()
         counted, why = ask(self.run, requests, server, max_new_tokens=limit) if requests else (None, "no prompts")
@@ -207,7 +207,7 @@ class _Looking:
             self._judge(accepted_difference(before, outcomes, paired=True))
 
     def look_at_evaluation(self, counted: Outcomes | None) -> None:
-        """The stages on texts that nobody trained on, with the engine, and on a server."""
+        """The stages on texts outside the training data, with the engine, and on a server."""
         self.say("held-out texts")
         held_out = held_out_samples(self.run, self.extent.prompts) if self.run.file.data.sources else []
         if held_out:

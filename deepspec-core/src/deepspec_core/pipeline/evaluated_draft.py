@@ -44,7 +44,7 @@ class EvaluatedDraft:
 
 
 def load_evaluated(run: Run) -> EvaluatedDraft:
-    """The draft with its weights. DeepSpecError where there is none, or it does not go with the run's target."""
+    """The draft with its weights. Raises DeepSpecError if there is none, or it does not go with the run's target."""
     if not run.trains:
         return _untrained(run)
     folder, adapter, revision = draft_of(run)
@@ -88,8 +88,8 @@ def describe_evaluated(run: Run) -> tuple[DraftDescription | UntrainedDescriptio
 def draft_of(run: Run) -> tuple[Path, TargetAdapter, str]:
     """The directory, the adapter and the digest of the checkpoint that is evaluated.
 
-    It is the draft that [evaluate] names, else the run's own. CheckpointError if it does not exist, or was made for
-    another target.
+    It is the draft that [evaluate] names, else the run's own. Raises CheckpointError if it does not exist, or was made
+    for another target.
     """
     folder = _draft_folder(run)
     adapter = draft_adapter(folder, registry=run.plugins.registry)

@@ -132,7 +132,7 @@ def journal_of(folder: Path, result: Mapping[str, Any]) -> Path:
     """The journal of one of the results of metrics.json, in a run's folder."""
     about = (_file_name(result["task"]), result["temperature"], result.get("thinking", False))
     apart = folder / "evaluate" / _journal_name(*about, result.get("batch_size"))
-    # Where there is one batch size, no name says it.
+    # If there is only one batch size, file names do not contain it.
     return apart if apart.is_file() else folder / "evaluate" / _journal_name(*about, None)
 
 
@@ -157,7 +157,7 @@ def _exact(temperature: float) -> str:
 
 
 def journals(tasks: Sequence[str]) -> dict[str, str]:
-    """The name of each task's files. DataError if two tasks would have the same."""
+    """The name of each task's files. Raises DataError if two tasks would have the same."""
     names = {task: _file_name(task) for task in tasks}
     shared = [task for task, name in names.items() if list(names.values()).count(name) > 1]
     if shared or len(names) < len(tasks):
@@ -175,7 +175,7 @@ def _file_name(task: str) -> str:
 
 
 def prompts_of(run: Run, task: str) -> list[Prompt]:
-    """The prompts of a task. DataError if it cannot be read."""
+    """The prompts of a task. Raises DataError if it cannot be read."""
     options = run.file.evaluate
     if (digest := task_digest(task, base=run.base)) is not None:
         run.reads.content(contents.task(task), digest)
@@ -192,7 +192,7 @@ def prompts_of(run: Run, task: str) -> list[Prompt]:
 def requests_of(run: Run, task: str, prompts: Sequence[Prompt], *, thinking: bool) -> Askable:
     """The first turns of a task's prompts in one mode, and those that are too long or that the template refuses.
 
-    DataError if no prompt is left, or the template refuses more than evaluate.max_failures.
+    Raises DataError if no prompt is left, or the template refuses more than evaluate.max_failures.
     """
     return requests_of_prompts(
         prompts,
@@ -221,7 +221,7 @@ def later_turns(run: Run, prompts: Sequence[Prompt], *, thinking: bool) -> Later
 
 
 def _not_asked(requests: Sequence[Request], groups: Sequence[Group], later: LaterTurns) -> int:
-    """How many later turns found no room, or a template that refuses the answer before them."""
+    """The number of later turns that did not fit, or whose preceding answer the template refuses."""
     failed = {one.id for group in groups for one in group.failures}
     turns = sum(1 + later.number(request.id) for request in requests if request.id not in failed)
     return turns - sum(len(group.completions) for group in groups)
@@ -238,7 +238,7 @@ def digest_of(requests: Sequence[Request], later: LaterTurns | None) -> str:
 def calibration_of(run: Run, draft: DraftDescription | UntrainedDescription, revision: str) -> Calibration | None:
     """What [evaluate] calibration names, for the draft with this digest; None if it names nothing.
 
-    CheckpointError if the draft gives no confidence, or the file is missing, edited or of another draft.
+    Raises CheckpointError if the draft gives no confidence, or the file is missing, edited or of another draft.
     """
     named = run.file.evaluate.calibration
     if named is None:

@@ -90,7 +90,7 @@ class _Recordings:
         return any((request.id, request.prompt_ids) in own for request in one.requests)
 
     def beside(self, one: _Pass, measured: Measured, limit: int) -> Agreement | None:
-        """These answers beside the server's, of at most `limit` tokens."""
+        """How the recorded answers compare with the server's, which have at most `limit` tokens."""
         return agreement(
             measured.completions,
             self.completions[_key(one)],
@@ -103,7 +103,8 @@ class _Recordings:
 def evaluate_server(run: Run, asked: Asked) -> dict[str, Any]:
     """Let the server answer all tasks at all temperatures and batch sizes. Write metrics.json, report.md, answers.
 
-    DeepSpecError if it cannot be done; nothing is written then. It is raised before the first request if possible.
+    Raises DeepSpecError if it cannot be done; nothing is written then. It is raised before the first request if
+    possible.
     """
     options = run.file.evaluate
     journals(options.tasks)
@@ -165,7 +166,7 @@ def evaluate_server(run: Run, asked: Asked) -> dict[str, Any]:
 
 
 def _require_free(asked: Asked) -> None:
-    """StageError if there are results that must not be discarded. Results of this engine are never discarded."""
+    """Raise StageError if there are results that must not be discarded. Results of this engine are never discarded."""
     try:
         there = read_metrics(asked.out / METRICS)
     except FileNotFoundError:
@@ -340,7 +341,7 @@ def _report(run: Run, server: Server, asked: Asked, results: list[dict[str, Any]
 
 def _write(out: Path, report: dict[str, Any], answers: Sequence[dict[str, Any]]) -> None:
     with full_disk_is_an_error(out):
-        # metrics.json says that the others are whole: it goes first and comes last.
+        # metrics.json means that the other files are complete, so it is removed first and written last.
         (out / METRICS).unlink(missing_ok=True)
         _put(out / ANSWERS, lambda: "".join(json.dumps(answer) + "\n" for answer in answers))
         _put(out / "report.md", lambda: markdown(report))

@@ -29,7 +29,7 @@ from deepspec_core.targets.opening import fingerprint
 
 
 def run_stage(run: Run) -> dict[str, Any]:
-    """Write every format anew. ExportError where an engine cannot serve the draft, or a plugin wrote nothing."""
+    """Write every format anew. Raises ExportError if an engine cannot serve the draft, or a plugin wrote nothing."""
     folder = run.folder / "draft"
     adapter = draft_adapter(folder, registry=run.plugins.registry)
     digest = fingerprint(folder)
@@ -47,9 +47,9 @@ def run_stage(run: Run) -> dict[str, Any]:
 
 
 def check_servable(run: Run, facts: ExportFacts) -> None:
-    """ExportError where one of the run's formats cannot hold such a draft, or its place is taken by something else.
+    """Raise ExportError if one of the run's formats cannot hold such a draft, or its place is taken by something else.
 
-    PluginError where a plugin does not work.
+    Raises PluginError if a plugin does not work.
     """
     for name in run.file.export.to:
         out = _folder_of(run, name)
@@ -79,7 +79,7 @@ def untrained_draft(run: Run, check: Callable[[ExportFacts], None]) -> tuple[Dra
 
 
 def facts_of_finished(run: Run) -> ExportFacts:
-    """What the run's finished draft says of itself. CheckpointError where there is none."""
+    """What the run's finished draft says of itself. Raises CheckpointError if there is none."""
     folder, registry = run.folder / "draft", run.plugins.registry
     adapter = draft_adapter(folder, registry=registry)
     check_draft(folder, registry=registry, adapter=adapter)

@@ -52,7 +52,7 @@ _GB: Final = 10**9
 def servers_of(
     run: Run, *, ownership: Ownership, stored: str | None = None, processes: int = 1, alone: bool = False
 ) -> FeatureServers:
-    """The servers, nobody asked yet. ConfigError where the exchange folder, its bound or the key will not do.
+    """The servers, nobody asked yet. Raises ConfigError if the exchange folder, its bound or the key will not do.
 
     `stored`: The number format that they have to write; None: any. `processes`: how many will share the bounds, where
     they are not started yet. `alone`: this process has them for itself.
@@ -105,11 +105,12 @@ def check(run: Run, processes: int = 1, *, may_write: bool = True) -> None:
 
 
 def begin(run: Run, stage: str, *, record: Path | None = None, crew: Crew | None = None) -> FeatureServers:
-    """The servers, for this process of a stage: tried, and what an earlier one left in the exchange folder removed.
+    """The servers of this process of a stage: checked, and with an earlier process's files in the exchange removed.
 
-    A server stays out that does not give what it gave at the start, or what others gave when the stage was begun.
-    ConfigError where no server is left, StageError where a stage that was begun has no record of what it began with.
-    `record`: the record's file, where it does not lie in the stage's folder. `crew`: who asks, where not all workers.
+    A server stays out if its features differ from those at the start, or from those when the stage was begun.
+    Raises ConfigError if no server is left, and StageError if a stage that was begun has no record of what it began
+    with. `record`: the record's file, where it does not lie in the stage's folder. `crew`: who asks, where not all
+    workers.
     """
     crew = crew or workers.crew()
     ownership = Ownership(owner=owner_of(run.folder), rank=crew.rank, world=crew.count)
@@ -127,7 +128,7 @@ def begin(run: Run, stage: str, *, record: Path | None = None, crew: Crew | None
     if begun is None and crew.first:
         first = next(address for address in run.file.features.servers if address in work.tried)
         ServedRecord.of(work, first).write(path)
-    # The first process says what the stage begins with, and the others' servers have to give the same.
+    # The first process records the features that the stage begins with. The others' servers have to give the same.
     crew.told_by_first(f"what servers gave when the {stage} stage was begun", True)
     if begun is None:
         crew.require_seen(path)
@@ -144,7 +145,8 @@ def from_run(run: Run) -> ServedFeatures:
 
 
 def _compare(run: Run, work: FeatureWork) -> Reference:
-    """Compare the servers' states with those of the target here, or with each other. ConfigError if a server's differ.
+    """Compare the servers' states with those of the target here, or with each other. Raises ConfigError if a server's
+    differ.
 
     Returns what they were compared with.
 
@@ -189,7 +191,7 @@ def _of_target(run: Run, work: FeatureWork) -> dict[str, torch.Tensor]:
 
 
 def _begun_with(record: Path, stage: str) -> ServedRecord | None:
-    """What a stage was begun with; None where it was not begun. StageError where that is not known."""
+    """What a stage was begun with; None where it was not begun. Raises StageError if that is not known."""
     if record.exists():
         return read_record(record)
     folder = record.parent
@@ -231,7 +233,7 @@ def _final_norm(run: Run) -> FinalNorm | None:
 
 
 def _require_room(run: Run, work: FeatureWork, max_length: int, count: int) -> None:
-    """ConfigError where the bound, or the disk, does not hold the longest sample."""
+    """Raise ConfigError if the bound, or the disk, does not hold the longest sample."""
     longest, most = work.bytes_of(max_length), work.exchange.most
     if longest > most:
         raise ConfigError(

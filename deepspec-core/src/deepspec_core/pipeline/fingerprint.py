@@ -148,7 +148,10 @@ class StageRecord:
 
 
 def read_record(folder: Path) -> StageRecord | None:
-    """The record of a stage's folder; None if the stage never started. StageError for a damaged file or a folder."""
+    """The record of a stage's folder; None if the stage never started.
+
+    Raises StageError for a damaged file or a folder.
+    """
     path = folder / RECORD
     refuse_folder(path)
     if not path.exists():

@@ -133,7 +133,7 @@ class Heartbeat:
         return self
 
     def enter(self, stage: str) -> None:
-        """A stage begins."""
+        """Report that a stage begins."""
         now = time.time()
         with self._lock:
             self._state |= {"stage": stage, "stage_began": now, "moved": now}
@@ -200,7 +200,7 @@ def _asked(error: BaseException) -> bool:
 
 @contextmanager
 def beating(folder: Path, stages: Sequence[str]) -> Iterator[None]:
-    """Signs of life inside the block; none where there is nothing to do."""
+    """Write signs of life within this context; none if there is nothing to do."""
     global _beating
     if not stages:
         yield
@@ -213,6 +213,6 @@ def beating(folder: Path, stages: Sequence[str]) -> Iterator[None]:
 
 
 def enter(stage: str) -> None:
-    """The run that this process does comes to a stage."""
+    """Report that this process's run begins a stage."""
     if _beating is not None:
         _beating.enter(stage)

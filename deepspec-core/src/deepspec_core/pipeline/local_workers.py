@@ -24,7 +24,7 @@ from deepspec_core.stopping import StopRequest
 log = logging.getLogger("deepspec")
 
 # A worker that is asked to stop finishes its step and saves a checkpoint.
-# One whose neighbour failed has nothing to save.
+# A worker that is stopped because another one failed has nothing to save.
 SECONDS_TO_STOP: Final = 50.0
 _SECONDS_AFTER_FAILURE: Final = 10.0
 _LOOK_EVERY_SECONDS: Final = 0.2
@@ -131,7 +131,7 @@ def _how(code: int) -> str:
 
 
 def _kill(worker: subprocess.Popen[bytes]) -> None:
-    """The worker and the processes it started, those that outlived it too."""
+    """Kill the worker and the processes that it started, including those that outlived it."""
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(worker.pid, signal.SIGKILL)
     worker.wait()

@@ -17,7 +17,7 @@ _CACHE = ("create", "header", "open", "verify", "bytes_per_token")
 
 
 def check_source_kind(registry: Registry, mode: str) -> None:
-    """PluginError where a feature source cannot be imported or called, or is a class without a member it needs.
+    """Raise PluginError if a feature source cannot be imported or called, or is a class without a member it needs.
 
     What a function will return is not known before it is called, which takes data: check_source looks at that.
     """
@@ -29,14 +29,14 @@ def check_source_kind(registry: Registry, mode: str) -> None:
 
 
 def check_source(registry: Registry, mode: str, source: Any) -> FeatureSource:
-    """The feature source that was built. PluginError where it lacks a member."""
+    """The feature source that was built. Raises PluginError if it lacks a member."""
     _require(registry, "features", mode, source, _FEATURES)
     checked: FeatureSource = source
     return checked
 
 
 def check_format(registry: Registry, name: str) -> None:
-    """PluginError where a cache format cannot be imported or built, or lacks a member."""
+    """Raise PluginError if a cache format cannot be imported or built, or lacks a member."""
     made: CacheFormat = registry.build("cache", name)
     _require(registry, "cache", name, made, _CACHE)
 

@@ -48,7 +48,7 @@ _NOT_KEPT: Final = "no features were kept"
 
 
 def folder_of(run: Run) -> Path:
-    """Where features of a run's answers are kept."""
+    """The folder in which the features of a run's answers are stored."""
     return run.stage_folder("regenerate") / FOLDER
 
 
@@ -73,7 +73,10 @@ class Keeping:
     dtype: torch.dtype | None
 
     def keep(self, line: Mapping[str, Any], answer: Answer) -> None:
-        """The features of a conversation's last text, before its line counts. CacheError where one is not finite."""
+        """The features of a conversation's last text, before its line counts.
+
+        Raises CacheError if one is not finite.
+        """
         for prompt_ids, output_ids in line["rewritten"]:
             self.writer.lacks(_text(prompt_ids, output_ids), _NOT_LAST)
         text_T = _text(line["prompt_ids"], line["output_ids"])
@@ -87,7 +90,7 @@ class Keeping:
 
 @contextmanager
 def keeping(run: Run) -> Iterator[Keeping]:
-    """The stage's servers, and where features go. Whatever ends the block, this run's files in the exchange go too."""
+    """The stage's servers, and the place of the features. At the end, this run's files in the exchange are removed."""
     folder = folder_of(run)
     # No answer depends on what is read here: features that were kept for other settings are discarded.
     with run.reads.unnoted():
@@ -112,7 +115,7 @@ def keeping(run: Run) -> Iterator[Keeping]:
 
 
 def kept_of(run: Run) -> KeptFeatures | None:
-    """What the cache stage need not ask for; None where there is nothing. What cannot be used is told."""
+    """The stored features that the cache stage need not request; None if there are none. Warns of unusable ones."""
     if not run.has("regenerate") or not (folder := folder_of(run)).exists():
         return None
     if not run.file.regenerate.features:
@@ -132,7 +135,10 @@ def kept_of(run: Run) -> KeptFeatures | None:
 
 
 def begin_alike(run: Run) -> None:
-    """The cache stage begins with what servers gave when the first answers came: one cache holds features of both."""
+    """Let the cache stage begin with the record that the regenerate stage made of its servers.
+
+    The servers of both stages must give the same features, because one cache holds the features of both.
+    """
     there, here = folder_of(run) / feature_servers.RECORD, run.stage_folder("cache") / feature_servers.RECORD
     if workers.crew().first and there.exists() and not here.exists():
         here.parent.mkdir(parents=True, exist_ok=True)
@@ -142,7 +148,7 @@ def begin_alike(run: Run) -> None:
 
 
 def told(samples: Samples, kept: KeptFeatures | None) -> Counter[str]:
-    """How many samples' features came with their answers (""), and of the others why not."""
+    """The number of samples whose features came with their answers (""), and of the others by reason."""
     if kept is None:
         return Counter({_NOT_KEPT: len(samples)})
     each = (samples.sample(number) for number in range(len(samples)))
@@ -169,7 +175,7 @@ def _farm(run: Run, servers: FeatureServers) -> Farm:
 
 
 def _header(run: Run) -> CacheHeader:
-    """What features depend on beside token ids."""
+    """A header with everything that features depend on beside token ids."""
     return evolve(run.cache.bare_header(), revision=run.target.fingerprint())
 
 

@@ -31,7 +31,7 @@ from deepspec_core.pipeline.run import Run
 from deepspec_core.pipeline.run_data import BAD_ROWS
 from deepspec_core.progress import Progress
 
-# Of a manifest, what does not say what the conversations are.
+# Keys of a manifest that do not describe the conversations.
 _BESIDE = ("plugins",)
 
 
@@ -49,8 +49,9 @@ def prepare(run: Run, folder: Path, *, force: bool = False) -> Prepared:
     """Write the conversations of the run's sources into `folder`: `train.jsonl`, `held-out.jsonl`, `manifest.json`.
 
     They are complete under that name, or not there. A folder with the same content stays as it is. With `force`,
-    prepared conversations that differ are replaced; anything else is never. DataError where the folder holds something
-    else, a source cannot be read, has too many bad rows, or changes meanwhile, and where nothing is left to train on.
+    prepared conversations that differ are replaced; anything else is never. Raises DataError if the folder holds
+    something else, a source cannot be read, has too many bad rows, or changes meanwhile, and where nothing is left to
+    train on.
     """
     _refuse_other(folder)
     check_sources(run.file.data.sources, base=run.base, registry=run.plugins.registry)
@@ -140,7 +141,7 @@ def _write_manifest(run: Run, folder: Path, counts: dict[Split, Counter[str]], d
 
 
 def _refuse_other(folder: Path) -> None:
-    """DataError where something else has the folder's name: that is never replaced."""
+    """Raise DataError if something else has the folder's name: that is never replaced."""
     there = os.path.lexists(folder)
     if there and (folder.is_symlink() or not folder.is_dir() or (any(folder.iterdir()) and not is_prepared(folder))):
         raise DataError(

@@ -50,7 +50,7 @@ def profile(
 ) -> tuple[list[Step], Sequence[Path]]:
     """Measure a target and write the table to `out`. Returns the steps and what was written, none of which may exist.
 
-    ConfigError for shapes that the target has no positions for and for a place that is taken.
+    Raises ConfigError for shapes that the target has no positions for and for a place that is taken.
     """
     for place in (out, served_place(out)):
         if place.exists():

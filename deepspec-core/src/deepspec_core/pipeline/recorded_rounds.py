@@ -66,13 +66,13 @@ class RecordedRounds:
         )
 
     def require_unscaled(self) -> None:
-        """StageError if a calibration scaled the recorded confidences already."""
+        """Raise StageError if a calibration scaled the recorded confidences already."""
         self._require_without("calibration", self.report["draft"].get("calibration"), "no calibration")
 
     def judged(self) -> Judged:
-        """The rounds with the draft's own confidences. CheckpointError if the draft gives none.
+        """The rounds with the draft's own confidences. Raises CheckpointError if the draft gives none.
 
-        StageError if the rounds were cut or scaled, or no token was proposed.
+        Raises StageError if the rounds were cut or scaled, or no token was proposed.
         """
         found = judged(self.completions)
         if found is None and any(completion.rounds for completion in self.completions):
@@ -104,8 +104,8 @@ def recorded_rounds(folder: Path, *, tasks: Sequence[str] = (), temperature: flo
 
     Of several batch sizes the first is read.
 
-    StageError if there is no finished evaluation, or a journal is not that of metrics.json; ConfigError for a task or a
-    temperature that was not evaluated; DataError for a damaged journal.
+    Raises StageError if there is no finished evaluation, or a journal is not that of metrics.json; raises ConfigError
+    for a task or a temperature that was not evaluated; raises DataError for a damaged journal.
     """
     try:
         report = read_metrics(folder / METRICS)
@@ -122,7 +122,10 @@ def recorded_rounds(folder: Path, *, tasks: Sequence[str] = (), temperature: flo
 
 
 def unchanged_draft(rounds: RecordedRounds) -> Path:
-    """The directory of the draft that the rounds are of. CheckpointError if it is gone, StageError if it changed."""
+    """The directory of the draft that the rounds are of.
+
+    Raises CheckpointError if it is gone, StageError if it changed.
+    """
     named = str(rounds.report["draft"].get("checkpoint"))
     # Files of before have what the run file says.
     of_before = not is_folder(rounds.folder / named) and is_folder(Path(named))
@@ -169,7 +172,7 @@ def _chosen(
 def completions_of(folder: Path, report: Mapping[str, Any], result: Mapping[str, Any]) -> list[Completion]:
     """The answers of one result of `report`, the metrics.json in `folder`.
 
-    StageError where its journal is missing or another one; DataError where that is damaged.
+    Raises StageError if its journal is missing or another one; raises DataError if that is damaged.
     """
     path = journal_of(folder, result)
     digest, groups = recorded(path, max_tokens=report["draft"].get("max_tokens"))

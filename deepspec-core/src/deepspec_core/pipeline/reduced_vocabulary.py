@@ -65,7 +65,7 @@ def reduced(run: Run, size: int, *, prompts: int, where: str) -> ReducedDraft:
     """The run's finished draft with the `size` tokens that its training answers have most of.
 
     Both drafts decode `prompts` prompts of the run's first task greedily. The target is loaded for it. Nothing is
-    written into the run's folder. StageError where the answers or the draft are not those of the training.
+    written into the run's folder. Raises StageError if the answers or the draft are not those of the training.
     """
     _require_trained_answers(run)
     folder, registry = run.folder / "draft", run.plugins.registry
@@ -105,7 +105,7 @@ def reduced(run: Run, size: int, *, prompts: int, where: str) -> ReducedDraft:
 def keep_rows(whole: DraftModel, draft: DraftModel, ids_D: torch.Tensor) -> None:
     """Give `draft`, whose vocabulary has D tokens, the weights of `whole`, of which it has these rows.
 
-    PluginError where a weight is neither of its own shape nor one with a row for each token.
+    Raises PluginError if a weight is neither of its own shape nor one with a row for each token.
     """
     assert draft.vocabulary is not None
     draft.vocabulary.choose(ids_D)

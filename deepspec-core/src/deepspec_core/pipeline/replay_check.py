@@ -15,7 +15,7 @@ log = logging.getLogger("deepspec")
 
 
 def check_replay(run: Run, rows: Counter[str]) -> None:
-    """ConfigError where too many conversations would fail, because the template writes no tool calls.
+    """Raise ConfigError if too many conversations would fail, because the template writes no tool calls.
 
     A few are warned about. `rows` are counts as of data.sources.check_rows.
     """

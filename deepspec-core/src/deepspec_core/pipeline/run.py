@@ -124,7 +124,7 @@ class Run:
 
     @remembered
     def untrained(self) -> UntrainedDraft:
-        """The run's draft, which is not trained. Its weights are not read. DeepSpecError if it does not fit."""
+        """The run's draft, which is not trained. Its weights are not read. Raises DeepSpecError if it does not fit."""
         from deepspec_core.untrained.making import make_untrained
 
         return make_untrained(
@@ -146,7 +146,7 @@ class Run:
         (self.folder / "config.toml").write_text(render(self.file), encoding="utf-8")
 
     def locked(self) -> Lock:
-        """Hold the run's folder for this process; StageError where another one works in it."""
+        """Hold the run's folder for this process; raises StageError if another one works in it."""
         return lock(
             self.folder,
             problem="Another process is working on this run",

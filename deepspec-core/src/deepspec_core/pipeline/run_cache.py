@@ -118,7 +118,7 @@ class RunCache:
         )
 
     def open(self) -> CacheReader:
-        """The finished cache; CacheError where it is missing, unfinished, or made for something else.
+        """The finished cache; raises CacheError if it is missing, unfinished, or made for something else.
 
         Another run's cache may have more taps than this run asks for. Those are not read.
         """
@@ -151,7 +151,10 @@ class RunCache:
         return SamplesOfPart(samples, numbers)
 
     def part_of(self, reader: CacheReader) -> CacheReader:
-        """The samples of cache.subset, which are all of a cache that this run makes. DataError where there is none."""
+        """The samples of cache.subset, which are all of a cache that this run makes.
+
+        Raises DataError if there is none.
+        """
         numbers = None if self.made_here else self._part(reader.ids(), len(reader))
         if numbers is None:
             return reader
@@ -200,11 +203,11 @@ class RunCache:
         return evolve(expected, taps=found.taps) if covers(found, expected) else expected
 
     def written(self) -> None:
-        """This process has just written the cache, and need not read it to believe it."""
+        """Note that this process has just written the cache, so that it need not verify it."""
         self._written_now = True
 
     def _verify(self) -> None:
-        """Read the stored files, each worker its share; CacheError for the first damage.
+        """Read the stored files, each worker its share; raises CacheError for the first damage.
 
         Every time: a disk that loses bits changes no time of a file.
         """
@@ -214,7 +217,7 @@ class RunCache:
             raise problems[0]
 
     def refuse_another(self) -> bool:
-        """Whether a cache of this run is there, finished or not. CacheError where it is damaged or another's.
+        """Whether a cache of this run is there, finished or not. Raises CacheError if it is damaged or another's.
 
         The conversations are not compared: before the first stage they may not be answered yet.
         """
@@ -225,13 +228,13 @@ class RunCache:
         return True
 
     def require(self) -> None:
-        """CacheError where the cache that another run made is not there, not finished, or not for this run."""
+        """Raise CacheError if the cache that another run made is not there, not finished, or not for this run."""
         reader = self.format.open(self.folder, None)
         check_header(self.folder, reader.header, self._like(reader.header))
         self.part_of(reader)
 
     def require_same_split(self) -> None:
-        """CacheError where held-out prompts of this run may stand in the cache that another run made."""
+        """Raise CacheError if held-out prompts of this run may stand in the cache that another run made."""
         found = self.format.header(self.folder)
         if found is not None and found.split != self._split():
             raise CacheError(

@@ -115,7 +115,7 @@ class RunData:
         *,
         keep: bool = False,
     ) -> Iterator[Conversation]:
-        """The conversations of the sources, as they stand there. DataError where a source changes meanwhile.
+        """The conversations of the sources, as they stand there. Raises DataError if a source changes meanwhile.
 
         `bad_rows` receives the rows that cannot be used. Left out, they are limited by data.max_bad_rows. `keep`: the
         first process of the run also keeps them in the run's folder.
@@ -178,7 +178,7 @@ class RunData:
         return source_digest(self.options.sources[index], base=self.base, ask_hub=ask_hub)
 
     def regenerated_digest(self) -> str:
-        """The digest of this run's file of regenerated conversations. OSError if it cannot be read."""
+        """The digest of this run's file of regenerated conversations. Raises OSError if it cannot be read."""
         from deepspec_core.data.source_digest import file_digest
 
         assert self.regenerated is not None, "the run has the regenerate stage"

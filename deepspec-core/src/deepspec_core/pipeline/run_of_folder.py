@@ -26,8 +26,8 @@ SAVED: Final = "config.toml"
 def run_file_of(folder: Path, *, overrides: Sequence[str] = (), plugins: Plugins) -> tuple[RunFile, Path]:
     """The run file of a run's folder, and the path at which a `pipeline.run.Run` of it finds its files.
 
-    Its `run.output` is this folder. StageError where the folder holds no run, and where a path of the file is relative
-    and the folder does not say where the run file lay.
+    Its `run.output` is this folder. Raises StageError if the folder holds no run, and where a path of the file is
+    relative and the folder does not say where the run file lay.
     """
     saved = folder / SAVED
     if not saved.is_file():

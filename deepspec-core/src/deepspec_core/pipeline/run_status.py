@@ -52,14 +52,14 @@ _OF_PROGRESS: Final[Mapping[str, type | tuple[type, ...]]] = {
     "done_by_worker": list,
 }
 _MOMENTS: Final = ("began", "stage_began", "moved", "beat")
-# Seconds since 1970; a later one is no time that a machine would tell.
+# Seconds since 1970. A later value is not a plausible time of a machine's clock.
 _LAST_MOMENT: Final = 1e11
 _MOST_PROCESSES: Final = 2**31
 
 
 @frozen(kw_only=True)
 class RunStatus:
-    """How a run stands.
+    """The state of a run.
 
     state: "running"; "silent", where it gives no sign of life and its process cannot be looked for from here, or is
         there and does not move; "dead", where its process is gone; "finished", "stopped" (it was asked to) or "failed",
@@ -100,7 +100,7 @@ class RunStatus:
 
 
 def status_of(folder: Path) -> RunStatus:
-    """How the run of a folder stands. StageError where the folder holds no run."""
+    """How the run of a folder stands. Raises StageError if the folder holds no run."""
     now, remarks = time.time(), list[str]()
     written = _read_status(folder, remarks)
     planned, name = _planned(folder, remarks)

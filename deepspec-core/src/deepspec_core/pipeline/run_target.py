@@ -84,7 +84,7 @@ class RunTarget:
 
     @remembered
     def adapter(self) -> TargetAdapter:
-        """The adapter, after a check that the target has the taps. TargetError if it does not.
+        """The adapter, after a check that the target has the taps. Raises TargetError if it does not.
 
         Only runs of drafts that are not trained have none (config/checks.py).
         """
@@ -154,7 +154,7 @@ class RunTarget:
         return "_remembered_model" in self.__dict__
 
     def extra_weights(self, prefixes: Sequence[str]) -> dict[str, Tensor]:
-        """The target's weights whose names begin with one of `prefixes`. TargetError where one fits none."""
+        """The target's weights whose names begin with one of `prefixes`. Raises TargetError if one fits none."""
         from deepspec_core.targets.opening import extra_weights
 
         self.reads.content(contents.TARGET, self.content_digest())
@@ -184,7 +184,10 @@ class RunTarget:
         return chat
 
     def template_digest(self) -> str | None:
-        """The digest of the file of target.chat_template; None if the run file names none. OSError where it is gone."""
+        """The digest of the file of target.chat_template; None if the run file names none.
+
+        Raises OSError if it is gone.
+        """
         if self.options.chat_template is None:
             return None
         return digests_of([self.base / self.options.chat_template])[0]
@@ -216,7 +219,7 @@ class RunTarget:
         return fingerprint(self.where), content_digest(self.where)
 
     def _require_unchanged(self) -> None:
-        """StageError where the target is not what it was before it was loaded."""
+        """Raise StageError if the target is not what it was before it was loaded."""
         from deepspec_core.targets.opening import content_digest
 
         if isinstance(self.where, Path) and content_digest(self.where) != self.content_digest():

@@ -44,7 +44,7 @@ RunData = Any
 def stored_samples(data: RunData) -> tuple[StoredSamples, Counter[str]]:
     """The samples, and what was counted when they were made. The first worker stores them, the others wait for it.
 
-    DataError where a conversation, a source or the chat template cannot be used at all.
+    Raises DataError if a conversation, a source or the chat template cannot be used at all.
     """
     store = TokenStore(data.tokens_folder, made_from(data))
     ready = store.ready()
@@ -161,7 +161,7 @@ def _digests(data: RunData) -> list[str | None]:
 
 
 def _refuse_changes(data: RunData, before: list[str | None]) -> None:
-    """DataError where a file is not what it was when the first conversation was read."""
+    """Raise DataError if a file is not what it was when the first conversation was read."""
     if _digests(data) != before:
         raise DataError(
             "A source changed while it was read",

@@ -26,8 +26,8 @@ def run_stages(
 ) -> dict[str, dict[str, Any]]:
     """Do the stages of the run (or `only` some of them) that are not done yet. Returns each stage's summary.
 
-    Results of the stages in `force`, and of those that build on them, are discarded first. DeepSpecError if the plan is
-    refused or a stage fails.
+    Results of the stages in `force`, and of those that build on them, are discarded first. Raises DeepSpecError if the
+    plan is refused or a stage fails.
     """
     steps = stages.plan(run, only=only, force=force)
     begin(run, steps, say=say)
@@ -50,8 +50,8 @@ def do(
 ) -> dict[str, dict[str, Any]]:
     """Do what the plan says, as the first (or only) process of the run, with the run's folder locked.
 
-    `only` and `force` are those of the plan. It is made again under the lock: StageError where it is another by now,
-    because another process worked on the run since.
+    `only` and `force` are those of the plan. It is made again under the lock: Raises StageError if it is another by
+    now, because another process worked on the run since.
     """
     with workers.together() as crew, run.locked(), full_disk_is_an_error(run.folder):
         workers.lock_for_workers(run.folder)
@@ -72,7 +72,10 @@ def do(
 
 
 def join(run: Run, steps: Sequence[Step]) -> None:
-    """Do what the plan says, as a worker other than the first one. StageError where this worker's plan is another."""
+    """Do what the plan says, as a worker other than the first one.
+
+    Raises StageError if this worker's plan is another.
+    """
     with workers.together() as crew:
         if crew.told_by_first("plan") != _plan(run, steps):
             raise StageError(

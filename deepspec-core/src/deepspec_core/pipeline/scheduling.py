@@ -87,9 +87,9 @@ def costs_from(
 ) -> Costs:
     """The table in a file, for an evaluation of this target at these batch sizes, with `count` threads.
 
-    CheckpointError if the draft gives no confidence. StageError if the file is missing, edited, or of another target,
-    number format or device. ConfigError if a load of this evaluation lies outside of what was measured. Another number
-    of threads on the CPU is said: costs are then those of faster or slower steps.
+    Raises CheckpointError if the draft gives no confidence. Raises StageError if the file is missing, edited, or of
+    another target, number format or device. Raises ConfigError if a load of this evaluation lies outside of what was
+    measured. Another number of threads on the CPU is said: costs are then those of faster or slower steps.
     """
     if gives_confidence is False:
         raise CheckpointError(

@@ -19,7 +19,7 @@ from deepspec_core.servers.wanted import Wanted
 
 
 def farm_of(run: Run) -> Farm:
-    """The run's servers, nobody asked yet. ConfigError where their key is not in the environment."""
+    """The run's servers, nobody asked yet. Raises ConfigError if their key is not in the environment."""
     options = run.file.regenerate
     wanted = wanted_of_target(
         run,
@@ -65,7 +65,7 @@ def end_of(tokenizer: ChatTokenizer, stop_ids: tuple[int, ...]) -> int:
 
 
 def key_in(name: str | None, *, where: str) -> str | None:
-    """The key in the environment variable of this name. ConfigError if it is missing or not a valid key."""
+    """The key in the environment variable of this name. Raises ConfigError if it is missing or not a valid key."""
     if name is None:
         return None
     key = os.environ.get(name, "").strip()

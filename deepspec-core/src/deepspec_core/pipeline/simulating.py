@@ -69,9 +69,9 @@ def simulate(
 ) -> Simulation:
     """Replay at each number of `requests`, all of the table if none is given.
 
-    StageError for a cost table of another target, rounds that were cut by a threshold, or nothing to replay.
-    ConfigError for loads that were not profiled. CheckpointError for a calibration of another draft or without
-    confidences.
+    Raises StageError for a cost table of another target, rounds that were cut by a threshold, or nothing to replay.
+    Raises ConfigError for loads that were not profiled. Raises CheckpointError for a calibration of another draft or
+    without confidences.
     """
     rounds = recorded_rounds(folder, tasks=tasks, temperature=temperature)
     rounds.require_uncut()
@@ -117,7 +117,10 @@ def simulate(
 
 
 def _seconds(table: CostTable, requests: int, longest: int) -> dict[int, float]:
-    """The time of a step by its tokens, for all numbers of tokens that there can be. ConfigError if one is unknown."""
+    """The time of a step by its tokens, for all numbers of tokens that there can be.
+
+    Raises ConfigError if one is unknown.
+    """
     return {tokens: table.seconds(requests, tokens) for tokens in range(requests, requests * (longest + 1) + 1)}
 
 

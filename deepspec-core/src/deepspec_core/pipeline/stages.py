@@ -105,7 +105,10 @@ def ancestors(stage: Stage, present: Sequence[str]) -> list[Stage]:
 
 
 def plan(run: Run, *, only: Sequence[str] = (), force: Sequence[str] = ()) -> list[Step]:
-    """Decide about every stage of the run, or `only` some. StageError if keys have changed since results were made."""
+    """Decide about every stage of the run, or `only` some.
+
+    Raises StageError if keys have changed since results were made.
+    """
     present = run.file.run.stages
     for name in [*only, *force]:
         if name not in present:

@@ -56,9 +56,9 @@ def start_of(
 ) -> Start:
     """Everything that a new run file in `folder` says.
 
-    `model` and `data` are as the user gave them; relative paths start at the current folder. PluginError if the draft
-    type is not installed, or if the `recommended` recipe is asked for and a run file could not say it. ConfigError if
-    there is no such recipe. TargetError or DataError if the target or the data do not exist.
+    `model` and `data` are as the user gave them; relative paths start at the current folder. Raises PluginError if the
+    draft type is not installed, or if the `recommended` recipe is asked for and a run file could not say it.
+    ConfigError if there is no such recipe. TargetError or DataError if the target or the data do not exist.
     """
     spec = registry.get("draft", draft_type)
     recipe = _recommended(spec, registry) if recommended else None

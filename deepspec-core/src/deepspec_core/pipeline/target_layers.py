@@ -80,7 +80,7 @@ def layers_of(start: str, *, draft_layers: int, taps: tuple[int, ...], target_la
 
 
 def check_target_start(run: Run, draft: DraftModel) -> None:
-    """ConfigError where the draft's layers are not the target's in heads, names or shapes. `draft` may be on fake
+    """Raise ConfigError if the draft's layers are not the target's in heads, names or shapes. `draft` may be on fake
     tensors.
 
     A warning where only numbers of the family differ, such as the rotary base: the weights fit, and training adapts
@@ -140,7 +140,7 @@ def _target_itself(run: Run) -> TargetAdapter:
 
 
 def _check_layers(run: Run, draft: DraftModel, target: TargetAdapter) -> None:
-    """ConfigError for mistakes in the draft's layers that are known without the target's files."""
+    """Raise ConfigError for mistakes in the draft's layers that are known without the target's files."""
     layers = _layers(draft)
     if not layers:
         raise _refused(
@@ -198,7 +198,8 @@ def _layers(draft: DraftModel) -> list[tuple[str, DraftLayer]]:
 
 
 def copies_of(run: Run, draft: DraftModel, stored: Mapping[str, StoredWeight]) -> Copies:
-    """Which weight of the target each of the draft's starts from. ConfigError where one is not there or does not fit.
+    """Which weight of the target each of the draft's starts from. Raises ConfigError if one is not there or does not
+    fit.
 
     The draft is one that `_check_layers` accepts.
     """

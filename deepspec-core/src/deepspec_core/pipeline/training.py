@@ -121,8 +121,8 @@ def _trained(
 def new_draft(run: Run) -> DraftModel:
     """A draft of the run's type in the target's family. Its weights are drawn from the run's seed.
 
-    PluginError, with the package, where it cannot be built, or nothing of it is trained. ConfigError where the run
-    wants to recompute activations, and no layer of the draft can.
+    Raises PluginError, with the package, if it cannot be built, or nothing of it is trained. Raises ConfigError if the
+    run wants to recompute activations, and no layer of the draft can.
     """
     require_trained(run)
     kind, registry = run.file.draft.type, run.plugins.registry
@@ -150,7 +150,7 @@ def new_draft(run: Run) -> DraftModel:
 
 
 def require_trained(run: Run) -> None:
-    """ConfigError where drafts of the run's type are not trained."""
+    """Raise ConfigError if drafts of the run's type are not trained."""
     if not run.trains:
         raise ConfigError(
             "drafts of this type are not trained",

@@ -28,7 +28,7 @@ _WEIGHTS_OR_INDEX = (SINGLE, INDEX)
 
 
 def evaluations_of(run: Run) -> Evaluations:
-    """What evaluates the run's checkpoints. DataError where no prompt is held out, or none can be asked."""
+    """What evaluates the run's checkpoints. Raises DataError if no prompt is held out, or none can be asked."""
     options = run.file.train
     if options.evaluate_every is None:
         return Evaluations(options)
@@ -63,7 +63,8 @@ def evaluations_of(run: Run) -> Evaluations:
 
 
 def check_evaluations(run: Run) -> None:
-    """TargetError where the target's weights, which decoding needs, are not there. Says what else an evaluation needs.
+    """Raise TargetError if the target's weights, which decoding needs, are not there. Says what else an evaluation
+    needs.
 
     With cached features, or features from servers, nothing else would have asked for them before training begins.
     """

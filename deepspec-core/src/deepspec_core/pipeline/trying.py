@@ -68,8 +68,9 @@ def try_draft(run: Run) -> tuple[DraftModel, Tried]:
 def try_training(run: Run, draft: DraftModel) -> None:
     """Run one forward pass of the draft, and the run's loss on rows like the draft's.
 
-    ConfigError if a term reads what the draft does not provide, if the chosen kernels cannot run, or if the draft has
-    nothing for the chosen optimizer. PluginError, which names the package, if the draft or a term fails.
+    Raises ConfigError if a term reads what the draft does not provide, if the chosen kernels cannot run, or if the
+    draft has nothing for the chosen optimizer. Raises PluginError, which names the package, if the draft or a term
+    fails.
     """
     if run.file.train.optimizer == MUON and not hidden_matrices(draft):
         raise no_matrices(sum(weight.requires_grad for weight in draft.parameters()))

@@ -27,7 +27,7 @@ _TOLERANCE = 0.1
 
 
 def try_format(run: Run) -> None:
-    """PluginError where the run's cache format does not give back what it was given. Core's own are not tried."""
+    """Raise PluginError if the run's cache format does not give back what it was given. Core's own are not tried."""
     name, registry = run.file.cache.format, run.plugins.registry
     package = registry.provider("cache", name)
     if canonical(package) == CORE:

@@ -15,7 +15,7 @@ from deepspec_core.pipeline.run import Run
 
 
 def described(run: Run, draft: DraftModel) -> DraftDescription:
-    """What the draft says of itself. PluginError, with the package, where it fails, or says what cannot be so."""
+    """What the draft says of itself. Raises PluginError, with the package, if it fails, or says what cannot be so."""
     kind, registry = run.file.draft.type, run.plugins.registry
     with registry.blaming("draft", kind):
         said: object = draft.describe()

@@ -31,8 +31,8 @@ _NODES = 8
 
 
 def try_finished(run: Run, draft: DraftModel, description: DraftDescription) -> None:
-    """PluginError where the draft's checkpoint would not be recognised as its type's alone, or not opened as what was
-    trained, or would not say the window that the run asks for, or where the draft has no proposer.
+    """Raise PluginError if the draft's checkpoint would not be recognised as its type's alone, or not opened as what
+    was trained, or would not say the window that the run asks for, or where the draft has no proposer.
 
     `draft` is one on fake tensors.
     """

@@ -25,8 +25,8 @@ _BATCH, _LENGTH = 2, 32
 def try_rollout(run: Run, draft: DraftModel) -> None:
     """Roll out once, where the draft does, on fake tensors.
 
-    ConfigError where the run's features are stored. PluginError, with the package, where the draft fails or returns
-    texts of another shape.
+    Raises ConfigError if the run's features are stored. Raises PluginError, with the package, if the draft fails or
+    returns texts of another shape.
     """
     if not rolls_out(draft):
         return

@@ -22,7 +22,7 @@ log = logging.getLogger("deepspec")
 def try_target_weights(run: Run, draft: DraftModel, description: DraftDescription) -> None:
     """Hand the draft, which is on fake tensors, fake weights of the target's shapes.
 
-    TargetError where the target has none of those names. PluginError where the draft does not take them.
+    Raises TargetError if the target has none of those names. Raises PluginError if the draft does not take them.
     """
     if not description.target_weights:
         return

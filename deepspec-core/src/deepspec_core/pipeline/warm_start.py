@@ -57,10 +57,10 @@ class Start:
 
 
 def check_init(run: Run, draft: DraftModel, description: DraftDescription) -> None:
-    """ConfigError where the checkpoint is another draft than the run file says. `draft` is one on fake tensors.
+    """Raise ConfigError if the checkpoint is another draft than the run file says. `draft` is one on fake tensors.
 
-    CheckpointError where there is none, it is damaged, or it was made for another target. A warning where only numbers
-    of its family differ, such as the rotary base: its weights fit, and training adapts them.
+    Raises CheckpointError if there is none, it is damaged, or it was made for another target. A warning where only
+    numbers of its family differ, such as the rotary base: its weights fit, and training adapts them.
     """
     folder, registry = _folder(run), run.plugins.registry
     if folder is None:
@@ -107,7 +107,7 @@ def start_of(run: Run) -> Start | None:
     """The weights that training begins with, read; None where [draft] init names no checkpoint.
 
     A run that has a checkpoint goes on with that, whatever became of the one it began with: with the newest sound one,
-    which is the one that training resumes from. CheckpointError where all are damaged.
+    which is the one that training resumes from. Raises CheckpointError if all are damaged.
     """
     named = run.file.draft.init
     if named is None:

@@ -111,7 +111,7 @@ def together() -> Iterator[Crew]:
 
 
 def lock_for_workers(folder: Path) -> None:
-    """In the first worker: StageError where workers of an earlier run may still write there."""
+    """In the first worker: Raises StageError if workers of an earlier run may still write there."""
     if launched() or (folder / _LOCK).exists():
         _held_by_workers(folder, shared=False).release()
 
@@ -147,7 +147,7 @@ def _connection() -> Store:
 
 
 def wait_for(folder: Path) -> None:
-    """Return when the first worker has completed the stage of `folder`. StageError where another worker fails."""
+    """Return when the first worker has completed the stage of `folder`. Raises StageError if another worker fails."""
     while (record := read_record(folder)) is None or not record.complete:
         _crew.check()
         time.sleep(POLL_SECONDS)

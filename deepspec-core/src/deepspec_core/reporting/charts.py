@@ -1,6 +1,6 @@
-"""The charts of a page: what is drawn from the figures of one or several evaluations.
+"""The charts of a page, drawn from the figures of one or several evaluations.
 
-Knows metrics.json. How a chart becomes SVG is in svg.py. A run has the same colour and mark in every chart.
+This file knows metrics.json. svg.py turns a chart into SVG. A run has the same colour and mark in every chart.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from deepspec_core.evaluation.comparison import Run
 from deepspec_core.evaluation.report import once, task_of
 from deepspec_core.reporting.svg import COLOURS, INK, MARKS, MUTED, Chart, drawing
 
-# What is drawn together: the results of one task and temperature, with the number of their run.
+# The results that are drawn in one chart: those of one task and temperature, each with the number of its run.
 Panel = list[tuple[int, Mapping[str, Any]]]
 PARTS = ("draft", "verify", "prefill", "host")
 _WIDTH, _HEIGHT, _WIDE = 3.4, 2.5, 8.2  # inches
@@ -39,7 +39,7 @@ def acceptance(runs: Sequence[Run]) -> list[Chart]:
 
 
 def reliability(runs: Sequence[Run]) -> list[Chart]:
-    """The share of accepted prefixes by their confidence, all positions together, where drafts give confidences."""
+    """The share of accepted prefixes by their confidence, all positions pooled, if drafts give confidences."""
     charts = []
     for title, panel in panels(runs):
         judged = [(index, result["confidence"]) for index, result in panel if result.get("confidence")]
@@ -57,7 +57,7 @@ def reliability(runs: Sequence[Run]) -> list[Chart]:
 
 
 def reliability_by_position(runs: Sequence[Run]) -> list[Chart]:
-    """The same for each position by itself: a small chart for each, task and temperature."""
+    """The same for each position by itself: a small chart for each position, task and temperature."""
     charts = []
     for title, panel in panels(runs):
         judged = [(index, result["confidence"]["positions"]) for index, result in panel if result.get("confidence")]
@@ -134,7 +134,7 @@ def by_context(runs: Sequence[Run]) -> list[Chart]:
 
 
 def throughput(runs: Sequence[Run]) -> list[Chart]:
-    """Tokens per second by batch size, where there are several, one chart for each task and temperature."""
+    """Tokens per second by batch size, if there are several sizes. One chart for each task and temperature."""
     charts = []
     for title, panel in panels(runs):
         key = (task_of(panel[0][1]), panel[0][1]["temperature"])
@@ -158,7 +158,7 @@ def throughput(runs: Sequence[Run]) -> list[Chart]:
 
 
 def time_split(runs: Sequence[Run]) -> list[Chart]:
-    """Where the time of an output token goes, plain decoding beside speculative; one chart."""
+    """How the time of an output token is spent, plain decoding beside speculative decoding; one chart."""
     found: dict[tuple[object, ...], list[tuple[str, Mapping[str, float]]]] = {}
     for run in runs:
         for result in run.report["results"]:
@@ -189,7 +189,7 @@ def time_split(runs: Sequence[Run]) -> list[Chart]:
 
 
 def panels(runs: Sequence[Run]) -> list[tuple[str, Panel]]:
-    """The results by task and temperature, each with its title; of each run one (report.once)."""
+    """The results by task and temperature, each group with its title. A group has one result per run (report.once)."""
     found: dict[tuple[str, float], Panel] = {}
     for index, run in enumerate(runs):
         for result in once(run.report["results"]):
@@ -198,7 +198,7 @@ def panels(runs: Sequence[Run]) -> list[tuple[str, Panel]]:
 
 
 def _pooled_bins(confidence: Mapping[str, Any]) -> tuple[list[float], list[float]]:
-    """Mean confidence and share of accepted prefixes in each bin, the rounds of all positions together."""
+    """Mean confidence and share of accepted prefixes in each bin, over the rounds of all positions."""
     bins: dict[int, list[Mapping[str, Any]]] = {}
     for position in confidence["positions"]:
         for one in position["bins"]:
@@ -212,7 +212,7 @@ def _mean(bins: Sequence[Mapping[str, Any]], key: str) -> float:
 
 
 def _title(result: Mapping[str, Any]) -> str:
-    """The task and temperature. Of a long name, such as a file's path, the end."""
+    """The task and temperature. A long name, such as a file's path, is shortened to its end."""
     task = task_of(result)
     return f"{task if len(task) <= _LONGEST else '...' + task[-_LONGEST:]}, T = {result['temperature']:g}"
 
@@ -242,7 +242,7 @@ def _or_nan(value: float | None) -> float:
 
 
 def _unit(set_limits: Any, axis: Any, *, marks: int = 5) -> None:
-    """An axis of shares, from 0 to 1 in percent."""
+    """Set up an axis of shares: 0 to 1, labelled in percent."""
     set_limits(-0.03, 1.03)
     shares = [mark / (marks - 1) for mark in range(marks)]
     axis.set_ticks(shares, [f"{share:.0%}" for share in shares])

@@ -1,7 +1,7 @@
 """The curves of training: which figures of metrics.jsonl are drawn together, and their points.
 
-Knows the names of figures by their meaning (docs/training-figures.md); a figure of another name has a panel of its own,
-and one that a run does not have is left out. Knows no colours, and nothing that draws.
+This file knows the names and meanings of figures (docs/training-figures.md). A figure with an unknown name gets a panel
+of its own. A figure that a run does not have is left out. This file does not know colours or how to draw.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from deepspec_core.training.metrics_lines import HELD_OUT_LENGTH, METRICS, Line,
 
 # More points than pixels are averaged.
 MOST_POINTS: Final = 400
-# So many of a curve's points are averaged for the bold line, if there are enough.
+# The number of a curve's points that are averaged for the bold line, if there are enough.
 _SMOOTHED_OVER: Final = 20
 _FEWEST_TO_SMOOTH: Final = 40
 _SLOT: Final = re.compile(r"(accept_rate|accuracy)@(\d+)")
-# Figures that are no curve, or say the same as another one.
+# Figures that are not drawn, because they are no curve or repeat another figure.
 _NOT_DRAWN: Final = ("step", "epoch", "slowest_rank", "sequences_per_second")
-# Figures whose means would show what never was.
+# Figures that are not averaged, because their mean would be a value that never occurred.
 _WITHOUT_NOISE: Final = ("lr", "peak_memory_bytes")
 
 Kind = Literal["line", "dashed", "points"]
@@ -32,7 +32,7 @@ Kind = Literal["line", "dashed", "points"]
 
 @frozen(kw_only=True)
 class Training:
-    """A run's lines of training, by the name that the run has in a report."""
+    """A run's lines of training figures, and the run's name in the report."""
 
     label: str
     lines: Sequence[Line]
@@ -41,9 +41,9 @@ class Training:
 
 @frozen(kw_only=True)
 class Series:
-    """One curve of the run with this number: its points, the same smoothed where there are many, how it is drawn.
+    """One curve of the run with this number: its points, smoothed points if there are many, and how it is drawn.
 
-    shade: 1, or less for curves of a panel that follow each other, such as positions.
+    shade: 1, or less for the curves of one panel that form a sequence, such as positions.
     """
 
     run: int
@@ -76,14 +76,14 @@ class Group:
 
 
 def read_training(folder: Path, label: str) -> Training | None:
-    """The lines of a run's folder; None where they have no curves, or it was not trained there."""
+    """The training figures in a run's folder. None if they have no curves, or if no training ran in this folder."""
     lines, unreadable = read_lines(folder / "train" / METRICS)
     drawn = any(name not in _NOT_DRAWN for line in lines for name in line)
     return Training(label=label, lines=lines, unreadable=unreadable) if drawn else None
 
 
 def groups(runs: Sequence[tuple[int, Training]]) -> list[Group]:
-    """All panels of the runs, by what they are about; none is empty. Runs come with their numbers in the report."""
+    """All panels of the runs, grouped by topic. No group is empty. Each run comes with its number in the report."""
     names = list(dict.fromkeys(name for _, run in runs for line in run.lines for name in line))
     slots = [name for name in names if _SLOT.fullmatch(name)]
     terms = [name for name in names if name.startswith("loss/")]
@@ -183,7 +183,7 @@ HEADINGS: Final = (
 
 
 def summary(run: Training) -> list[str]:
-    """The last figures of a run, under HEADINGS; on held-out prompts the greatest accepted length, with its step."""
+    """The last figures of a run, under HEADINGS. For held-out prompts: the greatest accepted length and its step."""
 
     def last(name: str) -> float | None:
         return next((line[name] for line in reversed(run.lines) if name in line), None)
@@ -242,7 +242,7 @@ def _series(number: int, run: Training, name: str, kind: Kind, scale: Callable[[
 
 
 def _smoothed(values: Sequence[float]) -> list[float]:
-    """The mean around each point, of what there is of it near an end."""
+    """The moving average around each point. Near an end, it covers only the points that exist."""
     reach = max(1, len(values) // _SMOOTHED_OVER // 2)
     means = []
     for place in range(len(values)):

@@ -1,7 +1,7 @@
-"""One self-contained HTML page of one or several runs: tables, charts, answers, curves of training, what reproduces it.
+"""One self-contained HTML page of one or several runs: tables, charts, answers, training curves, how to reproduce them.
 
-Needs no network and no script. Everything that comes from data is escaped by the template, except charts, which svg.py
-makes. Knows a run's folder by its files.
+The page needs no network and no script. The template escapes everything that comes from data, except charts, which
+svg.py makes. This file knows the files of a run's folder.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _TEMPLATE: Final = Path(__file__).with_name("page.html.jinja")
 
 @frozen(kw_only=True)
 class Shown:
-    """A run with what the page shows of it.
+    """A run, and the parts of it that the page shows.
 
-    run: Its evaluation, None where there is none.
+    run: Its evaluation; None if there is none.
     samples: Answers of the evaluation.
-    training: Its lines of training, None where there are none.
-    run_file: Its run file as text.
+    training: Its lines of training figures; None if there are none.
+    run_file: The text of its run file.
     """
 
     label: str
@@ -44,12 +44,12 @@ class Shown:
 
 
 def shown(folder: Path, run: Run) -> Shown:
-    """The evaluated run whose results lie in `folder`. StageError where its samples are damaged."""
+    """The evaluated run whose results lie in `folder`. Raises StageError if its samples are damaged."""
     return _shown(folder, run.label, run, read_samples(folder / "evaluate" / SAMPLES))
 
 
 def shown_training(folder: Path, label: str) -> Shown:
-    """The run of a folder that has no evaluation."""
+    """A run whose folder has training figures, but no evaluation."""
     return _shown(folder, label, None, ())
 
 
@@ -65,9 +65,10 @@ def _shown(folder: Path, label: str, run: Run | None, samples: Sequence[Mapping[
 
 
 def write_page(path: Path, runs: Sequence[Shown], *, partial: str = "partial") -> None:
-    """Write the page; it appears when all of it is written. ConfigError where matplotlib is missing.
+    """Write the page. It appears only when all of it is written. Raises ConfigError if matplotlib is missing.
 
-    `partial` ends the name of the file that is written first. Who may write beside a stage of the run has its own.
+    `partial` is the suffix of the temporary file that is written first. A caller that may write at the same time as a
+    stage of the run needs a suffix of its own.
     """
     text = page(runs)
     unfinished = path.with_name(f"{path.name}.{partial}")
@@ -79,12 +80,12 @@ def write_page(path: Path, runs: Sequence[Shown], *, partial: str = "partial") -
 
 
 def page(runs: Sequence[Shown]) -> str:
-    """The page's text. ConfigError where matplotlib is missing."""
+    """The page's text. Raises ConfigError if matplotlib is missing."""
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
-    # A run has one number in all charts, and evaluated ones are the first.
+    # A run has the same number in all charts. Evaluated runs have the lowest numbers.
     runs = sorted(runs, key=lambda one: one.run is None)
     evaluated = named_alike([one.run for one in runs if one.run is not None])
     compared = compare(evaluated) if evaluated else None
@@ -126,7 +127,7 @@ def page(runs: Sequence[Shown]) -> str:
 
 
 def _sections(runs: Sequence[Run], trained: Sequence[tuple[int, Training]]) -> list[dict[str, Any]]:
-    """The charts under their headings; a heading without charts is left out."""
+    """The charts under their headings. A heading without charts is left out."""
     drawn: list[tuple[str, str, list[Chart]]] = [
         (
             "Accepted length",
@@ -171,7 +172,7 @@ def _sections(runs: Sequence[Run], trained: Sequence[tuple[int, Training]]) -> l
 
 
 def _answers(runs: Sequence[Shown]) -> list[dict[str, Any]]:
-    """Sample answers by task and temperature, those of several runs below each other."""
+    """Sample answers by task and temperature. The answers of several runs stand below each other."""
     found: dict[str, dict[str, Any]] = {}
     for index, one in enumerate(runs):
         for sample in one.samples:
@@ -192,7 +193,7 @@ def _answers(runs: Sequence[Shown]) -> list[dict[str, Any]]:
 
 
 def _sizes(run: Run) -> list[str]:
-    """The size of the draft, and the most memory that decoding took with and without it."""
+    """The size of the draft, and the peak memory of decoding with and without it."""
     draft = run.report["draft"]
     counts = [draft.get(name) for name in ("parameters", "trainable_parameters")]
     numbers = ["-" if count is None else f"{count:,}" for count in counts]
@@ -205,7 +206,7 @@ def _sizes(run: Run) -> list[str]:
 
 
 def _facts(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
-    """What says how the figures were made: titles with names and values."""
+    """The facts about how the figures were made: titles, each with names and values."""
     made, results = run.report, run.report["results"]
     prompts = {
         f"{report.task_of(one)}, T = {one['temperature']:g}": f"{one['samples']} answers, digest {digest}"

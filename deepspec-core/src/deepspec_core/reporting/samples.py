@@ -1,6 +1,7 @@
-"""Answers with the round of every token, for people to look at: made from an evaluation's rounds, kept in a file.
+"""Sample answers that show the round of every token: made from an evaluation's rounds, and stored in a file.
 
-Knows what rounds commit, and a function from ids to text. The file holds text, so a page needs no tokenizer.
+This file knows what rounds commit, and uses a function from ids to text. The stored file holds text, so a page needs no
+tokenizer.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ _FORM, _VERSION = "deepspec-samples", 1
 def sample_of(completion: Completion, decode: Callable[[Sequence[int]], str]) -> dict[str, Any]:
     """The prompt's text, and the answer's as pieces, each of one round and one author, in plain JSON types.
 
-    A piece has its `round` (0: the token that the prompt's own pass gave), whether the draft proposed it (`drafted`;
-    else it is the target's own), and how many `tokens` it has. `left_out` counts tokens after the first MOST_TOKENS. A
-    character of several tokens belongs to the last of them.
+    A piece has its `round` (0: the token that the prefill gave), whether the draft proposed it (`drafted`; else the
+    target chose it), and its number of `tokens`. `left_out` counts the tokens after the first MOST_TOKENS. A character
+    that several tokens form belongs to the last of them.
     """
     stream = TextStream(decode)
     pieces: list[dict[str, Any]] = []
@@ -46,12 +47,12 @@ def sample_of(completion: Completion, decode: Callable[[Sequence[int]], str]) ->
 
 
 def write_samples(path: Path, samples: Sequence[Mapping[str, Any]]) -> None:
-    """Write the file; it appears when all of it is written."""
+    """Write the file. It appears only when all of it is written."""
     write_sealed(path, {"samples": list(samples)}, form=_FORM, version=_VERSION)
 
 
 def read_samples(path: Path) -> list[dict[str, Any]]:
-    """The samples in the file; none where there is none, as beside older evaluations. StageError if it was edited."""
+    """The samples in the file; empty if missing, as with older evaluations. Raises StageError if it was edited."""
     if not path.exists():
         return []
     fix = "Remove it to have a page without samples, or evaluate again with --force evaluate."

@@ -1,6 +1,6 @@
-"""The picture of a simulation: throughput of all requests against tokens a second of one user, a curve for each policy.
+"""The picture of a simulation: throughput of all requests against tokens per second of one user, a curve per policy.
 
-Knows outcomes of replays. How a chart becomes SVG is in svg.py.
+This file knows outcomes of replays. svg.py turns a chart into SVG.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ _WIDTH, _HEIGHT = 7.5, 4.6  # inches
 
 
 def picture(outcomes: Sequence[Outcome]) -> str:
-    """An SVG file. A point is a number of requests, which stands at the points of decoding without speculation.
+    """The text of an SVG file. Each point is a number of requests; the curve without speculation is labelled with it.
 
-    Of the fixed numbers and of the thresholds, the best at each number of requests. ConfigError where matplotlib is
-    missing.
+    Of the fixed lengths and of the thresholds, only the best at each number of requests is drawn. Raises ConfigError if
+    matplotlib is missing.
     """
     return alone(chart(outcomes))
 
 
 def is_picture(path: Path) -> bool:
-    """Whether a file is such a picture."""
+    """Whether a file is a picture that this module wrote."""
     try:
         return f"<title>{TITLE}</title>" in path.read_text(encoding="utf-8")
     except (OSError, ValueError):
@@ -34,7 +34,7 @@ def is_picture(path: Path) -> bool:
 
 
 def chart(outcomes: Sequence[Outcome]) -> Chart:
-    """The same as a chart of a page."""
+    """The same picture as a chart of a page."""
     curves: dict[str, list[Outcome]] = {}
     for one in best_of_kinds(outcomes):
         curves.setdefault(one.policy.split()[0], []).append(one)

@@ -1,8 +1,7 @@
 """Charts as SVG, inline in a page or a file of their own: the one place that knows matplotlib.
 
 A chart is drawn in placeholder colours, which become CSS variables: `--ink`, `--muted`, `--grid`, and `--c0` to `--c7`.
-theme.css says them, for light and for dark.
-Knows nothing of what is drawn.
+theme.css defines them for the light and the dark theme. This file does not know what is drawn.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ INK: Final = "#010101"
 MUTED: Final = "#020202"
 GRID: Final = "#030303"
 COLOURS: Final = tuple(f"#04040{index}" for index in range(8))
-# Beside their colour, series differ in their marks.
+# Series differ in their marks as well as in their colours.
 MARKS: Final = ("o", "s", "^", "D", "v", "P", "X", "*")
 THEME: Final = Path(__file__).with_name("theme.css")
 _VARIABLES: Final = {
@@ -54,7 +53,7 @@ class Chart:
 
 @frozen(kw_only=True, eq=False)
 class Drawing:
-    """A figure with one pair of axes, which are matplotlib's."""
+    """A matplotlib figure with one pair of axes."""
 
     axes: Any
     _figure: Any
@@ -69,10 +68,10 @@ class Drawing:
 
 @contextmanager
 def drawing(*, width: float, height: float, x: str, y: str = "", names: bool = False) -> Iterator[Drawing]:
-    """A figure of `width` by `height` inches with labels at its axes. ConfigError where matplotlib is missing.
+    """A figure of `width` by `height` inches with labelled axes. Raises ConfigError if matplotlib is missing.
 
-    `names`: The rows have names of any length at the left. Margins are then measured; else they are fixed, which is
-    twice as fast.
+    `names`: Whether rows have names of any length at the left. Margins are then measured. Otherwise they are fixed,
+    which is twice as fast.
     """
     with matplotlib_settings():
         from matplotlib.figure import Figure
@@ -87,13 +86,13 @@ def drawing(*, width: float, height: float, x: str, y: str = "", names: bool = F
 
 
 def matplotlib_settings() -> AbstractContextManager[Any]:
-    """How text and numbers are drawn inside the block. ConfigError where matplotlib is missing."""
+    """Context manager that sets how text and numbers are drawn. Raises ConfigError if matplotlib is missing."""
     settings: AbstractContextManager[Any] = _matplotlib().rc_context(_SETTINGS)
     return settings
 
 
 def styled(axes: Any, *, x: str, y: str, muted: str = MUTED, grid: str = GRID) -> None:
-    """Axes with a grid behind what is drawn, two faint lines and labels."""
+    """Style axes: a grid behind the curves, two faint axis lines, and labels."""
     axes.set_axisbelow(True)
     axes.grid(color=grid, linewidth=0.8)
     axes.tick_params(which="both", colors=muted, length=0)
@@ -105,7 +104,7 @@ def styled(axes: Any, *, x: str, y: str, muted: str = MUTED, grid: str = GRID) -
 
 
 def page_wide(charts: Sequence[Chart]) -> list[Chart]:
-    """The charts with ids that no two of them share."""
+    """The charts with their SVG ids made unique on the page."""
     return [
         Chart(title=chart.title, remark=chart.remark, svg=_prefixed(chart.svg, f"chart{index}-"))
         for index, chart in enumerate(charts)
@@ -113,7 +112,7 @@ def page_wide(charts: Sequence[Chart]) -> list[Chart]:
 
 
 def alone(chart: Chart) -> str:
-    """The chart as a file of its own, on a ground that follows the reader's light or dark theme."""
+    """The chart as a file of its own, on a background that follows the reader's light or dark theme."""
     head, drawn = chart.svg.split(">", 1)
     head = head.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg" role="img"').replace(' aria-hidden="true"', "")
     style = "svg { background: var(--paper); } text { font-family: system-ui, sans-serif !important; }"

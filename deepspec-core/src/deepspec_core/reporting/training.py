@@ -1,6 +1,6 @@
 """The curves of training as charts of a page, and as one PNG picture.
 
-How a panel is drawn, in whichever colours; what is in it is in curves.py.
+This file knows how a panel is drawn, in the colours of the page or of the picture. curves.py decides what is in it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _AS_THEY_ARE: Final = {colour: colour for colour in _LIGHT}
 
 
 def charts(found: Sequence[Group]) -> list[tuple[str, str, list[Chart]]]:
-    """(heading, what it is, charts) of each group. ConfigError where matplotlib is missing."""
+    """Each group as (heading, description, charts). Raises ConfigError if matplotlib is missing."""
     drawn = []
     for group in found:
         several = []
@@ -49,7 +49,7 @@ def charts(found: Sequence[Group]) -> list[tuple[str, str, list[Chart]]]:
 
 
 def write_picture(path: Path, runs: Sequence[Training]) -> None:
-    """All panels as one PNG; it appears when all of it is written. ConfigError where matplotlib is missing."""
+    """Write all panels as one PNG. It appears only when all of it is written. Raises ConfigError without matplotlib."""
     panels = [panel for group in groups(list(enumerate(runs))) for panel in group.panels]
     rows = -(-len(panels) // _ACROSS)
     with matplotlib_settings():
@@ -130,7 +130,7 @@ def _line(*, axes: Any, colour: str, mark: str) -> Any:
 
 
 def _short(value: float) -> str:
-    """A number at an axis, in a few letters."""
+    """An axis label for a number, in a few characters."""
     if abs(value) >= 10000:
         return f"{value / 1000:g}k"
     if 0 < abs(value) < 0.01:

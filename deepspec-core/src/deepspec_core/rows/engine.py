@@ -71,7 +71,7 @@ class RowEngine:
         self.chunk_rows = chunk_rows
         self.kernels = kernels
         self.needs_target = any(term.needs_target for term, _ in self.terms.values())
-        # A term that does not say needs none.
+        # A term without the attribute `needs_logits` needs no logits.
         readers = {**{f"term {name}": term for name, (term, _) in terms.items()}, "the weighting": weighting}
         self.needs_logits = [name for name, reader in readers.items() if getattr(reader, "needs_logits", False)]
         self.needs_uncorrected = any(getattr(reader, "needs_uncorrected", False) for reader in readers.values())
@@ -94,8 +94,8 @@ class RowEngine:
 
         Rows of weight 0 are not there: nothing that they hold counts. `with_metrics` adds accuracy per slot and, if the
         rows have a target, the acceptance rate per slot to the metrics. `weights` keep copies of trained heads, and say
-        where their gradients go. ConfigError if a term reads what these rows do not carry, or if the chosen kernels
-        cannot run. RowsError if the rows or the heads are not what the contract says.
+        where their gradients go. Raises ConfigError if a term reads what these rows do not carry, or if the chosen
+        kernels cannot run. Raises RowsError if the rows or the heads are not what the contract says.
         """
         self.check(rows, heads)
         self._warn_of_idle(rows)
@@ -176,7 +176,7 @@ class RowEngine:
         )
 
     def check(self, rows: Rows, heads: Heads) -> None:
-        """RowsError if shapes break the contract. ConfigError if a term reads what these rows do not carry."""
+        """Raise RowsError if shapes break the contract, ConfigError if a term reads what these rows do not carry."""
         check_shapes(rows, heads)
         for name, (term, _) in self.terms.items():
             if term.needs_target and rows.target_hidden is None:
@@ -196,7 +196,7 @@ class RowEngine:
                 )
 
     def _are_new(self, ids_D: Tensor | None) -> bool:
-        """Whether these ids were not looked at before. Looking at them waits for the device."""
+        """Whether these ids have not been checked before. Checking them waits for the device."""
         known = self._known_ids
         if ids_D is None or (known is not None and known[0]() is ids_D and known[1] == ids_D._version):
             return False
@@ -260,7 +260,7 @@ class RowEngine:
 def build_engine(loss: LossOptions, registry: Registry) -> RowEngine:
     """The engine that a run file's [loss] section asks for. `registry` finds terms and weightings by name.
 
-    PluginError where one cannot be built, or a term does not say what it needs.
+    Raises PluginError if one cannot be built, or a term does not say what it needs.
     """
     terms: dict[str, tuple[LossTerm, float | CoefficientSchedule]] = {}
     for name, entry in loss.terms.items():

@@ -20,12 +20,12 @@ from deepspec_core.errors import PluginError
 from deepspec_core.plugins.origin import component_of, package_of
 from deepspec_core.rows.host_side import differing, host_side
 
-# Where one head serves all slots.
+# Stands for the number of slots if one head serves any number of them.
 _ANY_SLOT = 2**62
 
 
 class RowsError(PluginError):
-    """Rows that break the contract. `field` is theirs."""
+    """Rows break the contract. `field` names the field of the rows that is wrong."""
 
     def __init__(self, field: str, found: object, expected: str, *, where: str | None = None) -> None:
         self.field = field
@@ -40,7 +40,7 @@ class RowsError(PluginError):
 
 
 def check_shapes(rows: Any, heads: Any) -> None:
-    """RowsError where a tensor is missing, or has another shape, kind of numbers or device. Reads no numbers."""
+    """Raise RowsError if a tensor is missing, or has another shape, kind of numbers or device. Reads no numbers."""
     if not isinstance(rows, Rows):
         raise RowsError("forward()", type(rows).__name__, "contracts.rows.Rows")
     if not isinstance(heads, Heads):
@@ -84,13 +84,13 @@ def check_shapes(rows: Any, heads: Any) -> None:
 
 
 def check_told(rows: Rows) -> None:
-    """RowsError where the host was told other numbers than the rows have. On a CPU, where looking costs nothing."""
+    """Raise RowsError if the host was told other numbers than the rows have. On a CPU, where looking costs nothing."""
     if rows.hidden.device.type == "cpu" and (name := differing(rows)) is not None:
         raise RowsError("on_host", f"other numbers than `{name}` has", "copies of the rows' own tensors")
 
 
 def check_numbers(rows: Rows, heads: Heads, *, new_ids: bool = True) -> None:
-    """RowsError where numbers are out of range or order. Of rows that are there: those of weight 0 were taken out.
+    """Raise RowsError if numbers are out of range or order. Of rows that are there: those of weight 0 were taken out.
 
     `rows` come from `weighted`, so `on_host` is complete. `new_ids` is false if these `heads.draft_ids` were looked at
     before; looking at them waits for the device.
@@ -146,7 +146,7 @@ def _extent(values: Tensor) -> str:
 
 
 def _is(field: str, value: Any, *shape: int | None, dtype: torch.dtype | None = None) -> None:
-    """RowsError unless it is a tensor of this shape (None: any size), of `dtype` or else of floating point."""
+    """Raise RowsError unless it is a tensor of this shape (None: any size), of `dtype` or else of floating point."""
     fits = isinstance(value, Tensor) and value.dim() == len(shape)
     fits = fits and all(size in (None, real) for size, real in zip(shape, value.shape, strict=True))
     if not fits or (value.dtype != dtype if dtype is not None else not value.is_floating_point()):

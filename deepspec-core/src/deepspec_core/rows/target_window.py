@@ -92,7 +92,7 @@ class TargetWindow:
         return self.rows if self._whole_head_VH is None else self.rows._replace(whole_lse_U=self.of_whole()[0])
 
     def of_whole(self) -> tuple[Tensor, Tensor]:
-        """The normaliser and the argmax over the target's whole vocabulary, [U] each. Only where it is reduced."""
+        """The normaliser and the argmax over the target's whole vocabulary, [U] each. If it is reduced."""
         if self._whole is None:
             self._whole = self._figures(self._positions_U)
         return self._whole

@@ -15,7 +15,7 @@ from deepspec_core.errors import PluginError
 
 
 def check_members(term: Any, name: str, package: str) -> None:
-    """PluginError where a loss term cannot be called, or does not say what it reads."""
+    """Raise PluginError if a loss term cannot be called, or does not say what it reads."""
     missing = [member for member in ("needs_target", "needs_extras") if not hasattr(term, member)]
     missing += [] if callable(term) else ["__call__"]
     found = f"{type(term).__name__} without {', '.join(missing)}" if missing else None
@@ -33,9 +33,10 @@ def check_members(term: Any, name: str, package: str) -> None:
 
 
 def one_a_row(value: Any, count: int, what: str) -> Tensor:
-    """The value of a term or weighting. PluginError unless it is [count]: torch would spread any other over the rows.
+    """The value of a term or weighting. Raises PluginError unless it is [count]: torch would spread any other over the
+    rows.
 
-    `what` says which it is, in the words of messages. Reads no numbers.
+    `what` names the term or weighting in messages. No values are read.
     """
     if isinstance(value, Tensor) and tuple(value.shape) == (count,) and value.is_floating_point():
         return value

@@ -1,9 +1,10 @@
 """Many servers as one answerer: each request is answered once, by whichever server can.
 
-A request that fails on one is asked again, on another where there is one. One that a server refuses is asked once more
-on another: if that one answers, the refusal was the first one's fault. A server that cannot answer is taken out, its
-requests go to the others, and it is probed until it can be let in again. What is asked of a server, and how its answer
-is taken, is the farm's work (servers/work.py). Knows servers and requests; no dialects, no conversations.
+A request that fails on one server is sent again, to another server if there is one. A request that a server refuses is
+sent once more, to another server. If that server answers it, the refusal counts as the first server's fault. A server
+that cannot answer is taken out. Its requests go to the other servers, and it is probed until it can be used again. The
+farm's work (servers/work.py) decides what is asked and how an answer is read. This file knows servers and requests. It
+does not know dialects or conversations.
 """
 
 from __future__ import annotations
@@ -29,25 +30,25 @@ from deepspec_core.servers.work import Work
 
 log = logging.getLogger("deepspec")
 
-# Answers of one request that may fail before its conversation does. A server that is not there does not count.
+# The number of failed attempts after which a request is given up. A server that is down does not count as an attempt.
 _ATTEMPTS: Final = 5
-# Unusable answers in a row after which a server is taken out. So does a refusal count of what another server answers.
+# Unusable answers in a row after which a server is taken out. A refusal of a request that another answers counts too.
 _STRIKES: Final = 3
 _LONGEST_PAUSE: Final = 60.0
 
 
 @define(kw_only=True)
 class Farm:
-    """Servers by address. Where its work is servers/answering.py, it is an Answerer of data/answering.py.
+    """Servers by address. With the work of servers/answering.py, a farm is an Answerer of data/answering.py.
 
-    `check` says before any work whether they can serve.
+    `check` finds out before any work whether the servers can serve.
 
     pause: Seconds before a request or a server is tried again; doubled each time. idle: seconds without a request after
-    which a server is probed before it is asked again. health_every: seconds between looks at a server that is silent.
+    which a server is probed before its next request. health_every: seconds between health checks of a silent server.
     look_every: seconds between looks for further requests while no answer comes. say_after: seconds after which a
-    server that a probe waits for is named.
-    more: Whether requests may still come where none can be handed out, so that they are waited for.
-    on_fault: Called with what failed, whenever an exchange did. on_look: called at every look; what it raises ends all.
+    server that has not answered its probe is named in the log.
+    more: Whether further requests may still come when none is available, so that the farm waits for them.
+    on_fault: Called with each failed exchange's fault. on_look: called at every look; an error it raises ends the call.
     """
 
     addresses: Sequence[str]
@@ -62,9 +63,9 @@ class Farm:
     on_look: Callable[[], None] = lambda: None
 
     def check(self, *, strict: bool = True) -> None:
-        """ConfigError where no server can be used; if `strict`, also where one is not what it should be.
+        """Raise ConfigError if no server can be used; if `strict`, also if a server is not what it should be.
 
-        A server that is not there yet, or cannot be used now, is a warning.
+        A server that is not up yet, or that cannot be used now, only causes a warning.
         """
         with asyncio.Runner() as runner:
             session = _Session(self, lambda: iter(()))
@@ -74,14 +75,15 @@ class Farm:
                 runner.run(session.close())
 
     def __call__(self, hand_out: Callable[[], Iterator[Any]]) -> Iterator[Any]:
-        """Answers and Unanswered, as they come. DataError where no server is left for `work.wanted.timeout` seconds.
+        """Yield answers and Unanswered as they come.
 
-        `hand_out()` gives the requests that can be handed out now. It is asked whenever a server has room.
+        `hand_out()` gives the requests that are available now. It is called whenever a server has room. Raises
+        DataError if no server can be used for `work.wanted.timeout` seconds.
         """
         with asyncio.Runner() as runner:
             session = _Session(self, hand_out)
             try:
-                # One that was replaced since the check stays out: the others go on.
+                # A server that was replaced by another one since the check stays out. The others go on.
                 runner.run(session.open(strict=False))
                 while outcomes := runner.run(session.some()):
                     yield from outcomes
@@ -92,7 +94,7 @@ class Farm:
 
 @define(eq=False)
 class _Session:
-    """One call of a farm: it runs on one event loop, which stands still while an answer is settled."""
+    """One call of a farm. It runs on one event loop, which is paused while the caller handles an answer."""
 
     farm: Farm
     hand_out: Callable[[], Iterator[Any]]
@@ -104,7 +106,7 @@ class _Session:
     _heard: float = field(factory=time.monotonic)
 
     async def open(self, *, strict: bool) -> None:
-        """Probe all servers. ConfigError as Farm.check has it."""
+        """Probe all servers. Raises ConfigError as Farm.check does."""
         work = self.farm.work
         shared = await self._stack.enter_async_context(client(work.wanted.key))
         for address in dict.fromkeys(self.farm.addresses):
@@ -140,7 +142,7 @@ class _Session:
                 self._let_in(server, served)
 
     async def _probed(self) -> list[Any]:
-        """What each server's probe returned or raised. Those that are waited for long are named."""
+        """What each server's probe returned or raised. Servers whose probe takes long are named in the log."""
         probes = [asyncio.create_task(self.farm.work.probe(server.connection)) for server in self.servers]
         try:
             _, late = await asyncio.wait(probes, timeout=self.farm.say_after)
@@ -153,7 +155,7 @@ class _Session:
                 probe.cancel()
 
     async def close(self) -> None:
-        """End what is under way."""
+        """Cancel all requests and probes that are under way."""
         tasks: list[asyncio.Task[Any]] = [task for server in self.servers for task in server.jobs]
         tasks += [*self.revivals, *self.watches]
         for task in tasks:
@@ -162,7 +164,7 @@ class _Session:
         await self._stack.aclose()
 
     async def some(self) -> list[Any]:
-        """Outcomes that are there, at least one; none where everything has been answered."""
+        """The outcomes that are ready: at least one, or none if everything has been answered."""
         while True:
             self.farm.on_look()
             if given_up := self._with_nobody_else():
@@ -179,7 +181,7 @@ class _Session:
             outcomes = [
                 outcome
                 for task in done
-                # A server that was taken out a moment ago has no jobs any more.
+                # A server that was just taken out in this loop has no jobs any more.
                 if task in jobs and task in jobs[task].jobs and (outcome := self._outcome(jobs[task], task))
             ]
             for task in done & self.revivals.keys():
@@ -190,7 +192,7 @@ class _Session:
                 return outcomes
 
     def say(self) -> None:
-        """Log what each server did."""
+        """Log each server's counts of answers and failed exchanges."""
         for server in self.servers:
             log.info(
                 "%s: %d answers%s, %d failed exchanges, %d requests at once",
@@ -216,13 +218,13 @@ class _Session:
             server.jobs[asyncio.create_task(self._ask(server, job))] = job
 
     def _next(self) -> tuple[Job, list[Member]] | None:
-        """What is to be asked now, and the servers that may be asked."""
+        """The next request, and the servers that may be asked. None if there is nothing to ask now."""
         free = [server for server in self.servers if server.room > 0]
         for job in self.waiting:
             if servers := [server for server in free if server is not job.refused_by]:
                 self.waiting.remove(job)
                 return job, servers
-        # One that refuses everything, and at once, would read the whole source before another has answered.
+        # A server that refuses everything at once would use up the whole source before another server has answered.
         trusted = [server for server in free if server.room > server.doubts]
         request = next(self.hand_out(), None) if trusted else None
         return None if request is None else (Job(request), trusted)
@@ -260,7 +262,7 @@ class _Session:
         return self._given_up(job, _does_not_take(server, refusal), refusal)
 
     def _blame(self, server: Member, job: Job) -> None:
-        """Another server has answered what this one refused."""
+        """Count a fault of a server that refused a request which another server has answered."""
         reason = f"it does not take what another server answers: {job.refusal}"
         log.debug("%s: %s: %s", server.connection.address, job.request.id, reason)
         server.doubts, server.faults, server.strikes = server.doubts - 1, server.faults + 1, server.strikes + 1
@@ -273,7 +275,7 @@ class _Session:
         return [other for other in self.servers if other is not server and not other.out]
 
     def _with_nobody_else(self) -> list[Unanswered]:
-        """What is refused by a server that alone is in by now."""
+        """Give up the requests that were refused by the only server that is still in use."""
         found = []
         for job, server, refusal in [(job, job.refused_by, job.refusal) for job in self.waiting]:
             if server and refusal and server.served is not None and not self._others(server):
@@ -314,7 +316,7 @@ class _Session:
             if not task.done():
                 task.cancel()
                 del server.jobs[task]
-                # One of these requests may be what ended the server.
+                # One of these requests may have caused the server's end.
                 job.attempts = min(job.attempts + died, _ATTEMPTS - 1)
                 job.wait = 0.0
                 self.waiting.append(job)
@@ -332,7 +334,7 @@ class _Session:
             del self.watches[watch]
 
     def _doubt(self, server: Member) -> None:
-        """One that was not asked for long may have been replaced unseen: no request of ours broke off."""
+        """Probe a server that was idle for long. It may have been replaced, and no failed request would show it."""
         server.served = None
         self._heard = time.monotonic()  # nobody was asked
         self._end_watch(server)
@@ -372,7 +374,7 @@ class _Session:
             failed = failed + 1 if silent and not await server.connection.alive(seconds=every) else 0
 
     def _pause(self, tries: int) -> float:
-        """Doubled with each try, and spread, so that requests that failed together do not come back together."""
+        """A pause that doubles with each try, with a random spread, so that failed requests do not retry together."""
         return min(_LONGEST_PAUSE, self.farm.pause * 2.0 ** min(tries, 16)) * random.uniform(0.5, 1.0)
 
     def _require_somebody(self) -> None:

@@ -1,4 +1,4 @@
-"""A running request and a server, as a farm (servers/farm.py) stores them. Knows no HTTP and no order of work."""
+"""A running request and a server, as a farm (servers/farm.py) stores them. Knows no HTTP and no scheduling."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from deepspec_core.servers.level import Level
 
 @define(eq=False)
 class Job:
-    """A request under way, and what became of it so far."""
+    """A request under way, with its attempts so far."""
 
     request: Any
     attempts: int = 0
@@ -29,8 +29,8 @@ class Job:
 class Member:
     """A server. `served` is None while it must be probed before it is used; `out` is true once this was reported.
 
-    doubts: Requests that it refused, of which another has not said yet whether it answers them. heard: when it last
-    answered, or was asked after a pause.
+    doubts: The number of requests that it refused and that no other server has answered or refused yet. heard: The time
+    when it last answered, or was last asked after a pause.
     """
 
     connection: Connection

@@ -1,4 +1,4 @@
-"""For tests of plugins: a suite for each contract. A plugin's first test is a subclass that names its component."""
+"""For tests of plugins: a suite for each contract. A plugin's first test subclasses one and names its component."""
 
 from deepspec_core.testing.cache_suite import CacheFormatSuite
 from deepspec_core.testing.conformance import ContractBroken, broken_by

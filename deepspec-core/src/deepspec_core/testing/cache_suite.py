@@ -1,6 +1,6 @@
-"""CacheFormatSuite: what a feature cache format keeps. Caches are written into temporary folders.
+"""CacheFormatSuite: tests that a feature cache format meets its contract. Caches are written into temporary folders.
 
-Knows the contract of cache formats. Does not know what a format's files look like; it changes their bytes.
+This file knows the contract of cache formats. It does not know what a format's files look like; it changes their bytes.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ _HEADER = "deepspec_core/contracts/cache.py: CacheHeader"
 class CacheFormatSuite(Suite):
     """Clauses of `contracts.cache.CacheFormat`.
 
-    dtypes: The number formats that it stores exactly.
-    finds_damage: Whether `verify` finds a bit that flips in a file of samples.
+    dtypes: The dtypes that the format stores exactly.
+    finds_damage: Whether `verify` finds a flipped bit in a file of samples.
     """
 
     kind = "cache"
@@ -42,19 +42,19 @@ class CacheFormatSuite(Suite):
     finds_damage: ClassVar[bool] = True
 
     def cache(self) -> CacheFormat:
-        """The format, new."""
+        """A new instance of the format."""
         made: CacheFormat = self.registry().build("cache", self.component)
         return made
 
     def header(self) -> CacheHeader:
-        """Of a cache of random samples."""
+        """The header of a cache of random samples."""
         return CacheHeader(
             target="t", revision="r", adapter="tiny", taps=TAPS, hidden_size=32, vocab_size=64, dtype=self.dtypes[0],
             tokenizer="k", template="m", max_length=64, source="s", plugins={"one": "1"},
         )  # fmt: skip
 
     def samples(self) -> list[Sample]:
-        """Five, of several lengths."""
+        """Five samples of different lengths."""
         return [evolve(random_sample(f"s{i}", 5 + 3 * i, seed=i), original_length=9 + 3 * i) for i in range(5)]
 
     @clause("`build()` gives a format, a writer and a reader with the methods of the contract", written=_FORMAT)
@@ -271,7 +271,7 @@ class CacheFormatSuite(Suite):
             writer.finish()
 
     def _goes_on(self, path: Path) -> None:
-        """A new writer, after one that had written three of the samples."""
+        """Continue with a new writer, after another writer has written three of the samples."""
         samples = self.samples()
         with closing(self.cache().create(path, self.header(), shard_samples=2)) as writer:
             sealed = writer.written()
@@ -287,7 +287,7 @@ class CacheFormatSuite(Suite):
             require(problem is None, f"sample {name}: {problem}")
 
     def _seen_of_damage(self, path: Path, is_found: bool) -> str | None:
-        """What is wrong with what is said of a damaged cache. Damage that changes nothing that is read is none."""
+        """What the format reports wrongly about a damaged cache. Damage that no reader sees need not be reported."""
         header = self.cache().header(path)
         if header is None or (header != self.header() and is_found):
             return "header() is None, as where there is no cache" if header is None else f"header() = {header}"
@@ -315,7 +315,7 @@ class CacheFormatSuite(Suite):
 
 
 def _error(kind: type[DeepSpecError], attempt: Callable[[], object]) -> str | None:
-    """The message of the error of this kind that it raises, or None."""
+    """The message of the error of this kind that the call raises; None if it raises none."""
     try:
         attempt()
     except kind as error:
@@ -324,7 +324,7 @@ def _error(kind: type[DeepSpecError], attempt: Callable[[], object]) -> str | No
 
 
 def _differs(found: Sample, sample: Sample, dtype: torch.dtype) -> str | None:
-    """What is not as it was written, in words."""
+    """A description of the first difference from what was written."""
     if found.id != sample.id:
         return f"id {found.id!r}, not {sample.id!r}"
     if found.original_length != sample.original_length:

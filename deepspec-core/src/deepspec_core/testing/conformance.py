@@ -1,8 +1,8 @@
-"""What the conformance suites share: a clause of a contract a test, and what is said where one is not kept.
+"""What the conformance suites share: one test for each clause of a contract, and the message of a broken clause.
 
 A suite is a class with a test for each clause. Pytest collects a subclass of it that names a component. Each failure
-says what the contract asks, what was seen, and where the contract is written. Knows registries and clauses. Does not
-know any contract; each has a file of its own.
+says what the contract requires, what was seen, and where the contract is written. This file knows registries and
+clauses. It does not know any contract; each contract's suite has a file of its own.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _Suite = TypeVar("_Suite", bound="Suite")
 
 
 class ContractBroken(AssertionError):
-    """A clause that a component does not keep: what is asked, what was seen, where the clause is written."""
+    """A component breaks a clause: what the clause requires, what was seen, and where the clause is written."""
 
     def __init__(self, who: str, clause: Clause, seen: str) -> None:
         self.clause, self.seen = clause, seen
@@ -36,25 +36,25 @@ class ContractBroken(AssertionError):
 
 
 class Unmet(AssertionError):
-    """What was seen where a clause is not kept. Tests of a suite raise it, and `clause` adds what was asked."""
+    """What was seen when a clause was broken. Tests of a suite raise it, and `clause` adds what the clause requires."""
 
 
 class Clause:
-    """One thing that a contract asks. `written` names the file and the name in it, or the page and its heading."""
+    """One requirement of a contract. `written` names the file and the name in it, or the page and its heading."""
 
     def __init__(self, asks: str, written: str) -> None:
         self.asks, self.written = asks, written
 
 
 def require(kept: object, seen: str) -> None:
-    """Unmet, with what was seen, unless `kept` is true."""
+    """Raise Unmet, with what was seen, unless `kept` is true."""
     __tracebackhide__ = True
     if not kept:
         raise Unmet(seen)
 
 
 def clause(asks: str, *, written: str) -> Callable[[Callable[[_Suite], None]], Callable[[_Suite], None]]:
-    """Marks a test of a suite as the test of a clause. Whatever it raises is told as ContractBroken."""
+    """Marks a test of a suite as the test of a clause. Any error that it raises is reported as ContractBroken."""
     told = Clause(asks, written)
 
     def mark(test: Callable[[_Suite], None]) -> Callable[[_Suite], None]:
@@ -68,10 +68,10 @@ def clause(asks: str, *, written: str) -> Callable[[Callable[[_Suite], None]], C
             except Unmet as error:
                 raise ContractBroken(self.named(), told, str(error)) from None
             except (DeepSpecError, AssertionError) as error:
-                # Its message says everything.
+                # The message says everything, so the inner error is not chained.
                 raise ContractBroken(self.named(), told, _said(error)) from None
             except (Exception, SystemExit) as error:
-                # The author's own failure: its traceback stands above the message.
+                # An error in the author's own code: it is chained, so that its traceback stands above the message.
                 raise ContractBroken(self.named(), told, _said(error)) from error
 
         checked.__doc__ = f"{asks[0].upper()}{asks[1:]}."
@@ -88,7 +88,7 @@ def clauses(suite: type[Suite]) -> dict[str, Clause]:
 
 
 def broken_by(suite: type[Suite], only: Iterable[str] | None = None) -> dict[str, str]:
-    """The messages of the clauses that the suite's component does not keep, by the names of their tests.
+    """The messages of the clauses that the suite's component breaks, by the names of their tests.
 
     Runs in this process, without pytest. `only` names the tests to run; None: all.
     """
@@ -104,12 +104,12 @@ def broken_by(suite: type[Suite], only: Iterable[str] | None = None) -> dict[str
 
 
 class Suite:
-    """What a subclass of any suite says.
+    """The base of all suites, with the attributes that a subclass sets.
 
-    component: The name that plugin.py offers.
-    plugin: The module of the hooks, such as `my_package.plugin`, or several. It need not be installed. None: the
-        installed plugins.
-    options: Of components with options, keys and values as in a run file.
+    component: The component's name, as plugin.py offers it.
+    plugin: The module of the hooks, such as `my_package.plugin`, or several modules. They need not be installed. None:
+        the installed plugins.
+    options: For components with options: keys and values as in a run file.
     """
 
     kind: ClassVar[str]
@@ -118,11 +118,11 @@ class Suite:
     options: ClassVar[Mapping[str, Any]] = {}
 
     def named(self) -> str:
-        """What the component is called in messages."""
+        """The component's name in messages."""
         return f"{self.kind} {self.component!r}"
 
     def registry(self) -> Registry:
-        """What the plugin offers, and core's loss terms and weightings."""
+        """A registry of what the plugin offers, with core's loss terms and weightings."""
         kept: Registry | None = self.__dict__.get("_registry")
         if kept is None:
             modules = self.plugin if isinstance(self.plugin, tuple) else (self.plugin,)
@@ -131,7 +131,7 @@ class Suite:
         return kept
 
     def made_options(self) -> tuple[Any, ...]:
-        """The options object, as arguments of `build`: none where the component has no options."""
+        """The arguments of `build`: the options object, or nothing if the component has no options."""
         kind = self.registry().get(self.kind, self.component).options
         if kind is None:
             require(not self.options, f"options {dict(self.options)}, where the spec has no class of options")

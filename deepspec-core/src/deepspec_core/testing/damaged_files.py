@@ -1,6 +1,6 @@
-"""What happens to files and their writers: a bit that flips, a file that is cut, a process that is killed.
+"""Accidents of files and their writers: a flipped bit, a truncated file, a killed process.
 
-Knows folders and processes. Does not know what the files hold.
+This file knows folders and processes. It does not know what the files hold.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from deepspec_core.testing.conformance import require
 
 
 def damaged(folder: Path) -> Iterator[tuple[str, bool]]:
-    """Damage each file that is not empty, in three ways one after the other. It is whole again after each.
+    """Damage each file that is not empty, in three ways one after the other. The file is restored after each.
 
-    Gives what has been done, in words, and whether the file has another size now.
+    Yields a description of the damage, and whether the file's size has changed.
     """
     for path in sorted(one for one in folder.rglob("*") if one.is_file()):
         content = path.read_bytes()
         if not content:
             continue
-        # Zeros are often room that nobody reads.
+        # Zeros are often padding that no reader looks at.
         said = np.flatnonzero(np.frombuffer(content, dtype=np.uint8))
         flipped = bytearray(content)
         flipped[said[len(said) // 2] if len(said) else 0] ^= 1
@@ -41,10 +41,10 @@ def damaged(folder: Path) -> Iterator[tuple[str, bool]]:
 
 
 def killed_after(work: Callable[[], object]) -> None:
-    """Do the work in a process that is killed at its end: nothing is closed, and what was not written yet is lost."""
+    """Do the work in a process that is then killed. No file is closed, and data that was not written yet is lost."""
     child = os.fork()
     if not child:
-        # Nothing of this process may go on in the child, whatever happens there.
+        # The child must never return into this process's code, whatever happens in it.
         try:
             torch.set_num_threads(1)
             kept = work()
@@ -57,7 +57,7 @@ def killed_after(work: Callable[[], object]) -> None:
 
 
 def _replace(path: Path, content: bytes) -> None:
-    # A new file: who still has the old one open keeps it, and a mapping of it stays as long as it was.
+    # A new file, because a reader may still have the old one open or mapped, and a mapped file must keep its size.
     with suppress(FileNotFoundError):
         path.unlink()
     path.write_bytes(content)

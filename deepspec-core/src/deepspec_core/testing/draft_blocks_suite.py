@@ -1,7 +1,7 @@
 """Clauses of the modules that a family makes for drafts: norms, layers, and the config of a draft.
 
-A tiny model with random weights is compared with transformers' own forward pass. Knows the contract of adapters and
-transformers' conventions. Does not know how a target runs.
+A tiny model with random weights is compared with transformers' own forward pass. This file knows the contract of
+adapters and transformers' conventions. It does not know how a target runs.
 
 Legend: T tokens, H hidden size.
 """
@@ -34,12 +34,12 @@ _SIZES: dict[str, Any] = {
 
 
 class DraftBlocksSuite(Suite):
-    """Clauses of what `contracts.target.TargetAdapter` makes for drafts.
+    """Clauses about the modules that `contracts.target.TargetAdapter` makes for drafts.
 
-    model_type: Of the config, where the family has several config classes; None: the spec's first.
-    sizes: Keys of the config beside the usual ones, which give six layers, H 32 and V 61.
+    model_type: The config's model_type, if the family has several config classes; None: the spec's first.
+    sizes: Additional keys of the config. The usual ones give six layers, H 32 and V 61.
     layer: The draft's own shape, for families whose targets have layers that no draft has.
-    full_layer: A layer of the target that is built of the same blocks as a draft's; None if there is none.
+    full_layer: A layer of the target that is built of the same blocks as a draft's layer; None if there is none.
     """
 
     kind = "target"
@@ -157,7 +157,7 @@ def tokens(length: int, seed: int) -> Tensor:
 
 
 def _parameters(made: Any) -> Iterator[nn.Parameter]:
-    """Of a module, or of the modules that an attrs object holds."""
+    """The parameters of a module, or of the modules that an attrs object holds."""
     modules = [made] if isinstance(made, nn.Module) else [getattr(made, one.name) for one in fields(type(made))]
     for module in modules:
         if isinstance(module, nn.Module):
@@ -165,7 +165,7 @@ def _parameters(made: Any) -> Iterator[nn.Parameter]:
 
 
 def _causal(layer: DraftLayer, rotary: nn.Module) -> Any:
-    """Attention of every position to those before it."""
+    """A causal mask: every position attends to itself and to earlier positions."""
     attention = layer.attention
 
     def attend(normed_BTH: Tensor) -> Tensor:

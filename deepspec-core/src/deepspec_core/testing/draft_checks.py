@@ -1,6 +1,6 @@
-"""What must hold of any draft, and how near two results must be, for tests of drafts.
+"""Checks that hold for any draft, and checks of how near two results are, for tests of drafts.
 
-Knows rows, gradients and the contracts of drafts; which draft is tested is the caller's.
+This file knows rows, gradients and the contracts of drafts. The caller decides which draft is tested.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def gradients_of(total: Tensor, draft: nn.Module) -> dict[str, Tensor]:
 
 
 def head_products(draft: DraftModel, rows: Rows) -> Tensor:
-    """What the draft's head makes of rows, [N, D]: logits before the cap and the correction."""
+    """The products of rows with the draft's head, [N, D]: logits before the cap and the correction."""
     head = draft.heads().draft
     if head.dim() == 2:
         return rows.hidden @ head.T
@@ -85,7 +85,7 @@ def check_same_rows(found: Rows, expected: Rows, relative: float) -> None:
 def check_frozen_heads(draft: DraftModel) -> None:
     """Check that embedding and lm_head hold the target's weights, as `adopt` copied them, and are not trained.
 
-    Heads of its own, one for each slot, begin as the target's.
+    Heads that a draft trains itself, one for each slot, begin as the target's.
     """
     assert isinstance(draft, DraftModel)
     assert not any(part.requires_grad for part in (*draft.embed_tokens.parameters(), *draft.lm_head.parameters()))

@@ -1,9 +1,9 @@
-"""DraftModelSuite: what every trained draft keeps, in training, in its checkpoint and while decoding.
+"""DraftModelSuite: the clauses that every trained draft must meet, in training, in its checkpoint and while decoding.
 
 Clauses of its proposer are in proposer_suite.py, those of its checkpoint in draft_weights_suite.py.
 
-Knows the contracts of drafts, rows and proposers. Which algorithm is tested is the subclass's. Rows are placed in a
-text by the target's last hidden state, which differs at every position of a random sample.
+This file knows the contracts of drafts, rows and proposers. The subclass decides which algorithm is tested. A row's
+place in the text is found by the target's last hidden state, which differs at every position of a random sample.
 
 Legend: N rows, K proposed tokens at most, H hidden size, V the target's vocabulary, D the draft's.
 """
@@ -50,23 +50,23 @@ _HEADS = "deepspec_core/contracts/rows.py: Heads"
 _SEES = "docs/plugins.md#what-a-draft-sees-of-the-target"
 _ALGORITHM = "docs/plugins.md#an-algorithm"
 _PACKED = "docs/plugins.md#packed-rows"
-# Drawn anchors differ from draw to draw, and one of these has the anchor that is looked for.
+# Drawn anchors differ from draw to draw. Among this many draws, one has the anchor that is looked for.
 _DRAWS = 24
 
 
 class DraftModelSuite(DraftWeightsSuite):
     """Clauses of `contracts.draft.DraftModel`, of its rows and of its proposer.
 
-    options: Small ones: a block of about four tokens, few layers.
-    taps: The tapped layers; None: five, or none where the draft needs none.
-    near: What hidden states may differ by in a batch of another shape, relative to the largest.
+    options: Options of a small draft: a block of about four tokens, few layers.
+    taps: The tapped layers; None: five, or none if the draft needs none.
+    near: The largest difference of hidden states in a batch of another shape, relative to the largest entry.
     """
 
     taps: ClassVar[tuple[int, ...] | None] = None
     near: ClassVar[float] = 2e-6
 
     def adapter(self) -> Any:
-        """A contracts.target.TargetAdapter, of which the draft is built: H 32, V 64, with a soft cap."""
+        """The contracts.target.TargetAdapter from which the draft is built: H 32, V 64, with a soft cap."""
         return tiny_adapter(softcap=4.0)
 
     def chosen_taps(self) -> tuple[int, ...]:
@@ -87,7 +87,7 @@ class DraftModelSuite(DraftWeightsSuite):
         return draft
 
     def draft(self) -> DraftModel:
-        """The same with large random weights, so that other inputs give clearly other outputs."""
+        """A draft with large random weights, so that different inputs give clearly different outputs."""
         return with_large_weights(self.new_draft()).eval()
 
     def source(self) -> DraftModel:
@@ -95,7 +95,7 @@ class DraftModelSuite(DraftWeightsSuite):
         return self.draft()
 
     def samples(self) -> list[Sample]:
-        """A long one, one with gaps in what is supervised, one with few supervised tokens, one with none."""
+        """Four samples: a long one, one supervised with gaps, one with few supervised tokens, one with none."""
         taps = len(self.chosen_taps())
         return [
             random_sample(one.id, len(one.input_ids), one.loss_mask.tolist(), seed=seed, num_taps=taps)
@@ -324,14 +324,14 @@ class DraftModelSuite(DraftWeightsSuite):
         return padded_batch(draft, self.prepared(draft, samples))
 
     def proposed(self, draft: DraftModel, rows: Rows) -> torch.Tensor:
-        """[N, V]: the distributions that decoding draws from where training has these rows: those of the heads.
+        """The distributions [N, V] from which decoding draws at these rows of training: those of the heads.
 
-        A draft that proposes from other ones overrides it.
+        A draft that draws from other distributions overrides it.
         """
         return distributions(draft, rows)
 
     def _compare_with_training(self, draft: DraftModel, text: Sample, at: int, proposal: Any) -> None:
-        """`proposal` is for the tokens after position `at` of the text. Training is given the tokens proposed."""
+        """Compare a proposal for the tokens after position `at` with training, which is given the proposed tokens."""
         count = int(proposal.lengths[0])
         if count == 0:
             return
@@ -362,5 +362,5 @@ class DraftModelSuite(DraftWeightsSuite):
 
 
 def _form_first(draft: Any, given: Any, rows: Rows) -> None:
-    """RowsError in any test where rows have another form than the contract's, before it reads them."""
+    """Makes every test raise RowsError if rows do not have the contract's form, before the test reads them."""
     check_shapes(rows, draft.heads())

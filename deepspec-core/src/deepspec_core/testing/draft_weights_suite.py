@@ -1,6 +1,6 @@
-"""Clauses of the weights that a trained draft is given: by its checkpoint, in bfloat16, and by its target.
+"""Clauses about a trained draft's weights: in its checkpoint, in bfloat16, and those that it takes from its target.
 
-Knows checkpoints, number formats and the contract of drafts. Does not know how a draft is trained.
+This file knows checkpoints, dtypes and the contract of drafts. It does not know how a draft is trained.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ class DraftWeightsSuite(ProposerSuite):
 
     @abstractmethod
     def draft(self) -> DraftModel:
-        """The same with large random weights."""
+        """A draft with large random weights."""
 
     def target_weights(self) -> Mapping[str, Tensor]:
-        """What a target's checkpoint has of the weights that `describe().target_weights` asks for.
+        """The weights of a target's checkpoint that `describe().target_weights` asks for.
 
-        A draft that asks for some overrides it. Numbers do not matter, names, shapes and dtypes do.
+        A draft that asks for some overrides it. Names, shapes and dtypes matter; the values do not.
         """
         return {}
 
@@ -124,7 +124,7 @@ class DraftWeightsSuite(ProposerSuite):
         require(not lent, f"{lent} are the target's memory, not copies")
 
     def _loaded(self, draft: DraftModel, dtype: torch.dtype) -> DraftModel:
-        """The draft, saved and loaded."""
+        """The draft after saving and loading."""
         registry, adapter = self.registry(), self.adapter()
         with TemporaryDirectory() as folder:
             save_draft(draft, adapter, Path(folder) / "draft")
@@ -139,7 +139,7 @@ class DraftWeightsSuite(ProposerSuite):
 
 
 def _rounded(sample: Sample) -> Sample:
-    """The sample with features as a target in bfloat16 gives them."""
+    """The sample with its features rounded to bfloat16, as a target in bfloat16 gives them."""
     features = features_of(sample)
     hidden, last_hidden = features.hidden.bfloat16(), features.last_hidden.bfloat16()
     return evolve(sample, features=TargetFeatures(hidden=hidden, last_hidden=last_hidden))

@@ -1,7 +1,7 @@
-"""ExporterSuite: what an export format keeps: all weights, the layers, and nothing outside its folder.
+"""ExporterSuite: tests that an export has all weights and the tapped layers, and writes nothing outside its folder.
 
-Knows the contract of exporters. Does not know a format's files, beyond that weights are safetensors and the layers
-stand in a JSON file; a format of other files overrides how they are read.
+This file knows the contract of exporters. Of a format's files it knows only that weights are safetensors and that the
+layers stand in a JSON file. The suite of a format with other files overrides how they are read.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ _PAGE = "docs/plugins.md#an-export-format"
 class ExporterSuite(Suite):
     """Clauses of `contracts.export.Exporter`, with a small draft of its algorithm.
 
-    algorithm: The draft type, which `plugin` offers too, or an installed plugin.
-    draft_options: Small ones.
-    shared: Weights that the engine takes of the target, by published name; they may be left out.
-    layer_offset: What the engine adds to the number of a tapped layer, such as 1 where it counts the embedding.
+    algorithm: The draft type, which `plugin` or an installed plugin offers.
+    draft_options: Options of a small draft.
+    shared: Weights that the engine takes from the target, by published name. The export may leave them out.
+    layer_offset: The number that the engine adds to a tapped layer's number, such as 1 if it counts the embedding.
     """
 
     kind = "exporter"
@@ -54,11 +54,11 @@ class ExporterSuite(Suite):
     layer_offset: ClassVar[int] = 0
 
     def adapter(self) -> Any:
-        """A contracts.target.TargetAdapter, of which the draft is built."""
+        """The contracts.target.TargetAdapter from which the draft is built."""
         return tiny_adapter()
 
     def draft_registry(self) -> Registry:
-        """Where the draft type is found: among what `plugin` offers, else among the installed plugins."""
+        """The registry that has the draft type: that of `plugin` if it offers the type, else the installed plugins'."""
         own = self.registry()
         return own if self.algorithm in own.names("draft") else load_plugins().registry
 
@@ -73,11 +73,11 @@ class ExporterSuite(Suite):
         return draft
 
     def facts(self, draft: DraftModel) -> ExportFacts:
-        """What the exporter is told of it."""
+        """The facts about the draft that the exporter is given."""
         return facts_of(draft, self.adapter(), target=TargetName(name="org/target"))
 
     def exporter(self) -> Exporter:
-        """The exporter, new."""
+        """A new exporter."""
         made: Exporter = self.registry().load("exporter", self.component, algorithm=self.algorithm)()
         return made
 
@@ -86,12 +86,12 @@ class ExporterSuite(Suite):
         return {name: part for path in sorted(out.rglob("*.safetensors")) for name, part in load_file(path).items()}
 
     def layers(self, out: Path) -> list[Any]:
-        """Every list of numbers in an export's JSON files: one of them has to be the tapped layers."""
+        """Every list of numbers in an export's JSON files. One of them must be the tapped layers."""
         return [one for path in sorted(out.rglob("*.json")) for one in _lists(_content(path))]
 
     @contextmanager
     def written(self, draft: DraftModel | None = None) -> Iterator[Path]:
-        """An export, in a folder that is gone afterwards."""
+        """An export in a temporary folder."""
         made = self.draft() if draft is None else draft
         with TemporaryDirectory() as folder:
             out = Path(folder) / "export"
@@ -217,7 +217,7 @@ def _is_pickled(path: Path) -> bool:
             return any(name.endswith(".pkl") for name in archive.namelist())
     content = path.read_bytes()
     try:
-        # Other files begin with this byte too, but are no pickle to their end.
+        # Other files may begin with this byte too, but they do not parse as a pickle to their end.
         return content[:1] == pickle.PROTO and sum(1 for _ in pickletools.genops(content)) > 0
     except ValueError:
         return False

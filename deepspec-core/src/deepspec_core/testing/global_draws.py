@@ -1,6 +1,6 @@
-"""Whether global random numbers are left alone: not drawn from, and not seeded anew.
+"""Checks that code leaves global random generators alone: it neither draws from them nor seeds them.
 
-Knows the generators of torch, numpy and random. Does not know what is tested.
+This file knows the generators of torch, numpy and random. It does not know what is tested.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from deepspec_core.testing.conformance import require
 
 @contextmanager
 def no_global_draws() -> Iterator[None]:
-    """Unmet where a global generator has another state at the end. They are as before afterwards, whatever happens."""
+    """Raise Unmet if a global generator's state changes within this context. All states are restored at the end."""
     torch_state, numpy_state, python_state = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    # No state that a constant seed gives: that is how a seed set anew is seen.
+    # A state that no constant seed gives, so that seeding anew changes the state and is noticed.
     np.random.random(3)
     random.random()
     torch.rand(3, device="cpu")

@@ -1,6 +1,6 @@
-"""What a source file takes of other packages, as dotted names. Reads source and runs none of it.
+"""The names that a source file imports from other packages, as dotted names. The source is read, never run.
 
-Knows Python's ways to reach a module's names. Does not know which names are public.
+This file knows Python's ways to reach a module's names. It does not know which names are public.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ _REFERENCE = re.compile(r"([^\W\d][\w.]*):([^\W\d][\w.]*)")
 
 
 def imported_names(source: str) -> Iterator[str]:
-    """The dotted name of all that a file imports, or reaches from what it imported.
+    """The dotted name of everything that a file imports, or reaches as an attribute of something imported.
 
-    Followed are `import` and `from`, wherever they stand; attributes of what they bind, also under another name;
-    `import_module` and `__import__` of a literal string; literal strings "module:attribute", as specs name their code.
-    Not followed are strings that are put together when the code runs, `getattr`, and modules that are arguments.
+    The search follows `import` and `from`, wherever they stand; attributes of the names that they bind, also under
+    another name; `import_module` and `__import__` of a literal string; and literal strings "module:attribute", as specs
+    name their code. It does not follow strings that are built at run time, `getattr`, or modules passed as arguments.
     """
     reader = _Reader()
     reader.read(ast.parse(source))
@@ -29,16 +29,16 @@ def imported_names(source: str) -> Iterator[str]:
 class _Reader(ast.NodeVisitor):
     def __init__(self) -> None:
         self.found: list[str] = []
-        # What the names of the scope being read stand for, where this is something imported.
+        # The names of the current scope that are bound to something imported, with its dotted name.
         self._bound: dict[str, str] = {}
 
     def read(self, scope: ast.AST, hidden: Iterable[str] = ()) -> None:
-        """The nodes below a scope, in which the names `hidden` stand for something of its own."""
+        """Read the nodes below a scope. The names in `hidden` are the scope's own and hide imported ones."""
         outside = self._bound
         self._bound = dict(outside)
         for name in hidden:
             self._bound.pop(name, None)
-        # A function may stand above the import that it uses.
+        # Imports are read first, because a function may stand above the import that it uses.
         for node in ast.walk(scope):
             if isinstance(node, ast.Import | ast.ImportFrom):
                 self._bound |= {bound: dotted for _, bound, dotted in _bindings(node)}
@@ -94,7 +94,7 @@ class _Reader(ast.NodeVisitor):
         return None
 
     def _module(self, call: ast.Call) -> str | None:
-        """The module that `import_module` or `__import__` is asked for, where it is a literal string."""
+        """The module that a call of `import_module` or `__import__` names, if it is a literal string."""
         if not _is(call.func, "__import__") and self._dotted(call.func) != "importlib.import_module":
             return None
         literals = [one.value for one in call.args if isinstance(one, ast.Constant) and isinstance(one.value, str)]
@@ -107,7 +107,7 @@ class _Reader(ast.NodeVisitor):
 
 
 def _bindings(node: ast.Import | ast.ImportFrom) -> Iterator[tuple[str, str, str]]:
-    """Each (imported, the name it gets here, what that name stands for). Relative imports are of the own package."""
+    """(imported name, local name, dotted name that it stands for). Relative imports are skipped: they are internal."""
     if isinstance(node, ast.ImportFrom):
         for alias in node.names if node.level == 0 else ():
             imported = f"{node.module}.{alias.name}"
@@ -119,7 +119,7 @@ def _bindings(node: ast.Import | ast.ImportFrom) -> Iterator[tuple[str, str, str
 
 
 def _own_names(function: ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) -> Iterator[str]:
-    """Parameters, and what the function assigns."""
+    """The function's parameters, and the names that it assigns."""
     for node in ast.walk(function):
         if isinstance(node, ast.arg):
             yield node.arg

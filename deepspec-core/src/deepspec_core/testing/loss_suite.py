@@ -1,6 +1,7 @@
-"""LossSuite and WeightingSuite: what loss terms and weightings keep, whatever they compute.
+"""LossSuite and WeightingSuite: the clauses that loss terms and weightings must meet, whatever they compute.
 
-Both are called with statistics of made-up rows, in chunks as the engine cuts them. Knows the contract of statistics.
+Both are called with statistics of made-up rows, in chunks as the engine cuts them. This file knows the contract of
+statistics.
 
 Legend: N rows, V the target's vocabulary, D the draft's (V if it is not reduced), H hidden size.
 """
@@ -31,7 +32,7 @@ _TERM = "deepspec_core/contracts/loss.py: LossTerm"
 _WEIGHTING = "deepspec_core/contracts/loss.py: Weighting"
 _STATS = "deepspec_core/contracts/loss.py: RowStats"
 _H = 8
-# The tokens that a draft of a reduced vocabulary knows, and as many in their order.
+# The tokens that a draft with a reduced vocabulary knows, and the same number of tokens counted from 0.
 _KNOWN = (1, 4, 5, 8, 9, 11)
 _FIRST = tuple(range(len(_KNOWN)))
 
@@ -43,7 +44,7 @@ class LossSuite(Suite):
     tolerance: ClassVar[float] = 1e-5
 
     def term(self) -> Any:
-        """The term, new."""
+        """A new instance of the term."""
         return self.registry().build("loss", self.component, *self.made_options())
 
     def made(self, term: Any, **changes: Any) -> MadeRows:
@@ -94,7 +95,7 @@ class LossSuite(Suite):
         read = ["ce", "tv", "overlap", "soft_ce", "kl", "acceptance"]
         before = {name: getattr(stats, name).detach().clone() for name in read}
         with torch.no_grad():
-            # Without a graph, writing in place is no error of torch's.
+            # Without a graph, torch raises no error for writing in place.
             term(stats)
         changed = [name for name, value in before.items() if not torch.equal(getattr(stats, name), value)]
         require(not changed, f"it changes {changed}")
@@ -113,7 +114,7 @@ class LossSuite(Suite):
         require(any(bool(part.any()) for part in found), "gradients that are all 0")
         require(all(bool(part.isfinite().all()) for part in found), "gradients that are not finite")
         has_one_N = torch.stack([part.flatten(1).any(1) if part.dim() > 1 else part != 0 for part in found]).any(0)
-        # Where a row's value stays as it is, as at a bound, there need be none.
+        # A row whose value does not change, as at a bound, need not have a gradient.
         step_ND = 1e-3 * torch.randn(made.draft_ND.shape, generator=torch.Generator().manual_seed(1))
         moved = evolve(made, draft_ND=made.draft_ND.detach() + step_ND)
         moves_N = (term(moved.stats()) - value_N).detach().abs() > 1e-5 * (1 + value_N.detach().abs())
@@ -140,7 +141,7 @@ class LossSuite(Suite):
         term = self.term()
         made = self.made(term)
         bare = evolve(made, extras={name: made.extras[name] for name in term.needs_extras})
-        # Undeclared is told with the attribute that is missing.
+        # Undeclared is reported with the attribute that is missing.
         term(_Declared(bare.stats(target=bool(term.needs_target), logits=False), term))
 
     @clause(
@@ -149,7 +150,7 @@ class LossSuite(Suite):
     )
     def test_a_reduced_vocabulary(self) -> None:
         term = self.term()
-        # The same logits, of tokens with other numbers.
+        # The same logits, but for tokens with other ids.
         first_N, known_N = (term(self.made(term, known=known).stats()).detach() for known in (_FIRST, _KNOWN))
         self._near(known_N, first_N, f"a draft of the tokens {list(_KNOWN)}, beside one of {list(_FIRST)}")
         made = self.made(term, known=_KNOWN, unknown_label=2, beyond=0.7)
@@ -196,7 +197,7 @@ class LossSuite(Suite):
         self._near(parts, half(rows, heads).total.detach().reshape(1), "the sum of every second row and of the others")
 
     def _called_once(self, term: Any) -> weakref.ref[Any]:
-        """What lives as long as the graph of a call whose value is let go of."""
+        """Call the term, drop its value, and return an object that lives as long as the call's graph."""
         made = self.made(term)
 
         def in_graph(gradient: Tensor) -> None: ...
@@ -229,7 +230,7 @@ class _Declared:
 
 
 class _Read(Exception):
-    """A statistic is read."""
+    """Raised when a statistic is read."""
 
 
 class _Unread:
@@ -246,11 +247,11 @@ class WeightingSuite(Suite):
     tolerance: ClassVar[float] = 1e-6
 
     def weighting(self) -> Any:
-        """The weighting, new."""
+        """A new instance of the weighting."""
         return self.registry().build("weighting", self.component, *self.made_options())
 
     def weights(self, weighting: Any, made: MadeRows, part: slice = slice(None)) -> Any:
-        """The weights of rows, asked as the engine does."""
+        """The weights of rows, computed as the engine calls the weighting."""
         stats: RowStats = made.stats(part)
         with torch.no_grad():
             return weighting(made.slot_N[part], made.block_N[part], stats)

@@ -1,6 +1,6 @@
 """Made-up rows for tests of loss terms and weightings: logits, labels, slots and extras, and statistics of any chunk.
 
-Knows what statistics are formed of. Does not know what reads them.
+This file knows what statistics are formed from. It does not know what reads them.
 
 Legend: N rows, V the target's vocabulary, D the draft's (V if it is not reduced), U target positions.
 """
@@ -25,8 +25,10 @@ _EXTRAS = ("confidence_logits",)
 
 @frozen(kw_only=True, eq=False)
 class MadeRows:
-    """Logits of rows, and what else statistics are formed of. With `known` the draft knows these tokens alone; the
-    target's normalisers are larger by `beyond` than its logits say, for tokens that the draft does not know.
+    """Logits of rows, and everything else that statistics are formed from.
+
+    With `known` the draft knows only these tokens. The target's log-normalisers are then larger by `beyond` than those
+    of the known tokens' logits, because of the tokens that the draft does not know.
     """
 
     draft_ND: Tensor
@@ -39,7 +41,7 @@ class MadeRows:
     beyond: float = 0.0
 
     def stats(self, part: slice = slice(None), *, target: bool = True, logits: bool = True) -> ChunkStats:
-        """Of the rows of one chunk."""
+        """The statistics of the rows of one chunk."""
         draft_nD, target_nD = self.draft_ND[part], self.target_ND[part]
         reduced = None if self.known is None else ReducedVocabulary(torch.tensor(self.known), V)
 
@@ -60,7 +62,7 @@ class MadeRows:
         )
 
     def tensors(self) -> list[Tensor]:
-        """All of them, copied."""
+        """Copies of all tensors."""
         return [part.detach().clone() for part in (self.draft_ND, self.target_ND, self.ids_N, *self.extras.values())]
 
 
@@ -73,7 +75,7 @@ def made_rows(
     unknown_label: int | None = None,
     beyond: float = 0.0,
 ) -> MadeRows:
-    """Rows of a seed. With `known`, labels are of these tokens, but that of every third row is `unknown_label`."""
+    """Rows of a seed. With `known`, labels are among these tokens, except `unknown_label` at every third row."""
     generator = torch.Generator().manual_seed(seed)
     size = V if known is None else len(known)
 

@@ -1,6 +1,6 @@
-"""Rows read as a text: which position each is compared with, the distribution each gives, and a loss over them.
+"""Interprets rows: the text position each is compared with, the distribution each gives, and a loss over them.
 
-Knows rows and heads. Does not know which draft made them.
+This file knows rows and heads. It does not know which draft made them.
 
 Legend: N rows, V the target's vocabulary, D the draft's.
 """
@@ -27,9 +27,9 @@ _PER_ROW = ("hidden", "correction", "target_index", "target_ids", "weight", "slo
 def placed(rows: Rows, samples: Sequence[Sample]) -> list[tuple[int, int]]:
     """The (sample, position) whose last hidden state each row is compared with.
 
-    Rows without target positions are placed by their labels: a block where its labels are the tokens of a text, best
-    supervised ones. AssertionError where a row is compared with none of the samples' states, or a block's labels are in
-    no text.
+    Rows without target positions are placed by their labels: a block is placed where its labels are the tokens of a
+    text, if possible supervised tokens. Raises AssertionError if a row is compared with none of the samples' states, or
+    if a block's labels occur in no text.
     """
     if rows.target_hidden is None or rows.target_index is None:
         return _by_labels(rows, samples)
@@ -87,7 +87,7 @@ def logits_of(draft: DraftModel, rows: Rows) -> Tensor:
 
 
 def distributions(draft: DraftModel, rows: Rows) -> Tensor:
-    """[N, V]: what the draft gives every token of the target's vocabulary."""
+    """The draft's distributions over the target's vocabulary, [N, V]."""
     q_ND, ids_D = logits_of(draft, rows).detach().softmax(-1), draft.heads().draft_ids
     if ids_D is None:
         return q_ND
@@ -95,7 +95,7 @@ def distributions(draft: DraftModel, rows: Rows) -> Tensor:
 
 
 def loss_of(draft: DraftModel, rows: Rows) -> Tensor:
-    """A sum over rows that every head has a part in: cross-entropy at the label, and extras' squares."""
+    """A loss summed over rows that depends on every head: cross-entropy at the label, and the squares of extras."""
     logits_ND = logits_of(draft, rows)
     if rows.target_ids is None or draft.heads().draft_ids is not None:
         total = (rows.weight * (logits_ND.logsumexp(-1) - logits_ND[:, 0])).sum()
@@ -108,14 +108,14 @@ def loss_of(draft: DraftModel, rows: Rows) -> Tensor:
 
 
 def without_blocks(rows: Rows, start: int, end: int) -> Rows:
-    """The rows from `start` to `end`."""
+    """The rows from `start` to `end`. The blocks outside are left out."""
     parts = {name: getattr(rows, name) for name in _PER_ROW}
     extras = {name: extra[start:end] for name, extra in rows.extras.items()}
     return evolve(rows, extras=extras, **{name: part[start:end] for name, part in parts.items() if part is not None})
 
 
 def same_rows(found: Rows, expected: Rows, words: str, near: float) -> None:
-    """Unmet, in `words`, where rows differ: hidden states by more than `near`, relative to the largest."""
+    """Raise Unmet, in `words`, if rows differ. Hidden states may differ by `near`, relative to the largest."""
     require(len(found.hidden) == len(expected.hidden), f"{words}: {len(found.hidden)} rows, not {len(expected.hidden)}")
     check_near(found.hidden, expected.hidden, near, f"{words}: hidden")
     for name in ("target_ids", "weight", "slot"):
@@ -139,6 +139,6 @@ def same_rows(found: Rows, expected: Rows, words: str, near: float) -> None:
 
 
 def _numbered(block_N: Tensor) -> Tensor:
-    """Blocks numbered from 0 in their order."""
+    """The blocks renumbered from 0 in their order."""
     numbered_N: Tensor = torch.unique_consecutive(block_N, return_inverse=True)[1]
     return numbered_N

@@ -1,7 +1,7 @@
-"""Clauses of the decoding side, of drafts that are trained and of those that are not; chains and trees.
+"""Clauses of proposers, for trained drafts and for drafts that are not trained, with chains and with trees.
 
-A proposer is driven by hand along known texts, and by the engine with a tiny target. Knows the contract of proposers.
-Does not know how a draft is made.
+A proposer is driven by hand along known texts, and by the engine with a tiny target. This file knows the contract of
+proposers. It does not know how a draft is made.
 
 Legend: B slots in a call, T tokens, K proposed tokens at most, V vocabulary.
 """
@@ -35,7 +35,8 @@ LENGTHS = (5, 9, 2, 7, 6)
 NODES = 10
 """The most tokens of a tree."""
 _TEXT = 32
-# Slots are started, proposed for, committed and freed in an order that leaves gaps: what, and by slot how much.
+# Slots are started, proposed for, committed and freed in an order that leaves gaps. A step has its kind, and by slot a
+# number.
 _SCRIPT: tuple[tuple[str, dict[int, int]], ...] = (
     ("start", {1: 0, 3: 1}),
     ("propose", {1: 0, 3: 0}),
@@ -54,8 +55,8 @@ _SCRIPT: tuple[tuple[str, dict[int, int]], ...] = (
 class ProposerSuite(Suite):
     """Clauses of `contracts.proposer.Proposer`.
 
-    tolerance: What probabilities and confidence may differ by where products are of another shape.
-    distinct_tokens: How many tokens texts are made of; few, for drafts that look for repetitions.
+    tolerance: The largest difference of probabilities and confidence when products have another shape.
+    distinct_tokens: The number of distinct tokens in texts: few, for drafts that look for repetitions.
     """
 
     kind = "draft"
@@ -64,7 +65,7 @@ class ProposerSuite(Suite):
 
     @abstractmethod
     def source(self) -> Any:
-        """Whatever has `proposer()`, and `tree_proposer(nodes)` where the draft proposes trees."""
+        """An object with `proposer()`, and with `tree_proposer(nodes)` if the draft proposes trees."""
 
     def trees(self) -> bool:
         """Whether the draft proposes trees."""
@@ -79,14 +80,14 @@ class ProposerSuite(Suite):
         return DrivenProposer(self.source(), num_slots=5, max_length=_TEXT + 16, tree_nodes=tree_nodes)
 
     def sample(self, index: int, num_taps: int, length: int = _TEXT) -> Sample:
-        """A text of 32 tokens, or `length`, all supervised but the first, with random features."""
+        """A text of 32 tokens, or `length`, with random features. All tokens but the first are supervised."""
         sample = random_sample(str(index), length, seed=index, num_taps=num_taps)
         generator = torch.Generator().manual_seed(100 + index)
         ids_T = torch.randint(2, 2 + self.distinct_tokens, (length,), generator=generator)
         return evolve(sample, input_ids=ids_T)
 
     def prompts(self, driven: DrivenProposer, slots: Sequence[int] = range(4)) -> dict[int, tuple[Sample, int]]:
-        """slot -> (text, tokens of it that are the prompt), the i-th slot with the i-th text."""
+        """slot -> (text, number of its tokens that are the prompt). The i-th slot has the i-th text."""
         taps = len(driven.proposer.taps)
         return {slot: (self.sample(index, taps), LENGTHS[index]) for index, slot in enumerate(slots)}
 
@@ -316,7 +317,7 @@ def _decoded(target: TinyTarget, proposer: Proposer | None, temperature: float) 
 
 
 def checked(driven: DrivenProposer, slots: Sequence[int], sampling: Sampling) -> Proposal:
-    """A proposal, checked as the engine checks it."""
+    """The proposal, after the checks that the engine makes."""
     proposal = driven.propose(slots, sampling)
     check = ProposalCheck(driven.proposer, vocab_size=64)
     slots_B = torch.tensor(slots)
@@ -339,7 +340,7 @@ def _same(found: Proposal, expected: Proposal, rows: Sequence[int], atol: float,
 def _differs(
     found: Proposal, row: int, expected: Proposal, other: int, length: int, atol: float, drawn: int | None = None
 ) -> str | None:
-    """What two slots' proposals differ in up to `length`, in words; tokens up to `drawn`, where that is less."""
+    """A description of how two slots' proposals differ up to `length`. Tokens: up to `drawn` if it is less."""
     tokens = length if drawn is None else drawn
     if not torch.equal(found.tokens[row, :tokens], expected.tokens[other, :tokens]):
         return f"tokens {found.tokens[row, :tokens].tolist()}, not {expected.tokens[other, :tokens].tolist()}"

@@ -1,6 +1,6 @@
 """Checks that a plugin imports only public names of core, and of the packages of other plugins.
 
-Reads source and runs none of it. What is public is said by `__all__` of each module (plugins/promised.py).
+The source is read, never run. A module's `__all__` defines which of its names are public (plugins/promised.py).
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ def check_public_imports(package: Path) -> None:
     """Check that the Python files under `package` take only public names of core and of other plugins' packages.
 
     `package` is the folder of a plugin's source. It must import something of core. Another plugin's package is one
-    that an installed plugin is in. It promises names as core does, by `__all__` in a module. The module that its entry
-    point names may be imported as a whole, for a suite.
+    that contains an installed plugin. It promises names as core does, by `__all__` in a module. The module that its
+    entry point names may be imported as a whole, for a suite.
 
-    Seen are imports inside functions too, attributes of imported modules, `import_module` and `__import__` of literal
-    strings, and strings "module:attribute" as specs have them. Not seen are names in strings that are put together,
-    `getattr`, and attributes of modules that were handed to a function.
+    The check sees imports, also inside functions, attributes of imported modules, `import_module` and `__import__` of
+    literal strings, and strings "module:attribute" as specs have them. It does not see names in strings that are built
+    at run time, `getattr`, or attributes of modules that were passed to a function.
     """
     own = set(_own_packages(package))
     others = {name: modules for name, modules in plugin_packages().items() if name not in own}
@@ -47,7 +47,7 @@ def _own_packages(package: Path) -> Iterator[str]:
 
 
 def _taken(package: Path, others: dict[str, set[str]]) -> Iterator[tuple[Path, str]]:
-    """The (file, dotted name) of all that is of one of these packages."""
+    """The (file, dotted name) of every imported name that belongs to one of these packages."""
     for path in sorted(package.rglob("*.py")):
         for name in imported_names(path.read_text(encoding="utf-8")):
             if _top(name) in others:

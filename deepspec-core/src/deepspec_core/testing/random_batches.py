@@ -42,7 +42,7 @@ def with_large_weights(draft: _Draft) -> _Draft:
     with torch.no_grad():
         for parameter in draft.parameters():
             if parameter.dim() >= 2:
-                # In memory of the draft's own: its embedding and lm_head may be a target's.
+                # In new memory, because the draft's embedding and lm_head may share memory with a target's.
                 parameter.data = torch.empty_like(parameter).normal_(std=parameter.shape[-1] ** -0.5)
     return draft
 

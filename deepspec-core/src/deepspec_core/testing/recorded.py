@@ -1,7 +1,7 @@
 """Recorded vectors of the published implementation. Cases are loaded, replayed and compared, for any draft.
 
-Knows the layout: one folder a case, named FAMILY-CASE, with the draft as it was published, what went in and what came
-out; and the family's target in FAMILY-target. Which families and drafts were recorded is the folder's.
+This file knows the layout: one folder per case, named FAMILY-CASE, with the draft as it was published, the inputs and
+the outputs; and the family's target in FAMILY-target. The folder decides which families and drafts were recorded.
 
 Legend: B sequences, T tokens.
 """
@@ -34,9 +34,9 @@ from deepspec_core.testing.draft_checks import check_all_near, check_near, train
 __all__ = ["FORWARD", "GRADIENT", "DecodingCase", "Recordings", "TrainingCase", "check_same_weights", "edit_config"]
 
 FORWARD = 1e-4
-"""What a port's outputs may differ by, relative to the largest entry; metrics relative to themselves."""
+"""The largest difference of a port's outputs, relative to the largest entry; of metrics, relative to themselves."""
 GRADIENT = 1e-3
-"""What a port's gradients may differ by, relative to the largest entry."""
+"""The largest difference of a port's gradients, relative to the largest entry."""
 _PUBLISHED_METRICS = {"loss/ce": "ce_loss", "loss/tv": "l1_loss", "loss/confidence": "confidence_loss"}
 
 
@@ -88,7 +88,7 @@ class Recordings:
 
 @frozen(kw_only=True, eq=False)
 class TrainingCase:
-    """A recorded batch, and what the draft and the loss gave for it.
+    """A recorded batch, with the draft's and the loss's outputs for it.
 
     `record` holds the loss's settings and the metrics.
     """

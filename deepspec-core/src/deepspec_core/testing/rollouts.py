@@ -1,6 +1,6 @@
-"""Whether a draft that writes its own texts to train on keeps what is not its own: prompts, padding, lengths.
+"""Checks that a draft that writes its own training texts leaves prompts, padding and lengths unchanged.
 
-Knows texts and the random numbers of a rollout. Does not know how a draft writes.
+This file knows texts and the random numbers of a rollout. It does not know how a draft writes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from deepspec_core.testing.global_draws import no_global_draws
 
 
 def check_rollout(draft: DraftModel, batch: DraftBatch) -> None:
-    """Unmet where the texts that it writes in place of the batch's break the contract of `rollout`."""
+    """Raise Unmet if the texts that the draft writes in place of the batch's break the contract of `rollout`."""
     texts = Texts(input_ids=batch.input_ids, loss_mask=batch.loss_mask, attention_mask=batch.attention_mask.bool())
     uniforms_BT = torch.rand(batch.input_ids.shape, generator=torch.Generator().manual_seed(1)).double()
     with no_global_draws(), torch.no_grad():

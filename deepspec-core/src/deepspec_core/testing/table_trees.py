@@ -19,8 +19,9 @@ __all__ = ["TreeTableProposer"]
 class TreeTableProposer(TableProposer):
     """A proposer whose trees depend only on the last committed token: on the slot and the round, too, if `stop_short`.
 
-    Each node hangs on a random earlier one, or on the last committed token, and takes the likeliest token of the table
-    after it that no sibling has. `max_nodes` is how many there are; `stop_short`: fewer, ragged, sometimes none.
+    The parent of each node is a random earlier node, or the last committed token. The node takes the likeliest token
+    after its parent, by the table, that no sibling has. `max_nodes` is the number of nodes. With `stop_short`, trees
+    have fewer nodes, their sizes differ, and some are empty.
     """
 
     def __init__(

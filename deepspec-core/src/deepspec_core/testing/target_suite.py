@@ -1,8 +1,8 @@
-"""TargetAdapterSuite: what a target family keeps: features, decoding in slots, loading, and the blocks of drafts.
+"""TargetAdapterSuite: the clauses of target families: features, decoding in slots, loading, and the modules of drafts.
 
-A tiny model with random weights is compared with transformers' own forward pass. Knows the contract of targets and
-transformers' conventions. Which family is tested is the subclass's. Clauses of the modules that drafts are made of are
-in draft_blocks_suite.py.
+A tiny model with random weights is compared with transformers' own forward pass. This file knows the contract of
+targets and transformers' conventions. The subclass decides which family is tested. Clauses about the modules that
+drafts are made of are in draft_blocks_suite.py.
 
 Legend: B sequences or slots, T tokens, H hidden size, C = taps * H, V vocabulary.
 """
@@ -37,14 +37,14 @@ _TAPS = (-1, 0, 2, 3)
 class TargetAdapterSuite(DraftBlocksSuite):
     """Clauses of `contracts.target.TargetAdapter` and of the `TargetModel` that it loads.
 
-    template: The chat template of the family's models, in Jinja, or one that writes turns as it does. None: that
-        answers are found in its texts is not tested.
+    template: The chat template of the family's models, in Jinja, or one that writes turns in the same way. None: the
+        suite does not test whether answers are found in rendered texts.
     """
 
     template: ClassVar[str | None] = None
 
     def target(self, model: Any) -> TargetModel:
-        """The same model, saved and loaded by the adapter."""
+        """The model, saved, and loaded by the adapter."""
         with TemporaryDirectory() as folder:
             model.save_pretrained(folder)
             return self.adapter().load(folder, dtype=torch.float32, device="cpu")
@@ -130,7 +130,7 @@ class TargetAdapterSuite(DraftBlocksSuite):
         ids_BT, mask_BT = torch.zeros(2, 18, dtype=torch.long), torch.zeros(2, 18)
         positions_BT, documents_BT = torch.zeros_like(ids_BT), torch.full_like(ids_BT, -1)
         places = []
-        # Two rows: one of three conversations, one of two and padding.
+        # Two rows: one with three conversations, one with two and padding.
         for number, (row, start, length) in enumerate(((0, 0, 6), (0, 6, 9), (0, 15, 3), (1, 0, 4), (1, 4, 8))):
             text, part = tokens(length, seed=length), slice(start, start + length)
             ids_BT[row, part], mask_BT[row, part] = text, 1
@@ -154,7 +154,7 @@ class TargetAdapterSuite(DraftBlocksSuite):
         expected = {slot: _alone(model, text) for slot, text in texts.items()}
         target.open_slots(4, 40)
         done = dict.fromkeys(texts, 0)
-        # Every call feeds two tokens too many, which are not committed.
+        # Every call feeds two extra tokens, which are not committed.
         for call in ({0: 5, 2: 9, 3: 1}, {0: 1, 2: 1, 3: 1}, {2: 4}, {0: 3, 3: 8}, {3: 6}, {0: 8, 2: 2, 3: 4}):
             rows = {
                 slot: torch.cat([texts[slot][done[slot] : done[slot] + count], tokens(2, seed=count)])

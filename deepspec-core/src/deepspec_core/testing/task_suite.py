@@ -1,7 +1,7 @@
-"""TaskSuite: what an evaluation task keeps: prompts that core can ask, the same ones every time.
+"""TaskSuite: the clauses of an evaluation task: it yields prompts that core can ask, and the same ones every time.
 
-Knows what a task yields and how core reads it. Does not know where its rows come from; a task that fetches them is
-given some by its subclass.
+This file knows what a task yields and how core reads it. It does not know where its rows come from: the subclass
+provides rows for a task that fetches them.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ _SPOKEN = ("messages", "turns", "conversations")
 class TaskSuite(Suite):
     """Clauses of `plugins.TaskSpec`.
 
-    rows: Rows of the task's own data, for `from_row`. Without them its clauses are not tested.
+    rows: Rows of the task's own data, for `from_row`. Without rows, the clauses of `from_row` are not tested.
     """
 
     kind = "task"
     rows: ClassVar[Sequence[Mapping[str, Any]]] = ()
 
     def offline(self) -> AbstractContextManager[Any]:
-        """Within it the task finds its data. A task that fetches rows overrides it, and stands in for the network."""
+        """A context in which the task finds its data. A task that fetches rows overrides it to replace the network."""
         return nullcontext()
 
     def built(self, limit: int | None, seed: int) -> list[Any]:
-        """What the task yields."""
+        """The rows that the task yields."""
         with self.offline():
             return list(self.registry().load("task", self.component)(limit, seed))
 
     def prompts(self, limit: int | None = None, seed: int = 0) -> list[Prompt]:
-        """The prompts that core makes of it."""
+        """The prompts that core makes of the task's rows."""
         with self.offline():
             return load_task(
                 self.component, limit=limit, seed=seed, base=Path(), registry=self.registry(), held_out=list

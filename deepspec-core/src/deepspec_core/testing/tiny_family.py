@@ -35,7 +35,7 @@ class TinyAdapter(FamilyAdapter):
     class_prefix = "Tiny"
 
     def conversation_format(self) -> ConversationFormat:
-        """That of the tiny tokenizer."""
+        """The conversation format of the tiny tokenizer."""
         return tiny_format()
 
     def attention_projections(self, in_features: int) -> AttentionProjections:
@@ -43,7 +43,7 @@ class TinyAdapter(FamilyAdapter):
         return projections(self, in_features, norms="each head")
 
     def layer_norms(self) -> LayerNorms:
-        """Before attention, and before the MLP."""
+        """Two norms: before attention, and before the MLP."""
         return pre_norms(self)
 
     def norm(self, size: int | None = None, *, scale: bool = True) -> nn.Module:

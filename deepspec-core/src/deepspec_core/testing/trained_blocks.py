@@ -1,6 +1,6 @@
-"""The block of training that predicts what a draft proposes after a position, and the text that training is given.
+"""Finds the block of training that predicts what a draft proposes after a position, and the text that training gets.
 
-Knows rows, samples and features. Does not know how blocks are prepared.
+This file knows rows, samples and features. It does not know how blocks are prepared.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from deepspec_core.testing.random_batches import features_of
 def blocks_after(rows: Rows, sample: Sample, at: int, count: int) -> list[list[int]]:
     """The first `count` rows of the block that predicts the tokens after position `at`; empty if it was not drawn.
 
-    Rows without target positions are found by their labels. Several blocks may have them.
+    Rows without target positions are found by their labels. Several blocks may have the same labels.
     """
     blocks = [range(first, last) for first, last in zip(*ranges_of(rows.block), strict=True)]
     if rows.target_hidden is None:
@@ -29,7 +29,7 @@ def blocks_after(rows: Rows, sample: Sample, at: int, count: int) -> list[list[i
 
 
 def wide(text: Sample, known: Sample) -> Any:
-    """The features that decoding was given, in the width of training."""
+    """The features that decoding was given, in the width that training uses."""
     given, full = features_of(text), features_of(known)
     return (
         given

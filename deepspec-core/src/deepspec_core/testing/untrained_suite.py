@@ -1,4 +1,4 @@
-"""UntrainedDraftSuite: what a draft keeps that is not trained. Knows the contracts of such drafts and of proposers."""
+"""UntrainedDraftSuite: the clauses of drafts that are not trained. Knows their contract and that of proposers."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What is written outside a folder: into the working folder, into home, or wherever Python opens a file.
+"""Finds files written outside a folder: in the working folder, in home, or wherever Python opens a file.
 
-Knows files and Python's audit events. Does not know who writes them. Libraries that open files without Python are seen
-in the working folder and in home alone.
+This file knows files and Python's audit events. It does not know who writes the files. Files of libraries that do not
+open them through Python are seen only in the working folder and in home.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ _hooked: list[bool] = []
 
 
 class Watched:
-    """While files are watched: the empty folders that are home and the working folder, and what was opened."""
+    """A watch over files: the empty folders that stand in for home and the working folder, and the opened files."""
 
     def __init__(self, place: Path) -> None:
         self.place, self.home, self.work = place, place / "home", place / "work"
         self.opened: set[Path] = set()
 
     def outside(self, folder: Path) -> list[str]:
-        """The files that were written and are still there, but for those in `folder`. Caches are no part of them."""
+        """The files that were written and still exist, except those in `folder` and caches."""
         caches = self.home / ".cache"
         seen = self.opened | {path for path in self.place.rglob("*") if path.is_file()}
         left = sorted(str(path) for path in seen if path.is_file() and path.suffix != ".pyc")
@@ -36,9 +36,9 @@ class Watched:
 
 @contextmanager
 def watched_files() -> Iterator[Watched]:
-    """Home and the working folder are empty folders, until the end, and files that are opened for writing are noted."""
+    """Within this context, home and the working folder are empty folders, and files opened for writing are recorded."""
     if not _hooked:
-        # A hook stays as long as the process.
+        # Python cannot remove an audit hook, so it is added once and stays.
         sys.addaudithook(_note)
         _hooked.append(True)
     before, home = Path.cwd(), os.environ.get("HOME")

@@ -64,5 +64,5 @@ def batches_ahead(
             yield item
     finally:
         closed.set()
-        samples.close()  # whoever waits for a sample waits no longer
+        samples.close()  # ends every wait for a sample
         thread.join()

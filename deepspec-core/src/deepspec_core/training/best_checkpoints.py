@@ -44,10 +44,10 @@ _ROUNDING: Final = 1e-9
 
 @frozen(kw_only=True)
 class Decoded:
-    """What decoding the held-out prompts came to.
+    """The result of decoding the held-out prompts.
 
     accepted_length: Tokens committed per round, over all rounds; interval: its 95% bootstrap interval over prompts.
-    failures: Prompts on which decoding failed, which are in no figure.
+    failures: Prompts on which decoding failed. They count in no figure.
     """
 
     accepted_length: float
@@ -61,7 +61,7 @@ class Decoded:
 class Decode(Protocol):
     """Decodes the held-out prompts with the draft of a directory, together with the other workers.
 
-    It calls `check` now and then, which raises where the run is to stop.
+    It calls `check` from time to time, which raises an error if the run is to stop.
     """
 
     def __call__(self, draft: Path, check: Callable[[], None]) -> Decoded: ...
@@ -91,7 +91,8 @@ class Evaluations:
         """Read the results up to step `done`, and evaluate its checkpoint if that is due.
 
         Later records are removed, as they will be found again. `log` is the first worker's metrics.jsonl; `save` writes
-        the checkpoint of step 0; `total` and `epoch` are numbers of steps. CheckpointError where a record is damaged.
+        the checkpoint of step 0; `total` and `epoch` are numbers of steps. Raises CheckpointError if a record is
+        damaged.
         """
         self._folder, self._log, self._total, self._epoch = folder, log, total, epoch
         self._start = time.monotonic()
@@ -108,7 +109,7 @@ class Evaluations:
             self.evaluate(done)
 
     def due(self, step: int) -> bool:
-        """Whether the checkpoint of this step is to be evaluated: at the start, every so many steps, at the end."""
+        """Whether the checkpoint of this step is to be evaluated: at the start, at regular intervals, at the end."""
         every = self._options.evaluate_every
         if self._decode is None or every is None or any(record["step"] == step for record in self.records):
             return False
@@ -144,7 +145,7 @@ class Evaluations:
         return most is not None and self.falls() >= most
 
     def falls(self) -> int:
-        """How many evaluations up to the last one were each lower than the one before."""
+        """The number of evaluations in a row, up to the last one, that were each lower than the one before."""
         lengths = [record["accepted_length"] for record in self.records]
         count = 0
         while count + 1 < len(lengths) and lengths[-1 - count] < lengths[-2 - count]:
@@ -159,7 +160,7 @@ class Evaluations:
     def chosen(self, last: Path) -> Path:
         """The checkpoint that becomes the finished draft. `last` is the newest, which this training wrote or read.
 
-        The best that is as it was written. Damaged ones are set aside and counted; CheckpointError where all are.
+        The best that is as it was written. Damaged ones are set aside and counted; raises CheckpointError if all are.
         """
         if not self.records or self._options.final != BEST:
             return last
@@ -274,8 +275,8 @@ def _sound(record: Mapping[str, Any], after: int) -> bool:
     if not all(type(one) in (int, float) and 0 <= one < _MOST for one in figures):
         return False
     step, prompts, _, rounds, tokens = counts
-    # What was committed is a whole number, at least one a round. Of each answer the first token is of no round, and
-    # what the last round commits beyond the answer's end is not among its tokens.
+    # The committed tokens are a whole number, at least one per round. An answer's first token belongs to no round, and
+    # tokens that the last round commits beyond the answer's end are not among the answer's tokens.
     committed = round(length * rounds)
     return bool(
         step > after

@@ -136,7 +136,7 @@ def bytes_of_one(draft: nn.Module) -> int:
 
 
 def require_space(folder: Path, needed_bytes: int) -> None:
-    """CheckpointError if the disk has no room for a checkpoint of that size."""
+    """Raise CheckpointError if the disk has no room for a checkpoint of that size."""
     free = free_bytes(folder)
     if free < needed_bytes:
         raise CheckpointError(
@@ -185,7 +185,7 @@ def restore(checkpoint: Path, *, parameters: Mapping[str, Tensor], optimizer: to
 
 
 def _scalars_for(checkpoint: Path, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """CheckpointError where they are of another version, or of another optimizer."""
+    """Raise CheckpointError if they are of another version, or of another optimizer."""
     path = checkpoint / STATE / _SCALARS
     scalars: dict[str, Any] = _read_json(path)
     if scalars.get("format") != _FORMAT:
@@ -239,7 +239,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def verify(checkpoint: Path) -> None:
-    """DamagedCheckpoint where a file of the checkpoint is missing or changed.
+    """Raise DamagedCheckpoint if a file of the checkpoint is missing or changed.
 
     Training goes on from some of them, and the draft is published.
     """

@@ -14,13 +14,13 @@ import torch
 # order(lengths, step_size, generator): a permutation of the samples
 Order = Callable[[Sequence[int], int, torch.Generator], np.ndarray[Any, np.dtype[np.int64]]]
 
-# A bucket is a pool's samples of like length. Larger pools pad less; in smaller ones a step is more mixed.
+# A bucket has samples of similar length from one pool. Larger pools need less padding; smaller pools mix steps more.
 _POOL_STEPS: Final = 64
 _FEWEST_POOLS: Final = 4
 
 
 def shuffled(lengths: Sequence[int], _step_size: int, generator: torch.Generator) -> np.ndarray[Any, Any]:
-    """Any order as probable as any other."""
+    """A random order. All orders are equally probable."""
     return torch.randperm(len(lengths), generator=generator).numpy()
 
 

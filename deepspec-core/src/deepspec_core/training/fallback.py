@@ -43,7 +43,7 @@ def resume(
 ) -> Resumed | None:
     """Restore the newest sound checkpoint of a training folder; None where there is no checkpoint.
 
-    All ranks must call it together. CheckpointError where all are damaged, or one is of another draft.
+    All ranks must call it together. Raises CheckpointError if all are damaged, or one is of another draft.
     """
     if not first:
         (name, damaged), *_ = gathered(None)
@@ -75,7 +75,7 @@ def _newest_sound(folder: Path, parameters: Mapping[str, Tensor], optimizer: tor
 def first_sound(candidates: Iterable[Path], read: Callable[[Path], T]) -> tuple[Path, T, list[Damaged]] | None:
     """The first checkpoint that `read` does not find damaged, what it gave, and the damaged ones before it.
 
-    None without candidates. CheckpointError where all are damaged.
+    None without candidates. Raises CheckpointError if all are damaged.
     """
     damaged: list[Damaged] = []
     for checkpoint in candidates:

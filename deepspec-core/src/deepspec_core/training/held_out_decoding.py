@@ -46,7 +46,7 @@ class HeldOutDecoding:
     def __call__(self, draft: Path, check: Callable[[], None]) -> Decoded:
         """Decode with the draft of a directory. All workers return the same.
 
-        DataError if no prompt can be decoded. Whatever an evaluation with this draft would raise.
+        Raises DataError if no prompt can be decoded. Whatever an evaluation with this draft would raise.
         """
         self.crew.require_seen(draft / WEIGHTS)
         rows = self._of_this_worker(draft, check)

@@ -72,13 +72,13 @@ def iterate(
 
 @contextmanager
 def dead_worker_is_an_error() -> Iterator[None]:
-    """TrainingError where a loader worker ends inside the block. PyTorch notices it wherever the main thread is."""
+    """Raise TrainingError if a loader worker ends inside the block. PyTorch notices it wherever the main thread is."""
     try:
         yield
     except RuntimeError as error:
         if not _DEAD.match(str(error)):
             raise
-        # Noticed while a batch was waited for, it is told twice, and only the first time how it ended.
+        # If a worker dies while a batch is awaited, PyTorch reports it twice. Only the first report says how it ended.
         told = str(error.__cause__) if _DEAD.match(str(error.__cause__)) else str(error)
         raise TrainingError(
             "a loader worker ended unexpectedly",

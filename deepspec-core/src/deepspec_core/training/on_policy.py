@@ -57,7 +57,7 @@ class Unprepared:
 class Rollouts:
     """Turns micro-batches of the data into micro-batches of the draft's own texts.
 
-    ConfigError if `source` does not give features of the texts that it is given.
+    Raises ConfigError if `source` does not give features of the texts that it is given.
     """
 
     def __init__(
@@ -70,7 +70,10 @@ class Rollouts:
 
     @torch.no_grad()
     def __call__(self, micro: HostBatch, epoch: int) -> HostBatch:
-        """The samples with the draft's texts, prepared. PluginError, with the package, if these break the contract."""
+        """The samples with the draft's texts, prepared.
+
+        Raises PluginError, with the package, if these break the contract.
+        """
         # Texts are rolled out one a row, also where they are packed afterwards.
         given_ids_MT, real_MT = pad_ids(micro.samples)
         given = Texts(
@@ -100,7 +103,7 @@ class Rollouts:
         return host_batch(prepared, preparation, row_sizes=micro.row_sizes)
 
     def _rollout(self, given: Texts, uniforms_BT: Tensor) -> Texts:
-        """What the draft returns. PluginError, with the draft's name, if it raises anything but our errors."""
+        """What the draft returns. Raises PluginError, with the draft's name, if it raises anything but our errors."""
         try:
             return self.draft.rollout(given, uniforms_BT)
         except (DeepSpecError, torch.OutOfMemoryError):
@@ -115,7 +118,7 @@ class Rollouts:
 
 
 def check_shapes(draft: DraftModel, returned: object, given: Texts) -> None:
-    """PluginError if a rollout returned other shapes than the given texts have. Reads no values."""
+    """Raise PluginError if a rollout returned other shapes than the given texts have. Reads no values."""
     if not isinstance(returned, Texts):
         raise refused(draft, "rollout()", type(returned).__name__, "contracts.draft.Texts")
     for name in ("input_ids", "loss_mask"):

@@ -31,7 +31,7 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimizer of a draft's trained parameters, given by name. `matrices` are those that Muon may train.
 
-    ConfigError where Muon is asked for and there is none.
+    Raises ConfigError if Muon is asked for and there is none.
     """
     if options.optimizer != MUON:
         return _adamw(trained.values(), options, fused=fused)

@@ -1,7 +1,7 @@
-"""Tries, with real numbers before the first step, whether the conversations of a packed row are kept separate.
+"""Checks numerically, before the first step, whether the conversations of a packed row are kept separate.
 
 Two made-up conversations share a row. The results for one must not change when the other is replaced. So a plugin's own
-claim is not trusted. Knows the contracts of drafts and targets; knows no run, no algorithm, no family.
+claim need not be trusted. This file knows the contracts of drafts and targets. It knows no run, algorithm or family.
 
 Legend: T tokens, C = taps * H, H hidden size, N rows.
 """
@@ -26,14 +26,14 @@ from deepspec_core.training.host_batch import HostBatch, host_batch
 from deepspec_core.training.sampler import sample_rng
 
 _LENGTH = 48
-# Mean difference over mean size. Kernels may add in another order for other numbers. A conversation that is seen
-# changes far more than that.
+# The largest mean difference divided by the mean size. Kernels may add in another order for other numbers, but the
+# results change far more if the other conversation is visible.
 _ROUNDING = {torch.float32: 1e-5}
 _COARSE = 1e-2
 
 
 def check_target_apart(target: TargetModel, taps: Sequence[int]) -> None:
-    """TargetError if the target's features of a conversation depend on the one beside it."""
+    """Raise TargetError if the target's features of a conversation depend on the one beside it."""
     vocab_size = target.architecture.vocab_size
     for kept in (0, 1):
         found = [_features(target, taps, seeds, kept, vocab_size) for seeds in _exchanged(kept)]
@@ -42,13 +42,13 @@ def check_target_apart(target: TargetModel, taps: Sequence[int]) -> None:
 
 
 def check_draft_apart(draft: DraftModel, *, device: torch.device, compute_dtype: torch.dtype) -> None:
-    """PluginError if the draft's rows of a conversation depend on the one beside it."""
+    """Raise PluginError if the draft's rows of a conversation depend on the one beside it."""
     bf16, where = compute_dtype == torch.bfloat16, f"{package_of(draft)}, {component_of(draft)}"
     for kept in (0, 1):
         found = []
         for seeds in _exchanged(kept):
             try:
-                # Its features are there: no source is asked.
+                # The samples carry their features, so no feature source is used.
                 batch = _packed(draft, seeds, kept).to_draft_batch(cast(FeatureSource, None), device)
                 with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
                     rows: Rows = draft(batch)
@@ -62,7 +62,7 @@ def check_draft_apart(draft: DraftModel, *, device: torch.device, compute_dtype:
 
 
 def _exchanged(kept: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Seeds of the two conversations, and the same with the one beside `kept` exchanged."""
+    """The seeds of the two conversations, and the same seeds with the conversation beside `kept` exchanged."""
     return ((1, 2), (1, 3)) if kept == 0 else ((1, 2), (3, 2))
 
 
@@ -78,7 +78,7 @@ def _features(
 
 
 def _packed(draft: DraftModel, seeds: Sequence[int], kept: int) -> HostBatch:
-    """A row of two conversations, of which `kept` alone is supervised: all rows are of it."""
+    """A row of two conversations. Only `kept` is supervised, so all of the draft's rows belong to it."""
     target_VH, num_taps = draft.heads().target, len(draft.describe().taps)
     vocab_size, size = target_VH.shape
     samples = []
@@ -104,7 +104,7 @@ def _ids(seed: int, vocab_size: int) -> Tensor:
 
 
 def _tensors(rows: Rows) -> Iterator[Tensor]:
-    """What the loss of the rows is made of."""
+    """The tensors that the loss of the rows is computed from."""
     yield rows.hidden
     if rows.target_hidden is not None and rows.target_index is not None:
         yield rows.target_hidden[rows.target_index]
@@ -114,7 +114,7 @@ def _tensors(rows: Rows) -> Iterator[Tensor]:
 
 
 def _differ(found: Sequence[Tensor], expected: Sequence[Tensor], *, coarse: bool = False) -> bool:
-    """Whether more than rounding differs."""
+    """Whether the difference is larger than rounding."""
     if [part.shape for part in found] != [part.shape for part in expected]:
         return True
     for one, other in zip(found, expected, strict=True):

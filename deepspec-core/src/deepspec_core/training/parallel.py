@@ -30,10 +30,10 @@ from deepspec_core.training.step import TrainingStep
 
 log = logging.getLogger("deepspec")
 
-# Of each trained parameter DDP keeps in fp32: the weight, its gradient, two moments, and its place in a buffer in which
-# gradients are sent.
+# The fp32 values that DDP keeps for each trained parameter: the weight, its gradient, two moments, and its entry in the
+# buffer in which gradients are sent.
 DDP_BYTES: Final = 20
-# What is left for activations, the batch and the workspace of products.
+# The memory that is left for activations, the batch and the workspace of products.
 _USABLE: Final = 0.8
 
 
@@ -75,7 +75,7 @@ class Alone:
         return nullcontext()
 
     def whole_draft(self) -> AbstractContextManager[None]:
-        """They are whole."""
+        """The weights are whole tensors already."""
         return nullcontext()
 
 

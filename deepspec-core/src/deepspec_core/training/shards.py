@@ -52,7 +52,8 @@ def cut_like(value: Tensor, like: Tensor) -> Tensor:
 def save_whole(tensors: Mapping[str, Tensor], path: Path | None) -> None:
     """Write tensors, gathered one after another, as a safetensors file at `path`; None: only take part in gathering.
 
-    Where one of them is sharded, all ranks must call it together with the same names. OSError where there is no room.
+    Where one of them is sharded, all ranks must call it together with the same names. Raises OSError if there is no
+    room.
     """
     # The widest numbers first, so that each tensor begins at a multiple of its own size.
     ordered = sorted(tensors.items(), key=lambda entry: -entry[1].dtype.itemsize)

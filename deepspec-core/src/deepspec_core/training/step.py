@@ -43,7 +43,7 @@ class TrainingStep(nn.Module):
     def forward(self, batch: DraftBatch, *, step: int = 0, with_metrics: bool = False) -> RowResult:
         """The batch's loss at optimizer step `step` as a sum, its denominator and its metrics.
 
-        PluginError, with the draft's package, if its rows break the contract.
+        Raises PluginError, with the draft's package, if its rows break the contract.
         """
         device = batch.input_ids.device.type
         with torch.autocast(device, dtype=torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16):

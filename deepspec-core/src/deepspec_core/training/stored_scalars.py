@@ -17,7 +17,7 @@ _KEPT: Final = {**dict.fromkeys(FIXED, int), "figures": dict, "counts": dict}
 
 
 def check_scalars(scalars: Mapping[str, Any], own: Mapping[str, Any], checkpoint: Path) -> None:
-    """CheckpointError where a name is missing or of another type, or a fixed one is not this run's `own`."""
+    """Raise CheckpointError if a name is missing or of another type, or a fixed one is not this run's `own`."""
     for name, type_ in _KEPT.items():
         if type(scalars.get(name)) is not type_:
             raise CheckpointError(

@@ -33,7 +33,7 @@ STATE: Final = "trackers.json"
 # time: launchers kill what has not ended a minute after SIGTERM.
 SECONDS_TO_FINISH: Final = 60.0
 SECONDS_TO_STOP: Final = 15.0
-# Sections of the run file that a tracker is told. Others name files and servers, which are nobody's business.
+# Sections of the run file that trackers receive. Other sections name files and servers, which stay private.
 _TOLD: Final = ("target", "draft", "loss", "train")
 _TITLES: Final = {TENSORBOARD: "TensorBoard", "wandb": "Weights & Biases", "mlflow": "MLflow", "trackio": "Trackio"}
 _PACKAGES: Final = {TENSORBOARD: "'deepspec-core[tensorboard]'"}
@@ -45,7 +45,7 @@ def installed(name: str) -> bool:
 
 
 def require_trackers(asked: Sequence[str] | None, *, where: str) -> None:
-    """ConfigError where a tracker is asked for that is not installed. Says so where TensorBoard alone is missing."""
+    """Raise ConfigError if a tracker is asked for that is not installed. Says so where TensorBoard alone is missing."""
     for name in asked or ():
         if not installed(name):
             raise ConfigError(
@@ -75,7 +75,7 @@ def tracked_name(name: str) -> str:
 
 @define
 class _Told:
-    """What a tracker was told: `lines` lines of step `step`, the last one's figures `names`, and all lines before.
+    """The lines a tracker received: all before step `step`, and `lines` lines of it. `names`: the last one's figures.
 
     run_id: Its name for this run.
     """
@@ -86,7 +86,7 @@ class _Told:
     run_id: str = ""
 
     def new(self, place: tuple[int, int], line: Line) -> Line:
-        """What of a line was not told. The last one may have got more figures, from an evaluation of its step."""
+        """The figures of a line that were not sent yet. An evaluation may have added figures to the last line sent."""
         if place < (self.step, self.lines):
             return {}
         known = self.names if place == (self.step, self.lines) else ()
@@ -148,7 +148,7 @@ class _Teller:
         self._ready.set()
 
     def end(self, *, complete: bool) -> None:
-        """No line comes any more; `complete` where training has written its last one."""
+        """Announce that no further line comes. `complete`: Training has written its last line."""
         self._complete = complete
         self._over.set()
         self._ready.set()
@@ -192,7 +192,7 @@ class _Teller:
         return f"of {self._metrics} up to step {self._told.step:,}"
 
     def _tell_new(self, tracker: Any) -> tuple[int, int] | None:
-        """Tell what was added to the file. Returns the place of its last line, if any."""
+        """Send the lines that were added to the file. Returns the place of the last line, if any."""
         place = None
         for place, line in self._following.new():
             if new := self._told.new(place, line):
@@ -216,7 +216,7 @@ class _Teller:
         name, folder = config["run"]["name"], self._metrics.parent
         build = LOGGER_TYPE_TO_CLASS[self.name]
         if self.name == TENSORBOARD:
-            # What a killed process wrote beyond its state is not shown: it is told again.
+            # Lines that a killed process sent after its last saved state are hidden, because they are sent again.
             purge = {"purge_step": self._told.step + 1 if begun else 0}
             tracker = build(name, folder / TENSORBOARD, **purge)
         elif self.name == "mlflow":
@@ -259,7 +259,7 @@ _STATE_LOCK: Final = threading.Lock()
 
 
 def _read(path: Path) -> dict[str, _Told]:
-    """The states of all trackers. A file that is none of ours, or damaged, tells nothing."""
+    """The states of all trackers. Empty if the file is damaged or was not written by this module."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         return {

@@ -54,7 +54,7 @@ from deepspec_core.training.stored_scalars import check_scalars
 
 @frozen(kw_only=True)
 class TrainResult:
-    """What training came to.
+    """The result of training.
 
     checkpoint: The newest checkpoint, a directory with `draft/`.
     resumed_from: The step of the checkpoint that training went on from, or 0.
@@ -97,9 +97,9 @@ def train(
     may end training early. Ctrl-C or SIGTERM finishes the step, saves a checkpoint and raises Stopped. A second one
     stops at once.
 
-    DataError if there are no samples. CheckpointError if a training state is damaged or of another run, or if there is
-    no room for one. TrainingError if a loss or gradient is not finite, before weights are changed, or if no row of an
-    epoch is supervised.
+    Raises DataError if there are no samples. Raises CheckpointError if a training state is damaged or of another run,
+    or if there is no room for one. Raises TrainingError if a loss or gradient is not finite, before weights are
+    changed, or if no row of an epoch is supervised.
     """
     if len(source) == 0:
         raise DataError(
