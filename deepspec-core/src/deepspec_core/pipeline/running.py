@@ -50,7 +50,7 @@ def do(
 ) -> dict[str, dict[str, Any]]:
     """Do what the plan says, as the first (or only) process of the run, with the run's folder locked.
 
-    `only` and `force` are those of the plan. It is made again under the lock: Raises StageError if it is another by
+    `only` and `force` are those of the plan. It is made again under the lock. Raises StageError if it is another by
     now, because another process worked on the run since.
     """
     with workers.together() as crew, run.locked(), full_disk_is_an_error(run.folder):

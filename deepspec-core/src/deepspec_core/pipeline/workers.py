@@ -111,7 +111,7 @@ def together() -> Iterator[Crew]:
 
 
 def lock_for_workers(folder: Path) -> None:
-    """In the first worker: Raises StageError if workers of an earlier run may still write there."""
+    """In the first worker: raise StageError if workers of an earlier run may still write there."""
     if launched() or (folder / _LOCK).exists():
         _held_by_workers(folder, shared=False).release()
 
