@@ -85,9 +85,9 @@ def test_calibrated_confidences_are_used(judged_copy: Path, profile: str, capsys
     command = ["simulate", "run", "--profile", profile, "--requests", "1", "--threshold", "0.4"]
     assert main(["calibrate", "run"]) == 0
     assert main([*command, "--out", "raw.json"]) == 0
-    assert "fitted on these same" not in capsys.readouterr().err
+    assert "was fitted on" not in capsys.readouterr().err
     assert main([*command, "--calibration", "run/calibration.json", "--out", "scaled.json"]) == 0
-    assert "fitted on these same rounds" in capsys.readouterr().err
+    assert "was fitted on the prompts of these rounds" in capsys.readouterr().err
     raw, scaled = (json.loads(Path(name).read_text()) for name in ("raw.json", "scaled.json"))
     assert raw["calibration"] is None
     assert (raw["calibration_fitted_here"], scaled["calibration_fitted_here"]) == (False, True)

@@ -110,8 +110,8 @@ def simulate(
         click.echo("This draft gives no confidences: thresholds and schedulers are left out.")
     if found.made_from["calibration_fitted_here"]:
         click.echo(
-            "The calibration was fitted on these same rounds: thresholds and schedulers look better here than on other "
-            "prompts. To avoid this, fit on another task: deepspec calibrate RUN --task",
+            "The calibration was fitted on the prompts of these rounds: thresholds and schedulers look better here "
+            "than on other prompts. To avoid this, fit on another task: deepspec calibrate RUN --task TASK",
             err=True,
         )
     if found.noise is not None:
