@@ -15,6 +15,7 @@ from deepspec_core.config.load import load_run_file
 from deepspec_core.errors import ConfigError
 from deepspec_core.pipeline.checking import check_before
 from deepspec_core.pipeline.run import Run
+from deepspec_core.pipeline.smoke import smoke
 from deepspec_core.pipeline.stages import Step, plan
 from deepspec_core.plugins.discovery import load_plugins
 
@@ -50,6 +51,24 @@ def test_a_loss_term_the_draft_cannot_serve(refused: Refused) -> None:
         "loss.terms={ce=1.0,confidence=1.0}",
         says=("loss term 'confidence' reads what this draft does not provide", "confidence_logits"),
     )
+
+
+def test_a_calibration_of_a_draft_that_is_yet_to_be_trained(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It was fitted to the draft of before, and would be refused hours later, when evaluation begins."""
+    named = ["--set", "evaluate.calibration=runs/calibration.json"]
+    assert main(["run", str(run_file), *named]) == 2
+    seen = capsys.readouterr()
+    assert "no calibration can be of a draft that is yet to be trained" in seen.err
+    assert "evaluate.calibration" in seen.err
+    assert "deepspec calibrate" in seen.err
+    assert "starting" not in seen.out
+
+
+def test_a_smoke_run_leaves_the_calibration_out(run_file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its draft is another one than the calibration's."""
+    file = load_run_file(run_file, overrides=["evaluate.calibration=calibration.json"], plugins=load_plugins())
+    assert smoke(file).evaluate.calibration is None
+    assert "--smoke leaves evaluate.calibration out" in caplog.text
 
 
 def test_an_optimizer_without_a_matrix_to_train(

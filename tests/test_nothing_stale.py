@@ -43,10 +43,19 @@ def test_what_commands_made_of_a_draft_goes_with_it(run_file: Path) -> None:
     of_rounds = {"metrics.json", "simulation.json", "simulation.svg"}
 
     def left(force: str) -> set[str]:
-        for name in (*of_draft, *of_rounds, "train/stage.json", "evaluate/stage.json"):
+        compared = "compare/comparison.json", "compare/comparison.md", "compare/comparison.html"
+        for name in (
+            *of_draft,
+            *of_rounds,
+            *compared,
+            "compare/lookup/metrics.json",
+            "train/stage.json",
+            "evaluate/stage.json",
+        ):
             (run.folder / name).parent.mkdir(parents=True, exist_ok=True)
             (run.folder / name).write_text("{}")
         discard(run, [force])
+        assert [path.name for path in (run.folder / "compare").iterdir()] == ["lookup"], "baselines stay"
         return {path.name for path in run.folder.iterdir()} & (of_draft | of_rounds)
 
     assert left("evaluate") == of_draft, "the calibration may be what it is evaluated with"

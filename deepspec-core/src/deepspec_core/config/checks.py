@@ -90,7 +90,7 @@ def check_sections(sections: Mapping[str, Any], folder: Path, registry: Registry
         yield from loss_mistakes(sections["loss"])
     if sections.get("draft") and sections["draft"].tree is not None and sections.get("evaluate"):
         yield from tree_mistakes(sections["evaluate"])
-        # The type of a checkpoint that is named is its own (pipeline/checking.py).
+        # The type of a checkpoint that is named is its own (pipeline/evaluation_check.py).
         if sections["evaluate"].draft is None:
             try:
                 require_trees(sections["draft"].type, registry)

@@ -11,12 +11,20 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from deepspec_core.config.batching import require_packed_target
-from deepspec_core.config.schema import CACHED, HELD_OUT, MASK, ONLINE, PACKED
+from deepspec_core.config.schema import CACHED, HELD_OUT, ONLINE, PACKED
 from deepspec_core.disk import free_bytes, in_words
-from deepspec_core.errors import CheckpointError, ConfigError, DataError
+from deepspec_core.errors import CheckpointError
 from deepspec_core.pipeline import few_steps
 from deepspec_core.pipeline.apart import check_cache_place, check_inputs_survive
+from deepspec_core.pipeline.evaluation_check import check_decoded_in_training, check_evaluation
 from deepspec_core.pipeline.places import check_places
+from deepspec_core.pipeline.prompt_check import (
+    check_answers_reach,
+    check_mask_token,
+    check_room_for_answers,
+    check_thinking,
+    prompt_length,
+)
 from deepspec_core.pipeline.replay_check import check_replay
 from deepspec_core.pipeline.run import Run
 from deepspec_core.pipeline.run_data import BAD_ROWS
@@ -61,8 +69,8 @@ def check_before(run: Run, steps: Sequence[Step], *, may_write: bool = True, pro
     if decodes or todo - {"train", "export"} or run.file.features.mode != CACHED:
         _ = run.target.tokenizer
         if run.file.data.system_prompt is not None:
-            _prompt_length(run, run.file.data.system_prompt)
-        _thinking(run)
+            prompt_length(run, run.file.data.system_prompt)
+        check_thinking(run)
     if "regenerate" in todo:
         check_replay(run, rows)
     if todo & {"regenerate", "cache", "train"}:
@@ -81,7 +89,7 @@ def check_before(run: Run, steps: Sequence[Step], *, may_write: bool = True, pro
 
         check_feature_servers(run, processes, may_write=may_write)
     if _first_reader(run) in todo:
-        _room_for_answers(run)
+        check_room_for_answers(run)
     confidence: bool | None = None
     proposed: int | None = None
     draft: DraftModel | None = None
@@ -95,14 +103,14 @@ def check_before(run: Run, steps: Sequence[Step], *, may_write: bool = True, pro
         confidence, description = tried.description.gives_confidence, tried.description
         proposed = description.max_tokens
         if todo - {"export"}:
-            _mask_token(run, description)
+            check_mask_token(run, description)
         if "train" in todo:
             try_target_weights(run, draft, description)
             try_rollout(run, draft)
             try_training(run, draft)
             try_finished(run, draft, description)
             _begun_with(run, steps, draft, description)
-            _decoded_in_training(run)
+            check_decoded_in_training(run)
             _room_for_checkpoint(run, tried.checkpoint_bytes)
     if "cache" in todo:
         from deepspec_core.pipeline.trying_cache import try_format
@@ -117,109 +125,11 @@ def check_before(run: Run, steps: Sequence[Step], *, may_write: bool = True, pro
         if held_out or ("train" in todo and run.file.train.evaluate_every is not None):
             run.cache.require_same_split()
     if "evaluate" in todo:
-        _evaluation(run, confidence, proposed)
+        check_evaluation(run, todo, confidence, proposed)
     if "export" in todo:
         from deepspec_core.pipeline.exporting import check_servable, facts_before, facts_of_finished
 
         check_servable(run, facts_of_finished(run) if draft is None else facts_before(run, draft))
-
-
-def _prompt_length(run: Run, system_prompt: str | None) -> int:
-    """How many tokens the shortest prompt has. Raises ConfigError if the chat template refuses it, or leaves it out.
-
-    So it would do with every conversation.
-    """
-    try:
-        return len(run.target.tokenizer.render_prompt(({"role": "user", "content": "?"},), system_prompt))
-    except DataError as error:
-        key = "target.chat_template" if run.file.target.chat_template is not None else "target.model"
-        raise ConfigError(
-            error.problem,
-            where=f"{run.path}: {key if system_prompt is None else 'data.system_prompt'}",
-            found=error.found,
-            expected=error.expected or "a template whose output contains the whole prompt",
-            fix="Name another template in target.chat_template."
-            if system_prompt is None
-            else "Change data.system_prompt, or name another template in target.chat_template.",
-        ) from error
-
-
-def _thinking(run: Run) -> None:
-    """ConfigError for a thinking mode that the chat template does not know: both modes would be the same prompts."""
-    asked = run.file.regenerate.thinking
-    if run.target.tokenizer.can_ask(asked, run.target.adapter.conversation_format()):
-        return
-    raise ConfigError(
-        "the chat template has no thinking mode: prompts are the same with and without it",
-        where=f"{run.path}: regenerate.thinking",
-        found=str(asked).lower(),
-        expected="false, or a template that reads `enable_thinking`",
-        fix="Leave it out, or name another template in target.chat_template.",
-    )
-
-
-def _room_for_answers(run: Run) -> None:
-    """Raise ConfigError if the shortest prompt and the fewest supervised tokens are longer than any sample may be."""
-    data, most = run.file.data, run.data.max_length
-    prompt = _prompt_length(run, data.system_prompt)
-    if prompt + data.min_supervised_tokens > most:
-        bare = _prompt_length(run, None)
-        if data.min_supervised_tokens >= most:
-            key, fix = "min_supervised_tokens", "Raise data.max_length, or lower data.min_supervised_tokens."
-        elif data.system_prompt is not None and bare + data.min_supervised_tokens <= most:
-            key, fix = "system_prompt", "Raise data.max_length, or shorten data.system_prompt."
-        else:
-            key, fix = "max_length", "Raise data.max_length."
-        raise ConfigError(
-            "every sample would be dropped as too short: prompt and supervised tokens exceed data.max_length",
-            where=f"{run.path}: data.{key}",
-            found=f"{prompt} tokens before an answer, and {data.min_supervised_tokens} supervised at least",
-            expected=f"at most {most:,} together, the tokens of the longest sample",
-            fix=fix,
-        )
-
-
-def _answers_reach(run: Run, turns: int | None) -> None:
-    """Raise ConfigError if no conversation can have enough supervised tokens to be kept, however long its answers are.
-
-    `turns` is the most of any conversation. Where it is not known, an answer that is too short alone is a warning.
-    """
-    longest, least = run.file.regenerate.max_tokens, run.file.data.min_supervised_tokens
-    if longest * (turns or 1) >= least:
-        return
-    if turns is None:
-        log.warning(
-            "conversations of one turn will be dropped: regenerate.max_tokens = %d, data.min_supervised_tokens = %d",
-            longest,
-            least,
-        )
-        return
-    raise ConfigError(
-        "every answer of the target would be dropped as too short",
-        where=f"{run.path}: regenerate.max_tokens",
-        found=f"{longest}, of {turns} turns at most, with data.min_supervised_tokens = {least}",
-        expected=f"at least {-(-least // turns)}",
-        fix="Raise regenerate.max_tokens, or lower data.min_supervised_tokens.",
-    )
-
-
-def _mask_token(run: Run, description: DraftDescription) -> None:
-    """Raise ConfigError for a mask token that means something to the target: the draft would read it as that."""
-    mask = description.config.get(MASK)
-    if mask is None:
-        return
-    architecture, tokenizer = run.target.architecture, run.target.tokenizer
-    used = dict.fromkeys(tokenizer.control_token_ids(), "a control token of the chat template")
-    used |= dict.fromkeys(architecture.stop_token_ids, "a stop token")
-    used.setdefault(architecture.pad_token_id, "the padding token")
-    if mask in used:
-        raise ConfigError(
-            "the mask token occurs in the target's texts",
-            where=f"{run.path}: [draft] {MASK}",
-            found=f"{mask} ({tokenizer.decode([mask])!r}), {used[mask]}",
-            expected="a token id that no text of the target uses",
-            fix="Choose an unused or reserved id of the target's vocabulary.",
-        )
 
 
 def _offered(run: Run, todo: Collection[str]) -> None:
@@ -257,7 +167,7 @@ def _sources(run: Run, todo: Collection[str], rows: Counter[str], *, may_write: 
             counts=rows,
         )
         if "regenerate" in todo:
-            _answers_reach(run, turns)
+            check_answers_reach(run, turns)
 
 
 def _first_reader(run: Run) -> str:
@@ -323,45 +233,6 @@ def _cache(run: Run, *, fresh: bool) -> None:
         log.warning("%s may take up to %s, and %s are free in %s", what, in_words(needed), in_words(free), folder)
 
 
-def _evaluation(run: Run, confidence: bool | None, proposed: int | None) -> None:
-    from deepspec_core.config.trees import require_trees, tree_mistakes
-    from deepspec_core.data.thinking import modes
-    from deepspec_core.evaluation.failed_samples import failures_of, warn_of_failures
-    from deepspec_core.pipeline.evaluated_draft import describe_evaluated
-    from deepspec_core.pipeline.evaluating import calibration_of, journals, prompts_of, requests_of
-    from deepspec_core.pipeline.scheduling import costs_of
-
-    options = run.file.evaluate
-    journals(options.tasks)
-    if options.draft is not None or "train" not in run.file.run.stages:
-        description, revision = describe_evaluated(run)
-        for remark in getattr(description, "remarks", ()):
-            log.warning("%s: %s", description.algorithm, remark)
-        if run.file.draft.tree is not None:
-            require_trees(description.algorithm, run.plugins.registry)
-            for mistake in tree_mistakes(options):
-                raise mistake
-        confidence, proposed = description.gives_confidence, description.max_tokens
-        calibration_of(run, description, revision)
-    if proposed is not None:
-        costs_of(run, confidence, proposed)
-    if options.confidence_threshold > 0 and confidence is False:
-        raise ConfigError(
-            "this draft gives no confidence to compare with the threshold",
-            where="[evaluate] confidence_threshold",
-            found=f"{options.confidence_threshold:g}",
-            expected="a draft with a confidence head, or a threshold of 0",
-        )
-    for task in options.tasks:
-        if task != HELD_OUT:
-            prompts = prompts_of(run, task)
-            for thinking in modes(run.file.regenerate.thinking):
-                asked = requests_of(run, task, prompts, thinking=thinking)
-                warn_of_failures(f"evaluate.tasks: {task}", failures_of(asked.refused))
-        else:
-            _some_held_out(run)
-
-
 def _begun_with(run: Run, steps: Sequence[Step], draft: DraftModel, description: DraftDescription) -> None:
     """Check what draft.init names, unless training goes on with a checkpoint of its own."""
     from deepspec_core.pipeline.target_layers import begins_with_target, check_target_start
@@ -373,28 +244,3 @@ def _begun_with(run: Run, steps: Sequence[Step], draft: DraftModel, description:
         check_init(run, draft, description)
         if begins_with_target(run):
             check_target_start(run, draft)
-
-
-def _decoded_in_training(run: Run) -> None:
-    """Check what evaluations during training need: the target's weights, and a held-out prompt."""
-    from deepspec_core.pipeline.training_evaluations import check_evaluations
-
-    if run.file.train.evaluate_every is not None:
-        check_evaluations(run)
-        _some_held_out(run)
-
-
-def _some_held_out(run: Run) -> None:
-    """Check that at least one prompt is held out, if that can be found out without the Hub."""
-    from deepspec_core.data.source_rows import on_hub
-
-    if any(on_hub(source, run.base) for source in run.file.data.sources):
-        return
-    if next(run.data.held_out(1), None) is None:
-        raise DataError(
-            "No prompt is held out for evaluation",
-            where=f"{run.path}: data.held_out",
-            found=f"none of the conversations, at a share of {run.file.data.held_out:g}",
-            expected="at least one",
-            fix="Raise data.held_out, give more data, or name other tasks and remove train.evaluate_every.",
-        )

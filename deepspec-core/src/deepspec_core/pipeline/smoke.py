@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from attrs import evolve
@@ -9,6 +10,7 @@ from attrs import evolve
 from deepspec_core.config.load import RunFile
 from deepspec_core.config.schema import TrainOptions
 
+log = logging.getLogger("deepspec")
 SAMPLES = 16
 STEPS = 10
 PROMPTS = 4
@@ -16,7 +18,14 @@ NEW_TOKENS = 32
 
 
 def smoke(file: RunFile) -> RunFile:
-    """The same run on 16 samples and 10 steps, with an output folder of its own."""
+    """The same run on 16 samples and 10 steps, with an output folder of its own.
+
+    A calibration is left out, with a warning, where the draft that it is of is not the one evaluated.
+    """
+    calibration = file.evaluate.calibration
+    if calibration is not None and file.evaluate.draft is None and "train" in file.run.stages:
+        log.warning("--smoke leaves evaluate.calibration out: it trains a draft that %s is not of", calibration)
+        calibration = None
     return evolve(
         file,
         run=evolve(file.run, output=f"{file.run.output}-smoke"),
@@ -34,7 +43,12 @@ def smoke(file: RunFile) -> RunFile:
             global_batch_size=min(file.train.global_batch_size, SAMPLES),
             **_few_evaluations(file.train),
         ),
-        evaluate=evolve(file.evaluate, limit=PROMPTS, max_new_tokens=min(file.evaluate.max_new_tokens, NEW_TOKENS)),
+        evaluate=evolve(
+            file.evaluate,
+            limit=PROMPTS,
+            max_new_tokens=min(file.evaluate.max_new_tokens, NEW_TOKENS),
+            calibration=calibration,
+        ),
     )
 
 

@@ -28,10 +28,14 @@ from deepspec_core.pipeline.run import Run
 from deepspec_core.plugins.references import resolve
 
 # Files in the run's folder that are of a stage's results, by the stage. What commands fitted to a draft goes with it. A
-# calibration stays where the evaluation alone is made anew, which may be in order to use it.
+# calibration stays where the evaluation alone is made anew, which may be in order to use it. The baselines of a
+# comparison are runs of their own and stay. The table that puts this evaluation beside them goes.
 _BESIDE: Final[Mapping[str, tuple[str, ...]]] = {
     "train": ("calibration.json", "calibration.sglang.json", "diagnosis.json"),
-    "evaluate": ("metrics.json", "report.md", "report.html", "simulation.json", "simulation.svg"),
+    "evaluate": (
+        *("metrics.json", "report.md", "report.html", "simulation.json", "simulation.svg"),
+        *("compare/comparison.json", "compare/comparison.md", "compare/comparison.html"),
+    ),
 }
 
 
