@@ -9,6 +9,8 @@ import pytest
 from deepspec_core.cli.main import main
 from deepspec_core.evaluation.calibration_file import read_calibration
 from deepspec_core.evaluation.evaluator import recorded
+from deepspec_core.locks import lock
+from deepspec_core.pipeline.calibrating import LOCK
 
 
 def refused(capsys: pytest.CaptureFixture[str], arguments: list[str], *parts: str) -> None:
@@ -54,6 +56,13 @@ def test_both_files_are_written(judged_copy: Path, capsys: pytest.CaptureFixture
     assert served["draft"] == own["draft"]["revision"]
     assert served["ece_before"] == [position["ece"] for position in own["before"]["positions"]]
     assert not list(judged_copy.glob("*.partial"))
+
+
+def test_the_two_files_are_never_of_two_fits(judged_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with lock(judged_copy, name=LOCK, problem="", fix=""):
+        refused(capsys, ["calibrate", "run"], "Another `deepspec calibrate` is writing here")
+    assert not list(judged_copy.glob("calibration*"))
+    assert main(["calibrate", "run"]) == 0
 
 
 def test_rounds_are_chosen_by_task_and_temperature(judged_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:

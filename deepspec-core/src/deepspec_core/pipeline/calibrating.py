@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from attrs import frozen
 
 from deepspec_core.disk import full_disk_is_an_error
 from deepspec_core.evaluation.calibration import Fitted, fitted
 from deepspec_core.evaluation.calibration_file import write_calibration
+from deepspec_core.locks import lock
 from deepspec_core.pipeline.recorded_rounds import recorded_rounds, unchanged_draft
+
+LOCK: Final = ".calibrate.lock"
 
 
 @frozen(kw_only=True)
@@ -36,7 +39,9 @@ def calibrate(
     unchanged_draft(rounds)
     found = fitted(own, rounds.positions)
     draft, target = rounds.report["draft"], rounds.report["target"]
-    with full_disk_is_an_error(folder):
+    problem, fix = "Another `deepspec calibrate` is writing here", "Run it again when the other one has finished."
+    # Both files are of one fit.
+    with full_disk_is_an_error(folder), lock(folder, name=LOCK, problem=problem, fix=fix):
         written = write_calibration(
             folder,
             found,
