@@ -187,11 +187,11 @@ ODD = {
     "too many nodes": (_with(tokens=lambda p: p.tokens.repeat(1, 2)), "`tokens`", "[4, 60]"),
     "parents of fewer nodes": (_with(parents=lambda p: p.parents[:, 1:]), "`parents`", "[4, 29]"),
     "parents as floats": (_with(parents=lambda p: p.parents.float()), "`parents`", "float32"),
-    "confidence": (_with(confidence=lambda p: torch.zeros(p.tokens.shape)), "`confidence`", "some of a tree"),
+    "confidence": (_with(confidence=lambda p: torch.zeros(p.tokens.shape)), "`confidence`", "a tree with"),
     "probabilities": (
         _with(probabilities=lambda p: torch.full((*p.tokens.shape, VOCAB), 1 / VOCAB)),
         "`probabilities`",
-        "some of a tree",
+        "a tree with",
     ),
     "its own parent": (_with(parents=lambda p: _at(p.parents, 2, 2)), "`parents`", "2 of node 2, in row 3"),
     "a parent that comes later": (_with(parents=lambda p: _at(p.parents, 2, 5)), "`parents`", "5 of node 2, in row 3"),

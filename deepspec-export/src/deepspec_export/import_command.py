@@ -1,4 +1,4 @@
-"""`deepspec import DIR --target NAME -o OUT`: a draft of another project's format becomes a checkpoint of ours."""
+"""`deepspec import DIR --target NAME -o OUT`: converts a draft in another project's format to a checkpoint of ours."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from deepspec_core.cli.options import no_plugin
 @click.argument("draft", metavar="DIR_OR_HUB_ID")
 @click.option("--target", required=True, metavar="NAME", help="The draft's target: a Hub id, a folder, builtin:NAME.")
 @click.option("-o", "--out", required=True, metavar="DIR", help="The checkpoint to write.")
-@click.option("--format", "name", metavar="FORMAT", help="What the draft's format is. Left out: what its keys say.")
+@click.option("--format", "name", metavar="FORMAT", help="The format of the draft. Default: what its config says.")
 @no_plugin
 def import_command(draft: str, target: str, out: str, name: str | None, blocked: tuple[str, ...]) -> None:
-    """Make a checkpoint of ours of a draft in the format of speculators, vLLM, SGLang, z-lab or llama.cpp.
+    """Convert a draft of speculators, vLLM, SGLang, z-lab or llama.cpp to a checkpoint of DeepSpec.
 
-    It can be evaluated, and its layers are those that [draft] and [draft.layer] describe. A draft that no draft type
-    here can express is refused, with the reason. The folder appears when all of it is written and checked.
+    DeepSpec can evaluate the checkpoint and train it further (`draft.init`). A draft that no installed draft type can
+    express is refused, with the reason. The folder appears when all of it is written and checked.
     """
     from deepspec_core.checkpoints.exports import require_free
     from deepspec_core.checkpoints.opening import resolve_draft

@@ -125,7 +125,7 @@ def _refuse_inexpressible(foreign: Foreign, target: TargetArchitecture) -> None:
         raise refuse("it reads layers out of order", list(served.feature_layers), "increasing layer numbers")
     if not all(0 <= layer < target.num_layers - 1 for layer in served.feature_layers):
         raise refuse(
-            "it reads layers that are not tapped here",
+            "it reads layers that a draft of this target cannot tap",
             list(served.feature_layers),
             f"from 0 to {target.num_layers - 2}",
         )

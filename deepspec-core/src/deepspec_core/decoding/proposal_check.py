@@ -175,7 +175,7 @@ class ProposalCheck:
             raise self._refused("parents", _kind(parents), f"[{batch}, {chain[1]}], torch.int64")
         for field in ("probabilities", "confidence"):
             if parents is not None and getattr(proposal, field) is not None:
-                raise self._refused(field, "some of a tree", "None, as a tree is verified without")
+                raise self._refused(field, f"a tree with {field}", "None: the verification of a tree does not read it")
         for field in ("tokens", "lengths", "probabilities", "confidence", "parents"):
             value = getattr(proposal, field)
             if value is not None and value.device != slots_B.device:

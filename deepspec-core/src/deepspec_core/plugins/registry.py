@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Final, Literal, overload
 
 from attrs import frozen
 
@@ -29,6 +29,8 @@ from deepspec_core.plugins.specs import (
 )
 
 __all__ = ["Registry"]
+
+_CONVERT: Final = "`deepspec import` of deepspec-export converts drafts of other projects, or says why it cannot"
 
 
 @frozen(kw_only=True)
@@ -266,7 +268,7 @@ class Registry:
             where="config.json",
             found=f"architectures = {config.get('architectures')}",
             expected=f"a checkpoint of {_one_of(self.trained_drafts())}",
-            fix="; ".join(self._explain_left_out("")) or None,
+            fix="; ".join([*self._explain_left_out(""), _CONVERT]),
         )
 
     def _refuse_other_formats(self, config: Mapping[str, Any]) -> None:
@@ -283,7 +285,7 @@ class Registry:
                         where="config.json",
                         found=f"{sign}: {offer.spec.elsewhere[sign]}",
                         expected=f"a checkpoint of {_one_of(self.names('draft'))}, as published from here",
-                        fix="Train a draft here: checkpoints of other formats are not converted.",
+                        fix=_CONVERT,
                     )
 
     def conflicts(self) -> list[Conflict]:
