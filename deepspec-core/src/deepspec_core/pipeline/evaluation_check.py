@@ -1,6 +1,7 @@
-"""Checks of an evaluation before the first stage: its draft, calibration, costs, tasks and prompts.
+"""Checks, before the first stage, what evaluations will read: draft, calibration, cost table, tasks and prompts.
 
-Knows what an evaluation will read, and which stages run before it. checking.py says when each check is made.
+Knows the stage `evaluate` and the evaluations during training. checking.py calls each check for the stages that need
+it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Checks of what a run's prompts and answers can be: the chat template, the fewest and most tokens, the mask token.
+"""Checks, before the first stage, the settings that concern every prompt and answer: chat template, lengths, mask token.
 
-Knows the run file and the target's tokenizer. It reads no conversation. checking.py says when each check is made.
+Knows the run file and the target's tokenizer. Reads no conversation. checking.py calls each check for the stages that
+need it.
 """
 
 from __future__ import annotations

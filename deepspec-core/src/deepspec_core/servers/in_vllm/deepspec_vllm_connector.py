@@ -1,33 +1,35 @@
-"""A KV connector for vLLM that writes what the target computed, one file a request, for a trainer to read.
+"""A KV connector for vLLM 0.32: it writes the hidden states that the target computed for a request to a file.
 
-vLLM loads this file by `kv_connector_module_path`, in an environment where DeepSpec need not be installed. So it
-imports torch, safetensors and vLLM alone, and its folder holds nothing else. Knows files and vLLM's interface for
-connectors; not what is asked, nor who reads.
+vLLM loads this file by `kv_connector_module_path`, in an environment that may have no DeepSpec. So this file imports
+only torch, safetensors and vLLM, and its folder has no other file. It knows files and vLLM's interface for connectors.
+It does not know what the states are used for.
 
-It belongs with `--speculative-config {"method": "extract_hidden_states", ...}`: vLLM keeps the states of the layers
-asked for beside its KV cache, and a connector takes them from there once a request has ended. Written for vLLM 0.32.
+The server runs with `--speculative-config {"method": "extract_hidden_states", ...}`. vLLM then keeps the states of the
+requested layers beside its KV cache, and the connector reads them from there when a request has ended.
 
-What is written: `SHARED_STORAGE_PATH/NAME.safetensors` with `token_ids` [T], `hidden_states` [T, K, H], for
-float8_e4m3 also `hidden_states_scale` [T, K], and the metadata `layers` and `normed`. `layers` are the K ids as vLLM
-numbers them: i is the input of decoder layer i, and the number of layers is the output of the last one. `normed` is
-"false": that output is taken before the target's final norm. The file comes into being by a rename. A flock on
-FILE.lock is held from before the request is answered until then.
+The file is `SHARED_STORAGE_PATH/NAME.safetensors`. It has `token_ids` [T] and `hidden_states` [T, K, H], and for
+float8_e4m3 also `hidden_states_scale` [T, K]. Its metadata has `layers` and `normed`. `layers` are the K ids in vLLM's
+numbering: i is the input of decoder layer i, and the number of layers is the output of the last one. `normed` is
+"false", because that output is taken before the target's final norm. The file is written under another name and then
+renamed. A flock on FILE.lock is held from before the response until the rename.
 
-A request says `"kv_transfer_params": {"file": NAME}`, so that whoever asked knows its files. One that does not say it
-is named by chance. A name serves once, until its file is removed. With `"write": false` there is no file. The answer's
-`kv_transfer_params` holds `hidden_states_path`, or `hidden_states_error` where nothing is written.
+These keys of a request's `kv_transfer_params` are read:
+- "file": NAME of the file. Without it, the name is random. A name can be used again when its file has been removed.
+- "write": false for no file.
+- "include_output_tokens": true to write the states of the answer too, except those of its last token, which the target
+  has not read.
+- "whole_answer": true to have the target read that token as well. At one of the request's stop_token_ids or at
+  max_tokens, the request goes on until the next token exists. So the response has one or a few more tokens, which the
+  client discards. The file ends with the answer. Such a request has `"ignore_eos": true`.
 
-With `"include_output_tokens": true` the states of the answer are written too, but for its last token, which the target
-has not read. With `"whole_answer": true` it reads that one too: an answer that is over, at one of the request's
-stop_token_ids or at max_tokens, is not ended before the next token is there. So the answer comes with a token more, or
-a few, which whoever asked throws away; the file ends with the answer. Such a request says `"ignore_eos": true`.
+The response's `kv_transfer_params` has `hidden_states_path`, or `hidden_states_error` if no file is written.
 
-Options, in `kv_connector_extra_config`: `shared_storage_path`; `dtype`: float32, bfloat16 or float8_e4m3, left out:
-the engine's own; `writers`: threads that write, 4.
+Options, in `kv_connector_extra_config`: `shared_storage_path`; `dtype`: float32, bfloat16 or float8_e4m3, by default
+the engine's own; `writers`: the number of threads that write, by default 4.
 
-On a CUDA device states are copied on a stream of their own. That half has not run yet: it was written on a CPU.
+On a CUDA device the states are copied on a separate stream. That part was written on a CPU and has not been run.
 
-Legend: T tokens, K layers asked for, H hidden size.
+Legend: T tokens, K requested layers, H hidden size.
 """
 
 import fcntl
