@@ -1,4 +1,4 @@
-"""Checks, before the first stage, the settings that concern every prompt and answer: chat template, lengths, mask token.
+"""Checks, before the first stage, settings that concern all prompts and answers: chat template, lengths, mask token.
 
 Knows the run file and the target's tokenizer. Reads no conversation. checking.py calls each check for the stages that
 need it.
