@@ -125,7 +125,10 @@ def test_a_checkpoint_without_a_run_has_no_answers(
     assert "the folder of a run" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("kind", "form"), [("dspark", "vllm"), ("eagle3", "vllm")])
+# The formats speculators and deepspec hold the target's embedding and head, which this target has in one memory.
+@pytest.mark.parametrize(
+    ("kind", "form"), [("dspark", "vllm"), ("eagle3", "vllm"), ("eagle3", "speculators"), ("dflash", "deepspec")]
+)
 def test_a_run_file_gives_something_to_load_before_there_is_a_draft(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, form: str
 ) -> None:
@@ -136,7 +139,8 @@ def test_a_run_file_gives_something_to_load_before_there_is_a_draft(
     assert "random" in capsys.readouterr().err
     record = json.loads((out / "export.json").read_text())
     assert record["untrained"] is True
-    assert record["verified"]["replay"]["log_probabilities_differ_by"] < 1e-4
+    if form != "deepspec":
+        assert record["verified"]["replay"]["log_probabilities_differ_by"] < 1e-4
     assert "this draft was not trained" in (out / "README.md").read_text()
     assert [one.name for one in tmp_path.iterdir() if one.name not in (path.name, "out")] == []
 

@@ -96,12 +96,7 @@ def save_draft(
         for name, tensor in own.items()
     }
     assert len(tensors) == len(own), "two parameters share a published name"
-    seen: set[int] = set()
-    for name, tensor in tensors.items():
-        # Where the target's embedding is its lm_head, a file holds both.
-        if tensor.data_ptr() in seen:
-            tensors[name] = tensor.clone()
-        seen.add(tensor.data_ptr())
+    tensors = _apart(tensors)
     config = config_text(draft, description, adapter)
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
@@ -160,9 +155,22 @@ def stored_dtype(directory: Path) -> str:
 
 
 def published_weights(draft: DraftModel) -> dict[str, Tensor]:
-    """A draft's weights by their published names, its embedding and lm_head among them."""
+    """A draft's weights by their published names, its embedding and lm_head among them.
+
+    No two share memory, because a file has no tensor twice. So an lm_head that is also the embedding is copied.
+    """
     names = draft.describe().weight_names
-    return {published_name(name, names): tensor.detach() for name, tensor in draft.state_dict().items()}
+    return _apart({published_name(name, names): tensor.detach() for name, tensor in draft.state_dict().items()})
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors; of those that share memory, all but the first are copies."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        found[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
+    return found
 
 
 def load_draft(
