@@ -19,8 +19,11 @@ SAMPLES, EPOCHS, SEEDS = 500, 4, (1, 2, 3)
 STEPS = SAMPLES * EPOCHS // 16
 # Features differ by rounding, so drafts do too. Between seeds, accepted lengths are further apart than this.
 BY_ROUNDING = 0.03
-# Of a step's loss, with the same seed: 3.2e-7 at most was measured in 96 steps. Steps make more of it as they go on.
-LOSS_BY_ROUNDING = 1e-3
+# Of a step's loss, relative, with the same seed. Training amplifies rounding: online, one thread and two differ in the
+# median step by 1e-8 to 1e-6, and in single steps of seed 3 by 1.2e-3. Features of vLLM gave 3.8e-3 in the same step.
+# Features of another layer would change every step.
+LOSS_BY_ROUNDING = 1e-4
+LOSS_AMPLIFIED = 2e-2
 
 
 @pytest.fixture(scope="module")
@@ -98,13 +101,14 @@ def test_a_draft_is_as_good_as_one_trained_online(path: Path, servers: list[Feat
         run = _run(path, f"served-{seed}", *_served(servers), seed=seed)
         served.append(_length(run))
         losses = [[line["loss"] for line in _lines(folder)] for folder in (run, path.parent / f"online-{seed}")]
-        assert losses[0] == pytest.approx(losses[1], rel=LOSS_BY_ROUNDING), seed
+        apart = [abs(one / other - 1) for one, other in zip(*losses, strict=True)]
+        assert statistics.median(apart) < LOSS_BY_ROUNDING, seed
+        assert max(apart) < LOSS_AMPLIFIED, seed
         print(f"seed {seed}: {between - began:.0f} s online, {time.monotonic() - between:.0f} s served")  # noqa: T201
         print(json.dumps(_lines(run)[-1]))  # noqa: T201
     print("online", online, "served", served)  # noqa: T201
     assert list(servers[0].exchange.iterdir()) == []
-    apart = [abs(one / other - 1) for one, other in zip(served, online, strict=True)]
-    assert statistics.mean(served) / statistics.mean(online) == pytest.approx(1, abs=BY_ROUNDING), apart
+    assert statistics.mean(served) / statistics.mean(online) == pytest.approx(1, abs=BY_ROUNDING), (served, online)
 
 
 @pytest.mark.usefixtures("answered")
