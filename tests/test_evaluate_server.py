@@ -148,6 +148,24 @@ def test_a_server_without_speculation_gives_a_plain_result(start: Start, here: P
         assert "no round of speculative decoding" in Path("served/report.md").read_text()
 
 
+@pytest.mark.parametrize("without_rounds", ["all", "zero", "nothing"])
+def test_an_answer_that_ends_at_its_first_token_has_no_rounds(without_rounds: str, start: Start, here: Path) -> None:
+    """Older and newer SGLang say of it as little as they can. The rounds of the others count."""
+    server = start("sglang")
+    server.ends_at_once, server.without_rounds = (2,), without_rounds
+    assert ask(server) == 0
+    (found,) = report()["results"]
+    groups = [json.loads(line) for line in Path("own/evaluate/task-t0.jsonl").read_text().splitlines()[1:]]
+    own = [done for group in groups for done in group["completions"]]
+    assert found["counted"]["speculates"] is True
+    assert found["samples"] == len(own) == 4
+    assert found["rounds"] == sum(len(done["rounds"]) for index, done in enumerate(own) if index != 1)
+    assert found["acceptance_length"] > 1
+    assert found["draft_tokens_per_proposal"] > 0
+    assert found["marginal"]
+    assert "plain" not in found
+
+
 def test_answers_that_differ_are_listed(start: Start, here: Path) -> None:
     """The recorded answers are edited: the server's are then others at that place."""
     journal = here / "own" / "evaluate" / "task-t0.jsonl"
