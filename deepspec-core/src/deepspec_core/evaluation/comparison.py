@@ -16,7 +16,7 @@ from rich.table import Table
 
 from deepspec_core.evaluation import report as single
 from deepspec_core.evaluation.latex import latex_table
-from deepspec_core.evaluation.markdown_table import markdown_table
+from deepspec_core.evaluation.markdown_table import literal, markdown_table
 from deepspec_core.evaluation.sampled import with_defaults
 from deepspec_core.evaluation.tasks import task_name
 
@@ -122,8 +122,8 @@ class Comparison:
 
     def markdown(self) -> str:
         """The table and its notes as a Markdown page."""
-        notes = [f"- {line}" for line in (*self.differences, *self.remarks)]
-        warning = ["", f"**Not all rows are comparable** (those marked{MARK}):"] if self.differences else [""]
+        notes = [f"- {literal(line)}" for line in (*self.differences, *self.remarks)]
+        warning = ["", f"**Not all rows are comparable** (those marked {literal(MARK)}):"] if self.differences else [""]
         lines = ["# Drafts compared", "", *markdown_table(HEADINGS, [row.cells() for row in self.rows])]
         lines += [*warning, "", *notes, ""] if notes else [""]
         return "\n".join([*lines, single.NOTE, ""])

@@ -23,7 +23,7 @@ from deepspec_core.decoding.engine import Completion
 from deepspec_core.errors import ConfigError, DataError, StageError
 from deepspec_core.evaluation import comparison, report
 from deepspec_core.evaluation.comparison import Comparison, compare
-from deepspec_core.evaluation.markdown_table import markdown_table
+from deepspec_core.evaluation.markdown_table import literal, markdown_table
 from deepspec_core.evaluation.metrics_file import NAME as METRICS
 from deepspec_core.evaluation.metrics_file import read_metrics
 from deepspec_core.evaluation.paired import Difference, NoDifference, paired_difference
@@ -74,7 +74,7 @@ class Compared:
     def markdown(self) -> str:
         """The table and its notes as a page."""
         table = markdown_table(HEADINGS, self._cells())
-        notes = [f"- {line.removeprefix(comparison.MARK.strip()).strip()}" for line in self.comparison.notes()]
+        notes = [f"- {literal(line)}" for line in self.comparison.notes()]
         below = ["", *notes, ""] if notes else [""]
         return "\n".join(["# Compared with baselines", "", *table, *below, report.NOTE, ""])
 
@@ -273,7 +273,7 @@ def _rounds(label: str, folder: Path, evaluated: Mapping[str, Any]) -> tuple[dic
             found[_key(result)] = completions_of(folder, evaluated, result)
         except (DataError, StageError) as error:
             remarks.append(
-                f"no difference from {label} on {_where(result)}: {error.problem} ({error.where}). Copy the whole folder of "
-                "that evaluation, with its folder evaluate/, or evaluate again there with --force evaluate"
+                f"no difference from {label} on {_where(result)}: {error.problem} ({error.where}). Copy the whole "
+                "folder of that evaluation, with its folder evaluate/, or evaluate again there with --force evaluate"
             )
     return found, remarks
