@@ -22,6 +22,7 @@ from deepspec_core.data.tokenize import ChatTokenizer
 from deepspec_core.errors import ConfigError
 from deepspec_core.evaluation.metrics_file import schema
 from deepspec_core.interface.models import Target
+from deepspec_core.pipeline import evaluating_server
 from deepspec_core.pipeline.evaluating_server import Asked, evaluate_server
 from deepspec_core.pipeline.run import Run
 from deepspec_core.plugins.discovery import load_plugins
@@ -255,6 +256,26 @@ def test_what_is_known_before_is_said_before(start: Start, here: Path, capsys: p
     assert ask(server) == 0
     assert ask(server) == 2
     assert "There are results in this folder already" in capsys.readouterr().err
+
+
+def test_results_of_another_process_meanwhile_stay(
+    start: Start, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = start("vllm")
+    assert ask(server, "--limit", "1") == 0
+    finished = Path("served/metrics.json").rename("finished.json").read_bytes()
+    taken = evaluating_server.lock
+
+    def late(folder: Path, **options: Any) -> Any:
+        shutil.copy("finished.json", folder / "metrics.json")
+        return taken(folder, **options)
+
+    monkeypatch.setattr(evaluating_server, "lock", late)
+    server.asked.clear()
+    assert ask(server) == 2
+    assert "There are results in this folder already" in capsys.readouterr().err
+    assert Path("served/metrics.json").read_bytes() == finished
+    assert not server.asked
 
 
 def test_a_run_says_what_is_asked(finished_copy: Path, start: Start, capsys: pytest.CaptureFixture[str]) -> None:
