@@ -252,6 +252,17 @@ def test_other_prompts_under_the_same_name_are_marked(evaluated: Path) -> None:
     assert [row.marked for row in comparison.rows] == [False, True]
 
 
+def test_failed_samples_are_not_other_prompts(evaluated: Path) -> None:
+    run, other = run_of(evaluated, "one"), run_of(evaluated, "other")
+    (result,) = other.report["results"]
+    result.update(samples=1, prompts=1, failures=[{"id": "task-1", "reason": "IndexError"}])
+    found = compare([run, other])
+    assert found.differences == (
+        "task.jsonl at T=0 has not as many answers to the same prompts: 2 in one, 1 (1 failed) in other",
+    )
+    assert [row.marked for row in found.rows] == [False, True]
+
+
 def test_a_task_only_some_runs_have_is_said(evaluated: Path) -> None:
     first = run_of(evaluated, "a")
     result = deepcopy(first.report["results"][0])

@@ -22,6 +22,7 @@ from deepspec_core.data.tokenize import ChatTokenizer
 from deepspec_core.errors import ConfigError
 from deepspec_core.evaluation.metrics_file import schema
 from deepspec_core.interface.models import Target
+from deepspec_core.pipeline import evaluating_server
 from deepspec_core.pipeline.evaluating_server import Asked, evaluate_server
 from deepspec_core.pipeline.run import Run
 from deepspec_core.plugins.discovery import load_plugins
@@ -148,6 +149,24 @@ def test_a_server_without_speculation_gives_a_plain_result(start: Start, here: P
         assert "no round of speculative decoding" in Path("served/report.md").read_text()
 
 
+@pytest.mark.parametrize("without_rounds", ["all", "zero", "nothing"])
+def test_an_answer_that_ends_at_its_first_token_has_no_rounds(without_rounds: str, start: Start, here: Path) -> None:
+    """Older and newer SGLang say of it as little as they can. The rounds of the others count."""
+    server = start("sglang")
+    server.ends_at_once, server.without_rounds = (2,), without_rounds
+    assert ask(server) == 0
+    (found,) = report()["results"]
+    groups = [json.loads(line) for line in Path("own/evaluate/task-t0.jsonl").read_text().splitlines()[1:]]
+    own = [done for group in groups for done in group["completions"]]
+    assert found["counted"]["speculates"] is True
+    assert found["samples"] == len(own) == 4
+    assert found["rounds"] == sum(len(done["rounds"]) for index, done in enumerate(own) if index != 1)
+    assert found["acceptance_length"] > 1
+    assert found["draft_tokens_per_proposal"] > 0
+    assert found["marginal"]
+    assert "plain" not in found
+
+
 def test_answers_that_differ_are_listed(start: Start, here: Path) -> None:
     """The recorded answers are edited: the server's are then others at that place."""
     journal = here / "own" / "evaluate" / "task-t0.jsonl"
@@ -237,6 +256,26 @@ def test_what_is_known_before_is_said_before(start: Start, here: Path, capsys: p
     assert ask(server) == 0
     assert ask(server) == 2
     assert "There are results in this folder already" in capsys.readouterr().err
+
+
+def test_results_of_another_process_meanwhile_stay(
+    start: Start, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = start("vllm")
+    assert ask(server, "--limit", "1") == 0
+    finished = Path("served/metrics.json").rename("finished.json").read_bytes()
+    taken = evaluating_server.lock
+
+    def late(folder: Path, **options: Any) -> Any:
+        shutil.copy("finished.json", folder / "metrics.json")
+        return taken(folder, **options)
+
+    monkeypatch.setattr(evaluating_server, "lock", late)
+    server.asked.clear()
+    assert ask(server) == 2
+    assert "There are results in this folder already" in capsys.readouterr().err
+    assert Path("served/metrics.json").read_bytes() == finished
+    assert not server.asked
 
 
 def test_a_run_says_what_is_asked(finished_copy: Path, start: Start, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,11 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from deepspec_core.cli.main import main
 from deepspec_core.evaluation.cost_table import read_cost_table
+from deepspec_core.locks import lock
+from deepspec_core.pipeline import profiling
 
 SMALL = ["--batch-size", "1", "--batch-size", "2", "--draft-tokens", "2", "--context", "8", "--repeats", "3"]
 
@@ -58,3 +61,39 @@ def test_no_target_and_no_file_overwritten(capsys: pytest.CaptureFixture[str]) -
     assert main(["profile", "builtin:tiny-qwen3", *SMALL, "--out", "table.json"]) == 2
     assert "table.sglang.json" in capsys.readouterr().err
     assert Path("table.sglang.json").read_text() == "mine"
+
+
+def test_two_at_once_write_one_measurement(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ["profile", "builtin:tiny-qwen3", *SMALL, "--out", "out/table.json"]
+    with lock(Path("out"), name=".table.sglang.json.lock", problem="", fix=""):
+        assert main(command) == 2
+    assert "Another `deepspec profile` is measuring for this place" in capsys.readouterr().err
+    assert not list(Path("out").glob("*.json"))
+    taken, measure_steps = profiling.lock, profiling.measure_steps
+
+    def late(folder: Path, **options: Any) -> Any:
+        Path("out/table.json").write_text("mine")
+        return taken(folder, **options)
+
+    def no_measuring(*_: Any, **__: Any) -> Any:
+        raise AssertionError("it is known before")
+
+    # Another one finished after the first look.
+    with monkeypatch.context() as patch:
+        patch.setattr(profiling, "lock", late)
+        patch.setattr(profiling, "measure_steps", no_measuring)
+        assert main(command) == 2
+    assert "this file exists already" in capsys.readouterr().err
+    assert [path.name for path in Path("out").glob("*.json")] == ["table.json"]
+    assert Path("out/table.json").read_text() == "mine"
+    Path("out/table.json").unlink()
+
+    # Something else came while it measured.
+    def slow(*arguments: Any, **options: Any) -> Any:
+        Path("out/table.sglang.json").write_text("mine")
+        return measure_steps(*arguments, **options)
+
+    monkeypatch.setattr(profiling, "measure_steps", slow)
+    assert main(command) == 2
+    assert [path.name for path in Path("out").glob("*.json")] == ["table.sglang.json"]
+    assert Path("out/table.sglang.json").read_text() == "mine"

@@ -272,3 +272,28 @@ def test_baselines_beside_a_runs_draft(small_lm: Path, capsys: pytest.CaptureFix
     assert any("A journal does not belong to metrics.json" in remark for remark in compared["remarks"])
     refused(capsys, [*command, "--with", "baseline"], "--with", "same name as the run")
     refused(capsys, [*command, "--with", "small-lm:model=a/b,small-lm:model=a_b"], "--with", "share one folder")
+
+
+def test_later_turns_after_sampled_answers_have_a_difference(small_lm: Path, folder: Path) -> None:
+    """They follow each draft's own answers. Where there is no difference, a remark says why."""
+    questions = [json.dumps({"turns": [f"What is {n} + 4?", "And twice that?"]}) for n in range(3)]
+    (folder / "turns.jsonl").write_text("\n".join(questions) + "\n")
+    settings = ("temperature=1.0", "turns=all", 'tasks=["turns.jsonl"]')
+    command = ["compare", str(small_lm), *(part for one in settings for part in ("--set", f"evaluate.{one}"))]
+    # A file of the same name with other questions.
+    (folder / "other").mkdir()
+    (folder / "other" / "turns.jsonl").write_text(questions[1] + "\n")
+    asked = ["--draft", "lookup", "--target", TINY, "--task", "other/turns.jsonl", "--temperature", "1"]
+    assert main(["evaluate", *asked, "--max-new-tokens", "6", "--batch-size", "3", "--out", "asked"]) == 0
+    command += ["--set", "evaluate.max_new_tokens=6"]
+    assert main([*command, "--with", "lookup", "--beside", "asked"]) == 0
+    compared = json.loads((folder / "runs" / "baseline" / "compare" / "comparison.json").read_text())
+    rows = {row["run"]: row for row in compared["rows"]}
+    assert rows["lookup"]["ahead"] == pytest.approx(
+        rows["baseline"]["acceptance_length"] - rows["lookup"]["acceptance_length"]
+    )
+    assert rows["asked"]["ahead"] is None
+    (said,) = (remark for remark in compared["remarks"] if "difference from" in remark)
+    assert said.startswith(
+        "no difference from asked on other/turns.jsonl at temperature 1: prompts with the same names"
+    )

@@ -26,7 +26,8 @@ class CountingServer(StandIn):
 
     metrics: "shown", "missing", "html" or "foreign". others: tokens that somebody else lets it generate before it
     answers. restarts: whether its counters fall to zero before it answers. invented: what it adds to its counters with
-    each answer. no_ids: it leaves meta_info or ids out.
+    each answer. no_ids: it leaves meta_info or ids out. ends_at_once: which of its answers end at their first token.
+    without_rounds: what SGLang says of the rounds of such an answer: "all", "zero" (older versions), or "nothing".
     """
 
     def __init__(
@@ -41,6 +42,8 @@ class CountingServer(StandIn):
         self.counts: dict[str, int] = {}
         self.invented: dict[str, int] = {}
         self.at: list[int] = []
+        self.ends_at_once: tuple[int, ...] = ()
+        self.without_rounds = "all"
         super().__init__(target, tokenizer, stop_ids, dialect)
 
     def get(self, handler: BaseHTTPRequestHandler) -> None:
@@ -78,7 +81,9 @@ class CountingServer(StandIn):
                 self._count(name, number)
             if self.faults:
                 return _say_json(handler, {"error": self.faults.pop(0)}, status=500)
-        done = self._decoded(tuple(asked["prompt"] if "prompt" in asked else asked["input_ids"]), limit)
+        prompt_ids = tuple(asked["prompt"] if "prompt" in asked else asked["input_ids"])
+        at_once = limit > 16 and len(self.asked) in self.ends_at_once
+        done = _ended(prompt_ids, self.stop_ids[0]) if at_once else self._decoded(prompt_ids, limit)
         self._count("generated", len(done.output_ids))
         for one in done.rounds if self.proposer is not None else ():
             for name, number in zip(_OF_ROUNDS, (1, one.proposal_length, one.accepted_draft_length), strict=True):
@@ -138,7 +143,9 @@ class CountingServer(StandIn):
         if self.dialect == "sglang":
             meta: dict[str, Any] = {"prompt_tokens": len(done.prompt_ids), "completion_tokens": len(output)}
             meta["finish_reason"] = {"type": "stop", "matched": output[-1]} if ended else {"type": "length"}
-            if self.proposer is not None:
+            if self.proposer is not None and not done.rounds and self.without_rounds != "all":
+                meta |= {"spec_verify_ct": 0} if self.without_rounds == "zero" else {}
+            elif self.proposer is not None:
                 longest = max((one.proposal_length for one in done.rounds), default=0)
                 histogram = [0] * (longest + 1)
                 for one in done.rounds:
@@ -151,6 +158,10 @@ class CountingServer(StandIn):
         choice = {"index": 0, "text": text, "finish_reason": done.finish_reason, "token_ids": output}
         usage = {"prompt_tokens": len(done.prompt_ids), "completion_tokens": len(output)}
         return json.loads(json.dumps({"model": asked["model"], "choices": [choice], "usage": usage}))
+
+
+def _ended(prompt_ids: tuple[int, ...], stop_id: int) -> Completion:
+    return Completion(id="x", prompt_ids=prompt_ids, output_ids=(stop_id,), finish_reason="stop", rounds=())
 
 
 @contextmanager

@@ -73,6 +73,13 @@ def test_sglang_tells_rounds_by_old_and_new_names() -> None:
     assert both[1].plus(bare) == Tally(rounds=8, accepted=8)
 
 
+def test_sglang_may_say_no_more_than_that_there_was_no_round() -> None:
+    none = SGLang().tally({"meta_info": {"spec_verify_ct": 0}})
+    assert none == Tally(rounds=0, accepted=0, proposed=0, accepted_at=())
+    some = Tally(rounds=4, accepted=4, proposed=8, accepted_at=(3, 1))
+    assert some.plus(none) == none.plus(some) == some
+
+
 @pytest.mark.parametrize(
     "change", [{"spec_accept_token_num": 5}, {"spec_verify_ct": 5}, {"spec_accept_histogram": "x"}]
 )

@@ -8,7 +8,7 @@ from attrs import evolve
 
 from deepspec_core.decoding.engine import Completion, Round
 from deepspec_core.evaluation.metrics import loops, pool
-from deepspec_core.evaluation.report import prompts
+from deepspec_core.evaluation.report import accepted, prompts
 
 PARITY = Path(__file__).parents[2] / "tests" / "parity"
 
@@ -75,7 +75,10 @@ def test_conditional_acceptance_counts_only_rounds_that_reached_the_position() -
 
 def test_no_rounds_at_all() -> None:
     found = pool([_completion([])])
-    assert (found.samples, found.rounds, found.acceptance_length, found.marginal) == (1, 0, 0.0, ())
+    assert (found.samples, found.rounds, found.marginal) == (1, 0, ())
+    assert found.acceptance_length is found.acceptance_length_interval is None, "a round commits at least one token"
+    assert found.draft_tokens_per_proposal is found.verify_rate is None
+    assert accepted(found.as_json()) == "-"
 
 
 def test_limits_and_loops_are_counted() -> None:

@@ -10,13 +10,19 @@ from deepspec_core.evaluation.server_report import server_lines
 def columns(line: str) -> list[str]:
     """The cells as a reader of Markdown sees them."""
     cells = re.split(r"(?<!\\)\|", line)[1:-1]
-    return [re.sub(r"\\([|*])", r"\1", cell.strip()) for cell in cells]
+    return [re.sub(r"\\(\W|_)", r"\1", cell.strip()) for cell in cells]
 
 
 def test_bars_stars_and_new_lines_stay_in_their_cell() -> None:
     heading, rule, row = markdown_table(("task", "T"), [["a|b *c*\n.jsonl", "0"]])
     assert (heading, rule) == ("| task | T |", "|---|---|")
     assert columns(row) == ["a|b *c* .jsonl", "0"]
+
+
+def test_what_markdown_or_html_would_read_is_escaped() -> None:
+    name = r"a&b <b>_x_ `q` [a](b) ~~c~~ $d$ e\|f snake_case.jsonl"
+    row = markdown_table(("task",), [[name]])[-1]
+    assert row == r"| a\&b \<b>\_x\_ \`q\` \[a](b) \~\~c\~\~ \$d\$ e\\\|f snake_case.jsonl |"
 
 
 def test_tables_of_reports_keep_their_columns() -> None:

@@ -30,11 +30,12 @@ def test_names_with_bars_and_line_ends_stay_in_their_cells() -> None:
         softcap=None,
         target=TargetName(name="odd|target", local=True),
         settings={"data": {"sources": [{"path": "rows|1`.jsonl", "limit": 5}], "held_out": 0.1}},
-        results=[result],
+        results=[result, {**result, "acceptance_length": None, "acceptance_length_interval": None}],
     )
     text = card(facts, format_name="vllm", commands=["serve it"], notes=[])
     rows = [line for line in text.splitlines() if line.startswith("|")]
     widths = [line.replace("\\|", "").count("|") - 1 for line in rows]
-    assert widths == [4] * 3 + [2] * (len(rows) - 3)
+    assert widths == [4] * 4 + [2] * (len(rows) - 4)
     assert "| a\\|b c | 0 | 3 | 2.50 (2.00-3.00) |" in rows
+    assert "| a\\|b c | 0 | 3 | - |" in rows, "no answer had a round"
     assert "| data | rows\\|1'.jsonl (at most 5 conversations) |" in rows

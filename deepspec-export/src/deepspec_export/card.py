@@ -50,10 +50,9 @@ def _results(results: Sequence[Mapping[str, Any]]) -> str:
         return "Not measured where this export was made.\n"
     lines = ["| task | temperature | prompts | accepted length (95% interval) |", "|---|---|---|---|"]
     for result in results:
-        low, high = result["acceptance_length_interval"]
         lines.append(
             f"| {_cell(result['task'])} | {result['temperature']:g} | {result['samples']} | "
-            f"{result['acceptance_length']:.2f} ({low:.2f}-{high:.2f}) |"
+            f"{_length(result['acceptance_length'], result['acceptance_length_interval'])} |"
         )
     lines.append("\nTokens a round commits, the target's own included, pooled over rounds, as DeepSpec decodes.\n")
     return "\n".join(lines)
@@ -63,14 +62,21 @@ def _reduced(reduced: Mapping[str, Any]) -> list[str]:
     if not reduced:
         return []
     measured = reduced["measured"]
-    (low, high), (lowest, highest) = measured["interval_before"], measured["interval_after"]
+    before = _length(measured["accepted_length_before"], measured["interval_before"])
+    after = _length(measured["accepted_length_after"], measured["interval_after"])
     return [
         f"The vocabulary was reduced to {reduced['tokens']:,} of {reduced['of']:,} tokens after training, which are "
         f"{100 * reduced['covered']:.2f}% of the answers' tokens. On {measured['prompts']} prompts of "
-        f"{measured['task']}, greedily, the accepted length was {measured['accepted_length_before']:.2f} "
-        f"({low:.2f}-{high:.2f}) before and {measured['accepted_length_after']:.2f} ({lowest:.2f}-{highest:.2f}) "
-        "after.\n"
+        f"{measured['task']}, greedily, the accepted length was {before} before and {after} after.\n"
     ]
+
+
+def _length(length: float | None, interval: Sequence[float] | None) -> str:
+    """An accepted length with its interval; a dash where there was no round."""
+    if length is None or interval is None:
+        return "-"
+    low, high = interval
+    return f"{length:.2f} ({low:.2f}-{high:.2f})"
 
 
 def _settings(facts: ExportFacts) -> str:

@@ -15,6 +15,8 @@ ALL: Final = "all"
 def tasks_meant(tasks: tuple[str, ...], registered: Sequence[str], *, has_data: bool = False) -> tuple[str, ...]:
     """The tasks that are meant. `all` stands for every registered one that is not named beside it.
 
+    A file is another task than the registered one of its name: both are meant, and refused later.
+
     `has_data`: there is a run whose data has held-out prompts.
     """
     if HELD_OUT in tasks and not has_data:
@@ -23,8 +25,8 @@ def tasks_meant(tasks: tuple[str, ...], registered: Sequence[str], *, has_data: 
         return tasks
     if not registered:
         raise click.UsageError("'all' means all registered tasks, but none is installed: pip install deepspec-tasks.")
-    from deepspec_core.evaluation.tasks import task_name
+    from deepspec_core.evaluation.tasks import task_label
 
     named = [task for task in tasks if task != ALL]
-    names = {task_name(task) for task in named}
+    names = {task_label(task) for task in named}
     return (*named, *(task for task in registered if task not in names))

@@ -146,10 +146,14 @@ def _write_reduced(
     measured = found.about["measured"]
     click.echo(
         f"the {size:,} tokens that are kept make up {100 * found.about['covered']:.2f}% of the answers' tokens; "
-        f"accepted length {measured['accepted_length_before']:.3f} before, {measured['accepted_length_after']:.3f} "
-        f"after, on {measured['prompts']} prompts"
+        f"accepted length {_length(measured['accepted_length_before'])} before, "
+        f"{_length(measured['accepted_length_after'])} after, on {measured['prompts']} prompts"
     )
     _write(chosen, found.draft, facts(found.draft, adapter, reduced=found.about), place)
+
+
+def _length(value: float | None) -> str:
+    return "unknown (no rounds)" if value is None else f"{value:.3f}"
 
 
 def _write_untrained(path: str, name: str, out: str | None, plugins: Plugins) -> None:

@@ -160,7 +160,8 @@ def _figures(found: Generation, drafted: bool, reference: Generation | None, *, 
     line = f"{len(found.ids):,} tokens ({found.finish_reason}) in {found.seconds:.2f} s, {_speed(found):.1f} tokens/s"
     if not drafted:
         return [line]
-    lines = [f"{line}; {len(found.rounds):,} rounds, accepted length {found.accepted_length:.2f}"]
+    length = f"{found.accepted_length:.2f}" if found.rounds else "-"
+    lines = [f"{line}; {len(found.rounds):,} rounds, accepted length {length}"]
     if reference is not None:
         ratio = _speed(found) / _speed(reference)
         lines.append(f"plain decoding: {_speed(reference):.1f} tokens/s; with the draft {ratio:.2f} times as fast")
@@ -180,7 +181,7 @@ def _as_json(found: Generation, drafted: bool, reference: Generation | None, *, 
         "tokens_per_second": _speed(found),
     }
     if drafted:
-        report["accepted_length"] = found.accepted_length
+        report["accepted_length"] = found.accepted_length if found.rounds else None
         report["rounds"] = [
             {"proposed": one.proposed, "accepted": one.accepted, "committed": one.committed} for one in found.rounds
         ]

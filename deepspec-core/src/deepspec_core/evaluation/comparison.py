@@ -16,7 +16,7 @@ from rich.table import Table
 
 from deepspec_core.evaluation import report as single
 from deepspec_core.evaluation.latex import latex_table
-from deepspec_core.evaluation.markdown_table import markdown_table
+from deepspec_core.evaluation.markdown_table import literal, markdown_table
 from deepspec_core.evaluation.sampled import with_defaults
 from deepspec_core.evaluation.tasks import task_name
 
@@ -122,8 +122,8 @@ class Comparison:
 
     def markdown(self) -> str:
         """The table and its notes as a Markdown page."""
-        notes = [f"- {line}" for line in (*self.differences, *self.remarks)]
-        warning = ["", f"**Not all rows are comparable** (those marked{MARK}):"] if self.differences else [""]
+        notes = [f"- {literal(line)}" for line in (*self.differences, *self.remarks)]
+        warning = ["", f"**Not all rows are comparable** (those marked {literal(MARK)}):"] if self.differences else [""]
         lines = ["# Drafts compared", "", *markdown_table(HEADINGS, [row.cells() for row in self.rows])]
         lines += [*warning, "", *notes, ""] if notes else [""]
         return "\n".join([*lines, single.NOTE, ""])
@@ -169,8 +169,11 @@ def compare(runs: Sequence[Run]) -> Comparison:
             differences.append(f"{where} was not evaluated in {missing}")
         prompts = [(result["samples"], result.get("prompts_digest")) for _, result in have]
         if len(set(prompts)) > 1:
-            counts = ", ".join(f"{single.prompts(result)} in {runs[index].label}" for index, result in have)
-            differences.append(f"{where} asked other prompts: {counts}")
+            # Older files have no digest.
+            same = None not in (digests := {digest for _, digest in prompts}) and len(digests) == 1
+            what = "has not as many answers to the same prompts" if same else "asked other prompts"
+            counts = ", ".join(f"{_counted(result)} in {runs[index].label}" for index, result in have)
+            differences.append(f"{where} {what}: {counts}")
         for (index, result), asked in zip(have, prompts, strict=True):
             marked = index in unlike or asked != prompts[0]
             rows.append(Row(run=runs[index], result=result, marked=marked))
@@ -222,6 +225,14 @@ def _results(run: Run) -> dict[tuple[str, float, int | None], Mapping[str, Any]]
         (single.task_of(result), result["temperature"], result.get("batch_size")): result
         for result in run.report["results"]
     }
+
+
+def _counted(result: Mapping[str, Any]) -> str:
+    """The number of prompts and answers, and of those that are missing."""
+    failed, turns = len(result.get("failures") or ()), result.get("turns_not_asked") or 0
+    missing = [f"{failed} failed"] if failed else []
+    missing += [f"{turns} later turns were not asked"] if turns else []
+    return single.prompts(result) + (f" ({', '.join(missing)})" if missing else "")
 
 
 def _untold(run: Run, section: str, name: str) -> bool:

@@ -37,7 +37,7 @@ class PooledMetrics:
 
     prompts: Prompts with an answer. samples: Answers; a prompt with later turns, or with several samples, has several.
     acceptance_length: Tokens committed per round (tau), with a 95% bootstrap interval over prompts: all answers to a
-        prompt are drawn together.
+        prompt are drawn together. These and the next two are None if there was no round.
     draft_tokens_per_proposal: Tokens proposed per round. In a tree, all of its tokens count.
     verify_rate: Tokens committed per token that the target scored.
     marginal: For each position k, the share of the rounds that proposed token k in which it was accepted.
@@ -54,10 +54,10 @@ class PooledMetrics:
     samples: int
     rounds: int
     output_tokens: int
-    acceptance_length: float
-    acceptance_length_interval: tuple[float, float]
-    draft_tokens_per_proposal: float
-    verify_rate: float
+    acceptance_length: float | None
+    acceptance_length_interval: tuple[float, float] | None
+    draft_tokens_per_proposal: float | None
+    verify_rate: float | None
     marginal: tuple[float | None, ...]
     conditional: tuple[float | None, ...]
     limit_share: float
@@ -88,10 +88,10 @@ def pool(completions: Sequence[Completion], *, seed: int = 0) -> PooledMetrics:
         samples=len(completions),
         rounds=len(rounds),
         output_tokens=sum(len(completion.output_ids) for completion in completions),
-        acceptance_length=_ratio(committed.sum(), len(rounds)) or 0.0,
+        acceptance_length=_ratio(committed.sum(), len(rounds)),
         acceptance_length_interval=_interval(prompts[sample], committed, len(set(prompts)), seed),
-        draft_tokens_per_proposal=_ratio(scored.sum(), len(rounds)) or 0.0,
-        verify_rate=_ratio(committed.sum(), scored.sum() + len(rounds)) or 0.0,
+        draft_tokens_per_proposal=_ratio(scored.sum(), len(rounds)),
+        verify_rate=_ratio(committed.sum(), scored.sum() + len(rounds)),
         marginal=tuple(_ratio((accepted > k).sum(), (proposed > k).sum()) for k in positions),
         conditional=tuple(_ratio((accepted > k).sum(), ((accepted >= k) & (proposed > k)).sum()) for k in positions),
         limit_share=_ratio(sum(c.finish_reason == "length" for c in completions), len(completions)) or 0.0,
@@ -133,10 +133,10 @@ def _ratio(numerator: float, denominator: float) -> float | None:
     return float(numerator / denominator) if denominator else None
 
 
-def _interval(prompt: np.ndarray, committed: np.ndarray, num_prompts: int, seed: int) -> tuple[float, float]:
+def _interval(prompt: np.ndarray, committed: np.ndarray, num_prompts: int, seed: int) -> tuple[float, float] | None:
     """Percentile bootstrap of the pooled ratio, over prompts, because the rounds of one prompt are not independent."""
     if len(prompt) == 0:
-        return (0.0, 0.0)
+        return None
     tokens = np.bincount(prompt, weights=committed, minlength=num_prompts)
     rounds = np.bincount(prompt, minlength=num_prompts)
     draws = np.random.default_rng(seed).integers(num_prompts, size=(BOOTSTRAP_DRAWS, num_prompts))

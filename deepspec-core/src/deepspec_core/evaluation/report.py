@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from deepspec_core.disk import in_words
 from deepspec_core.evaluation import failed_samples
-from deepspec_core.evaluation.markdown_table import markdown_table
+from deepspec_core.evaluation.markdown_table import literal, markdown_table
 from deepspec_core.evaluation.server_report import of_server, server_lines
 
 SERVER_NOTE = (
@@ -82,12 +83,15 @@ def speedup(result: Mapping[str, Any]) -> str:
 
 
 def table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], *, left: Sequence[str]) -> Table:
-    """A table for the terminal. The columns in `left` hold words; the others hold numbers."""
-    made = Table(title=title)
+    """A table for the terminal. The columns in `left` hold words; the others hold numbers.
+
+    All text is shown literally: a name in square brackets is no markup.
+    """
+    made = Table(title=Text(title, style="table.title") if title else None)
     for heading in headings:
-        made.add_column(heading, justify="left" if heading in left else "right")
+        made.add_column(Text(heading), justify="left" if heading in left else "right")
     for row in rows:
-        made.add_row(*row)
+        made.add_row(*map(Text, row))
     return made
 
 
@@ -292,7 +296,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         return server_markdown(report)
     draft, target = report["draft"], report["target"]
     lines = [
-        f"# {report['run']}",
+        f"# {literal(report['run'])}",
         "",
         f"{draft['algorithm']} draft ({draft['parameters']:,} parameters, {draft['trainable_parameters']:,} trained, "
         f"{_size(draft)}{draft['num_layers']} layers, at most {draft['max_tokens']} tokens a round, "
@@ -320,7 +324,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         lines += ["", "## Outputs that differ from plain greedy decoding", "", PARTING_NOTE, ""]
         lines += markdown_table(PARTING_HEADINGS, rows)
     lines += failed(report)
-    lines += ["", "## Checks", "", *(f"- {line}" for line in checks(report))]
+    lines += ["", "## Checks", "", *(f"- {literal(line)}" for line in checks(report))]
     lines += [
         "",
         "## Settings",
@@ -337,7 +341,7 @@ def server_markdown(report: Mapping[str, Any]) -> str:
     """The page of a server's results."""
     server = report["server"]
     lines = [
-        f"# {report['run']}, answered by {server['engine']}",
+        f"# {literal(report['run'])}, answered by {server['engine']}",
         "",
         f"{server['engine']} at {server['address']}, which serves {server['model']}.",
         "",
@@ -349,7 +353,7 @@ def server_markdown(report: Mapping[str, Any]) -> str:
         "",
         "## Checks",
         "",
-        *(f"- {line}" for line in checks(report)),
+        *(f"- {literal(line)}" for line in checks(report)),
         "",
         "## Settings",
         "",

@@ -47,6 +47,7 @@ class Evaluation:
 
     prompts: The number of prompts decoded.
     prompts_too_long: The number of prompts that were not decoded because they leave the target no room to answer.
+    accepted_length: Tokens committed per round, with a 95% interval over prompts; None if there was no round.
     speedup: The speed-up over plain decoding; None without plain decoding.
     mismatches: The ids of prompts whose greedy output differs from plain decoding's; None without plain decoding and
         at temperatures above 0.
@@ -59,8 +60,8 @@ class Evaluation:
     batch_size: int
     prompts: int
     prompts_too_long: int
-    accepted_length: float
-    accepted_length_interval: tuple[float, float]
+    accepted_length: float | None
+    accepted_length_interval: tuple[float, float] | None
     speedup: float | None
     mismatches: tuple[str, ...] | None
     figures: dict[str, Any] = field(repr=False)
@@ -212,7 +213,6 @@ def _evaluation(
         **({} if costs is None else costs.told()),
     }
     warn_of_failures(f"{task} at temperature {temperature:g}", figures["failures"])
-    low, high = figures["acceptance_length_interval"]
     return Evaluation(
         task=task,
         temperature=temperature,
@@ -220,7 +220,7 @@ def _evaluation(
         prompts=len(requests),
         prompts_too_long=too_long,
         accepted_length=figures["acceptance_length"],
-        accepted_length_interval=(low, high),
+        accepted_length_interval=figures["acceptance_length_interval"],
         speedup=figures.get("speedup"),
         mismatches=tuple(one["id"] for one in figures["mismatches"]) if options.plain and temperature == 0 else None,
         figures=figures,

@@ -23,10 +23,10 @@ from deepspec_core.decoding.engine import Completion
 from deepspec_core.errors import ConfigError, DataError, StageError
 from deepspec_core.evaluation import comparison, report
 from deepspec_core.evaluation.comparison import Comparison, compare
-from deepspec_core.evaluation.markdown_table import markdown_table
+from deepspec_core.evaluation.markdown_table import literal, markdown_table
 from deepspec_core.evaluation.metrics_file import NAME as METRICS
 from deepspec_core.evaluation.metrics_file import read_metrics
-from deepspec_core.evaluation.paired import Difference, paired_difference
+from deepspec_core.evaluation.paired import Difference, NoDifference, paired_difference
 from deepspec_core.evaluation.tasks import task_name
 from deepspec_core.pipeline.recorded_rounds import completions_of
 from deepspec_core.pipeline.run import Run
@@ -52,7 +52,7 @@ class Compared:
     """The evaluations side by side.
 
     ahead: In the order of the rows, the accepted length of the run's draft minus that of the row. None for the run's
-        own rows, and where the prompts are not the same.
+        own rows, and where there is none. The remarks then say why, and how many prompts a difference leaves out.
     """
 
     comparison: Comparison
@@ -74,7 +74,7 @@ class Compared:
     def markdown(self) -> str:
         """The table and its notes as a page."""
         table = markdown_table(HEADINGS, self._cells())
-        notes = [f"- {line.removeprefix(comparison.MARK.strip()).strip()}" for line in self.comparison.notes()]
+        notes = [f"- {literal(line)}" for line in self.comparison.notes()]
         below = ["", *notes, ""] if notes else [""]
         return "\n".join(["# Compared with baselines", "", *table, *below, report.NOTE, ""])
 
@@ -127,16 +127,18 @@ def compare_with(
     folders = {name: run.folder for name, run in runs.items()} | others
     evaluated = [comparison.Run(label=name, report=found) for name, found in reports.items()]
     whole = compare(evaluated)
-    unknown = [remark for name in reports for remark in rounds[name][1]]
-    whole = evolve(whole, remarks=(*whole.remarks, *unknown))
+    remarks = [remark for name in reports for remark in rounds[name][1]]
     ahead: list[Difference | None] = []
     for row in whole.rows:
         mine = rounds[file.run.name][0].get(_key(row.result))
         other = rounds[row.run.label][0].get(_key(row.result))
         if row.run.label == file.run.name or mine is None or other is None:
             ahead.append(None)
-        else:
-            ahead.append(paired_difference(mine, other, seed=file.evaluate.seed))
+            continue
+        found = paired_difference(mine, other, seed=file.evaluate.seed)
+        ahead.append(None if isinstance(found, NoDifference) else found)
+        remarks += _of_difference(f"{row.run.label} on {_where(row.result)}", found)
+    whole = evolve(whole, remarks=(*whole.remarks, *dict.fromkeys(remarks)))
     compared = Compared(comparison=whole, ahead=tuple(ahead), folder=own.folder / FOLDER)
     for name, text in (
         ("comparison.json", json.dumps(compared.as_json(), indent=1) + "\n"),
@@ -244,19 +246,34 @@ def _key(result: Mapping[str, Any]) -> _Key:
     return task, result["temperature"], result.get("batch_size")
 
 
+def _where(result: Mapping[str, Any]) -> str:
+    return f"{report.task_of(result)} at temperature {result['temperature']:g}"
+
+
+def _of_difference(where: str, found: Difference | NoDifference) -> list[str]:
+    """A sentence that says why there is no difference, or that it leaves out prompts."""
+    if isinstance(found, NoDifference):
+        return [f"no difference from {where}: {found.reason}"]
+    if not found.left_out:
+        return []
+    return [
+        f"the difference from {where} is of {found.prompts} prompts: {found.left_out} more have answers in one of the "
+        "two only"
+    ]
+
+
 def _rounds(label: str, folder: Path, evaluated: Mapping[str, Any]) -> tuple[dict[_Key, list[Completion]], list[str]]:
     """The answers of every result with their rounds, and remarks on those whose rounds cannot be read."""
     found: dict[_Key, list[Completion]] = {}
     remarks: list[str] = []
-    if "server" in evaluated:  # it tells counts, and not the rounds of each answer
-        return found, remarks
+    if "server" in evaluated:
+        return found, [f"no difference from {label}: a server tells counts, and not the rounds of each answer"]
     for result in evaluated["results"]:
         try:
             found[_key(result)] = completions_of(folder, evaluated, result)
         except (DataError, StageError) as error:
-            where = f"{report.task_of(result)} at temperature {result['temperature']:g}"
             remarks.append(
-                f"no difference from {label} on {where}: {error.problem} ({error.where}). Copy the whole folder of "
-                "that evaluation, with its folder evaluate/, or evaluate again there with --force evaluate"
+                f"no difference from {label} on {_where(result)}: {error.problem} ({error.where}). Copy the whole "
+                "folder of that evaluation, with its folder evaluate/, or evaluate again there with --force evaluate"
             )
     return found, remarks

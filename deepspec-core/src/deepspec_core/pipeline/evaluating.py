@@ -102,7 +102,12 @@ def run_stage(run: Run) -> dict[str, Any]:
     write_samples(run.stage_folder("evaluate") / SAMPLES, samples)
     _write_page(run.folder, report)
     notify(run.plugins.manager, "deepspec_evaluation_finished", run=run, report=report)
-    return {f"accepted length on {_about(run, result)}": round(result["acceptance_length"], 3) for result in results}
+    return {f"accepted length on {_about(run, result)}": _length(result) for result in results}
+
+
+def _length(result: Mapping[str, Any]) -> float | str:
+    length = result["acceptance_length"]
+    return "unknown (no rounds)" if length is None else round(length, 3)
 
 
 def _first_answer(groups: Sequence[Group]) -> Completion:

@@ -141,6 +141,7 @@ def evaluate_server(run: Run, asked: Asked) -> dict[str, Any]:
         ),
         Server(address=asked.address, wanted=wanted) as server,
     ):
+        _require_free(asked)  # another process may have finished meanwhile
         results, answers = [], []
         for one, temperature, batch_size in product(passes, options.temperature, options.batch_sizes):
             # Greedy answers to one prompt are all the same.

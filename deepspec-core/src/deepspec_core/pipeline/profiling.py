@@ -16,6 +16,7 @@ from deepspec_core.disk import full_disk_is_an_error, why_not_writable
 from deepspec_core.dtypes import dtype_name, torch_dtype
 from deepspec_core.errors import ConfigError
 from deepspec_core.evaluation.cost_table import served_place, write_cost_table
+from deepspec_core.locks import lock
 from deepspec_core.pipeline import threads, workers
 from deepspec_core.pipeline.machine import machine_of
 from deepspec_core.plugins.registry import Registry
@@ -50,11 +51,10 @@ def profile(
 ) -> tuple[list[Step], Sequence[Path]]:
     """Measure a target and write the table to `out`. Returns the steps and what was written, none of which may exist.
 
-    Raises ConfigError for shapes that the target has no positions for and for a place that is taken.
+    Raises ConfigError for shapes that the target has no positions for and for a place that is taken, and StageError if
+    another process is measuring for this place.
     """
-    for place in (out, served_place(out)):
-        if place.exists():
-            raise ConfigError("this file exists already", where=place, fix="Choose another with --out, or remove it.")
+    _require_free(out)
     if (problem := why_not_writable(out.parent)) is not None:
         raise ConfigError("the cost table cannot be written to this place", where=out, found=problem)
     repeated = [size for size in shapes.batch_sizes if shapes.batch_sizes.count(size) > 1]
@@ -73,25 +73,38 @@ def profile(
     device = workers.device()
     number = torch_dtype(dtype or ("float32" if device.type == "cpu" else "bfloat16"))
     revision = fingerprint(where)
-    target = load_target(adapter, where, dtype=number, device=device)
-    count = threads.for_decoding(adapter.architecture, device, batch_size=max(shapes.batch_sizes))
-    with threads.using(count):
-        steps = measure_steps(
-            target,
-            batch_sizes=shapes.batch_sizes,
-            widths=shapes.widths,
-            context=shapes.context,
-            repeats=shapes.repeats,
-            seed=shapes.seed,
-        )
-        machine = machine_of(device)
-    about: dict[str, Any] = {
-        "target": {"model": model, "revision": revision, "dtype": dtype_name(number)},
-        "machine": machine,
-        "plugins": dict(versions),
-        "settings": {"context": shapes.context, "repeats": shapes.repeats, "seed": shapes.seed},
-    }
-    with full_disk_is_an_error(out.parent):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        served = write_cost_table(out, steps, about)
+    served = served_place(out)
+    problem, fix = (
+        "Another `deepspec profile` is measuring for this place",
+        "Wait for it, or choose another with --out.",
+    )
+    # Both files are of one measurement.
+    with full_disk_is_an_error(out.parent), lock(out.parent, name=f".{served.name}.lock", problem=problem, fix=fix):
+        _require_free(out)  # another process may have finished meanwhile
+        target = load_target(adapter, where, dtype=number, device=device)
+        count = threads.for_decoding(adapter.architecture, device, batch_size=max(shapes.batch_sizes))
+        with threads.using(count):
+            steps = measure_steps(
+                target,
+                batch_sizes=shapes.batch_sizes,
+                widths=shapes.widths,
+                context=shapes.context,
+                repeats=shapes.repeats,
+                seed=shapes.seed,
+            )
+            machine = machine_of(device)
+        about: dict[str, Any] = {
+            "target": {"model": model, "revision": revision, "dtype": dtype_name(number)},
+            "machine": machine,
+            "plugins": dict(versions),
+            "settings": {"context": shapes.context, "repeats": shapes.repeats, "seed": shapes.seed},
+        }
+        _require_free(out)  # nor is a file overwritten that came from elsewhere
+        write_cost_table(out, steps, about)
     return steps, (out, served)
+
+
+def _require_free(out: Path) -> None:
+    for place in (out, served_place(out)):
+        if place.exists():
+            raise ConfigError("this file exists already", where=place, fix="Choose another with --out, or remove it.")

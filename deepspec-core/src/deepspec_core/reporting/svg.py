@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from html import escape
@@ -62,7 +63,10 @@ class Drawing:
         """The chart as an SVG element."""
         written = io.StringIO()
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        self._figure.savefig(written, format="svg", transparent=True, metadata=nothing)
+        with warnings.catch_warnings():
+            # Text stays text, so the reader's fonts draw what matplotlib's lack.
+            warnings.filterwarnings("ignore", message="Glyph .* missing from")
+            self._figure.savefig(written, format="svg", transparent=True, metadata=nothing)
         return _inline(written.getvalue(), self._figure.get_figwidth() * 72 * _POINT)
 
 

@@ -230,6 +230,9 @@ class SGLang:
             if sum(histogram) != rounds or (accepted is not None and accepted != summed):
                 raise Fault(Kind.BAD, f"numbers of rounds that contradict each other: {shown(str(meta))}")
             accepted, at = summed, tuple(sum(histogram[k + 1 :]) for k in range(len(histogram) - 1))
+        if rounds == 0 and not accepted and not proposed:
+            # It ended at its first token, which the prompt's own pass gives. Some versions then tell nothing more.
+            return Tally(rounds=0, proposed=0, accepted=0, accepted_at=())
         if accepted is None:
             raise Fault(Kind.BAD, f"rounds without what they accepted: {shown(str(meta))}")
         return Tally(rounds=rounds, proposed=proposed, accepted=accepted, accepted_at=at)

@@ -139,12 +139,7 @@ class Server:
         answers = [answer for several in asked for answer in several]
         counted = sum(answer.counted for answer in answers)
         counters = None if before is None else await self._since(before, counted)
-        told = [answer.tally for answer in answers if answer.tally is not None]
-        tally = counters.tally if counters is not None else None
-        if self.engine.tells_in_answers:
-            tally = None
-            for one in told if len(told) == len(answers) else ():
-                tally = one if tally is None else tally.plus(one)
+        tally = _told(answers) if self.engine.tells_in_answers else counters.tally if counters is not None else None
         speculates = tally is not None and tally.rounds > 0
         measured = Measured(
             completions=tuple(answer.completion for answer in answers),
@@ -163,14 +158,14 @@ class Server:
         if self.engine.tells_in_answers:
             for answer in answers:
                 # It verifies in every step but the first, which the prompt's own pass gives.
-                self._refuse(answer.tally, at_least=len(answer.completion.output_ids) - 1)
+                self._refuse(answer.tally, at_least=len(answer.completion.output_ids) - 1, may_be_idle=not speculates)
         else:
             # Steps without a proposal are no rounds there, so its rounds may give fewer tokens than the answers have.
             self._refuse(tally)
         return measured
 
-    def _refuse(self, tally: Tally | None, *, at_least: int = 0) -> None:
-        if tally is None or tally.rounds == 0 == tally.accepted:
+    def _refuse(self, tally: Tally | None, *, at_least: int = 0, may_be_idle: bool = True) -> None:
+        if tally is None or (may_be_idle and tally.rounds == 0 == tally.accepted):
             return
         if (why := impossible(tally, at_least=at_least)) is not None:
             raise self._contradicting(why)
@@ -336,6 +331,20 @@ class _Answered:
     counted: int
     tally: Tally | None
     mismatched: bool
+
+
+def _told(answers: Sequence[_Answered]) -> Tally | None:
+    """The rounds that the answers tell, together; None where an answer that must have some tells none.
+
+    An answer of one token has none, because the prompt's own pass gives that token. It need not say so.
+    """
+    told = [answer.tally for answer in answers if answer.tally is not None or len(answer.completion.output_ids) > 1]
+    tally: Tally | None = None
+    for one in told:
+        if one is None:
+            return None
+        tally = one if tally is None else tally.plus(one)
+    return tally
 
 
 def _count(content: dict[str, Any], completion: Completion) -> int:

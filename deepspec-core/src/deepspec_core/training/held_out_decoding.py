@@ -63,6 +63,8 @@ class HeldOutDecoding:
                 fix="Correct the cause of that error, or remove train.evaluate_every.",
             )
         pooled = pool(completions)
+        assert pooled.acceptance_length is not None, "every completion here has rounds"
+        assert pooled.acceptance_length_interval is not None
         return Decoded(
             accepted_length=pooled.acceptance_length,
             interval=pooled.acceptance_length_interval,
