@@ -28,6 +28,8 @@ _FORMAT = "deepspec_core/contracts/cache.py: CacheFormat"
 _WRITER = "deepspec_core/contracts/cache.py: CacheWriter"
 _READER = "deepspec_core/contracts/cache.py: CacheReader"
 _HEADER = "deepspec_core/contracts/cache.py: CacheHeader"
+VOCABULARY = 151_936
+"""More tokens than 16 bits can number."""
 
 
 class CacheFormatSuite(Suite):
@@ -49,13 +51,19 @@ class CacheFormatSuite(Suite):
     def header(self) -> CacheHeader:
         """The header of a cache of random samples."""
         return CacheHeader(
-            target="t", revision="r", adapter="tiny", taps=TAPS, hidden_size=32, vocab_size=64, dtype=self.dtypes[0],
-            tokenizer="k", template="m", max_length=64, source="s", plugins={"one": "1"},
+            target="t", revision="r", adapter="tiny", taps=TAPS, hidden_size=32, vocab_size=VOCABULARY,
+            dtype=self.dtypes[0], tokenizer="k", template="m", max_length=131_072, source="s", plugins={"one": "1"},
         )  # fmt: skip
 
     def samples(self) -> list[Sample]:
-        """Five samples of different lengths."""
-        return [evolve(random_sample(f"s{i}", 5 + 3 * i, seed=i), original_length=9 + 3 * i) for i in range(5)]
+        """Five samples of different lengths. Each has the first and the last id of a large vocabulary, and long texts.
+
+        A number that a format stores in fewer bits than it needs is then read as another.
+        """
+        made = [random_sample(f"s{i}", 5 + 3 * i, seed=i) for i in range(5)]
+        for number, one in enumerate(made):
+            one.input_ids[number : number + 3] = torch.tensor([0, VOCABULARY - 1, 2**16 + number])
+        return [evolve(one, original_length=70_000 + 3 * i) for i, one in enumerate(made)]
 
     @clause("`build()` gives a format, a writer and a reader with the methods of the contract", written=_FORMAT)
     def test_it_is_a_format(self) -> None:
@@ -83,6 +91,19 @@ class CacheFormatSuite(Suite):
                 for index in (4, 0, 2, 2, 1, 3):
                     problem = _differs(reader[index], samples[index], torch_dtype(dtype))
                     require(problem is None, f"sample {index} in {dtype}: {problem}")
+
+    @clause("features are kept over the whole range of their number format", written=_HEADER)
+    def test_large_and_small_numbers_are_kept(self) -> None:
+        for dtype in self.dtypes:
+            sample, facts = random_sample("a", 4), torch.finfo(torch_dtype(dtype))
+            for part in (features_of(sample).hidden, features_of(sample).last_hidden):
+                part[0], part[1] = part[0].sign() * facts.max / 2, part[1].sign() * facts.smallest_normal
+                part[2, :2] = torch.tensor([min(3e4, facts.max / 4), -min(3e4, facts.max / 4)])
+            with self._folder() as path:
+                header = evolve(self.header(), dtype=dtype)
+                self._write(path, header, [sample])
+                problem = _differs(self.cache().open(path, header)[0], sample, torch_dtype(dtype))
+                require(problem is None, f"features up to {facts.max / 2:.3g} in {dtype}: {problem}")
 
     @clause(
         "a reader gives each sample its own tensors: what is done to them changes nothing that is read", written=_READER
