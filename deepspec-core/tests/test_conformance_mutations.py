@@ -11,6 +11,7 @@ import last_hidden_draft
 import pytest
 import torch
 import wrong_caches as caches
+import wrong_choices
 import wrong_components as components
 import wrong_drafts as drafts
 import wrong_in_training
@@ -24,7 +25,7 @@ from deepspec_core.plugins import ComponentSpec, DraftModelSpec, ExportSpec, Tar
 from deepspec_core.testing.conformance import Suite, clauses
 
 ROOT = Path(__file__).parents[2]
-DRAFTS = (*drafts.CAUGHT, *wrong_in_training.CAUGHT, *wrong_weights.CAUGHT)
+DRAFTS = (*drafts.CAUGHT, *wrong_choices.CAUGHT, *wrong_in_training.CAUGHT, *wrong_weights.CAUGHT)
 SUITES = [getattr(kit, name) for name in kit.__all__ if name.endswith("Suite")]
 
 
@@ -93,6 +94,14 @@ def draft_suite(build: str) -> type[kit.DraftModelSuite]:
 def test_the_right_draft_keeps_everything() -> None:
     assert kit.broken_by(draft_suite("last_hidden_draft:LastHiddenDraft")) == {}
     assert kit.broken_by(draft_suite("wrong_drafts:LabelsAlone")) == {}
+
+
+def test_a_draft_without_probabilities_may_choose_otherwise() -> None:
+    class Chosen(draft_suite("wrong_choices:ProposesTheLeastProbable")):  # type: ignore[misc]
+        def chosen(self, draft: Any, rows: Any) -> Tensor:
+            return -self.proposed(draft, rows)
+
+    assert kit.broken_by(Chosen, ["test_greedy_tokens_are_those_of_training"]) == {}
 
 
 @pytest.mark.parametrize("caught", first_of(DRAFTS))
