@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import last_hidden_draft
 import pytest
 import torch
+import wrong_cache_members as members
 import wrong_caches as caches
 import wrong_choices
 import wrong_components as components
@@ -139,16 +140,27 @@ def test_wrong_weightings(what: str, plant: Any) -> None:
     in_words(said_of(Weighting, test), Weighting, test, word)
 
 
-@pytest.mark.parametrize("what", first_of(caches.CACHES))
+@pytest.mark.parametrize("what", [*first_of(caches.CACHES), *first_of(members.CACHES)])
 def test_wrong_caches(what: str, plant: Any) -> None:
-    test, word = caches.CACHES[what]
-    wrong = type("Wrong", (caches.WrongCache,), {"what": what})
+    test, word = (caches.CACHES | members.CACHES)[what]
+    kind = caches.WrongCache if what in caches.CACHES else members.WrongMembers
+    wrong = type("Wrong", (kind,), {"what": what})
 
     class Cache(kit.CacheFormatSuite):
         component, dtypes = "wrong", ("float32",)
         plugin = plugin("deepspec_cache_formats", ComponentSpec(name="wrong", summary="", build=plant(wrong)))
 
     in_words(said_of(Cache, test), Cache, test, word)
+
+
+def test_a_right_cache_with_all_members(plant: Any) -> None:
+    class Cache(kit.CacheFormatSuite):
+        component, dtypes = "wrong", ("float32",)
+        plugin = plugin(
+            "deepspec_cache_formats", ComponentSpec(name="wrong", summary="", build=plant(members.WrongMembers))
+        )
+
+    assert kit.broken_by(Cache) == {}
 
 
 def task_suite(build: str, **more: Any) -> type[kit.TaskSuite]:
@@ -227,7 +239,7 @@ def caught() -> Mapping[str, list[str]]:
         "loss": list(components.TERMS),
         "weighting": list(components.WEIGHTINGS),
         "target": list(targets.CAUGHT),
-        "cache": list(caches.CACHES),
+        "cache": [*caches.CACHES, *members.CACHES],
         "task": [*components.TASKS, "takes any row of a file"],
         "exporter": list(components.EXPORTERS),
     }
