@@ -46,8 +46,18 @@ class NextIdsWithoutProbabilities(_Decoding):
             return found if sampling.temperature == 0 else evolve(found, tokens=(found.tokens + 1) % 64)
 
 
+class ArraysForTokens(_Decoding):
+    """proposes tokens in an array"""
+
+    class wrong(LastHiddenProposer):
+        def propose(self, *given: Any) -> Proposal:
+            found = super().propose(*given)
+            return evolve(found, tokens=found.tokens.numpy())
+
+
 CAUGHT = (
     Caught(ProposesTheLeastProbable, "greedy_tokens_are_those_of_training", "most probable"),
     Caught(RollsTokens, "greedy_tokens_are_those_of_training", "most probable"),
+    Caught(ArraysForTokens, "slots_do_not_see_each_other", "ndarray, not a tensor"),
     Caught(NextIdsWithoutProbabilities, "decoding_sees_what_training_sees", "most probable"),
 )

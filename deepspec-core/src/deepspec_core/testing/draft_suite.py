@@ -18,6 +18,7 @@ from unittest import SkipTest
 
 import numpy as np
 import torch
+from attrs import evolve
 
 from deepspec_core.checkpoints.published import published_name
 from deepspec_core.contracts.draft import (
@@ -42,6 +43,7 @@ from deepspec_core.testing.rollouts import check_rollout
 from deepspec_core.testing.tiny_family import tiny_adapter
 
 _DRAFT = "deepspec_core/contracts/draft.py: DraftModel"
+_BATCH = "deepspec_core/contracts/draft.py: DraftBatch"
 _PREPARATION = "deepspec_core/contracts/draft.py: Preparation"
 _DESCRIPTION = "deepspec_core/contracts/draft.py: DraftDescription"
 _ROWS = "deepspec_core/contracts/rows.py: Rows"
@@ -236,6 +238,18 @@ class DraftModelSuite(DraftDecodingSuite):
         for name, gradient in together.items():
             check_near(apart.get(name), gradient, 10 * self.near + 1e-5, f"the gradient of {name}, one text at a time")
 
+    @clause("the rows of every slot train the draft", written=_ROWS)
+    def test_every_slot_is_trained(self) -> None:
+        draft = self.draft()
+        if draft.heads().draft.requires_grad:
+            raise SkipTest("it trains the heads of its slots, whatever they read")
+        rows, weights = draft(self.batch(draft)), list(trained(draft).values())
+        for slot in rows.slot.unique().tolist():
+            part_nH = rows.hidden[(rows.slot == slot) & (rows.weight > 0)]
+            found = torch.autograd.grad(part_nH.square().sum(), weights, retain_graph=True, allow_unused=True)
+            reached = not len(part_nH) or any(one is not None and bool(one.any()) for one in found)
+            require(reached, f"no parameter gets a gradient from the hidden states of slot {slot}")
+
     @clause("a batch without supervised positions has no rows, and all parameters stay in its graph", written=_ROWS)
     def test_a_batch_without_rows(self) -> None:
         draft = self.draft()
@@ -284,6 +298,20 @@ class DraftModelSuite(DraftDecodingSuite):
         away = ((rows.hidden.float() - exact).abs().mean() / exact.abs().mean()).detach()
         require(away < 0.06, f"hidden states that differ by {float(away):.0%} on average")
         gradients = gradients_of(loss, draft)
+        require(all(part.isfinite().all() for part in gradients.values()), "gradients that are not finite")
+
+    @clause("features may come in bfloat16 beside weights in float32: the draft casts them", written=_BATCH)
+    def test_features_in_another_dtype(self) -> None:
+        draft = self.draft()
+        batch = self.batch(draft)
+        rounded = evolve(
+            batch.features, hidden=batch.features.hidden.bfloat16(), last_hidden=batch.features.last_hidden.bfloat16()
+        )
+        exact = evolve(rounded, hidden=rounded.hidden.float(), last_hidden=rounded.last_hidden.float())
+        rows = draft(evolve(batch, features=rounded))
+        expected_NH = draft(evolve(batch, features=exact)).hidden
+        check_near(rows.hidden, expected_NH, self.near, "hidden, beside the same numbers in float32")
+        gradients = gradients_of(loss_of(draft, rows), draft)
         require(all(part.isfinite().all() for part in gradients.values()), "gradients that are not finite")
 
     @clause("training on a batch lowers its loss", written=_ALGORITHM)
