@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
 
 import pytest
+import torch
 from attrs import evolve
 
 from deepspec_core.cache.hdf5 import HDF5Format
 from deepspec_core.cli.main import main
-from deepspec_core.contracts.cache import CacheHeader
+from deepspec_core.contracts.cache import CacheHeader, CacheWriter
+from deepspec_core.contracts.draft import Sample
 from deepspec_core.pipeline.trying_cache import lost_by
+from deepspec_core.testing.random_batches import features_of
 
 HEADER = CacheHeader(
     target="t", revision="", adapter="tiny", taps=(0, 2), hidden_size=8, vocab_size=16, dtype="float32", tokenizer="",
@@ -96,6 +100,7 @@ def test_a_format_that_loses_something(lossy: None, run_file: Path, capsys: pyte
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3"])
 def test_cores_own_format_keeps_all(dtype: str) -> None:
     assert lost_by(HDF5Format(), evolve(HEADER, dtype=dtype)) is None
+    assert lost_by(HDF5Format(), evolve(HEADER, dtype=dtype, taps=(), vocab_size=2, max_length=3)) is None
 
 
 class Other(HDF5Format):
@@ -115,6 +120,42 @@ class Other(HDF5Format):
 )
 def test_each_answer_is_looked_at(answers: dict[str, Any], says: str) -> None:
     assert lost_by(Other(**answers), HEADER) == says
+
+
+class Changed:
+    """A writer that stores another sample than it is given."""
+
+    def __init__(self, inner: CacheWriter, change: Callable[[Sample], Sample]) -> None:
+        self.inner, self.change = inner, change
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def write(self, sample: Sample) -> None:
+        self.inner.write(self.change(sample))
+
+
+def clamped(sample: Sample) -> Sample:
+    found = features_of(sample)
+    return evolve(sample, features=evolve(found, last_hidden=found.last_hidden.clamp(-8, 8)))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda one: evolve(one, input_ids=one.input_ids.to(torch.uint8).long()), "input_ids"),
+        (lambda one: evolve(one, input_ids=one.input_ids.to(torch.int16).long()), "input_ids"),
+        (lambda one: evolve(one, original_length=one.original_length % 2**16), "original_length 0"),
+        (clamped, "last_hidden: other numbers"),
+    ],
+)
+def test_numbers_in_too_few_bits(change: Callable[[Sample], Sample], says: str) -> None:
+    class Narrow(HDF5Format):
+        def create(self, path: Path, header: CacheHeader, **options: Any) -> Any:
+            return Changed(super().create(path, header, **options), change)
+
+    found = lost_by(Narrow(), evolve(HEADER, vocab_size=151_936, max_length=2**16))
+    assert says in str(found)
 
 
 @pytest.mark.parametrize("command", ["run", "estimate"])

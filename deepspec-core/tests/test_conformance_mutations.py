@@ -10,7 +10,9 @@ from typing import Any, ClassVar
 import last_hidden_draft
 import pytest
 import torch
+import wrong_cache_members as members
 import wrong_caches as caches
+import wrong_choices
 import wrong_components as components
 import wrong_drafts as drafts
 import wrong_in_training
@@ -24,7 +26,7 @@ from deepspec_core.plugins import ComponentSpec, DraftModelSpec, ExportSpec, Tar
 from deepspec_core.testing.conformance import Suite, clauses
 
 ROOT = Path(__file__).parents[2]
-DRAFTS = (*drafts.CAUGHT, *wrong_in_training.CAUGHT, *wrong_weights.CAUGHT)
+DRAFTS = (*drafts.CAUGHT, *wrong_choices.CAUGHT, *wrong_in_training.CAUGHT, *wrong_weights.CAUGHT)
 SUITES = [getattr(kit, name) for name in kit.__all__ if name.endswith("Suite")]
 
 
@@ -95,6 +97,14 @@ def test_the_right_draft_keeps_everything() -> None:
     assert kit.broken_by(draft_suite("wrong_drafts:LabelsAlone")) == {}
 
 
+def test_a_draft_without_probabilities_may_choose_otherwise() -> None:
+    class Chosen(draft_suite("wrong_choices:ProposesTheLeastProbable")):  # type: ignore[misc]
+        def chosen(self, draft: Any, rows: Any) -> Tensor:
+            return -self.proposed(draft, rows)
+
+    assert kit.broken_by(Chosen, ["test_greedy_tokens_are_those_of_training"]) == {}
+
+
 @pytest.mark.parametrize("caught", first_of(DRAFTS))
 def test_wrong_drafts(caught: drafts.Caught) -> None:
     suite = draft_suite(f"{caught.wrong.__module__}:{caught.wrong.__name__}")
@@ -130,16 +140,27 @@ def test_wrong_weightings(what: str, plant: Any) -> None:
     in_words(said_of(Weighting, test), Weighting, test, word)
 
 
-@pytest.mark.parametrize("what", first_of(caches.CACHES))
+@pytest.mark.parametrize("what", [*first_of(caches.CACHES), *first_of(members.CACHES)])
 def test_wrong_caches(what: str, plant: Any) -> None:
-    test, word = caches.CACHES[what]
-    wrong = type("Wrong", (caches.WrongCache,), {"what": what})
+    test, word = (caches.CACHES | members.CACHES)[what]
+    kind = caches.WrongCache if what in caches.CACHES else members.WrongMembers
+    wrong = type("Wrong", (kind,), {"what": what})
 
     class Cache(kit.CacheFormatSuite):
         component, dtypes = "wrong", ("float32",)
         plugin = plugin("deepspec_cache_formats", ComponentSpec(name="wrong", summary="", build=plant(wrong)))
 
     in_words(said_of(Cache, test), Cache, test, word)
+
+
+def test_a_right_cache_with_all_members(plant: Any) -> None:
+    class Cache(kit.CacheFormatSuite):
+        component, dtypes = "wrong", ("float32",)
+        plugin = plugin(
+            "deepspec_cache_formats", ComponentSpec(name="wrong", summary="", build=plant(members.WrongMembers))
+        )
+
+    assert kit.broken_by(Cache) == {}
 
 
 def task_suite(build: str, **more: Any) -> type[kit.TaskSuite]:
@@ -218,7 +239,7 @@ def caught() -> Mapping[str, list[str]]:
         "loss": list(components.TERMS),
         "weighting": list(components.WEIGHTINGS),
         "target": list(targets.CAUGHT),
-        "cache": list(caches.CACHES),
+        "cache": [*caches.CACHES, *members.CACHES],
         "task": [*components.TASKS, "takes any row of a file"],
         "exporter": list(components.EXPORTERS),
     }

@@ -16,6 +16,7 @@ from attrs import evolve
 from deepspec_core.cache.hdf5 import HDF5Format
 from deepspec_core.contracts.draft import Sample
 from deepspec_core.errors import CacheError
+from deepspec_core.testing.random_batches import features_of
 
 
 class _Reader:
@@ -91,6 +92,41 @@ class _FilesNamedByIds(_Writer):
         (self.path / f"{sample.id}.tokens").touch()
 
 
+class _Changed(_Writer):
+    """Stores something else than it is given."""
+
+    def write(self, sample: Sample) -> None:
+        self.inner.write(self.changed(sample))
+
+    def changed(self, sample: Sample) -> Sample:
+        raise NotImplementedError
+
+
+class _IdsIn8Bits(_Changed):
+    def changed(self, sample: Sample) -> Sample:
+        return evolve(sample, input_ids=sample.input_ids.to(torch.uint8).long())
+
+
+class _IdsIn16Bits(_Changed):
+    def changed(self, sample: Sample) -> Sample:
+        return evolve(sample, input_ids=sample.input_ids.to(torch.int16).long())
+
+
+class _OriginalLengthIn16Bits(_Changed):
+    def changed(self, sample: Sample) -> Sample:
+        return evolve(sample, original_length=sample.original_length % 2**16)
+
+
+class _ClampsFeatures(_Changed):
+    def changed(self, sample: Sample) -> Sample:
+        return _with_features(sample, lambda part: part.clamp(-8, 8))
+
+
+class _ThroughFloat16(_Changed):
+    def changed(self, sample: Sample) -> Sample:
+        return _with_features(sample, lambda part: part.half().to(part.dtype))
+
+
 class _CompleteUntilClosed(_Writer):
     """Says in the manifest that the cache is complete with each shard, and takes it back when it is closed."""
 
@@ -107,7 +143,17 @@ class _CompleteUntilClosed(_Writer):
         evolve(self.inner._manifest, complete=complete).save(self.path)
 
 
+def _with_features(sample: Sample, change: Callable[[torch.Tensor], torch.Tensor]) -> Sample:
+    found = features_of(sample)
+    return evolve(sample, features=evolve(found, hidden=change(found.hidden), last_hidden=change(found.last_hidden)))
+
+
 _WRITERS = {
+    "stores token ids in 8 bits": _IdsIn8Bits,
+    "stores token ids in 16 bits": _IdsIn16Bits,
+    "stores original lengths in 16 bits": _OriginalLengthIn16Bits,
+    "stores features of at most 8": _ClampsFeatures,
+    "stores features as float16": _ThroughFloat16,
     "loses sealed shards when it is killed": _SealsInTheEnd,
     "names files by ids of samples": _FilesNamedByIds,
     "is complete until it is closed": _CompleteUntilClosed,
@@ -154,6 +200,11 @@ class WrongCache(HDF5Format):
 
 
 CACHES = {
+    "stores token ids in 16 bits": ("what_is_written_is_read", "input_ids"),
+    "stores token ids in 8 bits": ("what_is_written_is_read", "input_ids"),
+    "stores original lengths in 16 bits": ("what_is_written_is_read", "original_length"),
+    "stores features of at most 8": ("large_and_small_numbers_are_kept", "other numbers"),
+    "stores features as float16": ("large_and_small_numbers_are_kept", "other numbers"),
     "another sample's features": ("what_is_written_is_read", "hidden"),
     "loses the dtype": ("what_is_written_is_read", "float64"),
     "loses the original length": ("what_is_written_is_read", "original_length"),

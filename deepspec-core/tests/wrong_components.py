@@ -87,6 +87,16 @@ TERMS = {
         _term(lambda stats, ce_N: ce_N * (1 + (stats.draft_logits.argmax(-1) == stats.target_ids)), needs_logits=True),
         "a_reduced_vocabulary", "other values",
     ),
+    "writes into the labels": (
+        _term(lambda stats, ce_N: (stats.target_ids.zero_(), ce_N)[1]), "statistics_stay", "target_ids",
+    ),
+    "leaves gradients disabled": (
+        _term(lambda stats, ce_N: (torch.set_grad_enabled(False), ce_N)[1]), "one_number_a_row", "gradients enabled",
+    ),
+    "returns an array": (
+        _term(lambda stats, ce_N: ce_N.detach().numpy()), "chunks_do_not_matter", "ndarray, not a tensor",
+    ),
+    "returns nothing": (_term(lambda stats, ce_N: None), "gradients_reach_the_draft", "NoneType, not a tensor"),
     "extras as text": (_term(lambda stats, ce_N: ce_N, needs_extras="x"), "it_says_what_it_needs", "needs_extras"),
 }  # fmt: skip
 
@@ -99,6 +109,13 @@ def _without_gaps(slot: Tensor, block: Tensor, stats: Any) -> Tensor:
     sizes = block.unique_consecutive(return_counts=True)[1].tolist()
     parts = zip(slot.split(sizes), sizes, strict=True)
     return torch.cat([slot[:0].float(), *(torch.linspace(1.0, 0.5, size)[of_block] for of_block, size in parts)])
+
+
+class _OfTheLabel:
+    needs_logits = True
+
+    def __call__(self, slot: Tensor, block: Tensor, stats: Any) -> Tensor:
+        return stats.draft_logits.detach().softmax(-1).gather(1, stats.target_ids[:, None])[:, 0]
 
 
 _kept_statistics: list[Any] = []
@@ -129,6 +146,37 @@ WEIGHTINGS = {
     "keeps statistics": (
         lambda slot, block, stats: (_kept_statistics.append(stats), 0.8 ** slot.float())[1],
         "the_same_rows_weigh_the_same", "memory",
+    ),
+    "writes into tv": (
+        lambda slot, block, stats: (stats.tv.mul_(0.0), 0.8 ** slot.float())[1], "what_it_reads_stays", "tv",
+    ),
+    "writes into acceptance": (
+        lambda slot, block, stats: (stats.acceptance.mul_(0.0), 0.8 ** slot.float())[1],
+        "what_it_reads_stays", "acceptance",
+    ),
+    "writes into labels": (
+        lambda slot, block, stats: (stats.target_ids.zero_(), 0.8 ** slot.float())[1],
+        "what_it_reads_stays", "target_ids",
+    ),
+    "reads the draft's logits without saying so": (
+        lambda slot, block, stats: stats.draft_logits.softmax(-1).max(-1).values,
+        "it_reads_what_it_says", "needs_logits",
+    ),
+    "reads what is before the correction without saying so": (
+        lambda slot, block, stats: torch.exp(-stats.ce_without_correction.detach()),
+        "it_reads_what_it_says", "needs_uncorrected",
+    ),
+    "reads extras": (
+        lambda slot, block, stats: stats.extras["confidence_logits"].detach().sigmoid(),
+        "it_reads_what_it_says", "confidence_logits",
+    ),
+    "takes a label for a column of a reduced vocabulary": (_OfTheLabel(), "a_reduced_vocabulary", "out of bounds"),
+    "leaves torch without gradients": (
+        lambda slot, block, stats: (torch.set_grad_enabled(False), 0.8 ** slot.float())[1],
+        "one_weight_a_row", "gradients enabled",
+    ),
+    "weights in an array": (
+        lambda slot, block, stats: (0.8 ** slot.float()).numpy(), "blocks_do_not_see_each_other", "not a tensor",
     ),
     "fails without rows": (
         lambda slot, block, stats: slot.float() + slot.max() + 1, "no_rows", "max",

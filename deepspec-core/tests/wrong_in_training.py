@@ -63,7 +63,26 @@ class WritesOverPrompts(LastHiddenDraft):
         return evolve(texts, input_ids=(uniforms * 60).long())
 
 
+class TrainsSlot0Alone(_Rows):
+    """trains the rows of slot 0 alone"""
+
+    def changed(self, rows: Rows, batch: DraftBatch) -> Rows:
+        return evolve(rows, hidden=torch.where((rows.slot > 0)[:, None], rows.hidden.detach(), rows.hidden))
+
+
+class CastsNothing(LastHiddenDraft):
+    """fails on features in bfloat16 beside weights in float32"""
+
+    def blocks(self, last_NH: Tensor, anchor_ids_N: Tensor) -> Tensor:
+        embedded_NH = self.embed_tokens(anchor_ids_N).to(last_NH.dtype)
+        added_NH = self.up(torch.tanh(self.down(torch.cat([last_NH, embedded_NH], dim=-1))))
+        normed_NKH: Tensor = self.norm(last_NH[:, None] + added_NH.unflatten(-1, (self.options.block_size, -1)))
+        return normed_NKH
+
+
 CAUGHT = (
+    Caught(TrainsSlot0Alone, "every_slot_is_trained", "slot 1"),
+    Caught(CastsNothing, "features_in_another_dtype", "dtype"),
     Caught(DividesByNothing, "rows_keep_their_form", "denominator"),
     Caught(ExtrasLeak, "neighbours_do_not_matter", "extras"),
     Caught(LeaksInTraining, "neighbours_do_not_matter", "hidden"),

@@ -25,8 +25,23 @@ TEMPLATE = (
 
 class WrongTarget(TransformersTarget):
     what: str
+    opened = False
+
+    def open_slots(self, num_slots: int, max_length: int) -> None:
+        if self.what == "keeps its slots when they are opened again" and self.opened:
+            return
+        self.opened = True
+        if self.what == "opens four slots at most":
+            num_slots = min(num_slots, 4)
+        super().open_slots(num_slots, 40 if self.what == "opens slots of 40 tokens" else max_length)
+
+    def embedding_weight(self) -> Tensor:
+        found = super().embedding_weight()
+        return found.clone().requires_grad_() if self.what == "gives an embedding with a gradient" else found
 
     def features(self, ids: Tensor, mask: Tensor, positions: Any, documents: Any, taps: Any) -> TargetFeatures:
+        if self.what == "draws random numbers":
+            torch.rand(1, device="cpu")
         if self.what == "taps off by one":
             taps = [tap + 1 for tap in taps]
         if self.what == "attends to other documents":
@@ -48,7 +63,10 @@ class WrongTarget(TransformersTarget):
         if self.what == "a tree as a chain" and options.get("sees") is not None:
             options["sees"] = torch.ones_like(options["sees"]).tril()
             positions = positions[:, :1] + torch.arange(positions.shape[1])
-        return super().decode(slots, ids, positions, taps, **options)
+        found = super().decode(slots, ids, positions, taps, **options)
+        if self.what == "writes into positions":
+            positions.clamp_(min=0)
+        return found
 
     def commit(self, slots: Tensor, lengths: Tensor, kept: Tensor | None = None) -> None:
         if self.what == "the key-value cache is not cropped":
@@ -66,6 +84,8 @@ class WrongAdapter(Qwen3Adapter):
     kept: Sequence[nn.Module] = ()
 
     def load(self, where: Any, **given: Any) -> Any:
+        if self.what == "loads in float32 whatever is asked":
+            given["dtype"] = torch.float32
         try:
             found = super().load(where, **given)
         except TargetError:
@@ -74,6 +94,12 @@ class WrongAdapter(Qwen3Adapter):
             return None
         found.__class__ = WrongTarget
         found.what = self.what  # type: ignore[attr-defined]
+        if self.what == "says another dtype than it has":
+            found.dtype = torch.bfloat16  # type: ignore[attr-defined]
+        if self.what == "loads weights with gradients":
+            found.model.requires_grad_(True)  # type: ignore[attr-defined]
+        if self.what == "stays in training mode":
+            found.model.train()  # type: ignore[attr-defined]
         return found
 
     def embedding(self) -> nn.Module:
@@ -122,5 +148,15 @@ CAUGHT = {
     "one MLP for all layers": ("modules_are_new", "mlp"),
     "another family's answers": ("the_template_has_such_answers", "disagree"),
     "loads without some weights": ("missing_weights_are_refused", "all the same"),
+    "keeps its slots when they are opened again": ("slots_are_opened_as_asked", ""),
+    "opens four slots at most": ("slots_are_opened_as_asked", "index"),
+    "opens slots of 40 tokens": ("slots_are_opened_as_asked", "max_length"),
+    "loads in float32 whatever is asked": ("it_is_loaded_in_the_dtype_that_is_asked", "torch.float32"),
+    "says another dtype than it has": ("it_is_loaded_in_the_dtype_that_is_asked", "`dtype`"),
+    "gives an embedding with a gradient": ("it_is_frozen", "embedding_weight()"),
+    "loads weights with gradients": ("it_is_frozen", "trained"),
+    "stays in training mode": ("it_is_frozen", "training mode"),
+    "draws random numbers": ("what_it_is_given_stays", "random numbers"),
+    "writes into positions": ("what_it_is_given_stays", "positions"),
     "answers without an end": ("answers_can_be_found", "assistant_ends"),
 }

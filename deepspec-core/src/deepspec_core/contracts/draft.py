@@ -82,9 +82,9 @@ class DraftBatch:
     """The right-padded sequences of one micro-batch, on the device.
 
     input_ids, loss_mask and attention_mask are [B, T]. features are [B, T, C] and [B, T, H], in the dtype in which they
-    were captured. `prepared` is what `Preparation.collate` returned. `on_host` holds pairs: a tensor of `prepared`, and
-    its copy in the host's memory, which can be read without waiting for the device. A draft passes `on_host` on to its
-    rows.
+    were captured or cached. It may differ from that of the draft's weights: the draft casts them. `prepared` is what
+    `Preparation.collate` returned. `on_host` holds pairs: a tensor of `prepared`, and its copy in the host's memory,
+    which can be read without waiting for the device. A draft passes `on_host` on to its rows.
 
     If sequences are packed, a row holds several conversations one after another, and position_ids and document_ids are
     [B, T]: a token's position in its own conversation, and the conversation's number in the order of `prepared`, -1 on

@@ -131,8 +131,9 @@ class LossTerm(Protocol):
 class Weighting(Protocol):
     """Computes how much each row of a block counts. Its result is multiplied by the rows' own weight.
 
-    It is called with whole blocks. No gradient flows through it. It keeps nothing between calls. Slots that are not
-    supervised have no row, so a row's slot number may be larger than its place in the block.
+    It is called with whole blocks. No gradient flows through it. It keeps nothing between calls and writes into nothing
+    that it is given. It reads no extras, because it cannot say which ones it needs. Slots that are not supervised have
+    no row, so a row's slot number may be larger than its place in the block.
     """
 
     def __call__(self, slot: Tensor, block: Tensor, stats: RowStats) -> Tensor:

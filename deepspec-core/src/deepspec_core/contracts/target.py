@@ -172,7 +172,9 @@ class ConversationFormat:
 class TargetModel(Protocol):
     """A loaded, frozen target, with a key-value cache of slots. Each slot holds one sequence.
 
-    Every method runs under no_grad. Positions are absolute and start at 0.
+    Every method runs under no_grad. Positions are absolute and start at 0. All modules are in evaluation mode. The
+    target draws no random numbers and does not write into what it is given. `dtype` is the number format of its weights
+    and features.
     """
 
     architecture: TargetArchitecture

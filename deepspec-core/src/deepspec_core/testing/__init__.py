@@ -4,10 +4,11 @@ from deepspec_core.testing.cache_suite import CacheFormatSuite
 from deepspec_core.testing.conformance import ContractBroken, broken_by
 from deepspec_core.testing.draft_suite import DraftModelSuite
 from deepspec_core.testing.export_suite import ExporterSuite
-from deepspec_core.testing.loss_suite import LossSuite, WeightingSuite
+from deepspec_core.testing.loss_suite import LossSuite
 from deepspec_core.testing.target_suite import TargetAdapterSuite
 from deepspec_core.testing.task_suite import TaskSuite
 from deepspec_core.testing.untrained_suite import UntrainedDraftSuite
+from deepspec_core.testing.weighting_suite import WeightingSuite
 
 __all__ = [
     "CacheFormatSuite",

@@ -1,28 +1,29 @@
 """CacheFormatSuite: tests that a feature cache format meets its contract. Caches are written into temporary folders.
 
+Clauses of what a format may leave out are in cache_members_suite.py.
+
 This file knows the contract of cache formats. It does not know what a format's files look like; it changes their bytes.
 """
 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from attrs import evolve
 
-from deepspec_core.contracts.cache import CacheFormat, CacheHeader, CacheReader, CacheWriter
-from deepspec_core.contracts.draft import Sample
+from deepspec_core.contracts.cache import CacheFormat, CacheReader, CacheWriter
 from deepspec_core.dtypes import torch_dtype
 from deepspec_core.errors import CacheError, DeepSpecError, StageError
-from deepspec_core.testing.conformance import Suite, Unmet, clause, require
+from deepspec_core.testing.cache_members_suite import CacheMembersSuite
+from deepspec_core.testing.conformance import Unmet, clause, require
 from deepspec_core.testing.damaged_files import damaged, killed_after
-from deepspec_core.testing.random_batches import TAPS, features_of, random_sample
+from deepspec_core.testing.random_batches import features_of, random_sample
+from deepspec_core.testing.stored_samples import differs, error_of
 
 _FORMAT = "deepspec_core/contracts/cache.py: CacheFormat"
 _WRITER = "deepspec_core/contracts/cache.py: CacheWriter"
@@ -30,143 +31,136 @@ _READER = "deepspec_core/contracts/cache.py: CacheReader"
 _HEADER = "deepspec_core/contracts/cache.py: CacheHeader"
 
 
-class CacheFormatSuite(Suite):
+class CacheFormatSuite(CacheMembersSuite):
     """Clauses of `contracts.cache.CacheFormat`.
 
     dtypes: The dtypes that the format stores exactly.
     finds_damage: Whether `verify` finds a flipped bit in a file of samples.
     """
 
-    kind = "cache"
-    dtypes: ClassVar[Sequence[str]] = ("float32", "float16", "bfloat16")
-    finds_damage: ClassVar[bool] = True
-
-    def cache(self) -> CacheFormat:
-        """A new instance of the format."""
-        made: CacheFormat = self.registry().build("cache", self.component)
-        return made
-
-    def header(self) -> CacheHeader:
-        """The header of a cache of random samples."""
-        return CacheHeader(
-            target="t", revision="r", adapter="tiny", taps=TAPS, hidden_size=32, vocab_size=64, dtype=self.dtypes[0],
-            tokenizer="k", template="m", max_length=64, source="s", plugins={"one": "1"},
-        )  # fmt: skip
-
-    def samples(self) -> list[Sample]:
-        """Five samples of different lengths."""
-        return [evolve(random_sample(f"s{i}", 5 + 3 * i, seed=i), original_length=9 + 3 * i) for i in range(5)]
-
     @clause("`build()` gives a format, a writer and a reader with the methods of the contract", written=_FORMAT)
     def test_it_is_a_format(self) -> None:
         cache = self.cache()
         require(isinstance(cache, CacheFormat), f"{type(cache).__name__}, in which members are missing")
-        with self._folder() as path:
+        with self.folder() as path:
             with closing(cache.create(path, self.header())) as writer:
                 require(isinstance(writer, CacheWriter), f"{type(writer).__name__}, in which members are missing")
                 require(writer.written() == set(), f"written() of a new cache: {writer.written()}")
-            self._write(path)
+            self.write(path)
             reader = cache.open(path, None)
             require(isinstance(reader, CacheReader), f"{type(reader).__name__}, in which members are missing")
 
     @clause("what is written is read: ids, lengths, tokens, masks and features, in any order", written=_READER)
     def test_what_is_written_is_read(self) -> None:
         for dtype in self.dtypes:
-            with self._folder() as path:
+            with self.folder() as path:
                 header, samples = evolve(self.header(), dtype=dtype), self.samples()
-                self._write(path, header)
+                self.write(path, header)
                 reader = self.cache().open(path, header)
                 require(len(reader) == len(samples), f"{len(reader)} samples of {len(samples)}")
                 require(reader.ids() == [one.id for one in samples], f"ids() = {reader.ids()}")
                 lengths = [len(one.input_ids) for one in samples]
                 require(list(reader.lengths()) == lengths, f"lengths() = {reader.lengths()}, not {lengths}")
                 for index in (4, 0, 2, 2, 1, 3):
-                    problem = _differs(reader[index], samples[index], torch_dtype(dtype))
+                    problem = differs(reader[index], samples[index], torch_dtype(dtype))
                     require(problem is None, f"sample {index} in {dtype}: {problem}")
+
+    @clause("features are kept over the whole range of their number format", written=_HEADER)
+    def test_large_and_small_numbers_are_kept(self) -> None:
+        for dtype in self.dtypes:
+            sample, facts = random_sample("a", 4), torch.finfo(torch_dtype(dtype))
+            for part in (features_of(sample).hidden, features_of(sample).last_hidden):
+                part[0], part[1] = part[0].sign() * facts.max / 2, part[1].sign() * facts.smallest_normal
+                part[2, :2] = torch.tensor([min(3e4, facts.max / 4), -min(3e4, facts.max / 4)])
+            with self.folder() as path:
+                header = evolve(self.header(), dtype=dtype)
+                self.write(path, header, [sample])
+                problem = differs(self.cache().open(path, header)[0], sample, torch_dtype(dtype))
+                require(problem is None, f"features up to {facts.max / 2:.3g} in {dtype}: {problem}")
 
     @clause(
         "a reader gives each sample its own tensors: what is done to them changes nothing that is read", written=_READER
     )
     def test_samples_are_apart(self) -> None:
-        with self._folder() as path:
+        with self.folder() as path:
             samples, dtype = self.samples(), torch_dtype(self.header().dtype)
-            self._write(path)
+            self.write(path)
             reader = self.cache().open(path, None)
             kept = [reader[index] for index in range(len(samples))]
             for index, one in enumerate(kept):
-                problem = _differs(one, samples[index], dtype)
+                problem = differs(one, samples[index], dtype)
                 require(problem is None, f"sample {index}, after the others were read: {problem}")
             features_of(kept[1]).hidden.zero_()
             kept[1].input_ids.zero_()
             for index in (0, 1, 2):
-                problem = _differs(reader[index], samples[index], dtype)
+                problem = differs(reader[index], samples[index], dtype)
                 require(problem is None, f"sample {index}, after the tensors of sample 1 were set to 0: {problem}")
 
     @clause("`tokens_of` gives a sample without its features", written=_READER)
     def test_tokens_alone(self) -> None:
-        with self._folder() as path:
-            self._write(path)
+        with self.folder() as path:
+            self.write(path)
             reader = self.cache().open(path, None)
             for index, sample in enumerate(self.samples()):
                 found = reader.tokens_of(index)
                 require(found.features is None, f"tokens_of({index}) has features")
-                problem = _differs(found, evolve(sample, features=None), torch.float32)
+                problem = differs(found, evolve(sample, features=None), torch.float32)
                 require(problem is None, f"tokens_of({index}): {problem}")
 
     @clause("a reader can be pickled and sent to loader workers", written=_READER)
     def test_a_reader_is_sent(self) -> None:
-        with self._folder() as path:
-            self._write(path)
+        with self.folder() as path:
+            self.write(path)
             reader = self.cache().open(path, None)
             features_of(reader[0])
             sent = pickle.loads(pickle.dumps(reader))
-            problem = _differs(sent[2], self.samples()[2], torch_dtype(self.header().dtype))
+            problem = differs(sent[2], self.samples()[2], torch_dtype(self.header().dtype))
             require(problem is None, f"sample 2 of the copy: {problem}")
 
     @clause("the header is kept, and None where there is no cache", written=_FORMAT)
     def test_the_header_is_kept(self) -> None:
         cache = self.cache()
-        with self._folder() as path:
+        with self.folder() as path:
             require(cache.header(path) is None, f"{cache.header(path)}, where there is none")
             with closing(cache.create(path, self.header())):
                 require(cache.header(path) == self.header(), f"{cache.header(path)} of a cache that is not finished")
-            self._write(path)
+            self.write(path)
             require(cache.header(path) == self.header(), f"{cache.header(path)}, written as {self.header()}")
             require(cache.open(path, None).header == self.header(), "a reader with another header")
 
     @clause("a cache made of anything else is not opened: CacheError names the field that differs", written=_HEADER)
     def test_another_header_is_refused(self) -> None:
         cache, header = self.cache(), self.header()
-        with self._folder() as path:
-            self._write(path)
+        with self.folder() as path:
+            self.write(path)
             changes: dict[str, Any] = {
                 "target": "x", "revision": "x", "adapter": "x", "taps": (1,), "hidden_size": 8, "vocab_size": 8,
                 "tokenizer": "x", "template": "x", "max_length": 8, "source": "x", "subset": "x",
             }  # fmt: skip
             for name, value in changes.items():
-                said = _error(CacheError, partial(cache.open, path, evolve(header, **{name: value})))
+                said = error_of(CacheError, partial(cache.open, path, evolve(header, **{name: value})))
                 require(said is not None and name in said, f"another `{name}`: {said or 'opened'}")
             free: dict[str, Any] = {"plugins": {"other": "2"}, "computed_in": "bfloat16", "split": "x"}
             for name, other in free.items():
-                said = _error(DeepSpecError, partial(cache.open, path, evolve(header, **{name: other})))
+                said = error_of(DeepSpecError, partial(cache.open, path, evolve(header, **{name: other})))
                 require(said is None, f"another `{name}`, which is not compared: {said}")
-            said = _error(CacheError, lambda: cache.create(path, evolve(header, source="x")).close())
+            said = error_of(CacheError, lambda: cache.create(path, evolve(header, source="x")).close())
             require(said is not None, "`create` goes on with a cache of another source")
 
     @clause("a cache is opened when it is finished, not before", written=_FORMAT)
     def test_an_unfinished_cache_is_not_opened(self) -> None:
-        with self._folder() as path:
+        with self.folder() as path:
             with closing(self.cache().create(path, self.header(), shard_samples=2)) as writer:
                 for sample in self.samples():
                     writer.write(sample)
                 writer.close()
                 writer.close()
-            said = _error(CacheError, lambda: self.cache().open(path, None))
+            said = error_of(CacheError, lambda: self.cache().open(path, None))
             require(said is not None, "opened after `close` without `finish`")
 
     @clause("a new writer goes on after a stop; each sample is there once", written=_WRITER)
     def test_a_writer_goes_on(self) -> None:
-        with self._folder() as path:
+        with self.folder() as path:
             with closing(self.cache().create(path, self.header(), shard_samples=2)) as writer:
                 for sample in self.samples()[:3]:
                     writer.write(sample)
@@ -174,8 +168,8 @@ class CacheFormatSuite(Suite):
 
     @clause("two writers at once are refused with a StageError", written=_FORMAT)
     def test_one_writer_at_a_time(self) -> None:
-        with self._folder() as path, closing(self.cache().create(path, self.header())):
-            said = _error(StageError, lambda: self.cache().create(path, self.header()).close())
+        with self.folder() as path, closing(self.cache().create(path, self.header())):
+            said = error_of(StageError, lambda: self.cache().create(path, self.header()).close())
             require(said is not None, "a second writer beside the first")
 
     @clause(
@@ -183,7 +177,7 @@ class CacheFormatSuite(Suite):
         written=_WRITER,
     )
     def test_a_killed_writer(self) -> None:
-        with self._folder() as path:
+        with self.folder() as path:
 
             def write() -> CacheWriter:
                 writer = self.cache().create(path, self.header(), shard_samples=2)
@@ -193,7 +187,7 @@ class CacheFormatSuite(Suite):
 
             killed_after(write)
             require(self.cache().header(path) == self.header(), f"header() = {self.cache().header(path)}")
-            said = _error(CacheError, lambda: self.cache().open(path, None))
+            said = error_of(CacheError, lambda: self.cache().open(path, None))
             require(said is not None, "opened after its writer was killed")
             self._goes_on(path)
 
@@ -202,7 +196,7 @@ class CacheFormatSuite(Suite):
         written=_FORMAT,
     )
     def test_ids_are_text(self) -> None:
-        with self._folder() as path:
+        with self.folder() as path:
             names = [
                 "",
                 ".",
@@ -213,7 +207,7 @@ class CacheFormatSuite(Suite):
                 "a line\nand another",
                 "\u96ea \u00e4",
             ]
-            self._write(path, samples=[evolve(self.samples()[0], id=name) for name in names])
+            self.write(path, samples=[evolve(self.samples()[0], id=name) for name in names])
             found = self.cache().open(path, None)
             require(found.ids() == names, f"ids() = {found.ids()}, not {names}")
             read = [found[index].id for index in range(len(names))]
@@ -227,8 +221,8 @@ class CacheFormatSuite(Suite):
         written=_FORMAT,
     )
     def test_damage_is_found(self) -> None:
-        with self._folder() as path:
-            self._write(path)
+        with self.folder() as path:
+            self.write(path)
             errors = [str(one) for one in self.cache().verify(path)]
             require(not errors, f"of a whole cache: {errors}")
             for what, is_cut in damaged(path):
@@ -242,18 +236,18 @@ class CacheFormatSuite(Suite):
 
     @clause("a cache without tapped layers holds the last hidden state alone", written=_FORMAT)
     def test_without_taps(self) -> None:
-        with self._folder() as path:
+        with self.folder() as path:
             sample = random_sample("a", 7, num_taps=0)
             header = evolve(self.header(), taps=())
-            self._write(path, header, [sample])
-            problem = _differs(self.cache().open(path, header)[0], sample, torch_dtype(header.dtype))
+            self.write(path, header, [sample])
+            problem = differs(self.cache().open(path, header)[0], sample, torch_dtype(header.dtype))
             require(problem is None, f"taps = (): {problem}")
 
     @clause("`bytes_per_token` is about what a token takes", written=_FORMAT)
     def test_sizes_are_estimated(self) -> None:
         taken = []
         for count in (8, 40):
-            with self._folder() as path:
+            with self.folder() as path:
                 with closing(self.cache().create(path, self.header())) as writer:
                     for index in range(count):
                         writer.write(random_sample(f"s{index}", 64, seed=index))
@@ -263,12 +257,6 @@ class CacheFormatSuite(Suite):
         require(type(size) is int and size > 0, f"bytes_per_token() = {size!r}")
         stored = (taken[1] - taken[0]) / (32 * 64)
         require(0.5 * stored < size < 2 * stored, f"{size} bytes, and one more token takes {stored:.0f}")
-
-    def _write(self, path: Path, header: CacheHeader | None = None, samples: list[Sample] | None = None) -> None:
-        with closing(self.cache().create(path, header or self.header(), shard_samples=2)) as writer:
-            for sample in self.samples() if samples is None else samples:
-                writer.write(sample)
-            writer.finish()
 
     def _goes_on(self, path: Path) -> None:
         """Continue with a new writer, after another writer has written three of the samples."""
@@ -283,7 +271,7 @@ class CacheFormatSuite(Suite):
         reader = self.cache().open(path, None)
         require(sorted(reader.ids()) == [one.id for one in samples], f"ids() = {reader.ids()}")
         for index, name in enumerate(reader.ids()):
-            problem = _differs(reader[index], samples[int(name[1:])], torch_dtype(self.header().dtype))
+            problem = differs(reader[index], samples[int(name[1:])], torch_dtype(self.header().dtype))
             require(problem is None, f"sample {name}: {problem}")
 
     def _seen_of_damage(self, path: Path, is_found: bool) -> str | None:
@@ -304,43 +292,6 @@ class CacheFormatSuite(Suite):
         if len(read) != len(written):
             return f"verify() finds nothing, and {len(read)} samples of {len(written)} are read"
         pairs = zip(read, written, strict=True)
-        changed = (_differs(one, other, torch_dtype(header.dtype)) for one, other in pairs)
+        changed = (differs(one, other, torch_dtype(header.dtype)) for one, other in pairs)
         problem = next((one for one in changed if one is not None), None)
         return None if problem is None else f"verify() finds nothing, and a sample is read otherwise: {problem}"
-
-    @contextmanager
-    def _folder(self) -> Iterator[Path]:
-        with TemporaryDirectory() as folder:
-            yield Path(folder) / "cache"
-
-
-def _error(kind: type[DeepSpecError], attempt: Callable[[], object]) -> str | None:
-    """The message of the error of this kind that the call raises; None if it raises none."""
-    try:
-        attempt()
-    except kind as error:
-        return str(error)
-    return None
-
-
-def _differs(found: Sample, sample: Sample, dtype: torch.dtype) -> str | None:
-    """A description of the first difference from what was written."""
-    if found.id != sample.id:
-        return f"id {found.id!r}, not {sample.id!r}"
-    if found.original_length != sample.original_length:
-        return f"original_length {found.original_length}, not {sample.original_length}"
-    for name in ("input_ids", "loss_mask"):
-        mine, theirs = getattr(found, name), getattr(sample, name)
-        if mine.dtype != theirs.dtype or not torch.equal(mine, theirs):
-            return f"`{name}` is {mine.dtype} {mine.tolist()}, not {theirs.dtype} {theirs.tolist()}"
-    if sample.features is None:
-        return None
-    if found.features is None:
-        return "no features"
-    for name in ("hidden", "last_hidden"):
-        mine, theirs = getattr(found.features, name), getattr(sample.features, name).to(dtype)
-        if mine.shape != theirs.shape or mine.dtype != theirs.dtype:
-            return f"`{name}` is {list(mine.shape)} {mine.dtype}, not {list(theirs.shape)} {theirs.dtype}"
-        if not torch.equal(mine, theirs):
-            return f"`{name}` has other numbers"
-    return None

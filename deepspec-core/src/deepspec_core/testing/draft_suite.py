@@ -1,6 +1,7 @@
 """DraftModelSuite: the clauses that every trained draft must meet, in training, in its checkpoint and while decoding.
 
-Clauses of its proposer are in proposer_suite.py, those of its checkpoint in draft_weights_suite.py.
+Clauses of its proposer are in proposer_suite.py, those of its checkpoint in draft_weights_suite.py, and those that
+compare what it proposes with training in draft_decoding_suite.py.
 
 This file knows the contracts of drafts, rows and proposers. The subclass decides which algorithm is tested. A row's
 place in the text is found by the target's last hidden state, which differs at every position of a random sample.
@@ -17,6 +18,7 @@ from unittest import SkipTest
 
 import numpy as np
 import torch
+from attrs import evolve
 
 from deepspec_core.checkpoints.published import published_name
 from deepspec_core.contracts.draft import (
@@ -32,29 +34,25 @@ from deepspec_core.rows.rows_check import check_numbers, check_shapes
 from deepspec_core.rows.weighted import weighted
 from deepspec_core.testing.conformance import clause, require
 from deepspec_core.testing.draft_checks import check_near, gradients_of, trained
-from deepspec_core.testing.draft_weights_suite import DraftWeightsSuite
-from deepspec_core.testing.driven_proposer import SAMPLED, DrivenProposer
+from deepspec_core.testing.draft_decoding_suite import DraftDecodingSuite
 from deepspec_core.testing.global_draws import no_global_draws
 from deepspec_core.testing.packed_rows import packed_as_alone
-from deepspec_core.testing.placed_rows import distributions, loss_of, placed, same_rows, without_blocks
+from deepspec_core.testing.placed_rows import loss_of, placed, same_rows, without_blocks
 from deepspec_core.testing.random_batches import TAPS, padded_batch, ragged_samples, random_sample, with_large_weights
 from deepspec_core.testing.rollouts import check_rollout
 from deepspec_core.testing.tiny_family import tiny_adapter
-from deepspec_core.testing.trained_blocks import blocks_after, wide
 
 _DRAFT = "deepspec_core/contracts/draft.py: DraftModel"
+_BATCH = "deepspec_core/contracts/draft.py: DraftBatch"
 _PREPARATION = "deepspec_core/contracts/draft.py: Preparation"
 _DESCRIPTION = "deepspec_core/contracts/draft.py: DraftDescription"
 _ROWS = "deepspec_core/contracts/rows.py: Rows"
 _HEADS = "deepspec_core/contracts/rows.py: Heads"
-_SEES = "docs/plugins.md#what-a-draft-sees-of-the-target"
 _ALGORITHM = "docs/plugins.md#an-algorithm"
 _PACKED = "docs/plugins.md#packed-rows"
-# Drawn anchors differ from draw to draw. Among this many draws, one has the anchor that is looked for.
-_DRAWS = 24
 
 
-class DraftModelSuite(DraftWeightsSuite):
+class DraftModelSuite(DraftDecodingSuite):
     """Clauses of `contracts.draft.DraftModel`, of its rows and of its proposer.
 
     options: Options of a small draft: a block of about four tokens, few layers.
@@ -240,6 +238,18 @@ class DraftModelSuite(DraftWeightsSuite):
         for name, gradient in together.items():
             check_near(apart.get(name), gradient, 10 * self.near + 1e-5, f"the gradient of {name}, one text at a time")
 
+    @clause("the rows of every slot train the draft", written=_ROWS)
+    def test_every_slot_is_trained(self) -> None:
+        draft = self.draft()
+        if draft.heads().draft.requires_grad:
+            raise SkipTest("it trains the heads of its slots, whatever they read")
+        rows, weights = draft(self.batch(draft)), list(trained(draft).values())
+        for slot in rows.slot.unique().tolist():
+            part_nH = rows.hidden[(rows.slot == slot) & (rows.weight > 0)]
+            found = torch.autograd.grad(part_nH.square().sum(), weights, retain_graph=True, allow_unused=True)
+            reached = not len(part_nH) or any(one is not None and bool(one.any()) for one in found)
+            require(reached, f"no parameter gets a gradient from the hidden states of slot {slot}")
+
     @clause("a batch without supervised positions has no rows, and all parameters stay in its graph", written=_ROWS)
     def test_a_batch_without_rows(self) -> None:
         draft = self.draft()
@@ -290,6 +300,20 @@ class DraftModelSuite(DraftWeightsSuite):
         gradients = gradients_of(loss, draft)
         require(all(part.isfinite().all() for part in gradients.values()), "gradients that are not finite")
 
+    @clause("features may come in bfloat16 beside weights in float32: the draft casts them", written=_BATCH)
+    def test_features_in_another_dtype(self) -> None:
+        draft = self.draft()
+        batch = self.batch(draft)
+        rounded = evolve(
+            batch.features, hidden=batch.features.hidden.bfloat16(), last_hidden=batch.features.last_hidden.bfloat16()
+        )
+        exact = evolve(rounded, hidden=rounded.hidden.float(), last_hidden=rounded.last_hidden.float())
+        rows = draft(evolve(batch, features=rounded))
+        expected_NH = draft(evolve(batch, features=exact)).hidden
+        check_near(rows.hidden, expected_NH, self.near, "hidden, beside the same numbers in float32")
+        gradients = gradients_of(loss_of(draft, rows), draft)
+        require(all(part.isfinite().all() for part in gradients.values()), "gradients that are not finite")
+
     @clause("training on a batch lowers its loss", written=_ALGORITHM)
     def test_it_learns(self) -> None:
         draft = self.new_draft().train()
@@ -304,61 +328,9 @@ class DraftModelSuite(DraftWeightsSuite):
             optimizer.step()
         require(losses[-1] < losses[0], f"{losses[0]:.4f} before, {losses[-1]:.4f} after four steps")
 
-    @clause("decoding gives a token the distribution that training gives it in the same text", written=_SEES)
-    def test_decoding_sees_what_training_sees(self) -> None:
-        draft = self.draft()
-        for index, length, counts in ((0, 5, ()), (1, 9, (3, 1)), (2, 3, (1,))):
-            driven = DrivenProposer(draft, num_slots=5, max_length=48)
-            text = self.sample(index, len(draft.proposer().taps))
-            driven.start({2: (text, length)})
-            at = length
-            for count in counts:
-                driven.propose([2], SAMPLED)
-                driven.accept({2: min(count, driven.proposer.max_tokens + 1)})
-                at += min(count, driven.proposer.max_tokens + 1)
-            proposal = driven.propose([2], SAMPLED)
-            self._compare_with_training(draft, text, at, proposal)
-
     def batch(self, draft: DraftModel, samples: list[Sample] | None = None) -> DraftBatch:
         """The samples, prepared and padded."""
         return padded_batch(draft, self.prepared(draft, samples))
-
-    def proposed(self, draft: DraftModel, rows: Rows) -> torch.Tensor:
-        """The distributions [N, V] from which decoding draws at these rows of training: those of the heads.
-
-        A draft that draws from other distributions overrides it.
-        """
-        return distributions(draft, rows)
-
-    def _compare_with_training(self, draft: DraftModel, text: Sample, at: int, proposal: Any) -> None:
-        """Compare a proposal for the tokens after position `at` with training, which is given the proposed tokens."""
-        count = int(proposal.lengths[0])
-        if count == 0:
-            return
-        known = random_sample("known", len(text.input_ids), seed=0, num_taps=len(self.chosen_taps()))
-        ids_T = text.input_ids.clone()
-        ids_T[at + 1 : at + 1 + count] = proposal.tokens[0, :count]
-        features = wide(text, known)
-        sample = Sample(
-            id="known", input_ids=ids_T, loss_mask=known.loss_mask, original_length=len(ids_T), features=features
-        )
-        for draw in range(_DRAWS):
-            rows = draft.train()(padded_batch(draft, self.prepared(draft, [sample], seed=draw)))
-            draft.eval()
-            blocks = blocks_after(rows, sample, at, count)
-            if blocks:
-                break
-        require(blocks, f"training has no block for the tokens after position {at}, in {_DRAWS} draws")
-        block = blocks[0]
-        if proposal.probabilities is not None:
-            q_KV = proposal.probabilities[0, :count].double()
-            own_NV = self.proposed(draft, rows).double()
-            gap, block = min((float((q_KV - own_NV[one]).abs().max()), one) for one in blocks)
-            require(gap <= self.tolerance, f"probabilities after position {at} that differ by up to {gap:.3g}")
-        if proposal.confidence is not None and "confidence_logits" in rows.extras:
-            sure_K = rows.extras["confidence_logits"][block].detach()
-            gap = float((proposal.confidence[0, : len(block)] - sure_K).abs().max())
-            require(gap <= 10 * self.tolerance, f"confidence after position {at} that differs by up to {gap:.3g}")
 
 
 def _form_first(draft: Any, given: Any, rows: Rows) -> None:

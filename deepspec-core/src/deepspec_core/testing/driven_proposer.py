@@ -8,12 +8,14 @@ Legend: S slots, K proposed tokens at most.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from deepspec_core.contracts.draft import DraftModel, Sample
 from deepspec_core.contracts.proposer import Proposal, Proposer, Sampling, features_for
+from deepspec_core.testing.conformance import require
 from deepspec_core.testing.random_batches import features_of, random_sample
 
 __all__ = [
@@ -85,7 +87,14 @@ class DrivenProposer:
         """Propose for these slots. Without `limits`, the draft proposes as many tokens as it can."""
         at_most = [self.proposer.max_tokens + 1] * len(slots) if limits is None else list(limits)
         chosen = torch.tensor(slots)
-        return self.proposer.propose(chosen, torch.tensor(at_most), sampling, self.uniforms[chosen], stop_ids)
+        found: Any = self.proposer.propose(chosen, torch.tensor(at_most), sampling, self.uniforms[chosen], stop_ids)
+        require(isinstance(found, Proposal), f"`propose` returns {type(found).__name__}, not a Proposal")
+        for name in ("tokens", "lengths", "probabilities", "confidence", "parents"):
+            part = getattr(found, name)
+            optional = part is None and name not in ("tokens", "lengths")
+            require(optional or isinstance(part, Tensor), f"`{name}` is of type {type(part).__name__}, not a tensor")
+        proposal: Proposal = found
+        return proposal
 
 
 def prompts() -> dict[int, tuple[Sample, int]]:

@@ -1,6 +1,6 @@
-"""Checks that code leaves global random generators alone: it neither draws from them nor seeds them.
+"""Checks that code leaves global state alone: it neither draws nor seeds random numbers, and sets no mode of torch.
 
-This file knows the generators of torch, numpy and random. It does not know what is tested.
+This file knows the generators of torch, numpy and random, and torch's modes. It does not know what is tested.
 """
 
 from __future__ import annotations
@@ -32,6 +32,29 @@ def no_global_draws() -> Iterator[None]:
         torch.set_rng_state(torch_state)
         np.random.set_state(numpy_state)
         random.setstate(python_state)
+
+
+@contextmanager
+def no_global_modes() -> Iterator[None]:
+    """Raise Unmet if torch's modes change within this context. All modes are restored at the end."""
+    before = _modes()
+    try:
+        yield
+        changed = [f"{name} is {now}, and was {before[name]}" for name, now in _modes().items() if now != before[name]]
+        require(not changed, f"it leaves torch in another mode: {'; '.join(changed)}")
+    finally:
+        torch.set_grad_enabled(bool(before["gradients enabled"]))
+        torch.set_default_dtype(before["the default dtype"])
+        if torch.get_num_threads() != before["the number of threads"]:
+            torch.set_num_threads(before["the number of threads"])
+
+
+def _modes() -> dict[str, Any]:
+    return {
+        "gradients enabled": torch.is_grad_enabled(),
+        "the default dtype": torch.get_default_dtype(),
+        "the number of threads": torch.get_num_threads(),
+    }
 
 
 def _states() -> tuple[object, ...]:

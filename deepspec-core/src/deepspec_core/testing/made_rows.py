@@ -20,6 +20,9 @@ V = 12
 # Blocks of several lengths, as a batch has them: N rows in all. Some slots are not supervised.
 SLOTS = ((0, 1, 2), (0,), (0, 1, 2, 3, 4, 5, 6), (0, 3), (0, 1, 2, 4))
 N = sum(map(len, SLOTS))
+# The tokens that a draft with a reduced vocabulary knows, and the same number of tokens counted from 0.
+KNOWN = (1, 4, 5, 8, 9, 11)
+FIRST = tuple(range(len(KNOWN)))
 _EXTRAS = ("confidence_logits",)
 
 

@@ -2,17 +2,16 @@
 
 A tiny model with random weights is compared with transformers' own forward pass. This file knows the contract of
 targets and transformers' conventions. The subclass decides which family is tested. Clauses about the modules that
-drafts are made of are in draft_blocks_suite.py.
+drafts are made of are in draft_blocks_suite.py, and those about a target's state in target_state_suite.py.
 
 Legend: B sequences or slots, T tokens, H hidden size, C = taps * H, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, ClassVar
+from typing import ClassVar
 from unittest import SkipTest
 
 import torch
@@ -24,17 +23,18 @@ from deepspec_core.data.template_check import check_template
 from deepspec_core.data.tokenize import ChatTokenizer
 from deepspec_core.errors import TargetError
 from deepspec_core.testing.conformance import clause, require
-from deepspec_core.testing.draft_blocks_suite import DraftBlocksSuite, tokens
+from deepspec_core.testing.draft_blocks_suite import tokens
+from deepspec_core.testing.target_runs import TAPS, alone, step
+from deepspec_core.testing.target_state_suite import TargetStateSuite
 from deepspec_core.testing.tiny_tokenizer import tiny_tokenizer
 
 _MODEL = "deepspec_core/contracts/target.py: TargetModel"
 _ADAPTER = "deepspec_core/contracts/target.py: TargetAdapter"
 _FEATURES = "deepspec_core/contracts/target.py: TargetFeatures"
 _FORMAT = "deepspec_core/contracts/target.py: ConversationFormat"
-_TAPS = (-1, 0, 2, 3)
 
 
-class TargetAdapterSuite(DraftBlocksSuite):
+class TargetAdapterSuite(TargetStateSuite):
     """Clauses of `contracts.target.TargetAdapter` and of the `TargetModel` that it loads.
 
     template: The chat template of the family's models, in Jinja, or one that writes turns in the same way. None: the
@@ -42,12 +42,6 @@ class TargetAdapterSuite(DraftBlocksSuite):
     """
 
     template: ClassVar[str | None] = None
-
-    def target(self, model: Any) -> TargetModel:
-        """The model, saved, and loaded by the adapter."""
-        with TemporaryDirectory() as folder:
-            model.save_pretrained(folder)
-            return self.adapter().load(folder, dtype=torch.float32, device="cpu")
 
     @clause(
         "the adapter has the members of the contract, supports its own targets and knows their numbers",
@@ -92,11 +86,11 @@ class TargetAdapterSuite(DraftBlocksSuite):
         target = self.target(model)
         require(isinstance(target, TargetModel), f"{type(target).__name__}, in which members are missing")
         ids_T = tokens(11, seed=1)
-        hidden_TC, last_TH, logits_TV = _alone(model, ids_T)
-        found = target.features(ids_T[None], torch.ones(1, 11), None, None, _TAPS)
+        hidden_TC, last_TH, logits_TV = alone(model, ids_T)
+        found = target.features(ids_T[None], torch.ones(1, 11), None, None, TAPS)
         size = last_TH.shape[1]
-        require(found.hidden.shape == (1, 11, len(_TAPS) * size), f"hidden is {list(found.hidden.shape)}")
-        for number, tap in enumerate(_TAPS):
+        require(found.hidden.shape == (1, 11, len(TAPS) * size), f"hidden is {list(found.hidden.shape)}")
+        for number, tap in enumerate(TAPS):
             part = slice(number * size, (number + 1) * size)
             self.near(
                 found.hidden[0, :, part], hidden_TC[:, part], f"tap {tap}, beside hidden_states[{tap + 1}] of the model"
@@ -114,9 +108,9 @@ class TargetAdapterSuite(DraftBlocksSuite):
         ids_BT, mask_BT = torch.zeros(3, 17, dtype=torch.long), torch.zeros(3, 17)
         for row, text in enumerate(texts):
             ids_BT[row, : len(text)], mask_BT[row, : len(text)] = text, 1
-        found = target.features(ids_BT, mask_BT, None, None, _TAPS)
+        found = target.features(ids_BT, mask_BT, None, None, TAPS)
         for row, text in enumerate(texts):
-            hidden_TC, last_TH, _ = _alone(model, text)
+            hidden_TC, last_TH, _ = alone(model, text)
             words = f"a row of {len(text)} tokens, padded to 17"
             self.near(found.hidden[row, : len(text)], hidden_TC, f"{words}: hidden")
             self.near(found.last_hidden[row, : len(text)], last_TH, f"{words}: last_hidden")
@@ -136,9 +130,9 @@ class TargetAdapterSuite(DraftBlocksSuite):
             ids_BT[row, part], mask_BT[row, part] = text, 1
             positions_BT[row, part], documents_BT[row, part] = torch.arange(length), number
             places.append((row, part, text))
-        found = target.features(ids_BT, mask_BT, positions_BT, documents_BT, _TAPS)
+        found = target.features(ids_BT, mask_BT, positions_BT, documents_BT, TAPS)
         for number, (row, part, text) in enumerate(places):
-            hidden_TC, last_TH, _ = _alone(model, text)
+            hidden_TC, last_TH, _ = alone(model, text)
             words = f"document {number} of five in two rows"
             self.near(found.hidden[row, part], hidden_TC, f"{words}: hidden")
             self.near(found.last_hidden[row, part], last_TH, f"{words}: last_hidden")
@@ -151,7 +145,7 @@ class TargetAdapterSuite(DraftBlocksSuite):
         model = self.model()
         target = self.target(model)
         texts = {slot: tokens(length, seed=length) for slot, length in ((0, 20), (2, 17), (3, 25))}
-        expected = {slot: _alone(model, text) for slot, text in texts.items()}
+        expected = {slot: alone(model, text) for slot, text in texts.items()}
         target.open_slots(4, 40)
         done = dict.fromkeys(texts, 0)
         # Every call feeds two extra tokens, which are not committed.
@@ -160,7 +154,7 @@ class TargetAdapterSuite(DraftBlocksSuite):
                 slot: torch.cat([texts[slot][done[slot] : done[slot] + count], tokens(2, seed=count)])
                 for slot, count in call.items()
             }
-            out = _step(target, rows, done)
+            out = step(target, rows, done)
             for row, (slot, count) in enumerate(call.items()):
                 part = slice(done[slot], done[slot] + count)
                 words = f"slot {slot}, tokens {part.start} to {part.stop}"
@@ -178,11 +172,11 @@ class TargetAdapterSuite(DraftBlocksSuite):
         target.open_slots(3, 32)
         for slot, begin in ((1, 4), (2, 0)):
             text = torch.cat([right[:begin], wrong])
-            _step(target, {slot: text}, {slot: 0})
+            step(target, {slot: text}, {slot: 0})
             target.commit(torch.tensor([slot]), torch.tensor([len(text)]))
             target.commit(torch.tensor([slot]), torch.tensor([begin]))
-            out = _step(target, {slot: right[begin:]}, {slot: begin})
-            self.near(out.logits[0], _alone(model, right)[2][begin:], f"after 12 tokens were taken back to {begin}")
+            out = step(target, {slot: right[begin:]}, {slot: begin})
+            self.near(out.logits[0], alone(model, right)[2][begin:], f"after 12 tokens were taken back to {begin}")
 
     @clause("with `last_only` logits are of each row's last token, and features of all", written=_MODEL)
     def test_prefill(self) -> None:
@@ -190,11 +184,11 @@ class TargetAdapterSuite(DraftBlocksSuite):
         target = self.target(model)
         texts = {0: tokens(9, seed=40), 1: tokens(4, seed=41)}
         target.open_slots(2, 16)
-        out = _step(target, texts, {0: 0, 1: 0}, last_only=True)
+        out = step(target, texts, {0: 0, 1: 0}, last_only=True)
         require(out.logits.shape[:2] == (2, 1), f"logits {list(out.logits.shape)}")
         require(out.hidden.shape[:2] == (2, 9), f"hidden {list(out.hidden.shape)}")
         for row, text in texts.items():
-            self.near(out.logits[row, 0], _alone(model, text)[2][-1], f"row {row} of {len(text)} tokens")
+            self.near(out.logits[row, 0], alone(model, text)[2][-1], f"row {row} of {len(text)} tokens")
 
     @clause("a tree of new tokens gives each path what it gives as a chain, and `kept` commits one", written=_MODEL)
     def test_trees_are_their_paths(self) -> None:
@@ -209,17 +203,17 @@ class TargetAdapterSuite(DraftBlocksSuite):
                 sees_TT[column] |= sees_TT[parent]
         slot_B = torch.tensor([1])
         target.open_slots(3, 64)
-        _step(target, {1: prompt}, {1: 0})
+        step(target, {1: prompt}, {1: 0})
         target.commit(slot_B, torch.tensor([9]))
         positions_BT = (9 + sees_TT.sum(1) - 1)[None]
-        out = target.decode(slot_B, ids_T[None], positions_BT, _TAPS, sees=sees_TT[None])
+        out = target.decode(slot_B, ids_T[None], positions_BT, TAPS, sees=sees_TT[None])
         for column in range(6):
             path = torch.cat([prompt, ids_T[sees_TT[column]]])
-            self.near(out.logits[0, column], _alone(model, path)[2][-1], f"node {column} of the tree {parents}")
+            self.near(out.logits[0, column], alone(model, path)[2][-1], f"node {column} of the tree {parents}")
         target.commit(slot_B, torch.tensor([9 + len(kept)]), torch.tensor([kept]))
         text = torch.cat([prompt, ids_T[list(kept)], more])
-        again = _step(target, {1: more}, {1: 9 + len(kept)})
-        self.near(again.logits[0], _alone(model, text)[2][9 + len(kept) :], f"after the path {kept} was committed")
+        again = step(target, {1: more}, {1: 9 + len(kept)})
+        self.near(again.logits[0], alone(model, text)[2][9 + len(kept) :], f"after the path {kept} was committed")
 
     @clause("weights that do not fit the config are a TargetError that names them", written=_ADAPTER)
     def test_missing_weights_are_refused(self) -> None:
@@ -250,21 +244,3 @@ class TargetAdapterSuite(DraftBlocksSuite):
     def _logits(self, target: TargetModel, last_TH: Tensor) -> Tensor:
         logits_TV, cap = last_TH @ target.head_weight().T, target.architecture.logit_softcap
         return logits_TV if cap is None else cap * torch.tanh(logits_TV / cap)
-
-
-@torch.no_grad()
-def _alone(model: Any, ids_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Taps [T, C], last hidden [T, H] and logits [T, V] of one text, by the model's own forward."""
-    out = model(ids_T[None], output_hidden_states=True)
-    taps = torch.cat([out.hidden_states[tap + 1] for tap in _TAPS], dim=-1)
-    return taps[0], out.hidden_states[-1][0], out.logits[0]
-
-
-def _step(target: TargetModel, rows: Mapping[int, Tensor], start: Mapping[int, int], **options: Any) -> Any:
-    """Feed rows to slots at their committed lengths, padded to the longest with -1."""
-    width = max(len(row) for row in rows.values())
-    ids_BT, positions_BT = torch.zeros(len(rows), width, dtype=torch.long), torch.full((len(rows), width), -1)
-    for index, (slot, row) in enumerate(rows.items()):
-        ids_BT[index, : len(row)] = row
-        positions_BT[index, : len(row)] = torch.arange(len(row)) + start[slot]
-    return target.decode(torch.tensor(list(rows)), ids_BT, positions_BT, _TAPS, **options)
