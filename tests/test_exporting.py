@@ -102,6 +102,7 @@ def test_what_cannot_be_exported_is_refused_before_the_first_stage(
         ("pass", "wrote nothing"),
         ("raise KeyError('q_proj')", "the export to plain failed"),
         ("open('/no/such/template')", "the export to plain failed"),
+        ("raise SystemExit(0)", "the export to plain failed"),
         (f"{COPY}; (out.parent / 'extra').touch()", "extra beside it"),
         (f"{COPY}; (out / 'vocabulary').symlink_to(out.parent)", "vocabulary, a link"),
         ("out.rmdir()", "the folder is gone"),

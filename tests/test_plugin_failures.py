@@ -16,7 +16,7 @@ from deepspec_core.plugins.discovery import load_plugins
 OFFERS = """
     from deepspec_core.plugins import ComponentSpec, TaskSpec, hookimpl
 
-    TERMS = "unbuilt raising scalar column number whole right late backwards nan unsaid letters secret"
+    TERMS = "unbuilt raising scalar column number whole right late leaving backwards nan unsaid letters secret"
     WEIGHTS = ("text", "single", "counted", "endless", "below", "none")
 
     @hookimpl
@@ -35,7 +35,8 @@ OFFERS = """
 
     @hookimpl
     def deepspec_feature_sources():
-        offers = {"nowhere": "refuses", "lost": "gone", "sizeless": "Sizeless", "made": "make_sizeless", "text": "TEXT"}
+        offers = {"nowhere": "refuses", "leaving": "make_leaving", "lost": "gone", "sizeless": "Sizeless"}
+        offers |= {"made": "make_sizeless", "text": "TEXT"}
         return [ComponentSpec(name=name, summary="", build=f"odd_parts:{part}") for name, part in offers.items()]
 
     @hookimpl
@@ -47,10 +48,12 @@ OFFERS = """
     def deepspec_tasks():
         return [
             TaskSpec(name="riddles", summary="", build="odd_parts:refuses"),
+            TaskSpec(name="exits", summary="", build="odd_parts:leaves"),
             TaskSpec(name="puzzles", summary="", build="odd_parts:one_and_no_more"),
         ]
 """
 PARTS = """
+    import sys
     import torch
 
     class Term:
@@ -73,6 +76,9 @@ PARTS = """
     def refuses(*_):
         raise KeyError("of the odd one")
 
+    def leaves(*_):
+        sys.exit(0)
+
     def one_and_no_more(limit, seed):
         yield {"turns": ["one"]}
         raise KeyError("of the odd one")
@@ -91,6 +97,10 @@ PARTS = """
 
         lengths = __getitem__ = features = fail
 
+    class Leaving(Sizeless):
+        __len__ = leaves
+
+    make_leaving = lambda run: Leaving(run)
     make_sizeless = lambda run: Sizeless(run)
     TEXT = "no source"
 
@@ -103,6 +113,7 @@ PARTS = """
     whole = lambda: Term(lambda stats: stats.draft_argmax)
     right = lambda: Term(lambda stats: stats.ce)
     late = lambda: Term(lambda stats: stats.ce if len(stats.ce) == 4 else fail(stats))
+    leaving = lambda: Term(lambda stats: stats.ce if len(stats.ce) == 4 else leaves())
     backwards = lambda: Term(hooked)
     unsaid = lambda: lambda stats: stats.ce
     secret = lambda: Term(lambda stats: stats.tv)
@@ -146,13 +157,13 @@ def says(run_file: Path, capsys: pytest.CaptureFixture[str]) -> Says:
     `started`: whether a stage has begun by then.
     """
 
-    def check(*overrides: str, parts: tuple[str, ...], started: bool = False) -> None:
+    def check(*overrides: str, parts: tuple[str, ...], started: bool = False, package: str = "fake-odd") -> None:
         arguments = [word for text in overrides for word in ("--set", text)]
         assert main(["run", str(run_file), "--smoke", *arguments]) == 2
         seen = capsys.readouterr()
         assert "Traceback" not in seen.err
         assert ("starting" in seen.out) == started
-        for part in (*parts, "fake-odd"):
+        for part in (*parts, package):
             assert part in seen.err, f"{part!r} is not in:\n{seen.err}"
 
     return check
@@ -185,8 +196,18 @@ def test_a_weighting_that_returns_no_weight_a_row(says: Says, name: str, found: 
     says(f'loss.weighting={{type="{name}"}}', parts=(f"weighting {name!r} does not return one weight per row", found))
 
 
-def test_a_loss_term_that_fails_while_training(says: Says) -> None:
-    says("loss.terms={late=1.0}", parts=("loss term 'late' of fake-odd 1.0 failed", RAISED), started=True)
+@pytest.mark.parametrize(("name", "raised"), [("late", RAISED), ("leaving", "SystemExit: 0")])
+def test_a_loss_term_that_fails_while_training(says: Says, name: str, raised: str) -> None:
+    says(f"loss.terms={{{name}=1.0}}", parts=(f"loss term {name!r} of fake-odd 1.0 failed", raised), started=True)
+
+
+def test_a_task_that_calls_sys_exit(says: Says) -> None:
+    says('evaluate.tasks=["exits"]', parts=("task 'exits' of fake-odd 1.0 failed", "SystemExit: 0", "odd_parts.py"))
+
+
+def test_a_part_that_calls_sys_exit_where_nobody_expects_an_error(says: Says) -> None:
+    parts = ("code of a plugin called sys.exit()", "SystemExit: 0", "odd_parts.py")
+    says("features.mode=leaving", parts=parts, package="odd_parts", started=True)
 
 
 @pytest.mark.parametrize(

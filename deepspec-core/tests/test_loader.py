@@ -5,17 +5,20 @@ from __future__ import annotations
 import pickle
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from deepspec_core.errors import PluginError
 from deepspec_core.preparation.positions import distinct_positions
 from deepspec_core.testing.random_batches import ragged_samples
 from deepspec_core.testing.tiny_draft import TinyDraft
 from deepspec_core.training import sampler
 from deepspec_core.training.host_batch import HostBatch, host_batch
+from deepspec_core.training.loader import Plan, iterate
 from deepspec_core.training.metrics import Clock
 from deepspec_core.training.one_buffer import joined, split
 
@@ -109,3 +112,17 @@ def test_distinct_positions_are_the_pairs_in_order() -> None:
     assert torch.equal(position_P[index_R], position_R)
     none = torch.zeros(0, dtype=torch.long)
     assert [len(part) for part in distinct_positions(none, none)] == [0, 0, 0]
+
+
+class _Leaving:
+    def prepare(self, sample: object, rng: object) -> object:
+        raise SystemExit(0)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_preparation_that_calls_sys_exit_is_an_error_that_names_it(workers: int) -> None:
+    plans: Any = [Plan(epoch=0, indices=(0,), row_sizes=None)]
+    source: Any = ragged_samples()
+    preparation: Any = _Leaving()
+    with pytest.raises(PluginError, match=r"(?s)called sys.exit\(\).*test_loader"):
+        next(iter(iterate(source, preparation, plans, seed=0, workers=workers)))

@@ -96,7 +96,7 @@ def full_disk_is_an_error(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def no_room(error: Exception) -> str | None:
+def no_room(error: BaseException) -> str | None:
     """Why nothing could be written, where that is what the error says: a full disk, quota or file. Else None."""
     if isinstance(error, OSError):
         return os.strerror(error.errno) if error.errno in _FULL else None

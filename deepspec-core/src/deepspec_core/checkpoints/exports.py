@@ -15,7 +15,7 @@ from deepspec_core.contracts.draft import DraftModel
 from deepspec_core.contracts.export import Exporter, ExportFacts
 from deepspec_core.disk import no_room
 from deepspec_core.errors import DeepSpecError, ExportError, PluginError
-from deepspec_core.plugins.references import blame
+from deepspec_core.plugins.references import FAILURES, blame
 from deepspec_core.plugins.registry import Registry
 
 
@@ -34,7 +34,7 @@ class Format:
         package = registry.provider("exporter", name, algorithm=algorithm)
         try:
             made = build()
-        except Exception as error:
+        except FAILURES as error:
             raise PluginError(f"the export format {name} cannot be built", where=package, found=blame(error)) from error
         if not isinstance(made, Exporter):
             raise PluginError(
@@ -51,7 +51,7 @@ class Format:
             reason = self.exporter.unservable(facts)
         except DeepSpecError:
             raise
-        except Exception as error:
+        except FAILURES as error:
             raise PluginError(
                 f"the export format {self.name} failed to check the draft",
                 where=self.package,
@@ -88,7 +88,7 @@ class Format:
             self.exporter.write(draft, facts, folder)
         except DeepSpecError:
             raise
-        except Exception as error:
+        except FAILURES as error:
             if no_room(error) is not None:
                 raise
             raise PluginError(f"the export to {self.name} failed", where=self.package, found=blame(error)) from error

@@ -27,7 +27,7 @@ from deepspec_core.errors import CheckpointError, ConfigError, DeepSpecError, Pl
 from deepspec_core.json_files import read_object
 from deepspec_core.layers.decoder_layer import DraftLayer
 from deepspec_core.layers.draft_vocabulary import KEY
-from deepspec_core.plugins.references import blame, resolve
+from deepspec_core.plugins.references import FAILURES, blame, resolve
 from deepspec_core.plugins.registry import Registry
 
 __all__ = ["layer_names", "load_draft", "published_weights", "save_draft"]
@@ -264,7 +264,7 @@ def build_empty(directory: Path, *, registry: Registry, adapter: TargetAdapter) 
         ) from error
     except DeepSpecError:
         raise
-    except Exception as error:  # what a draft or a family raises on senseless sizes is theirs
+    except FAILURES as error:  # what a draft or a family raises on senseless sizes is theirs
         raise CheckpointError(
             f"no draft can be built as {CONFIG} describes it", where=Path(directory) / CONFIG, found=blame(error)
         ) from error
@@ -301,7 +301,7 @@ def read_options(directory: Path, registry: Registry) -> tuple[str, Any, tuple[i
         raise CheckpointError(
             error.problem, where=where, found=error.found, expected=error.expected, fix=error.fix
         ) from error
-    except Exception as error:  # a plugin's reading of a value that it did not expect
+    except FAILURES as error:  # a plugin's reading of a value that it did not expect
         raise CheckpointError(f"{CONFIG} does not describe a draft", where=where, found=blame(error)) from error
     if (spec.needs_taps and not taps) or any(type(tap) is not int for tap in taps):
         raise CheckpointError(

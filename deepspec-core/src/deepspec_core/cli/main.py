@@ -26,6 +26,7 @@ from deepspec_core.cli.output import (
 )
 from deepspec_core.errors import DeepSpecError, PluginError, nearest
 from deepspec_core.pipeline.threads import let_waiting_threads_sleep
+from deepspec_core.plugins.exits import no_exit
 from deepspec_core.stopping import exit_code, stopped_by_sigterm
 
 # In the order in which a project needs them. A command exists if its file does.
@@ -86,14 +87,24 @@ class LazyGroup(click.Group):
             return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort, DeepSpecError):
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             from deepspec_core.plugins.references import blame
 
             name = ctx.invoked_subcommand
             owner, _ = ctx.meta.get(_PLUGIN_COMMANDS, {}).get(name, (None, None))
             if owner is None:
                 raise
+            if isinstance(error, SystemExit):  # a command may choose its exit code in this way
+                raise _as_of_click(error) from error
             raise PluginError(f"command {name!r} of plugin {owner} failed", found=blame(error)) from error
+
+
+def _as_of_click(error: SystemExit) -> click.exceptions.Exit:
+    """The same exit in click's way. As in Python, text is a message, and its exit code is 1."""
+    if error.code is None or isinstance(error.code, int):
+        return click.exceptions.Exit(error.code or 0)
+    click.echo(error.code, err=True)
+    return click.exceptions.Exit(1)
 
 
 def _of_plugins() -> str:
@@ -162,7 +173,7 @@ def execute(command: click.Command, name: str, arguments: Sequence[str] | None =
         # A crash that Python cannot catch, such as a disk that fails under a mapped file, then prints a traceback.
         faulthandler.enable(2)
     try:
-        with stopped_by_sigterm(), output_is_checked():
+        with stopped_by_sigterm(), output_is_checked(), no_exit():
             result = command.main(args=arguments, prog_name=name, standalone_mode=False)
     except click.ClickException as error:
         with suppress(OSError):

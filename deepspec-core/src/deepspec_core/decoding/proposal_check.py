@@ -25,7 +25,7 @@ from deepspec_core.decoding.out_of_memory import is_out_of_memory
 from deepspec_core.decoding.sampling import mass_before
 from deepspec_core.errors import DeepSpecError, PluginError
 from deepspec_core.plugins.origin import component_of, package_of
-from deepspec_core.plugins.references import blame
+from deepspec_core.plugins.references import FAILURES, blame
 
 # The tolerance for fp32 probabilities whose sum or cumulative sum over a large vocabulary was formed in another order.
 _TOLERANCE = 1e-3
@@ -145,7 +145,7 @@ class ProposalCheck:
             yield
         except DeepSpecError:
             raise
-        except Exception as error:
+        except FAILURES as error:
             if is_out_of_memory(error):
                 raise
             raise ProposerFailedError(

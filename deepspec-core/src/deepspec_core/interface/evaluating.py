@@ -34,6 +34,7 @@ from deepspec_core.interface.options import GenerateOptions, checked
 from deepspec_core.interface.prompts import Prompt, PromptReader, chat_tokenizer, listed
 from deepspec_core.pipeline import threads
 from deepspec_core.pipeline.scheduling import Costs, costs_from
+from deepspec_core.plugins.exits import no_exit
 from deepspec_core.targets.opening import fingerprint
 
 Tasks = str | PathLike[str] | Sequence[str | PathLike[str]] | Mapping[str, Iterable[Prompt]]
@@ -67,6 +68,7 @@ class Evaluation:
     figures: dict[str, Any] = field(repr=False)
 
 
+@no_exit()
 def evaluate(
     target: Target,
     draft: Draft,

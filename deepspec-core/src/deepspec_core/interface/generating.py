@@ -21,6 +21,7 @@ from deepspec_core.interface.models import Draft, Target, check_models
 from deepspec_core.interface.options import GenerateOptions, checked
 from deepspec_core.interface.prompts import Prompt, PromptReader, listed
 from deepspec_core.pipeline import threads
+from deepspec_core.plugins.exits import no_exit
 
 
 @frozen
@@ -80,6 +81,7 @@ class Streamed:
         return "".join(self.pieces)
 
 
+@no_exit()
 def generate(
     target: Target,
     draft: Draft | None,

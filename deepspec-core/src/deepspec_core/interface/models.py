@@ -27,6 +27,7 @@ from deepspec_core.errors import CheckpointError, ConfigError, nearest
 from deepspec_core.interface.arguments import flag_of, name_of, path_of
 from deepspec_core.interface.options import checked
 from deepspec_core.plugins.discovery import Plugins, load_plugins
+from deepspec_core.plugins.exits import no_exit
 from deepspec_core.targets.chat_template import read_chat_template
 from deepspec_core.targets.opening import load_target as load_weights
 from deepspec_core.targets.opening import open_target_alone, resolve_model, tokenizer_for
@@ -97,6 +98,7 @@ class Draft:
         )
 
 
+@no_exit()
 def load_target(
     name: str | Path,
     *,
@@ -135,6 +137,7 @@ def load_target(
     return Target(name=name, adapter=adapter, model=model, tokenizer=tokenizer, plugins=plugins, revision=revision)
 
 
+@no_exit()
 def load_draft(name: str | Path, target: Target, *, tree_nodes: int | None = None) -> Draft:
     """The draft of a directory or a Hub id, in the target's dtype and on its device.
 

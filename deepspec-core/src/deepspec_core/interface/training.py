@@ -21,6 +21,7 @@ from deepspec_core.pipeline.run import Run
 from deepspec_core.pipeline.running import run_stages
 from deepspec_core.pipeline.smoke import smoke as made_small
 from deepspec_core.plugins.discovery import load_plugins
+from deepspec_core.plugins.exits import no_exit
 
 log = logging.getLogger("deepspec")
 
@@ -45,6 +46,7 @@ class Training:
     stages: dict[str, dict[str, Any]] = field(repr=False)
 
 
+@no_exit()
 def train(
     run_file: RunFile | Mapping[str, Any] | str | os.PathLike[str],
     *,

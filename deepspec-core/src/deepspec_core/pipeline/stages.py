@@ -25,6 +25,7 @@ from deepspec_core.pipeline.changes import digest_now, refuse_changes
 from deepspec_core.pipeline.fingerprint import RECORD, StageRecord, fingerprint, flatten, read_record, schema_keys
 from deepspec_core.pipeline.reads import Trace
 from deepspec_core.pipeline.run import Run
+from deepspec_core.plugins.exits import no_exit
 from deepspec_core.plugins.references import resolve
 
 # Files in the run's folder that are of a stage's results, by the stage. What commands fitted to a draft goes with it. A
@@ -258,7 +259,8 @@ def _do(run: Run, step: Step, say: Callable[[str], None]) -> StageRecord:
     try:
         with run.reads.traced(on_growth=keep) as read, full_disk_is_an_error(folder):
             try:
-                summary = resolve(step.stage.body)(run)
+                with no_exit():
+                    summary = resolve(step.stage.body)(run)
             except BaseException:
                 with suppress(OSError):  # a full disk, perhaps; the record that names these keys is there
                     keep(read)
@@ -303,7 +305,7 @@ def follow(run: Run, steps: Sequence[Step]) -> None:
             for ancestor in ancestors(step.stage, run.file.run.stages):
                 workers.wait_for(run.stage_folder(ancestor.name))
             try:
-                with threads.using(counts[step.stage.name]), run.reads.traced() as read:
+                with threads.using(counts[step.stage.name]), run.reads.traced() as read, no_exit():
                     resolve(step.stage.body)(run)
                     _require_same_reading(step.stage.name, read)
             finally:

@@ -32,7 +32,7 @@ from deepspec_core.pipeline.made_up import made_up_batch, made_up_features, made
 from deepspec_core.pipeline.run import Run
 from deepspec_core.pipeline.training import new_draft
 from deepspec_core.pipeline.trying_description import described
-from deepspec_core.plugins.references import blame
+from deepspec_core.plugins.references import FAILURES, blame
 from deepspec_core.rows.engine import RowEngine, build_engine
 from deepspec_core.rows.rows_check import RowsError
 from deepspec_core.rows.statistics import Undeclared
@@ -111,7 +111,7 @@ def _rows(run: Run, draft: DraftModel) -> Rows | None:
             return rows
     except DeepSpecError:
         raise
-    except Exception as error:
+    except FAILURES as error:
         if reads_numbers(error):
             log.info(
                 "the draft's forward pass was not tried before the run, because it reads values of tensors (%s)",
@@ -126,7 +126,7 @@ def _rows(run: Run, draft: DraftModel) -> Rows | None:
         ) from error
 
 
-def reads_numbers(error: Exception) -> bool:
+def reads_numbers(error: BaseException) -> bool:
     """Whether it was raised because fake tensors have none."""
     return isinstance(error, _CANNOT_WITHOUT_NUMBERS) or _NO_NUMBERS in str(error)
 
@@ -145,7 +145,7 @@ def _try_loss(run: Run, engine: RowEngine, rows: Rows, heads: Heads) -> None:
                 alone(few_rows, few_heads).total.backward()
         except DeepSpecError:
             raise
-        except Exception as error:
+        except FAILURES as error:
             raise PluginError(
                 f"loss term {name!r} fails on made-up rows",
                 where=package,

@@ -22,7 +22,7 @@ from deepspec_core.errors import DeepSpecError, PluginError
 from deepspec_core.estimating.memory import fake_tensors, without_torch_messages
 from deepspec_core.pipeline.run import Run
 from deepspec_core.pipeline.trying import reads_numbers
-from deepspec_core.plugins.references import blame, resolve
+from deepspec_core.plugins.references import FAILURES, blame, resolve
 
 log = logging.getLogger("deepspec")
 
@@ -50,7 +50,7 @@ def _try_recognition(run: Run, draft: DraftModel, description: DraftDescription)
         config = json.loads(config_text(draft, description, run.target.draft_adapter))
     except DeepSpecError:
         raise
-    except Exception as error:
+    except FAILURES as error:
         raise PluginError(
             f"the config.json of draft type {kind!r} cannot be written", where=package, found=blame(error)
         ) from error
@@ -76,7 +76,7 @@ def _try_opening(run: Run, draft: DraftModel, description: DraftDescription, con
         found = found or _other_weights(draft, again)
     except DeepSpecError as error:
         raise _not_opened(kind, package, f"{error.problem} ({error.found})") from error
-    except Exception as error:
+    except FAILURES as error:
         raise _not_opened(kind, package, blame(error)) from error
     if found is not None:
         raise _not_opened(kind, package, found)
@@ -153,7 +153,7 @@ def _try_made(run: Run, make: Callable[[], Proposer]) -> Proposer | None:
             made: object = make()
     except DeepSpecError:
         raise
-    except Exception as error:
+    except FAILURES as error:
         if reads_numbers(error):
             log.info(
                 "the draft's proposer was not tried before the run, because it reads values of tensors (%s)",

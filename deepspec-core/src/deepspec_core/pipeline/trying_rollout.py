@@ -15,7 +15,7 @@ from deepspec_core.errors import DeepSpecError, PluginError
 from deepspec_core.estimating.memory import fake_tensors, without_torch_messages
 from deepspec_core.pipeline.run import Run
 from deepspec_core.pipeline.trying import reads_numbers
-from deepspec_core.plugins.references import blame
+from deepspec_core.plugins.references import FAILURES, blame
 from deepspec_core.training.on_policy import check_shapes, rolls_out, stored_features
 
 log = logging.getLogger("deepspec")
@@ -43,7 +43,7 @@ def try_rollout(run: Run, draft: DraftModel) -> None:
             check_shapes(draft, draft.rollout(given, torch.zeros(_BATCH, _LENGTH, dtype=torch.float64)), given)
     except DeepSpecError:
         raise
-    except Exception as error:
+    except FAILURES as error:
         if reads_numbers(error):
             log.info(
                 "the draft's rollout was not tried before the run, because it reads values of tensors (%s)",

@@ -14,7 +14,7 @@ from deepspec_core.errors import DeepSpecError, PluginError
 from deepspec_core.estimating.memory import fake_tensors, without_torch_messages
 from deepspec_core.pipeline.run import Run
 from deepspec_core.pipeline.trying import reads_numbers
-from deepspec_core.plugins.references import blame
+from deepspec_core.plugins.references import FAILURES, blame
 
 log = logging.getLogger("deepspec")
 
@@ -38,7 +38,7 @@ def try_target_weights(run: Run, draft: DraftModel, description: DraftDescriptio
             draft.adopt_weights({name: torch.empty(one.shape, dtype=one.dtype) for name, one in found.items()})
     except DeepSpecError:
         raise
-    except Exception as error:
+    except FAILURES as error:
         if reads_numbers(error):
             log.info(
                 "adopt_weights of the draft was not tried before the run, because it reads values of tensors (%s)",

@@ -20,7 +20,7 @@ from deepspec_core import __version__
 from deepspec_core.errors import PluginError, nearest
 from deepspec_core.plugins import hooks
 from deepspec_core.plugins.records import CORE, PluginRecord, Status, canonical
-from deepspec_core.plugins.references import blame, message_of
+from deepspec_core.plugins.references import FAILURES, blame, message_of
 from deepspec_core.plugins.registry import KINDS, Offer, Registry
 
 __all__ = ["Plugins", "load_plugins"]
@@ -239,7 +239,7 @@ def _offers(manager: pluggy.PluginManager, plugin: _Found, module: Any) -> list[
                     )
                 try:
                     _resolve_options(spec.options)
-                except Exception as error:
+                except FAILURES as error:
                     raise _LeftOut(
                         plugin.key, f"the types of the options of {spec.name!r} cannot be resolved: {blame(error)}"
                     ) from error

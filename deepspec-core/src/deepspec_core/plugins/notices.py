@@ -10,7 +10,7 @@ from typing import Any
 
 import pluggy
 
-from deepspec_core.plugins.references import blame
+from deepspec_core.plugins.references import FAILURES, blame
 
 log = logging.getLogger("deepspec")
 
@@ -22,6 +22,6 @@ def notify(manager: pluggy.PluginManager, notice: str, **facts: Any) -> None:
         caller = manager.subset_hook_caller(notice, [other for other in plugins if other is not plugin])
         try:
             caller(**facts)
-        except Exception as error:
+        except FAILURES as error:
             name = manager.get_name(plugin)
             log.warning("plugin %s failed in %s, and the run goes on: %s", name, notice, blame(error))

@@ -11,7 +11,12 @@ from importlib.metadata import packages_distributions, version
 
 def package_of(thing: object) -> str:
     """ "deepspec-toy 1.0" for an object whose class deepspec-toy brought; the top package where no distribution did."""
-    top = type(thing).__module__.partition(".")[0]
+    return distribution_of(type(thing).__module__)
+
+
+def distribution_of(module: str) -> str:
+    """The same for a module's name."""
+    top = module.partition(".")[0]
     owners = packages_distributions().get(top)
     if not owners:
         # An editable installation does not always list its packages.

@@ -8,12 +8,16 @@ from __future__ import annotations
 import importlib
 import os
 import traceback
-from typing import Any
+from typing import Any, Final
 
 import attr
 import attrs
 
 from deepspec_core.errors import PluginError, nearest
+
+# What code of a plugin raises where it fails. sys.exit() there must not end the process: its exit code could be 0.
+# Being asked to stop (stopping.py) is no failure, and is neither of them.
+FAILURES: Final = (Exception, SystemExit)
 
 _HERE = os.path.dirname(__file__)
 # Frames of these files stand between an author's mistake and core. They are never the place of the mistake.
@@ -21,7 +25,7 @@ _MACHINERY = (
     "<",  # frozen import system, generated constructors
     *(os.path.join(os.path.dirname(str(package.__file__)), "") for package in (importlib, attr, attrs)),
     __file__,
-    *(os.path.join(_HERE, name) for name in ("discovery.py", "registry.py", "guarded.py")),
+    *(os.path.join(_HERE, name) for name in ("discovery.py", "registry.py", "guarded.py", "exits.py")),
 )
 
 
@@ -30,7 +34,7 @@ def resolve(reference: str) -> Any:
     module_name, _, attribute = reference.partition(":")
     try:
         value: Any = importlib.import_module(module_name)
-    except Exception as error:
+    except FAILURES as error:
         raise PluginError(f"cannot import {module_name}", where=reference, found=blame(error)) from error
     for part in attribute.split("."):
         if not hasattr(value, part):

@@ -18,7 +18,7 @@ from deepspec_core.config.schema import ROW_FILES
 from deepspec_core.errors import DeepSpecError, PluginError, TargetError, nearest
 from deepspec_core.plugins.guarded import Guarded
 from deepspec_core.plugins.records import CORE, PluginRecord, canonical
-from deepspec_core.plugins.references import blame, resolve
+from deepspec_core.plugins.references import FAILURES, blame, resolve
 from deepspec_core.plugins.specs import (
     BuiltinSpec,
     ComponentSpec,
@@ -206,7 +206,7 @@ class Registry:
             yield
         except DeepSpecError:
             raise
-        except Exception as error:
+        except FAILURES as error:
             from deepspec_core.disk import no_room
 
             if _is_core(offer.package) or no_room(error) is not None:
@@ -373,7 +373,7 @@ def _recognises(offer: Offer, config: Mapping[str, Any]) -> bool:
     assert isinstance(offer.spec, DraftModelSpec)
     try:
         return bool(offer.spec.recognise(config))
-    except Exception as error:
+    except FAILURES as error:
         raise PluginError(
             f"draft type {offer.spec.name!r} of {offer.source} failed on a checkpoint's config.json",
             found=blame(error),

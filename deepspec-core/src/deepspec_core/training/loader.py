@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from deepspec_core.contracts.draft import Preparation
 from deepspec_core.contracts.features import FeatureSource
 from deepspec_core.errors import TrainingError
+from deepspec_core.plugins.exits import no_exit
 from deepspec_core.training.ahead import batches_ahead
 from deepspec_core.training.host_batch import HostBatch, host_batch
 from deepspec_core.training.plans import Plan as Plan
@@ -34,6 +35,10 @@ class MicroBatches(Dataset[HostBatch]):
         self.source, self.preparation, self.seed = source, preparation, seed
 
     def __getitem__(self, plan: Plan) -> HostBatch:
+        with no_exit():  # a worker that ends has no message
+            return self._made(plan)
+
+    def _made(self, plan: Plan) -> HostBatch:
         samples = [self.source[index] for index in plan.indices]
         rngs = [sample_rng(self.seed, plan.epoch, sample.id) for sample in samples]
         prepared = [self.preparation.prepare(sample, rng) for sample, rng in zip(samples, rngs, strict=True)]

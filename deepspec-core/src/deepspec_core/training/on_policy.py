@@ -20,7 +20,7 @@ from deepspec_core.contracts.features import FeatureSource
 from deepspec_core.data.collate import pad, pad_ids
 from deepspec_core.errors import ConfigError, DeepSpecError, PluginError
 from deepspec_core.plugins.origin import component_of, package_of
-from deepspec_core.plugins.references import blame
+from deepspec_core.plugins.references import FAILURES, blame
 from deepspec_core.training.host_batch import HostBatch, host_batch
 from deepspec_core.training.sampler import sample_rng
 
@@ -108,7 +108,7 @@ class Rollouts:
             return self.draft.rollout(given, uniforms_BT)
         except (DeepSpecError, torch.OutOfMemoryError):
             raise
-        except Exception as error:
+        except FAILURES as error:
             raise refused(self.draft, "rollout()", blame(error), "contracts.draft.Texts") from error
 
     def _uniforms(self, sample: Sample, epoch: int) -> Tensor:

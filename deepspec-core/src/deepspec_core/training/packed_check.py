@@ -21,7 +21,7 @@ from deepspec_core.contracts.rows import Rows
 from deepspec_core.contracts.target import TargetFeatures, TargetModel
 from deepspec_core.errors import DeepSpecError, PluginError, TargetError
 from deepspec_core.plugins.origin import component_of, package_of
-from deepspec_core.plugins.references import blame
+from deepspec_core.plugins.references import FAILURES, blame
 from deepspec_core.training.host_batch import HostBatch, host_batch
 from deepspec_core.training.sampler import sample_rng
 
@@ -54,7 +54,7 @@ def check_draft_apart(draft: DraftModel, *, device: torch.device, compute_dtype:
                     rows: Rows = draft(batch)
             except (DeepSpecError, torch.OutOfMemoryError):
                 raise
-            except Exception as error:
+            except FAILURES as error:
                 raise not_apart(PluginError, "the draft", where, blame(error)) from error
             found.append(tuple(_tensors(rows)))
         if _differ(*found, coarse=bf16):
