@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from attrs import evolve
-from row_definition import make, mixed
+from row_definition import TERMS, make, mixed
 from torch import Tensor
 
 from deepspec_core.contracts.draft import DraftBatch
 from deepspec_core.contracts.rows import Heads, Rows
-from deepspec_core.errors import PluginError
+from deepspec_core.errors import ConfigError, PluginError
 from deepspec_core.rows.engine import RowEngine
 from deepspec_core.rows.statistics import Undeclared
 from deepspec_core.rows.weightings import Uniform
@@ -152,3 +152,19 @@ def test_a_term_that_reads_the_target_unannounced(read: str, kernels: str) -> No
     rows, heads, _ = make()
     with pytest.raises(Undeclared, match="needs_target = True"):
         RowEngine({"own": (Term(of_the_target), 1.0)}, Uniform(), kernels=kernels)(rows, heads)
+
+
+@pytest.mark.parametrize("kernels", ["plain", "eager"])
+def test_a_weighting_that_reads_the_target_beside_terms_that_do_not(kernels: str) -> None:
+    weighting = Term(lambda stats: stats.acceptance)
+    rows, heads, _ = make()
+    terms = mixed("ce")
+    with pytest.raises(Undeclared, match="needs_target = True"):
+        RowEngine(terms, weighting, kernels=kernels)(rows, heads)
+    weighting.needs_target = True
+    found = RowEngine(terms, weighting, kernels=kernels)(rows, heads)
+    both = RowEngine(mixed("ce") | {"tv": (TERMS["tv"], 0.5)}, weighting, kernels=kernels)(rows, heads)
+    assert torch.allclose(found.metrics["loss/ce"][0], both.metrics["loss/ce"][0])
+    assert not torch.allclose(found.total, RowEngine(terms, Uniform(), kernels=kernels)(rows, heads).total)
+    with pytest.raises(ConfigError, match="the weighting compares with the target"):
+        RowEngine(terms, weighting, kernels=kernels)(evolve(rows, target_hidden=None, target_index=None), heads)

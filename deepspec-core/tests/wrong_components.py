@@ -162,6 +162,9 @@ WEIGHTINGS = {
         lambda slot, block, stats: stats.draft_logits.softmax(-1).max(-1).values,
         "it_reads_what_it_says", "needs_logits",
     ),
+    "reads the target without saying so": (
+        lambda slot, block, stats: stats.acceptance.detach().clamp(min=0.1), "it_reads_what_it_says", "needs_target",
+    ),
     "reads what is before the correction without saying so": (
         lambda slot, block, stats: torch.exp(-stats.ce_without_correction.detach()),
         "it_reads_what_it_says", "needs_uncorrected",

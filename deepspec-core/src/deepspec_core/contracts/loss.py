@@ -134,6 +134,8 @@ class Weighting(Protocol):
     It is called with whole blocks. No gradient flows through it. It keeps nothing between calls and writes into nothing
     that it is given. It reads no extras, because it cannot say which ones it needs. Slots that are not supervised have
     no row, so a row's slot number may be larger than its place in the block.
+
+    needs_target: Whether it reads statistics of the target. Optional; a missing one counts as False.
     """
 
     def __call__(self, slot: Tensor, block: Tensor, stats: RowStats) -> Tensor:

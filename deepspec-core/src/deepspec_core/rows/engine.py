@@ -70,9 +70,9 @@ class RowEngine:
         self.weighting = weighting
         self.chunk_rows = chunk_rows
         self.kernels = kernels
-        self.needs_target = any(term.needs_target for term, _ in self.terms.values())
-        # A term without the attribute `needs_logits` needs no logits.
+        # A weighting without such an attribute, or a term without `needs_logits`, does not read it.
         readers = {**{f"term {name}": term for name, (term, _) in terms.items()}, "the weighting": weighting}
+        self.needs_target = any(getattr(reader, "needs_target", False) for reader in readers.values())
         self.needs_logits = [name for name, reader in readers.items() if getattr(reader, "needs_logits", False)]
         self.needs_uncorrected = any(getattr(reader, "needs_uncorrected", False) for reader in readers.values())
         self._warned = False
@@ -178,6 +178,12 @@ class RowEngine:
     def check(self, rows: Rows, heads: Heads) -> None:
         """Raise RowsError if shapes break the contract, ConfigError if a term reads what these rows do not carry."""
         check_shapes(rows, heads)
+        if getattr(self.weighting, "needs_target", False) and rows.target_hidden is None:
+            raise ConfigError(
+                "the weighting compares with the target, but this draft's rows carry no target features",
+                where="[loss] weighting",
+                fix="choose another weighting, or use a draft that provides target features",
+            )
         for name, (term, _) in self.terms.items():
             if term.needs_target and rows.target_hidden is None:
                 raise ConfigError(

@@ -134,11 +134,12 @@ class WeightingSuite(Suite):
         same = torch.equal(made.slot_N, again.slot_N) and torch.equal(made.block_N, again.block_N)
         require(same, "it changes slots or blocks")
 
-    @clause("a weighting reads no extras, and of logits and of the correction only what it says", written=_WEIGHTING)
+    @clause("a weighting reads no extras, and of target, logits and correction what it says", written=_WEIGHTING)
     def test_it_reads_what_it_says(self) -> None:
         weighting, bare = self.weighting(), evolve(made_rows(()), extras={})
         # Undeclared is reported with the attribute that is missing.
-        self.weights(weighting, bare, stats=Declared(bare.stats(logits=False), weighting))
+        stats = bare.stats(target=bool(getattr(weighting, "needs_target", False)), logits=False)
+        self.weights(weighting, bare, stats=Declared(stats, weighting))
 
     @clause(
         "a draft may know some of the target's tokens: then a column of logits is no id, and a label may be unknown",
