@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import pickle
 import random
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,33 @@ TASKS = {
         lambda limit, seed: (torch.manual_seed(seed), _asked())[1], "the_same_seed_asks_the_same", "random numbers",
     ),
     "numbers its rows after shuffling": (_shuffled, "an_id_is_one_question", "another question"),
+}  # fmt: skip
+
+
+def _question(row: Any, **more: Any) -> dict[str, Any]:
+    return {"id": row["name"], "messages": [{"role": "user", "content": row["question"]}], **more}
+
+
+def _tidied(row: Any) -> dict[str, Any]:
+    row["question"] = row["question"].strip()
+    return _question(row)
+
+
+# Of rows with a name and a question.
+ROWS = [{"name": name, "question": f" What is {name}?"} for name in ("a", "b", "c")]
+FROM_ROW = {
+    "takes any row of a file": (lambda row: {"messages": [{"role": "user", "content": "?"}]}, "without its columns"),
+    "text for the messages of a row": (lambda row: _question(row, messages="x"), "messages"),
+    "an empty question of a row": (
+        lambda row: _question(row, messages=[{"role": "user", "content": " "}]), "question is empty",
+    ),
+    "an answer first in a row": (
+        lambda row: _question(row, messages=[{"role": "assistant", "content": "Yes."}]), "begin with a user's question",
+    ),
+    "one id for all rows": (lambda row: _question(row, id="same"), "one id to several rows"),
+    "ids of rows by chance": (lambda row: _question(row, id=uuid.uuid4().hex), "of the same row again"),
+    "draws in `from_row`": (lambda row: _question(row, seed=random.random()), "random numbers"),
+    "changes the row that it reads": (_tidied, "writes into the row"),
 }  # fmt: skip
 
 
