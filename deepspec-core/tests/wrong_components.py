@@ -5,7 +5,9 @@ Each table says which test of the suite has to fail, and a word of what it has s
 
 from __future__ import annotations
 
+import gzip
 import json
+import os
 import pickle
 import random
 import uuid
@@ -13,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -231,6 +234,22 @@ class WrongExporter:
             torch.save({"loss": 0.1}, out / "training.bin")
         if self.what == "a pickle of Python's":
             (out / "training.bin").write_bytes(pickle.dumps({"loss": 0.1}))
+        if self.what == "a pickle in letters":
+            (out / "training.bin").write_bytes(pickle.dumps({"loss": 0.1}, 0))
+        if self.what == "a compressed pickle":
+            (out / "training.bin").write_bytes(gzip.compress(pickle.dumps({"loss": 0.1})))
+        if self.what == "an array of objects":
+            np.savez(out / "names.npz", names=np.array([{"a": 1}], dtype=object))
+        if self.what == "NaN in lines of JSON":
+            (out / "results.jsonl").write_text('{"accepted": 1}\n{"accepted": NaN}\n')
+        if self.what == "shares a file with another folder":
+            (self.elsewhere / "shared.txt").unlink(missing_ok=True)
+            (out / "shared.txt").write_text("x")
+            os.link(out / "shared.txt", self.elsewhere / "shared.txt")
+        if self.what == "writes into the facts":
+            facts.config["exported"] = True
+        if self.what == "seeds random numbers":
+            torch.manual_seed(0)
         if self.what == "NaN in JSON":
             (out / "results.json").write_text(json.dumps({"accepted": float("nan")}))
         if self.what == "leaves a link":
@@ -270,6 +289,13 @@ EXPORTERS = {
     "names home and the working folder": ("no_paths", "card.md"),
     "a pickle beside the weights": ("nothing_is_pickled", "training.bin"),
     "a pickle of Python's": ("nothing_is_pickled", "training.bin"),
+    "a pickle in letters": ("nothing_is_pickled", "training.bin"),
+    "a compressed pickle": ("nothing_is_pickled", "training.bin"),
+    "an array of objects": ("nothing_is_pickled", "names.npz"),
+    "NaN in lines of JSON": ("json_is_json", "results.jsonl says NaN"),
+    "shares a file with another folder": ("files_are_in_their_folder", "shared.txt"),
+    "writes into the facts": ("facts_and_random_numbers_stay", "config"),
+    "seeds random numbers": ("facts_and_random_numbers_stay", "random numbers"),
     "NaN in JSON": ("layers_are_named", "no JSON"),
     "leaves a link": ("files_are_in_their_folder", "latest"),
     "names a folder of this machine": ("no_paths", "card.md"),
