@@ -152,7 +152,7 @@ class DraftDescription:
     config: The keys that the algorithm adds to config.json.
     training_keys: The keys of `config` that describe how the draft was trained, not what it is. A run that starts from
         this checkpoint ([draft] init) may have other values of them.
-    unread_options: Names of options that the finished draft does not read, such as "markov.head": only training reads
+    unread_options: Names of options that the finished draft does not read, such as "head.kind": only training reads
         them, or another option turns them off. A checkpoint gives back every other option as the run has it; these it
         need not give back.
     """

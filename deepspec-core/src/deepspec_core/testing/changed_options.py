@@ -9,7 +9,7 @@ import attrs
 
 
 def changed_options(options: Any) -> Iterator[tuple[str, list[Any]]]:
-    """Each option's name, such as "markov.rank", with the options in which it alone has another value.
+    """Each option's name, such as "head.rank", with the options in which it alone has another value.
 
     There are several for one option, the nearest first, because a draft may refuse some. Those that the class refuses
     are left out, as are options that are neither numbers nor one of a list of words.
