@@ -105,6 +105,8 @@ def test_what_cannot_be_exported_is_refused_before_the_first_stage(
         ("raise SystemExit(0)", "the export to plain failed"),
         (f"{COPY}; (out.parent / 'extra').touch()", "extra beside it"),
         (f"{COPY}; (out / 'vocabulary').symlink_to(out.parent)", "vocabulary, a link"),
+        (f"{COPY}; import os; os.link(out / 'w.safetensors', out.parents[2] / 'shared')", "w.safetensors, a link"),
+        (f"{COPY}; import pickle; (out / 'notes').write_bytes(pickle.dumps(1, 0))", "contains pickles"),
         ("out.rmdir()", "the folder is gone"),
     ],
 )

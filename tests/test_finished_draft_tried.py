@@ -108,6 +108,7 @@ def test_a_proposer_that_reads_numbers_is_not_refused(
         ("max_tokens", 0, "0"),
         ("num_layers", 2.0, "2.0"),
         ("training_keys", ("num_anchor",), "num_anchor"),
+        ("unread_options", "num_anchors", "'num_anchors'"),
         ("training_keys", "num_anchors", "'num_anchors'"),
         ("weight_names", {"backbone": "one", "lm_head": "one", "embed_tokens": "one"}, "'one.weight' for"),
     ],
@@ -148,6 +149,22 @@ def test_a_checkpoint_that_would_open_as_another_draft(
     with pytest.raises(PluginError, match="would not open as the draft that was trained") as caught:
         _check(run_file)
     assert says in str(caught.value.found)
+
+
+def test_an_option_that_the_checkpoint_does_not_give_back(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    describe = DFlashModel.describe
+
+    def forgetful(self: DFlashModel, **more: Any) -> Any:
+        said = describe(self)
+        return evolve(said, config={**said.config, "num_anchors": 3}, **more)
+
+    monkeypatch.setattr(DFlashModel, "describe", forgetful)
+    with pytest.raises(PluginError, match="would not open as the draft that was trained") as caught:
+        _check(run_file)
+    assert "num_anchors = 3, where training has" in str(caught.value.found)
+    assert "unread_options" in str(caught.value.fix)
+    monkeypatch.setattr(DFlashModel, "describe", lambda self: forgetful(self, unread_options=("num_anchors",)))
+    _check(run_file)
 
 
 def test_weights_that_the_config_does_not_give(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,6 +115,7 @@ class LastHiddenDraft(DraftModel):
             weight_names={},
             config={"block_size": self.options.block_size, "from_target": self.options.from_target},
             target_weights=("mtp.",) if self.options.from_target else (),
+            unread_options=("num_anchors",),
         )
 
     def adopt_weights(self, weights: Mapping[str, Tensor]) -> None:

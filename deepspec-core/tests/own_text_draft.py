@@ -102,6 +102,7 @@ class OwnTextDraft(DraftModel):
             causal=True,
             weight_names={},
             config={"block_size": self.options.block_size},
+            unread_options=("num_anchors", "from_target"),
         )
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 import deepspec_core
 import deepspec_core.testing as kit
+from deepspec_core.errors import DataError
 from deepspec_core.plugins import ComponentSpec, DraftModelSpec, ExportSpec, TargetAdapterSpec, TaskSpec
 from deepspec_core.testing.conformance import Suite, clauses
 
@@ -178,9 +179,25 @@ def test_wrong_tasks(what: str, plant: Any) -> None:
     in_words(said_of(suite, test), suite, test, word)
 
 
-def test_a_task_that_takes_any_row(plant: Any) -> None:
-    suite = task_suite(plant(lambda *given: components._asked()), from_row="wrong_components:planted")
-    in_words(said_of(suite, "rows_of_a_file"), suite, "rows_of_a_file", "from_row")
+@pytest.mark.parametrize("what", first_of(["", *components.FROM_ROW]))
+def test_tasks_that_read_rows_wrongly(what: str, plant: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def right(row: Any) -> Any:
+        if "question" not in row:
+            raise DataError("no question")
+        return components._question(row)
+
+    read, word = components.FROM_ROW[what] if what else (right, "")
+
+    def refuses_others(row: Any) -> Any:
+        return read(row) if "question" in row or "any row" in what else right(row)
+
+    monkeypatch.setattr(components, "planted_rows", refuses_others, raising=False)
+    suite = task_suite(plant(lambda *given: components._asked()), from_row="wrong_components:planted_rows")
+    suite.rows = components.ROWS  # type: ignore[attr-defined]
+    if not what:
+        assert kit.broken_by(suite, ["test_rows_of_a_file"]) == {}
+        return
+    in_words(said_of(suite, "rows_of_a_file"), suite, "rows_of_a_file", word)
 
 
 class Tapped(last_hidden_draft.LastHiddenDraft):
@@ -240,7 +257,7 @@ def caught() -> Mapping[str, list[str]]:
         "weighting": list(components.WEIGHTINGS),
         "target": list(targets.CAUGHT),
         "cache": [*caches.CACHES, *members.CACHES],
-        "task": [*components.TASKS, "takes any row of a file"],
+        "task": [*components.TASKS, *components.FROM_ROW],
         "exporter": list(components.EXPORTERS),
     }
 

@@ -5,13 +5,17 @@ Each table says which test of the suite has to fail, and a word of what it has s
 
 from __future__ import annotations
 
+import gzip
 import json
+import os
 import pickle
 import random
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -223,6 +227,33 @@ TASKS = {
 }  # fmt: skip
 
 
+def _question(row: Any, **more: Any) -> dict[str, Any]:
+    return {"id": row["name"], "messages": [{"role": "user", "content": row["question"]}], **more}
+
+
+def _tidied(row: Any) -> dict[str, Any]:
+    row["question"] = row["question"].strip()
+    return _question(row)
+
+
+# Of rows with a name and a question.
+ROWS = [{"name": name, "question": f" What is {name}?"} for name in ("a", "b", "c")]
+FROM_ROW = {
+    "takes any row of a file": (lambda row: {"messages": [{"role": "user", "content": "?"}]}, "without its columns"),
+    "text for the messages of a row": (lambda row: _question(row, messages="x"), "messages"),
+    "an empty question of a row": (
+        lambda row: _question(row, messages=[{"role": "user", "content": " "}]), "question is empty",
+    ),
+    "an answer first in a row": (
+        lambda row: _question(row, messages=[{"role": "assistant", "content": "Yes."}]), "begin with a user's question",
+    ),
+    "one id for all rows": (lambda row: _question(row, id="same"), "one id to several rows"),
+    "ids of rows by chance": (lambda row: _question(row, id=uuid.uuid4().hex), "of the same row again"),
+    "draws in `from_row`": (lambda row: _question(row, seed=random.random()), "random numbers"),
+    "changes the row that it reads": (_tidied, "writes into the row"),
+}  # fmt: skip
+
+
 class WrongExporter:
     """An exporter that may be wrong. `elsewhere` is a folder to write into where it should not."""
 
@@ -254,6 +285,22 @@ class WrongExporter:
             torch.save({"loss": 0.1}, out / "training.bin")
         if self.what == "a pickle of Python's":
             (out / "training.bin").write_bytes(pickle.dumps({"loss": 0.1}))
+        if self.what == "a pickle in letters":
+            (out / "training.bin").write_bytes(pickle.dumps({"loss": 0.1}, 0))
+        if self.what == "a compressed pickle":
+            (out / "training.bin").write_bytes(gzip.compress(pickle.dumps({"loss": 0.1})))
+        if self.what == "an array of objects":
+            np.savez(out / "names.npz", names=np.array([{"a": 1}], dtype=object))
+        if self.what == "NaN in lines of JSON":
+            (out / "results.jsonl").write_text('{"accepted": 1}\n{"accepted": NaN}\n')
+        if self.what == "shares a file with another folder":
+            (self.elsewhere / "shared.txt").unlink(missing_ok=True)
+            (out / "shared.txt").write_text("x")
+            os.link(out / "shared.txt", self.elsewhere / "shared.txt")
+        if self.what == "writes into the facts":
+            facts.config["exported"] = True
+        if self.what == "seeds random numbers":
+            torch.manual_seed(0)
         if self.what == "NaN in JSON":
             (out / "results.json").write_text(json.dumps({"accepted": float("nan")}))
         if self.what == "leaves a link":
@@ -293,6 +340,13 @@ EXPORTERS = {
     "names home and the working folder": ("no_paths", "card.md"),
     "a pickle beside the weights": ("nothing_is_pickled", "training.bin"),
     "a pickle of Python's": ("nothing_is_pickled", "training.bin"),
+    "a pickle in letters": ("nothing_is_pickled", "training.bin"),
+    "a compressed pickle": ("nothing_is_pickled", "training.bin"),
+    "an array of objects": ("nothing_is_pickled", "names.npz"),
+    "NaN in lines of JSON": ("json_is_json", "results.jsonl says NaN"),
+    "shares a file with another folder": ("files_are_in_their_folder", "shared.txt"),
+    "writes into the facts": ("facts_and_random_numbers_stay", "config"),
+    "seeds random numbers": ("facts_and_random_numbers_stay", "random numbers"),
     "NaN in JSON": ("layers_are_named", "no JSON"),
     "leaves a link": ("files_are_in_their_folder", "latest"),
     "names a folder of this machine": ("no_paths", "card.md"),

@@ -100,7 +100,14 @@ class DSparkModel(DFlashModel):
 
     def describe(self) -> DraftDescription:
         """Facts for checkpoints, exports and reports."""
-        return evolve(super().describe(), gives_confidence=self.confidence_head is not None)
+        unread = ["confidence_gradient"]
+        if not self.options.markov.rank:
+            unread.append("markov.head")
+        if self.confidence_head is None:
+            unread.append("confidence_with_markov")
+        return evolve(
+            super().describe(), gives_confidence=self.confidence_head is not None, unread_options=tuple(unread)
+        )
 
     def config(self) -> dict[str, Any]:
         """What is added to config.json."""

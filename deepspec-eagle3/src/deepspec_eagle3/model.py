@@ -157,6 +157,7 @@ class Eagle3Model(DraftModel):
             config=self.config(),
             window=self.window,
             gives_confidence=False,
+            unread_options=("normaliser", "count", "num_anchors"),
         )
 
     def config(self) -> dict[str, Any]:

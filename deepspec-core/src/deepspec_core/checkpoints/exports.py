@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections import Counter
 from pathlib import Path
 
 from attrs import frozen
 
+from deepspec_core.checkpoints.pickles import holds_pickle
 from deepspec_core.contracts.draft import DraftModel
 from deepspec_core.contracts.export import Exporter, ExportFacts
 from deepspec_core.disk import no_room
@@ -69,7 +71,7 @@ class Format:
         """Write the folder `out`, which is not there yet, and return its bytes.
 
         What is written gets this name when all of it is there. PluginError where the exporter fails or writes anywhere
-        else, ExportError where it writes nothing. Nothing is left then.
+        else or writes a pickle, ExportError where it writes nothing. Nothing is left then.
         """
         unfinished = out.with_name(f".{out.name}.partial")
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -95,7 +97,7 @@ class Format:
 
     def _check_written(self, folder: Path) -> int:
         beside = sorted(path.name for path in folder.parent.iterdir() if path != folder)
-        links = sorted(path.name for path in folder.rglob("*") if path.is_symlink())
+        links = links_in(folder)
         if beside or links or not folder.is_dir():
             raise PluginError(
                 f"the export to {self.name} must consist of files in its own folder",
@@ -109,7 +111,24 @@ class Format:
             raise ExportError(
                 f"the export to {self.name} wrote nothing", where=self.package, expected="files of a draft"
             )
+        pickled = sorted(path.relative_to(folder).as_posix() for path in files if holds_pickle(path))
+        if pickled:
+            raise PluginError(
+                f"the export to {self.name} contains pickles, which may run any code when they are loaded",
+                where=self.package,
+                found=", ".join(pickled),
+                expected="files such as safetensors and JSON, which can be loaded without trust",
+            )
         return sum(path.stat().st_size for path in files)
+
+
+def links_in(folder: Path) -> list[str]:
+    """The names of symbolic links in it, and of files that have a name outside it too: they change with that one."""
+    paths = sorted(folder.rglob("*"))
+    links = [path.name for path in paths if path.is_symlink()]
+    files = [(path, path.stat()) for path in paths if path.is_file() and not path.is_symlink()]
+    inside = Counter((about.st_dev, about.st_ino) for _, about in files)
+    return links + [path.name for path, about in files if about.st_nlink > inside[about.st_dev, about.st_ino]]
 
 
 def require_free(out: Path, *, fix: str) -> None:

@@ -152,6 +152,9 @@ class DraftDescription:
     config: The keys that the algorithm adds to config.json.
     training_keys: The keys of `config` that describe how the draft was trained, not what it is. A run that starts from
         this checkpoint ([draft] init) may have other values of them.
+    unread_options: Names of options that the finished draft does not read, such as "head.kind": only training reads
+        them, or another option turns them off. A checkpoint gives back every other option as the run has it; these it
+        need not give back.
     """
 
     algorithm: str
@@ -167,6 +170,7 @@ class DraftDescription:
     gives_confidence: bool | None = None
     target_weights: tuple[str, ...] = ()
     training_keys: tuple[str, ...] = ()
+    unread_options: tuple[str, ...] = ()
 
 
 class DraftModel(nn.Module, ABC):

@@ -73,8 +73,9 @@ class Exporter(Protocol):
     def write(self, draft: DraftModel, facts: ExportFacts, out: Path) -> None:
         """Write the export's files into `out`, an empty folder, and nothing outside it.
 
-        `out` is a temporary folder, which core renames when all files are written. Symbolic links are refused, because
-        they would break when the export is moved. An exporter that checks its own files raises ExportError if they are
-        not what the engine needs.
+        `out` is a temporary folder, which core renames when all files are written. Core refuses links, because they
+        would break when the export is moved or the other file changes, and pickles, because loading them may run any
+        code. The facts stay as they are, and so do global random numbers. An exporter that checks its own files raises
+        ExportError if they are not what the engine needs.
         """
         ...

@@ -75,7 +75,7 @@ def load_task(
         prompts = _read_file(base / file, base, task_name(task), _mapped(task, registry))
     else:
         rows = held_out() if task == HELD_OUT else _registered(task, most, seed, registry)
-        prompts = [_prompt(row, index, task, f"{task}:{index + 1}") for index, row in enumerate(rows)]
+        prompts = [prompt_of(row, index, task, f"{task}:{index + 1}") for index, row in enumerate(rows)]
     if most is not None and len(prompts) > most:
         if quota is not None:
             log.info("%s: %d of %d rows, the task's own quota. A limit asks another number.", task, most, len(prompts))
@@ -183,7 +183,7 @@ def _read_file(path: Path, base: Path, name: str, mapped: Callable[[Any, str], A
             fix=f"Relative paths start at {base.absolute()}.",
         )
     return [
-        _prompt(mapped(row.content(), row.where), index, name, row.where) for index, row in enumerate(read_rows(path))
+        prompt_of(mapped(row.content(), row.where), index, name, row.where) for index, row in enumerate(read_rows(path))
     ]
 
 
@@ -192,7 +192,7 @@ def _plain(identity: str) -> str:
     return f"{identity}." if _OF_A_PROMPT.search(identity) else identity
 
 
-def _prompt(row: Any, index: int, name: str, where: str) -> Prompt:
+def prompt_of(row: Any, index: int, name: str, where: str) -> Prompt:
     """The messages up to the first user turn. Raises DataError if there is no user turn, or if the row is malformed."""
     said = {key: row[key] for key in row if key not in TOKENS} if isinstance(row, Mapping) else row
     conversation = from_row(said, where)

@@ -29,7 +29,8 @@ def described(run: Run, draft: DraftModel) -> DraftDescription:
         ("taps", said.taps, tuple(said.taps) == tuple(run.file.target.layers), f"{run.file.target.layers}, as built"),
         ("max_tokens", said.max_tokens, _counts(said.max_tokens), "a whole number above 0"),
         ("num_layers", said.num_layers, _counts(said.num_layers), "a whole number above 0"),
-        ("target_weights", said.target_weights, _beginnings(said.target_weights), "beginnings of names of weights"),
+        ("target_weights", said.target_weights, _texts(said.target_weights), "beginnings of names of weights"),
+        ("unread_options", said.unread_options, _texts(said.unread_options), "names of options"),
         ("training_keys", said.training_keys, _keys_of(said), "keys of `config`"),
     ):
         if not right:
@@ -41,8 +42,8 @@ def described(run: Run, draft: DraftModel) -> DraftDescription:
     return said
 
 
-def _beginnings(prefixes: Any) -> bool:
-    return isinstance(prefixes, tuple) and all(isinstance(prefix, str) and prefix for prefix in prefixes)
+def _texts(said: Any) -> bool:
+    return isinstance(said, tuple) and all(isinstance(text, str) and text for text in said)
 
 
 def _keys_of(said: DraftDescription) -> bool:

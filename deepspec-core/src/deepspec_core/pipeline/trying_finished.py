@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 
 from deepspec_core.checkpoints.draft_window import window_of
+from deepspec_core.checkpoints.options_back import lost_option
 from deepspec_core.checkpoints.published import config_text
 from deepspec_core.contracts.draft import DraftDescription, DraftModel
 from deepspec_core.contracts.proposer import Proposer
@@ -65,15 +66,17 @@ def _try_recognition(run: Run, draft: DraftModel, description: DraftDescription)
 
 
 def _try_opening(run: Run, draft: DraftModel, description: DraftDescription, config: dict[str, Any]) -> None:
-    """Build the draft that config.json describes, and compare the names and shapes of its weights."""
+    """Read the options back, build the draft that config.json describes, and compare its weights' names and shapes."""
     kind, registry = run.file.draft.type, run.plugins.registry
     package = registry.provider("draft", kind)
     try:
         options, taps = resolve(registry.get("draft", kind).options_of)(config)
-        with fake_tensors():
-            again: DraftModel = registry.load("draft", kind)(options, run.target.draft_adapter, tuple(taps))
         found = None if tuple(taps) == tuple(description.taps) else f"taps {tuple(taps)}"
-        found = found or _other_weights(draft, again)
+        found = found or lost_option(run.file.draft.options, options, description.unread_options)
+        if found is None:
+            with fake_tensors():
+                again: DraftModel = registry.load("draft", kind)(options, run.target.draft_adapter, tuple(taps))
+            found = _other_weights(draft, again)
     except DeepSpecError as error:
         raise _not_opened(kind, package, f"{error.problem} ({error.found})") from error
     except FAILURES as error:
@@ -95,8 +98,9 @@ def _not_opened(kind: str, package: str, found: str) -> PluginError:
         f"the checkpoint of draft type {kind!r} would not open as the draft that was trained",
         where=package,
         found=found,
-        expected="the taps and weights of the trained draft",
-        fix="Compare `describe().config` with `options_of` of the draft type.",
+        expected="the taps, options and weights of the trained draft",
+        fix="Compare `describe().config` with `options_of` of the draft type. Options that the finished draft does not "
+        "read belong into `describe().unread_options`.",
     )
 
 

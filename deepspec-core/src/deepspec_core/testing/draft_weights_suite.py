@@ -17,9 +17,12 @@ import torch
 from attrs import evolve
 from torch import Tensor
 
+from deepspec_core.checkpoints.options_back import lost_option
 from deepspec_core.checkpoints.published import config_text, load_draft, save_draft
 from deepspec_core.contracts.draft import DraftModel, Sample
 from deepspec_core.contracts.target import TargetFeatures
+from deepspec_core.plugins.references import resolve
+from deepspec_core.testing.changed_options import changed_options
 from deepspec_core.testing.conformance import clause, require
 from deepspec_core.testing.driven_proposer import GREEDY, SAMPLED, DrivenProposer
 from deepspec_core.testing.global_draws import no_global_draws
@@ -28,6 +31,7 @@ from deepspec_core.testing.random_batches import features_of
 from deepspec_core.testing.shifted import shifted
 
 _ALGORITHM = "docs/plugins.md#an-algorithm"
+_DESCRIPTION = "deepspec_core/contracts/draft.py: DraftDescription"
 _TARGET = "docs/plugins.md#weights-of-the-target"
 
 
@@ -76,6 +80,28 @@ class DraftWeightsSuite(ProposerSuite):
             if away is None and not torch.equal(one.tokens, again.tokens):
                 away = "other tokens"
             require(away is None, f"after loading: {away}. Is all that it computes with in state_dict()?")
+
+    @clause(
+        "every option comes back from config.json, whatever its value, but those in `unread_options`",
+        written=_DESCRIPTION,
+    )
+    def test_options_come_back(self) -> None:
+        given = self.made_options()
+        if not given:
+            raise SkipTest("it has no options")
+        registry = self.registry()
+        spec, build = registry.get("draft", self.component), registry.load("draft", self.component)
+        taps = self.draft().describe().taps
+        for name, others in [("", list(given)), *changed_options(given[0])]:
+            for options in others:
+                try:
+                    draft = build(options, self.adapter(), taps)
+                    config = json.loads(config_text(draft, draft.describe(), self.adapter()))
+                except Exception:  # a value that does not fit the small target, or the other options
+                    continue
+                lost = lost_option(options, resolve(spec.options_of)(config)[0], draft.describe().unread_options)
+                require(lost is None, f"{lost}" + (f", with another {name} than the suite's" if name else ""))
+                break
 
     @clause("a draft that is loaded in bfloat16, as its target is, proposes what can be verified", written=_ALGORITHM)
     def test_decoding_in_bfloat16(self) -> None:

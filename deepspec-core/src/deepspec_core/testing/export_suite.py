@@ -7,11 +7,9 @@ layers stand in a JSON file. The suite of a format with other files overrides ho
 from __future__ import annotations
 
 import json
-import pickle
-import pickletools
-import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
@@ -22,13 +20,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from deepspec_core.checkpoints.export_facts import facts_of
-from deepspec_core.checkpoints.exports import Format
+from deepspec_core.checkpoints.exports import Format, links_in
+from deepspec_core.checkpoints.pickles import holds_pickle
 from deepspec_core.checkpoints.published import published_weights
 from deepspec_core.contracts.draft import DraftModel
 from deepspec_core.contracts.export import Exporter, ExportFacts, TargetName
 from deepspec_core.plugins.discovery import load_plugins
 from deepspec_core.plugins.registry import Registry
 from deepspec_core.testing.conformance import Suite, Unmet, clause, require
+from deepspec_core.testing.global_draws import no_global_draws
 from deepspec_core.testing.random_batches import TAPS, with_large_weights
 from deepspec_core.testing.tiny_family import tiny_adapter
 from deepspec_core.testing.watched_files import watched_files
@@ -117,15 +117,33 @@ class ExporterSuite(Suite):
         with watched_files() as watched, self.written(draft) as out:
             outside = watched.outside(out)
             require(not outside, f"{outside}, beside {out}")
-            links = sorted(path.name for path in out.rglob("*") if path.is_symlink())
-            require(not links, f"links: {links}")
+            require(not links_in(out), f"links: {links_in(out)}")
             require(any(path.is_file() for path in out.rglob("*")), "no file")
 
     @clause("nothing in an export is pickled: it can be loaded without trust", written=_PAGE)
     def test_nothing_is_pickled(self) -> None:
         with self.written() as out:
-            found = [path.name for path in out.rglob("*") if path.is_file() and _is_pickled(path)]
+            found = [path.name for path in out.rglob("*") if path.is_file() and holds_pickle(path)]
             require(not found, f"pickled: {found}")
+
+    @clause("JSON files and lines of JSON hold no NaN and no infinite number", written=_PAGE)
+    def test_json_is_json(self) -> None:
+        with self.written() as out:
+            for path in sorted(out.rglob("*.json")):
+                _content(path)
+            for path in sorted(out.rglob("*.jsonl")):
+                for line in path.read_text("utf-8").splitlines():
+                    _checked(line, path.name)
+
+    @clause("`write` changes no fact that it is given, and neither draws nor seeds random numbers", written=_EXPORTER)
+    def test_facts_and_random_numbers_stay(self) -> None:
+        draft = self.draft()
+        facts = self.facts(draft)
+        before = _said(facts)
+        with TemporaryDirectory() as folder, no_global_draws():
+            self.exporter().write(draft, facts, Path(folder))
+        changed = [name for name, value in _said(facts).items() if value != before[name]]
+        require(not changed, f"other facts afterwards: {changed}")
 
     @clause("every weight of the draft is in the export, unchanged, but those that the target has", written=_PAGE)
     def test_all_weights_are_there(self) -> None:
@@ -204,23 +222,24 @@ def _rounded(part: Tensor) -> Tensor:
 
 
 def _content(path: Path) -> Any:
+    return _checked(path.read_text("utf-8"), path.name)
+
+
+def _checked(text: str, name: str) -> Any:
     def refused(constant: str) -> None:
-        raise Unmet(f"{path.name} says {constant}, which is no JSON")
+        raise Unmet(f"{name} says {constant}, which is no JSON")
 
-    return json.loads(path.read_text("utf-8"), parse_constant=refused)
-
-
-def _is_pickled(path: Path) -> bool:
-    """Whether a file is a pickle, or an archive that torch.save writes, which holds one."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            return any(name.endswith(".pkl") for name in archive.namelist())
-    content = path.read_bytes()
     try:
-        # Other files may begin with this byte too, but they do not parse as a pickle to their end.
-        return content[:1] == pickle.PROTO and sum(1 for _ in pickletools.genops(content)) > 0
-    except ValueError:
-        return False
+        return json.loads(text, parse_constant=refused)
+    except json.JSONDecodeError as error:
+        raise Unmet(f"{name} is no JSON: {error}") from error
+
+
+def _said(facts: ExportFacts) -> dict[str, Any]:
+    """A copy of the facts that an exporter could write into."""
+    names = ("config", "shapes", "settings", "results", "reduced")
+    found = {name: getattr(facts, name) for name in names} | {"description.config": facts.description.config}
+    return deepcopy(found)
 
 
 def _lists(value: Any) -> Iterator[list[Any]]:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, ClassVar
 
 from deepspec_core.errors import DataError
-from deepspec_core.evaluation.tasks import Prompt, load_task
+from deepspec_core.evaluation.tasks import Prompt, load_task, prompt_of
 from deepspec_core.plugins.references import resolve
 from deepspec_core.testing.conformance import Suite, clause, require
 from deepspec_core.testing.global_draws import no_global_draws
@@ -92,7 +93,8 @@ class TaskSuite(Suite):
                     require(known[str(row["id"])] == row, f"{words} is another question")
 
     @clause(
-        "`from_row` makes a conversation of a row of the task's data, and refuses another with a DataError",
+        "`from_row` makes of a row of the task's data a question that core can ask, the same each time, with its own "
+        "id, and refuses another row with a DataError",
         written=_TASK,
     )
     def test_rows_of_a_file(self) -> None:
@@ -101,9 +103,20 @@ class TaskSuite(Suite):
         if name is None:
             return
         from_row = resolve(name)
-        for row in self.rows:
-            made = from_row(dict(row))
+        given = deepcopy(list(self.rows))
+        with no_global_draws():
+            first, again = ([from_row(row) for row in given] for _ in range(2))
+        require(given == list(self.rows), "from_row writes into the row that it is given")
+        ids = []
+        for index, (made, same) in enumerate(zip(first, again, strict=True)):
             require(isinstance(made, Mapping) and any(made.get(one) for one in _SPOKEN), f"from_row gives {made!r}")
+            require(made == same, f"from_row gives {made!r}, and of the same row again {same!r}")
+            try:
+                ids.append(prompt_of(made, index, self.component, f"row {index + 1}").id)
+            except DataError as error:
+                require(False, f"from_row gives {made!r}. {error.problem}: {error.found}")
+        twice = sorted({one for one in ids if ids.count(one) > 1})
+        require(not twice, f"from_row gives one id to several rows: {twice}")
         try:
             made = from_row({"of another data set": 1})
         except DataError:
