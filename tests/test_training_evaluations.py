@@ -46,7 +46,14 @@ def _bytes(folder: Path) -> bytes:
     return (folder / WEIGHTS).read_bytes()
 
 
-def test_training_is_the_same_to_the_bit_and_the_best_is_evaluated(
+def _apart(one: Path, other: Path) -> float:
+    """How far two checkpoints are apart at most."""
+    weights, others = (load_file(folder / WEIGHTS) for folder in (one, other))
+    assert weights.keys() == others.keys()
+    return max(float((weights[name] - others[name]).abs().max()) for name in weights)
+
+
+def test_training_is_the_same_and_the_best_is_evaluated(
     finished: Path, finished_copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With cached features, whose target is loaded for this alone."""
@@ -57,7 +64,9 @@ def test_training_is_the_same_to_the_bit_and_the_best_is_evaluated(
     assert "train.evaluate_every = 5: the target is loaded beside cached features" in seen.err
     folder = _folder(finished_copy)
     last = folder / "train" / "checkpoints" / "step-000010" / "draft"
-    assert _bytes(last) == _bytes(_folder(finished) / "draft")
+    # Evaluations move tensors to other places in memory, where some processors round sums otherwise: 1.2e-7. Random
+    # numbers that an evaluation drew would change the batches, and weights by about the learning rate, 4e-3.
+    assert _apart(last, _folder(finished) / "draft") < 1e-5
     records = _records(finished_copy)
     assert [record["step"] for record in records] == [0, 5, 10]
     best = max(records, key=lambda record: (record["accepted_length"], record["step"]))

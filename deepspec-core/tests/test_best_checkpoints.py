@@ -139,7 +139,9 @@ def test_training_is_the_same_with_and_without(tmp_path: Path) -> None:
     expected, _ = run(tmp_path / "without", None)
     draft, _ = run(tmp_path / "with", Scripted(RISES_AND_FALLS))
     for name, value in draft.state_dict().items():
-        assert torch.equal(value, expected.state_dict()[name]), name
+        # Evaluations move tensors to other places in memory, where some processors round sums otherwise: 3e-8. Other
+        # random numbers would give other batches, and weights that are 1e-2 apart.
+        torch.testing.assert_close(value, expected.state_dict()[name], rtol=0, atol=1e-5, msg=name)
     assert not (tmp_path / "without" / "evaluations.jsonl").exists()
     # Means are over the steps since the line before, so they are the same where both have a line.
     assert figures(tmp_path / "with")[-1]["accuracy@0"] == figures(tmp_path / "without")[-1]["accuracy@0"]
