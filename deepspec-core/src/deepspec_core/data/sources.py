@@ -22,8 +22,9 @@ from deepspec_core.data.conversations import Conversation, from_row
 from deepspec_core.data.dialogue import has_results
 from deepspec_core.data.digest_set import DigestSet, digest16
 from deepspec_core.data.prepared import is_prepared, manifest_of
+from deepspec_core.data.shipped_prompts import Registry, not_held_out
 from deepspec_core.data.source_row import SourceRow
-from deepspec_core.data.source_rows import Registry, check_source, columns_of, has_splits, on_hub, rows_of
+from deepspec_core.data.source_rows import check_source, columns_of, has_splits, on_hub, rows_of
 from deepspec_core.data.split import Split, is_held_out, prompt_digest, whole_prompt_digest
 from deepspec_core.errors import DataError
 from deepspec_core.progress import Progress
@@ -232,6 +233,10 @@ def _of_split(
             one
             for one in conversations
             if is_held_out(prompt_digest(one), held_out=held_out, seed=seed) == (split == "held_out")
+        )
+    elif split == "train" and source.path.startswith(BUILTIN):
+        conversations = not_held_out(
+            conversations, source.path, seed=seed, registry=registry, columns=columns_of(source).read
         )
     yield from islice(conversations, source.limit if split == "train" else None)
     if bad_rows is not None:
