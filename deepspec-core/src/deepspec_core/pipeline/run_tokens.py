@@ -83,7 +83,7 @@ def made_from(data: RunData) -> dict[str, Any]:
             "jinja2": jinja2.__version__,
         },
         "the tokenizer": tokenizer.tokenizer_fingerprint(),
-        "special tokens": [str(tokenizer.tokenizer.special_tokens_map), tokenizer.control_tokens()],
+        "special tokens": [str(tokenizer.tokenizer.special_tokens_map), tokenizer.refused_tokens()],
         "the chat template or what of it is supervised": tokenizer.template_fingerprint(
             fmt, options.system_prompt, data.supervision
         ),
