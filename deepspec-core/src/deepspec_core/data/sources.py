@@ -189,7 +189,7 @@ def check_rows(
         raise DataError(
             "There is no conversation to train on",
             where="data.sources: " + ", ".join(source.path for source in sources),
-            found=f"{warned} rows that cannot be used; all others are held out (data.held_out = {held_out:g})",
+            found=f"{warned:,} unusable rows; others, if any, are held out (data.held_out = {held_out:g})",
             expected="at least one conversation",
             fix="Add data to the sources, or lower data.held_out.",
         )
