@@ -25,7 +25,7 @@ from deepspec_core.data.prepared import is_prepared, manifest_of
 from deepspec_core.data.shipped_prompts import Registry, not_held_out
 from deepspec_core.data.source_row import SourceRow
 from deepspec_core.data.source_rows import check_source, columns_of, has_splits, on_hub, rows_of
-from deepspec_core.data.split import Split, is_held_out, prompt_digest, whole_prompt_digest
+from deepspec_core.data.split import RULE, Split, is_held_out, prompt_digest, whole_prompt_digest
 from deepspec_core.errors import DataError
 from deepspec_core.progress import Progress
 
@@ -111,10 +111,14 @@ def check_sources(sources: Sequence[SourceOptions], *, base: Path, registry: Reg
         check_source(source, base=base, registry=registry)
 
 
-def prepared_split(sources: Sequence[SourceOptions], *, base: Path) -> dict[str, Any] | None:
-    """Rule, share and seed of the split that a prepared folder has; None where the run splits its sources itself."""
-    folders = [base / source.path for source in sources]
-    return manifest_of(folders[0]).split if len(folders) == 1 and is_prepared(folders[0]) else None
+def split_of(sources: Sequence[SourceOptions], *, base: Path, held_out: float, seed: int) -> dict[str, Any]:
+    """`rule`, `held_out` and `seed` of the split: an only source's own where it has one, else the rule of split.py."""
+    own = {"rule": RULE, "held_out": held_out, "seed": seed}
+    if len(sources) > 1 or not has_splits(sources[0], base):
+        return own
+    if sources[0].path.startswith(BUILTIN):
+        return {**own, "rule": f"the split of {sources[0].path}"}
+    return manifest_of(base / sources[0].path).split
 
 
 def _refuse_beside_prepared(sources: Sequence[SourceOptions], base: Path) -> None:

@@ -165,12 +165,10 @@ class RunData:
                 )
 
     def split(self) -> dict[str, Any]:
-        """`rule`, `held_out` and `seed` of the held-out split: the run's own, or those of its prepared folder."""
-        from deepspec_core.data.sources import prepared_split
-        from deepspec_core.data.split import RULE
+        """`rule`, `held_out` and `seed` of the held-out split: the run's own, or those of its only source."""
+        from deepspec_core.data.sources import split_of
 
-        own = {"rule": RULE, "held_out": self.options.held_out, "seed": self.seed}
-        return prepared_split(self.options.sources, base=self.base) or own
+        return split_of(self.options.sources, base=self.base, held_out=self.options.held_out, seed=self.seed)
 
     def source_digest(self, index: int, *, ask_hub: bool) -> str | None:
         """Tells a source from an edited one; see data/source_digest.py. None where the Hub is not asked.
