@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from deepspec_core.contracts.cache import CacheFormat
-from deepspec_core.errors import CacheError
+from deepspec_core.errors import CacheError, PluginError
 from deepspec_core.plugins.registry import Registry
 
 
@@ -16,13 +16,14 @@ def format_of(folder: Path, registry: Registry, named: str | None = None) -> tup
     """
     if named is not None:
         return named, registry.build("cache", named)
-    complaints: list[CacheError] = []
+    complaints: list[CacheError | PluginError] = []
     for name in registry.names("cache"):
-        cache_format: CacheFormat = registry.build("cache", name)
         try:
-            if cache_format.header(folder) is not None:
-                return name, cache_format
-        except CacheError as error:
+            cache_format: CacheFormat = registry.build("cache", name)
+            with registry.blaming("cache", name):
+                if cache_format.header(folder) is not None:
+                    return name, cache_format
+        except (CacheError, PluginError) as error:  # a plugin that fails hides no other format's cache
             complaints.append(error)
     if complaints:
         # A format that recognises a damaged cache of its own says more than those that see another format.

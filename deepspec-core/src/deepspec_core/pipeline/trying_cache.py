@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deepspec_core.cache.storable import require_storable
 from deepspec_core.contracts.cache import CacheFormat, CacheHeader
 from deepspec_core.contracts.draft import Sample
 from deepspec_core.contracts.target import TargetFeatures
@@ -37,8 +38,7 @@ def try_format(run: Run) -> None:
     name, registry = run.file.cache.format, run.plugins.registry
     package = registry.provider("cache", name)
     if canonical(package) == CORE:
-        with TemporaryDirectory() as folder:
-            run.cache.format.create(Path(folder) / "cache", run.cache.bare_header()).close()
+        require_storable(run.cache.format, run.cache.bare_header())
         return
     with registry.blaming("cache", name):
         problem = lost_by(run.cache.format, run.cache.bare_header())
