@@ -15,14 +15,13 @@ def format_of(folder: Path, registry: Registry, named: str | None = None) -> tup
     CacheError where none does. A format's own complaint counts where no other format finds a cache.
     """
     if named is not None:
-        return named, registry.build("cache", named)
+        return named, registry.cache_format(named)
     complaints: list[CacheError | PluginError] = []
     for name in registry.names("cache"):
         try:
-            cache_format: CacheFormat = registry.build("cache", name)
-            with registry.blaming("cache", name):
-                if cache_format.header(folder) is not None:
-                    return name, cache_format
+            cache_format: CacheFormat = registry.cache_format(name)
+            if cache_format.header(folder) is not None:
+                return name, cache_format
         except (CacheError, PluginError) as error:  # a plugin that fails hides no other format's cache
             complaints.append(error)
     if complaints:

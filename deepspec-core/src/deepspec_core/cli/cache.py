@@ -121,7 +121,7 @@ def convert(folder: Path, to: str, out: Path, dtype: str | None, name: str | Non
     show_messages()
     registry = load_plugins(blocked=blocked).registry
     _, cache_format = format_of(folder, registry, name)
-    wanted = registry.build("cache", to)
+    wanted = registry.cache_format(to)
     if out.resolve() == folder.resolve():
         raise CacheError(
             "A cache cannot be converted into its own folder",
