@@ -1,6 +1,9 @@
 """Rows that cannot be used: dropped, counted and kept with their places, within a budget that is checked first."""
 
+import errno
 import json
+import os
+import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -177,6 +180,29 @@ def test_rows_that_are_kept_of_too_many_are_bounded(tmp_path: Path) -> None:
     assert [entry["where"] for entry in kept] == ["rows:0", "rows:1", "rows:2"]
     assert int(kept[0]["row_characters"]) > MOST_BYTES > len(kept[0]["row"])
     assert len(told) == 7
+
+
+def test_a_full_temporary_folder_is_one_error_that_names_it(
+    run_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Bad rows wait there until it is known how many there are."""
+
+    made = tempfile.TemporaryFile
+
+    def full(**where: Any) -> Any:
+        if where:
+            return made(**where)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    _write(run_file.parent / "rows.jsonl", 4, b"{")
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    told = ["--set", 'data.sources=[{path="rows.jsonl"}]']
+    for command in (["run", str(run_file), "--smoke"], ["data", "prepare", str(run_file)]):
+        assert main([*command, *told]) == 2
+        said = capsys.readouterr().err
+        assert "There is no room to write" in said
+        assert f"where:    {tempfile.gettempdir()}\n" in said
+        assert "start the same command again" in said
 
 
 def test_prompts_without_the_stage_that_answers_them_are_told_with_the_stage(run_file: Path) -> None:

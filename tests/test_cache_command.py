@@ -2,10 +2,15 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
+from plugin_on_path import install
 
+from deepspec_core.cache import estimate
+from deepspec_core.cache.sharded import ShardedFormat
 from deepspec_core.cli.main import main
 
 
@@ -58,6 +63,37 @@ def test_a_damaged_cache_is_not_converted(cached: Path, tmp_path: Path, capsys: 
     assert not (tmp_path / "v2").exists()
 
 
+def test_no_room_for_the_new_cache_is_said_before_the_old_one_is_read(
+    cached: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ShardedFormat, "verify", lambda *_, **__: pytest.fail("the whole cache was read first"))
+    monkeypatch.setattr(estimate, "free_bytes", lambda _: 1000)
+    assert main(["cache", "convert", str(cached), "--to", "hdf5", "--out", str(tmp_path / "new")]) == 2
+    assert "The disk has no room for the cache" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+FAILS = ("def make():\n    raise KeyError(1)", "class make:\n    def header(self, _):\n        {}[1]")
+
+
+@pytest.mark.parametrize("fails", FAILS)
+def test_a_format_that_fails_hides_no_other_ones_cache(
+    cached: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fails: str
+) -> None:
+    offers = """
+        from deepspec_core.plugins import ComponentSpec, hookimpl
+
+        @hookimpl
+        def deepspec_cache_formats():
+            return [ComponentSpec(name="aaa", summary="", build="fake_format:make")]
+    """
+    install(tmp_path / "installed", monkeypatch, "fake-format", f"{dedent(offers)}\n{fails}\n")
+    monkeypatch.delitem(sys.modules, "fake_format", raising=False)
+    assert main(["cache", "info", str(cached)]) == 0
+    assert main(["cache", "info", str(tmp_path)]) == 2
+    assert "'aaa' of fake-format 1.0 failed" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -77,6 +113,7 @@ def test_what_cannot_be_converted(
     folder = tmp_path / "cache"
     shutil.copytree(cached, folder)
     monkeypatch.chdir(folder)
+    monkeypatch.setattr(ShardedFormat, "verify", lambda *_, **__: pytest.fail("the whole cache was read first"))
     assert main(["cache", "convert", str(folder), *options]) == 2
     assert message in capsys.readouterr().err
 

@@ -122,6 +122,32 @@ def test_each_answer_is_looked_at(answers: dict[str, Any], says: str) -> None:
     assert lost_by(Other(**answers), HEADER) == says
 
 
+class Mixed:
+    """A reader that has the features of the first sample of a shard for all."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def __getitem__(self, index: int) -> Sample:
+        own, first = self.inner[index], features_of(self.inner[index - index % 2])
+        length = len(own.input_ids)
+        return evolve(own, features=evolve(first, hidden=first.hidden[:length], last_hidden=first.last_hidden[:length]))
+
+
+def test_one_sample_is_not_taken_for_another() -> None:
+    class Confused(HDF5Format):
+        def open(self, path: Path, expect: CacheHeader | None) -> Any:
+            return Mixed(super().open(path, expect))
+
+    assert lost_by(Confused(), HEADER) == "hidden: other numbers"
+
+
 class Changed:
     """A writer that stores another sample than it is given."""
 

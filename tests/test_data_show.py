@@ -165,3 +165,22 @@ def test_one_system_prompt_in_regeneration_training_and_evaluation(
     begin = f"<|im_start|>system\n{prompt}<|im_end|>\n<|im_start|>user\n" if prompt else "<|im_start|>user\n"
     assert len(samples) == 3
     assert all(text.startswith(begin) for text in (*prompts, *samples))
+
+
+def test_the_targets_own_stop_tokens_are_looked_for(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        {"messages": [{"role": "user", "content": f"Q{i}"}, {"role": "assistant", "content": answer}]}
+        for i, answer in enumerate(["A1 and B1 and so on", "A2 and B2<|endoftext|>Q: and C?"])
+    ]
+    (run_file.parent / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told = ["--set", 'data.sources=[{path="rows.jsonl"}]', "--set", "data.held_out=0.0", "--set", "evaluate.tasks=[]"]
+    told += [
+        "--set",
+        'run.stages=["train"]',
+        "--set",
+        "data.min_supervised_tokens=1",
+        "--set",
+        'features.mode="online"',
+    ]
+    assert main(["data", "show", str(run_file), *told]) == 0
+    assert "1 with a control token of the chat template or a stop token of the target" in capsys.readouterr().out

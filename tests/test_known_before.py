@@ -223,6 +223,13 @@ def test_a_cache_among_other_files(refused: Refused, run_file: Path, path: str, 
     assert (run_file.parent / "thesis" / "thesis.txt").exists()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float8_e4m3"])
+def test_features_that_the_cache_format_cannot_store(refused: Refused, dtype: str) -> None:
+    """Regeneration comes before the cache, and may take days."""
+    sets = f"cache.dtype={dtype}", "cache.format=deepspec-v2", "features.mode=cached"
+    refused(*sets, 'run.stages=["regenerate", "cache", "train"]', says=("cannot store features", "cache.dtype"))
+
+
 def test_what_the_run_reads_is_not_discarded(finished_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     answers = finished_copy.parent / "runs" / "quickstart-dflash-smoke" / "regenerate" / "conversations.jsonl"
     given = ["--set", f"data.sources=[{{path={json.dumps(str(answers))}}}]"]

@@ -20,6 +20,7 @@ from deepspec_core.pipeline.reads import Reads, recording, remembered
 from deepspec_core.pipeline.run import Run
 from deepspec_core.pipeline.stages import discard
 from deepspec_core.plugins.discovery import load_plugins
+from deepspec_targets import dialogues
 
 ONE_THREAD = ("--set", "run.threads=1")
 
@@ -134,6 +135,16 @@ def test_edited_sources_are_refused(run_file: Path, capsys: pytest.CaptureFixtur
     assert "The content of data.sources[0] changed after the stage `regenerate`" in capsys.readouterr().err
     _rows(rows)
     assert main(command) == 0
+
+
+def test_other_prompts_of_a_plugin_under_the_same_version_are_refused(
+    finished_copy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts, command = dialogues.prompts, ["run", str(finished_copy), "--smoke", *ONE_THREAD]
+    assert main(command) == 0
+    monkeypatch.setattr(dialogues, "prompts", lambda split, seed: prompts(split, seed=seed + 1))
+    assert main(command) == 2
+    assert "The content of data.sources[0] changed after the stage `regenerate` had results" in capsys.readouterr().err
 
 
 def test_a_dataset_of_the_hub_that_moved_on_is_refused(

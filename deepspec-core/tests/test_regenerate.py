@@ -310,6 +310,18 @@ def test_mistakes_are_told(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
         _run(out, _conversations(2), tokenizer)
 
 
+@pytest.mark.parametrize("line", ["[]", "null", "5", '{"cut": true}', '{"cut": true, "id": [1]}', "[" * 10**5])
+def test_a_damaged_line_of_the_side_file_costs_that_line_alone(
+    tmp_path: Path, tokenizer: ChatTokenizer, line: str
+) -> None:
+    side = tmp_path / "out.jsonl.failures.jsonl"
+    kept = {"id": "c0", "reason": "cut at 3 tokens", "cut": True}
+    side.write_text(f"{line}\n{json.dumps(kept)}\n")
+    report = _run(tmp_path / "out.jsonl", _conversations(3), tokenizer)
+    assert (report.conversations, report.cut) == (2, 1)
+    assert [json.loads(entry) for entry in side.read_text().splitlines()] == [kept]
+
+
 def test_sampling_is_the_run_files_then_the_familys() -> None:
     family = SamplingDefaults(temperature=0.7, top_p=0.8, top_k=20)
     assert sampling_of(RegenerateOptions(temperature=0.0), family) == Sampling(temperature=0.0, top_p=0.8, top_k=20)

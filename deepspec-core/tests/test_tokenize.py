@@ -97,8 +97,23 @@ def test_text_with_the_template_s_own_markers_is_dropped_and_counted(
     assert "<|" in dropped[0].reason
     with pytest.raises(DataError, match=r"control token.*\n.*<\|"):
         tokenizer.render_prompt([{"role": "user", "content": " ".join(turns)}])
-    # The template writes no padding, so its name in a text is text.
+    # The template writes no padding, and no target is known that stops there: its name in a text is text.
     assert tokenizer.control_tokens() == ("<|end|>", "<|start|>")
+
+
+def test_text_with_a_token_at_which_the_target_stops_is_dropped(tokenizer: ChatTokenizer) -> None:
+    """A stop token that no template writes, such as <|endoftext|>: web dumps have it in the middle of answers."""
+    stopping = ChatTokenizer(tokenizer.tokenizer, stop_ids=(1, 0, 65))
+    counts: Counter[str] = Counter()
+    samples = tokenize_all(
+        [_conversation("What?", "One.<|pad|>Two?"), _conversation("<|pad|>?", "One."), _conversation("A", "B")],
+        stopping, FMT, system_prompt=None, max_length=64, min_supervised_tokens=1, counts=counts,
+    )  # fmt: skip
+    assert len(list(samples)) == 1
+    assert counts["control_tokens"] == 2
+    # Ordinary text stays text, also where its token is a stop token. Nothing else is asked of the template's own.
+    assert stopping.in_mode(True).refused_tokens() == ("<|end|>", "<|pad|>", "<|start|>")
+    assert stopping.control_tokens() == ("<|end|>", "<|start|>")
 
 
 def test_a_template_that_leaves_out_what_was_said_is_refused(tokenizer: ChatTokenizer) -> None:

@@ -12,6 +12,7 @@ import pytest
 from deepspec_core.cli.main import main
 from deepspec_core.config.load import load_run_file
 from deepspec_core.config.schema import SourceOptions
+from deepspec_core.data.bad_rows import BadRows
 from deepspec_core.data.conversations import from_row
 from deepspec_core.data.sources import check_sources, read_sources
 from deepspec_core.errors import ConfigError, DataError
@@ -73,7 +74,13 @@ def test_a_call_of_sharegpt_is_a_tool_call() -> None:
         from_row({"conversations": [{"from": "function_call", "value": "weather(Paris)"}]}, "f:1")
 
 
-def _read(folder: Path, rows: list[dict[str, Any]], columns: dict[str, str], name: str = "rows.jsonl") -> list[Any]:
+def _read(
+    folder: Path,
+    rows: list[dict[str, Any]],
+    columns: dict[str, str],
+    name: str = "rows.jsonl",
+    bad_rows: BadRows | None = None,
+) -> list[Any]:
     if name.endswith(".parquet"):
         pq.write_table(pa.Table.from_pylist(rows), folder / name)
     else:
@@ -81,7 +88,16 @@ def _read(folder: Path, rows: list[dict[str, Any]], columns: dict[str, str], nam
     source = SourceOptions(path=name, columns=columns)
     check_sources([source], base=folder, registry=Registry())
     return list(
-        read_sources([source], split="train", held_out=0.0, seed=1, base=folder, registry=Registry(), counts=Counter())
+        read_sources(
+            [source],
+            split="train",
+            held_out=0.0,
+            seed=1,
+            base=folder,
+            registry=Registry(),
+            counts=Counter(),
+            bad_rows=bad_rows,
+        )
     )
 
 
@@ -141,6 +157,10 @@ def test_a_column_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="No row has a column") as problem:
         _read(tmp_path, rows, {"prompt": "query", "system": "sytem"})
     assert "rows.jsonl" in str(problem.value.where)
+    # The one that rows have is not blamed for the other.
+    with pytest.raises(DataError, match="No row has a column") as problem:
+        _read(tmp_path, rows, {"prompt": "quest", "answer": "response"}, bad_rows=BadRows())
+    assert problem.value.found == "'quest'"
     # A table says its columns before a row is read.
     pq.write_table(pa.Table.from_pylist(rows[::-1]), tmp_path / "rows.parquet")
     source = SourceOptions(path="rows.parquet", columns={"prompt": "query", "system": "sytem"})

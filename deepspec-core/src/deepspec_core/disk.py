@@ -92,7 +92,7 @@ def full_disk_is_an_error(folder: Path) -> Iterator[None]:
             "There is no room to write",
             where=folder,
             found=f"{reason}; {in_words(free_bytes(folder))} free",
-            fix="Make room, then run again: the run resumes.",
+            fix="Make room, and start the same command again: what a run had finished is kept.",
         ) from error
 
 

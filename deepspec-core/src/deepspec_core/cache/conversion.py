@@ -7,10 +7,13 @@ import json
 import logging
 from contextlib import closing
 from pathlib import Path
+from typing import Final
 
 from attrs import evolve
 
-from deepspec_core.contracts.cache import CacheFormat, CacheReader
+from deepspec_core.cache.estimate import cache_bytes, require_space
+from deepspec_core.cache.storable import require_storable
+from deepspec_core.contracts.cache import CacheFormat, CacheHeader, CacheReader
 from deepspec_core.errors import CacheError
 from deepspec_core.progress import Progress
 
@@ -20,29 +23,44 @@ log = logging.getLogger("deepspec")
 _MANTISSA = {"float32": 23, "float16": 10, "bfloat16": 7, "float8_e4m3": 3}
 
 
-def convert(source: CacheReader, to: CacheFormat, out: Path, *, dtype: str, shard_samples: int = 512) -> int:
-    """Write every sample of a cache into a new one, and return how many were written now.
+SHARD_SAMPLES: Final = 512
 
-    An interrupted conversion goes on after its last sealed shard. CacheError where `out` holds another cache, or one
-    that was not converted from this one, or the format cannot store `dtype`.
+
+def check_conversion(source: CacheReader, to: CacheFormat, out: Path, *, dtype: str) -> CacheHeader:
+    """The new cache's header. Reads no features.
+
+    CacheError where `out` holds another cache, or one that was not converted from this one, where the format cannot
+    store `dtype`, or where the disk has no room for a cache that is not begun.
     """
-    was = source.header.precision
-    precision = min(was, dtype, key=lambda name: _MANTISSA.get(name, 0))
-    if precision != was:
-        log.warning("features are rounded from %s to %s", was, dtype)
-    elif precision != dtype:
-        log.warning(
-            "the features were rounded to %s before and stay so; a run with cache.dtype = %r refuses them", was, dtype
-        )
-    header = evolve(source.header, dtype=dtype, precision=precision, converted_from=_digest(source))
+    header = _header(source, dtype)
+    require_storable(to, header)
     found = to.header(out)
-    if found is not None and found.converted_from != header.converted_from:
+    if found is None:
+        shards = -(-len(source) // SHARD_SAMPLES)
+        require_space(out, cache_bytes(to, header, sum(source.lengths()), shards=shards))
+    elif found.converted_from != header.converted_from:
         raise CacheError(
             "The folder holds a cache that was not converted from this one",
             where=out,
             found=found.converted_from or "a cache that was not converted",
             expected=header.converted_from,
             fix="Name a new folder with --out, or remove this one.",
+        )
+    return header
+
+
+def convert(source: CacheReader, to: CacheFormat, out: Path, *, dtype: str, shard_samples: int = SHARD_SAMPLES) -> int:
+    """Write every sample of a cache into a new one, and return how many were written now.
+
+    An interrupted conversion goes on after its last sealed shard. CacheError as of `check_conversion`.
+    """
+    header = check_conversion(source, to, out, dtype=dtype)
+    was = source.header.precision
+    if header.precision != was:
+        log.warning("features are rounded from %s to %s", was, dtype)
+    elif header.precision != dtype:
+        log.warning(
+            "the features were rounded to %s before and stay so; a run with cache.dtype = %r refuses them", was, dtype
         )
     with closing(to.create(out, header, shard_samples=shard_samples)) as writer:
         there = writer.written()
@@ -53,6 +71,11 @@ def convert(source: CacheReader, to: CacheFormat, out: Path, *, dtype: str, shar
                 progress.advance()
         writer.finish()
     return len(missing)
+
+
+def _header(source: CacheReader, dtype: str) -> CacheHeader:
+    precision = min(source.header.precision, dtype, key=lambda name: _MANTISSA.get(name, 0))
+    return evolve(source.header, dtype=dtype, precision=precision, converted_from=_digest(source))
 
 
 def _digest(source: CacheReader) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from deepspec_core.contracts.cache import CacheFormat
-from deepspec_core.errors import CacheError
+from deepspec_core.errors import CacheError, PluginError
 from deepspec_core.plugins.registry import Registry
 
 
@@ -15,14 +15,14 @@ def format_of(folder: Path, registry: Registry, named: str | None = None) -> tup
     CacheError where none does. A format's own complaint counts where no other format finds a cache.
     """
     if named is not None:
-        return named, registry.build("cache", named)
-    complaints: list[CacheError] = []
+        return named, registry.cache_format(named)
+    complaints: list[CacheError | PluginError] = []
     for name in registry.names("cache"):
-        cache_format: CacheFormat = registry.build("cache", name)
         try:
+            cache_format: CacheFormat = registry.cache_format(name)
             if cache_format.header(folder) is not None:
                 return name, cache_format
-        except CacheError as error:
+        except (CacheError, PluginError) as error:  # a plugin that fails hides no other format's cache
             complaints.append(error)
     if complaints:
         # A format that recognises a damaged cache of its own says more than those that see another format.

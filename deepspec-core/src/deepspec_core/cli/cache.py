@@ -109,6 +109,7 @@ def convert(folder: Path, to: str, out: Path, dtype: str | None, name: str | Non
 
     The cache is verified first. If the command is interrupted, run it again: it continues where it stopped.
     """
+    from deepspec_core.cache.conversion import check_conversion
     from deepspec_core.cache.conversion import convert as write
     from deepspec_core.cache.detection import format_of
     from deepspec_core.cache.manifest_digest import CANNOT_BE_CHECKED
@@ -120,7 +121,7 @@ def convert(folder: Path, to: str, out: Path, dtype: str | None, name: str | Non
     show_messages()
     registry = load_plugins(blocked=blocked).registry
     _, cache_format = format_of(folder, registry, name)
-    wanted = registry.build("cache", to)
+    wanted = registry.cache_format(to)
     if out.resolve() == folder.resolve():
         raise CacheError(
             "A cache cannot be converted into its own folder",
@@ -129,12 +130,15 @@ def convert(folder: Path, to: str, out: Path, dtype: str | None, name: str | Non
             expected="another folder than the cache's",
         )
     with lock(folder, shared=True, problem="Another process is writing this cache", fix="Wait for it, or stop it."):
+        reader = cache_format.open(folder, None)
+        dtype = dtype or reader.header.dtype
+        # Verifying reads the whole cache, so what is known without it is said before.
+        check_conversion(reader, wanted, out, dtype=dtype)
         if problems := list(cache_format.verify(folder, remembered=False)):
             raise problems[0]
-        reader = cache_format.open(folder, None)
         if not getattr(reader, "has_digest", True):
             click.echo(f"{click.style('Note:', fg='yellow')} {CANNOT_BE_CHECKED}", err=True)
-        written = write(reader, wanted, out, dtype=dtype or reader.header.dtype)
+        written = write(reader, wanted, out, dtype=dtype)
     click.echo(f"{len(reader)} samples in {out}; this command wrote {written} of them")
     return 0
 

@@ -22,7 +22,7 @@ _WORDS = {
     "unusable": "rows with contents that are not supported, such as images or empty answers",
     "malformed": "rows that are damaged or hold no conversation",
     "refused": "refused by the chat template or incomplete after it, or not valid Unicode",
-    "control_tokens": "with a control token of the chat template in their text",
+    "control_tokens": "with a control token of the chat template or a stop token of the target in their text",
     "no_answer": "without an answer",
     "too_short": "with too few supervised tokens",
     "duplicates": "duplicates",

@@ -19,6 +19,7 @@ from attrs import define, field, frozen
 
 from deepspec_core.data.messages import UnusableRow
 from deepspec_core.data.source_row import SourceRow
+from deepspec_core.disk import full_disk_is_an_error
 from deepspec_core.errors import DataError
 
 # The number of characters of JSON that are kept of a bad row. A longer row contains an image, or is damaged.
@@ -122,17 +123,20 @@ class BadRows:
             self._keep_in.unlink(missing_ok=True)
             return
         self._kept.seek(0)
-        self._keep_in.parent.mkdir(parents=True, exist_ok=True)
-        partial = self._keep_in.with_name(f".{self._keep_in.name}.{os.getpid()}")
-        with partial.open("wb") as file:
-            shutil.copyfileobj(self._kept, file)
-        os.replace(partial, self._keep_in)
+        with full_disk_is_an_error(self._keep_in.parent):
+            self._keep_in.parent.mkdir(parents=True, exist_ok=True)
+            partial = self._keep_in.with_name(f".{self._keep_in.name}.{os.getpid()}")
+            with partial.open("wb") as file:
+                shutil.copyfileobj(self._kept, file)
+            os.replace(partial, self._keep_in)
 
     def _keep(self, row: SourceRow, bad: BadRow) -> None:
-        if self._kept is None:
-            self._kept = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as this object
         text = row.text or json.dumps(row.value, ensure_ascii=False, default=str)
         entry = {"where": bad.where, "reason": bad.reason, "row": text[:_LONGEST]}
         if len(text) > _LONGEST:
             entry["row_characters"] = str(len(text))
-        self._kept.write(json.dumps(entry).encode() + b"\n")
+        with full_disk_is_an_error(Path(tempfile.gettempdir())):
+            if self._kept is None:
+                self._kept = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as this object
+            self._kept.write(json.dumps(entry).encode() + b"\n")
+            self._kept.flush()

@@ -42,14 +42,11 @@ class ColumnMap:
         """
         if not self._columns or not isinstance(row, Mapping):
             return row
-        found: dict[str, Any] = {}
-        for name, column in self._columns.items():
-            if name in ("role", "content"):
-                continue
-            if column in row:
-                found[name] = row[column]
-                self._unseen.discard(name)
-            elif name not in _MAY_LACK:
+        columns = {name: column for name, column in self._columns.items() if name not in ("role", "content")}
+        found = {name: row[column] for name, column in columns.items() if column in row}
+        self._unseen -= found.keys()
+        for name in columns:
+            if name not in found and name not in _MAY_LACK:
                 raise self._missing(name, where, row)
         kept = {name: row[name] for name in _OURS if name not in self._columns and name in row}
         given = {name: found[name] for name in (*_OURS, "system") if name in found}

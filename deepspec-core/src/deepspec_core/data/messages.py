@@ -205,7 +205,7 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
     # Some put them beside the function.
     beside = {key: call[key] for key in _ARGUMENTS if key in call} if function is not call else {}
     arguments = _arguments({**beside, **function}, where)
-    _require_json(arguments, where)
+    require_json(arguments, where)
     identity = {"id": str(call["id"])} if call.get("id") else {}
     return {**identity, "type": "function", "function": {"name": name, "arguments": dict(arguments)}}
 
@@ -248,13 +248,13 @@ def tools_of(value: Any, where: str) -> tuple[dict[str, Any], ...]:
     tools = _parsed(value or [], where) or []
     if not isinstance(tools, Sequence) or not all(isinstance(tool, Mapping) for tool in tools):
         raise DataError("tools is not a list of objects", where=where, found=repr(tools)[:80], expected="[{...}, ...]")
-    _require_json(tools, where)
+    require_json(tools, where)
     return tuple(dict(tool) for tool in tools)
 
 
-def _require_json(value: Any, where: str) -> None:
+def require_json(value: Any, where: str, what: str = "A tool or a tool call") -> None:
     """Raise DataError for what JSON cannot hold, such as dates and bytes of tables, or for more levels than any schema
-    has.
+    has. `what` is the value's name in errors.
 
     Rendering and digests go through it recursively.
     """
@@ -263,9 +263,12 @@ def _require_json(value: Any, where: str) -> None:
         parts = [part.values() if isinstance(part, Mapping) else part for part in level if isinstance(part, _NESTED)]
         level = [inner for part in parts for inner in part]
         odd = next((inner for inner in level if not isinstance(inner, _JSON)), None)
+        if odd is None:
+            keys = (key for part in level if isinstance(part, Mapping) for key in part)
+            odd = next((key for key in keys if not isinstance(key, str)), None)
         if odd is not None:
             raise DataError(
-                "A tool or a tool call holds a value that JSON does not have",
+                f"{what} holds a value that JSON does not have",
                 where=where,
                 found=f"{repr(odd)[:80]}, a {type(odd).__name__}",
                 expected="text, numbers, true, false, null, lists and objects",

@@ -188,8 +188,9 @@ def cut_answers(failures: Path) -> dict[str, dict[str, Any]]:
     for line in failures.open("rb") if failures.exists() else ():
         try:
             entry = json.loads(line.decode("utf-8", "surrogatepass"))
-        except ValueError:
+        except (ValueError, RecursionError):
             continue  # torn by a kill
-        if entry.get("cut"):
+        # A line that was damaged costs one conversation's answer, which is asked for again.
+        if isinstance(entry, dict) and entry.get("cut") and isinstance(entry.get("id"), str):
             found[entry["id"]] = entry
     return found

@@ -9,7 +9,7 @@ import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from deepspec_core.config.schema import BUILTIN, ROW_FILES, SourceOptions
 from deepspec_core.data.columns import ColumnMap
@@ -17,6 +17,7 @@ from deepspec_core.data.folder_files import require_all_read
 from deepspec_core.data.parquet_rows import parquet_columns
 from deepspec_core.data.prepared import check_prepared, is_prepared, prepared_rows
 from deepspec_core.data.row_files import PARQUET, read_rows
+from deepspec_core.data.shipped_prompts import Registry, offered_prompts, shipped_rows
 from deepspec_core.data.source_row import MOST_BYTES, SourceRow
 from deepspec_core.data.split import Split
 from deepspec_core.data.table_rows import BATCH_ROWS, rows_of_table
@@ -27,14 +28,6 @@ from deepspec_core.hub import say_local_copy, why_unreachable
 _SAVED: Final = ("dataset_dict.json", "dataset_info.json")
 # The readers of `datasets` that yield a file's rows unchanged.
 _OF_ROWS: Final = ("json", "parquet")
-
-
-class Registry(Protocol):
-    """The part of deepspec_core.plugins.registry.Registry that sources need."""
-
-    def get(self, kind: str, name: str) -> Any: ...
-
-    def load(self, kind: str, name: str) -> Any: ...
 
 
 def has_splits(source: SourceOptions, base: Path) -> bool:
@@ -52,7 +45,8 @@ def rows_of(
     Raises DataError if the source is missing or cannot be read. A row that cannot be read has an error of its own.
     """
     if source.path.startswith(BUILTIN):
-        yield from _builtin(source.path, split, seed, registry)
+        columns = columns_of(source).read
+        yield from shipped_rows(source.path, split, seed=seed, registry=registry, columns=columns)
     elif _is_file(source, base):
         yield from _file(base / source.path, None if own else MOST_BYTES, columns_of(source).read)
     elif is_prepared(base / source.path):
@@ -67,7 +61,7 @@ def check_source(source: SourceOptions, *, base: Path, registry: Registry) -> No
     No row is read; of a Hub dataset only what describes it is.
     """
     if source.path.startswith(BUILTIN):
-        _offered_prompts(source.path, registry)
+        offered_prompts(source.path, registry)
     elif _is_file(source, base):
         if not (base / source.path).is_file():
             raise _missing(base / source.path)
@@ -106,27 +100,6 @@ def hub_commit(source: SourceOptions, base: Path) -> str:
 def _is_file(source: SourceOptions, base: Path) -> bool:
     """Whether the source's name is that of a file of rows. Some programs write folders under such names."""
     return source.path.endswith(ROW_FILES) and not (base / source.path).is_dir()
-
-
-def _builtin(path: str, split: Split, seed: int, registry: Registry) -> Iterator[SourceRow]:
-    name = _offered_prompts(path, registry)
-    for number, row in enumerate(registry.load("builtin", name)(split, seed=seed), start=1):
-        yield SourceRow(f"{path}:{number}", row)
-
-
-def _offered_prompts(path: str, registry: Registry) -> str:
-    """The name of the builtin. Raises DataError if it offers no prompts."""
-    name = path.removeprefix(BUILTIN)
-    spec = registry.get("builtin", name)
-    if spec.kind != "prompts":
-        raise DataError(
-            "This builtin is not a source of conversations",
-            where=f"data.sources: {path}",
-            found=f"a {spec.kind}",
-            expected="a builtin that offers prompts",
-            fix="See `deepspec plugins` for those that are installed.",
-        )
-    return name
 
 
 def _file(path: Path, most_bytes: int | None, columns: Collection[str]) -> Iterator[SourceRow]:

@@ -22,9 +22,10 @@ from deepspec_core.data.conversations import Conversation, from_row
 from deepspec_core.data.dialogue import has_results
 from deepspec_core.data.digest_set import DigestSet, digest16
 from deepspec_core.data.prepared import is_prepared, manifest_of
+from deepspec_core.data.shipped_prompts import Registry, not_held_out
 from deepspec_core.data.source_row import SourceRow
-from deepspec_core.data.source_rows import Registry, check_source, columns_of, has_splits, on_hub, rows_of
-from deepspec_core.data.split import Split, is_held_out, prompt_digest, whole_prompt_digest
+from deepspec_core.data.source_rows import check_source, columns_of, has_splits, on_hub, rows_of
+from deepspec_core.data.split import RULE, Split, is_held_out, prompt_digest, whole_prompt_digest
 from deepspec_core.errors import DataError
 from deepspec_core.progress import Progress
 
@@ -110,10 +111,14 @@ def check_sources(sources: Sequence[SourceOptions], *, base: Path, registry: Reg
         check_source(source, base=base, registry=registry)
 
 
-def prepared_split(sources: Sequence[SourceOptions], *, base: Path) -> dict[str, Any] | None:
-    """Rule, share and seed of the split that a prepared folder has; None where the run splits its sources itself."""
-    folders = [base / source.path for source in sources]
-    return manifest_of(folders[0]).split if len(folders) == 1 and is_prepared(folders[0]) else None
+def split_of(sources: Sequence[SourceOptions], *, base: Path, held_out: float, seed: int) -> dict[str, Any]:
+    """`rule`, `held_out` and `seed` of the split: an only source's own where it has one, else the rule of split.py."""
+    own = {"rule": RULE, "held_out": held_out, "seed": seed}
+    if len(sources) > 1 or not has_splits(sources[0], base):
+        return own
+    if sources[0].path.startswith(BUILTIN):
+        return {**own, "rule": f"the split of {sources[0].path}"}
+    return manifest_of(base / sources[0].path).split
 
 
 def _refuse_beside_prepared(sources: Sequence[SourceOptions], base: Path) -> None:
@@ -188,7 +193,7 @@ def check_rows(
         raise DataError(
             "There is no conversation to train on",
             where="data.sources: " + ", ".join(source.path for source in sources),
-            found=f"{warned} rows that cannot be used; all others are held out (data.held_out = {held_out:g})",
+            found=f"{warned:,} unusable rows; others, if any, are held out (data.held_out = {held_out:g})",
             expected="at least one conversation",
             fix="Add data to the sources, or lower data.held_out.",
         )
@@ -232,6 +237,10 @@ def _of_split(
             one
             for one in conversations
             if is_held_out(prompt_digest(one), held_out=held_out, seed=seed) == (split == "held_out")
+        )
+    elif split == "train" and source.path.startswith(BUILTIN):
+        conversations = not_held_out(
+            conversations, source.path, seed=seed, registry=registry, columns=columns_of(source).read
         )
     yield from islice(conversations, source.limit if split == "train" else None)
     if bad_rows is not None:

@@ -60,16 +60,21 @@ class Dropped:
 
 
 class ChatTokenizer:
-    """A transformers fast tokenizer with a chat template. `thinking` decides how prompts end."""
+    """A transformers fast tokenizer with a chat template. `thinking` decides how prompts end.
 
-    def __init__(self, tokenizer: Any, *, thinking: bool = False) -> None:
+    `stop_ids` are the tokens at which the target stops: no text may contain one of them that is a special token.
+    """
+
+    def __init__(self, tokenizer: Any, *, thinking: bool = False, stop_ids: Sequence[int] = ()) -> None:
         self.tokenizer = tokenizer
         self.thinking = thinking
+        self._stop_ids = tuple(stop_ids)
         self._template = Template(tokenizer=tokenizer)
         self._other_mode: ChatTokenizer | None = None
         self._openings: dict[str, Openings] = {}
         self._call_forms: dict[str, CallForm | None] = {}
         self._control_tokens: tuple[str, ...] | None = None
+        self._refused_tokens: tuple[str, ...] | None = None
         self._known_forms: dict[bool, dict[bytes, str | None]] = {False: {}, True: {}}
         self._encoding = Encoding(tokenizer=tokenizer)
         name = tokenizer.name_or_path or "tokenizer"
@@ -88,7 +93,7 @@ class ChatTokenizer:
         if thinking == self.thinking:
             return self
         if self._other_mode is None:
-            self._other_mode = ChatTokenizer(self.tokenizer, thinking=thinking)
+            self._other_mode = ChatTokenizer(self.tokenizer, thinking=thinking, stop_ids=self._stop_ids)
         return self._other_mode
 
     def render(
@@ -205,6 +210,14 @@ class ChatTokenizer:
             self._control_tokens = control_tokens(self.tokenizer, self._template.all_it_writes())
         return self._control_tokens
 
+    def refused_tokens(self) -> tuple[str, ...]:
+        """What no text may contain: the control tokens, and the special tokens at which the target stops."""
+        if self._refused_tokens is None:
+            added = self.tokenizer.added_tokens_decoder
+            stops = {str(added[token]) for token in self._stop_ids if token in added and added[token].special}
+            self._refused_tokens = tuple(sorted({*self.control_tokens(), *stops}))
+        return self._refused_tokens
+
     def control_token_ids(self) -> tuple[int, ...]:
         """Their ids."""
         return tuple(self.tokenizer.convert_tokens_to_ids(token) for token in self.control_tokens())
@@ -212,12 +225,12 @@ class ChatTokenizer:
     def _refuse_control_tokens(
         self, messages: Messages, tools: Sequence[Mapping[str, Any]], system_prompt: str | None
     ) -> None:
-        found = found_in(messages, tools, system_prompt, self.tokenizer, self.control_tokens())
+        found = found_in(messages, tools, system_prompt, self.tokenizer, self.refused_tokens())
         if found is not None:
             raise ControlTokens(
-                "A text contains a control token of the chat template",
+                "A text contains a control token of the chat template or of the target",
                 found=found,
-                expected="text that does not encode to the template's own markers",
+                expected="text that does not encode to the template's own markers or to a stop token",
             )
 
     def openings(self, fmt: ConversationFormat) -> Openings:

@@ -74,7 +74,7 @@ class Tokenisation:
         try:
             return self.tokenizer.sample_rows(conversation, self.fmt, self.system_prompt, self.supervision, known)
         except ControlTokens as error:
-            return Outcome(dropped=("control_tokens", f"it contains a control token of the template: {error.found}"))
+            return Outcome(dropped=("control_tokens", f"it contains a control token: {error.found}"))
         except TemplateRefusal as error:
             return Outcome(dropped=("refused", f"the chat template does not take it: {error.found}"))
         except DataError as error:

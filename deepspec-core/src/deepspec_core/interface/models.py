@@ -55,7 +55,7 @@ class Target:
 
     def chat(self, *, thinking: bool) -> ChatTokenizer:
         """The tokenizer with its chat template. DataError if it has none, or one that does not fit the family."""
-        chat = ChatTokenizer(self.tokenizer, thinking=thinking)
+        chat = ChatTokenizer(self.tokenizer, thinking=thinking, stop_ids=self.architecture.stop_token_ids)
         check_template(chat, self.adapter.conversation_format(), where=self.name)
         return chat
 

@@ -21,8 +21,8 @@ from deepspec_core.config.schema import BUILTIN
 from deepspec_core.data.bad_rows import BadRows
 from deepspec_core.data.prepared import FILES, FORMAT, MANIFEST, VERSION, check_prepared, is_prepared, line_of
 from deepspec_core.data.source_digest import source_digest
-from deepspec_core.data.sources import check_sources, read_sources
-from deepspec_core.data.split import RULE, Split
+from deepspec_core.data.sources import check_sources, read_sources, split_of
+from deepspec_core.data.split import Split
 from deepspec_core.digests import digests_of
 from deepspec_core.disk import full_disk_is_an_error, why_not_writable
 from deepspec_core.errors import DataError
@@ -128,7 +128,7 @@ def _write_manifest(run: Run, folder: Path, counts: dict[Split, Counter[str]], d
         "files": {
             name: {"conversations": counts[split]["conversations"], "digest": digest} for (split, name), digest in files
         },
-        "split": {"rule": RULE, "held_out": data.held_out, "seed": run.file.run.seed},
+        "split": split_of(data.sources, base=run.base, held_out=data.held_out, seed=run.file.run.seed),
         "duplicates": data.duplicates,
         "counts": {split: dict(+count) for split, count in counts.items()},
         "sources": [{**attrs.asdict(source), "digest": digest} for source, digest in sources],

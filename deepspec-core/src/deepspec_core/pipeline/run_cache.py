@@ -60,7 +60,7 @@ class RunCache:
     @property
     def format(self) -> CacheFormat:
         """The format the run file names."""
-        cache_format: CacheFormat = self.registry.build("cache", self.options.format)
+        cache_format: CacheFormat = self.registry.cache_format(self.options.format)
         return cache_format
 
     def header(self) -> CacheHeader:

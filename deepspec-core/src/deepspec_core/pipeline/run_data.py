@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 from attrs import define, field
 
 from deepspec_core.config.named_files import too_long
-from deepspec_core.config.schema import DataOptions, SourceOptions
+from deepspec_core.config.schema import BUILTIN, DataOptions, SourceOptions
 from deepspec_core.errors import DataError
 from deepspec_core.pipeline import contents, workers
 from deepspec_core.pipeline.reads import Reads
@@ -79,6 +79,7 @@ class RunData:
     mask_token: int | None = None
     answers: Callable[[], int] = lambda: 1
     counts: Counter[str] = field(factory=Counter)
+    _shipped: dict[int, str] = field(factory=dict, init=False)
 
     @property
     def tokens_folder(self) -> Path:
@@ -137,7 +138,7 @@ class RunData:
         return self._read_unchanged(digests, read, bad_rows)
 
     def noted_sources(self) -> list[str | None]:
-        """The digest of each source, None of what a plugin ships. The rule of the split and they count as read."""
+        """The digest of each source. The rule of the split and they count as read."""
         from deepspec_core.data.split import RULE
 
         self.reads.content(contents.SPLIT, RULE)
@@ -164,18 +165,29 @@ class RunData:
                 )
 
     def split(self) -> dict[str, Any]:
-        """`rule`, `held_out` and `seed` of the held-out split: the run's own, or those of its prepared folder."""
-        from deepspec_core.data.sources import prepared_split
-        from deepspec_core.data.split import RULE
+        """`rule`, `held_out` and `seed` of the held-out split: the run's own, or those of its only source."""
+        from deepspec_core.data.sources import split_of
 
-        own = {"rule": RULE, "held_out": self.options.held_out, "seed": self.seed}
-        return prepared_split(self.options.sources, base=self.base) or own
+        return split_of(self.options.sources, base=self.base, held_out=self.options.held_out, seed=self.seed)
 
     def source_digest(self, index: int, *, ask_hub: bool) -> str | None:
-        """Tells a source from an edited one; see data/source_digest.py."""
-        from deepspec_core.data.source_digest import source_digest
+        """Tells a source from an edited one; see data/source_digest.py. None where the Hub is not asked.
 
-        return source_digest(self.options.sources[index], base=self.base, ask_hub=ask_hub)
+        Of prompts that a plugin ships, the first rows are read, once in a process.
+        """
+        from deepspec_core.data.shipped_prompts import rows_digest
+        from deepspec_core.data.source_digest import source_digest
+        from deepspec_core.data.source_rows import columns_of
+
+        source = self.options.sources[index]
+        if not source.path.startswith(BUILTIN):
+            return source_digest(source, base=self.base, ask_hub=ask_hub)
+        if index not in self._shipped:
+            columns = columns_of(source).read
+            self._shipped[index] = rows_digest(
+                source.path, seed=self.seed, limit=source.limit, registry=self.registry, columns=columns
+            )
+        return self._shipped[index]
 
     def regenerated_digest(self) -> str:
         """The digest of this run's file of regenerated conversations. Raises OSError if it cannot be read."""

@@ -179,7 +179,7 @@ class RunTarget:
             self.reads.content(contents.TEMPLATE, self.template_digest() or "")
             tokenizer.chat_template = read_chat_template(path)
         self._require_unchanged()
-        chat = ChatTokenizer(tokenizer, thinking=self.thinking)
+        chat = ChatTokenizer(tokenizer, thinking=self.thinking, stop_ids=self.architecture.stop_token_ids)
         check_template(chat, self.family.conversation_format(), where=path or self.where)
         return chat
 

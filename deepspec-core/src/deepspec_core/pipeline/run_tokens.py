@@ -5,7 +5,6 @@ Knows which facts of a run decide its tokens. Does not know how they are stored 
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -17,13 +16,10 @@ import attrs
 import jinja2
 import tokenizers
 import transformers
-import xxhash
 
 from deepspec_core import __version__
-from deepspec_core.config.schema import BUILTIN
 from deepspec_core.contracts.draft import Sample
 from deepspec_core.data.digest_set import DigestSet, digest16
-from deepspec_core.data.source_rows import rows_of
 from deepspec_core.data.split import RULE
 from deepspec_core.data.stored_samples import StoredSamples
 from deepspec_core.data.token_store import Manifest, TokenStore
@@ -35,8 +31,6 @@ from deepspec_core.progress import Progress
 
 # How long a worker looks at tokens made from something else before it says so.
 _PATIENCE_SECONDS: Final = 600.0
-# So many rows of a plugin tell whether its code gives other ones; it may give more than anybody waits for.
-_ROWS_THAT_TELL: Final = 4096
 # run_data.RunData, which imports this module.
 RunData = Any
 
@@ -89,7 +83,7 @@ def made_from(data: RunData) -> dict[str, Any]:
             "jinja2": jinja2.__version__,
         },
         "the tokenizer": tokenizer.tokenizer_fingerprint(),
-        "special tokens": [str(tokenizer.tokenizer.special_tokens_map), tokenizer.control_tokens()],
+        "special tokens": [str(tokenizer.tokenizer.special_tokens_map), tokenizer.refused_tokens()],
         "the chat template or what of it is supervised": tokenizer.template_fingerprint(
             fmt, options.system_prompt, data.supervision
         ),
@@ -103,24 +97,11 @@ def made_from(data: RunData) -> dict[str, Any]:
     return {
         **facts,
         "data.sources": [attrs.asdict(source) for source in options.sources],
-        "the content of data.sources": [
-            _rows_digest(data, index) if digest is None else digest for index, digest in enumerate(content)
-        ],
+        "the content of data.sources": content,
         "the split": [RULE, options.held_out, data.seed],
         "data.duplicates": options.duplicates,
         "data.max_bad_rows": options.max_bad_rows,
     }
-
-
-def _rows_digest(data: RunData, index: int) -> str:
-    """Of the first rows that a plugin ships: they come from its code, which may change under one version."""
-    source = data.options.sources[index]
-    assert source.path.startswith(BUILTIN), "every other source has a digest"
-    digest = xxhash.xxh3_128()
-    rows = rows_of(source, "train", seed=data.seed, base=data.base, registry=data.registry)
-    for row in islice(rows, min(source.limit or _ROWS_THAT_TELL, _ROWS_THAT_TELL)):
-        digest.update(json.dumps(row.value, default=str).encode())
-    return digest.hexdigest()
 
 
 def _made(data: RunData, read: Counter[str], manifest: Manifest) -> Iterator[tuple[list[Sample], Counter[str]]]:

@@ -1,4 +1,4 @@
-"""A trial of a plugin's cache format before a run's first stage: one small sample is written and read back.
+"""A trial of the cache format before a run's first stage: with a plugin's, small samples are written and read back.
 
 Knows the contract of formats. The trial lies in a temporary folder; the run's own cache is not touched.
 """
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deepspec_core.cache.storable import require_storable
 from deepspec_core.contracts.cache import CacheFormat, CacheHeader
 from deepspec_core.contracts.draft import Sample
 from deepspec_core.contracts.target import TargetFeatures
@@ -21,7 +22,9 @@ from deepspec_core.errors import PluginError
 from deepspec_core.pipeline.run import Run
 from deepspec_core.plugins.records import CORE, canonical
 
-_LENGTH = 3
+# Tokens of each sample. They lie in two shards, so that a format which takes one for another is found out.
+_LENGTHS = (3, 1, 2)
+_IN_SHARD = 2
 # The rounding of eight bits, beside the largest number of a token.
 _TOLERANCE = 0.1
 # Hidden states of the first tokens of a text are as large as this.
@@ -29,10 +32,13 @@ _LARGE = 2000.0
 
 
 def try_format(run: Run) -> None:
-    """Raise PluginError if the run's cache format does not give back what it was given. Core's own are not tried."""
+    """Raise CacheError if the run's cache format cannot store cache.dtype, and PluginError if it does not give back
+    what it was given. Nothing is written with core's own.
+    """
     name, registry = run.file.cache.format, run.plugins.registry
     package = registry.provider("cache", name)
     if canonical(package) == CORE:
+        require_storable(run.cache.format, run.cache.bare_header())
         return
     with registry.blaming("cache", name):
         problem = lost_by(run.cache.format, run.cache.bare_header())
@@ -46,45 +52,50 @@ def try_format(run: Run) -> None:
 
 
 def lost_by(cache_format: CacheFormat, header: CacheHeader) -> str | None:
-    """What is another after one sample was written and read back, in words; None if all is as it was."""
-    sample = _sample(header)
+    """What is another after samples were written and read back, in words; None if all is as it was."""
+    samples = [_sample(header, number, length) for number, length in enumerate(_LENGTHS)]
     with TemporaryDirectory() as folder:
         path = Path(folder) / "cache"
-        with closing(cache_format.create(path, header, shard_samples=2)) as writer:
+        with closing(cache_format.create(path, header, shard_samples=_IN_SHARD)) as writer:
             if writer.written():
                 return f"written() of a new cache: {writer.written()}"
-            writer.write(sample)
+            for sample in samples:
+                writer.write(sample)
             writer.finish()
         if cache_format.header(path) != header:
             return f"header(): {cache_format.header(path)}"
         if errors := list(cache_format.verify(path)):
             return f"verify(): {errors[0]}"
         reader = cache_format.open(path, header)
-        if (len(reader), reader.ids(), reader.lengths()) != (1, [sample.id], [_LENGTH]):
+        named = dict(zip(reader.ids(), reader.lengths(), strict=False))
+        if len(reader) != len(samples) or named != {sample.id: len(sample.input_ids) for sample in samples}:
             return f"len, ids() and lengths(): {len(reader)}, {reader.ids()}, {reader.lengths()}"
-        tokens = reader.tokens_of(0)
-        if tokens.features is not None or not torch.equal(tokens.input_ids, sample.input_ids):
-            return f"tokens_of(): {tokens}"
-        problem = _differs(reader[0], sample)
+        by_id = {sample.id: sample for sample in samples}
+        for index, identity in enumerate(reader.ids()):
+            sample, tokens = by_id[identity], reader.tokens_of(index)
+            if tokens.features is not None or not torch.equal(tokens.input_ids, sample.input_ids):
+                return f"tokens_of(): {tokens}"
+            if (problem := _differs(reader[index], sample)) is not None:
+                return problem
     size: Any = cache_format.bytes_per_token(header)
-    return problem if type(size) is int and size > 0 else f"bytes_per_token(): {size!r}"
+    return None if type(size) is int and size > 0 else f"bytes_per_token(): {size!r}"
 
 
-def _sample(header: CacheHeader) -> Sample:
+def _sample(header: CacheHeader, number: int, length: int) -> Sample:
     # Eight-bit features are computed by the format from full precision.
     dtype = torch.float32 if header.dtype == "float8_e4m3" else torch_dtype(header.dtype)
-    draw = torch.Generator().manual_seed(0)
+    draw = torch.Generator().manual_seed(number)
 
     def drawn(width: int) -> Tensor:
-        values: Tensor = torch.rand(_LENGTH, width, generator=draw) * 2 - 1
+        values: Tensor = torch.rand(length, width, generator=draw) * 2 - 1
         values[0] *= _LARGE
         return values.to(dtype)
 
     return Sample(
-        id="trial",
+        id=f"trial {number}",
         # The ends of the vocabulary, and the longest text: a format may store them in too few bits.
-        input_ids=torch.tensor([0, header.vocab_size - 1, header.vocab_size // 2]),
-        loss_mask=torch.arange(_LENGTH) > 0,
+        input_ids=torch.tensor([0, header.vocab_size - 1, header.vocab_size // 2][:length]),
+        loss_mask=torch.arange(length) > 0,
         original_length=header.max_length,
         features=TargetFeatures(
             hidden=drawn(len(header.taps) * header.hidden_size), last_hidden=drawn(header.hidden_size)

@@ -25,7 +25,10 @@ _MACHINERY = (
     "<",  # frozen import system, generated constructors
     *(os.path.join(os.path.dirname(str(package.__file__)), "") for package in (importlib, attr, attrs)),
     __file__,
-    *(os.path.join(_HERE, name) for name in ("discovery.py", "registry.py", "guarded.py", "exits.py")),
+    *(
+        os.path.join(_HERE, name)
+        for name in ("discovery.py", "registry.py", "guarded.py", "guarded_cache.py", "exits.py")
+    ),
 )
 
 

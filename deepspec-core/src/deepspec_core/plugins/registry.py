@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Final, Literal, overload
 
@@ -16,7 +16,7 @@ from attrs import frozen
 
 from deepspec_core.config.schema import ROW_FILES
 from deepspec_core.errors import DeepSpecError, PluginError, TargetError, nearest
-from deepspec_core.plugins.guarded import Guarded
+from deepspec_core.plugins.guarded import Guarded, Told
 from deepspec_core.plugins.records import CORE, PluginRecord, canonical
 from deepspec_core.plugins.references import FAILURES, blame, resolve
 from deepspec_core.plugins.specs import (
@@ -202,20 +202,20 @@ class Registry:
         mistakes.
         """
         offer = self._offer(kind, name, None)
-        try:
+        with nullcontext() if _is_core(offer.package) else self._told(kind, offer)():
             yield
-        except DeepSpecError:
-            raise
-        except FAILURES as error:
-            from deepspec_core.disk import no_room
 
-            if _is_core(offer.package) or no_room(error) is not None:
-                raise
-            raise PluginError(
-                f"{KINDS[kind].title} {offer.label!r} of {offer.source} failed",
-                where=offer.spec.build,
-                found=blame(error),
-            ) from error
+    def _told(self, kind: str, offer: Offer) -> Told:
+        return Told(f"{KINDS[kind].title} {offer.label!r} of {offer.source}", offer.spec.build)
+
+    def cache_format(self, name: str) -> Any:
+        """The cache format of that name. PluginError, with the plugin's name, if its code fails, now or later."""
+        built, offer = self.build("cache", name), self._offer("cache", name, None)
+        if _is_core(offer.package):
+            return built
+        from deepspec_core.plugins.guarded_cache import GuardedFormat
+
+        return GuardedFormat(built, self._told("cache", offer))
 
     def build(self, kind: str, name: str, *arguments: Any) -> Any:
         """Import what the spec's `build` names and call it. PluginError, with the plugin's name, if either fails."""
