@@ -143,12 +143,16 @@ class _Session:
 
     async def _probed(self) -> list[Any]:
         """What each server's probe returned or raised. Servers whose probe takes long are named in the log."""
-        probes = [asyncio.create_task(self.farm.work.probe(server.connection)) for server in self.servers]
+        farm, began, told = self.farm, time.monotonic(), False
+        probes = [asyncio.create_task(farm.work.probe(server.connection)) for server in self.servers]
         try:
-            _, late = await asyncio.wait(probes, timeout=self.farm.say_after)
-            for probe, server in zip(probes, self.servers, strict=True):
-                if probe in late:
-                    log.warning("waiting for %s, which does not answer yet", server.connection.address)
+            late: set[asyncio.Task[Any]] = set(probes)
+            while late:
+                _, late = await asyncio.wait(late, timeout=min(farm.look_every, farm.say_after))
+                farm.on_look()
+                if late and not told and (told := time.monotonic() - began >= farm.say_after):
+                    for server in [one for one, probe in zip(self.servers, probes, strict=True) if probe in late]:
+                        log.warning("waiting for %s, which does not answer yet", server.connection.address)
             return await asyncio.gather(*probes, return_exceptions=True)
         finally:
             for probe in probes:
