@@ -290,8 +290,11 @@ def test_stopped_while_no_server_answers_and_gone_on_with_it_is_the_same_draft(
 
 
 @pytest.mark.slow
-def test_the_summary_counts_what_all_workers_got(run_file: Path, exchange: Path, servers: list[FeatureStandIn]) -> None:
-    run = ["run", str(run_file), *SMALL, *ONE, *served(exchange, servers), "--workers", "2"]
+def test_the_summary_counts_what_all_workers_got(
+    run_file: Path, exchange: Path, servers: list[FeatureStandIn], capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = ["run", str(run_file), *SMALL, *ONE, *served(exchange, servers, "features.in_flight=1"), "--workers", "2"]
     assert main(run) == 0
     summary = json.loads((folder_of(run_file) / "train" / "stage.json").read_text())["summary"]
     assert summary["texts from servers"] == 2 * 12
+    assert capfd.readouterr().err.count("features.in_flight = 1 is less than the 2 processes of this run") == 1

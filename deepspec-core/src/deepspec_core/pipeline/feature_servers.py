@@ -100,6 +100,14 @@ def check(run: Run, processes: int = 1, *, may_write: bool = True) -> None:
         servers.check()
     finally:
         work.exchange.clear(session=True)  # another process may be at work in this run
+    if (most := run.file.features.in_flight) < (count := max(processes, workers.count())) and workers.rank() == 0:
+        log.warning(
+            "features.in_flight = %d is less than the %d processes of this run. Each of them may have one request at each "
+            "server, so a server may have %d at once",
+            most,
+            count,
+            count,
+        )
     if workers.rank() == 0 and run.file.features.probe != "off":
         run.served_like = _compare(run, work)
 
