@@ -102,8 +102,8 @@ def check(run: Run, processes: int = 1, *, may_write: bool = True) -> None:
         work.exchange.clear(session=True)  # another process may be at work in this run
     if (most := run.file.features.in_flight) < (count := max(processes, workers.count())) and workers.rank() == 0:
         log.warning(
-            "features.in_flight = %d is less than the %d processes of this run. Each of them may have one request at each "
-            "server, so a server may have %d at once",
+            "features.in_flight = %d is less than the %d processes of this run. Each of them may have one request at "
+            "each server, so a server may have %d at once",
             most,
             count,
             count,
