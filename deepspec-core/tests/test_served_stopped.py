@@ -10,7 +10,7 @@ from feature_stand_in import FeatureStandIn, feature_servers
 from served_setup import OWNER, asking, samples, stand_in
 from stand_in_server import wait_until
 
-from deepspec_core.errors import StageError
+from deepspec_core.errors import DataError, StageError
 from deepspec_core.features.served.exchange import OWNER as OWNER_FILE
 from deepspec_core.features.served.exchange import Exchange, Ownership, owner_of
 from deepspec_core.features.served.stream import Tally, totals
@@ -36,6 +36,18 @@ def test_whoever_waits_for_a_server_can_be_stopped(server: FeatureStandIn) -> No
             next(iter(stream))
     assert server.at_once, "it has not answered yet"
     assert list(server.folder.iterdir()) == []
+
+
+def test_the_end_says_why_no_server_was_of_use(server: FeatureStandIn) -> None:
+    """The cause, such as a full disk, is the server's; the run waited for it in vain."""
+    with asking(server.folder, [server], timeout=0.3, file_timeout=0.05).stream(samples(40)) as stream:
+        rest = iter(stream)
+        next(rest)
+        server.always = "lost"
+        with pytest.raises(DataError) as caught:
+            list(rest)
+    assert "No server answers any more" in str(caught.value)
+    assert f"{server.address}: A server's file is not there" in str(caught.value)
 
 
 def test_what_an_earlier_process_asked_for_and_comes_late_is_removed(
