@@ -49,8 +49,8 @@ def asked(address: str, path: str) -> Any:
         async with client(None) as shared:
             connection = Connection(address, shared)
             if path == "/health":
-                return await connection.alive(seconds=10)
-            return await (connection.text(path, seconds=10) if path == "/metrics" else connection.get(path, seconds=10))
+                return await connection.alive(seconds=60)
+            return await (connection.text(path, seconds=60) if path == "/metrics" else connection.get(path, seconds=60))
 
     return asyncio.run(ask())
 
