@@ -1,10 +1,13 @@
 """Runs whose features come from servers: the same draft as online, the same cache, and what is said when it fails."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -253,3 +256,45 @@ def test_killed_in_the_middle_and_gone_on_with_it_is_the_same_draft(
     assert main(run) == 0
     torch.testing.assert_close(weights(run_file), expected, rtol=0, atol=0)
     assert list(exchange.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_stopped_while_no_server_answers_and_gone_on_with_it_is_the_same_draft(
+    run_file: Path, exchange: Path, servers: list[FeatureStandIn]
+) -> None:
+    """Schedulers give a minute between their signal and the end, and a server may take longer."""
+    run = ["run", str(run_file), *SMALL, *served(exchange, servers), "--set", "train.checkpoint_every=100"]
+    assert main([*run, "--force", "train"]) == 0
+    expected = weights(run_file)
+    shutil.rmtree(folder_of(run_file) / "train")
+    metrics = folder_of(run_file) / "train" / "metrics.jsonl"
+
+    def stop() -> None:
+        wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") >= 2, seconds=100)
+        for server in servers:
+            server.stop()
+        time.sleep(1.0)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    stopper = threading.Thread(target=stop)
+    stopper.start()
+    assert main([*run, "--set", "features.prefetch=2", "--set", "features.timeout=60"]) == 128 + signal.SIGTERM
+    stopper.join()
+    (saved,) = (folder_of(run_file) / "train" / "checkpoints").glob("step-*")
+    assert 2 <= int(saved.name.removeprefix("step-")) < 6
+    for server in servers:
+        server.start_again()
+    assert main(run) == 0
+    torch.testing.assert_close(weights(run_file), expected, rtol=0, atol=0)
+    assert list(exchange.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_the_summary_counts_what_all_workers_got(
+    run_file: Path, exchange: Path, servers: list[FeatureStandIn], capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = ["run", str(run_file), *SMALL, *ONE, *served(exchange, servers, "features.in_flight=1"), "--workers", "2"]
+    assert main(run) == 0
+    summary = json.loads((folder_of(run_file) / "train" / "stage.json").read_text())["summary"]
+    assert summary["texts from servers"] == 2 * 12
+    assert capfd.readouterr().err.count("features.in_flight = 1 is less than the 2 processes of this run") == 1

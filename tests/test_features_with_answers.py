@@ -11,6 +11,7 @@ import torch
 from feature_stand_in import ONE_AT_A_TIME, AnsweringStandIn, feature_servers
 
 from deepspec_core.cache.hdf5 import HDF5Format
+from deepspec_core.cache.sharded import ShardedWriter
 from deepspec_core.cli.main import main
 from deepspec_core.contracts.draft import Sample
 from deepspec_core.data.tokenize import ChatTokenizer
@@ -306,3 +307,37 @@ def test_the_last_position_is_read() -> None:
     preparation = StepPreparation(num_steps=3, step_decay=0.8, normaliser="sequence")
     batch = preparation.collate([preparation.prepare(sample, np.random.default_rng(0))])
     assert int(batch["target_position"].max()) == length - 1
+
+
+@pytest.mark.slow
+def test_a_cache_that_was_begun_by_other_servers_does_not_go_on_with_what_was_kept(
+    run_file: Path,
+    exchange: Path,
+    servers: list[AnsweringStandIn],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It would hold features of two precisions, and no server would be asked for a comparison."""
+    small = ("cache.shard_samples=2",)
+    assert run(run_file, exchange, servers, *small, stages="regenerate") == 0
+    exact = [server.states for server in servers]
+    for server, states in zip(servers, exact, strict=True):
+        server.states = lambda ids, states=states: states(ids).bfloat16().float()
+    written, write = [], ShardedWriter.write
+
+    def broken(self: ShardedWriter, sample: Sample) -> None:
+        written.append(sample.id)
+        if len(written) == 5:
+            raise KeyboardInterrupt
+        write(self, sample)
+
+    monkeypatch.setattr(ShardedWriter, "write", broken)
+    alone = ("regenerate.features=false", "regenerate.servers=[]", *small)
+    assert run(run_file, exchange, servers, *alone, stages="cache") == 130
+    monkeypatch.undo()
+    assert run(run_file, exchange, servers, *small, stages="cache") == 0, "the same servers go on with it"
+    assert "begun with features that servers gave at another time" in capsys.readouterr().err
+    for name, sample in cached(folder_of(run_file) / "cache").items():
+        assert sample.features is not None
+        hidden = sample.features.hidden
+        assert torch.equal(hidden, hidden.bfloat16().float()), name

@@ -236,6 +236,13 @@ def test_what_the_run_reads_is_not_discarded(finished_copy: Path, capsys: pytest
     assert main(["run", str(finished_copy), "--smoke", "--force", "regenerate", *given]) == 2
     assert "--force would discard files that the run reads" in capsys.readouterr().err
     assert answers.exists()
+    exchange = answers.parents[1] / "train" / "exchange"
+    exchange.mkdir()
+    (exchange / "of another run").touch()
+    given = ["--set", f"features.exchange={json.dumps(str(exchange))}"]
+    assert main(["run", str(finished_copy), "--smoke", "--force", "train", *given]) == 2
+    assert "where:    features.exchange" in capsys.readouterr().err
+    assert (exchange / "of another run").exists()
 
 
 def test_results_that_have_no_place(refused: Refused, run_file: Path) -> None:

@@ -13,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from attrs import evolve
 
 from deepspec_core.cli.main import main
 from deepspec_core.servers.vllm_command import CONNECTOR, Served
@@ -196,7 +197,11 @@ def test_it_says_when_the_engine_answers_and_ends_with_it(
     finally:
         signal.signal(signal.SIGHUP, before)
     assert f"answers at {served.address}/v1" in lines[0]
+    assert json.loads(lines[1].partition("=")[2]) == [f"{served.address}/v1"]
     assert json.loads(lines[2].partition("=")[2]) == str(tmp_path)
+    assert lines[3] == '  api_key_env = "VLLM_API_KEY"', "a run that lacks it is refused by the server"
+    # Trainers on other machines copy the line, and their own loopback is another machine.
+    assert evolve(served, host="0.0.0.0").address_elsewhere == f"http://{socket.gethostname()}:{served.port}"
     assert "the engine reads its weights" in capfd.readouterr().err, "what it writes is shown"
     assert list(tmp_path.glob("*.safetensors*")) == [], "its first file is removed"
     with socket.socket() as gone:

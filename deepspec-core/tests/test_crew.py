@@ -3,7 +3,7 @@
 Features are computed in the same batches whoever computes them, so they are equal bit for bit.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ def filled(
     def work(crew: Crew) -> None:
         target = TinyTarget(hidden_size=16)
 
-        def captured(done: Collection[str]) -> Iterator[Sample]:
+        def captured(done: Collection[str], _waiting: Callable[[], None]) -> Iterator[Sample]:
             made = capture(samples, target, HEADER.taps, batch_size=4, dtype=torch.bfloat16, done=done)
             for number, sample in enumerate(made):
                 if number == (dies or {}).get(crew.rank):

@@ -38,7 +38,8 @@ class Filling:
     """What is written, and where.
 
     ids, lengths: The ids and the tokens of all samples, in the order in which the cache has them.
-    captured: captured(done) gives them with features, in that order, those left out whose ids are in `done`.
+    captured: captured(done, waiting) gives them with features, in that order, those left out whose ids are in `done`.
+        If it waits for servers, it calls `waiting` now and then, which raises an error to stop.
     require_space: require_space(tokens, shards) raises where the disk has no room for so many.
     samples_with: Token -> how many samples have it, for a cache that can note it (contracts.cache.CacheReader).
     """
@@ -48,7 +49,7 @@ class Filling:
     header: CacheHeader
     ids: Sequence[str]
     lengths: Sequence[int]
-    captured: Callable[[Collection[str]], Iterator[Sample]]
+    captured: Callable[[Collection[str], Callable[[], None]], Iterator[Sample]]
     require_space: Callable[[int, int], None]
     shard_samples: int
     samples_with: Mapping[int, int] = field(factory=dict)
@@ -117,7 +118,7 @@ def _lead(work: Filling, crew: Crew) -> None:
                 _write_parts(work, crew.share(parts), crew, progress)
             else:
                 with StopRequest() as request:
-                    for sample in work.captured(done):
+                    for sample in work.captured(done, request.check):
                         writer.write(sample)
                         progress.advance()
                         request.check()  # here and not inside HDF5, which cannot take an exception
@@ -136,8 +137,13 @@ def _lead(work: Filling, crew: Crew) -> None:
 def _write_parts(work: Filling, parts: Sequence[Part], crew: Crew, progress: SharedProgress) -> None:
     """Each part as a finished cache of its own."""
     own = {work.ids[number] for first, count in parts for number in range(first, first + count)}
-    captured = work.captured(set(work.ids) - own)
     with StopRequest() as request:
+
+        def waiting() -> None:
+            request.check()
+            crew.check()
+
+        captured = work.captured(set(work.ids) - own, waiting)
         for part in parts:
             with closing(
                 work.cache_format.create(work.place(part), work.header, shard_samples=work.shard_samples)
@@ -145,8 +151,7 @@ def _write_parts(work: Filling, parts: Sequence[Part], crew: Crew, progress: Sha
                 for _ in range(part[1]):
                     writer.write(next(captured))
                     progress.advance()
-                    request.check()
-                    crew.check()
+                    waiting()
                 writer.finish()
 
 

@@ -36,8 +36,9 @@ class FeaturesOptions:
     served_as: The target's model name on the servers. Left out: target.model, or its folder.
     exchange: The folder into which the servers write features. The servers and the run must see it under the same path.
     exchange_gb: The most gigabytes (10^9 bytes) that this run's files take in `exchange`, over all processes.
-    in_flight: The largest number of requests that one server has at once from this run. The run sends fewer where more
-        would not raise the throughput.
+    in_flight: The largest number of requests that one server has at once from this run, shared between its processes.
+        Each process may have one, also if there are more processes than requests. The run sends fewer where more would
+        not raise the throughput.
     prefetch: The largest number of samples that each process requests ahead of training. Their features are in memory
         once they have been read. Left out: twice as many as the process may have in flight.
     timeout: Seconds that a server may take for one answer, and that the run waits while no server is usable.

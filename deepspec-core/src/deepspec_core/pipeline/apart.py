@@ -49,7 +49,7 @@ def _holds_other_files(run: Run, folder: Path) -> bool:
 
 def check_inputs_survive(run: Run, discarded: Sequence[str]) -> None:
     """StageError if something that the run reads lies in the folder of a stage that is to be discarded: a source, a
-    task, a draft to begin with or to evaluate, its calibration or a cost table."""
+    task, a draft to begin with or to evaluate, its calibration, a cost table or the exchange folder of servers."""
     inputs = {f"data.sources[{i}]": source.path for i, source in enumerate(run.file.data.sources)}
     inputs |= {f"evaluate.tasks[{i}]": task_file(task) or task for i, task in enumerate(run.file.evaluate.tasks)}
     if run.file.evaluate.draft is not None:
@@ -60,6 +60,8 @@ def check_inputs_survive(run: Run, discarded: Sequence[str]) -> None:
         inputs["evaluate.calibration"] = run.file.evaluate.calibration
     if run.file.evaluate.scheduler is not None:
         inputs["evaluate.scheduler.cost_table"] = run.file.evaluate.scheduler.cost_table
+    if run.file.features.exchange is not None:
+        inputs["features.exchange"] = run.file.features.exchange
     folders = [run.stage_folder(stage).resolve() for stage in discarded]
     for key, path in inputs.items():
         place = (run.base / path).resolve()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from array import array
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, Final
 
 from deepspec_core.cache.estimate import cache_bytes, require_space
@@ -55,10 +55,10 @@ def run_stage(run: Run) -> dict[str, Any]:
         if came[""] < len(samples):
             servers = begin(run, "cache")
 
-    def captured(done: Collection[str]) -> Iterator[Sample]:
+    def captured(done: Collection[str], waiting: Callable[[], None]) -> Iterator[Sample]:
         taps = run.file.target.layers
         if servers is not None or kept is not None:
-            return captured_by(servers, samples, taps, dtype=dtype, done=done, kept=kept)
+            return captured_by(servers, samples, taps, dtype=dtype, done=done, kept=kept, waiting=waiting)
         return capture(samples, run.target.model, taps, batch_size=options.batch_size, dtype=dtype, done=done)
 
     def room(tokens: int, shards: int) -> None:
@@ -77,6 +77,7 @@ def run_stage(run: Run) -> dict[str, Any]:
     )
     crew = workers.crew()
     fill(work, crew)
+    given = {} if servers is None else servers.summary(crew)
     if not crew.first:
         return {}
     run.cache.written()
@@ -86,7 +87,7 @@ def run_stage(run: Run) -> dict[str, Any]:
         "tokens": int(samples.lengths().sum()),
         "bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and path.name != RECORD),
         **run.data.losses(),
-        **({} if servers is None else servers.tally.summary()),
+        **given,
         **({"with answers": came.pop("", 0), "asked again": dict(came)} if came else {}),
     }
 

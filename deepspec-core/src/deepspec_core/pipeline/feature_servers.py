@@ -100,6 +100,14 @@ def check(run: Run, processes: int = 1, *, may_write: bool = True) -> None:
         servers.check()
     finally:
         work.exchange.clear(session=True)  # another process may be at work in this run
+    if (most := run.file.features.in_flight) < (count := max(processes, workers.count())) and workers.rank() == 0:
+        log.warning(
+            "features.in_flight = %d is less than the %d processes of this run. Each of them may have one request at "
+            "each server, so a server may have %d at once",
+            most,
+            count,
+            count,
+        )
     if workers.rank() == 0 and run.file.features.probe != "off":
         run.served_like = _compare(run, work)
 
@@ -115,13 +123,13 @@ def begin(run: Run, stage: str, *, record: Path | None = None, crew: Crew | None
     crew = crew or workers.crew()
     ownership = Ownership(owner=owner_of(run.folder), rank=crew.rank, world=crew.count)
     path, compares = record or run.stage_folder(stage) / RECORD, run.file.features.probe != "off"
-    begun, alone = _begun_with(path, stage), crew.count == 1
+    begun, alone = begun_with(path, stage), crew.count == 1
     servers = servers_of(run, ownership=ownership, stored=None if begun is None else begun.stored, alone=alone)
     work: Any = servers.farm.work
     start: tuple[Reference, ...] = () if run.served_like is None else (run.served_like,)
     if compares:
         work.references = start if begun is None else (*start, begun.reference(work, where=path))
-    files, size = work.exchange.clear()
+    files, size = work.exchange.take_over()
     if files:
         log.warning("removed %d files (%s) of an earlier process from %s", files, in_words(size), work.exchange.folder)
     servers.check(strict=False)
@@ -141,7 +149,7 @@ def begin(run: Run, stage: str, *, record: Path | None = None, crew: Crew | None
 
 def from_run(run: Run) -> ServedFeatures:
     """`[features] mode = "server"`."""
-    return ServedFeatures(run.data.training_samples(), begin(run, "train"))
+    return ServedFeatures(run.data.training_samples(), begin(run, "train"), workers.crew())
 
 
 def _compare(run: Run, work: FeatureWork) -> Reference:
@@ -190,7 +198,7 @@ def _of_target(run: Run, work: FeatureWork) -> dict[str, torch.Tensor]:
     return {every.name(column): state for column, state in enumerate((*hidden.chunk(len(every.taps), -1), last))}
 
 
-def _begun_with(record: Path, stage: str) -> ServedRecord | None:
+def begun_with(record: Path, stage: str) -> ServedRecord | None:
     """What a stage was begun with; None where it was not begun. Raises StageError if that is not known."""
     if record.exists():
         return read_record(record)

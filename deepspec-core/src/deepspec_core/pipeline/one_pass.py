@@ -25,7 +25,7 @@ from deepspec_core.crew import ALONE
 from deepspec_core.data.answering import Answer
 from deepspec_core.data.samples import Samples
 from deepspec_core.dtypes import torch_dtype
-from deepspec_core.errors import DeepSpecError
+from deepspec_core.errors import DeepSpecError, StageError
 from deepspec_core.features.kept import STORE, KeptFeatures, KeptWriter, discard
 from deepspec_core.features.served.answered import WITHOUT_FILES, AnsweringWithFeatures
 from deepspec_core.features.served.capturing import in_dtype
@@ -124,6 +124,7 @@ def kept_of(run: Run) -> KeptFeatures | None:
     _discard_others(run)
     kept: KeptFeatures | None = None
     try:
+        _require_begun_alike(run)
         kept = KeptFeatures(run.cache.format, folder, _header(run)) if folder.exists() else None
     except DeepSpecError as error:
         log.warning(
@@ -139,12 +140,30 @@ def begin_alike(run: Run) -> None:
 
     The servers of both stages must give the same features, because one cache holds the features of both.
     """
-    there, here = folder_of(run) / feature_servers.RECORD, run.stage_folder("cache") / feature_servers.RECORD
+    there, here = _records(run)
     if workers.crew().first and there.exists() and not here.exists():
         here.parent.mkdir(parents=True, exist_ok=True)
         partial = here.with_name(f".{here.name}.partial")
         shutil.copyfile(there, partial)
         os.replace(partial, here)
+
+
+def _records(run: Run) -> tuple[Path, Path]:
+    """The records of the regenerate stage and of the cache stage."""
+    return folder_of(run) / feature_servers.RECORD, run.stage_folder("cache") / feature_servers.RECORD
+
+
+def _require_begun_alike(run: Run) -> None:
+    """StageError where a part of the cache is there, and was begun with other features than those that are kept."""
+    there, here = _records(run)
+    begun = feature_servers.begun_with(here, "cache")
+    if begun is not None and there.exists() and there.read_bytes() != here.read_bytes():
+        raise StageError(
+            "The cache was begun with features that servers gave at another time",
+            where=here,
+            found=f"another record than {there}",
+            expected="the record of the regenerate stage, since one cache holds the features of both",
+        )
 
 
 def told(samples: Samples, kept: KeptFeatures | None) -> Counter[str]:

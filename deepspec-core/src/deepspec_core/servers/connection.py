@@ -17,6 +17,8 @@ from attrs import field, frozen
 
 _CONNECT_SECONDS: Final = 10.0
 _SHOWN: Final = 160
+# Completions with token ids, and counters, have less than a hundredth of it. A longer answer would fill the memory.
+_LONGEST_ANSWER: Final = 64 * 2**20
 # The request cannot be answered, on this server or on another of its kind.
 _REFUSALS: Final = (400, 413, 422)
 _NO_ENTRY: Final = (401, 403)
@@ -67,6 +69,14 @@ def client(key: str | None) -> httpx2.AsyncClient:
     )
 
 
+@frozen(kw_only=True)
+class _Answer:
+    status: int
+    content: bytes
+    text: str
+    retry_after: str | None
+
+
 @frozen
 class Connection:
     """A server's address."""
@@ -101,33 +111,56 @@ class Connection:
         """Whether the server answers at all, with whatever status."""
         try:
             async with asyncio.timeout(seconds):
-                return bool((await self._client.get(f"{self._root}/health")).status_code < 500)
+                async with self._client.stream("GET", f"{self._root}/health") as answer:
+                    return bool(answer.status_code < 500)
         except (httpx2.HTTPError, TimeoutError):
             return False
 
-    async def _exchange(self, method: str, url: str, body: Mapping[str, Any] | None, seconds: float) -> httpx2.Response:
+    async def _exchange(self, method: str, url: str, body: Mapping[str, Any] | None, seconds: float) -> _Answer:
         try:
-            async with asyncio.timeout(seconds):
-                answer = await self._client.request(method, url, json=body)
+            async with asyncio.timeout(seconds), self._client.stream(method, url, json=body) as sent:
+                answer = await _read(sent)
         except TimeoutError as error:
             raise Fault(Kind.BAD, f"no answer within {seconds:g} s") from error
         except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
             raise Fault(Kind.DOWN, f"it cannot be reached: {error}") from error
         except httpx2.HTTPError as error:
             raise Fault(Kind.DIED, f"it broke off: {type(error).__name__} {error}".strip()) from error
-        status, said = answer.status_code, shown(answer.text)
+        status, said = answer.status, shown(answer.text)
         if status in _REFUSALS:
             raise Refusal(f"{status} {said}")
         if status in _NO_ENTRY:
             raise Fault(Kind.WRONG, f"{status} {said}")
         if status in _BUSY:
-            raise Fault(Kind.BUSY, f"{status} {said}", _seconds(answer.headers.get("retry-after")))
+            raise Fault(Kind.BUSY, f"{status} {said}", _seconds(answer.retry_after))
         if status != 200:
             raise Fault(Kind.BAD, f"{status} {said}")
         return answer
 
 
-def _object(answer: httpx2.Response) -> dict[str, Any]:
+async def _read(sent: httpx2.Response) -> _Answer:
+    """The whole answer. Fault where it is longer than any that is asked for."""
+    content = bytearray()
+    async for part in sent.aiter_bytes():
+        content += part
+        if len(content) > _LONGEST_ANSWER:
+            raise Fault(Kind.BAD, f"{sent.status_code}, with more than {_LONGEST_ANSWER >> 20} MiB")
+    return _Answer(
+        status=sent.status_code,
+        content=bytes(content),
+        text=_decoded(content, sent.charset_encoding),
+        retry_after=sent.headers.get("retry-after"),
+    )
+
+
+def _decoded(content: bytes | bytearray, charset: str | None) -> str:
+    try:
+        return content.decode(charset or "utf-8", "replace")
+    except (LookupError, ValueError):  # a charset that does not exist, or is none of text
+        return content.decode("utf-8", "replace")
+
+
+def _object(answer: _Answer) -> dict[str, Any]:
     try:
         content = json.loads(answer.content)
     except (ValueError, RecursionError) as error:

@@ -136,19 +136,23 @@ class _Session:
                 self._take_out(server, str(served))
             elif isinstance(served, NotServed):
                 log.warning("%s stays out: %s", server.connection.address, served)
-                server.out = True
+                server.out, server.why = True, served.problem
                 self.revivals[asyncio.create_task(self._revive(server, said=str(served)))] = server
             else:
                 self._let_in(server, served)
 
     async def _probed(self) -> list[Any]:
         """What each server's probe returned or raised. Servers whose probe takes long are named in the log."""
-        probes = [asyncio.create_task(self.farm.work.probe(server.connection)) for server in self.servers]
+        farm, began, told = self.farm, time.monotonic(), False
+        probes = [asyncio.create_task(farm.work.probe(server.connection)) for server in self.servers]
         try:
-            _, late = await asyncio.wait(probes, timeout=self.farm.say_after)
-            for probe, server in zip(probes, self.servers, strict=True):
-                if probe in late:
-                    log.warning("waiting for %s, which does not answer yet", server.connection.address)
+            late: set[asyncio.Task[Any]] = set(probes)
+            while late:
+                _, late = await asyncio.wait(late, timeout=min(farm.look_every, farm.say_after))
+                farm.on_look()
+                if late and not told and (told := time.monotonic() - began >= farm.say_after):
+                    for server in [one for one, probe in zip(self.servers, probes, strict=True) if probe in late]:
+                        log.warning("waiting for %s, which does not answer yet", server.connection.address)
             return await asyncio.gather(*probes, return_exceptions=True)
         finally:
             for probe in probes:
@@ -290,7 +294,7 @@ class _Session:
 
     def _failed(self, server: Member, job: Job, fault: Fault) -> Unanswered | None:
         log.debug("%s: %s: %s", server.connection.address, job.request.id, fault.reason)
-        server.faults += 1
+        server.faults, server.why = server.faults + 1, fault.reason
         self.farm.on_fault(fault)
         job.wait = max(fault.wait, self._pause(job.pauses))
         job.pauses += 1
@@ -325,7 +329,7 @@ class _Session:
             self.revivals[asyncio.create_task(self._revive(server))] = server
 
     def _say_out(self, server: Member, reason: str) -> None:
-        server.out = True
+        server.out, server.why = True, reason
         log.warning("%s is out: %s; it is let in again when it answers", server.connection.address, reason)
 
     def _end_watch(self, server: Member) -> None:
@@ -360,7 +364,7 @@ class _Session:
                 if not server.out:
                     self._say_out(server, error.reason)
             except NotServed as error:
-                server.out = True
+                server.out, server.why = True, error.problem
                 if str(error) != said:
                     said = str(error)
                     log.warning("%s stays out: %s", server.connection.address, error)
@@ -386,7 +390,7 @@ class _Session:
             raise DataError(
                 "No server answers any more",
                 where=self.farm.work.wanted.called.servers,
-                found=", ".join(server.connection.address for server in self.servers),
+                found="; ".join(f"{server.connection.address}: {server.why}" for server in self.servers),
                 expected=f"an answer within {patience:g} s ({self.farm.work.wanted.called.timeout})",
                 fix="Start them and run again: the answers that are there are kept.",
             )

@@ -29,14 +29,16 @@ class Job:
 class Member:
     """A server. `served` is None while it must be probed before it is used; `out` is true once this was reported.
 
-    doubts: The number of requests that it refused and that no other server has answered or refused yet. heard: The time
-    when it last answered, or was last asked after a pause.
+    why: Why it could not be used or did not answer, the last time. doubts: The number of requests that it refused and
+    that no other server has answered or refused yet. heard: The time when it last answered, or was last asked after a
+    pause.
     """
 
     connection: Connection
     level: Level
     served: Any = None
     out: bool = False
+    why: str = "no answer"
     jobs: dict[asyncio.Task[Any], Job] = field(factory=dict)
     strikes: int = 0
     answers: int = 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
@@ -114,6 +115,12 @@ class Served:
         """Where this machine reaches the server."""
         host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.host, self.host)
         return f"http://{f'[{host}]' if ':' in host and not host.startswith('[') else host}:{self.port}"
+
+    @property
+    def address_elsewhere(self) -> str:
+        """Where other machines reach the server, if they know this one by its name."""
+        every = self.host in ("0.0.0.0", "::", "[::]")
+        return f"http://{socket.gethostname()}:{self.port}" if every else self.address
 
     @property
     def is_local(self) -> bool:

@@ -199,8 +199,10 @@ class Engine:
     def _say_ready(self) -> None:
         served = self.served
         self.say(f"vLLM answers at {served.address}/v1 and gives features; Ctrl-C ends it. In the run file:")
-        self.say(f'  servers = ["{served.address}/v1"]')
+        self.say(f'  servers = ["{served.address_elsewhere}/v1"]')
         self.say(f"  exchange = {json.dumps(str(served.exchange))}")
+        if os.environ.get("VLLM_API_KEY"):
+            self.say('  api_key_env = "VLLM_API_KEY"')
 
     def _ended(self, code: int, problem: str) -> StageError:
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"

@@ -14,17 +14,32 @@ from itertools import islice
 from typing import Any
 
 from deepspec_core.contracts.draft import Preparation, Sample
+from deepspec_core.stopping import StopRequest
 from deepspec_core.training.host_batch import HostBatch, host_batch
 from deepspec_core.training.plans import StepPlans
 from deepspec_core.training.sampler import sample_rng
 
 _READY = 2  # micro-batches that wait for the training process
+_LOOK_SECONDS = 0.5
+
+
+class NothingCame(Exception):
+    """Training was asked to stop while it waited for a micro-batch. The source may take long, or never give it."""
 
 
 def batches_ahead(
-    source: Any, preparation: Preparation, plans: StepPlans, *, seed: int, pinned: bool
+    source: Any,
+    preparation: Preparation,
+    plans: StepPlans,
+    *,
+    seed: int,
+    pinned: bool,
+    request: StopRequest | None,
 ) -> Iterator[HostBatch]:
-    """The micro-batches of the plans, in order. Closing the iterator ends the thread and the source's requests."""
+    """The micro-batches of the plans, in order. Closing the iterator ends the thread and the source's requests.
+
+    Raises NothingCame if no micro-batch comes after a `request` to stop.
+    """
     ready: queue.Queue[HostBatch | BaseException | None] = queue.Queue(_READY)
     closed = threading.Event()
 
@@ -35,6 +50,14 @@ def batches_ahead(
                 return
             except queue.Full:
                 continue
+
+    def awaited() -> HostBatch | BaseException | None:
+        while True:
+            try:
+                return ready.get(timeout=_LOOK_SECONDS)
+            except queue.Empty:
+                if request is not None and request.asked:
+                    raise NothingCame from None
 
     def made(samples: Iterator[Sample]) -> Iterator[HostBatch]:
         for plan in plans:
@@ -58,7 +81,7 @@ def batches_ahead(
     thread = threading.Thread(target=work, name="micro-batches ahead", daemon=True)
     thread.start()
     try:
-        while (item := ready.get()) is not None:
+        while (item := awaited()) is not None:
             if isinstance(item, BaseException):
                 raise item
             yield item

@@ -18,6 +18,7 @@ from deepspec_core.contracts.draft import Preparation
 from deepspec_core.contracts.features import FeatureSource
 from deepspec_core.errors import TrainingError
 from deepspec_core.plugins.exits import no_exit
+from deepspec_core.stopping import StopRequest
 from deepspec_core.training.ahead import batches_ahead
 from deepspec_core.training.host_batch import HostBatch, host_batch
 from deepspec_core.training.plans import Plan as Plan
@@ -53,15 +54,17 @@ def iterate(
     seed: int,
     workers: int,
     pinned: bool = False,
+    request: StopRequest | None = None,
 ) -> Iterator[HostBatch]:
     """The micro-batches of the plans, in order. `workers` processes read ahead; with 0, this process reads.
 
-    A source with `in_order` reads ahead by itself, in this process, and no worker is started.
+    A source with `in_order` reads ahead by itself, in this process, and no worker is started. It may take long, so the
+    iterator raises ahead.NothingCame if no micro-batch comes after a `request` to stop.
 
     `pinned`: in memory from which a device copies while the host goes on; with workers, a thread copies them there.
     """
     if hasattr(source, "in_order"):
-        return batches_ahead(source, preparation, plans, seed=seed, pinned=pinned)
+        return batches_ahead(source, preparation, plans, seed=seed, pinned=pinned, request=request)
     dataset = MicroBatches(source, preparation, seed)
     if workers == 0:
         made = map(dataset.__getitem__, plans)

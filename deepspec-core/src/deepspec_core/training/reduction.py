@@ -70,5 +70,10 @@ def gathered(value: Any) -> list[Any]:
     return values
 
 
+def union(parts: list[list[str]]) -> list[str]:
+    """The names that any rank has, in one order, because a rank may have seen fewer slots than another."""
+    return list(dict.fromkeys(name for part in parts for name in part))
+
+
 def _distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()

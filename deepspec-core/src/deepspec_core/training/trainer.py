@@ -32,6 +32,7 @@ from deepspec_core.progress import Progress
 from deepspec_core.rows.engine import build_engine
 from deepspec_core.stopping import Stopped, StopRequest
 from deepspec_core.training import checkpoint as checkpoints
+from deepspec_core.training.ahead import NothingCame
 from deepspec_core.training.best_checkpoints import Evaluations
 from deepspec_core.training.epoch_order import ORDERS
 from deepspec_core.training.fallback import resume
@@ -45,7 +46,7 @@ from deepspec_core.training.optimizers import build_optimizer, hidden_matrices
 from deepspec_core.training.pace import Pace
 from deepspec_core.training.packed_check import check_draft_apart
 from deepspec_core.training.parallel import Parallel, parallelise
-from deepspec_core.training.reduction import StepSums, gathered, normalise
+from deepspec_core.training.reduction import StepSums, gathered, normalise, union
 from deepspec_core.training.sampler import GlobalBatches
 from deepspec_core.training.schedule import learning_rate
 from deepspec_core.training.step import TrainingStep
@@ -94,8 +95,8 @@ def train(
     It writes `folder`/checkpoints and `folder`/metrics.jsonl. `save_draft(path)` writes the draft as published, and
     `on_checkpoint(path)` is called with each complete checkpoint, `on_line()` after each line of metrics.jsonl; all on
     the first rank only. The schedule spans min(max_steps, steps of all epochs). `evaluations` evaluate checkpoints, and
-    may end training early. Ctrl-C or SIGTERM finishes the step, saves a checkpoint and raises Stopped. A second one
-    stops at once.
+    may end training early. Ctrl-C or SIGTERM finishes the step, saves a checkpoint and raises Stopped. A single process
+    that waits for a source that reads ahead does so without that step. A second signal stops at once.
 
     Raises DataError if there are no samples. Raises CheckpointError if a training state is damaged or of another run,
     or if there is no room for one. Raises TrainingError if a loss or gradient is not finite, before weights are
@@ -184,7 +185,7 @@ class _Trainer:
         self.checkpoint_bytes = checkpoints.bytes_of_one(draft)
         self.unfinished = checkpoints.remove_unfinished(folder) if self.is_main else 0
         self.damaged = 0
-        self.first_step = self._resume()
+        self.first_step = self.saved = self._resume()
 
     def _step_of(self, draft: DraftModel, loss: LossOptions, registry: Registry) -> TrainingStep:
         compute_dtype = torch_dtype(self.options.precision)
@@ -239,17 +240,29 @@ class _Trainer:
             row_tokens=self.row_tokens,
         )
         pinned, workers = self.device.type == "cuda", self.options.loader_workers
-        loader = iterate(self.source, self.preparation, plans, seed=self.seed, workers=workers, pinned=pinned)
+        # Ranks end after the same step. One that waits alone cannot know which step the others are in.
+        request = StopRequest()
+        asked = request if self.accelerator.num_processes == 1 else None
+        loader = iterate(
+            self.source, self.preparation, plans, seed=self.seed, workers=workers, pinned=pinned, request=asked
+        )
         progress = Progress(self.total_steps, "train", "steps", done=self.first_step, enabled=self.is_main)
         clock = Clock()
         micro_batches = clock.waiting(loader)
-        with StopRequest() as request, progress, dead_worker_is_an_error():
+        with request, progress, dead_worker_is_an_error():
             for step in range(self.first_step, self.total_steps):
                 done = step + 1
                 last = done == self.total_steps
                 due = self.evaluations.due(done)
                 logged = last or due or done % self.options.log_every == 0
-                rate, norm, stop = self._step(step, plans, micro_batches, logged, request.asked)
+                counts = Counter(self.counts)
+                try:
+                    rate, norm, stop = self._step(step, plans, micro_batches, logged, request.asked)
+                except NothingCame:
+                    self.counts = counts  # the step is done again
+                    if step > self.saved:
+                        self._save(step)
+                    raise Stopped(request.number or signal.SIGTERM) from None
                 chosen = self.batches.indices(step)
                 clock.count(len(chosen), sum(self.batches.lengths[index] for index in chosen))
                 if logged:
@@ -316,7 +329,7 @@ class _Trainer:
                 self.counts.update(positions=positions, padding=padding)
                 sums.add_counts("padding_share", padding, positions)
             done.append(([sample.id for sample in micro.samples], result.total.detach()))
-        names = _union(gathered(list(sums.ratios))) if with_metrics else self.loss_names
+        names = union(gathered(list(sums.ratios))) if with_metrics else self.loss_names
         vector = sums.reduce(names, interrupted)
         norm = normalise(
             list(self.parameters.values()),
@@ -384,9 +397,4 @@ class _Trainer:
         if self.is_main and self.on_checkpoint is not None:
             self.on_checkpoint(self.checkpoint)
         self.accelerator.wait_for_everyone()
-        self.checkpoint = checkpoints.of_step(self.folder, step)
-
-
-def _union(parts: list[list[str]]) -> list[str]:
-    """The names that any rank has, in one order, because a rank may have seen fewer slots than another."""
-    return list(dict.fromkeys(name for part in parts for name in part))
+        self.checkpoint, self.saved = checkpoints.of_step(self.folder, step), step

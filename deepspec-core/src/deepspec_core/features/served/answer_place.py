@@ -25,6 +25,7 @@ LOCK_SUFFIX: Final = ".lock"
 _FIRST_PAUSE: Final = 0.001
 _LONGEST_PAUSE: Final = 0.05
 _BOTH_SIDES: Final = "Give server and run the same folder under the same path: features.exchange, `deepspec serve`."
+_NOT_THERE: Final = f"{_BOTH_SIDES} Also look at the room on the folder's disk, and at the server's log."
 
 
 class BadAnswer(Fault):
@@ -105,7 +106,7 @@ async def opened(place: Path, *, seconds: float) -> BinaryIO:
                 where=place,
                 found=f"{place.name}{LOCK_SUFFIX} is still locked" if locked else "no such file",
                 expected=f"the file within {seconds:g} s of the answer (features.file_timeout)",
-                fix="Raise features.file_timeout, or look at the server's log." if locked else _BOTH_SIDES,
+                fix="Raise features.file_timeout, or look at the server's log." if locked else _NOT_THERE,
             )
         await asyncio.sleep(pause)
         pause = min(2 * pause, _LONGEST_PAUSE)

@@ -5,7 +5,7 @@ Knows samples and servers; not where the features go.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 from attrs import evolve
@@ -26,11 +26,12 @@ def captured_by(
     dtype: torch.dtype | None,
     done: Collection[str],
     kept: KeptFeatures | None = None,
+    waiting: Callable[[], None] = lambda: None,
 ) -> Iterator[Sample]:
     """As features.capture.capture, but servers compute the features. `dtype` None: as they write them.
 
     Features in `kept` are taken from there, and the others are requested from `servers`; None: all are in `kept`.
-    CacheError where a feature is not finite in `dtype`.
+    `waiting` is called now and then while servers are waited for. CacheError where a feature is not finite in `dtype`.
     """
     samples = as_samples(samples)
 
@@ -42,7 +43,9 @@ def captured_by(
         assert kept is not None, "features come from somewhere"
         yield from map(kept.of, missing())
         return
-    with servers.stream(sample for sample in missing() if kept is None or not kept.has(sample)) as stream:
+    with servers.stream(
+        (sample for sample in missing() if kept is None or not kept.has(sample)), waiting=waiting
+    ) as stream:
         computed = iter(stream)
         for sample in missing():
             if kept is not None and kept.has(sample):

@@ -24,6 +24,7 @@ from typing import Final
 
 from attrs import define, field, frozen
 
+from deepspec_core.disk import refuse_folder
 from deepspec_core.errors import StageError
 
 log = logging.getLogger("deepspec")
@@ -41,6 +42,7 @@ def owner_of(folder: Path, *, may_write: bool = True) -> str:
     and it may not be written, the digits are random. StageError where the file of the number holds something else.
     """
     path = folder / OWNER
+    refuse_folder(path)
     if not path.exists():
         if not may_write:
             return secrets.token_hex(8)
@@ -107,7 +109,8 @@ class Exchange:
 
     folder: The exchange folder, without links.
     most: Bytes of this process's files at most, those included that servers are still to write.
-    late: Seconds for which the file of a request that was given up may still come, and counts.
+    late: Seconds for which the file of a request that was given up may still come, and counts. For so long after
+        `take_over`, files of an earlier process may still come, too.
     """
 
     folder: Path
@@ -121,6 +124,7 @@ class Exchange:
     _given_up: dict[str, tuple[int, float]] = field(factory=dict)
     _waiting: deque[tuple[int, asyncio.Future[None]]] = field(factory=deque)
     _swept: float = 0.0
+    _others_until: float = 0.0
     _stay: set[str] = field(factory=set)
 
     @asynccontextmanager
@@ -167,10 +171,15 @@ class Exchange:
         self._tell(stay)
         return count, total
 
+    def take_over(self) -> tuple[int, int]:
+        """As `clear`, and files of an earlier process that come later are removed by `sweep`."""
+        self._others_until = time.monotonic() + self.late
+        return self.clear()
+
     def sweep(self) -> None:
         """Now and then: remove files of requests that were given up, and forget those that have not come."""
         now = time.monotonic()
-        if now - self._swept < _SWEEP_EVERY or not self._given_up:
+        if now - self._swept < _SWEEP_EVERY or not (self._given_up or now < self._others_until):
             return
         self._swept = now
         self.clear()

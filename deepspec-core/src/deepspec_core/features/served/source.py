@@ -5,7 +5,7 @@ Knows samples and streams of them. Does not know servers, files, or what is aske
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from attrs import define, evolve, field
@@ -13,9 +13,10 @@ from torch import Tensor
 
 from deepspec_core.contracts.draft import Sample
 from deepspec_core.contracts.target import TargetFeatures
+from deepspec_core.crew import ALONE, Crew
 from deepspec_core.data.collate import pad_features
 from deepspec_core.features.samples_by_id import SamplesById
-from deepspec_core.features.served.stream import Stream, Tally
+from deepspec_core.features.served.stream import Stream, Tally, totals
 from deepspec_core.servers.farm import Farm
 
 
@@ -31,9 +32,13 @@ class FeatureServers:
         """As Farm.check."""
         self.farm.check(strict=strict)
 
-    def stream(self, samples: Iterable[Sample]) -> Stream:
-        """The samples with features, in this order."""
-        return Stream(self.farm, iter(samples), prefetch=self.prefetch, tally=self.tally)
+    def summary(self, crew: Crew) -> Mapping[str, Any]:
+        """What all workers got. All of them must call it."""
+        return totals(crew.gather("what servers gave", self.tally.summary()))
+
+    def stream(self, samples: Iterable[Sample], *, waiting: Callable[[], None] = lambda: None) -> Stream:
+        """The samples with features, in this order. `waiting` is called now and then while one is waited for."""
+        return Stream(self.farm, iter(samples), prefetch=self.prefetch, tally=self.tally, waiting=waiting)
 
 
 class ServedFeatures(SamplesById):
@@ -42,9 +47,9 @@ class ServedFeatures(SamplesById):
     `in_order` asks for them ahead of training. It works in the training process: no loader worker has the servers.
     """
 
-    def __init__(self, samples: Sequence[Sample], servers: FeatureServers) -> None:
+    def __init__(self, samples: Sequence[Sample], servers: FeatureServers, crew: Crew = ALONE) -> None:
         super().__init__(samples)
-        self.servers = servers
+        self.servers, self._crew = servers, crew
 
     def in_order(self, indices: Iterable[int]) -> Stream:
         """The samples of these indices with features, in this order, read ahead. It must be closed."""
@@ -66,5 +71,5 @@ class ServedFeatures(SamplesById):
         return {"served_bytes": tally.bytes, "served_failures": tally.failed}
 
     def summary(self) -> Mapping[str, Any]:
-        """What the stage's summary says."""
-        return self.servers.tally.summary()
+        """What the stage's summary says of all workers. All of them must call it."""
+        return self.servers.summary(self._crew)

@@ -7,7 +7,8 @@ order is that of the samples, whichever server answers first. Knows samples and 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -22,6 +23,7 @@ from deepspec_core.servers.connection import Fault
 from deepspec_core.servers.farm import Farm
 
 _LOOK_EVERY = 0.02
+_WAITING_EVERY = 0.5
 
 
 class _Closed(Exception):
@@ -60,15 +62,31 @@ class Tally:
             return {"texts from servers": self.texts, "bytes from servers": self.bytes, "failed exchanges": reasons}
 
 
+def totals(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The summaries of several processes' tallies as one."""
+    reasons = sum((Counter(part["failed exchanges"]) for part in parts), Counter[str]())
+    counts = {name: sum(part[name] for part in parts) for name in ("texts from servers", "bytes from servers")}
+    return {**counts, "failed exchanges": dict(sorted(reasons.items()))}
+
+
 class Stream:
     """The samples with features, in the order given. Iterate over it inside a `with` block, or `close` it.
 
     `prefetch`: Samples that are asked for ahead of the one that is used next, at most. They stand in memory as soon as
-    they are read. DataError where no server gives the features of a sample; ConfigError where no server can be used.
+    they are read. `waiting`: called now and then while the next sample is waited for; its errors are raised. DataError
+    where no server gives the features of a sample; ConfigError where no server can be used.
     """
 
-    def __init__(self, farm: Farm, samples: Iterator[Sample], *, prefetch: int, tally: Tally) -> None:
-        self._samples, self._prefetch, self._tally = samples, prefetch, tally
+    def __init__(
+        self,
+        farm: Farm,
+        samples: Iterator[Sample],
+        *,
+        prefetch: int,
+        tally: Tally,
+        waiting: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._samples, self._prefetch, self._tally, self._waiting = samples, prefetch, tally, waiting
         self._changed = threading.Condition()
         self._handed: dict[int, Sample] = {}
         self._taken: dict[int, Taken] = {}
@@ -84,7 +102,8 @@ class Stream:
     def __iter__(self) -> Iterator[Sample]:
         while True:
             with self._changed:
-                self._changed.wait_for(self._decided)
+                while not self._changed.wait_for(self._decided, timeout=_WAITING_EVERY):
+                    self._waiting()
                 if self._next_used in self._taken:
                     taken, sample = self._taken.pop(self._next_used), self._handed.pop(self._next_used)
                     self._next_used += 1
