@@ -177,6 +177,7 @@ def check_reduced(names: Mapping[str, Any], only: Any) -> None:
             return DraftDescription(
                 algorithm=self.algorithm, class_name=self.class_name, taps=(), max_tokens=self.options.block_size,
                 num_layers=1, anchor_predicts=True, causal=True, weight_names={"vocabulary.ids": KEY}, config=config,
+                unread_options=("num_anchors", "from_target"),
             )  # fmt: skip
 
     def options_of(config: Mapping[str, Any]) -> tuple[MyOptions, tuple[int, ...]]:
