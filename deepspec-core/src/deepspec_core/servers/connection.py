@@ -13,9 +13,11 @@ from enum import Enum
 from typing import Any, Final
 
 import httpx2
-from attrs import field, frozen
+from attrs import define, field, frozen
 
 _CONNECT_SECONDS: Final = 10.0
+# Engines close a connection that was idle for five seconds (vLLM, SGLang). A request that is sent just then is lost.
+_IDLE_SECONDS: Final = 2.0
 _SHOWN: Final = 160
 # Completions with token ids, and counters, have less than a hundredth of it. A longer answer would fill the memory.
 _LONGEST_ANSWER: Final = 64 * 2**20
@@ -23,6 +25,7 @@ _LONGEST_ANSWER: Final = 64 * 2**20
 _REFUSALS: Final = (400, 413, 422)
 _NO_ENTRY: Final = (401, 403)
 _BUSY: Final = (429, 503)
+_CLOSE: Final = {"Connection": "close"}
 
 
 class Kind(Enum):
@@ -63,9 +66,7 @@ def client(key: str | None) -> httpx2.AsyncClient:
         headers={} if key is None else {"Authorization": f"Bearer {key}"},
         # Answers take long: whoever asks sets the limit.
         timeout=httpx2.Timeout(None, connect=_CONNECT_SECONDS),
-        # A connection of its own for each request: a server may close an idle one just as it is used again, and beside
-        # an answer a new one costs nothing.
-        limits=httpx2.Limits(max_connections=None, max_keepalive_connections=0),
+        limits=httpx2.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=_IDLE_SECONDS),
     )
 
 
@@ -77,12 +78,18 @@ class _Answer:
     retry_after: str | None
 
 
-@frozen
+@define(eq=False)
 class Connection:
-    """A server's address."""
+    """A server's address.
+
+    keeps_open: Whether TCP connections are used for several requests. Each request has one of its own unless the server
+    is known to wait for all of its connections at once: one that gives each connection a thread, as llama.cpp's does,
+    would serve as many as it has threads and let the others wait.
+    """
 
     address: str
     _client: httpx2.AsyncClient = field(repr=False)
+    keeps_open: bool = False
 
     async def get(self, path: str, *, seconds: float) -> dict[str, Any]:
         """The JSON object at a path under the address. Fault or Refusal where there is none."""
@@ -111,14 +118,15 @@ class Connection:
         """Whether the server answers at all, with whatever status."""
         try:
             async with asyncio.timeout(seconds):
-                async with self._client.stream("GET", f"{self._root}/health") as answer:
+                async with self._client.stream("GET", f"{self._root}/health", headers=_CLOSE) as answer:
                     return bool(answer.status_code < 500)
         except (httpx2.HTTPError, TimeoutError):
             return False
 
     async def _exchange(self, method: str, url: str, body: Mapping[str, Any] | None, seconds: float) -> _Answer:
         try:
-            async with asyncio.timeout(seconds), self._client.stream(method, url, json=body) as sent:
+            headers = {} if self.keeps_open else _CLOSE
+            async with asyncio.timeout(seconds), self._client.stream(method, url, json=body, headers=headers) as sent:
                 answer = await _read(sent)
         except TimeoutError as error:
             raise Fault(Kind.BAD, f"no answer within {seconds:g} s") from error

@@ -104,6 +104,8 @@ async def listed(connection: Connection, wanted: Wanted) -> tuple[list[dict[str,
     models = listed.get("data")
     if not isinstance(models, list) or not all(isinstance(model, dict) for model in models):
         return [], [f"/models: {shown(str(listed))}"]
+    # Both serve all connections from one event loop.
+    connection.keeps_open = any(model.get("owned_by") in ("vllm", "sglang") for model in models)
     return models, []
 
 
