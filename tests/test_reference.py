@@ -106,7 +106,8 @@ CALLS = {{}}
 
 def prompts(split, seed):
     CALLS["prompts"] = (split, seed)
-    turns = [{{"role": "user", "content": "What is 2 + 3?"}}, {{"role": "assistant", "content": "2 + 3 = 5, friend."}}]
+    question = "What is 2 + 3?" if split == "train" else "How much is 2 + 3?"
+    turns = [{{"role": "user", "content": question}}, {{"role": "assistant", "content": "2 + 3 = 5, friend."}}]
     return [{{"id": str(number), "messages": turns}} for number in range(8)]
 
 def features(run):
