@@ -148,6 +148,7 @@ def test_features_of_the_embedding_can_be_cached(run_file: Path) -> None:
     assert manifest["header"]["taps"] == [-1, 4]
 
 
+@pytest.mark.slow
 def test_a_draft_with_fewer_taps_trains_from_a_cache_that_has_more(
     run_file: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -125,7 +125,7 @@ def test_published_choices_are_refused_where_the_target_answers_itself(
     assert main(["config", "check", str(run_file), *changes[2:]]) == 0
 
 
-@pytest.mark.parametrize("prompt", ["Be brief.", None])
+@pytest.mark.parametrize("prompt", ["Be brief.", pytest.param(None, marks=pytest.mark.slow)])
 def test_one_system_prompt_in_regeneration_training_and_evaluation(
     prompt: str | None, run_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -190,6 +190,7 @@ for folder in others:
 """
 
 
+@pytest.mark.slow
 def test_sizes_are_compared_before_memory_is_taken(draft_folders: dict[str, Path], tmp_path: Path) -> None:
     """In one process for the drafts of all algorithms: most of its time is its imports."""
     cases: dict[str, Path] = {}

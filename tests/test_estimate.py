@@ -156,7 +156,12 @@ def test_a_layer_as_wide_as_a_vocabulary_is_still_muons(
 
 @pytest.mark.parametrize(
     ("draft", "precision"),
-    [("dflash", "float32"), ("dspark", "bfloat16"), ("eagle3", "bfloat16"), ("dspark", "float32")],
+    [
+        ("dflash", "float32"),
+        ("dspark", "bfloat16"),
+        pytest.param("eagle3", "bfloat16", marks=pytest.mark.slow),
+        ("dspark", "float32"),
+    ],
 )
 def test_tensors_without_numbers_take_what_real_ones_take(
     draft: str, precision: str, make_run: MakeRun, tiny_target: Any

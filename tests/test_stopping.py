@@ -75,7 +75,7 @@ def _checkpoints(folder: Path) -> list[int]:
     "arguments",
     [
         pytest.param((), id="alone", marks=pytest.mark.slow),
-        pytest.param(("--workers", "2"), id="workers"),
+        pytest.param(("--workers", "2"), id="workers", marks=pytest.mark.slow),
         pytest.param(("--workers", "2", "--set", "train.parallel=fsdp"), id="shards", marks=pytest.mark.slow),
         pytest.param(("--set", "train.loader_workers=1"), id="loader", marks=pytest.mark.slow),
         pytest.param(

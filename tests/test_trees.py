@@ -73,6 +73,7 @@ def test_a_trained_draft_is_evaluated_with_trees(finished_copy: Path, capsys: py
     assert main(command[: -len(TREE)]) == 2
 
 
+@pytest.mark.slow
 def test_trees_beside_chains_in_one_table(finished_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From the run's folder. The run file of the folder stays as it was."""
     folder = finished_copy.parent / "runs" / "quickstart-dflash-smoke"

@@ -68,8 +68,9 @@ def test_weightings_see_whole_blocks(weighting: str, chunk_rows: int | None, ker
     assert_equal_to_the_definition(engine, rows, heads, leaves, "all", weighting)
 
 
-# Building a set of kernels takes seconds: those with everything by default, those with nothing in a slower run.
-@pytest.mark.parametrize(("correction", "softcap"), [pytest.param(False, None, marks=pytest.mark.slow), (True, 2.0)])
+# Building such a set takes half a minute. test_reduced_vocabulary.py and test_row_weights.py build smaller ones.
+@pytest.mark.slow
+@pytest.mark.parametrize(("correction", "softcap"), [(False, None), (True, 2.0)])
 def test_compiled_kernels_equal_the_definition(correction: bool, softcap: float | None) -> None:
     if reason := why_not_compiled():
         pytest.skip(reason)

@@ -56,6 +56,7 @@ def test_every_pass_is_its_definition(variant: tuple[str, str], name: str) -> No
     check_definition(variant, CASES[name])
 
 
+@pytest.mark.slow
 def test_compiled_passes_are_their_definition_too() -> None:
     """Once, with everything: the formulas are those of "eager", and building them takes seconds each."""
     reason = why_not_compiled()

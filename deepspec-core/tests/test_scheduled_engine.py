@@ -124,6 +124,7 @@ def share_of_a(
     return sum(completion.output_ids[1] == A for completion in found) / len(requests)
 
 
+@pytest.mark.slow
 def test_the_counterexample_in_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Within four standard errors of 0.7; a search that looks ahead is twelve away."""
     assert share_of_a(admit, monkeypatch) == pytest.approx(0.7, abs=0.048)

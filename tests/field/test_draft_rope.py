@@ -56,6 +56,7 @@ def test_the_base_alone_may_change(registry: Registry, tiny_target: Any) -> None
     assert own.draft_config(1, {}).rope_parameters["rope_type"] == "default"
 
 
+@pytest.mark.slow
 def test_a_run_trains_decodes_and_writes_it(finished_copy: Path) -> None:
     """From the answers and the cache of a run without it."""
     rope = 'draft.layer.rope={rope_type="yarn",factor=2.0,original_max_position_embeddings=512}'

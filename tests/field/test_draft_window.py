@@ -72,6 +72,7 @@ def test_no_output_changes_and_a_checkpoint_keeps_it(
     assert all(again[name].rounds == drafted[name].rounds for name in plain), "the same proposals were accepted"
 
 
+@pytest.mark.slow
 def test_a_run_trains_decodes_and_writes_it(finished_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From the answers and the cache of a run without it."""
     command = ["run", str(finished_copy), "--smoke", "--set", "run.threads=1", "--set", "evaluate.temperature=[0.0]"]

@@ -125,6 +125,7 @@ def test_a_mask_token_that_means_something(
     assert "the mask token occurs in the target's texts" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_mask_token_chosen_after_the_cache_was_made(finished_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Whoever made the cache counted another one."""
     folder = finished_copy.parent / "runs" / "quickstart-dflash-smoke"

@@ -27,6 +27,7 @@ def test_the_id_alone_decides() -> None:
     assert (modes(0.25), modes(True), modes(False)) == ((False, True), (True,), (False,))
 
 
+@pytest.mark.slow
 def test_answers_and_evaluation_in_both_modes(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run_file.parent / "modes.jinja").write_text(MODES)
     command = ["run", str(run_file), "--smoke", "--set", 'target.chat_template="modes.jinja"', "--set", "run.threads=1"]
