@@ -311,9 +311,9 @@ def test_two_runs_in_one_folder_leave_each_other_alone(exchange: Path, pair: lis
 def test_a_stream_that_is_closed_early_ends_at_once_and_removes_its_files(
     exchange: Path, server: FeatureStandIn
 ) -> None:
+    server.faults = ["", *["hang"] * 12]
     with asking(exchange, [server], timeout=60.0).stream(samples()) as stream:
         next(iter(stream))
-        server.slow = 30.0
         wait_until(lambda: server.at_once == 4)
         threading.Timer(0.1, stream.close).start()
         assert len(list(stream)) < 12, "whoever waits for a sample waits no longer"
