@@ -23,6 +23,7 @@ from attrs import define, field
 from deepspec_core.data.answering import Unanswered
 from deepspec_core.errors import ConfigError, DataError
 from deepspec_core.servers.connection import Connection, Fault, Kind, Refusal, client
+from deepspec_core.servers.last_run import run_last
 from deepspec_core.servers.level import Level
 from deepspec_core.servers.member import Job, Member
 from deepspec_core.servers.probe import NotServed, NotServedNow
@@ -40,8 +41,6 @@ _LONGEST_PAUSE: Final = 60.0
 @define(kw_only=True)
 class Farm:
     """Servers by address. With the work of servers/answering.py, a farm is an Answerer of data/answering.py.
-
-    `check` finds out before any work whether the servers can serve.
 
     pause: Seconds before a request or a server is tried again; doubled each time. idle: seconds without a request after
     which a server is probed before its next request. health_every: seconds between health checks of a silent server.
@@ -72,7 +71,7 @@ class Farm:
             try:
                 runner.run(session.open(strict=strict))
             finally:
-                runner.run(session.close())
+                run_last(runner, session.close())
 
     def __call__(self, hand_out: Callable[[], Iterator[Any]]) -> Iterator[Any]:
         """Yield answers and Unanswered as they come.
@@ -89,7 +88,7 @@ class Farm:
                     yield from outcomes
                 session.say()
             finally:
-                runner.run(session.close())
+                run_last(runner, session.close())
 
 
 @define(eq=False)

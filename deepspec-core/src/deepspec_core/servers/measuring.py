@@ -19,6 +19,7 @@ from deepspec_core.errors import ConfigError, StageError
 from deepspec_core.servers.connection import Connection, Fault, Kind, Refusal, client, shown
 from deepspec_core.servers.counting import Impossible, NoCounters, Reading, Reset, Tally, impossible, reading
 from deepspec_core.servers.engines import ENGINES, Engine, engine_of
+from deepspec_core.servers.last_run import run_last
 from deepspec_core.servers.probe import Served, listed, probe
 from deepspec_core.servers.reading import choice_of, has_ids, read
 from deepspec_core.servers.wanted import Wanted
@@ -83,7 +84,7 @@ class Server:
 
     def __exit__(self, *_: object) -> None:
         try:
-            self._runner.run(self._stack.aclose())
+            run_last(self._runner, self._stack.aclose())
         finally:
             self._runner.close()
 
