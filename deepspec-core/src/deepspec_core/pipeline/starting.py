@@ -225,7 +225,7 @@ def _cache_note(adapter: TargetAdapter, taps: tuple[int, ...], registry: Registr
         source="",
         plugins={},
     )
-    cache_format: CacheFormat = registry.build("cache", options.format)
+    cache_format: CacheFormat = registry.cache_format(options.format)
     size = cache_format.bytes_per_token(header)
     return (
         f'Only with features.mode = "cached": {size:,} bytes a token, so {in_words(size * 10**6)} for a million tokens '
