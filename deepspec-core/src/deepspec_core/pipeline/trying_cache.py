@@ -33,7 +33,7 @@ _LARGE = 2000.0
 
 def try_format(run: Run) -> None:
     """Raise CacheError if the run's cache format cannot store cache.dtype, and PluginError if it does not give back
-    what it was given. Nothing is written with core's own.
+    what it was given. With core's own, a cache is only begun.
     """
     name, registry = run.file.cache.format, run.plugins.registry
     package = registry.provider("cache", name)

@@ -85,7 +85,10 @@ def _where(connection: Connection, wanted: Wanted) -> str:
 
 
 async def listed(connection: Connection, wanted: Wanted) -> tuple[list[dict[str, Any]], list[str]]:
-    """The models that it lists, or what it says in their place: not every server can list what it serves."""
+    """The models that it lists, or what it says in their place: not every server can list what it serves.
+
+    Sets `connection.keeps_open` by what they tell about the engine.
+    """
     try:
         listed = await connection.get("/models", seconds=min(_SECONDS, wanted.timeout))
     except Refusal as error:
