@@ -214,6 +214,15 @@ def test_a_draft_has_the_exact_probabilities_with_a_penalty(
     assert _compare(target, small, logits, sampling, proposer) < MOST_SIGMAS
 
 
+@pytest.mark.parametrize("sampling", [SETTINGS[1], pytest.param(SETTINGS[-1], marks=pytest.mark.slow)], ids=str)
+def test_distributions_in_bf16_give_the_exact_probabilities(
+    target: Any, small: Any, logits: Table, sampling: Sampling
+) -> None:
+    proposer = TableProposer(vocab_size=VOCAB, max_tokens=2, seed=3, stop_short=True)
+    proposer.logits_VV = proposer.logits_VV.bfloat16()
+    assert _compare(target, small, logits, sampling, proposer) < MOST_SIGMAS
+
+
 def _of_opinions(draft: DraftModel) -> DraftModel:
     """The draft with opinions, other ones than the target's."""
     draft = draft.eval()

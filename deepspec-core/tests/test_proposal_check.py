@@ -77,7 +77,7 @@ MISSHAPEN = {
         "[4, 3]",
     ),
     "another vocabulary": (_with(probabilities=lambda p: p.probabilities[..., 1:]), "`probabilities`", "[4, 3, 11]"),
-    "rounded probabilities": (_with(probabilities=lambda p: p.probabilities.bfloat16()), "`probabilities`", "bfloat16"),
+    "rounded probabilities": (_with(probabilities=lambda p: p.probabilities.half()), "`probabilities`", "float16"),
     "confidence a slot": (_with(confidence=lambda p: p.lengths.float()), "`confidence`", "[4]"),
     "tokens elsewhere": (_with(tokens=lambda p: p.tokens.to("meta")), "`tokens`", "meta"),
 }
@@ -133,6 +133,28 @@ def test_what_is_no_distribution_of_the_tokens_is_refused_where_it_would_count(n
     assert says in f"{caught.value.found} {caught.value.expected}"
     # At temperature 0 probabilities are not read.
     assert _outputs(Odd(change), 0.0) == _outputs(None, 0.0)
+
+
+def _in_bf16(change: Change) -> Odd:
+    """Proposes from a table in bf16: distributions are rounded to bf16 before the draw."""
+    found = Odd(change)
+    found.logits_VV = found.logits_VV.bfloat16()
+    return found
+
+
+def test_distributions_in_bf16_are_checked_to_their_own_precision() -> None:
+    told: list[torch.dtype] = []
+
+    def honest(proposal: Proposal) -> Proposal:
+        told.append(proposal.probabilities.dtype)
+        return proposal
+
+    assert len(_outputs(_in_bf16(honest), 1.0)) == 6
+    assert set(told) == {torch.bfloat16}
+    for name, (change, says) in DISTRIBUTIONS.items():
+        with pytest.raises(PluginError) as caught:
+            _outputs(_in_bf16(change), 1.0)
+        assert says in f"{caught.value.found} {caught.value.expected}", name
 
 
 @pytest.mark.parametrize("name", ["negative lengths", "no such token"])

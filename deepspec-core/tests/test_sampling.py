@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from largest_tensor import LargestTensor
 
+import deepspec_core.decoding.sampling as sampling_module
 from deepspec_core.contracts.proposer import Sampling
 from deepspec_core.decoding.sampling import (
     distribution,
@@ -179,6 +181,29 @@ def test_a_penalty_counts_the_tokens_that_were_just_drawn(temperature: float) ->
             known.add(int(token))
     assert sampling.seen is not None
     assert sampling.seen.sum() == 6, "what was given stays as it is"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("top_p", [1.0, 0.8])
+def test_a_block_is_drawn_in_turns_with_equal_results(
+    dtype: torch.dtype, top_p: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits = (3 * torch.randn(5, 4, 900, generator=torch.Generator().manual_seed(7))).to(dtype)
+    uniforms = torch.rand(5, 6, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+    sampling = Sampling(temperature=0.9, top_p=top_p)
+    whole, probs = draw_tokens(logits, sampling, uniforms)
+    monkeypatch.setattr(sampling_module, "_CHUNK_CPU", 1800)
+    with LargestTensor() as largest:
+        parts, probs_of_parts = draw_tokens(logits, sampling, uniforms)
+    assert probs is not None
+    assert probs_of_parts is not None
+    assert probs.dtype == probs_of_parts.dtype == dtype
+    assert torch.equal(parts, whole)
+    assert torch.equal(probs_of_parts, probs)
+    assert torch.equal(draw(probs, uniforms[:, :4]), whole), "drawn from what is given, rounded or not"
+    torch.testing.assert_close(probs.float(), distribution(logits, sampling), rtol=2**-8, atol=0)
+    if dtype == torch.bfloat16:
+        assert largest.numel <= 1800 < logits.numel(), "the distributions never stand in fp32 at once"
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

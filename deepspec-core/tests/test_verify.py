@@ -3,8 +3,7 @@
 import pytest
 import torch
 from attrs import evolve
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from largest_tensor import LargestTensor
 
 import deepspec_core.decoding.sampling as sampling_module
 from deepspec_core.contracts.proposer import Proposal, Sampling
@@ -33,6 +32,39 @@ def test_one_draft_token_leaves_the_target_distribution_unchanged() -> None:
     assert (observed - p).abs().max() < 0.005
     # The share accepted is 1 - tv / 2 where tv is the L1 distance.
     assert abs((verdict.accepted == 1).float().mean() - (1 - (p - q).abs().sum() / 2)) < 0.005
+
+
+def test_distributions_in_bf16_leave_the_target_distribution_unchanged() -> None:
+    """Their sum is not 1. Every uniform number of a grid is tried, so the probabilities of what is committed are known
+    to a part in 100,000."""
+    grid = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
+    p = torch.tensor([0.44, 0.22, 0.19, 0.15])
+    q = torch.tensor([0.5019, 0.2509, 0.1255, 0.1217]).bfloat16()
+    assert abs(float(q.double().sum()) - 1) > 1e-3
+    drafted = torch.bincount(draw(q.expand(len(grid), 4), grid), minlength=4) / len(grid)
+    torch.testing.assert_close(drafted.double(), q.double() / q.double().sum(), rtol=0, atol=2e-5)
+
+    def committed(token: int, accept: torch.Tensor, own: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of each row: whether the token was accepted, and the first committed token."""
+        rows = len(grid)
+        proposal = Proposal(
+            tokens=torch.full((rows, 1), token),
+            lengths=torch.ones(rows, dtype=torch.long),
+            probabilities=q.expand(rows, 1, 4).contiguous(),
+        )
+        uniforms = torch.stack([accept.expand(rows), own.expand(rows)], dim=1)
+        found = verify(p.log().expand(rows, 2, 4), proposal, sampling=SAMPLED, uniforms=uniforms, stop_ids=())
+        return found.accepted.bool(), found.tokens[:, 0]
+
+    total = torch.zeros(4, dtype=torch.float64)
+    for token in range(4):
+        share = committed(token, grid, grid[0])[0].double().mean()
+        total[token] += drafted[token] * share
+        if share < 1:
+            rejected, tokens = committed(token, grid[-1], grid)
+            assert not rejected.any()
+            total += drafted[token] * (1 - share) * torch.bincount(tokens, minlength=4) / len(grid)
+    torch.testing.assert_close(total, p.double(), rtol=0, atol=5e-5)
 
 
 def test_deterministic_proposal_counts_as_one_hot() -> None:
@@ -88,24 +120,6 @@ def _case(sampling: Sampling, *, tree: bool = False) -> tuple[torch.Tensor, Prop
     return logits, Proposal(tokens=tokens, lengths=lengths, probabilities=q), sampling, uniforms[:, 4:]
 
 
-class _Largest(TorchDispatchMode):
-    """The most numbers of a new tensor of 32 or 64 bits a number."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        found = func(*args, **(kwargs or {}))
-        known = {
-            one.untyped_storage().data_ptr() for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)
-        }
-        for one in tree_leaves(found):
-            if isinstance(one, torch.Tensor) and one.untyped_storage().data_ptr() not in known and one.itemsize >= 4:
-                self.numel = max(self.numel, one.numel())
-        return found
-
-
 @pytest.mark.parametrize("tree", [False, True])
 @pytest.mark.parametrize(
     "sampling",
@@ -118,7 +132,7 @@ def test_rows_are_taken_in_turns_with_equal_results(
     logits, proposal, sampling, uniforms = _case(sampling, tree=tree)
 
     def decided() -> tuple[Verdict, int]:
-        with _Largest() as largest:
+        with LargestTensor() as largest:
             if tree:
                 depths = seen_columns(proposal.parents).sum(2) - 1
                 found = verify_tree(
@@ -129,7 +143,7 @@ def test_rows_are_taken_in_turns_with_equal_results(
         return found, largest.numel
 
     whole, _ = decided()
-    monkeypatch.setattr(sampling_module, "_CHUNK", 1800)
+    monkeypatch.setattr(sampling_module, "_CHUNK_CPU", 1800)
     parts, most = decided()
     assert most <= 1800 < logits.numel()
     assert torch.equal(parts.accepted, whole.accepted)

@@ -3,12 +3,14 @@
     python tests/benchmarks/decode.py --output runs/decode                       the built-in target
     python tests/benchmarks/decode.py --output runs/decode --real DIR            DIR: a model's folder
     python tests/benchmarks/decode.py --output runs/decode --real DIR --device cuda --tokens 256 --batch 1 8 32 128
+    python tests/benchmarks/decode.py --output runs/decode --parts speculative --draft RUN      a trained draft
 
 What is compared, in pairs that take turns:
     plain          the engine without a draft, and `generate` of the same prompts (left-padded where there are several)
     lookup         the engine with prompt lookup, and `generate(prompt_lookup_num_tokens=...)`, one sequence
     loop           the engine with prompt lookup, and the loop below with the same proposals, one sequence
     batch          the engine with more sequences, and with one, in tokens a second
+    speculative    the engine with --draft (without it: prompt lookup), without a draft, and `generate`, at every batch
     temperature    a draft's time a round at temperature 1, and at 0; drafts of every algorithm with random weights
 Every way makes the same number of tokens: stop tokens do not end it. Figures are medians over the pairs; a ratio is
 that of the two of a pair. Greedy outputs are compared, and those that differ are counted. `of_floor` is the engine's
@@ -62,7 +64,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--time", choices=["wall", "cpu"], default="wall")
-    parser.add_argument("--parts", nargs="+", default=["plain", "lookup", "loop", "batch", "temperature"])
+    parser.add_argument("--draft", help="of the part speculative: a run or a checkpoint")
+    parser.add_argument(
+        "--parts", nargs="+", default=["plain", "lookup", "loop", "batch", "speculative", "temperature"]
+    )
     options = parser.parse_args()
     name = str(options.real) if options.real else BUILTIN
     dtype = options.dtype or ("bfloat16" if options.real else "float32")
@@ -79,6 +84,9 @@ def main() -> None:
             figures["loop"] = bench.loop()
         if "batch" in options.parts:
             figures["batch"] = [bench.batch(size) for size in options.batch if size > 1]
+        if "speculative" in options.parts:
+            draft = ds.load_draft(options.draft, target) if options.draft else None
+            figures["speculative"] = [bench.speculative(size, draft) for size in options.batch]
         if "temperature" in options.parts:
             names = target.plugins.registry.trained_drafts()
             figures["temperature"] = [bench.temperature(one, size) for one in names for size in options.batch]
@@ -91,6 +99,7 @@ def main() -> None:
             **settings,
             "tokens": bench.tokens,
             "proposed": PROPOSED,
+            "draft": Path(options.draft).name if options.draft else "prompt lookup",
             "batch": options.batch,
             "time": options.time,
         },
@@ -220,6 +229,27 @@ class Bench:
             "batch": size,
             "times_as_many_tokens_a_second": statistics.median(one / more for one, more in pairs[1:]),
             "tokens_a_second": self.tokens / statistics.median(more for _, more in pairs[1:]),
+        }
+
+    def speculative(self, batch: int, draft: Any) -> dict[str, Any]:
+        pairs, plain_pairs, different, parts, lengths = [], [], 0, [], []
+        for prompts in self._rounds(batch):
+            proposer = LookupProposer(LookupOptions(max_tokens=PROPOSED)) if draft is None else draft.proposer()
+            ours, outputs, clock, rounds = self.engine(prompts, proposer)
+            plain, _, _, _ = self.engine(prompts, None)
+            theirs, other = self.generate(prompts)
+            pairs.append((ours, theirs))
+            plain_pairs.append((ours, plain))
+            different += sum(one != two for one, two in zip(outputs, other, strict=True))
+            parts.append(_parts(clock, rounds))
+            lengths.append(self.tokens / rounds)
+        return {
+            "batch": batch,
+            **self._compared(pairs, batch),
+            "times_as_fast_as_plain": self._compared(plain_pairs, batch)["times_as_fast"],
+            "tokens_a_round_of_the_slowest": statistics.median(lengths[1:]),
+            "different": different,
+            "milliseconds": _medians(parts[1:]),
         }
 
     def temperature(self, algorithm: str, batch: int) -> dict[str, Any]:

@@ -27,8 +27,9 @@ from deepspec_core.errors import DeepSpecError, PluginError
 from deepspec_core.plugins.origin import component_of, package_of
 from deepspec_core.plugins.references import FAILURES, blame
 
-# The tolerance for fp32 probabilities whose sum or cumulative sum over a large vocabulary was formed in another order.
-_TOLERANCE = 1e-3
+# The tolerance for fp32 probabilities whose sum or cumulative sum over a large vocabulary was formed in another order,
+# and for bf16 ones, each of which is rounded by at most one part in 512.
+_TOLERANCE, _ROUNDED = 1e-3, 2.0**-8
 
 
 @frozen(kw_only=True, eq=False)
@@ -80,12 +81,13 @@ class ProposalCheck:
             q_BK = proposal.probabilities.gather(2, tokens_BK[..., None])[..., 0]
             before_BK, total_BK = mass_before(proposal.probabilities, tokens_BK)
             at_BK = uniforms_BK[:, :num_draft].double()
+            away = _ROUNDED if proposal.probabilities.dtype == torch.bfloat16 else _TOLERANCE
             to_read += [
-                (q_BK > 0) & (q_BK <= 1 + _TOLERANCE),
-                (total_BK - 1).abs() <= _TOLERANCE,
+                (q_BK > 0) & (q_BK <= 1 + away),
+                (total_BK - 1).abs() <= away,
                 proposal.probabilities.amin(2) >= 0,
                 # Each token is where its uniform number falls in the cumulative distribution, up to rounding.
-                (before_BK - _TOLERANCE <= at_BK) & (at_BK <= before_BK + q_BK + _TOLERANCE),
+                (before_BK - away <= at_BK) & (at_BK <= before_BK + q_BK + away),
             ]
         return Checked(
             proposal=evolve(
@@ -165,8 +167,10 @@ class ProposalCheck:
         if not _is(proposal.lengths, 1, torch.int64) or len(proposal.lengths) != batch:
             raise self._refused("lengths", _kind(proposal.lengths), f"[{batch}], torch.int64")
         q = proposal.probabilities
-        if q is not None and (not _is(q, 3, torch.float32, torch.float64) or tuple(q.shape) != (*chain, vocabulary)):
-            raise self._refused("probabilities", _kind(q), f"[{batch}, {chain[1]}, {vocabulary}], torch.float32")
+        kinds = (torch.float32, torch.float64, torch.bfloat16)
+        if q is not None and (not _is(q, 3, *kinds) or tuple(q.shape) != (*chain, vocabulary)):
+            expected = f"[{batch}, {chain[1]}, {vocabulary}], torch.float32 or torch.bfloat16"
+            raise self._refused("probabilities", _kind(q), expected)
         sure = proposal.confidence
         if sure is not None and (not _is(sure, 2) or not sure.is_floating_point() or tuple(sure.shape) != chain):
             raise self._refused("confidence", _kind(sure), f"[{batch}, {chain[1]}], of a floating-point type")

@@ -28,8 +28,9 @@ _BLOCK = 512
 _WHOLE = 8 * _BLOCK
 # Points are drawn below this part of the total, which an fp64 cumulative sum reaches whatever its order of addition.
 _REACHED = 1 - 2.0**-46
-# The largest number of entries of one fp32 tensor of the target's rows (64 MiB). More rows are processed in turns.
-_CHUNK = 2**24
+# The largest number of entries of one fp32 tensor of logits or distributions. More rows are processed in turns.
+_CHUNK = 2**24  # 64 MiB
+_CHUNK_CPU = 2**20  # what caches hold
 
 
 def distribution(logits_V: Tensor, sampling: Sampling) -> Tensor:
@@ -76,11 +77,15 @@ def penalised(logits_BV: Tensor, sampling: Sampling) -> Tensor:
 
 
 def next_token(logits_BV: Tensor, sampling: Sampling, uniforms_B: Tensor) -> tuple[Tensor, Tensor | None]:
-    """A token for each sequence, [B], and the distribution it was drawn from, [B, V]: None at temperature 0."""
-    logits_BV = penalised(logits_BV, sampling)
+    """A draft's token for each sequence, [B], and the distribution it was drawn from, [B, V]: None at temperature 0.
+
+    Of bf16 logits the distribution is rounded to bf16 before the draw, so that all distributions of a proposal take no
+    more room than its logits. It is fp32 otherwise.
+    """
+    penalised_BV = penalised(logits_BV, sampling)
     if sampling.temperature == 0:
-        return logits_BV.argmax(-1), None
-    probs_BV = distribution(logits_BV, sampling)
+        return penalised_BV.argmax(-1), None
+    probs_BV = distribution(penalised_BV, sampling).to(_kept_as(logits_BV))
     return draw(probs_BV, uniforms_B), probs_BV
 
 
@@ -88,14 +93,21 @@ def draw_tokens(logits_BKV: Tensor, sampling: Sampling, uniforms_BK: Tensor) -> 
     """K tokens for each sequence, [B, K], and their distributions, [B, K, V]: None at temperature 0.
 
     The logits [B, K, V] do not depend on the tokens, as those of heads that propose side by side. With a repetition
-    penalty the distributions do, so they are then drawn from left to right.
+    penalty the distributions do, so they are then drawn from left to right. Distributions are as `next_token` gives
+    them.
     """
+    uniforms_BK = uniforms_BK[:, : logits_BKV.shape[1]]
     if sampling.seen is None:
-        return next_token(logits_BKV, sampling, uniforms_BK[:, : logits_BKV.shape[1]])
+        if sampling.temperature == 0 or logits_BKV.numel() <= _most(logits_BKV):
+            return next_token(logits_BKV, sampling, uniforms_BK)
+        logits_NV, uniforms_N = logits_BKV.flatten(0, 1), uniforms_BK.flatten()
+        tokens_N = torch.empty_like(uniforms_N, dtype=torch.long)
+        probs_NV = torch.empty_like(logits_NV, dtype=_kept_as(logits_NV))
+        for some in chunks(len(logits_NV), logits_NV):
+            tokens_N[some], probs_NV[some] = next_token(logits_NV[some], sampling, uniforms_N[some])
+        return tokens_N.view_as(uniforms_BK), probs_NV.view_as(logits_BKV)
     unread_B = torch.zeros_like(uniforms_BK[:, 0], dtype=torch.long)
-    return draw_in_turn(
-        lambda k, previous_B: logits_BKV[:, k], unread_B, sampling, uniforms_BK[:, : logits_BKV.shape[1]]
-    )
+    return draw_in_turn(lambda k, previous_B: logits_BKV[:, k], unread_B, sampling, uniforms_BK)
 
 
 def draw_in_turn(
@@ -114,18 +126,33 @@ def draw_in_turn(
     return torch.stack(tokens, dim=1), torch.stack(probs, dim=1) if probs else None
 
 
-def chunks(rows: int, vocab_size: int) -> Iterator[slice]:
-    """Slices that cover this many rows. An fp32 tensor of the rows of one slice has at most _CHUNK entries."""
-    step = max(1, _CHUNK // vocab_size)
+def _most(logits_V: Tensor) -> int:
+    """The most entries of a tensor of distributions, where these logits are."""
+    return _CHUNK_CPU if logits_V.device.type == "cpu" else _CHUNK
+
+
+def _kept_as(logits_V: Tensor) -> torch.dtype:
+    """The type of the distributions that stand beside these logits until they are verified."""
+    return torch.bfloat16 if logits_V.dtype == torch.bfloat16 else torch.float32
+
+
+def chunks(rows: int, logits_V: Tensor) -> Iterator[slice]:
+    """Slices that cover so many rows of these logits [..., V]. What is formed of one slice's rows is small enough."""
+    step = max(1, _most(logits_V) // logits_V.shape[-1])
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 
 
 def pick(logits_BV: Tensor, sampling: Sampling, uniforms_B: Tensor) -> Tensor:
-    """The tokens [B] of `next_token`, without the distributions. Only one chunk's distributions exist at a time."""
+    """The target's own token for each sequence, [B], from fp32 distributions. One chunk's of them exist at a time."""
     if sampling.temperature == 0 and sampling.seen is None:
         return logits_BV.argmax(-1)
-    parts = [next_token(logits_BV[some], sampling.of(some), uniforms_B[some])[0] for some in chunks(*logits_BV.shape)]
+    parts = []
+    for some in chunks(len(logits_BV), logits_BV):
+        some_BV = penalised(logits_BV[some], sampling.of(some))
+        parts.append(
+            some_BV.argmax(-1) if sampling.temperature == 0 else draw(distribution(some_BV, sampling), uniforms_B[some])
+        )
     return torch.cat(parts)
 
 
@@ -154,10 +181,11 @@ def mass_before(probs_V: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def block_sums(probs_V: Tensor) -> Tensor:
-    """The sum of each block of the vocabulary, [..., M]."""
+    """The sum of each block of the vocabulary, [..., M], in fp32; of fp64 in fp64."""
+    dtype = torch.promote_types(probs_V.dtype, torch.float32)
     whole = probs_V.shape[-1] // _BLOCK * _BLOCK
-    sums_M = probs_V[..., :whole].reshape(*probs_V.shape[:-1], whole // _BLOCK, _BLOCK).sum(-1)
-    return torch.cat([sums_M, probs_V[..., whole:].sum(-1, keepdim=True)], dim=-1)
+    sums_M = probs_V[..., :whole].reshape(*probs_V.shape[:-1], whole // _BLOCK, _BLOCK).sum(-1, dtype=dtype)
+    return torch.cat([sums_M, probs_V[..., whole:].sum(-1, keepdim=True, dtype=dtype)], dim=-1)
 
 
 def _of_block(probs_V: Tensor, block: Tensor) -> Tensor:

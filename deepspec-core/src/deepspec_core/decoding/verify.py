@@ -66,7 +66,7 @@ def verify(
         if proposal.probabilities is None or sampling.temperature == 0:
             q_BK = torch.ones_like(p_BK)
         else:
-            q_BK = proposal.probabilities.gather(2, tokens_BK[..., None])[..., 0]
+            q_BK = _normalised(proposal.probabilities.gather(2, tokens_BK[..., None]), proposal.probabilities)[..., 0]
         # u < p / q without a division. q is never 0 at a token that was drawn from it.
         accepted_B = _leading(proposed_BK & (uniforms[:, :num_draft].to(p_BK.dtype) * q_BK < p_BK))
         own_B = _own_tokens(logits_BKV, proposal, accepted_B, sampling, uniforms[:, num_draft])
@@ -117,7 +117,7 @@ def _target_probabilities(logits_BKV: Tensor, tokens_BK: Tensor, sampling: Sampl
     row_N = torch.arange(batch, device=tokens_BK.device).repeat_interleave(num_draft)
     at_N = torch.arange(num_draft, device=tokens_BK.device).repeat(batch)
     parts = [logits_BKV.new_zeros(0, dtype=torch.float32)]
-    for some in chunks(len(row_N), logits_BKV.shape[2]):
+    for some in chunks(len(row_N), logits_BKV):
         p_RV = _target(logits_BKV, tokens_BK, row_N[some], at_N[some], sampling)
         parts.append(p_RV.gather(1, tokens_BK[row_N[some], at_N[some], None])[:, 0])
     return torch.cat(parts).view(batch, num_draft)
@@ -129,7 +129,7 @@ def _own_tokens(
     """The target's own token after the accepted ones, [B]: from the residual after a rejection, some rows at a time."""
     row_B = torch.arange(len(accepted_B), device=accepted_B.device)
     parts = []
-    for some in chunks(len(row_B), logits_BKV.shape[2]):
+    for some in chunks(len(row_B), logits_BKV):
         p_RV = _target(logits_BKV, proposal.tokens, row_B[some], accepted_B[some], sampling)
         p_RV = _residual(p_RV, _rejected(p_RV, proposal, row_B[some], accepted_B[some], sampling))
         parts.append(draw(p_RV, uniforms_B[some]))
@@ -149,7 +149,19 @@ def _rejected(p_RV: Tensor, proposal: Proposal, row_R: Tensor, at_R: Tensor, sam
     at_R = at_R.clamp(max=proposal.tokens.shape[1] - 1)
     if proposal.probabilities is None or sampling.temperature == 0:
         return torch.zeros_like(p_RV).scatter_(1, proposal.tokens[row_R, at_R, None], rejected_R1)
-    return proposal.probabilities[row_R, at_R].to(p_RV.dtype) * rejected_R1
+    q_RV = proposal.probabilities[row_R, at_R]
+    return _normalised(q_RV, q_RV).to(p_RV.dtype) * rejected_R1
+
+
+def _normalised(some_E: Tensor, all_V: Tensor) -> Tensor:
+    """Some entries [..., E] of distributions [..., V], whose sum is 1 up to rounding.
+
+    Rounding to bf16 leaves a sum so far from 1 that outputs would show it. Tokens were drawn in proportion to the
+    rounded numbers, so these are divided by their sum.
+    """
+    if all_V.dtype != torch.bfloat16:
+        return some_E
+    return some_E.float() / all_V.sum(-1, keepdim=True, dtype=torch.float32)
 
 
 def _residual(p_RV: Tensor, q_RV: Tensor) -> Tensor:

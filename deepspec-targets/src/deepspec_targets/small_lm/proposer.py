@@ -88,8 +88,7 @@ class SmallLMProposer:
         ]
         device, width = slots.device, max(lengths)
         tokens_BK = torch.zeros(len(slots), width, dtype=torch.long, device=device)
-        shape = (len(slots), width, self.vocab_size)
-        q_BKV = torch.zeros(shape, device=device) if sampling.temperature > 0 else None
+        q_BKV: Tensor | None = None
         for k in range(width):
             chosen = [row for row, length in enumerate(lengths) if length > k]
             rows_R = torch.tensor(chosen, device=device)
@@ -103,7 +102,8 @@ class SmallLMProposer:
             tokens_BK[rows_R, k], q_RV = next_token(
                 logits_RV, sampling.of(rows_R).after(before_Rk), uniforms[rows_R, k]
             )
-            if q_BKV is not None and q_RV is not None:
+            if q_RV is not None:
+                q_BKV = q_RV.new_zeros(len(slots), width, self.vocab_size) if q_BKV is None else q_BKV
                 q_BKV[rows_R, k] = q_RV
             for one, new in zip(running, news, strict=True):
                 if k == 0:
