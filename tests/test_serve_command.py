@@ -32,6 +32,12 @@ fault = os.environ.get("FAULT", "")
 print("the engine reads its weights", flush=True)
 if fault == "ends":
     sys.exit("no room for the weights")
+if fault == "noise":
+    print("WARNING [system.py:2] this can cause errors like OSError: Too many open files")
+    print("(Worker pid=7) ERROR 11-30 [executor.py:3] Traceback (most recent call last):")
+    print("(Worker pid=7) ERROR 11-30 [executor.py:3] RuntimeError: index 9 is out of bounds")
+    print("EngineDeadError: see above", *(f"leaked function {{n}}" for n in range(40)), sep="\\n")
+    sys.exit(0)
 
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
@@ -212,6 +218,7 @@ def test_it_says_when_the_engine_answers_and_ends_with_it(
     ("fault", "said"),
     [
         ("ends", ["vLLM ended before it answered", "exit code 1", "no room for the weights"]),
+        ("noise", ["exit code 0; its first error was: RuntimeError: index 9 is out of bounds;", "leaked function 39"]),
         ("refuses", ["does not answer the first request", "no such model"]),
         ("none", ["vLLM writes no features"]),
         ("fewer", ["other hidden states than were requested", "[3, 3, 1]", "[3, 4] and the hidden size"]),

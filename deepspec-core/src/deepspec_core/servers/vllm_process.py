@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -31,6 +32,8 @@ from deepspec_core.servers.vllm_command import Served, command, variables
 from deepspec_core.stopping import StopRequest
 
 _LAST_LINES: Final = 20
+# An exception as a traceback ends, by itself or behind the head of a log line.
+_ERROR: Final = re.compile(r"(?:^|\] )([\w.]*(?:Error|Exception): .*)")
 _LOOK_EVERY_SECONDS: Final = 0.5
 _SECONDS_TO_END: Final = 30.0
 _ANSWER_SECONDS: Final = 300.0
@@ -76,6 +79,7 @@ class Engine:
     say: Callable[[str], None]
     quiet: bool = False
     _last: deque[str] = field(factory=lambda: deque(maxlen=_LAST_LINES), init=False)
+    _first_error: str | None = field(default=None, init=False)
 
     def run(self) -> int:
         """Starts it, says when it answers, and stays until it ends or a signal asks to stop; the exit code.
@@ -121,6 +125,8 @@ class Engine:
         assert process.stdout is not None
         for line in process.stdout:
             self._last.append(line.rstrip())
+            if self._first_error is None and (error := _ERROR.search(line)):
+                self._first_error = error[1].strip()
             if not self.quiet:
                 with suppress(OSError, ValueError):
                     sys.stderr.write(line)
@@ -207,7 +213,9 @@ class Engine:
     def _ended(self, code: int, problem: str) -> StageError:
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         lines = "\n    ".join(self._last) if self._last else "nothing"
-        return StageError(problem, where=self.served.executable, found=f"{how}; the end of its output:\n    {lines}")
+        first = "" if self._first_error is None else f"; its first error was: {self._first_error}"
+        found = f"{how}{first}; the end of its output:\n    {lines}"
+        return StageError(problem, where=self.served.executable, found=found)
 
 
 @contextmanager
