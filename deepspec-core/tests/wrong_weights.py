@@ -32,8 +32,8 @@ class _InFloat32(LastHiddenProposer):
         self.token_S[slots_B] = tokens_B
 
 
-class ProbabilitiesInBfloat16(LastHiddenDraft):
-    """forms probabilities in bfloat16"""
+class ProbabilitiesInFloat16(LastHiddenDraft):
+    """gives the probabilities of a bfloat16 draft in float16"""
 
     def proposer(self) -> LastHiddenProposer:
         return _Rounded(self)
@@ -49,6 +49,7 @@ class _Rounded(LastHiddenProposer):
             return greedy
         hidden_BKH = self.draft.blocks(self.last_SH[slots], self.token_S[slots])
         q_BKV = softcapped(self.draft.lm_head(hidden_BKH), self.draft.architecture.logit_softcap).softmax(-1)
+        q_BKV = q_BKV.half() if q_BKV.dtype == torch.bfloat16 else q_BKV
         tokens_BK = draw(q_BKV, uniforms[:, : self.max_tokens])
         return Proposal(tokens=tokens_BK, lengths=greedy.lengths, probabilities=q_BKV)
 
@@ -78,7 +79,7 @@ class WritesOverTheEmbedding(LastHiddenDraft):
 
 CAUGHT = (
     Caught(ComputesInFloat32, "decoding_in_bfloat16", "dtype"),
-    Caught(ProbabilitiesInBfloat16, "decoding_in_bfloat16", "probabilities"),
+    Caught(ProbabilitiesInFloat16, "decoding_in_bfloat16", "probabilities"),
     Caught(AdoptsNothing, "weights_of_the_target", "no weight"),
     Caught(KeepsTheTargetsMemory, "weights_of_the_target", "bfloat16"),
     Caught(WritesOverTheEmbedding, "weights_of_the_target", "embed_tokens"),
