@@ -85,8 +85,13 @@ def next_token(logits_BV: Tensor, sampling: Sampling, uniforms_B: Tensor) -> tup
     penalised_BV = penalised(logits_BV, sampling)
     if sampling.temperature == 0:
         return penalised_BV.argmax(-1), None
-    probs_BV = distribution(penalised_BV, sampling).to(_kept_as(logits_BV))
-    return draw(probs_BV, uniforms_B), probs_BV
+    return _drawn(penalised_BV, sampling, uniforms_B, _kept_as(logits_BV))
+
+
+def _drawn(logits_V: Tensor, sampling: Sampling, uniforms: Tensor, kept_as: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Tokens [...] and the distributions [..., V] they are drawn from, in this type."""
+    probs_V = distribution(logits_V, sampling).to(kept_as)
+    return draw(probs_V, uniforms), probs_V
 
 
 def draw_tokens(logits_BKV: Tensor, sampling: Sampling, uniforms_BK: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -104,7 +109,7 @@ def draw_tokens(logits_BKV: Tensor, sampling: Sampling, uniforms_BK: Tensor) -> 
         tokens_N = torch.empty_like(uniforms_N, dtype=torch.long)
         probs_NV = torch.empty_like(logits_NV, dtype=_kept_as(logits_NV))
         for some in chunks(len(logits_NV), logits_NV):
-            tokens_N[some], probs_NV[some] = next_token(logits_NV[some], sampling, uniforms_N[some])
+            tokens_N[some], probs_NV[some] = _drawn(logits_NV[some], sampling, uniforms_N[some], probs_NV.dtype)
         return tokens_N.view_as(uniforms_BK), probs_NV.view_as(logits_BKV)
     unread_B = torch.zeros_like(uniforms_BK[:, 0], dtype=torch.long)
     return draw_in_turn(lambda k, previous_B: logits_BKV[:, k], unread_B, sampling, uniforms_BK)
