@@ -13,6 +13,8 @@ from torch import Tensor
 
 from deepspec_core.contracts.proposer import Proposal, Sampling
 from deepspec_core.decoding.engine import Committed, Request, decode
+from deepspec_core.decoding.proposal_check import ProposalCheck
+from deepspec_core.decoding.scheduled import ScheduledProposer
 from deepspec_core.errors import PluginError
 from deepspec_core.testing.table_proposer import TableProposer
 from deepspec_core.testing.tiny_target import TinyTarget
@@ -96,6 +98,7 @@ NUMBERS = {
 DISTRIBUTIONS = {
     "logarithms": (_with(probabilities=lambda p: p.probabilities.log()), "no logarithms"),
     "logits": (_with(probabilities=lambda p: 5 + p.probabilities.log()), "not logits"),
+    "sums of 1.01": (_with(probabilities=lambda p: p.probabilities * 1.01), "a sum of 1.0"),
     "half of it": (_with(probabilities=lambda p: p.probabilities / 2), "a sum of 0.5"),
     "no numbers": (_with(probabilities=lambda p: p.probabilities * float("nan")), "nan"),
     "below 0": (
@@ -155,6 +158,43 @@ def test_distributions_in_bf16_are_checked_to_their_own_precision() -> None:
         with pytest.raises(PluginError) as caught:
             _outputs(_in_bf16(change), 1.0)
         assert says in f"{caught.value.found} {caught.value.expected}", name
+
+
+def test_distributions_that_are_copied_to_fp32_are_those_of_the_draws() -> None:
+    expected = _outputs(_in_bf16(lambda p: p), 1.0)
+    copied = _outputs(_in_bf16(_with(probabilities=lambda p: p.probabilities.float())), 1.0)
+    assert copied == expected
+
+
+def test_distributions_that_are_rounded_after_the_draw_are_refused() -> None:
+    """Some tokens then lie where their uniform numbers do not fall."""
+
+    class Large(TableProposer):
+        def propose(self, *arguments: Any) -> Proposal:
+            honest = super().propose(*arguments)
+            return evolve(honest, probabilities=honest.probabilities.bfloat16())
+
+    slots = torch.arange(200)
+    proposer = Large(vocab_size=3000, max_tokens=1)
+    proposer.open_slots(200, 8)
+    proposer.start(slots, slots[:, None], torch.ones_like(slots), slots, torch.zeros(200, 1, 1))
+    uniforms = torch.rand(200, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    sampling, check = Sampling(temperature=1.0), ProposalCheck(proposer, vocab_size=3000)
+    proposal = proposer.propose(slots, torch.ones_like(slots), sampling, uniforms, ())
+    found = check(proposal, slots_B=slots, sampling=sampling, uniforms_BK=uniforms)
+    with pytest.raises(PluginError, match="does not give"):
+        check.refuse(found, found.to_read.tolist())
+
+
+@pytest.mark.parametrize("asynchronous", [None, False, True])
+def test_confidence_that_is_no_number_is_refused_before_it_cuts_a_proposal(asynchronous: bool | None) -> None:
+    odd = Odd(_with(confidence=lambda p: torch.full(p.tokens.shape, float("nan"))))
+    if asynchronous is None:
+        with pytest.raises(PluginError, match="`confidence`"):
+            _outputs(odd, 1.0, threshold=0.5)
+    else:
+        with pytest.raises(PluginError, match="`confidence`"):
+            _outputs(ScheduledProposer(odd, lambda requests, tokens: 100.0, asynchronous=asynchronous), 1.0)
 
 
 @pytest.mark.parametrize("name", ["negative lengths", "no such token"])

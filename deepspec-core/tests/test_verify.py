@@ -67,6 +67,23 @@ def test_distributions_in_bf16_leave_the_target_distribution_unchanged() -> None
     torch.testing.assert_close(total, p.double(), rtol=0, atol=5e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "padding", [[torch.inf, 0.0, 0.0, 0.0], [torch.nan] * 4, [3e38, -3e38, 0.0, 1e-3]], ids=["inf", "NaN", "finite"]
+)
+def test_padding_of_distributions_changes_nothing(dtype: torch.dtype, padding: list[float]) -> None:
+    grid = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    p, rows = torch.tensor([0.1, 0.2, 0.3, 0.4]), len(grid)
+    proposal = Proposal(
+        tokens=torch.zeros(rows, 1, dtype=torch.long),
+        lengths=torch.zeros(rows, dtype=torch.long),
+        probabilities=torch.tensor(padding).to(dtype).expand(rows, 1, 4).contiguous(),
+    )
+    uniforms = torch.stack([torch.full_like(grid, 0.5), grid], dim=1)
+    found = verify(p.log().expand(rows, 2, 4), proposal, sampling=SAMPLED, uniforms=uniforms, stop_ids=())
+    torch.testing.assert_close(torch.bincount(found.tokens[:, 0], minlength=4) / rows, p, rtol=0, atol=2e-3)
+
+
 def test_deterministic_proposal_counts_as_one_hot() -> None:
     rows = 100_000
     p = torch.tensor([0.7, 0.3])

@@ -3,7 +3,7 @@
     python tests/benchmarks/decode.py --output runs/decode                       the built-in target
     python tests/benchmarks/decode.py --output runs/decode --real DIR            DIR: a model's folder
     python tests/benchmarks/decode.py --output runs/decode --real DIR --device cuda --tokens 256 --batch 1 8 32 128
-    python tests/benchmarks/decode.py --output runs/decode --parts speculative --draft RUN      a trained draft
+    python tests/benchmarks/decode.py --output runs/decode --parts speculative --draft RUN/draft
 
 What is compared, in pairs that take turns:
     plain          the engine without a draft, and `generate` of the same prompts (left-padded where there are several)
@@ -51,6 +51,7 @@ from context_length import held_out_questions
 from trees import commit
 
 BUILTIN, PROPOSED = "builtin:tiny-qwen3", 7
+PARTS = ["plain", "lookup", "loop", "batch", "speculative", "temperature"]
 Outputs = list[list[int]]
 
 
@@ -64,14 +65,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--time", choices=["wall", "cpu"], default="wall")
-    parser.add_argument("--draft", help="of the part speculative: a run or a checkpoint")
-    parser.add_argument(
-        "--parts", nargs="+", default=["plain", "lookup", "loop", "batch", "speculative", "temperature"]
-    )
+    parser.add_argument("--draft", help="of the part speculative: a checkpoint, such as RUN/draft")
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     options = parser.parse_args()
     name = str(options.real) if options.real else BUILTIN
     dtype = options.dtype or ("bfloat16" if options.real else "float32")
     target = ds.load_target(name, dtype=dtype, device=options.device)
+    draft = ds.load_draft(options.draft, target) if options.draft else None
     count = threads.for_decoding(target.architecture, target.model.device, batch_size=max(options.batch))
     with threads.using(count):
         bench = Bench(target, options.pairs, options.tokens, process_time if options.time == "cpu" else perf_counter)
@@ -85,7 +85,6 @@ def main() -> None:
         if "batch" in options.parts:
             figures["batch"] = [bench.batch(size) for size in options.batch if size > 1]
         if "speculative" in options.parts:
-            draft = ds.load_draft(options.draft, target) if options.draft else None
             figures["speculative"] = [bench.speculative(size, draft) for size in options.batch]
         if "temperature" in options.parts:
             names = target.plugins.registry.trained_drafts()

@@ -70,10 +70,10 @@ class Proposal:
     tokens: [B, M] int64, right-padded with any values. M is at most the proposer's max_tokens, or max_nodes in a tree.
     lengths: [B] int64, the number of tokens proposed in each slot, from 0 to M.
     probabilities: [B, M, V] fp32, fp64 or bf16, the distributions that the tokens were drawn from, each of sum 1 up to
-        rounding. Token k was drawn with column k of the uniforms, as by decoding.sampling.draw. In bf16 a sum is away
-        from 1 by as much as rounding makes it: the tokens were drawn from the rounded numbers in proportion to them,
-        and verification divides by their sum. None if the tokens were not drawn: each distribution then counts as
-        one-hot at its token, however it was chosen. Not read at temperature 0.
+        rounding, 2^-8 at most. Token k was drawn with column k of the uniforms, as by decoding.sampling.draw, from
+        these very numbers, in proportion to them. Verification divides them by their sum. Columns beyond a slot's
+        length are not read. None if the tokens were not drawn: each distribution then counts as one-hot at its token,
+        however it was chosen. Not read at temperature 0.
     confidence: [B, M], finite: the logit of the probability that a token is accepted if all tokens before it are. None
         if the draft gives no confidence.
     parents: [B, M] int64, for a tree: the column of each token's parent, -1 if the parent is the last committed token.

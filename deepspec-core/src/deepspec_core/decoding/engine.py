@@ -287,9 +287,6 @@ class _Engine:
             self.check.refuse(checked, given)
         self._see(slots_B, verdict.tokens, verdict.committed)
         confidence = None if proposal.confidence is None else proposal.confidence.tolist()
-        if self.check is not None and confidence is not None:
-            for row, values in enumerate(confidence):
-                self.check.refuse_confidence(values[: counts[row][0]], row)
         done, alive = [], []
         for row, (slot, sequence) in enumerate(zip(list(self.active), sequences, strict=True)):
             proposed, accepted, committed = counts[row]

@@ -14,6 +14,7 @@ import torch
 from attrs import frozen
 
 from deepspec_core.contracts.target import TargetModel
+from deepspec_core.decoding.out_of_memory import is_out_of_memory
 from deepspec_core.errors import TargetError
 
 # Every shape is measured in each of these turns, so that a disturbance of the machine does not hit one shape alone.
@@ -50,8 +51,7 @@ def measure_steps(
             try:
                 seconds = _turn(target, size, widths, context, count, generator)
             except (RuntimeError, MemoryError) as error:
-                # For CPU memory, PyTorch has no error class of its own, only a message.
-                if type(error) is RuntimeError and "allocate memory" not in str(error):
+                if not is_out_of_memory(error):
                     raise
                 raise TargetError(
                     "a batch does not fit the memory",

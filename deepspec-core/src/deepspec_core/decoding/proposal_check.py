@@ -27,9 +27,12 @@ from deepspec_core.errors import DeepSpecError, PluginError
 from deepspec_core.plugins.origin import component_of, package_of
 from deepspec_core.plugins.references import FAILURES, blame
 
-# The tolerance for fp32 probabilities whose sum or cumulative sum over a large vocabulary was formed in another order,
-# and for bf16 ones, each of which is rounded by at most one part in 512.
-_TOLERANCE, _ROUNDED = 1e-3, 2.0**-8
+# How far a sum may be away from 1: as far as bf16 can round all numbers of a distribution, by one part in 257.
+_SUM = 2.0**-8
+# How far a token may be away from where its uniform number falls, in the cumulative distribution. A plugin may form
+# fp32 sums over a large vocabulary in another order. In bf16 the tolerance also tells that numbers were rounded after
+# the draw.
+_PLACE, _PLACE_BF16 = 1e-3, 2e-5
 
 
 @frozen(kw_only=True, eq=False)
@@ -76,15 +79,17 @@ class ProposalCheck:
             to_read.append(proposal.parents)
             before_K = torch.arange(num_draft, device=tokens_BK.device) - 1
             parents_BK = torch.minimum(proposal.parents.clamp(min=-1), before_K)
+        if proposal.confidence is not None:
+            to_read.append(proposal.confidence.isfinite())
         # At temperature 0 probabilities are not read. Without any, each token stands for itself.
         if proposal.probabilities is not None and sampling.temperature > 0:
             q_BK = proposal.probabilities.gather(2, tokens_BK[..., None])[..., 0]
             before_BK, total_BK = mass_before(proposal.probabilities, tokens_BK)
-            at_BK = uniforms_BK[:, :num_draft].double()
-            away = _ROUNDED if proposal.probabilities.dtype == torch.bfloat16 else _TOLERANCE
+            at_BK = uniforms_BK[:, :num_draft].double() * total_BK
+            away = _PLACE_BF16 if proposal.probabilities.dtype == torch.bfloat16 else _PLACE
             to_read += [
-                (q_BK > 0) & (q_BK <= 1 + away),
-                (total_BK - 1).abs() <= away,
+                (q_BK > 0) & (q_BK <= 1 + _SUM),
+                (total_BK - 1).abs() <= _SUM,
                 proposal.probabilities.amin(2) >= 0,
                 # Each token is where its uniform number falls in the cumulative distribution, up to rounding.
                 (before_BK - away <= at_BK) & (at_BK <= before_BK + q_BK + away),
@@ -111,7 +116,8 @@ class ProposalCheck:
             if given.parents is not None:
                 self._refuse_tree(tokens, numbers[num_draft : num_draft + length], row)
                 continue
-            for number, fault in enumerate(_FAULTS[: len(numbers) // max(num_draft, 1) - 1], start=1):
+            faults = _FAULTS if given.confidence is None else (_CONFIDENCE, *_FAULTS)
+            for number, fault in enumerate(faults[: len(numbers) // max(num_draft, 1) - 1], start=1):
                 start = number * num_draft
                 if not all(numbers[start : start + length]):
                     found = fault.found(given, row, numbers[start : start + length].index(0))
@@ -132,11 +138,6 @@ class ProposalCheck:
                     "tokens", f"token {token} twice after node {parent}, in row {row}", "other siblings"
                 )
             siblings.add((parent, token))
-
-    def refuse_confidence(self, confidence: Sequence[float], row: int) -> None:
-        """Raise PluginError if the confidence in a slot's proposed tokens is not finite."""
-        if not all(map(math.isfinite, confidence)):
-            raise self._refused("confidence", f"{list(confidence)}, in row {row}", "finite logits")
 
     @contextmanager
     def calling(self, method: str) -> Iterator[None]:
@@ -186,13 +187,32 @@ class ProposalCheck:
                 raise self._refused(field, f"a tensor on {value.device}", f"one on {slots_B.device}, as the slots")
 
     def _refused(self, field: str, found: str, expected: str) -> PluginError:
-        return PluginError(
-            f"a proposer returns what cannot be verified: `{field}`",
-            where=f"{package_of(self.proposer)}, {component_of(self.proposer)}",
-            found=found,
-            expected=expected,
-            fix="Correct the proposer, or leave its plugin out. No output was changed.",
-        )
+        return _refused(self.proposer, field, found, expected)
+
+
+def refuse_confidence(proposer: Proposer, proposal: Proposal) -> None:
+    """PluginError if the confidence in a proposed token is not finite. Waits for the device.
+
+    For what cuts a proposal by its confidence before the check: a cut would hide the number.
+    """
+    assert proposal.confidence is not None
+    lengths, sure = proposal.lengths.tolist(), proposal.confidence.tolist()
+    for row, (length, values) in enumerate(zip(lengths, sure, strict=True)):
+        if not all(map(math.isfinite, values[:length])):
+            column = [math.isfinite(value) for value in values].index(False)
+            raise _refused(
+                proposer, _CONFIDENCE.field, f"{values[column]:g}, in row {row}", expected=_CONFIDENCE.expected
+            )
+
+
+def _refused(proposer: Proposer, field: str, found: str, expected: str) -> PluginError:
+    return PluginError(
+        f"a proposer returns what cannot be verified: `{field}`",
+        where=f"{package_of(proposer)}, {component_of(proposer)}",
+        found=found,
+        expected=expected,
+        fix="Correct the proposer, or leave its plugin out. No output was changed.",
+    )
 
 
 @frozen
@@ -220,12 +240,18 @@ def _least(proposal: Proposal, row: int, column: int) -> str:
     return f"{proposal.probabilities[row, column].min().item():g}"
 
 
+def _sure(proposal: Proposal, row: int, column: int) -> str:
+    assert proposal.confidence is not None
+    return f"{proposal.confidence[row, column].item():g}"
+
+
 def _token(proposal: Proposal, row: int, column: int) -> str:
     return f"token {int(proposal.tokens[row, column])}, which column {column} of the uniforms does not give"
 
 
 _DISTRIBUTIONS = "probabilities of every token of the vocabulary, whose sum is 1; not logits, and no logarithms"
-# In the order of the columns that are read after the tokens.
+_CONFIDENCE = _Fault("confidence", "finite logits", _sure)
+# In the order of the columns that are read after the tokens and the confidence.
 _FAULTS = (
     _Fault("probabilities", "above 0 at the token that was drawn: " + _DISTRIBUTIONS, _at_token),
     _Fault("probabilities", _DISTRIBUTIONS, _sum),

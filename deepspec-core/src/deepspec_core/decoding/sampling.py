@@ -30,7 +30,7 @@ _WHOLE = 8 * _BLOCK
 _REACHED = 1 - 2.0**-46
 # The largest number of entries of one fp32 tensor of logits or distributions. More rows are processed in turns.
 _CHUNK = 2**24  # 64 MiB
-_CHUNK_CPU = 2**20  # what caches hold
+_CHUNK_CPU = 2**21  # what caches hold
 
 
 def distribution(logits_V: Tensor, sampling: Sampling) -> Tensor:
@@ -79,8 +79,8 @@ def penalised(logits_BV: Tensor, sampling: Sampling) -> Tensor:
 def next_token(logits_BV: Tensor, sampling: Sampling, uniforms_B: Tensor) -> tuple[Tensor, Tensor | None]:
     """A draft's token for each sequence, [B], and the distribution it was drawn from, [B, V]: None at temperature 0.
 
-    Of bf16 logits the distribution is rounded to bf16 before the draw, so that all distributions of a proposal take no
-    more room than its logits. It is fp32 otherwise.
+    Of logits in bf16 or fp16 the distribution is rounded to bf16 before the draw, so that all distributions of a
+    proposal take no more room than its logits. It is fp32 otherwise.
     """
     penalised_BV = penalised(logits_BV, sampling)
     if sampling.temperature == 0:
@@ -138,13 +138,13 @@ def _most(logits_V: Tensor) -> int:
 
 def _kept_as(logits_V: Tensor) -> torch.dtype:
     """The type of the distributions that stand beside these logits until they are verified."""
-    return torch.bfloat16 if logits_V.dtype == torch.bfloat16 else torch.float32
+    return torch.bfloat16 if logits_V.itemsize == 2 else torch.float32
 
 
 def chunks(rows: int, logits_V: Tensor) -> Iterator[slice]:
     """Slices that cover so many rows of these logits [..., V]. What is formed of one slice's rows is small enough."""
     step = max(1, _most(logits_V) // logits_V.shape[-1])
-    for start in range(0, rows, step):
+    for start in range(0, max(rows, 1), step):  # of no rows one empty slice, so that parts can be joined
         yield slice(start, min(start + step, rows))
 
 
@@ -177,7 +177,9 @@ def draw(probs_V: Tensor, uniforms: Tensor) -> Tensor:
 
 def mass_before(probs_V: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     """The sum of the probabilities of all ids below the given ones [...], and of all ids; both in fp64."""
-    sums_M = block_sums(probs_V).double()
+    probs_NV = probs_V.reshape(-1, probs_V.shape[-1])
+    sums_NM = torch.cat([block_sums(probs_NV[some]) for some in chunks(len(probs_NV), probs_NV)])
+    sums_M = sums_NM.double().view(*probs_V.shape[:-1], sums_NM.shape[1])
     blocks_M = torch.arange(sums_M.shape[-1], device=ids.device)
     before_M = sums_M.where(blocks_M < (ids // _BLOCK)[..., None], 0.0)
     inside_S = _of_block(probs_V, ids // _BLOCK).double()
@@ -185,12 +187,25 @@ def mass_before(probs_V: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     return before_M.sum(-1) + inside_S.where(below_S, 0.0).sum(-1), sums_M.sum(-1)
 
 
+def totals(probs_V: Tensor) -> Tensor:
+    """The sum of each distribution, [...], in fp32; of fp64 in fp64."""
+    probs_NV = probs_V.reshape(-1, probs_V.shape[-1])
+    # On the CPU a sum of bf16 numbers first copies all of them to fp32.
+    parts = [_wide(probs_NV[some]).sum(-1) for some in chunks(len(probs_NV), probs_NV)]
+    return torch.cat(parts).view(probs_V.shape[:-1])
+
+
+def _wide(probs_V: Tensor) -> Tensor:
+    """The numbers in fp32; fp64 ones as they are."""
+    return probs_V.to(torch.promote_types(probs_V.dtype, torch.float32))
+
+
 def block_sums(probs_V: Tensor) -> Tensor:
     """The sum of each block of the vocabulary, [..., M], in fp32; of fp64 in fp64."""
-    dtype = torch.promote_types(probs_V.dtype, torch.float32)
+    probs_V = _wide(probs_V)
     whole = probs_V.shape[-1] // _BLOCK * _BLOCK
-    sums_M = probs_V[..., :whole].reshape(*probs_V.shape[:-1], whole // _BLOCK, _BLOCK).sum(-1, dtype=dtype)
-    return torch.cat([sums_M, probs_V[..., whole:].sum(-1, keepdim=True, dtype=dtype)], dim=-1)
+    sums_M = probs_V[..., :whole].reshape(*probs_V.shape[:-1], whole // _BLOCK, _BLOCK).sum(-1)
+    return torch.cat([sums_M, probs_V[..., whole:].sum(-1, keepdim=True)], dim=-1)
 
 
 def _of_block(probs_V: Tensor, block: Tensor) -> Tensor:

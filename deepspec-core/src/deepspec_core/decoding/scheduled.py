@@ -17,6 +17,7 @@ from torch import Tensor
 
 from deepspec_core.contracts.proposer import Proposal, Proposer, Sampling, reads_last_hidden
 from deepspec_core.decoding.confidence import shortened
+from deepspec_core.decoding.proposal_check import refuse_confidence
 from deepspec_core.decoding.scheduler import AsynchronousScheduler, Speed, Survival, admit
 from deepspec_core.errors import ConfigError
 
@@ -54,6 +55,7 @@ class ScheduledProposer:
             raise ConfigError(
                 "this draft gives no confidence to schedule by", expected="a draft with a confidence head"
             )
+        refuse_confidence(self.proposer, proposal)
         survival_BK = proposal.confidence.double().sigmoid().cumprod(1)
         lengths = proposal.lengths.tolist()
         survivals = [row[:length] for row, length in zip(survival_BK.tolist(), lengths, strict=True)]

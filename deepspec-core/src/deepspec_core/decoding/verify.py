@@ -17,7 +17,7 @@ from attrs import frozen
 from torch import Tensor
 
 from deepspec_core.contracts.proposer import Proposal, Sampling
-from deepspec_core.decoding.sampling import chunks, distribution, draw, penalised, pick
+from deepspec_core.decoding.sampling import chunks, distribution, draw, penalised, pick, totals
 
 
 @frozen(kw_only=True, eq=False)
@@ -66,7 +66,8 @@ def verify(
         if proposal.probabilities is None or sampling.temperature == 0:
             q_BK = torch.ones_like(p_BK)
         else:
-            q_BK = _normalised(proposal.probabilities.gather(2, tokens_BK[..., None]), proposal.probabilities)[..., 0]
+            q_BKV = proposal.probabilities
+            q_BK = q_BKV.gather(2, tokens_BK[..., None])[..., 0] / totals(q_BKV)
         # u < p / q without a division. q is never 0 at a token that was drawn from it.
         accepted_B = _leading(proposed_BK & (uniforms[:, :num_draft].to(p_BK.dtype) * q_BK < p_BK))
         own_B = _own_tokens(logits_BKV, proposal, accepted_B, sampling, uniforms[:, num_draft])
@@ -116,7 +117,7 @@ def _target_probabilities(logits_BKV: Tensor, tokens_BK: Tensor, sampling: Sampl
     batch, num_draft = tokens_BK.shape
     row_N = torch.arange(batch, device=tokens_BK.device).repeat_interleave(num_draft)
     at_N = torch.arange(num_draft, device=tokens_BK.device).repeat(batch)
-    parts = [logits_BKV.new_zeros(0, dtype=torch.float32)]
+    parts = []
     for some in chunks(len(row_N), logits_BKV):
         p_RV = _target(logits_BKV, tokens_BK, row_N[some], at_N[some], sampling)
         parts.append(p_RV.gather(1, tokens_BK[row_N[some], at_N[some], None])[:, 0])
@@ -145,23 +146,13 @@ def _target(logits_BKV: Tensor, tokens_BK: Tensor, row_R: Tensor, at_R: Tensor, 
 
 def _rejected(p_RV: Tensor, proposal: Proposal, row_R: Tensor, at_R: Tensor, sampling: Sampling) -> Tensor:
     """The distributions that the draft token at[r] was drawn from, [R, V]; 0 where none was rejected there."""
-    rejected_R1 = (at_R < proposal.lengths[row_R])[:, None].to(p_RV.dtype)
+    rejected_R1 = (at_R < proposal.lengths[row_R])[:, None]
     at_R = at_R.clamp(max=proposal.tokens.shape[1] - 1)
     if proposal.probabilities is None or sampling.temperature == 0:
-        return torch.zeros_like(p_RV).scatter_(1, proposal.tokens[row_R, at_R, None], rejected_R1)
-    q_RV = proposal.probabilities[row_R, at_R]
-    return _normalised(q_RV, q_RV).to(p_RV.dtype) * rejected_R1
-
-
-def _normalised(some_E: Tensor, all_V: Tensor) -> Tensor:
-    """Some entries [..., E] of distributions [..., V], whose sum is 1 up to rounding.
-
-    Rounding to bf16 leaves a sum so far from 1 that outputs would show it. Tokens were drawn in proportion to the
-    rounded numbers, so these are divided by their sum.
-    """
-    if all_V.dtype != torch.bfloat16:
-        return some_E
-    return some_E.float() / all_V.sum(-1, keepdim=True, dtype=torch.float32)
+        return torch.zeros_like(p_RV).scatter_(1, proposal.tokens[row_R, at_R, None], rejected_R1.to(p_RV.dtype))
+    q_RV = proposal.probabilities[row_R, at_R].to(p_RV.dtype)
+    # Not a product with 0: beyond a slot's length the numbers may be anything, NaN too.
+    return torch.where(rejected_R1, q_RV / q_RV.sum(-1, keepdim=True), 0.0)
 
 
 def _residual(p_RV: Tensor, q_RV: Tensor) -> Tensor:

@@ -32,11 +32,13 @@ from deepspec_core.servers.vllm_command import Served, command, variables
 from deepspec_core.stopping import StopRequest
 
 _LAST_LINES: Final = 20
-# An exception as a traceback ends, by itself or behind the head of a log line.
-_ERROR: Final = re.compile(r"(?:^|\] )([\w.]*(?:Error|Exception): .*)")
+# An exception as a traceback ends: by itself, behind the name of a process, or behind the head of an ERROR line.
+_ERROR: Final = re.compile(r"^(?:\([^)]*\) )?(?:ERROR .*?\] )?([\w.]*(?:Error|Exception): .*)")
+_COLOUR: Final = re.compile(r"\x1b\[[\d;]*m")
 _LOOK_EVERY_SECONDS: Final = 0.5
 _SECONDS_TO_END: Final = 30.0
 _ANSWER_SECONDS: Final = 300.0
+_SECONDS_TO_READ: Final = 10.0
 _FIRST_PROMPT: Final = (0, 1, 2)
 
 
@@ -80,6 +82,7 @@ class Engine:
     quiet: bool = False
     _last: deque[str] = field(factory=lambda: deque(maxlen=_LAST_LINES), init=False)
     _first_error: str | None = field(default=None, init=False)
+    _reader: threading.Thread | None = field(default=None, init=False)
 
     def run(self) -> int:
         """Starts it, says when it answers, and stays until it ends or a signal asks to stop; the exit code.
@@ -88,8 +91,8 @@ class Engine:
         """
         with StopRequest() as request, _a_closed_terminal_asks_to_stop():
             process = self._start()
-            reader = threading.Thread(target=self._read, args=(process,), daemon=True)
-            reader.start()
+            self._reader = threading.Thread(target=self._read, args=(process,), daemon=True)
+            self._reader.start()
             try:
                 if self._answers(process, request):
                     self._ask_once(process)
@@ -98,7 +101,7 @@ class Engine:
                     time.sleep(_LOOK_EVERY_SECONDS)
             finally:
                 _end(process)
-                reader.join(_SECONDS_TO_END)
+                self._reader.join(_SECONDS_TO_END)
         if request.number is not None:
             self.say("vLLM has ended.")
             return 128 + request.number
@@ -125,7 +128,7 @@ class Engine:
         assert process.stdout is not None
         for line in process.stdout:
             self._last.append(line.rstrip())
-            if self._first_error is None and (error := _ERROR.search(line)):
+            if self._first_error is None and (error := _ERROR.match(_COLOUR.sub("", line))):
                 self._first_error = error[1].strip()
             if not self.quiet:
                 with suppress(OSError, ValueError):
@@ -211,6 +214,8 @@ class Engine:
             self.say('  api_key_env = "VLLM_API_KEY"')
 
     def _ended(self, code: int, problem: str) -> StageError:
+        if self._reader is not None:
+            self._reader.join(_SECONDS_TO_READ)  # what it wrote last may not have been read yet
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         lines = "\n    ".join(self._last) if self._last else "nothing"
         first = "" if self._first_error is None else f"; its first error was: {self._first_error}"

@@ -323,9 +323,6 @@ def checked(driven: DrivenProposer, slots: Sequence[int], sampling: Sampling) ->
     slots_B = torch.tensor(slots)
     checked = check(proposal, slots_B=slots_B, sampling=sampling, uniforms_BK=driven.uniforms[slots_B])
     check.refuse(checked, checked.to_read.tolist())
-    if proposal.confidence is not None:
-        for row, length in enumerate(proposal.lengths.tolist()):
-            check.refuse_confidence(proposal.confidence[row, :length].tolist(), row)
     return proposal
 
 
