@@ -96,6 +96,7 @@ def _with_foreign_cache(finished_copy: Path) -> list[str]:
     return _smoke(finished_copy, *settings)
 
 
+@pytest.mark.slow
 def test_a_cache_may_be_shared_between_runs(finished_copy: Path) -> None:
     assert main(_with_foreign_cache(finished_copy)) == 0
 

@@ -125,6 +125,7 @@ def test_a_folder_without_a_cache(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_run_trains_on_a_converted_and_on_an_adopted_cache(
     finished: Path, converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -63,6 +63,7 @@ def test_sampling_is_the_targets(
     assert sampling.chi_square_per_degree(fast, plain) < 1.5
 
 
+@pytest.mark.slow
 def test_a_run_with_a_window_trains_both_parts(
     finished: Path, tmp_path: Path, example_plugin: Callable[[str], None], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -293,6 +293,7 @@ def test_a_run_says_what_is_asked(finished_copy: Path, start: Start, capsys: pyt
     assert "--target is set by RUN" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_sampling_is_sent_or_refused(start: Start, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What the command says; and what a run says."""
     server = start("vllm")

@@ -57,6 +57,7 @@ def test_a_format_is_written_whole_and_once(
     assert draft.describe().algorithm == "dflash"
 
 
+@pytest.mark.slow
 def test_an_interrupted_export_is_written_again(finished_copy: Path, offer: Any) -> None:
     offer(write=f"{COPY}; import os; (out / 'half').touch(); os._exit(9)")
     paths = [str(finished_copy.parents[1] / "site"), *filter(None, [os.environ.get("PYTHONPATH")])]

@@ -202,6 +202,7 @@ def cached(run_file: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     return {one.id: (one.features.hidden, one.features.last_hidden) for one in samples if one.features is not None}
 
 
+@pytest.mark.slow
 def test_what_a_killed_run_left_is_removed_when_it_goes_on(
     run_file: Path, exchange: Path, servers: list[FeatureStandIn], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -49,6 +49,7 @@ def test_a_stage_without_room_ends_in_one_error_and_goes_on_with_room(
     assert _results(folder) == _results(_folder(finished))
 
 
+@pytest.mark.slow
 def test_no_room_for_the_first_small_files_is_one_error_too(run_file: Path) -> None:
     command = [sys.executable, "-c", _LIMITED, "700", "run", str(run_file), "--smoke", *ONE_THREAD]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -227,6 +227,7 @@ def test_no_token_changes(tiny_target: Any, tiny_draft: Any) -> None:
     assert ties <= 1 + MOST_TIES * compared
 
 
+@pytest.mark.slow
 def test_no_token_changes_with_trees(tiny_target: Any, tiny_draft: Any) -> None:
     compared, ties = _all(tiny_target, tiny_draft, seed=1, prompts=6, turns=1, kinds=TREES)
     assert compared >= 50

@@ -77,6 +77,7 @@ def broken(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     server.shutdown()
 
 
+@pytest.mark.slow
 def test_the_command_line_says_it_in_one_message() -> None:
     _one_message(_init("http://127.0.0.1:9"))
 

@@ -184,6 +184,7 @@ def test_a_recipe_with_a_table_is_written_and_one_with_a_mistake_is_refused(
     assert (file.draft.options.markov.rank, file.loss.terms) == (64, {"ce": 1.0})
 
 
+@pytest.mark.slow
 def test_the_file_runs(tmp_path: Path) -> None:
     out = tmp_path / "train.toml"
     assert (

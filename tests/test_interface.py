@@ -42,6 +42,7 @@ def test_importing_the_package_is_cheap() -> None:
         _ = deepspec_core.lod_target  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_the_page_s_own_snippets_run(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -125,6 +125,7 @@ def test_a_damaged_report_is_one_message(
     assert "Traceback" not in seen
 
 
+@pytest.mark.slow
 def test_a_damaged_journal_is_one_message(finished_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = finished_copy.parent / "runs" / "quickstart-dflash-smoke" / "evaluate"
     record = json.loads((folder / "stage.json").read_text())

@@ -125,6 +125,7 @@ def _groups(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in journal.read_text().splitlines()[1:]]
 
 
+@pytest.mark.slow
 def test_a_changed_later_turn_is_another_prompt(
     draft: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

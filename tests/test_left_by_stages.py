@@ -75,6 +75,7 @@ def test_a_source_written_while_it_is_read_is_refused(run_file: Path) -> None:
         list(reading)
 
 
+@pytest.mark.slow
 def test_a_cache_of_another_split_is_not_evaluated_on_held_out_prompts(
     finished: Path, run_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -117,6 +118,7 @@ def test_a_cache_that_does_not_say_its_split_is_no_proof(finished: Path, run_fil
     assert "does not record" in str(problem.value.found)
 
 
+@pytest.mark.slow
 def test_a_damaged_record_can_be_discarded(finished_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (_folder(finished_copy) / "evaluate" / "stage.json").write_text("")
     assert main(["run", str(finished_copy), "--smoke"]) == 2

@@ -68,6 +68,7 @@ def test_a_closed_pipe_ends_a_command_quietly(finished: Path) -> None:
     assert done.stderr == ""
 
 
+@pytest.mark.slow
 def test_full_messages_stop_nothing(finished: Path, tmp_path: Path) -> None:
     with open("/dev/full", "w") as full:
         command = [*COMMAND, *_commands(finished)["data"]]

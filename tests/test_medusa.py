@@ -120,6 +120,7 @@ def test_sampling_is_the_targets(tree_nodes: int | None, tiny_target: Callable[.
     assert sampling.chi_square_per_degree(fast, plain) < 1.5
 
 
+@pytest.mark.slow
 def test_a_run_raises_the_accepted_length(
     finished: Path, tmp_path: Path, example_plugin: Callable[[str], None], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -107,6 +107,7 @@ def test_what_is_made_once_counts_as_read_by_everyone_who_uses_it() -> None:
     assert Made.computed == 1
 
 
+@pytest.mark.slow
 def test_an_evaluation_alone_reads_keys_of_other_sections(
     finished: Path, run_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -155,6 +155,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, new_run_file: Callable
     return path
 
 
+@pytest.mark.slow
 def test_a_kill(finished: Path, run_file: Path) -> None:
     hit = _kill_and_rerun(run_file, stages=["train"], like=_folder(finished), seed=1)
     assert hit

@@ -73,6 +73,7 @@ def test_a_draft_without_such_layers_is_refused() -> None:
         recompute_layers(TinyDraft())
 
 
+@pytest.mark.slow
 def test_a_run_asks_for_it_and_its_estimate_says_what_it_saves(
     run_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -84,6 +84,7 @@ def test_a_run_says_what_it_leaves_out_and_changes_no_output(reduced: Path) -> N
     assert 0 < json.loads(lines[-1])["outside_vocabulary"] < 1
 
 
+@pytest.mark.slow
 def test_a_resumed_run_comes_to_the_same_draft(
     reduced: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -56,6 +56,7 @@ def changed(folder: Path, **values: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
+@pytest.mark.slow
 def test_the_stage_writes_a_whole_page(judged_run: Path) -> None:
     text = (judged_run / "report.html").read_text(encoding="utf-8")
     page = Page(text)
@@ -81,6 +82,7 @@ def test_the_stage_writes_a_whole_page(judged_run: Path) -> None:
     assert "[evaluate]\ntasks = " in whole  # its run file
 
 
+@pytest.mark.slow
 def test_several_runs_side_by_side_and_the_same_bytes_again(
     judged_copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

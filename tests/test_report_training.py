@@ -113,6 +113,7 @@ def test_positions_follow_each_other_and_many_points_are_averaged(tmp_path: Path
     assert math.isclose(loss.smooth[200], loss.values[200])
 
 
+@pytest.mark.slow
 def test_an_evaluated_and_trained_run_beside_one_that_was_only_trained(judged_copy: Path, tmp_path: Path) -> None:
     before = page_of(judged_copy / "report.html")
     trained(judged_copy, [line(step) for step in range(1, 5)])

@@ -34,6 +34,7 @@ def evaluated(drafts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     return command, folder / "run"
 
 
+@pytest.mark.slow
 def test_an_evaluation_draws_as_it_is_told_and_says_so(evaluated: tuple[list[str], Path], target: Any) -> None:
     report = json.loads((evaluated[1] / "metrics.json").read_text())
     told = {"top_p": 0.95, "top_k": 40, "min_p": 0.01, "repetition_penalty": 1.2, "stop": ["."], "samples": 2}

@@ -184,6 +184,7 @@ def test_other_workers_wait_for_what_the_first_one_stores(
     assert made.total() == 6
 
 
+@pytest.mark.slow
 def test_two_processes_make_what_one_makes(run_file: Path) -> None:
     rows = [_row(number) for number in range(150)]
     _write(run_file, [*rows, _row(151, "An end <|im_end|> in it. ")])

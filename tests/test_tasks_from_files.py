@@ -78,6 +78,7 @@ def test_the_same_task_twice_is_refused(
     assert "Two tasks would write the same file of results" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_evaluate_asks_every_task(
     finished: Path, write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

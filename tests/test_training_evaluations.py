@@ -84,6 +84,7 @@ def test_training_is_the_same_and_the_best_is_evaluated(
     assert main([*command, "--set", "train.keep_best=3"]) == 0
 
 
+@pytest.mark.slow
 def test_from_python(finished_copy: Path) -> None:
     text = finished_copy.read_text().replace("[train]\n", "[train]\nevaluate_every = 9\nfinal = 'last'\n")
     finished_copy.write_text(text + "\n[train.evaluation]\nprompts = 1\nmax_new_tokens = 4\n")

@@ -53,6 +53,7 @@ def test_a_draft_that_proposes_chains_is_refused_at_once(
         ds.load_draft(drafts["dflash"], target, tree_nodes=0)
 
 
+@pytest.mark.slow
 def test_a_trained_draft_is_evaluated_with_trees(finished_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Training is not touched by the key; evaluation is, and its report counts nodes and depths."""
     small = ("evaluate.temperature=[0.0]", "evaluate.limit=2", "evaluate.max_new_tokens=16", "run.threads=1")

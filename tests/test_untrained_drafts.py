@@ -228,6 +228,7 @@ def test_a_draft_that_is_none_is_told_at_once(folder: Path, capsys: pytest.Captu
     ]
 
 
+@pytest.mark.slow
 def test_baselines_beside_a_runs_draft(small_lm: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["compare", str(small_lm), "--set", "evaluate.temperature=0", "--set", "evaluate.max_new_tokens=6"]
     assert main([*command, "--with", "lookup,lookup:max_tokens=2,longest=2"]) == 0
@@ -274,6 +275,7 @@ def test_baselines_beside_a_runs_draft(small_lm: Path, capsys: pytest.CaptureFix
     refused(capsys, [*command, "--with", "small-lm:model=a/b,small-lm:model=a_b"], "--with", "share one folder")
 
 
+@pytest.mark.slow
 def test_later_turns_after_sampled_answers_have_a_difference(small_lm: Path, folder: Path) -> None:
     """They follow each draft's own answers. Where there is no difference, a remark says why."""
     questions = [json.dumps({"turns": [f"What is {n} + 4?", "And twice that?"]}) for n in range(3)]

@@ -83,6 +83,7 @@ def test_a_reduced_vocabulary_is_the_checkpoint_s(target: Target, registry: Regi
     assert torch.equal(draft.lm_head.weight, head[ids])
 
 
+@pytest.mark.slow
 def test_the_run_begins_with_it_and_knows_when_it_was_edited(
     finished_copy: Path, source: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

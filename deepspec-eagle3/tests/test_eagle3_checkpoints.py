@@ -75,7 +75,7 @@ def test_the_target_is_named(make_model: Callable[..., Eagle3Model], recordings:
 def test_a_bfloat16_draft_decodes(recordings: Recordings, family: str) -> None:
     proposal = sampled_proposal(recordings.draft(f"{family}-eagle3", dtype=torch.bfloat16))
     assert proposal.probabilities is not None
-    assert proposal.probabilities.dtype == torch.float32
+    assert proposal.probabilities.dtype == torch.bfloat16
     assert proposal.lengths.tolist() == [3]
 
 

@@ -39,6 +39,7 @@ def base_model(tmp_path: Path, target: Any) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_renders_by_it_and_sees_it_change(
     run_file: Path, template: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
