@@ -22,7 +22,7 @@ DRAFTS = {
     "dflash of qwen2 in qwen3's style": ("dflash", "qwen2", {**QWEN3, "anchor_predicts": False}),
     "dspark of llama in qwen3's style": ("dspark", "llama", {**QWEN3, "markov": {"rank": 6}}),
     "dspark of gemma4 in qwen3's style": ("dspark", "gemma4", {**QWEN3, "markov": {"rank": 6}}),
-    "eagle3 of gemma3 in llama's style": ("eagle3", "gemma3", {"num_layers": 1, "layer": {"style": "llama"}}),
+    "eagle3 of gemma4 in llama's style": ("eagle3", "gemma4", {"num_layers": 1, "layer": {"style": "llama"}}),
     "dspark": ("dspark", "qwen3", {"markov": {"rank": 6}}),
     "dspark, plain confidence": ("dspark", "qwen3", {"markov": {"rank": 6}, "confidence_with_markov": False}),
     "dspark, no confidence": ("dspark", "qwen3", {"markov": {"rank": 6}, "confidence_head": False}),

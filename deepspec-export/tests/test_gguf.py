@@ -33,14 +33,14 @@ DRAFTS = {
     "dflash": ("dflash", "qwen3", {"anchor_predicts": False}),
     "dflash, anchor predicts": ("dflash", "qwen3", {}),
     "dflash, window": ("dflash", "qwen3", {"anchor_predicts": False, "layer": {"window": 6}}),
-    "dflash of qwen2 in qwen3's style": ("dflash", "qwen2", {"anchor_predicts": False, "layer": {"style": "qwen3"}}),
+    "dflash of llama in qwen3's style": ("dflash", "llama", {"anchor_predicts": False, "layer": {"style": "qwen3"}}),
     "dspark": ("dspark", "qwen3", RANK),
     "dspark, plain confidence": ("dspark", "qwen3", {**RANK, "confidence_with_markov": False}),
     "dspark, no confidence": ("dspark", "qwen3", {**RANK, "confidence_head": False}),
     "dspark, anchor predicts nothing": ("dspark", "qwen3", {**RANK, "anchor_predicts": False}),
     "eagle3, no head norms": ("eagle3", "qwen3", {**LLAMA, "qk_norm": False}),
     "eagle3 of llama": ("eagle3", "llama", LLAMA),
-    "eagle3 of qwen2 in llama's style": ("eagle3", "qwen2", {**LLAMA, "layer": {"style": "llama"}}),
+    "eagle3 of mistral in llama's style": ("eagle3", "mistral", {**LLAMA, "layer": {"style": "llama"}}),
     "eagle3, reduced vocabulary": ("eagle3", "llama", {**LLAMA, "vocab_size": 20}),
 }
 

@@ -17,8 +17,18 @@ REFUSALS = [
     (ENGINES, "eagle3", "qwen2", {}, ("biases", STYLE)),
     (ENGINES, "dflash", "llama", {}, ("norms of queries and keys", STYLE, "an Eagle3 draft")),
     (ENGINES, "dspark", "mistral", RANK, ("norms of queries and keys", STYLE)),
-    (ENGINES, "dflash", "gemma3", {}, ("gemma3", STYLE)),
-    (ENGINES, "eagle3", "gemma3", {}, ("pre_feedforward_layernorm.weight", STYLE)),
+    (
+        ("vllm", "speculators"),
+        "dflash",
+        "gemma3",
+        {"layer": {"style": "qwen3"}},
+        ("gemma3_text targets", "needs no export"),
+    ),
+    (("sglang",), "eagle3", "gemma3", {}, ("pre_feedforward_layernorm.weight", STYLE)),
+    (("sglang",), "dflash", "gemma3", {}, ("gemma3", STYLE)),
+    (("gguf",), "dspark", "qwen2", {**RANK, "layer": {"style": "qwen3"}}, ("qwen2 targets", "Export to vllm")),
+    (("gguf",), "eagle3", "qwen2", {"num_layers": 1, "layer": {"style": "llama"}}, ("qwen2 targets", "Export to vllm")),
+    (("gguf",), "dflash", "gemma3", {"layer": {"style": "qwen3"}}, ("gemma3_text targets", "needs no export")),
     (ENGINES, "dflash", "qwen3", {"taps": (-1, 2)}, ("the target's embedding (layer -1)", "target.layers from 0")),
     (ENGINES[::2], "dspark", "qwen3", {"markov": {"rank": 6, "head": "rnn"}}, ("vanilla", "export to sglang")),
     (ENGINES, "dspark", "qwen3", {**RANK, "vocab_size": 20}, ("reduced vocabulary", "without [draft] vocab_size")),
@@ -55,5 +65,5 @@ def test_refused_with_a_way_out(
 
 
 def test_a_soft_capped_family_is_refused(drafted: Callable[..., Any]) -> None:
-    made = drafted("dflash", "gemma3")
+    made = drafted("dflash", "gemma4")
     assert "soft-cap" in (evolve(made, facts=evolve(made.facts, softcap=30.0)).unservable("vllm") or "")

@@ -6,6 +6,7 @@ the engine says so. Knows names of weights and keys of config.json; not any engi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Final
 
 from deepspec_core.contracts.export import ExportFacts
@@ -14,6 +15,9 @@ from deepspec_core.families.styled import TARGET_FAMILY
 _OURS: Final = (
     'Train with [draft.layer] style = "qwen3", which gives the draft layers that engines have. Its checkpoint, which '
     "`deepspec evaluate` decodes with, needs no export."
+)
+NO_ENGINE: Final = (
+    "No engine is known that does. The checkpoint, which `deepspec evaluate` decodes with, needs no export."
 )
 _NORMS: Final = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
 _LAYER: Final = frozenset(
@@ -33,6 +37,20 @@ _LAYER: Final = frozenset(
 _PLAIN_FAMILIES: Final = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
 # Families of targets whose embedding is multiplied by a number before the first layer.
 _SCALED: Final = "gemma"
+
+
+def unread_target(facts: ExportFacts, *, engine: str, without: Mapping[str, str]) -> str | None:
+    """Why an engine cannot run the draft beside its target, or None.
+
+    `without`: the families of targets whose layers' outputs the engine does not give, and what to do instead.
+    """
+    family = facts.config.get(TARGET_FAMILY, facts.config["model_type"])
+    if family not in without:
+        return None
+    return (
+        f"{engine} gives no outputs of layers of {family} targets. The draft reads them, so it cannot be served there, "
+        f"whatever its own layers are. {without[family]}"
+    )
 
 
 def unlike_any_engine(facts: ExportFacts, *, engine: str) -> str | None:

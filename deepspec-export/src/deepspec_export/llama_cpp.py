@@ -28,6 +28,9 @@ TARGET: Final = "TARGET.gguf"
 """The target's file in the line that serves a draft."""
 _ENGINE: Final = "llama.cpp"
 _EAGLE3_TAPS: Final = 3
+# Of these targets llama.cpp does not keep the inputs of layers, which a draft reads: the server ends at its first
+# request. By the source of build 11434; tried with Qwen2 in build 11549.
+WITHOUT_TAPS: Final = {"qwen2": "Export to vllm.", "gemma3": layers.NO_ENGINE, "gemma3_text": layers.NO_ENGINE}
 _W1, _CONFIDENCE = "markov_head.markov_w1.weight", "confidence_head.proj.weight"
 _NAMES: Final = {
     "fc.weight": "fc.weight",
@@ -58,6 +61,8 @@ _LAYER_NAMES: Final = {
 
 def unservable(facts: ExportFacts) -> str | None:
     """Why llama.cpp cannot serve the draft, and the nearest alternative, or None. The tokenizer is not looked at."""
+    if reason := layers.unread_target(facts, engine=_ENGINE, without=WITHOUT_TAPS):
+        return reason
     eagle3 = facts.description.algorithm == "eagle3"
     reason = _unlike_eagle3(facts) if eagle3 else _unlike_dflash(facts)
     if reason is not None:

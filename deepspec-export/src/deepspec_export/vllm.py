@@ -15,6 +15,8 @@ from deepspec_export.served import BLOCK, DFLASH, Served
 NAME: Final = "vllm"
 WRITTEN_FOR: Final = {"vllm": "0.33.0"}
 _ENGINE: Final = "vLLM"
+# By the source of vLLM 0.32.
+_WITHOUT_TAPS: Final = {"gemma3": layers.NO_ENGINE, "gemma3_text": layers.NO_ENGINE}
 _DFLASH, _DSPARK, _LLAMA_EAGLE3, _QWEN3_EAGLE3 = (
     "DFlashDraftModel",
     "Qwen3DSparkModel",
@@ -30,6 +32,8 @@ def unservable(facts: ExportFacts) -> str | None:
 
 def unservable_in(facts: ExportFacts, *, other_heads: str) -> str | None:
     """The same for every format that vLLM reads. `other_heads`: what to do with another Markov head than vanilla."""
+    if reason := layers.unread_target(facts, engine=_ENGINE, without=_WITHOUT_TAPS):
+        return reason
     if facts.description.algorithm == "eagle3":
         return layers.unlike_any_engine(facts, engine=_ENGINE)
     if reason := layers.block_draft_unlike_engine(facts, engine=_ENGINE):
