@@ -17,7 +17,7 @@ _OURS: Final = (
     "`deepspec evaluate` decodes with, needs no export."
 )
 NO_ENGINE: Final = (
-    "No engine is known that does. The checkpoint, which `deepspec evaluate` decodes with, needs no export."
+    "No engine is known that gives them. The checkpoint, which `deepspec evaluate` decodes with, needs no export."
 )
 _NORMS: Final = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
 _LAYER: Final = frozenset(

@@ -30,7 +30,7 @@ _ENGINE: Final = "llama.cpp"
 _EAGLE3_TAPS: Final = 3
 # Of these targets llama.cpp does not keep the inputs of layers, which a draft reads: the server ends at its first
 # request. By the source of build 11434; tried with Qwen2 in build 11549.
-WITHOUT_TAPS: Final = {"qwen2": "Export to vllm.", "gemma3": layers.NO_ENGINE, "gemma3_text": layers.NO_ENGINE}
+_WITHOUT_TAPS: Final = {"qwen2": "Export to vllm.", "gemma3": layers.NO_ENGINE, "gemma3_text": layers.NO_ENGINE}
 _W1, _CONFIDENCE = "markov_head.markov_w1.weight", "confidence_head.proj.weight"
 _NAMES: Final = {
     "fc.weight": "fc.weight",
@@ -61,7 +61,7 @@ _LAYER_NAMES: Final = {
 
 def unservable(facts: ExportFacts) -> str | None:
     """Why llama.cpp cannot serve the draft, and the nearest alternative, or None. The tokenizer is not looked at."""
-    if reason := layers.unread_target(facts, engine=_ENGINE, without=WITHOUT_TAPS):
+    if reason := layers.unread_target(facts, engine=_ENGINE, without=_WITHOUT_TAPS):
         return reason
     eagle3 = facts.description.algorithm == "eagle3"
     reason = _unlike_eagle3(facts) if eagle3 else _unlike_dflash(facts)
