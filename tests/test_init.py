@@ -20,6 +20,7 @@ from transformers import (
 
 from deepspec_core.cli.main import main
 from deepspec_core.config.load import RunFile, load_run_file
+from deepspec_core.config.train_options import TrainOptions
 from deepspec_core.layers.options import LayerOptions
 from deepspec_core.pipeline.checking import check_before
 from deepspec_core.pipeline.run import Run
@@ -145,7 +146,7 @@ def test_the_recommended_recipe_says_on_what_it_was_measured(draft: str, tmp_pat
     assert evolve(file, draft=plain.draft, loss=plain.loss) == plain, "nothing else differs"
     assert file != plain
     comments = " ".join(line.removeprefix("# ") for line in out.read_text().splitlines() if line.startswith("#"))
-    sets = {"dspark": "draft.confidence_gradient and loss.terms", "eagle3": "draft.count"}[draft]
+    sets = {"dspark": "draft.confidence_gradient, loss.terms", "eagle3": "draft.count"}[draft]
     assert f"The recommended recipe sets {sets}. {recipe.evidence}" in comments
     assert "ecommended" not in published.read_text()
 
@@ -178,10 +179,14 @@ def test_a_recipe_with_a_table_is_written_and_one_with_a_mistake_is_refused(
         assert "the recommended recipe of draft type 'dspark' cannot be used" in said
         assert "deepspec-dspark" in said
         assert not out.exists()
-    recommend(options={"markov": {"rank": 64}}, loss={"terms": {"ce": 1.0}})
+    train = {"optimizer": "muon", "lr": 1e-3, "betas": (0.9, 0.95)}
+    recommend(options={"markov": {"rank": 64}}, loss={"terms": {"ce": 1.0}}, train=train)
     assert main(command) == 0
     file = _load(out)
     assert (file.draft.options.markov.rank, file.loss.terms) == (64, {"ce": 1.0})
+    assert file.train == TrainOptions(**train)
+    assert "draft.markov, loss.terms, train.optimizer, train.lr, train.betas. Better." in out.read_text()
+    assert "published recipe" not in out.read_text()
 
 
 @pytest.mark.slow

@@ -45,7 +45,7 @@ class WideOptions:
 
 @pytest.fixture
 def check(toy: Any) -> Any:
-    """check(options=..., loss=...): the recipe of an installed plugin's draft type, checked."""
+    """check(options=..., loss=..., train=...): the recipe of an installed plugin's draft type, checked."""
     toy.add("fake-wide", PLUGIN)
     registry = load_plugins().registry
     spec = registry.get("draft", "wide")
@@ -61,6 +61,8 @@ def test_tables_become_what_the_draft_type_takes(check: Any) -> None:
     assert asdict(found.options["head"]) == {"rank": 64}
     assert found.options["sizes"] == (2, 3)
     assert found.loss == {"weighting": {"type": "uniform"}}
+    assert found.train == {}
+    assert check(train={"optimizer": "muon", "betas": (0.9, 0.95)}).train == {"optimizer": "muon", "betas": [0.9, 0.95]}
     found = check(options={"head": HeadOptions(rank=64), "size": 4})
     assert asdict(found.options["head"]) == {"rank": 64}
     assert found.options["size"] == 4
@@ -80,6 +82,10 @@ def test_tables_become_what_the_draft_type_takes(check: Any) -> None:
         ({"loss": {"weighting": {"type": "nobody"}}}, "loss.weighting.type", "nobody"),
         ({"loss": {"terms": {"ce": "much"}}}, "loss.terms.ce", "wrong value"),
         ({"loss": {"terms": {"ce": 0.0}}}, "loss.terms", "nothing to train on"),
+        ({"train": {"optimiser": "muon"}}, "train.optimiser", "unknown key"),
+        ({"train": {"optimizer": "moun"}}, "train.optimizer", "wrong value"),
+        ({"train": {"lr": -1.0}}, "train.lr", "wrong value"),
+        ({"train": {"lr": None}}, "train.lr", "a run file cannot contain None"),
     ],
 )
 def test_mistakes_are_the_plugin_s(check: Any, parts: dict[str, Any], where: str, says: str) -> None:

@@ -6,7 +6,7 @@ Knows DraftModelSpec and how sections are structured. Does not know targets, or 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from attrs import NOTHING, asdict, fields, frozen, has
 
@@ -15,17 +15,21 @@ from deepspec_core.config.explain import MISSING, UnknownKeys, explain, keys_of
 from deepspec_core.config.load import as_toml
 from deepspec_core.config.schema import MASK, LossOptions
 from deepspec_core.config.structure import strict_converter
+from deepspec_core.config.train_options import TrainOptions
 from deepspec_core.errors import ConfigError, DeepSpecError, PluginError
 from deepspec_core.plugins.registry import Registry
 from deepspec_core.plugins.specs import DraftModelSpec
 
+_Options = TypeVar("_Options")
+
 
 @frozen(kw_only=True)
 class CheckedRecipe:
-    """What a run file says by it: values of the draft type's options, by key, and keys of [loss] as TOML has them."""
+    """What a run file says by it: values of the draft type's options, by key; keys of [loss] and [train] as in TOML."""
 
     options: Mapping[str, Any]
     loss: Mapping[str, Any]
+    train: Mapping[str, Any]
 
 
 def checked_recipe(spec: DraftModelSpec, registry: Registry) -> CheckedRecipe:
@@ -37,15 +41,15 @@ def checked_recipe(spec: DraftModelSpec, registry: Registry) -> CheckedRecipe:
     assert recipe is not None, "there is one"
     # What it is made of is the plugin's, down to the keys of its tables.
     with registry.blaming("draft", spec.name):
-        loss = _as_written(recipe.loss)
+        loss, train = _as_written(recipe.loss), _as_written(recipe.train)
         options, problems = _options(spec.options, _as_written(recipe.options), registry)
-        for part, given in (("options", recipe.options), ("loss", recipe.loss)):
+        for part, given in (("options", recipe.options), ("loss", recipe.loss), ("train", recipe.train)):
             problems += [
                 ConfigError("a run file cannot contain None", where=f"{part}.{key}", found="None", expected="a value")
                 for key, value in given.items()
                 if value is None
             ]
-        problems += _of_loss(loss, registry)
+        problems += [*_of_loss(loss, registry), *_of_section("train", train, TrainOptions, registry)[1]]
     for problem in problems:
         raise PluginError(
             f"the recommended recipe of draft type {spec.name!r} cannot be used: {problem.problem}",
@@ -54,7 +58,7 @@ def checked_recipe(spec: DraftModelSpec, registry: Registry) -> CheckedRecipe:
             expected=problem.expected,
             fix="use --recipe published, or correct the plugin",
         )
-    return CheckedRecipe(options=options, loss=loss)
+    return CheckedRecipe(options=options, loss=loss, train=train)
 
 
 def _as_written(table: Mapping[str, Any]) -> dict[str, Any]:
@@ -98,7 +102,16 @@ def _options(
 
 def _of_loss(table: Mapping[str, Any], registry: Registry) -> list[DeepSpecError]:
     """What is wrong with keys of [loss]."""
+    loss, problems = _of_section("loss", table, LossOptions, registry)
+    return problems if loss is None else list(loss_mistakes(loss))
+
+
+def _of_section(
+    name: str, table: Mapping[str, Any], options: type[_Options], registry: Registry
+) -> tuple[_Options | None, list[DeepSpecError]]:
+    """The section that these keys make, or what is wrong with them."""
     try:
-        return list(loss_mistakes(strict_converter(registry).get_structure_hook(LossOptions)(table, LossOptions)))
+        built: _Options = strict_converter(registry).get_structure_hook(options)(table, options)
     except Exception as error:
-        return explain(error, "loss", siblings={})
+        return None, explain(error, name, siblings={})
+    return built, []

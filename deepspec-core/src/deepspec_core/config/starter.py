@@ -32,8 +32,8 @@ _LOSS_NOTE = "The algorithm's default loss; for other terms see `deepspec plugin
 class Start:
     """The facts for a run file. `notes`, by section or key, are sentences that become comments.
 
-    `option_values` replace the draft type's defaults; `loss` is its algorithm's default loss. A draft that is not
-    `trained` has no taps, and its file only the sections that evaluation reads.
+    `option_values` replace the draft type's defaults, `train` those of [train]; `loss` is the whole section. A draft
+    that is not `trained` has no taps, and its file only the sections that evaluation reads.
     """
 
     name: str
@@ -47,6 +47,7 @@ class Start:
     option_values: Mapping[str, Any]
     layer: Mapping[str, int | str]
     loss: Mapping[str, Any]
+    train: Mapping[str, Any]
     notes: Mapping[str, Sequence[str]]
     trained: bool = True
 
@@ -68,7 +69,7 @@ def starter(start: Start) -> str:
         draft,
         *([_section("draft.layer", _layer(start), start.notes.get("draft.layer", ()))] if start.layer else []),
         _section("loss", _loss(start), start.notes.get("loss", [_LOSS_NOTE])),
-        _section("train", _train()),
+        _section("train", _train(start)),
     ]
     evaluate = _section(
         "evaluate",
@@ -98,9 +99,9 @@ def _line(key: str, value: Any, comment: str = "", *, written: bool = True) -> s
     return f"{line.ljust(_COMMENT_AT)}  # {comment}" if comment else line
 
 
-def _defaults(section: type[Any], comments: Mapping[str, str]) -> list[str]:
-    """The keys named in `comments`, in their order, with the schema's own defaults."""
-    known = {attribute.name: attribute.default for attribute in fields(section)}
+def _defaults(section: type[Any], comments: Mapping[str, str], instead: Mapping[str, Any] = {}) -> list[str]:
+    """The keys named in `comments`, in their order, with the schema's own defaults or what is given `instead`."""
+    known = {**{attribute.name: attribute.default for attribute in fields(section)}, **instead}
     return [_line(key, known[key], comment) for key, comment in comments.items()]
 
 
@@ -205,22 +206,22 @@ def _loss(start: Start) -> list[str]:
     return [_line(key, value) for key, value in loss.items()]
 
 
-def _train() -> list[str]:
-    return _defaults(
-        TrainOptions,
-        {
-            "lr": "this section is the published recipe",
-            "global_batch_size": "sequences a step, over all devices",
-            "micro_batch_size": "sequences at once on one device: more is faster, and takes more memory",
-            "epochs": "",
-            "warmup": "share of the steps; then cosine to 0",
-            "weight_decay": "",
-            "clip_norm": "",
-            "precision": '"float32" where results are to be exact',
-            "checkpoint_every": "steps",
-            "log_every": "steps",
-        },
-    )
+def _train(start: Start) -> list[str]:
+    """The keys that people change, and those that a recipe sets."""
+    comments = {
+        "lr": "" if start.train else "this section is the published recipe",
+        **dict.fromkeys(start.train, ""),
+        "global_batch_size": "sequences a step, over all devices",
+        "micro_batch_size": "sequences at once on one device: more is faster, and takes more memory",
+        "epochs": "",
+        "warmup": "share of the steps; then cosine to 0",
+        "weight_decay": "",
+        "clip_norm": "",
+        "precision": '"float32" where results are to be exact',
+        "checkpoint_every": "steps",
+        "log_every": "steps",
+    }
+    return _defaults(TrainOptions, comments, start.train)
 
 
 def _evaluate(start: Start) -> list[str]:

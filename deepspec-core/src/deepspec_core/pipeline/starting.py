@@ -91,6 +91,7 @@ def start_of(
         option_values=values,
         layer={**({} if served is None else {"style": served.style}), **layer},
         loss={**spec.default_loss, **({} if recipe is None else recipe.loss)},
+        train={} if recipe is None else recipe.train,
         notes={
             "target": [_target_note(where)],
             **(_notes_of_training(registry, spec, values, adapter, taps, tokenizer) if spec.trained else {}),
@@ -117,7 +118,8 @@ def _recipe_note(spec: DraftModelSpec) -> str:
     recipe = spec.recommended
     assert recipe is not None, "it was checked"
     keys = [*(f"draft.{key}" for key in recipe.options), *(f"loss.{key}" for key in recipe.loss)]
-    return f"The recommended recipe sets {' and '.join(keys)}. {recipe.evidence}"
+    keys += [f"train.{key}" for key in recipe.train]
+    return f"The recommended recipe sets {', '.join(keys)}. {recipe.evidence}"
 
 
 def _notes_of_training(

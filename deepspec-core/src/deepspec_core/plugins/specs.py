@@ -71,13 +71,15 @@ class Recipe:
     options: Keys of the draft type's options that differ from the defaults. The mask token is not allowed here, because
         it depends on the target.
     loss: Keys of [loss], as a run file writes them, which replace the algorithm's own.
+    train: Keys of [train], as a run file writes them, which replace the defaults.
 
-    `deepspec init` checks `options` and `loss` as it would check a run file. Its errors name the package.
+    `deepspec init` checks `options`, `loss` and `train` as it would check a run file. Its errors name the package.
     """
 
     evidence: str = field(validator=matches_re(r"(?s)\S.*"))
     options: Mapping[str, Any] = field(factory=dict, hash=False, validator=_TABLE)
     loss: Mapping[str, Any] = field(factory=dict, hash=False, validator=_TABLE)
+    train: Mapping[str, Any] = field(factory=dict, hash=False, validator=_TABLE)
 
 
 @frozen(kw_only=True)
