@@ -58,8 +58,10 @@ def test_terms_move_in_the_second_third_of_training(levers: Any) -> None:
 
 
 @pytest.mark.slow
-def test_a_dearer_step_means_fewer_of_them(recipes: Any) -> None:
-    options = argparse.Namespace(reference="dflash", steps=100, tokens=40, overrides=["draft.num_layers=1"])
+def test_a_dearer_step_means_fewer_of_them(recipes: Any, levers: Any) -> None:
+    options = argparse.Namespace(
+        reference="dflash", steps=100, tokens=40, overrides=["draft.num_layers=1"], run_files=levers.QUICKSTART
+    )
     ruler = recipes.Ruler(load_plugins(), options)
     assert ruler.steps("dflash") == 100
     for row in ("dflash+anchors8", "dflash+anchors32", "eagle3"):
@@ -118,7 +120,13 @@ def test_the_table_row_by_row(recipes: Any, tmp_path: Path, capsys: pytest.Captu
         assert one["ahead"] == pytest.approx(lengths[one["row"]] - lengths["dflash"])
         assert one["interval"][0] <= one["ahead"] <= one["interval"][1]
     table = capsys.readouterr().out
-    assert "Temperature 0:" in table
+    assert "held-out, temperature 0:" in table
     assert len([line for line in table.splitlines() if line.startswith("| dflash")]) == 3
     with pytest.raises(SystemExit, match="another ruler"):
         recipes.main([*common, "--only", "dflash", "--tokens", "200"])
+    # A folder of one's own run files is part of the ruler, by its contents.
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "dflash.toml").write_bytes((EXAMPLES / "quickstart" / "dflash.toml").read_bytes())
+    with pytest.raises(SystemExit, match=r"another ruler.*dflash\.toml"):
+        recipes.main([*common, "--only", "dflash", "--reference", "dflash", "--run-files", str(mine)])

@@ -107,7 +107,18 @@ LEVERS: Final[dict[str, Lever]] = {
     "draws16": _set("draft.num_anchors=16", of=_EAGLE3, predicted="+0.2: 0.6 of the cost a step, so more steps"),
 }  # fmt: skip
 # Best ones together, by what is known of them alone.
-TOGETHER: Final = ("dspark+ce+anchors32", "dspark+ce+anchors64", "dspark+ce+batch8", "eagle3+labels+draws16")
+TOGETHER: Final = (
+    "dspark+ce+anchors32",
+    "dspark+ce+anchors64",
+    "dspark+ce+batch8",
+    "dspark+ce+muon",
+    "dspark+ce+muon+anchors32",
+    "dspark+ce+muon+anchors64",
+    "dspark+soft-ce+muon",
+    "eagle3+labels+draws16",
+    "eagle3+labels+muon",
+    "eagle3+labels+muon+draws16",
+)
 
 
 def rows() -> list[str]:
@@ -128,9 +139,9 @@ def parts(row: str) -> tuple[str, list[str]]:
     return drafter, names
 
 
-def run_file(row: str) -> Path:
+def run_file(row: str, folder: Path = QUICKSTART) -> Path:
     """The published recipe that a row starts from."""
-    return QUICKSTART / f"{parts(row)[0]}.toml"
+    return folder / f"{parts(row)[0]}.toml"
 
 
 def settings(row: str, steps: int) -> tuple[str, ...]:

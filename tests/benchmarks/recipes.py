@@ -11,14 +11,20 @@ Within a seed all rows have the same prompts, the same held-out prompts and, unl
 taps, the same answers and features. Each row is compared with its drafter as published, prompt by prompt, with a 95%
 interval of the difference. Beside it stands the draft's own time a round, and the tokens committed per second of it.
 
-Finished runs are kept, and an interrupted one goes on where it was, so the table may be made row by row; recipes.json
-and the tables have every finished run of the output folder. A run that was made with other settings is refused.
+Finished runs are kept, and an interrupted one goes on where it was, so the table may be made row by row, and by several
+calls at once if they make different rows; recipes.json and the tables have every finished run of the output folder. A
+run that was made with other settings is refused.
+
+With --run-files DIR the published recipes are DIR/dspark.toml and so on, for a target and data of your own. Levers set
+the same values there as for the quickstart, so take those whose values fit.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import os
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -26,10 +32,11 @@ from pathlib import Path
 from typing import Any
 
 from drafters import run, share
-from recipe_levers import parts, predicted, rows, run_file, settings
+from recipe_levers import QUICKSTART, parts, predicted, rows, run_file, settings
 
 from deepspec_core.config.load import load_run_file
 from deepspec_core.evaluation.paired import paired_difference
+from deepspec_core.evaluation.tasks import task_name
 from deepspec_core.pipeline.estimating import estimate
 from deepspec_core.pipeline.recorded_rounds import recorded_rounds
 from deepspec_core.pipeline.run import Run
@@ -44,6 +51,7 @@ NOT_SHARED = ("regenerate.", "data.", "target.")
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--run-files", type=Path, default=QUICKSTART, metavar="DIR", help="the published recipes")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
     parser.add_argument("--only", nargs="+", default=rows(), metavar="ROW", help="drafter+lever+..., default: all")
     parser.add_argument("--reference", default="dspark", metavar="ROW", help="the row that has --steps steps")
@@ -69,10 +77,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for row in options.only:
             folder = output / f"{row}-seed{seed}"
             share_stages(output, row, seed)
-            run(run_file(row), ruler.settings(row, folder, seed))
+            run(ruler.run_file(row), ruler.settings(row, folder, seed))
             found = finished(output, ruler)
             written = {"ruler": ruler.as_json(), "runs": found, "differences": differences(output, found)}
-            (output / "recipes.json").write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+            replace(output / "recipes.json", json.dumps(written, indent=1) + "\n")
     print(tables(found, differences(output, found)))
 
 
@@ -84,10 +92,14 @@ class Ruler:
         self._flops: dict[str, dict[str, int]] = {}
         self.budget = sum(self.flops(options.reference).values()) * options.steps
 
+    def run_file(self, row: str) -> Path:
+        """The published recipe that a row starts from."""
+        return run_file(row, self.options.run_files.resolve())
+
     def flops(self, row: str) -> dict[str, int]:
         """Of one optimizer step, by part. The target counts as run in every step, although the quickstart caches it."""
         if row not in self._flops:
-            path, opt = run_file(row), self.options
+            path, opt = self.run_file(row), self.options
             online = ('features.mode="online"', 'run.stages=["train"]', f"data.max_length={opt.tokens}")
             # No lever's cost depends on the number of steps.
             changed = (*settings(row, opt.steps), *opt.overrides, *online)
@@ -117,7 +129,20 @@ class Ruler:
     def as_json(self) -> dict[str, Any]:
         opt = self.options
         names = ("reference", "steps", "tokens", "prompts", "overrides")
-        return {"flops": self.budget, **{name: getattr(opt, name) for name in names}}
+        own = opt.run_files.resolve() != QUICKSTART
+        files = {path.name: digest(path) for path in sorted(opt.run_files.glob("*.toml"))} if own else {}
+        return {"flops": self.budget, **{name: getattr(opt, name) for name in names}, "run_files": files}
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def replace(path: Path, text: str) -> None:
+    """Write a file whole: another call may read or write it at the same time."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
 
 
 def same_ruler(path: Path, ruler: Ruler) -> None:
@@ -176,7 +201,15 @@ def finished(output: Path, ruler: Ruler) -> list[dict[str, Any]]:
 def figures(folder: Path) -> dict[str, Any]:
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     record = json.loads((folder / "train" / "stage.json").read_text(encoding="utf-8"))
-    kept = ("temperature", "samples", "rounds", "acceptance_length", "acceptance_length_interval", "conditional")
+    kept = (
+        "task",
+        "temperature",
+        "samples",
+        "rounds",
+        "acceptance_length",
+        "acceptance_length_interval",
+        "conditional",
+    )
     results = []
     for result in metrics["results"]:
         seconds = result["speculative"]["draft"] / result["rounds"]
@@ -193,7 +226,7 @@ def figures(folder: Path) -> dict[str, Any]:
 
 
 def differences(output: Path, found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each row's accepted length minus its drafter's as published, by seed and temperature, paired by prompts."""
+    """Each row's accepted length minus its drafter's as published, by seed, task and temperature, paired by prompts."""
     made = {(one["row"], one["seed"]) for one in found}
     differing = []
     for one in found:
@@ -202,15 +235,19 @@ def differences(output: Path, found: Sequence[dict[str, Any]]) -> list[dict[str,
             continue
         for result in one["results"]:
             pair = (
-                recorded_rounds(output / f"{row}-seed{one['seed']}", temperature=result["temperature"]).completions
+                recorded_rounds(output / f"{row}-seed{one['seed']}", **_of(result)).completions
                 for row in (one["row"], drafter)
             )
             difference = paired_difference(*pair, seed=one["seed"])
             if difference is None:
                 sys.exit(f"{one['row']}, seed {one['seed']}: other prompts than {drafter}: choose another --output")
-            where = {"row": one["row"], "seed": one["seed"], "temperature": result["temperature"]}
+            where = {"row": one["row"], "seed": one["seed"], **{key: result[key] for key in ("task", "temperature")}}
             differing.append({**where, "ahead": difference.value, "interval": list(difference.interval)})
     return differing
+
+
+def _of(result: dict[str, Any]) -> dict[str, Any]:
+    return {"tasks": [result["task"]], "temperature": result["temperature"]}
 
 
 def plan(ruler: Ruler, names: Sequence[str]) -> str:
@@ -228,7 +265,7 @@ def tables(found: Sequence[dict[str, Any]], differing: Sequence[dict[str, Any]])
     lines: list[str] = []
     seeds = sorted({one["seed"] for one in found})
     for index, result in enumerate(found[0]["results"]):
-        lines += ["", f"Temperature {result['temperature']:g}:", ""]
+        lines += ["", f"{task_name(result['task'])}, temperature {result['temperature']:g}:", ""]
         heads = [*(f"seed {seed}" for seed in seeds), "mean", "ahead", *(f"ahead, seed {seed}" for seed in seeds)]
         lines += [f"| row | steps | {' | '.join(heads)} | draft ms a round | tokens a draft second | predicted |"]
         lines += [f"|---|---|{'---|' * len(heads)}---|---|---|"]
@@ -236,11 +273,7 @@ def tables(found: Sequence[dict[str, Any]], differing: Sequence[dict[str, Any]])
             of_row = {one["seed"]: one for one in found if one["row"] == row}
             results = {seed: one["results"][index] for seed, one in of_row.items()}
             lengths = {seed: one["acceptance_length"] for seed, one in results.items()}
-            ahead = {
-                one["seed"]: one
-                for one in differing
-                if one["row"] == row and one["temperature"] == result["temperature"]
-            }
+            ahead = {one["seed"]: one for one in differing if one["row"] == row and _of(one) == _of(result)}
             cells = [str(next(iter(of_row.values()))["steps"]), *_by_seed(seeds, lengths)]
             cells += [f"{statistics.mean(lengths.values()):.3f}", _mean([one["ahead"] for one in ahead.values()])]
             cells += [_interval(ahead.get(seed)) for seed in seeds]
