@@ -1,8 +1,9 @@
-"""Item 5: the drafters of the quickstart, trained three times as long, three seeds, both temperatures (../drafters.py).
+"""Item 5: three drafters with the published and the recommended recipe, trained three times as long (../recipes.py).
 
     python tests/benchmarks/gpu/real_run.py --output runs/gpu/real-run
 
-One step a seed and drafter; they share answers and features within a seed, and each run resumes where it was ended.
+One step a seed and row, both temperatures. Rows share answers and features within a seed, and have as many steps as
+make their compute equal. Each run resumes where it was ended.
 """
 
 from __future__ import annotations
@@ -10,33 +11,32 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from steps import BENCHMARKS, Step, options_of, run
+from steps import Step, options_of, run
 
-sys.path.insert(0, str(BENCHMARKS))
-from drafters import CONFIGURATIONS
-
-SEEDS = (42, 43, 44)
+SEEDS: Final = (42, 43, 44)
+ROWS: Final = ("dspark", "dspark+ce+muon", "dflash", "dflash+muon", "eagle3", "eagle3+labels+muon")
+# Of the reference, three times the quickstart's.
+STEPS: Final = 2826
 
 
 def main() -> int:
     options = options_of(__doc__)
-    names = ["dflash"] if options.tiny else list(CONFIGURATIONS)
-    seeds = SEEDS[:1] if options.tiny else SEEDS
+    common = ["--steps", str(STEPS)]
+    if options.tiny:
+        common = ["--steps", "2", "--prompts", "2"]
+        for setting in (
+            "evaluate.max_new_tokens=8", 'data.sources=[{path="builtin:tiny-dialogues",limit=24}]',
+            "regenerate.max_tokens=24", "train.global_batch_size=4", "train.micro_batch_size=4",
+        ):  # fmt: skip
+            common += ["--set", setting]
     steps = []
-    for seed in seeds:
-        for number, name in enumerate(names):
-            # The first one's answers and features are shared, so it is named in every call.
-            only = [names[0]] if number == 0 else [names[0], name]
-            arguments = ["tests/benchmarks/drafters.py", "--output", str(options.output / "runs"), "--only", *only]
-            arguments += ["--seeds", str(seed)]
-            arguments += ["--set", "train.epochs=18"] if not options.tiny else [
-                "--prompts", "2", "--set", "train.max_steps=2", "--set", "evaluate.max_new_tokens=8",
-                "--set", 'data.sources=[{path="builtin:tiny-dialogues",limit=24}]', "--set", "regenerate.max_tokens=8",
-                "--set", "train.global_batch_size=4", "--set", "train.micro_batch_size=4",
-            ]  # fmt: skip
-            folder = options.output / "runs" / f"{name.replace(', ', '-').replace(' ', '-')}-seed{seed}"
+    for seed in SEEDS[:1] if options.tiny else SEEDS:
+        for row in ROWS[:2] if options.tiny else ROWS:
+            folder = options.output / "runs" / f"{row}-seed{seed}"
+            arguments = ["tests/benchmarks/recipes.py", "--output", str(folder.parent), *common]
+            arguments += ["--only", row, "--seeds", str(seed)]
             steps.append(
                 Step(name=folder.name, arguments=arguments, limit=300, figures=lambda folder=folder: figures(folder))
             )
