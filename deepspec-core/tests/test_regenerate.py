@@ -12,7 +12,8 @@ from deepspec_core.config.schema import RegenerateOptions, SourceOptions
 from deepspec_core.contracts.proposer import Sampling
 from deepspec_core.contracts.target import SamplingDefaults
 from deepspec_core.data.conversations import Conversation, from_row
-from deepspec_core.data.regenerate import RegenerateReport, regenerate, sample_seed, sampling_of
+from deepspec_core.data.regenerate import regenerate, sample_seed, sampling_of
+from deepspec_core.data.regenerate_report import RegenerateReport
 from deepspec_core.data.sources import read_sources
 from deepspec_core.data.tokenize import ChatTokenizer
 from deepspec_core.errors import DataError
@@ -255,15 +256,24 @@ def test_failures_go_to_a_side_file(tmp_path: Path, tokenizer: ChatTokenizer) ->
         ),
     ]
     out = tmp_path / "out.jsonl"
-    with pytest.raises(DataError, match=r"(?s)3 of 11.*max_failures"):
-        _run(out, [*_conversations(8), *bad], tokenizer, options={"max_failures": 0.1})
+    with pytest.raises(DataError, match=r"(?s)2 of 11.*max_failures"):
+        _run(out, [*_conversations(8), *bad], tokenizer, options={"max_failures": 0.05})
     assert not out.exists()
     report = _run(out, [*_conversations(8), *bad], tokenizer, options={"max_failures": 0.5})
-    assert (report.conversations, report.failures, report.skipped) == (8, 3, 8)
-    failures = {row["id"]: row["reason"] for row in _rows(report.failures_path)}
-    assert failures.keys() == {"long", "mute", "tool"}
-    assert "do not fit 256" in failures["long"]
-    assert _run(out, [], tokenizer).failures == 3
+    assert (report.conversations, report.failures, report.too_long, report.skipped) == (8, 2, 1, 8)
+    left_out = {row["id"]: row for row in _rows(report.failures_path)}
+    assert left_out.keys() == {"long", "mute", "tool"}
+    assert "do not fit 256" in left_out["long"]["reason"]
+    assert [name for name, row in left_out.items() if row.get("too_long")] == ["long"]
+    again = _run(out, [], tokenizer)
+    assert (again.failures, again.too_long) == (2, 1)
+
+
+def test_any_number_of_prompts_may_be_too_long(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
+    """Nothing is wrong with them, and how many there are says nothing about the others."""
+    long = [from_row({"id": f"long {i}", "turns": ["word " * 200]}, "test") for i in range(20)]
+    report = _run(tmp_path / "out.jsonl", [*long, *_conversations(2)], tokenizer, options={"max_failures": 0.0})
+    assert (report.conversations, report.failures, report.too_long) == (2, 0, 20)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ from deepspec_core.config.schema import RegenerateOptions
 from deepspec_core.contracts.proposer import Sampling
 from deepspec_core.data.answering import Answer
 from deepspec_core.data.conversations import from_row
-from deepspec_core.data.regenerate import RegenerateReport, regenerate
+from deepspec_core.data.regenerate import regenerate
+from deepspec_core.data.regenerate_report import RegenerateReport
 from deepspec_core.data.tokenize import ChatTokenizer
 from deepspec_core.decoding.engine import Completion, Request
 from deepspec_core.testing.tiny_tokenizer import tiny_format, tiny_tokenizer

@@ -18,7 +18,8 @@ from stand_in_server import MODEL, StandIn, standing_in, wait_until
 from deepspec_core.config.schema import RegenerateOptions
 from deepspec_core.contracts.proposer import Sampling
 from deepspec_core.data.conversations import Conversation, from_row
-from deepspec_core.data.regenerate import RegenerateReport, regenerate
+from deepspec_core.data.regenerate import regenerate
+from deepspec_core.data.regenerate_report import RegenerateReport
 from deepspec_core.data.tokenize import ChatTokenizer
 from deepspec_core.errors import ConfigError, DataError
 from deepspec_core.servers.answering import Answering

@@ -18,7 +18,8 @@ from deepspec_core.config.schema import RegenerateOptions
 from deepspec_core.contracts.proposer import Sampling
 from deepspec_core.crew import Crew
 from deepspec_core.data.conversations import from_row
-from deepspec_core.data.regenerate import RegenerateReport, regenerate
+from deepspec_core.data.regenerate import regenerate
+from deepspec_core.data.regenerate_report import RegenerateReport
 from deepspec_core.data.tokenize import ChatTokenizer
 from deepspec_core.decoding.engine import Request
 from deepspec_core.errors import DataError, StageError
@@ -56,8 +57,9 @@ def answers(
         target = Talker()
         target.steps, target.how = (steps or {}).get(crew.rank, -1), how
         rows = [{"id": f"c{i}", "turns": [f"Question {i}?", "And then?"][: 1 + i % 2]} for i in range(14)]
-        rows[5] = {"id": "c5", "turns": ["a" * 300]}  # too long
-        rows[8] = {"id": "c8", "turns": ["b" * 300]}
+        rows[5] = {"id": "c5", "turns": ["a", "\ud800"]}  # not Unicode
+        rows[8] = {"id": "c8", "turns": ["\ud800"]}
+        rows.append({"id": "c14", "turns": ["a" * 300]})  # too long
         return regenerate(
             (from_row(row, "test") for row in rows),
             target=target,
@@ -97,7 +99,8 @@ def test_two_workers_regenerate_what_one_does(tmp_path: Path, alone: tuple[bytes
     assert 0 < second.written < 12
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "out.jsonl.failures.jsonl"]
     failures = [json.loads(line)["id"] for line in (tmp_path / "out.jsonl.failures.jsonl").read_text().splitlines()]
-    assert sorted(failures) == ["c5", "c8"]
+    assert sorted(failures) == ["c14", "c5", "c8"]
+    assert (first.failures, first.too_long) == (2, 1)
     assert _same(answers(out, 3)[0], alone[1]), "done, and looked at once more"
 
 
@@ -133,7 +136,7 @@ def test_failures_are_counted_over_all_workers(tmp_path: Path) -> None:
     """Each has one, which its own share would forgive."""
     ends = answers(tmp_path / "out.jsonl", 2, max_failures=0.05)
     assert isinstance(ends[0], DataError)
-    assert "2 of 14" in str(ends[0])
+    assert "2 of 15" in str(ends[0])
     assert len((tmp_path / "out.jsonl.partial").read_bytes().splitlines()) == 12, "nothing is lost"
 
 

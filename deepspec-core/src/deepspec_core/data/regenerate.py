@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Final
 
-from attrs import define, field, frozen
+from attrs import define, field
 
 from deepspec_core.config.schema import RegenerateOptions
 from deepspec_core.contracts.proposer import Sampling
@@ -25,11 +25,15 @@ from deepspec_core.data.conversations import Conversation
 from deepspec_core.data.dialogue import Dialogue, has_results
 from deepspec_core.data.failure_budget import FailureBudget
 from deepspec_core.data.left_out import name_of
+from deepspec_core.data.regenerate_report import RegenerateReport, report_of
 from deepspec_core.data.regenerated_file import (
+    CUT,
+    MARKS,
+    TOO_LONG,
     beside,
     count_lines,
-    cut_answers,
     finish,
+    left_out,
     tally_of,
     write_checked,
     write_line,
@@ -44,37 +48,6 @@ from deepspec_core.errors import DataError
 log = logging.getLogger("deepspec")
 
 NO_CALLS: Final = "it has tool results, and the chat template writes no tool calls"
-
-
-@frozen(kw_only=True)
-class RegenerateReport:
-    """The counts of the whole file, with those of earlier runs. `written` is this run's share, `skipped` theirs.
-
-    `unfinished` conversations end in an answer that met the token limit, kept without an end marker; `empty` ones in an
-    answer without text. `cut` conversations were left out because their first answer met it. `dropped_turns` would have
-    followed such an unfinished answer or were answered so and taken back, did not fit max_length, or are refused by the
-    template or for a control token in their text.
-    `rerendered_answers` are earlier answers whose tokens changed when the next prompt was rendered (thinking dropped,
-    other merges): each is kept as a row of its own, with the prompt it answered. `mismatched_answers` have ids that
-    were made from a server's text and are not as many as it counted. `replayed_results` are recorded tool results that
-    were said after the target's own calls; `skipped_results` were not: no call asked for them, or a turn was dropped.
-    """
-
-    path: Path
-    conversations: int
-    written: int
-    skipped: int
-    failures: int
-    failures_path: Path
-    output_tokens: int
-    unfinished: int
-    empty: int
-    dropped_turns: int
-    rerendered_answers: int
-    cut: int
-    mismatched_answers: int
-    replayed_results: int
-    skipped_results: int
 
 
 def sample_seed(seed: int, identity: str, turn: int = 0) -> int:
@@ -135,11 +108,11 @@ def regenerate(
     partial, failures_path = beside(out, ".partial"), beside(out, ".failures.jsonl")
     if crew.told_by_first("regenerated before", out.exists()):
         if not crew.first:
-            return _report(out, failures_path, Counter(), written=0, failures=0, cut=0)
+            return report_of(out, failures_path, Counter(), written=0, failures=0, **dict.fromkeys(MARKS, 0))
         partial.unlink(missing_ok=True)
-        num_cut = len(cut_answers(failures_path))
-        failures = count_lines(failures_path) - num_cut
-        return _report(out, failures_path, tally_of(out), written=0, failures=failures, cut=num_cut)
+        out_of = {mark: len(left_out(failures_path, mark)) for mark in MARKS}
+        failures = count_lines(failures_path) - sum(out_of.values())
+        return report_of(out, failures_path, tally_of(out), written=0, failures=failures, **out_of)
     if answerer is None:
         assert target is not None, "somebody answers"
         answerer = in_process(
@@ -178,14 +151,14 @@ def regenerate(
                     keep(line, outcome)
                     write_checked(lines, line)
                     progress.advance(failures=budget.failures)
-        counts = {"written": work.num_written, "failures": budget.own, "cut": work.num_cut}
+        counts = {"written": work.num_written, "failures": budget.own, **{mark: work.left_out[mark] for mark in MARKS}}
         told = files.collect(counts, work.order)
     if not crew.first:
-        return _report(out, failures_path, Counter(conversations=work.num_written), **counts)
+        return report_of(out, failures_path, Counter(conversations=work.num_written), **counts)
     budget.check_all(told["failures"], len(work.order))
     tally = finish(partial, out, list(work.order))
     numbers = {**told, "cut": files.cut + told["cut"]}
-    return _report(out, failures_path, tally, **{name: numbers.get(name, 0) for name in counts})
+    return report_of(out, failures_path, tally, **{name: numbers.get(name, 0) for name in counts})
 
 
 @define
@@ -207,7 +180,7 @@ class _Work:
     order: dict[str, None] = field(factory=dict)
     under_way: dict[str, Dialogue] = field(factory=dict)
     next_turns: deque[Request] = field(factory=deque)
-    num_cut: int = 0
+    left_out: Counter[str] = field(factory=Counter)
     num_written: int = 0
     num_missing: int = 0
 
@@ -273,8 +246,7 @@ class _Work:
             return self._line(dialogue, 1 + dialogue.questions_ahead)
         identity = dialogue.conversation.id
         del self.under_way[identity]
-        self.num_cut += 1
-        write_line(self.failures, {"id": identity, "reason": f"cut at {self.options.max_tokens} tokens", "cut": True})
+        self._leave_out(identity, f"cut at {self.options.max_tokens} tokens", CUT)
         return None
 
     def _line(self, dialogue: Dialogue, dropped: int) -> dict[str, Any]:
@@ -311,9 +283,16 @@ class _Work:
                 if len(request.prompt_ids) < self.max_length:
                     self.under_way[conversation.id] = dialogue
                     return request
-                reason = f"{len(request.prompt_ids)} prompt tokens do not fit {self.max_length}"
+                found = f"{len(request.prompt_ids)} prompt tokens do not fit {self.max_length}"
+                self._leave_out(conversation.id, found, TOO_LONG)
+                return None
         self._fail(conversation.id, reason)
         return None
+
+    def _leave_out(self, identity: str, reason: str, mark: str) -> None:
+        """It is no failure: nothing is wrong with the conversation."""
+        self.left_out[mark] += 1
+        write_line(self.failures, {"id": identity, "reason": reason, mark: True})
 
     def _fail(self, identity: str, reason: str) -> None:
         write_line(self.failures, {"id": identity, "reason": reason})
@@ -372,25 +351,3 @@ class _Work:
             else:
                 rewritten.append(turn)
         return spans, rewritten
-
-
-def _report(
-    out: Path, failures_path: Path, tally: Counter[str], *, written: int, failures: int, cut: int
-) -> RegenerateReport:
-    return RegenerateReport(
-        path=out,
-        conversations=tally["conversations"],
-        written=written,
-        skipped=tally["conversations"] - written,
-        failures=failures,
-        failures_path=failures_path,
-        output_tokens=tally["output_tokens"],
-        unfinished=tally["unfinished"],
-        empty=tally["empty"],
-        dropped_turns=tally["dropped_turns"],
-        rerendered_answers=tally["rerendered_answers"],
-        cut=cut,
-        mismatched_answers=tally["mismatched_answers"],
-        replayed_results=tally["replayed_results"],
-        skipped_results=tally["skipped_results"],
-    )

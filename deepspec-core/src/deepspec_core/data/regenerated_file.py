@@ -33,6 +33,11 @@ _FIELDS: Final = {
     "dropped_turns": int,
     "rewritten": list,
 }
+# Marks of lines of the side file that are no failures: the first answer met the token limit, or the first prompt leaves
+# no room for an answer.
+CUT: Final = "cut"
+TOO_LONG: Final = "too_long"
+MARKS: Final = (CUT, TOO_LONG)
 
 
 def beside(out: Path, suffix: str) -> Path:
@@ -179,10 +184,10 @@ def count_lines(path: Path) -> int:
     return sum(1 for _ in path.open("rb")) if path.exists() else 0
 
 
-def cut_answers(failures: Path) -> dict[str, dict[str, Any]]:
-    """The conversations in the side file, by id: they were left out because their first answer met the token limit.
+def left_out(failures: Path, mark: str) -> dict[str, dict[str, Any]]:
+    """The lines of the side file with one of MARKS, by id: conversations that were left out and are no failures.
 
-    They were answered: a rerun does not ask them again. Failures are tried again.
+    Those marked as CUT were answered, so a rerun does not ask them again. It looks at all others again.
     """
     found = {}
     for line in failures.open("rb") if failures.exists() else ():
@@ -191,6 +196,6 @@ def cut_answers(failures: Path) -> dict[str, dict[str, Any]]:
         except (ValueError, RecursionError):
             continue  # torn by a kill
         # A line that was damaged costs one conversation's answer, which is asked for again.
-        if isinstance(entry, dict) and entry.get("cut") and isinstance(entry.get("id"), str):
+        if isinstance(entry, dict) and entry.get(mark) and isinstance(entry.get("id"), str):
             found[entry["id"]] = entry
     return found

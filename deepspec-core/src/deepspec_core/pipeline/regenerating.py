@@ -8,7 +8,8 @@ from typing import Any
 
 from deepspec_core.crew import ALONE
 from deepspec_core.data.answering import Answerer
-from deepspec_core.data.regenerate import RegenerateReport, regenerate, sampling_of
+from deepspec_core.data.regenerate import regenerate, sampling_of
+from deepspec_core.data.regenerate_report import RegenerateReport
 from deepspec_core.data.several_answers import several
 from deepspec_core.pipeline import contents, workers
 from deepspec_core.pipeline.run import Run
@@ -40,6 +41,12 @@ def run_stage(run: Run) -> dict[str, Any]:
     with_features = without.pop("", 0)
     for reason, count in without.most_common():
         log.warning("%d answers were received without features; the cache stage will request them: %s", count, reason)
+    if report.too_long:
+        log.warning(
+            "%d conversations were left out: their first prompt has data.max_length (%d) tokens or more",
+            report.too_long,
+            run.data.max_length,
+        )
     if report.skipped_results:
         log.info(
             "%d recorded tool results were skipped, and %d were replayed after the target's own tool calls",
@@ -52,6 +59,7 @@ def run_stage(run: Run) -> dict[str, Any]:
         "failures": report.failures,
         "unfinished": report.unfinished,
         "cut": report.cut,
+        "too_long": report.too_long,
         "empty": report.empty,
         "dropped_turns": report.dropped_turns,
         "rerendered_answers": report.rerendered_answers,
