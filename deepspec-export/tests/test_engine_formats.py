@@ -43,6 +43,7 @@ DRAFTS = {
 REFUSED = {
     "dspark, gated": ("vllm", "speculators"),
     "dspark, rnn": ("vllm", "speculators"),
+    "dflash of qwen2 in qwen3's style": ("sglang",),
     "dspark of gemma4 in qwen3's style": ("sglang",),
     "eagle3": ("sglang",),
     "eagle3, two layers": ("sglang",),

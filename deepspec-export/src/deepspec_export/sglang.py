@@ -17,11 +17,22 @@ WRITTEN_FOR: Final = {"sglang": "0.5.23"}
 _ENGINE: Final = "SGLang"
 _DFLASH, _DSPARK, _EAGLE3 = "DFlashDraftModel", "Qwen3DSparkModel", "LlamaForCausalLMEagle3"
 _HEADS: Final = ("vanilla", "gated", "rnn")
+_EAGLE3_INSTEAD: Final = 'Train an Eagle3 draft with [draft.layer] style = "llama"'
+# By its classes of targets, which tests/test_sglang_package.py asks: they give outputs of layers to Eagle3 only.
+_WITHOUT_BLOCK_TAPS: Final = {
+    "qwen2": f"{_EAGLE3_INSTEAD}, or export to vllm.",
+    "gemma3": f"{_EAGLE3_INSTEAD}.",
+    "gemma3_text": f"{_EAGLE3_INSTEAD}.",
+}
 
 
 def unservable(facts: ExportFacts) -> str | None:
     """Why SGLang cannot serve the draft, and the nearest alternative, or None."""
     if facts.description.algorithm != "eagle3":
+        if reason := layers.unread_target(
+            facts, engine=f"{_ENGINE}, for DFlash and DSpark,", without=_WITHOUT_BLOCK_TAPS
+        ):
+            return reason
         if reason := layers.block_draft_unlike_engine(facts, engine=_ENGINE):
             return reason
         target = layers.scales_embedding(facts)
