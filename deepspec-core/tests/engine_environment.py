@@ -33,8 +33,9 @@ def environment(
 ) -> Path:
     """The interpreter of an environment that has these packages, built where it is not there.
 
-    `alone`: packages that are installed without what they depend on. `without`: packages that are removed again. `known_as`: another name and version, such as "vllm 0.32.0", under which
-    a package looks itself up. `module`: what must import. Skips the test where pip fails.
+    `alone`: packages that are installed without what they depend on. `without`: packages that are removed again.
+    `known_as`: another name and version, such as "vllm 0.32.0", under which a package looks itself up. `module`: what
+    must import. Skips the test where pip fails.
     """
     key = hashlib.sha256(
         "\n".join([sys.version, *requirements, *alone, *without, known_as or "", module]).encode()
