@@ -22,6 +22,7 @@ from deepspec_core.checkpoints.export_facts import facts_of, target_name
 from deepspec_core.checkpoints.exports import Format
 from deepspec_core.contracts.draft import DraftModel
 from deepspec_core.contracts.export import ExportFacts
+from deepspec_core.contracts.target import TargetAdapter
 from deepspec_core.families.styled import TARGET_FAMILY
 from deepspec_core.interface.models import Target
 from deepspec_core.layers.options import LayerOptions
@@ -59,6 +60,8 @@ DRAFTS: dict[str, tuple[str, dict[str, Any]]] = {
     "dspark, gated": ("dspark", {"head": "gated"}),
     "dspark, rnn": ("dspark", {"head": "rnn"}),
 }
+# Only read: SGLang's attention in PyTorch has no window where attention is not causal.
+WINDOWED = ("dflash", {"anchor_predicts": False, "layer": {"window": WINDOW}})
 ATOL = 1e-4
 HEADS = {"gated": "GatedMarkovHead", "rnn": "RNNHead"}
 
@@ -94,11 +97,11 @@ def _folder_of(target: Target) -> Path:
     return Path(target.plugins.registry.load("builtin", "tiny-qwen3")())
 
 
-def _made(target: Target, algorithm: str, options: dict[str, Any]) -> DraftModel:
+def _made(target: Target, algorithm: str, options: dict[str, Any]) -> tuple[DraftModel, TargetAdapter]:
     registry = target.plugins.registry
     spec = registry.get("draft", algorithm)
     assert spec.options is not None
-    small = {"block_size": BLOCK, "ttt_length": 4, "num_layers": 2} | options
+    small = {"block_size": BLOCK, "ttt_length": 4, "num_layers": 2, "mask_token_id": 3} | options
     made = spec.options(**{one.name: small[one.name] for one in fields(spec.options) if one.name in small})
     if algorithm == "dspark":
         markov = {"rank": options.get("rank", RANK), "head": options.get("head", "vanilla")}
@@ -111,7 +114,7 @@ def _made(target: Target, algorithm: str, options: dict[str, Any]) -> DraftModel
     if draft.vocabulary is not None:
         draft.vocabulary.choose(KNOWN)
     draft.adopt(target.model.embedding_weight(), target.model.head_weight())
-    return draft
+    return draft, adapter
 
 
 def _renamed(folder: Path) -> None:
@@ -137,10 +140,6 @@ BROKEN: dict[str, tuple[str, Callable[[Path], None]]] = {
     "the other convention of slots": ("dspark", _with_keys(lambda keys: keys.update(sample_from_anchor=False))),
     "causal blocks": ("dflash", _with_keys(lambda keys: keys.update(is_causal=True))),
     "another rotary base": ("eagle3", _with_keys(lambda keys: keys["rope_parameters"].update(rope_theta=1e6))),
-    "a window": (
-        "dflash",
-        _with_keys(lambda keys: keys.update(layer_types=["sliding_attention"] * 2, sliding_window=WINDOW)),
-    ),
 }
 
 
@@ -151,14 +150,15 @@ def answers(target: Target, tmp_path_factory: pytest.TempPathFactory) -> Answers
     folder = tmp_path_factory.mktemp("sglang")
     asked = [(name, name, lambda _: None, "sglang", "compact") for name in DRAFTS]
     asked += [(name, of, change, "sglang", "compact") for name, (of, change) in BROKEN.items()]
+    asked += [("window", "window", lambda _: None, "sglang", "static")]
     asked += [("z-lab's layout", "dflash", lambda _: None, "z-lab", "static")]
     asked += [("no confidence, dynamic", "dspark, no confidence", lambda _: None, "sglang", "dynamic")]
     drafts: dict[str, tuple[DraftModel, ExportFacts, Tensor, Tensor | None]] = {}
     text = torch.arange(30) * 7 % 1024
     for name, of, change, format_name, mode in asked:
-        algorithm, options = DRAFTS[of]
-        draft = _made(target, algorithm, options)
-        facts = facts_of(draft, target.adapter, target=target_name("builtin:tiny-qwen3", base=folder))
+        algorithm, options = DRAFTS.get(of, WINDOWED)
+        draft, adapter = _made(target, algorithm, options)
+        facts = facts_of(draft, adapter, target=target_name("builtin:tiny-qwen3", base=folder))
         exported = folder / name / "export"
         exported.parent.mkdir()
         Format.of(format_name, algorithm, target.plugins.registry).write(draft, facts, exported)
@@ -252,7 +252,9 @@ def test_what_is_broken_shows(answers: Answers) -> None:
     assert renamed["skipped"] == ["layers.0.self_attn.query_norm.weight"]
     later = answers.asked["layers counted from one"]
     assert later.found["captured_before"] == [tap + 2 for tap in TAPS]
-    assert (later.computed["features"] - answers.features).abs().max() > 0.1
+    width = answers.features.shape[-1] // len(TAPS)
+    assert later.computed["features"].shape[-1] == 2 * width, "none of what the target's last layer puts out"
+    assert (later.computed["features"][:, :width] - answers.features[:, :width]).abs().max() > 0.1
     assert answers.asked["causal blocks"].found["attention"] == ["DECODER"]
     slots = answers.asked["the other convention of slots"]
     assert slots.found["sample_from_anchor"] is False
@@ -261,8 +263,7 @@ def test_what_is_broken_shows(answers: Answers) -> None:
 
 
 def test_a_window_counts_what_is_before_a_token(answers: Answers) -> None:
-    """Only read: SGLang's attention in PyTorch has no window where attention is not causal."""
-    found = answers.asked["a window"].found
+    found = answers.asked["window"].found
     assert (found["windows"], found["attention"]) == ([WINDOW - 1] * 2, ["ENCODER_ONLY"])
 
 

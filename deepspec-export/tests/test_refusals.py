@@ -34,6 +34,7 @@ REFUSALS = [
     (ENGINES, "dflash", "qwen3", {"taps": (-1, 2)}, ("the target's embedding (layer -1)", "target.layers from 0")),
     (ENGINES[::2], "dspark", "qwen3", {"markov": {"rank": 6, "head": "rnn"}}, ("vanilla", "export to sglang")),
     (ENGINES, "dspark", "qwen3", {**RANK, "vocab_size": 20}, ("reduced vocabulary", "without [draft] vocab_size")),
+    (("sglang",), "dspark", "qwen3", {**RANK, "taps": (1, 7)}, ("last layer, 7", "target.layers up to 6", "vllm")),
     (("sglang",), "eagle3", "qwen3", {}, ("norms of queries and keys", "qk_norm = false", "export to vllm")),
     (("sglang",), "eagle3", "llama", {"num_layers": 2}, ("2 layers", "num_layers = 1", "export to vllm")),
     (("sglang",), "eagle3", "llama", {"num_layers": 1, "layer": {"window": 8}}, ("command line", "export to vllm")),

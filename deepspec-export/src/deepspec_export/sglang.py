@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from deepspec_core.contracts.export import ExportFacts
+from deepspec_core.families.styled import TARGET_FAMILY
 from deepspec_export import layers, transformer_keys
 from deepspec_export.served import BLOCK, DFLASH, Served
 
@@ -25,9 +26,19 @@ _WITHOUT_BLOCK_TAPS: Final = {
     "gemma3_text": f"{_EAGLE3_INSTEAD}.",
 }
 
+# Its other classes give the inputs of layers, so not what the last one puts out.
+_GIVES_ALL_LAYERS: Final = "gemma"
+
 
 def unservable(facts: ExportFacts) -> str | None:
     """Why SGLang cannot serve the draft, and the nearest alternative, or None."""
+    family = str(facts.config.get(TARGET_FAMILY, facts.config["model_type"]))
+    if (last := layers.last_layer_read(facts)) is not None and not family.startswith(_GIVES_ALL_LAYERS):
+        return (
+            f"the draft reads the output of the target's last layer, {last}. SGLang gives the inputs of layers of "
+            f"{family} targets, and that output is no layer's input. Train with target.layers up to {last - 1}, or "
+            "export to vllm."
+        )
     if facts.description.algorithm != "eagle3":
         if reason := layers.unread_target(
             facts, engine=f"{_ENGINE}, for DFlash and DSpark,", without=_WITHOUT_BLOCK_TAPS
