@@ -166,7 +166,12 @@ def read(keys: Mapping[str, Any]) -> Served:
 
 def notes(served: Served) -> list[str]:
     """What whoever serves the export should know."""
-    return []
+    if served.method != "dspark" or served.confidence:
+        return []
+    return [
+        "SGLang serves a DSpark draft without a confidence head in its default verify mode only "
+        "(SGLANG_RAGGED_VERIFY_MODE=static), whatever enable_confidence_head says."
+    ]
 
 
 def command(served: Served, *, target: str, draft: str) -> str:
