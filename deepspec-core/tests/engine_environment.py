@@ -24,15 +24,21 @@ _ENOUGH_BYTES = 12 << 30
 
 
 def environment(
-    name: str, *requirements: str, without: Sequence[str] = (), known_as: str | None = None, module: str
+    name: str,
+    *requirements: str,
+    alone: Sequence[str] = (),
+    without: Sequence[str] = (),
+    known_as: str | None = None,
+    module: str,
 ) -> Path:
     """The interpreter of an environment that has these packages, built where it is not there.
 
-    `without`: packages that are removed again. `known_as`: another name and version, such as "vllm 0.32.0", under which
-    a package looks itself up. `module`: what must import. Skips the test where pip fails.
+    `alone`: packages that are installed without what they depend on. `without`: packages that are removed again.
+    `known_as`: another name and version, such as "vllm 0.32.0", under which a package looks itself up. `module`: what
+    must import. Skips the test where pip fails.
     """
     key = hashlib.sha256(
-        "\n".join([sys.version, *requirements, *without, known_as or "", module]).encode()
+        "\n".join([sys.version, *requirements, *alone, *without, known_as or "", module]).encode()
     ).hexdigest()[:12]
     folder = _CACHE / f"{name}-{key}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -44,6 +50,8 @@ def environment(
             shutil.rmtree(folder / "venv", ignore_errors=True)
             subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
             _pip(folder, "install", *requirements)
+            if alone:
+                _pip(folder, "install", "--no-deps", *alone)
             if without:
                 _pip(folder, "uninstall", "--yes", *without)
             if known_as is not None:

@@ -43,6 +43,7 @@ DRAFTS = {
 REFUSED = {
     "dspark, gated": ("vllm", "speculators"),
     "dspark, rnn": ("vllm", "speculators"),
+    "dflash of qwen2 in qwen3's style": ("sglang",),
     "dspark of gemma4 in qwen3's style": ("sglang",),
     "eagle3": ("sglang",),
     "eagle3, two layers": ("sglang",),
@@ -176,6 +177,15 @@ def test_a_dflash_draft_whose_anchor_predicts_is_a_dspark_draft_with_nothing_in_
         record = json.loads((folder / "export.json").read_text())
         assert record["served_as"]["method"] == "dspark"
         assert "adds nothing" in " ".join(record["notes"])
+
+
+def test_a_draft_without_confidence_head_says_how_sglang_serves_it(drafted: Callable[..., Any], tmp_path: Path) -> None:
+    for name, says in (("dspark", False), ("dspark, no confidence", True), ("dflash, anchor predicts", True)):
+        _, folder = _exported(drafted, name, "sglang", tmp_path / name)
+        assert ("default verify mode only" in (folder / "README.md").read_text()) is says
+        assert (
+            "SGLANG_RAGGED_VERIFY_MODE" in " ".join(json.loads((folder / "export.json").read_text())["notes"])
+        ) is says
 
 
 def test_a_window_slides_over_a_block_that_stays_bidirectional(drafted: Callable[..., Any], tmp_path: Path) -> None:

@@ -90,6 +90,12 @@ def scales_embedding(facts: ExportFacts) -> str | None:
     return str(target) if target is not None and str(target).startswith(_SCALED) else None
 
 
+def last_layer_read(facts: ExportFacts) -> int | None:
+    """The target's last layer, where the draft reads its output: no layer's input, which is what some engines give."""
+    count = facts.config.get("num_target_layers")
+    return None if count is None or max(facts.description.taps) < count - 1 else int(count) - 1
+
+
 def has_head_norms(facts: ExportFacts) -> bool:
     """Whether queries and keys are normed, as in Qwen3's layers and not in Llama's."""
     return all(f"layers.0.{name}" in facts.shapes for name in _NORMS)

@@ -73,11 +73,10 @@ def unservable(facts: ExportFacts) -> str | None:
             f"the draft's rotary embedding is of the type {rope.get('rope_type')}, and whether llama.cpp computes the "
             "same was not tried. Train with another [draft.layer] rope, or export to vllm."
         )
-    last = facts.config.get("num_target_layers")
-    if last is not None and max(facts.description.taps) >= last - 1:
+    if (last := layers.last_layer_read(facts)) is not None:
         return (
-            f"the draft reads the output of the target's last layer, {last - 1}; {_ENGINE} gives the inputs of layers, "
-            f"and that output is no layer's input. Train with target.layers up to {last - 2}, or export to vllm."
+            f"the draft reads the output of the target's last layer, {last}; {_ENGINE} gives the inputs of layers, "
+            f"and that output is no layer's input. Train with target.layers up to {last - 1}, or export to vllm."
         )
     return None
 

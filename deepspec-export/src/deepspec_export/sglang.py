@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from deepspec_core.contracts.export import ExportFacts
+from deepspec_core.families.styled import TARGET_FAMILY
 from deepspec_export import layers, transformer_keys
 from deepspec_export.served import BLOCK, DFLASH, Served
 
@@ -17,11 +18,32 @@ WRITTEN_FOR: Final = {"sglang": "0.5.23"}
 _ENGINE: Final = "SGLang"
 _DFLASH, _DSPARK, _EAGLE3 = "DFlashDraftModel", "Qwen3DSparkModel", "LlamaForCausalLMEagle3"
 _HEADS: Final = ("vanilla", "gated", "rnn")
+_EAGLE3_INSTEAD: Final = 'Train an Eagle3 draft with [draft.layer] style = "llama"'
+# By its classes of targets, which tests/test_sglang_package.py asks: they give outputs of layers to Eagle3 only.
+_WITHOUT_BLOCK_TAPS: Final = {
+    "qwen2": f"{_EAGLE3_INSTEAD}, or export to vllm.",
+    "gemma3": f"{_EAGLE3_INSTEAD}.",
+    "gemma3_text": f"{_EAGLE3_INSTEAD}.",
+}
+
+# Its other classes give the inputs of layers, so not what the last one puts out.
+_GIVES_ALL_LAYERS: Final = "gemma"
 
 
 def unservable(facts: ExportFacts) -> str | None:
     """Why SGLang cannot serve the draft, and the nearest alternative, or None."""
+    family = str(facts.config.get(TARGET_FAMILY, facts.config["model_type"]))
+    if (last := layers.last_layer_read(facts)) is not None and not family.startswith(_GIVES_ALL_LAYERS):
+        return (
+            f"the draft reads the output of the target's last layer, {last}. SGLang gives the inputs of layers of "
+            f"{family} targets, and that output is no layer's input. Train with target.layers up to {last - 1}, or "
+            "export to vllm."
+        )
     if facts.description.algorithm != "eagle3":
+        if reason := layers.unread_target(
+            facts, engine=f"{_ENGINE}, for DFlash and DSpark,", without=_WITHOUT_BLOCK_TAPS
+        ):
+            return reason
         if reason := layers.block_draft_unlike_engine(facts, engine=_ENGINE):
             return reason
         target = layers.scales_embedding(facts)
@@ -144,7 +166,12 @@ def read(keys: Mapping[str, Any]) -> Served:
 
 def notes(served: Served) -> list[str]:
     """What whoever serves the export should know."""
-    return []
+    if served.method != "dspark" or served.confidence:
+        return []
+    return [
+        "SGLang serves a DSpark draft without a confidence head in its default verify mode only "
+        "(SGLANG_RAGGED_VERIFY_MODE=static), whatever enable_confidence_head says."
+    ]
 
 
 def command(served: Served, *, target: str, draft: str) -> str:
