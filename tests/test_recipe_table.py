@@ -71,7 +71,7 @@ def test_a_dearer_step_means_fewer_of_them(recipes: Any, levers: Any) -> None:
     assert ruler.steps("dflash+anchors32") < 100 < ruler.steps("dflash+anchors8")
 
 
-@pytest.mark.parametrize("name", ["dspark", "eagle3"])
+@pytest.mark.parametrize("name", ["dflash", "dspark", "eagle3"])
 def test_recommended_run_files_are_the_quickstart_with_what_init_recommends(name: str) -> None:
     plugins = load_plugins()
     quickstart = EXAMPLES / "quickstart" / f"{name}.toml"
@@ -80,6 +80,7 @@ def test_recommended_run_files_are_the_quickstart_with_what_init_recommends(name
     changed = [f"draft.{key}={json.dumps(value)}" for key, value in recipe.options.items()]
     terms = recipe.loss.get("terms", {})
     changed += [f"loss.terms={{{', '.join(f'{term} = {value}' for term, value in terms.items())}}}"] if terms else []
+    changed += [f"train.{key}={json.dumps(value)}" for key, value in recipe.train.items()]
     expected = load_run_file(quickstart, overrides=changed, plugins=plugins)
     found = load_run_file(EXAMPLES / "recipes" / "recommended" / f"{name}.toml", plugins=plugins)
     assert found.run.name == f"recommended-{name}"
@@ -122,6 +123,13 @@ def test_the_table_row_by_row(recipes: Any, tmp_path: Path, capsys: pytest.Captu
     table = capsys.readouterr().out
     assert "held-out, temperature 0:" in table
     assert len([line for line in table.splitlines() if line.startswith("| dflash")]) == 3
+    recipes.main([*common, "--only", "dflash", "--against", "dflash+anchors8"])
+    against = json.loads((tmp_path / "recipes.json").read_text())["differences"]
+    assert [(one["row"], one["against"]) for one in against] == [
+        ("dflash", "dflash+anchors8"),
+        ("dflash+taps-late", "dflash+anchors8"),
+    ]
+    assert against[0]["ahead"] == pytest.approx(-found["differences"][0]["ahead"])
     with pytest.raises(SystemExit, match="another ruler"):
         recipes.main([*common, "--only", "dflash", "--tokens", "200"])
     # A folder of one's own run files is part of the ruler, by its contents.

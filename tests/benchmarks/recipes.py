@@ -8,8 +8,9 @@ loss's products and the optimizer's. A row has as many steps as make its total t
 --steps. Anchors count as drawn, so a row with more of them than a sample has room for is charged too much.
 
 Within a seed all rows have the same prompts, the same held-out prompts and, unless a lever changes the answers or the
-taps, the same answers and features. Each row is compared with its drafter as published, prompt by prompt, with a 95%
-interval of the difference. Beside it stands the draft's own time a round, and the tokens committed per second of it.
+taps, the same answers and features. Each row is compared with its drafter as published, or with the row --against,
+prompt by prompt, with a 95% interval of the difference. Beside it stands the draft's own time a round, and the tokens
+committed per second of it.
 
 Finished runs are kept, and an interrupted one goes on where it was, so the table may be made row by row, and by several
 calls at once if they make different rows; recipes.json and the tables have every finished run of the output folder. A
@@ -51,6 +52,7 @@ NOT_SHARED = ("regenerate.", "data.", "target.")
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--against", metavar="ROW", help="what rows are compared with; default: as published")
     parser.add_argument("--run-files", type=Path, default=QUICKSTART, metavar="DIR", help="the published recipes")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
     parser.add_argument("--only", nargs="+", default=rows(), metavar="ROW", help="drafter+lever+..., default: all")
@@ -63,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--plan", action="store_true", help="print what each row would take, and run nothing")
     options = parser.parse_args(arguments)
     plugins = load_plugins()
-    for row in options.only:
+    for row in (*options.only, *filter(None, [options.against])):
         parts(row)
     ruler = Ruler(plugins, options)
     if options.plan:
@@ -79,9 +81,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             share_stages(output, row, seed)
             run(ruler.run_file(row), ruler.settings(row, folder, seed))
             found = finished(output, ruler)
-            written = {"ruler": ruler.as_json(), "runs": found, "differences": differences(output, found)}
+            differing = differences(output, found, options.against)
+            written = {"ruler": ruler.as_json(), "runs": found, "differences": differing}
             replace(output / "recipes.json", json.dumps(written, indent=1) + "\n")
-    print(tables(found, differences(output, found)))
+    print(tables(found, differences(output, found, options.against)))
 
 
 class Ruler:
@@ -225,23 +228,31 @@ def figures(folder: Path) -> dict[str, Any]:
     }
 
 
-def differences(output: Path, found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each row's accepted length minus its drafter's as published, by seed, task and temperature, paired by prompts."""
+def differences(output: Path, found: Sequence[dict[str, Any]], against: str | None) -> list[dict[str, Any]]:
+    """Each row's accepted length minus that of `against`, by seed, task and temperature, paired by prompts.
+
+    None: minus that of its drafter as published.
+    """
     made = {(one["row"], one["seed"]) for one in found}
     differing = []
     for one in found:
-        drafter, levers = parts(one["row"])
-        if not levers or (drafter, one["seed"]) not in made:
+        other = against or parts(one["row"])[0]
+        if one["row"] == other or (other, one["seed"]) not in made:
             continue
         for result in one["results"]:
             pair = (
                 recorded_rounds(output / f"{row}-seed{one['seed']}", **_of(result)).completions
-                for row in (one["row"], drafter)
+                for row in (one["row"], other)
             )
             difference = paired_difference(*pair, seed=one["seed"])
             if difference is None:
-                sys.exit(f"{one['row']}, seed {one['seed']}: other prompts than {drafter}: choose another --output")
-            where = {"row": one["row"], "seed": one["seed"], **{key: result[key] for key in ("task", "temperature")}}
+                sys.exit(f"{one['row']}, seed {one['seed']}: other prompts than {other}: choose another --output")
+            where = {
+                "row": one["row"],
+                "against": other,
+                "seed": one["seed"],
+                **{key: result[key] for key in ("task", "temperature")},
+            }
             differing.append({**where, "ahead": difference.value, "interval": list(difference.interval)})
     return differing
 
@@ -261,7 +272,7 @@ def plan(ruler: Ruler, names: Sequence[str]) -> str:
 
 
 def tables(found: Sequence[dict[str, Any]], differing: Sequence[dict[str, Any]]) -> str:
-    """A table for each temperature. Differences are from the drafter as published, of each seed with its interval."""
+    """A table for each task and temperature. Differences are those of each seed, with their intervals."""
     lines: list[str] = []
     seeds = sorted({one["seed"] for one in found})
     for index, result in enumerate(found[0]["results"]):
