@@ -27,11 +27,11 @@ from deepspec_core.plugins.registry import Registry
 from deepspec_core.targets.opening import load_target, open_adapter
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "plugins"
-QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart" / "train.toml"
+QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart" / "dflash.toml"
 
 
 def write_run_file(folder: Path) -> Path:
-    """The quickstart's file in a folder of its own, its results beside it, its evaluation of fewer tokens."""
+    """The DFlash quickstart's file in a folder of its own, its results beside it, its evaluation of fewer tokens."""
     path, text = folder / "train.toml", QUICKSTART.read_text()
     for written, wanted in {"../../runs/": "runs/", "max_new_tokens = 224": "max_new_tokens = 12"}.items():
         assert written in text

@@ -27,7 +27,11 @@ def test_quickstart_drafters_can_be_compared() -> None:
     quickstart = ROOT / "examples" / "quickstart"
     files = {path.stem: tomllib.loads(path.read_text()) for path in quickstart.glob("*.toml")}
     assert files.keys() == {"train", "dflash", "dspark", "eagle3"}
-    assert files["train"] == files["dflash"]
+    recommended = tomllib.loads((ROOT / "examples" / "recipes" / "recommended" / "dspark.toml").read_text())
+    train = files.pop("train")
+    assert {**train, "run": {}, "train": {}} == {**recommended, "run": {}, "train": {}}
+    assert {**train["train"], "epochs": recommended["train"]["epochs"]} == recommended["train"]
+    assert train["train"]["epochs"] < recommended["train"]["epochs"], "the quickstart is to be quick"
     for section in ("target", "data", "regenerate", "features", "cache", "train", "evaluate"):
         assert files["dflash"][section] == files["dspark"][section] == files["eagle3"][section], section
     assert len({run["draft"].get("block_size", run["draft"].get("ttt_length")) for run in files.values()}) == 1

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from deepspec_core.cli.main import main
 from deepspec_core.interface.models import Target
 
-QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart" / "train.toml"
+QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart" / "dflash.toml"
 
 
 @pytest.fixture

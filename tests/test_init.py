@@ -118,7 +118,7 @@ def test_every_family(family: str, draft: str, tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize("draft", DRAFTS)
 def test_defaults_are_the_plugins_own(draft: str, tmp_path: Path) -> None:
     out = tmp_path / "train.toml"
-    assert main(["init", "builtin:tiny-qwen3", "--draft", draft, "-o", str(out)]) == 0
+    assert main(["init", "builtin:tiny-qwen3", "--draft", draft, "-o", str(out), "--recipe", "published"]) == 0
     file, spec = _load(out), load_plugins().registry.get("draft", draft)
     mask = {} if draft == "eagle3" else {"mask_token_id": 3}
     assert file.draft.options == spec.options(**mask)
@@ -132,30 +132,49 @@ def test_defaults_are_the_plugins_own(draft: str, tmp_path: Path) -> None:
     assert file.regenerate.top_k == 20
 
 
-@pytest.mark.parametrize("draft", ["dspark", "eagle3"])
-def test_the_recommended_recipe_says_on_what_it_was_measured(draft: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("draft", DRAFTS)
+def test_the_recommended_recipe_says_on_what_it_was_measured(
+    draft: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out, published = tmp_path / "train.toml", tmp_path / "published.toml"
     command = ["init", "builtin:tiny-qwen3", "--draft", draft, "-o"]
-    assert main([*command, str(out), "--recipe", "recommended"]) == 0
     assert main([*command, str(published), "--recipe", "published"]) == 0
+    assert "with the recommended recipe" not in capsys.readouterr().out
+    assert main([*command, str(out)]) == 0
+    assert "with the recommended recipe (or: --recipe published)" in capsys.readouterr().out
+    assert main([*command, str(tmp_path / "asked.toml"), "--recipe", "recommended"]) == 0
+    assert (tmp_path / "asked.toml").read_text() == out.read_text()
     file, plain, spec = _load(out), _load(published), load_plugins().registry.get("draft", draft)
     recipe = spec.recommended
     assert recipe is not None
     assert file.draft.options == evolve(plain.draft.options, **recipe.options)
     assert file.loss.terms == dict({**spec.default_loss, **recipe.loss}["terms"])
-    assert evolve(file, draft=plain.draft, loss=plain.loss) == plain, "nothing else differs"
+    assert file.train == evolve(plain.train, **recipe.train)
+    assert evolve(file, draft=plain.draft, loss=plain.loss, train=plain.train) == plain, "nothing else differs"
     assert file != plain
     comments = " ".join(line.removeprefix("# ") for line in out.read_text().splitlines() if line.startswith("#"))
-    sets = {"dspark": "draft.confidence_gradient, loss.terms", "eagle3": "draft.count"}[draft]
+    sets = {
+        "dspark": "draft.confidence_gradient, loss.terms, train.optimizer",
+        "dflash": "train.optimizer",
+        "eagle3": "draft.count, train.optimizer",
+    }[draft]
     assert f"The recommended recipe sets {sets}. {recipe.evidence}" in comments
     assert "ecommended" not in published.read_text()
 
 
-def test_no_recipe_is_recommended_without_evidence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_recipe_is_recommended_without_evidence(
+    tmp_path: Path, example_plugin: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Then a new file has the published settings, unless a recommended recipe is asked for."""
+    example_plugin("deepspec-medusa")
     out = tmp_path / "train.toml"
-    assert main(["init", "builtin:tiny-qwen3", "--draft", "dflash", "-o", str(out), "--recipe", "recommended"]) == 2
-    assert "no recipe is recommended for drafts of type 'dflash'" in capsys.readouterr().err
+    command = ["init", "builtin:tiny-qwen3", "--draft", "medusa", "-o", str(out)]
+    assert main([*command, "--recipe", "recommended"]) == 2
+    assert "no recipe is recommended for drafts of type 'medusa'" in capsys.readouterr().err
     assert not out.exists()
+    assert main(command) == 0
+    assert "with the recommended recipe" not in capsys.readouterr().out
+    assert "this section is the published recipe" in out.read_text()
 
 
 def test_a_recipe_with_a_table_is_written_and_one_with_a_mistake_is_refused(

@@ -51,9 +51,9 @@ def test_the_page_s_own_snippets_run(
     decoding = snippets[0].strip().splitlines()
     assert len(decoding) <= 10
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs" / "quickstart-dflash").mkdir(parents=True)
+    (tmp_path / "runs" / "quickstart").mkdir(parents=True)
     finished_draft = finished.parent / "runs" / "quickstart-dflash-smoke" / "draft"
-    (tmp_path / "runs" / "quickstart-dflash" / "draft").symlink_to(finished_draft)
+    (tmp_path / "runs" / "quickstart" / "draft").symlink_to(finished_draft)
     (tmp_path / "questions.jsonl").write_text("".join(json.dumps({"turns": [text]}) + "\n" for text in QUESTIONS))
     names: dict[str, Any] = {}
     for snippet in snippets:

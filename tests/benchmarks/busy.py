@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart" / "train.toml"
+QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart" / "dflash.toml"
 STAGES = ("regenerate", "cache", "train", "evaluate")
 WAYS = ("idle", "busy", "pair")
 

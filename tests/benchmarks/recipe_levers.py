@@ -115,6 +115,7 @@ TOGETHER: Final = (
     "dspark+ce+muon+anchors32",
     "dspark+ce+muon+anchors64",
     "dspark+soft-ce+muon",
+    "dflash+soft+muon",
     "eagle3+labels+draws16",
     "eagle3+labels+muon",
     "eagle3+labels+muon+draws16",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from deepspec_core.plugins import DraftModelSpec, hookimpl
+from deepspec_core.plugins import DraftModelSpec, Recipe, hookimpl
 from deepspec_dflash.options import DFlashOptions, is_dflash
 
 
@@ -29,5 +29,13 @@ def deepspec_draft_models() -> Iterable[DraftModelSpec]:
                 "speculators_model_type": "a key of speculators' layout, with other names of weights and layers",
             },
             default_loss={"terms": {"ce": 1.0}, "weighting": {"type": "decay", "gamma": 4.0}},
+            recommended=Recipe(
+                train={"optimizer": "muon"},
+                evidence=(
+                    "Measured on the built-in target, in three seeds and at equal training compute (850 steps "
+                    "against 975): accepted length 4.20 at temperature 0 and 3.79 at temperature 1, against 2.85 "
+                    "and 2.30 as published. Nothing is known of long training or of a large target."
+                ),
+            ),
         )
     ]

@@ -16,7 +16,7 @@ from typing import Any, Final
 from steps import Step, options_of, run
 
 SEEDS: Final = (42, 43, 44)
-ROWS: Final = ("dspark", "dspark+ce+muon", "dflash", "dflash+muon", "eagle3", "eagle3+labels+muon")
+ROWS: Final = ("dspark", "dspark+soft-ce+muon", "dflash", "dflash+muon", "eagle3", "eagle3+labels+muon")
 # Of the reference, three times the quickstart's.
 STEPS: Final = 2826
 

@@ -19,13 +19,11 @@ from deepspec_core.cli.options import no_plugin
 @click.option(
     "--recipe",
     type=click.Choice(["published", "recommended"]),
-    default="published",
-    show_default=True,
     help="The published settings, or settings that decoded better after the same training; the file cites the "
-    "measurement.",
+    "measurement.  [default: recommended, or published for a draft type without such settings]",
 )
 @no_plugin
-def init(model: str, draft_type: str, data: str | None, out: str, recipe: str, blocked: tuple[str, ...]) -> None:
+def init(model: str, draft_type: str, data: str | None, out: str, recipe: str | None, blocked: tuple[str, ...]) -> None:
     """Write a run file that trains a draft for MODEL: a Hub id, a directory, or builtin:NAME.
 
     Reads the target's config and tokenizer, but no weights. The file has taps, mask token, sampling and sizes, each
@@ -43,11 +41,13 @@ def init(model: str, draft_type: str, data: str | None, out: str, recipe: str, b
     if not path.parent.is_dir():
         raise ConfigError("no such folder", where=path.parent, fix="Make it first, or choose another with -o.")
     registry = load_plugins(blocked=blocked).registry
-    text = starter(start_of(model, draft_type, data, path.parent, registry, recommended=recipe == "recommended"))
+    asked = None if recipe is None else recipe == "recommended"
+    start = start_of(model, draft_type, data, path.parent, registry, recommended=asked)
+    text = starter(start)
     try:
         with path.open("x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError:
         raise exists from None
-    click.echo(f"wrote {path}")
+    click.echo(f"wrote {path}{', with the recommended recipe (or: --recipe published)' if start.recommended else ''}")
     click.echo(f"next: deepspec config check {path}; deepspec data show {path}; deepspec run {path} --smoke")

@@ -50,6 +50,7 @@ class Start:
     train: Mapping[str, Any]
     notes: Mapping[str, Sequence[str]]
     trained: bool = True
+    recommended: bool = False
 
 
 def starter(start: Start) -> str:
@@ -209,7 +210,7 @@ def _loss(start: Start) -> list[str]:
 def _train(start: Start) -> list[str]:
     """The keys that people change, and those that a recipe sets."""
     comments = {
-        "lr": "" if start.train else "this section is the published recipe",
+        "lr": "" if start.recommended else "this section is the published recipe",
         **dict.fromkeys(start.train, ""),
         "global_batch_size": "sequences a step, over all devices",
         "micro_batch_size": "sequences at once on one device: more is faster, and takes more memory",

@@ -52,16 +52,17 @@ class _Found:
 
 
 def start_of(
-    model: str, draft_type: str, data: str | None, folder: Path, registry: Registry, *, recommended: bool = False
+    model: str, draft_type: str, data: str | None, folder: Path, registry: Registry, *, recommended: bool | None = None
 ) -> Start:
     """Everything that a new run file in `folder` says.
 
     `model` and `data` are as the user gave them; relative paths start at the current folder. Raises PluginError if the
-    draft type is not installed, or if the `recommended` recipe is asked for and a run file could not say it.
-    ConfigError if there is no such recipe. TargetError or DataError if the target or the data do not exist.
+    draft type is not installed, or if a run file could not say its recommended recipe. If there is no such recipe, the
+    settings are the published ones with `recommended` None, and True is a ConfigError. TargetError or DataError if the
+    target or the data do not exist.
     """
     spec = registry.get("draft", draft_type)
-    recipe = _recommended(spec, registry) if recommended else None
+    recipe = _recommended(spec, registry) if recommended or (recommended is None and spec.recommended) else None
     here = Path.cwd()
     where = resolve_model(model, base=here, registry=registry)
     adapter, layer = open_target_alone(where, registry=registry)
@@ -92,6 +93,7 @@ def start_of(
         layer={**({} if served is None else {"style": served.style}), **layer},
         loss={**spec.default_loss, **({} if recipe is None else recipe.loss)},
         train={} if recipe is None else recipe.train,
+        recommended=recipe is not None,
         notes={
             "target": [_target_note(where)],
             **(_notes_of_training(registry, spec, values, adapter, taps, tokenizer) if spec.trained else {}),
