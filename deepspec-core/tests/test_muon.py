@@ -19,6 +19,7 @@ from deepspec_core.contracts.rows import Heads
 from deepspec_core.errors import CheckpointError, ConfigError
 from deepspec_core.testing.tiny_draft import TinyDraft, TinySource
 from deepspec_core.training.checkpoint import latest
+from deepspec_core.training.muon_in_float32 import MuonInFloat32, orthogonal
 from deepspec_core.training.optimizers import build_optimizer, hidden_matrices
 
 MUON = evolve(OPTIONS, optimizer="muon", log_every=1)
@@ -97,6 +98,49 @@ def test_a_step_is_the_definition(tmp_path: Path) -> None:
     torch.optim.AdamW(expected.values(), lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01).step()
     for name, value in expected.items():
         torch.testing.assert_close(named[name], value, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("shape", [(16, 40), (40, 16), (24, 24)])
+def test_in_fp32_it_is_torchs_but_for_rounding(shape: tuple[int, int]) -> None:
+    """For CPUs without instructions for bf16. Its state is torch's, so one goes on with what the other left."""
+    generator = torch.Generator().manual_seed(2)
+    first = torch.randn(shape, generator=generator)
+    options = {"lr": 1e-2, "weight_decay": 0.1, "momentum": 0.95, "adjust_lr_fn": "match_rms_adamw"}
+    weights_of, states = [], []
+    for kind in (torch.optim.Muon, MuonInFloat32):
+        weight = nn.Parameter(first.clone())
+        optimizer = kind([weight], **options)
+        grads = torch.Generator().manual_seed(3)
+        for _ in range(3):
+            weight.grad = torch.randn(shape, generator=grads)
+            optimizer.step()
+        weights_of.append(weight.detach())
+        states.append(optimizer.state_dict())
+    # Three steps of 0.2 sqrt(longer side) / 100 times at most 1.3, each in bf16: its 8 bits.
+    torch.testing.assert_close(*weights_of, rtol=0.0, atol=3 * 1e-2 * 0.2 * 40**0.5 * 1.3 * 2**-6)
+    assert not torch.equal(weights_of[0], first)
+    assert states[0].keys() == states[1].keys()
+    assert states[0]["param_groups"] == states[1]["param_groups"]
+    torch.testing.assert_close(states[0]["state"][0]["momentum_buffer"], states[1]["state"][0]["momentum_buffer"])
+
+
+def test_the_iteration_brings_singular_values_near_one() -> None:
+    matrix = torch.randn(30, 12, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    found = torch.linalg.svdvals(orthogonal(matrix, (3.4445, -4.7750, 2.0315), 5, 1e-7))
+    assert found.min() > 0.6
+    assert found.max() < 1.3
+    assert torch.equal(orthogonal(torch.zeros(3, 5), (3.4445, -4.7750, 2.0315), 5, 1e-7), torch.zeros(3, 5))
+
+
+@pytest.mark.parametrize(("quick", "kind"), [(True, torch.optim.Muon), (False, MuonInFloat32)])
+def test_the_processor_decides_the_dtype_of_its_products(
+    monkeypatch: pytest.MonkeyPatch, quick: bool, kind: type[torch.optim.Muon]
+) -> None:
+    monkeypatch.setattr("deepspec_core.training.optimizers.has_bf16_instructions", lambda _: quick)
+    draft = TinyDraft(rank=2)
+    named = {name: value for name, value in draft.named_parameters() if value.requires_grad}
+    optimizer = build_optimizer(named, MUON, matrices=hidden_matrices(draft), fused=True)
+    assert type(optimizer._parts[0]) is kind  # type: ignore[attr-defined]
 
 
 def test_it_learns_at_the_schedules_rate_and_says_what_it_trains(

@@ -51,7 +51,8 @@ class TrainOptions:
     lr: The peak learning rate.
     optimizer: "adamw" or "muon". "muon" uses Muon for the matrices between hidden states, and AdamW for embeddings,
         heads, norms and biases. Muon's steps are scaled to the size of AdamW's, so `lr` and `weight_decay` serve both.
-        They are computed in bfloat16, so results are not exact even with precision = "float32".
+        They are computed in bfloat16, on a CPU without instructions for it in fp32. So results are not exact even with
+        precision = "float32", and differ between such CPUs and others.
     global_batch_size: The number of sequences of one optimizer step, over all processes.
     micro_batch_size: The number of sequences (with "packed", of rows) that a process computes at once. Changes results
         by rounding only.

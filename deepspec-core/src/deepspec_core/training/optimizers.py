@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from deepspec_core.config.train_options import ADAMW, MUON, TrainOptions
 from deepspec_core.contracts.draft import DraftModel
 from deepspec_core.errors import ConfigError
+from deepspec_core.training.muon_in_float32 import MuonInFloat32, has_bf16_instructions
 
 log = logging.getLogger("deepspec")
 
@@ -107,11 +108,12 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
     Both have the learning rate and the weight decay of AdamW: Muon's step is scaled to the size that AdamW's has
     (arXiv 2502.16982, section 2.2), so one schedule serves both. torch orthogonalises in bfloat16, whatever the dtype
-    of the weights.
+    of the weights; a CPU without instructions for it does so in fp32.
     """
 
     def __init__(self, matrices: list[Tensor], others: list[Tensor], options: TrainOptions, *, fused: bool) -> None:
-        muon = torch.optim.Muon(
+        of = torch.optim.Muon if has_bf16_instructions(matrices[0].device) else MuonInFloat32
+        muon = of(
             matrices,
             lr=options.lr,
             weight_decay=options.weight_decay,
