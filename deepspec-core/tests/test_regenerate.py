@@ -256,7 +256,7 @@ def test_failures_go_to_a_side_file(tmp_path: Path, tokenizer: ChatTokenizer) ->
         ),
     ]
     out = tmp_path / "out.jsonl"
-    with pytest.raises(DataError, match=r"(?s)2 of 11.*max_failures"):
+    with pytest.raises(DataError, match=r"(?s)2 of 10.*max_failures"):
         _run(out, [*_conversations(8), *bad], tokenizer, options={"max_failures": 0.05})
     assert not out.exists()
     report = _run(out, [*_conversations(8), *bad], tokenizer, options={"max_failures": 0.5})
@@ -274,6 +274,24 @@ def test_any_number_of_prompts_may_be_too_long(tmp_path: Path, tokenizer: ChatTo
     long = [from_row({"id": f"long {i}", "turns": ["word " * 200]}, "test") for i in range(20)]
     report = _run(tmp_path / "out.jsonl", [*long, *_conversations(2)], tokenizer, options={"max_failures": 0.0})
     assert (report.conversations, report.failures, report.too_long) == (2, 0, 20)
+    with pytest.raises(DataError, match=r"(?s)No prompt leaves room.*20 conversations.*data.max_length \(256\)"):
+        _run(tmp_path / "none.jsonl", long, tokenizer)
+
+
+def test_prompts_that_are_too_long_hide_no_failures(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
+    long = [from_row({"id": f"long {i}", "turns": ["word " * 200]}, "test") for i in range(200)]
+    bad = [from_row({"id": f"mute {i}", "messages": [{"role": "system", "content": "Be."}]}, "test") for i in range(8)]
+    with pytest.raises(DataError, match=r"8 of 16"):
+        _run(tmp_path / "out.jsonl", [*long, *bad, *_conversations(8)], tokenizer, options={"max_failures": 0.05})
+
+
+def test_a_line_of_the_side_file_counts_once(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
+    out = tmp_path / "out.jsonl"
+    report = _run(out, _conversations(2), tokenizer)
+    both = {"id": "x", "reason": "y", "cut": True, "too_long": True}
+    report.failures_path.write_text(json.dumps(both) + "\n" + '{"id": "z", "reas' + "\n")
+    again = _run(out, [], tokenizer)
+    assert (again.failures, again.cut, again.too_long) == (1, 1, 0)
 
 
 @pytest.mark.parametrize(

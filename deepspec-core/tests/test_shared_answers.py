@@ -136,7 +136,7 @@ def test_failures_are_counted_over_all_workers(tmp_path: Path) -> None:
     """Each has one, which its own share would forgive."""
     ends = answers(tmp_path / "out.jsonl", 2, max_failures=0.05)
     assert isinstance(ends[0], DataError)
-    assert "2 of 15" in str(ends[0])
+    assert "2 of 14" in str(ends[0])
     assert len((tmp_path / "out.jsonl.partial").read_bytes().splitlines()) == 12, "nothing is lost"
 
 

@@ -93,7 +93,7 @@ def scales_embedding(facts: ExportFacts) -> str | None:
 def last_layer_read(facts: ExportFacts) -> int | None:
     """The target's last layer, where the draft reads its output: no layer's input, which is what some engines give."""
     count = facts.config.get("num_target_layers")
-    return None if count is None or max(facts.description.taps) < count - 1 else int(count) - 1
+    return None if not count or max(facts.description.taps) < count - 1 else int(count) - 1
 
 
 def has_head_norms(facts: ExportFacts) -> bool:

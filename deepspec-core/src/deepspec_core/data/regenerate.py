@@ -25,15 +25,14 @@ from deepspec_core.data.conversations import Conversation
 from deepspec_core.data.dialogue import Dialogue, has_results
 from deepspec_core.data.failure_budget import FailureBudget
 from deepspec_core.data.left_out import name_of
-from deepspec_core.data.regenerate_report import RegenerateReport, report_of
+from deepspec_core.data.regenerate_report import COUNTED, RegenerateReport, none_fits, report_of
 from deepspec_core.data.regenerated_file import (
     CUT,
     MARKS,
     TOO_LONG,
     beside,
-    count_lines,
+    counted,
     finish,
-    left_out,
     tally_of,
     write_checked,
     write_line,
@@ -108,11 +107,10 @@ def regenerate(
     partial, failures_path = beside(out, ".partial"), beside(out, ".failures.jsonl")
     if crew.told_by_first("regenerated before", out.exists()):
         if not crew.first:
-            return report_of(out, failures_path, Counter(), written=0, failures=0, **dict.fromkeys(MARKS, 0))
+            return report_of(out, failures_path, Counter(), written=0, **dict.fromkeys(COUNTED, 0))
         partial.unlink(missing_ok=True)
-        out_of = {mark: len(left_out(failures_path, mark)) for mark in MARKS}
-        failures = count_lines(failures_path) - sum(out_of.values())
-        return report_of(out, failures_path, tally_of(out), written=0, failures=failures, **out_of)
+        before = counted(failures_path)
+        return report_of(out, failures_path, tally_of(out), written=0, **{name: before[name] for name in COUNTED})
     if answerer is None:
         assert target is not None, "somebody answers"
         answerer = in_process(
@@ -155,7 +153,10 @@ def regenerate(
         told = files.collect(counts, work.order)
     if not crew.first:
         return report_of(out, failures_path, Counter(conversations=work.num_written), **counts)
-    budget.check_all(told["failures"], len(work.order))
+    if told["too_long"] == len(work.order) > 0:
+        raise none_fits(failures_path, len(work.order), max_length)
+    # A prompt without room for an answer says nothing about the share that fails.
+    budget.check_all(told["failures"], len(work.order) - told["too_long"])
     tally = finish(partial, out, list(work.order))
     numbers = {**told, "cut": files.cut + told["cut"]}
     return report_of(out, failures_path, tally, **{name: numbers.get(name, 0) for name in counts})
@@ -199,10 +200,8 @@ class _Work:
                 continue
             own = self.num_missing % self.crew.count == self.crew.rank
             self.num_missing += 1
-            if own:
-                self.budget.seen()
-                if (request := self._first_turn(conversation)) is not None:
-                    yield request
+            if own and (request := self._first_turn(conversation)) is not None:
+                yield request
 
     def settle(self, answer: Answer) -> dict[str, Any] | None:
         """The finished conversation's line, or None where it goes on with another turn or is left out."""
@@ -281,11 +280,13 @@ class _Work:
                 reason = f"{error.problem}: {error.found}"
             else:
                 if len(request.prompt_ids) < self.max_length:
+                    self.budget.seen()
                     self.under_way[conversation.id] = dialogue
                     return request
                 found = f"{len(request.prompt_ids)} prompt tokens do not fit {self.max_length}"
                 self._leave_out(conversation.id, found, TOO_LONG)
                 return None
+        self.budget.seen()
         self._fail(conversation.id, reason)
         return None
 

@@ -8,6 +8,11 @@ from typing import Final
 
 from attrs import frozen
 
+from deepspec_core.data.regenerated_file import MARKS
+from deepspec_core.errors import DataError
+
+# What the side file's lines are counted as.
+COUNTED: Final = ("failures", *MARKS)
 # Sums over the lines of the finished file.
 _TALLIED: Final = (
     "conversations",
@@ -67,4 +72,14 @@ def report_of(
         failures_path=failures_path,
         **left_out,
         **{name: tally[name] for name in _TALLIED},
+    )
+
+
+def none_fits(failures_path: Path, conversations: int, max_length: int) -> DataError:
+    """The error where no first prompt leaves room for an answer."""
+    return DataError(
+        "No prompt leaves room for an answer",
+        where=failures_path,
+        found=f"{conversations} conversations, whose first prompts have data.max_length ({max_length}) tokens or more",
+        fix="Raise data.max_length, or give shorter prompts.",
     )

@@ -184,18 +184,27 @@ def count_lines(path: Path) -> int:
     return sum(1 for _ in path.open("rb")) if path.exists() else 0
 
 
-def left_out(failures: Path, mark: str) -> dict[str, dict[str, Any]]:
-    """The lines of the side file with one of MARKS, by id: conversations that were left out and are no failures.
+def counted(failures: Path) -> Counter[str]:
+    """The lines of the side file by their mark, and those without one as "failures"."""
+    entries = _side_lines(failures)
+    return Counter(next((mark for mark in MARKS if entry.get(mark)), "failures") for entry in entries)
 
-    Those marked as CUT were answered, so a rerun does not ask them again. It looks at all others again.
+
+def cut_answers(failures: Path) -> dict[str, dict[str, Any]]:
+    """The lines of the side file that are marked as CUT, by id.
+
+    These conversations were answered, so a rerun does not ask them again. It looks at all others again.
     """
-    found = {}
+    return {
+        entry["id"]: entry for entry in _side_lines(failures) if entry.get(CUT) and isinstance(entry.get("id"), str)
+    }
+
+
+def _side_lines(failures: Path) -> Iterator[dict[str, Any]]:
+    """What the lines say; nothing of one that was torn by a kill or damaged, whose conversation is looked at again."""
     for line in failures.open("rb") if failures.exists() else ():
         try:
             entry = json.loads(line.decode("utf-8", "surrogatepass"))
         except (ValueError, RecursionError):
-            continue  # torn by a kill
-        # A line that was damaged costs one conversation's answer, which is asked for again.
-        if isinstance(entry, dict) and entry.get(mark) and isinstance(entry.get("id"), str):
-            found[entry["id"]] = entry
-    return found
+            entry = {}
+        yield entry if isinstance(entry, dict) else {}

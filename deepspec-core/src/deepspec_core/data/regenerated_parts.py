@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from deepspec_core.crew import Crew
-from deepspec_core.data.regenerated_file import CUT, beside, left_out, resume, write_line
+from deepspec_core.data.regenerated_file import beside, cut_answers, resume, write_line
 from deepspec_core.errors import DataError
 from deepspec_core.json_lines import json_value
 
@@ -46,7 +46,7 @@ class WorkerFiles:
             for path, size in zip((partial, failures), sizes, strict=True):
                 if size:
                     crew.require_seen(path, size)
-            done, cut = resume(partial).keys(), left_out(failures, CUT)
+            done, cut = resume(partial).keys(), cut_answers(failures)
         self.finished, self.cut = done | cut.keys(), len(cut)
         alone = crew.count == 1
         self.lines, self.failures = (path if alone else _part(path, crew.rank) for path in (partial, failures))
@@ -111,7 +111,7 @@ def _all_cut(failures: Path) -> dict[str, dict[str, Any]]:
     """Those of the whole file and of the workers' files. Failed conversations are tried again."""
     found: dict[str, dict[str, Any]] = {}
     for path in (failures, *_parts(failures)):
-        found |= left_out(path, CUT)
+        found |= cut_answers(path)
     return found
 
 
