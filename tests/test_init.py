@@ -1,5 +1,6 @@
 """`deepspec init`: what it writes passes the check and runs, for every family and every kind of draft."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,8 @@ def test_the_recommended_recipe_says_on_what_it_was_measured(
     assert file.loss.terms == dict({**spec.default_loss, **recipe.loss}["terms"])
     assert file.train == evolve(plain.train, **recipe.train)
     assert evolve(file, draft=plain.draft, loss=plain.loss, train=plain.train) == plain, "nothing else differs"
+    held = [re.search(r"trained parameters, ([\d.]+) MB with", path.read_text()) for path in (out, published)]
+    assert float(held[0][1]) < float(held[1][1]), "Muon has one moment"  # type: ignore[index]
     assert file != plain
     comments = " ".join(line.removeprefix("# ") for line in out.read_text().splitlines() if line.startswith("#"))
     sets = {
@@ -198,6 +201,13 @@ def test_a_recipe_with_a_table_is_written_and_one_with_a_mistake_is_refused(
         assert "the recommended recipe of draft type 'dspark' cannot be used" in said
         assert "deepspec-dspark" in said
         assert not out.exists()
+    # Each key is right, and what they say together is not.
+    recommend(train={"evaluation": {"stop_after": 2}})
+    assert main(command) == 2
+    said = capsys.readouterr().err
+    assert "the recommended recipe of draft type 'dspark' cannot be used" in said
+    assert "recommended of 'dspark', train." in said
+    assert not out.exists()
     train = {"optimizer": "muon", "lr": 1e-3, "betas": (0.9, 0.95)}
     recommend(options={"markov": {"rank": 64}}, loss={"terms": {"ce": 1.0}}, train=train)
     assert main(command) == 0

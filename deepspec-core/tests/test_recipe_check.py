@@ -11,7 +11,7 @@ from attrs.validators import ge
 from deepspec_core.config.recipe_check import CheckedRecipe, checked_recipe
 from deepspec_core.errors import PluginError
 from deepspec_core.plugins.discovery import load_plugins
-from deepspec_core.plugins.specs import Recipe
+from deepspec_core.plugins.specs import DraftModelSpec, Recipe
 
 PLUGIN = """
 from test_recipe_check import WideOptions
@@ -93,6 +93,20 @@ def test_mistakes_are_the_plugin_s(check: Any, parts: dict[str, Any], where: str
         check(**parts)
     assert caught.value.where == f"fake-wide: recommended of 'wide', {where}"
     assert says in caught.value.render()
+
+
+@pytest.mark.parametrize("evidence", ["", " ", "two\nlines", "\x1b[2J", "\udc80", 3])
+def test_evidence_is_a_line_that_a_file_can_hold(evidence: Any) -> None:
+    with pytest.raises(ValueError, match="evidence"):
+        Recipe(evidence=evidence, train={"optimizer": "muon"})
+
+
+def test_a_recipe_sets_something_and_is_for_training() -> None:
+    with pytest.raises(ValueError, match="at least one key"):
+        Recipe(evidence="Better.")
+    recipe = Recipe(evidence="Better.", train={"optimizer": "muon"})
+    with pytest.raises(ValueError, match="a recipe is for training"):
+        DraftModelSpec(name="copies", summary="", build="a:b", trained=False, recommended=recipe)
 
 
 def test_a_key_that_is_no_text_is_refused_where_it_stands() -> None:

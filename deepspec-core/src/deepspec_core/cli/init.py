@@ -29,6 +29,7 @@ def init(model: str, draft_type: str, data: str | None, out: str, recipe: str | 
     Reads the target's config and tokenizer, but no weights. The file has taps, mask token, sampling and sizes, each
     with an explanation, and estimates of the disk and memory that the run needs. An existing file is never overwritten.
     """
+    from deepspec_core.config.recipe_check import check_written
     from deepspec_core.config.starter import starter
     from deepspec_core.errors import ConfigError
     from deepspec_core.pipeline.starting import start_of
@@ -40,10 +41,12 @@ def init(model: str, draft_type: str, data: str | None, out: str, recipe: str | 
         raise exists
     if not path.parent.is_dir():
         raise ConfigError("no such folder", where=path.parent, fix="Make it first, or choose another with -o.")
-    registry = load_plugins(blocked=blocked).registry
+    plugins = load_plugins(blocked=blocked)
     asked = None if recipe is None else recipe == "recommended"
-    start = start_of(model, draft_type, data, path.parent, registry, recommended=asked)
+    start = start_of(model, draft_type, data, path.parent, plugins.registry, recommended=asked)
     text = starter(start)
+    if start.recommended:
+        check_written(text, plugins.registry.get("draft", draft_type), folder=path.parent, plugins=plugins)
     try:
         with path.open("x", encoding="utf-8") as file:
             file.write(text)

@@ -6,17 +6,20 @@ Knows DraftModelSpec and how sections are structured. Does not know targets, or 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
+import tomli
 from attrs import NOTHING, asdict, fields, frozen, has
 
 from deepspec_core.config.checks import loss_mistakes
 from deepspec_core.config.explain import MISSING, UnknownKeys, explain, keys_of
-from deepspec_core.config.load import as_toml
+from deepspec_core.config.load import as_toml, run_file_of
 from deepspec_core.config.schema import MASK, LossOptions
 from deepspec_core.config.structure import strict_converter
 from deepspec_core.config.train_options import TrainOptions
 from deepspec_core.errors import ConfigError, DeepSpecError, PluginError
+from deepspec_core.plugins.discovery import Plugins
 from deepspec_core.plugins.registry import Registry
 from deepspec_core.plugins.specs import DraftModelSpec
 
@@ -51,14 +54,31 @@ def checked_recipe(spec: DraftModelSpec, registry: Registry) -> CheckedRecipe:
             ]
         problems += [*_of_loss(loss, registry), *_of_section("train", train, TrainOptions, registry)[1]]
     for problem in problems:
-        raise PluginError(
-            f"the recommended recipe of draft type {spec.name!r} cannot be used: {problem.problem}",
-            where=f"{registry.provider('draft', spec.name)}: recommended of {spec.name!r}, {problem.where}",
-            found=problem.found,
-            expected=problem.expected,
-            fix="use --recipe published, or correct the plugin",
-        )
+        raise _cannot(spec, registry, problem)
     return CheckedRecipe(options=options, loss=loss, train=train)
+
+
+def check_written(text: str, spec: DraftModelSpec, *, folder: Path, plugins: Plugins) -> None:
+    """PluginError where a run file with the recipe that `spec` recommends is refused: sections may not fit together.
+
+    Keys that the user has yet to give are no mistakes of the recipe.
+    """
+    try:
+        run_file_of(tomli.loads(text), folder=folder, plugins=plugins)
+    except ConfigError as error:
+        for problem in error.problems:
+            if problem.problem != MISSING:
+                raise _cannot(spec, plugins.registry, problem) from None
+
+
+def _cannot(spec: DraftModelSpec, registry: Registry, problem: DeepSpecError) -> PluginError:
+    return PluginError(
+        f"the recommended recipe of draft type {spec.name!r} cannot be used: {problem.problem}",
+        where=f"{registry.provider('draft', spec.name)}: recommended of {spec.name!r}, {problem.where}",
+        found=problem.found,
+        expected=problem.expected,
+        fix="use --recipe published, or correct the plugin",
+    )
 
 
 def _as_written(table: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from attrs import NOTHING, asdict, fields, frozen
 from deepspec_core.config.recipe_check import CheckedRecipe, checked_recipe
 from deepspec_core.config.schema import BUILTIN, MASK, ROW_FILES, CacheOptions, DataOptions
 from deepspec_core.config.starter import Start
+from deepspec_core.config.train_options import MUON
 from deepspec_core.contracts.cache import CacheFormat, CacheHeader
 from deepspec_core.contracts.draft import DraftModel
 from deepspec_core.contracts.target import TargetAdapter
@@ -30,10 +31,12 @@ from deepspec_core.plugins.registry import Registry
 from deepspec_core.plugins.specs import DraftModelSpec
 from deepspec_core.targets.opening import open_target_alone, resolve_model, tokenizer_for, weight_bytes
 from deepspec_core.targets.taps import spread_taps
+from deepspec_core.training.optimizers import hidden_matrices
 
 DEFAULT_DATA: Final = "mlabonne/open-perfectblend"
 # Bytes of a trained weight: fp32, its gradient and the optimizer's two moments. Bytes of a frozen weight: bfloat16.
 _BYTES_TRAINED: Final = 16
+_BYTES_MOMENT: Final = 4  # of the two, Muon has one
 _BYTES_FROZEN: Final = 2
 _MLP_NOTE: Final = "The draft is dense, and the target is not: the size of the draft's MLP is a choice."
 
@@ -80,6 +83,7 @@ def start_of(
         adapter = served.adapter
     fmt = adapter.conversation_format()
     check_template(tokenizer, fmt, where=where)
+    muon = recipe is not None and recipe.train.get("optimizer") == MUON
     return Start(
         name=re.sub(r"[^\w.-]+", "-", f"{draft_type}-{_last_name(model)}").lower(),
         model=_relative(model, folder) if isinstance(where, Path) and not model.startswith(BUILTIN) else model,
@@ -96,7 +100,7 @@ def start_of(
         recommended=recipe is not None,
         notes={
             "target": [_target_note(where)],
-            **(_notes_of_training(registry, spec, values, adapter, taps, tokenizer) if spec.trained else {}),
+            **(_notes_of_training(registry, spec, values, adapter, taps, tokenizer, muon) if spec.trained else {}),
             "draft.layer": [*([_MLP_NOTE] if "intermediate_size" in layer else []), *_style_note(served)],
             f"draft.{MASK}": [mask.reason],
             **({} if recipe is None else {"loss": [_recipe_note(spec)]}),
@@ -131,12 +135,13 @@ def _notes_of_training(
     adapter: TargetAdapter,
     taps: tuple[int, ...],
     tokenizer: ChatTokenizer,
+    muon: bool,
 ) -> dict[str, list[str]]:
     return {
         "data": [_template_note(tokenizer, adapter)],
         "layers": [_tap_note(adapter) if taps else "The draft needs no decoder layer's outputs."],
         "cache": [_cache_note(adapter, taps, registry)],
-        "draft": [_draft_note(registry, spec, values, adapter, taps)],
+        "draft": [_draft_note(registry, spec, values, adapter, taps, muon)],
     }
 
 
@@ -238,7 +243,7 @@ def _cache_note(adapter: TargetAdapter, taps: tuple[int, ...], registry: Registr
 
 
 def _draft_note(
-    registry: Registry, spec: Any, values: dict[str, Any], adapter: TargetAdapter, taps: tuple[int, ...]
+    registry: Registry, spec: Any, values: dict[str, Any], adapter: TargetAdapter, taps: tuple[int, ...], muon: bool
 ) -> str:
     required = [each.name for each in fields(spec.options or _NoOptions) if each.default is NOTHING]
     missing = [name for name in required if name not in values]
@@ -247,13 +252,16 @@ def _draft_note(
     with torch.device("meta"), registry.blaming("draft", spec.name):
         options = spec.options and spec.options(**values)
         draft: DraftModel = registry.load("draft", spec.name)(options, adapter, taps)
+        matrices = hidden_matrices(draft) if muon else frozenset()
     total = sum(parameter.numel() for parameter in draft.parameters())
     shared = sum(part.numel() for module in (draft.embed_tokens, draft.lm_head) for part in module.parameters())
     trained = total - shared
-    memory = trained * _BYTES_TRAINED + shared * _BYTES_FROZEN
+    of_muon = sum(parameter.numel() for name, parameter in draft.named_parameters() if name in matrices)
+    held = trained * _BYTES_TRAINED - of_muon * _BYTES_MOMENT
+    memory = held + shared * _BYTES_FROZEN
     return (
-        f"Memory: {trained:,} trained parameters, {in_words(trained * _BYTES_TRAINED)} with gradients and optimizer, "
-        f"and {shared:,} shared with the target and frozen; about {in_words(memory)} a device, activations aside."
+        f"Memory: {trained:,} trained parameters, {in_words(held)} with gradients and optimizer, and {shared:,} shared "
+        f"with the target and frozen; about {in_words(memory)} a device, activations aside."
     )
 
 

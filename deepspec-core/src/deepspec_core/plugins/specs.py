@@ -24,10 +24,16 @@ def _attrs_class(_spec: object, _attribute: Attribute[type | None], value: type 
         raise TypeError(f"'options' must be an attrs class: {value!r}")
 
 
-def _one_line(_spec: object, _attribute: Attribute[str], value: str) -> None:
-    # A terminal obeys control characters.
-    if not isinstance(value, str) or re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", value):
-        raise ValueError(f"'summary' must be text of one line: {value!r}")
+def _one_line(_spec: object, attribute: Attribute[str], value: str) -> None:
+    # A terminal obeys control characters, and no file takes half of a surrogate pair.
+    if not isinstance(value, str) or re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", value):
+        raise ValueError(f"{attribute.name!r} must be text of one line: {value!r}")
+
+
+def _said(_recipe: object, attribute: Attribute[str], value: str) -> None:
+    _one_line(_recipe, attribute, value)
+    if not value.strip():
+        raise ValueError(f"{attribute.name!r} must say something")
 
 
 def _nothing(_config: Mapping[str, Any]) -> bool:
@@ -42,6 +48,11 @@ def _of_a_checkpoint(spec: DraftModelSpec, attribute: Attribute[str], value: str
             "'class_suffix', 'recognise' and 'options_of' must be left out where 'trained' is False: "
             "such drafts have no checkpoints"
         )
+
+
+def _of_training(spec: DraftModelSpec, _attribute: Attribute[Recipe | None], value: Recipe | None) -> None:
+    if value is not None and not spec.trained:
+        raise ValueError("'recommended' must be left out where 'trained' is False: a recipe is for training")
 
 
 @frozen(kw_only=True)
@@ -66,20 +77,25 @@ class ComponentSpec:
 class Recipe:
     """Settings that decode better than an algorithm's published ones, for the same training.
 
-    evidence: What was measured, on what, and what was not. These sentences are written into run files with these
-        settings.
+    evidence: What was measured, on what, and what was not, in one line. These sentences are written into run files with
+        these settings.
     options: Keys of the draft type's options that differ from the defaults. The mask token is not allowed here, because
         it depends on the target.
     loss: Keys of [loss], as a run file writes them, which replace the algorithm's own.
     train: Keys of [train], as a run file writes them, which replace the defaults.
 
-    `deepspec init` checks `options`, `loss` and `train` as it would check a run file. Its errors name the package.
+    `deepspec init` checks `options`, `loss` and `train` as it would check a run file. Its errors name the package. At
+    least one of them has a key.
     """
 
-    evidence: str = field(validator=matches_re(r"(?s)\S.*"))
+    evidence: str = field(validator=_said)
     options: Mapping[str, Any] = field(factory=dict, hash=False, validator=_TABLE)
     loss: Mapping[str, Any] = field(factory=dict, hash=False, validator=_TABLE)
     train: Mapping[str, Any] = field(factory=dict, hash=False, validator=_TABLE)
+
+    def __attrs_post_init__(self) -> None:
+        if not (self.options or self.loss or self.train):
+            raise ValueError("a recipe sets at least one key of 'options', 'loss' or 'train'")
 
 
 @frozen(kw_only=True)
@@ -103,8 +119,8 @@ class DraftModelSpec(ComponentSpec):
     proposes_trees: Whether the draft has a `tree_proposer`. A run file with [draft] tree is refused for other drafts.
     default_loss: The algorithm's values for keys of [loss] that the run file leaves out, as a run file writes them, for
         example {"terms": {"ce": 1.0}}.
-    recommended: The settings that `deepspec init --recipe recommended` writes, if some decode better than the published
-        ones.
+    recommended: The settings that `deepspec init` writes, if some decode better than the published ones. Only for
+        drafts that are trained.
     needs_taps: False if the draft works without tapped layers, for instance because it reads only the target's last
         hidden state. [target] layers may then be [].
     takes_packed: Whether the draft can be trained on rows that hold several conversations (contracts.draft.DraftBatch).
@@ -121,7 +137,7 @@ class DraftModelSpec(ComponentSpec):
     )
     proposes_trees: bool = field(default=False, validator=instance_of(bool))
     default_loss: Mapping[str, Any] = field(factory=dict, hash=False)
-    recommended: Recipe | None = field(default=None, validator=optional(instance_of(Recipe)))
+    recommended: Recipe | None = field(default=None, validator=[optional(instance_of(Recipe)), _of_training])
     needs_taps: bool = field(default=True, validator=instance_of(bool))
     takes_packed: bool = field(default=False, validator=instance_of(bool))
 
