@@ -42,6 +42,31 @@ def test_every_row_is_a_valid_run(recipes: Any, levers: Any) -> None:
         assert (changed == published) == (row in levers.DRAFTERS), row
 
 
+def test_a_lever_that_changes_nothing_is_refused(recipes: Any, tmp_path: Path) -> None:
+    """A recommended recipe is no published one."""
+    text = (EXAMPLES / "recipes" / "recommended" / "dspark.toml").read_text()
+    (tmp_path / "dspark.toml").write_text(text)
+    (tmp_path / "dflash.toml").write_text(text)
+    common = ["--output", str(tmp_path / "runs"), "--run-files", str(tmp_path), "--plan", "--only"]
+    with pytest.raises(SystemExit, match="muon changes nothing"):
+        recipes.main([*common, "dspark+lr2", "dspark+muon"])
+    with pytest.raises(SystemExit, match="is of the draft type dspark, not dflash"):
+        recipes.main([*common, "dflash"])
+
+
+def test_another_call_has_the_same_ruler(recipes: Any, tmp_path: Path) -> None:
+    """From its beginning on: the file is there before the first run is."""
+
+    def ruler(prompts: int) -> Any:
+        return argparse.Namespace(as_json=lambda: {"prompts": prompts})
+
+    recipes.begin(tmp_path / "recipes.json", ruler(4))
+    recipes.begin(tmp_path / "recipes.json", ruler(4))
+    with pytest.raises(SystemExit, match="prompts 4 and 40"):
+        recipes.begin(tmp_path / "recipes.json", ruler(40))
+    assert [path.name for path in tmp_path.iterdir()] == ["recipes.json"]
+
+
 @pytest.mark.parametrize("row", ["dflash+ce", "dspark+nothing", "medusa"])
 def test_what_is_no_row_is_refused(levers: Any, row: str) -> None:
     with pytest.raises(SystemExit, match="there are"):

@@ -174,7 +174,9 @@ def test_workers_count_the_failures_of_the_whole(tmp_path: Path, bad: tuple[int,
         # The one that counts the second failure says so; the other one ends with it.
         said = [end for end in (first, second) if isinstance(end, DataError) and "2 of 11" in str(end)]
         assert said, (first, second)
-        assert all(isinstance(end, DataError | StageError) for end in (first, second))
+        assert isinstance(first, DataError | StageError)
+        # The second may have handed over its share before the first counted the failure that is one too many.
+        assert isinstance(second, DataError | StageError | list)
         return
     (alone,) = together(1, lambda crew: decoded(tmp_path / "one", Cramped(), requests(*bad), max_failures=0.05))
     assert answers(first) == answers(alone)

@@ -16,8 +16,9 @@ Finished runs are kept, and an interrupted one goes on where it was, so the tabl
 calls at once if they make different rows; recipes.json and the tables have every finished run of the output folder. A
 run that was made with other settings is refused.
 
-With --run-files DIR the published recipes are DIR/dspark.toml and so on, for a target and data of your own. Levers set
-the same values there as for the quickstart, so take those whose values fit.
+With --run-files DIR the published recipes are DIR/dspark.toml and so on, for a target and data of your own, as
+`deepspec init --recipe published` writes them. Levers set the same values there as for the quickstart, so take those
+whose values fit.
 """
 
 from __future__ import annotations
@@ -66,14 +67,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     plugins = load_plugins()
     for row in (*options.only, *filter(None, [options.against])):
-        parts(row)
+        changes_something(row, options.run_files.resolve(), plugins)
     ruler = Ruler(plugins, options)
     if options.plan:
         print(plan(ruler, options.only))
         return
     output = options.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
-    same_ruler(output / "recipes.json", ruler)
+    begin(output / "recipes.json", ruler)
     found: list[dict[str, Any]] = []
     for seed in options.seeds:
         for row in options.only:
@@ -85,6 +86,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
             written = {"ruler": ruler.as_json(), "runs": found, "differences": differing}
             replace(output / "recipes.json", json.dumps(written, indent=1) + "\n")
     print(tables(found, differences(output, found, options.against)))
+
+
+def changes_something(row: str, folder: Path, plugins: Plugins) -> None:
+    """Exits for a run file of another draft type, and where a lever changes nothing, as of a recommended recipe."""
+    drafter, levers = parts(row)
+    path = run_file(row, folder)
+    published = load_run_file(path, plugins=plugins)
+    if published.draft.type != drafter:
+        sys.exit(f"{path} is of the draft type {published.draft.type}, not {drafter}")
+    for lever in levers:
+        if load_run_file(path, overrides=settings(f"{drafter}+{lever}", 942), plugins=plugins) == published:
+            sys.exit(
+                f"{path}: {lever} changes nothing; start from the published recipe (deepspec init --recipe published)"
+            )
 
 
 class Ruler:
@@ -148,10 +163,22 @@ def replace(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
+def begin(path: Path, ruler: Ruler) -> None:
+    """Write down the ruler of a new folder. Exits where there is another one, also of a call that began just now."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    partial.write_text(json.dumps({"ruler": ruler.as_json(), "runs": [], "differences": []}), encoding="utf-8")
+    try:
+        os.link(partial, path)
+    except FileExistsError:
+        same_ruler(path, ruler)
+    finally:
+        partial.unlink()
+
+
 def same_ruler(path: Path, ruler: Ruler) -> None:
     """Exits where the folder's runs were measured otherwise."""
     now = json.loads(json.dumps(ruler.as_json()))
-    before = json.loads(path.read_text(encoding="utf-8"))["ruler"] if path.is_file() else now
+    before = json.loads(path.read_text(encoding="utf-8"))["ruler"]
     if before != now:
         differing = ", ".join(f"{key} {before.get(key)} and {now[key]}" for key in now if before.get(key) != now[key])
         sys.exit(f"{path.parent} has runs with another ruler ({differing}): choose another --output")

@@ -37,11 +37,12 @@ def deepspec_draft_models() -> Iterable[DraftModelSpec]:
                 loss={"terms": {"soft_ce": 1.0, "confidence": 1.0}},
                 train={"optimizer": "muon"},
                 evidence=(
-                    "Measured on the built-in target, in three seeds and at equal training compute (825 steps "
-                    "against 942): accepted length 4.69 at temperature 0 and 4.30 at temperature 1, against 2.67 "
-                    "and 2.46 as published. On a target of 0.5 B, one seed and 72 steps show the sign on two of "
-                    "three tasks. The gain fades: with three times the steps it is 5.03 and 4.68 against 4.32 and "
-                    "4.17 (one seed). Nothing is known of ten times the steps or of a large target."
+                    "Measured on the built-in target with a learning rate of 4e-3, in three seeds and at equal "
+                    "training compute (825 steps against 942): accepted length 4.69 at temperature 0 and 4.30 at "
+                    "temperature 1, against 2.67 and 2.46 as published. On a target of 0.5 B, one seed and 72 "
+                    "steps show the sign on two of three tasks. The gain fades: with three times the steps it is "
+                    "5.03 and 4.68 against 4.32 and 4.17 (one seed). Nothing is known of ten times the steps or "
+                    "of a large target."
                 ),
             ),
         )

@@ -32,6 +32,10 @@ _GIVES_ALL_LAYERS: Final = "gemma"
 
 def unservable(facts: ExportFacts) -> str | None:
     """Why SGLang cannot serve the draft, and the nearest alternative, or None."""
+    if facts.description.algorithm != "eagle3" and (
+        reason := layers.unread_target(facts, engine=f"{_ENGINE}, for DFlash and DSpark,", without=_WITHOUT_BLOCK_TAPS)
+    ):
+        return reason
     family = str(facts.config.get(TARGET_FAMILY, facts.config["model_type"]))
     if (last := layers.last_layer_read(facts)) is not None and not family.startswith(_GIVES_ALL_LAYERS):
         return (
@@ -40,10 +44,6 @@ def unservable(facts: ExportFacts) -> str | None:
             "export to vllm."
         )
     if facts.description.algorithm != "eagle3":
-        if reason := layers.unread_target(
-            facts, engine=f"{_ENGINE}, for DFlash and DSpark,", without=_WITHOUT_BLOCK_TAPS
-        ):
-            return reason
         if reason := layers.block_draft_unlike_engine(facts, engine=_ENGINE):
             return reason
         target = layers.scales_embedding(facts)
