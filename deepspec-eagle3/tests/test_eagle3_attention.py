@@ -86,6 +86,32 @@ def test_equals_a_dense_softmax(
         torch.testing.assert_close(gradient, reference, rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("window", [None, 9])
+@pytest.mark.parametrize("first", [None, DOCUMENTS], ids=["whole", "documents"])
+@pytest.mark.parametrize("places", [[14, 20, 21, 25], [0], [12, 13]], ids=["second", "one", "at the seam"])
+def test_later_steps_attend_at_their_places_only(
+    places: list[int], first: Tensor | None, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sequence may have none. No scores of other places are formed."""
+    places_N = torch.tensor(places)
+    queries, held = tensors(3)
+    leaves = [queries, *(tensor for pair in held for tensor in pair)]
+    expected = at_places(dense(queries, held, first, SCALE, window), places_N)
+    later = [(at_places(keys, places_N), at_places(values, places_N)) for keys, values in held[1:]]
+    formed: list[int] = []
+    scores = attention._scores
+    monkeypatch.setattr(attention, "_scores", lambda *args: formed.append((one := scores(*args)).shape[-2]) or one)
+    layout = StepLayout(first, window)
+    found = attend_later(at_places(queries, places_N), held[0], later, places_N, layout, scale=SCALE)
+    most = max(sum(place // T == row for place in places) for row in range(B))
+    assert formed == [HEADS // GROUPS * most]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    toward = torch.randn(found.shape, generator=torch.Generator().manual_seed(9), dtype=found.dtype)
+    wanted = torch.autograd.grad(expected, leaves, toward)
+    for gradient, reference in zip(torch.autograd.grad(found, leaves, toward), wanted, strict=True):
+        torch.testing.assert_close(gradient, reference, rtol=0, atol=2e-6)
+
+
 @pytest.mark.parametrize("window", [None, 150])
 @pytest.mark.parametrize("first", [None, [0] * 100 + [100] * 180 + [280] * 320], ids=["whole", "documents"])
 def test_the_flex_mask_lists_the_blocks_that_are_seen(first: list[int] | None, window: int | None) -> None:
@@ -147,7 +173,7 @@ def test_flex_gradients_on_cuda(packed: bool, window: int | None) -> None:
         total = out + later.square().sum()
         return total, *torch.autograd.grad(total, leaves)
 
-    assert choose(leaves[0]) == "flex"
+    assert choose(leaves[1]) == "flex"
     for found, expected in zip(run("flex"), run("chunked"), strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-2 * expected.abs().max().item())
 
