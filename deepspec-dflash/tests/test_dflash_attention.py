@@ -91,7 +91,7 @@ def _compare_with_plain(inputs: list[Tensor], path: Path | None, tolerance: floa
 def test_paths_agree_with_a_plain_loop(
     path: Path | None, chunk_elements: int, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention_module, "_CHUNK_ELEMENTS", chunk_elements)
+    monkeypatch.setattr(attention_module, "_CHUNK_ELEMENTS_CPU", chunk_elements)
     _compare_with_plain(_inputs(), path, 1e-5, window)
 
 

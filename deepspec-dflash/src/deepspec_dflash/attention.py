@@ -30,11 +30,13 @@ from torch.nn import functional as F
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from deepspec_core.layers.interval_mask import FLEX_BLOCK, interval_mask
+from deepspec_core.layers.score_chunks import few_lengths, queries_a_chunk
 
 Path = Literal["split", "flex", "dense"]
 KeysValues = tuple[Tensor, Tensor]
 
 _CHUNK_ELEMENTS = 1 << 24  # context scores held at once: 64 MiB in fp32
+_CHUNK_ELEMENTS_CPU = 1 << 21  # what caches hold
 _DENSE_QUERIES = 128  # of one call: more see more keys in vain, fewer are slower products
 _DENSE_MOST_KEYS = 1 << 18  # copied a layer
 _FLEX_LEAST_HEAD_DIM = 16
@@ -259,9 +261,10 @@ class _ContextAttention(torch.autograd.Function):
 
 
 def _chunks(layout: BlockLayout, num_heads: int, num_tokens: int) -> list[tuple[slice, slice]]:
-    """Slices of the queries, and the slice of the tokens that any query of theirs sees."""
-    size = max(1, _CHUNK_ELEMENTS // max(1, len(layout.limits_BQ) * num_heads * num_tokens))
-    return _slices(layout, size, num_tokens)
+    """Slices of the queries, and a slice of the tokens with all that any query of theirs sees."""
+    most = _CHUNK_ELEMENTS_CPU if layout.limits_BQ.device.type == "cpu" else _CHUNK_ELEMENTS
+    size = queries_a_chunk(most, len(layout.limits_BQ) * num_heads * num_tokens)
+    return [(at, few_lengths(seen, num_tokens)) for at, seen in _slices(layout, size, num_tokens)]
 
 
 def _slices(layout: BlockLayout, size: int, num_tokens: int) -> list[tuple[slice, slice]]:

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from deepspec_core.layers.interval_mask import interval_mask
+from deepspec_core.layers.score_chunks import few_lengths, queries_a_chunk
 
 Path = Literal["chunked", "flex"]
 KeysValues = tuple[Tensor, Tensor]
@@ -139,7 +140,7 @@ class Queries(NamedTuple):
         begin = 0 if self.reach is None else max(0, first + 1 - self.reach)
         if self.first_BQ is not None and self.first_BQ.device.type == "cpu":
             begin = max(begin, int(self.first_BQ[:, at].min()))
-        return slice(begin, min(last + 1, num_tokens))
+        return few_lengths(slice(begin, last + 1), num_tokens)
 
     def hidden(self, at: slice, seen: slice) -> Tensor:
         """[B or 1, X, keys] bool: what is after the query, before its document, or beyond its reach."""
@@ -278,7 +279,7 @@ def _chunks(q_BhQD: Tensor, k_BGTD: Tensor, queries: Queries) -> Iterator[tuple[
     batch, heads, num_queries, _ = q_BhQD.shape
     num_tokens = k_BGTD.shape[2]
     most = _CHUNK_ELEMENTS_CPU if q_BhQD.device.type == "cpu" else _CHUNK_ELEMENTS
-    size = max(1, most // max(1, batch * heads * num_tokens))
+    size = queries_a_chunk(most, batch * heads * num_tokens)
     for start in range(0, num_queries, size):
         at = slice(start, min(start + size, num_queries))
         yield at, queries.seen(at, num_tokens)

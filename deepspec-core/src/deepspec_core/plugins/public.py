@@ -46,6 +46,7 @@ PUBLIC_MODULES = {
     "deepspec_core.layers.decoder_layer": "A draft layer in its family's layout.",
     "deepspec_core.layers.draft_vocabulary": "A draft's reduced vocabulary.",
     "deepspec_core.layers.interval_mask": "Flex attention's mask of queries that see an interval of keys.",
+    "deepspec_core.layers.score_chunks": "How attention cuts its queries into chunks, and the keys of a chunk.",
     "deepspec_core.layers.recomputing": "Layers that compute their activations again in backward.",
     "deepspec_core.layers.softcap": "Soft-capped logits.",
     "deepspec_core.layers.window": "How many positions a draft's layers see.",
