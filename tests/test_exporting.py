@@ -2,17 +2,21 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from exporter_plugin import COPY
 
+from deepspec_core.checkpoints.exports import Format
 from deepspec_core.checkpoints.opening import draft_adapter
 from deepspec_core.checkpoints.published import load_draft
 from deepspec_core.cli.main import main
+from deepspec_core.errors import ExportError, StageError
 from deepspec_core.plugins.discovery import load_plugins
 
 FAILS_TO_BUILD = """
@@ -109,6 +113,7 @@ def test_what_cannot_be_exported_is_refused_before_the_first_stage(
         (f"{COPY}; import os; os.link(out / 'w.safetensors', out.parents[2] / 'shared')", "w.safetensors, a link"),
         (f"{COPY}; import pickle; (out / 'notes').write_bytes(pickle.dumps(1, 0))", "contains pickles"),
         ("out.rmdir()", "the folder is gone"),
+        (f"{COPY}; import os; os.chdir('/')", "changed the current folder"),
     ],
 )
 def test_a_plugin_that_fails_leaves_no_folder(
@@ -132,6 +137,76 @@ def test_what_is_in_the_place_of_an_export_stays(
     assert main(_arguments(finished_copy)) == 2
     assert "the export's folder exists already" in capsys.readouterr().err
     assert mine.read_text() == "mine"
+
+
+def test_an_exporter_that_changes_the_draft_and_the_facts_changes_no_other_export(
+    finished_copy: Path, offer: Any
+) -> None:
+    spoil = "[weight.data.mul_(0.5) for weight in draft.parameters()]; facts.config['max_position_embeddings'] = 7"
+    arguments = _arguments(finished_copy)
+    offer(write=f"{COPY}; {spoil}; [result.clear() for result in facts.results]")
+    assert main([*arguments[:-1], 'export.to=["plain", "deepspec"]']) == 0
+    exports = _folder(finished_copy) / "export"
+    found = {path.name: path.read_bytes() for path in (exports / "deepspec").iterdir()}
+    offer()
+    assert main([*arguments[:-1], 'export.to=["deepspec"]', "--force", "export"]) == 0
+    assert found == {path.name: path.read_bytes() for path in (exports / "deepspec").iterdir()}
+
+
+class _Writes:
+    """An exporter that calls something while it writes."""
+
+    def __init__(self, meanwhile: Callable[[], object]) -> None:
+        self.meanwhile = meanwhile
+
+    def unservable(self, facts: Any) -> None:
+        return None
+
+    def write(self, draft: Any, facts: Any, out: Path) -> None:
+        (out / "file").write_text("mine")
+        self.meanwhile()
+
+
+def _write(out: Path, meanwhile: Callable[[], object] = lambda: None) -> None:
+    nothing: Any = None
+    Format(name="plain", package="a test", exporter=_Writes(meanwhile)).write(nothing, nothing, out)
+
+
+def test_two_exports_to_one_folder_do_not_mix(tmp_path: Path) -> None:
+    out, raised = tmp_path / "out", []
+
+    def again() -> None:
+        with pytest.raises(StageError, match="Another process writes this export") as error:
+            _write(out)
+        raised.append(error)
+
+    _write(out, again)
+    assert len(raised) == 1
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "file"]
+
+    second = tmp_path / "second"
+    with pytest.raises(ExportError, match="came into being while"):
+        _write(second, lambda: shutil.copytree(out, second))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "second"]
+
+
+def test_what_has_the_name_of_an_unfinished_export_stays(tmp_path: Path) -> None:
+    place = tmp_path / ".out.partial"
+    place.write_text("mine")
+    with pytest.raises(ExportError, match="taken by something else"):
+        _write(tmp_path / "out")
+    place.unlink()
+    place.mkdir()
+    (place / "mine").touch()
+    with pytest.raises(ExportError, match="taken by something else"):
+        _write(tmp_path / "out")
+    # That of a killed process is used.
+    (place / "mine").unlink()
+    (place / ".lock").touch()
+    (place / "out").mkdir()
+    (place / "out" / "half").touch()
+    _write(tmp_path / "out")
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "file"]
 
 
 def test_a_format_that_cannot_be_loaded_is_refused_by_config_check(

@@ -51,6 +51,45 @@ def test_a_run_exports_what_it_trained(finished_copy: Path, capsys: pytest.Captu
     assert main([*_run(finished_copy), "--force", "export"]) == 0
 
 
+def test_exports_that_are_gone_are_written_again_and_changed_ones_are_told(
+    finished_copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exports = _folder(finished_copy) / "export"
+    assert main(_run(finished_copy, to=("vllm", "deepspec"))) == 0
+    shutil.rmtree(exports / "vllm")
+    capsys.readouterr()
+    assert main(_run(finished_copy, to=("vllm", "deepspec"))) == 0
+    assert "export: already complete" not in capsys.readouterr().out
+    weights = exports / "vllm" / "model.safetensors"
+    whole = weights.read_bytes()
+    for change in (lambda: weights.write_bytes(whole[:-100]), weights.unlink):
+        change()
+        assert main(_run(finished_copy, to=("vllm", "deepspec"))) == 2
+        seen = capsys.readouterr().err
+        assert "The content of the run's exports changed after the stage `export` had results" in seen
+        assert "--force export" in seen
+    assert main([*_run(finished_copy, to=("vllm", "deepspec")), "--force", "export"]) == 0
+    assert weights.read_bytes() == whole
+
+
+def test_what_a_user_keeps_in_the_place_of_exports_stays(
+    finished_copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exports = _folder(finished_copy) / "export"
+    notes = exports / "vllm" / "notes.txt"
+    notes.parent.mkdir(parents=True)
+    notes.write_text("mine")
+    assert main(_run(finished_copy, to=("vllm",))) == 2
+    assert "the export's folder exists already" in capsys.readouterr().err
+    assert notes.read_text() == "mine"
+    (tmp_path / "mine").mkdir()
+    exports.rename(tmp_path / "mine" / "export")
+    exports.symlink_to(tmp_path / "mine" / "export")
+    assert main(_run(finished_copy, to=("vllm",))) == 2
+    assert "Exports cannot be written to this place" in capsys.readouterr().err
+    assert (tmp_path / "mine" / "export" / "vllm" / "notes.txt").read_text() == "mine"
+
+
 def test_a_run_that_evaluates_nothing_has_no_figures_in_its_card(finished_copy: Path) -> None:
     stages = 'run.stages=["regenerate", "cache", "train", "export"]'
     (_folder(finished_copy) / "metrics.json").unlink()

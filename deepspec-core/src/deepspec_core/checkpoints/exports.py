@@ -17,6 +17,7 @@ from deepspec_core.contracts.draft import DraftModel
 from deepspec_core.contracts.export import Exporter, ExportFacts
 from deepspec_core.disk import no_room
 from deepspec_core.errors import DeepSpecError, ExportError, PluginError
+from deepspec_core.locks import LOCK, lock
 from deepspec_core.plugins.references import FAILURES, blame
 from deepspec_core.plugins.registry import Registry
 
@@ -71,21 +72,30 @@ class Format:
         """Write the folder `out`, which is not there yet, and return its bytes.
 
         What is written gets this name when all of it is there. PluginError where the exporter fails or writes anywhere
-        else or writes a pickle, ExportError where it writes nothing. Nothing is left then.
+        else or writes a pickle, ExportError where it writes nothing or `out` came into being meanwhile. Nothing is left
+        then. StageError where another process writes this export.
         """
-        unfinished = out.with_name(f".{out.name}.partial")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        inner = unfinished / out.name
-        inner.mkdir(parents=True)
-        try:
-            self._write(draft, facts, inner)
-            size = self._check_written(inner)
-            inner.rename(out)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished = out.absolute().with_name(f".{out.name}.partial")
+        if os.path.lexists(unfinished) and not (unfinished / LOCK).is_file():
+            raise ExportError(
+                "the place where an export is prepared is taken by something else",
+                where=unfinished,
+                fix="Move it away.",
+            )
+        with lock(unfinished, problem="Another process writes this export", fix="Wait for it, or choose another name."):
+            inner = unfinished / out.name
+            try:
+                shutil.rmtree(inner, ignore_errors=True)  # of a process that was killed
+                inner.mkdir()
+                self._write(draft, facts, inner)
+                size = self._check_written(inner)
+                _appear(inner, out.absolute())
+            finally:
+                shutil.rmtree(unfinished, ignore_errors=True)
         return size
 
     def _write(self, draft: DraftModel, facts: ExportFacts, folder: Path) -> None:
+        before = Path.cwd()
         try:
             self.exporter.write(draft, facts, folder)
         except DeepSpecError:
@@ -94,9 +104,19 @@ class Format:
             if no_room(error) is not None:
                 raise
             raise PluginError(f"the export to {self.name} failed", where=self.package, found=blame(error)) from error
+        finally:
+            moved = Path.cwd()
+            os.chdir(before)
+        if moved != before:
+            raise PluginError(
+                f"the export to {self.name} changed the current folder",
+                where=self.package,
+                found=moved,
+                expected="the folder that the command was started in, because relative paths begin there",
+            )
 
     def _check_written(self, folder: Path) -> int:
-        beside = sorted(path.name for path in folder.parent.iterdir() if path != folder)
+        beside = sorted(path.name for path in folder.parent.iterdir() if path != folder and path.name != LOCK)
         links = links_in(folder)
         if beside or links or not folder.is_dir():
             raise PluginError(
@@ -120,6 +140,21 @@ class Format:
                 expected="files such as safetensors and JSON, which can be loaded without trust",
             )
         return sum(path.stat().st_size for path in files)
+
+
+def _appear(inner: Path, out: Path) -> None:
+    try:
+        inner.rename(out)
+    except OSError as error:
+        if not os.path.lexists(out):
+            raise
+        raise ExportError(
+            "the export's folder came into being while the export was written",
+            where=out,
+            found=str(error.strerror),
+            expected="nothing",
+            fix="Choose another name.",
+        ) from error
 
 
 def links_in(folder: Path) -> list[str]:

@@ -6,6 +6,7 @@ Knows records and where each content of a run is stored. Does not know what a st
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -41,7 +42,11 @@ def refuse_changes(run: Run, record: StageRecord) -> None:
             fix=f"Set it back, {back}",
         )
     _refuse_others(run, record, record.content, folder, "which the results were made with", back)
-    places = {contents.REGENERATED: run.data.regenerated, contents.OWN_DRAFT: run.folder / "draft"}
+    places = {
+        contents.REGENERATED: run.data.regenerated,
+        contents.OWN_DRAFT: run.folder / "draft",
+        contents.EXPORTS: run.folder / "export",
+    }
     for name, digest in record.made.items():
         _refuse_others(run, record, {name: digest}, places.get(name) or folder, "as the stage left it", back)
 
@@ -72,6 +77,20 @@ def digest_now(run: Run, name: str, *, resuming: bool) -> str | None:
         return _look_up(run, name, resuming)()
     except (DeepSpecError, OSError):
         return None
+
+
+def exports_digest(run: Run) -> str | None:
+    """A digest of the names and the content of all files of the run's exports; None where an export's folder is gone.
+
+    OSError where a file cannot be read.
+    """
+    folders = [run.stage_folder("export") / name for name in run.file.export.to]
+    if not all(folder.is_dir() for folder in folders):
+        return None
+    files = sorted(path for folder in folders for path in folder.rglob("*") if path.is_file())
+    names = [path.relative_to(run.stage_folder("export")).as_posix() for path in files]
+    lines = (f"{digest} {name}\n" for name, digest in zip(names, digests_of(files), strict=True))
+    return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
 
 
 def _look_up(run: Run, name: str, resuming: bool) -> Callable[[], str | None]:
@@ -113,6 +132,8 @@ def _look_up(run: Run, name: str, resuming: bool) -> Callable[[], str | None]:
 
         cost_table = run.base / run.file.evaluate.scheduler.cost_table
         return lambda: digest_of(cost_table)
+    if name == contents.EXPORTS:
+        return lambda: exports_digest(run)
     if name == contents.EVALUATION:
         return lambda: digests_of([run.folder / METRICS])[0]
     if found := re.fullmatch(re.escape(contents.SOURCE).replace(r"\{\}", r"(\d+)"), name):

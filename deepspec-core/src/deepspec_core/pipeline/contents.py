@@ -1,4 +1,4 @@
-"""Names of the content that a run reads besides its run file: sources, target, template, answers, cache, draft, tasks.
+"""Names of content that a run reads besides its run file, or leaves: sources, answers, cache, draft, exports, tasks.
 
 A stage notes a digest under such a name when it reads something (reads.py), and the same name is looked up again before
 its results are used (changes.py). Knows names only.
@@ -18,6 +18,7 @@ DRAFT: Final = "the draft"
 INIT: Final = "the checkpoint of draft.init"
 OWN_DRAFT: Final = "the run's finished draft"
 EVALUATION: Final = "the run's metrics.json"
+EXPORTS: Final = "the content of the run's exports"
 SPLIT: Final = "the rule that splits conversations"
 SOURCE: Final = "the content of data.sources[{}]"
 CALIBRATION: Final = "the file of evaluate.calibration"

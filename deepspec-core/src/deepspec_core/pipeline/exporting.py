@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -23,37 +24,46 @@ from deepspec_core.digests import digests_of
 from deepspec_core.evaluation.metrics_file import NAME as METRICS
 from deepspec_core.evaluation.metrics_file import results_of
 from deepspec_core.pipeline import contents
+from deepspec_core.pipeline.fingerprint import RECORD
 from deepspec_core.pipeline.run import Run
 from deepspec_core.pipeline.training import new_draft
 from deepspec_core.targets.opening import fingerprint
 
 
 def run_stage(run: Run) -> dict[str, Any]:
-    """Write every format anew. Raises ExportError if an engine cannot serve the draft, or a plugin wrote nothing."""
+    """Write every format anew, each from a draft of its own.
+
+    Raises ExportError if an engine cannot serve the draft, or a plugin wrote nothing.
+    """
     folder = run.folder / "draft"
     adapter = draft_adapter(folder, registry=run.plugins.registry)
     digest = fingerprint(folder)
     run.reads.content(contents.OWN_DRAFT, digest)
-    draft = load_draft(folder, registry=run.plugins.registry, adapter=adapter)
-    facts = _facts(run, draft, adapter, dtype=stored_dtype(folder), results=_results(run, digest))
-    check_servable(run, facts)
-    summary = {}
+    results, summary = _results(run, digest), {}
+
+    def load() -> tuple[DraftModel, ExportFacts]:
+        """Anew for each format, so that no exporter sees what another one changed."""
+        draft = load_draft(folder, registry=run.plugins.registry, adapter=adapter)
+        return draft, _facts(run, draft, adapter, dtype=stored_dtype(folder), results=deepcopy(results))
+
+    check_servable(run, load()[1])
     for name in run.file.export.to:
-        out = _folder_of(run, name)
+        out = folder_of(run, name)
         if out.is_dir() and not out.is_symlink():
             shutil.rmtree(out)
-        summary[name] = _format(run, name).write(draft, facts, out)
+        summary[name] = _format(run, name).write(*load(), out)
     return {"folder": str(run.stage_folder("export")), "bytes": summary}
 
 
 def check_servable(run: Run, facts: ExportFacts) -> None:
     """Raise ExportError if one of the run's formats cannot hold such a draft, or its place is taken by something else.
 
-    Raises PluginError if a plugin does not work.
+    Folders that the stage has written before are not in the way. Raises PluginError if a plugin does not work.
     """
+    ours = (run.stage_folder("export") / RECORD).is_file()
     for name in run.file.export.to:
-        out = _folder_of(run, name)
-        if out.is_symlink() or not out.is_dir():
+        out = folder_of(run, name)
+        if out.is_symlink() or not out.is_dir() or not ours:
             require_free(out, fix="Move it away, or choose another run.output.")
         _format(run, name).check(facts, where=f"{run.path}: export.to")
 
@@ -107,7 +117,7 @@ def _results(run: Run, digest: str) -> list[dict[str, Any]]:
     return results_of(path, digest)
 
 
-def _folder_of(run: Run, name: str) -> Path:
+def folder_of(run: Run, name: str) -> Path:
     return run.stage_folder("export") / name
 
 

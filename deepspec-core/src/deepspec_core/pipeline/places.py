@@ -65,6 +65,15 @@ def check_places(run: Run, todo: Collection[str]) -> None:
             expected="a folder of this run, or nothing",
             fix="Move what is there away, or choose another run.output.",
         )
+    exports = run.stage_folder("export")
+    if "export" in todo and exports.is_symlink():
+        raise StageError(
+            "Exports cannot be written to this place",
+            where=exports,
+            found="a symbolic link",
+            expected="a folder of this run, or nothing",
+            fix="Move the link away, or choose another run.output.",
+        )
 
 
 def _folders(run: Run, todo: Collection[str]) -> Iterator[Path]:

@@ -21,7 +21,7 @@ from deepspec_core.disk import full_disk_is_an_error
 from deepspec_core.errors import StageError, nearest
 from deepspec_core.locks import LOCK
 from deepspec_core.pipeline import contents, heartbeat, threads, workers
-from deepspec_core.pipeline.changes import digest_now, refuse_changes
+from deepspec_core.pipeline.changes import digest_now, exports_digest, refuse_changes
 from deepspec_core.pipeline.fingerprint import RECORD, StageRecord, fingerprint, flatten, read_record, schema_keys
 from deepspec_core.pipeline.reads import Trace
 from deepspec_core.pipeline.run import Run
@@ -78,7 +78,12 @@ STAGES = {
             shared=True,
         ),
         Stage(name="evaluate", uses=("train",), body="deepspec_core.pipeline.evaluating:run_stage", shared=True),
-        Stage(name="export", uses=("train", "evaluate"), body="deepspec_core.pipeline.exporting:run_stage"),
+        Stage(
+            name="export",
+            uses=("train", "evaluate"),
+            body="deepspec_core.pipeline.exporting:run_stage",
+            makes=(contents.EXPORTS,),
+        ),
     )
 }
 
@@ -152,6 +157,8 @@ def plan(run: Run, *, only: Sequence[str] = (), force: Sequence[str] = ()) -> li
                 fix=f"Run the missing stages first: --stages {','.join(wanted)}",
             )
         action: Action = "run" if record is None else "skip" if record.complete else "resume"
+        if action == "skip" and record is not None and contents.EXPORTS in record.made and exports_digest(run) is None:
+            action = "resume"  # an export was moved away or deleted
         steps.append(Step(stage=stage, action=action, record=record, forced=_forced(stage, force, present)))
     return steps
 
