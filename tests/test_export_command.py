@@ -1,5 +1,6 @@
 """`deepspec export`: a draft without a run file, in a place of its own."""
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,21 @@ def test_a_draft_is_written_beside(draft: Path, offer: Any, capsys: pytest.Captu
     [norm] = [name for name in weights if name.endswith("hidden_norm.weight")]
     assert torch.equal(weights[norm], own["hidden_norm.weight"].to(weights[norm].dtype))
     assert list(Path().glob(".*")) == []
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o007])
+def test_every_file_has_the_permissions_that_the_umask_gives(draft: Path, umask: int) -> None:
+    """Of the weights too, which safetensors writes for their owner alone: another user serves the draft."""
+    before = os.umask(umask)
+    try:
+        assert main(["export", str(draft), "--to", "vllm", "--out", "served"]) == 0
+        assert main(["import", "served", "--target", "builtin:tiny-qwen3", "--out", "imported"]) == 0
+    finally:
+        os.umask(before)
+    for folder in ("served", "imported"):
+        modes = {path.name: path.stat().st_mode & 0o777 for path in Path(folder).iterdir()}
+        assert "model.safetensors" in modes
+        assert set(modes.values()) == {0o666 & ~umask}, modes
 
 
 def test_a_place_of_its_own_is_made_and_never_overwritten(

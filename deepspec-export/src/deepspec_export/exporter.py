@@ -11,10 +11,10 @@ from typing import Final
 
 import torch
 from attrs import frozen
-from safetensors.torch import save_file
 from torch import Tensor
 
 from deepspec_core.checkpoints.published import published_weights
+from deepspec_core.checkpoints.weight_file import write_tensors
 from deepspec_core.contracts.draft import DraftModel
 from deepspec_core.contracts.export import ExportFacts
 from deepspec_core.errors import ExportError
@@ -52,7 +52,7 @@ class EngineExporter:
         served = draft_as_served(facts)
         tensors = export_weights(draft, served, facts, whole=facts.description.algorithm in self.whole_for)
         write_json(out / CONFIG, self.format.config(served, facts))
-        save_file(tensors, out / WEIGHTS, metadata={"format": "pt"})
+        write_tensors(out / WEIGHTS, tensors)
         verified = verify(out, read=self.format.read, expected=served, written=tensors, draft=draft)
         target = "TARGET" if facts.target is None else facts.target.name
         notes = [*shared_notes(served, facts), *self.format.notes(served)]

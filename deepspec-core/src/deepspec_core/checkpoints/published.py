@@ -15,11 +15,17 @@ from typing import Any, cast
 
 import torch
 from attrs import asdict, frozen
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from deepspec_core.checkpoints.draft_window import window_of
-from deepspec_core.checkpoints.weight_file import FLOATING, Header, check_finite, read_header, read_tensors
+from deepspec_core.checkpoints.weight_file import (
+    FLOATING,
+    Header,
+    check_finite,
+    read_header,
+    read_tensors,
+    write_tensors,
+)
 from deepspec_core.contracts.draft import DraftDescription, DraftModel
 from deepspec_core.contracts.target import TargetAdapter
 from deepspec_core.disk import in_words
@@ -102,7 +108,7 @@ def save_draft(
     unfinished = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
     try:
         (unfinished / CONFIG).write_text(config, encoding="utf-8")
-        save_file(tensors, unfinished / WEIGHTS, metadata={"format": "pt"})
+        write_tensors(unfinished / WEIGHTS, tensors)
         unfinished.chmod(0o755)
         os.replace(unfinished, out_dir)
     except BaseException:
