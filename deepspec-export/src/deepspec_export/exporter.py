@@ -5,6 +5,7 @@ Knows the steps, which are the same for every format that an engine loads. What 
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from types import ModuleType
 from typing import Final
@@ -54,7 +55,7 @@ class EngineExporter:
         write_json(out / CONFIG, self.format.config(served, facts))
         write_tensors(out / WEIGHTS, tensors)
         verified = verify(out, read=self.format.read, expected=served, written=tensors, draft=draft)
-        target = "TARGET" if facts.target is None else facts.target.name
+        target = "TARGET" if facts.target is None else shlex.quote(facts.target.name)
         notes = [*shared_notes(served, facts), *self.format.notes(served)]
         commands = [self.format.command(served, target=target, draft="DIR")]
         text = card(facts, format_name=self.format.NAME, commands=commands, notes=notes)

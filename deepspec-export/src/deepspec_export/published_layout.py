@@ -6,6 +6,7 @@ It is the checkpoint's own layout, so it loads here again. The target has the na
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any, Final
 
@@ -43,7 +44,7 @@ class PublishedExporter:
         write_tensors(out / WEIGHTS, tensors)
         assert json.loads((out / CONFIG).read_text(encoding="utf-8")) == config, "JSON gives back what it was given"
         check_same_bits(out / WEIGHTS, tensors, facts.shapes)
-        target = "TARGET" if facts.target is None else facts.target.name
+        target = "TARGET" if facts.target is None else shlex.quote(facts.target.name)
         commands = [f"deepspec evaluate --draft DIR --target {target} --task questions.jsonl"]
         (out / CARD).write_text(card(facts, format_name=NAME, commands=commands, notes=[]), encoding="utf-8")
         content = record(facts, NAME, {}, out)
