@@ -18,6 +18,7 @@ from attrs import asdict, frozen
 from torch import Tensor, nn
 
 from deepspec_core.checkpoints.draft_window import window_of
+from deepspec_core.checkpoints.export_record import why_no_checkpoint
 from deepspec_core.checkpoints.weight_file import (
     FLOATING,
     Header,
@@ -144,7 +145,7 @@ def read_draft_config(directory: Path) -> dict[str, Any]:
     try:
         return read_object(Path(directory) / CONFIG, kind=CheckpointError)
     except FileNotFoundError:
-        raise CheckpointError(
+        raise why_no_checkpoint(Path(directory)) or CheckpointError(
             "there is no draft checkpoint in this directory",
             where=directory,
             expected=f"a directory with {CONFIG} and {WEIGHTS}",
@@ -304,11 +305,13 @@ def read_options(directory: Path, registry: Registry) -> tuple[str, Any, tuple[i
         spec = registry.recognise(config)
         options, taps = resolve(spec.options_of)(config)
     except (PluginError, CheckpointError) as error:
-        raise CheckpointError(
+        raise why_no_checkpoint(Path(directory)) or CheckpointError(
             error.problem, where=where, found=error.found, expected=error.expected, fix=error.fix
         ) from error
     except FAILURES as error:  # a plugin's reading of a value that it did not expect
-        raise CheckpointError(f"{CONFIG} does not describe a draft", where=where, found=blame(error)) from error
+        raise why_no_checkpoint(Path(directory)) or CheckpointError(
+            f"{CONFIG} does not describe a draft", where=where, found=blame(error)
+        ) from error
     if (spec.needs_taps and not taps) or any(type(tap) is not int for tap in taps):
         raise CheckpointError(
             f"{CONFIG} names no layers of the target", where=where, found=taps, expected="a list of whole numbers"
