@@ -21,9 +21,6 @@ from deepspec_core.errors import StageError
 # No room on the disk, none in the user's quota, a file larger than files may be.
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
-# What an unfinished file's or folder's name has more than its final name.
-_BESIDE: Final = 16
-
 
 def is_folder(path: Path) -> bool:
     """Whether there is such a folder. A name that no file system takes (too long, with a NUL in it) is none."""
@@ -39,23 +36,6 @@ def is_file(path: Path) -> bool:
         return path.is_file()
     except (OSError, ValueError):
         return False
-
-
-def why_no_such_name(name: str) -> str | None:
-    """Why no folder can have this path, and one beside it a somewhat longer name; None if it can."""
-    if "\0" in name:
-        return "a character that no name can have (NUL)"
-    try:
-        path = Path(name).expanduser()
-        most = os.pathconf(nearest_folder(path), "PC_NAME_MAX")
-        if (longest := max(len(os.fsencode(part)) for part in path.absolute().parts)) > most - _BESIDE:
-            return f"a name of {longest} bytes, and {most - _BESIDE} are the most here"
-        os.lstat(path)
-    except (FileNotFoundError, NotADirectoryError, PermissionError):
-        return None
-    except (OSError, RuntimeError, ValueError) as error:  # ~nobody, a path that is too long, text that is no name
-        return getattr(error, "strerror", None) or str(error)
-    return None
 
 
 def sync(path: Path) -> None:

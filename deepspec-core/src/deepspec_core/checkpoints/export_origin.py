@@ -17,6 +17,7 @@ from deepspec_core.checkpoints.export_facts import SECTIONS, settings_of, target
 from deepspec_core.checkpoints.published import CONFIG, read_draft_config
 from deepspec_core.config.run_file_place import run_file_folder
 from deepspec_core.contracts.export import TargetName
+from deepspec_core.disk import is_file
 from deepspec_core.errors import ConfigError, TargetError
 from deepspec_core.evaluation.metrics_file import NAME as METRICS
 from deepspec_core.evaluation.metrics_file import results_of
@@ -85,8 +86,8 @@ class Origin:
 def checkpoint_in(name: str) -> str:
     """The checkpoint that a run's folder holds, where `name` is one; else `name`."""
     folder = Path(name).expanduser()
-    inner = folder / _DRAFT / CONFIG
-    return str(folder / _DRAFT) if inner.is_file() and not (folder / CONFIG).exists() else name
+    held = is_file(folder / _DRAFT / CONFIG) and not (folder / CONFIG).exists()
+    return str(folder / _DRAFT) if held else name
 
 
 def origin_of(directory: Path, *, target: str | None, run_file: Path | None = None) -> Origin:
