@@ -46,6 +46,8 @@ def test_a_vocabulary_is_reduced_by_what_the_runs_answers_have(
     [
         (("--to", "vllm", "--draft-vocab", "150"), "reduced vocabulary"),
         (("--to", "deepspec", "--draft-vocab", "99999999"), "--draft-vocab"),
+        (("--to", "deepspec", "--draft-vocab", "99999999999999999999"), "--draft-vocab"),
+        (("--to", "deepspec", "--draft-vocab", "2"), "more than the 2 stop tokens of the target"),
         (("--to", "deepspec", "--draft-vocab", "1024"), "nothing would be reduced"),
     ],
 )
@@ -152,4 +154,22 @@ def test_what_does_not_go_together_is_said(tmp_path: Path, capsys: pytest.Captur
     path.write_text((QUICKSTART / "eagle3.toml").read_text())
     assert main(["export", "--to", "sglang", "--untrained", str(path), "--out", str(tmp_path / "out")]) == 2
     assert "qk_norm = false" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("init", "fix"),
+    [("drafts/mine", "deepspec export {base}/drafts/mine --to vllm"), ("target:last", "Remove draft.init")],
+)
+def test_a_draft_that_would_not_begin_with_random_weights_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], init: str, fix: str
+) -> None:
+    (tmp_path / "drafts" / "mine").mkdir(parents=True)
+    path = tmp_path / "dspark.toml"
+    text = (QUICKSTART / "dspark.toml").read_text()
+    path.write_text(text.replace("[draft]\n", f'[draft]\ninit = "{init}"\n'))
+    assert main(["export", "--untrained", str(path), "--to", "vllm", "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert "draft.init" in said
+    assert fix.format(base=tmp_path) in said
     assert not (tmp_path / "out").exists()

@@ -31,6 +31,7 @@ def test_a_published_checkpoint_survives_a_round_trip(
     assert isinstance(model, DSparkModel)
     assert model.describe().class_name == read_draft_config(original)["architectures"][0]
     save_draft(model, recordings.adapter(family), tmp_path / "copy")
+    assert len({path.stat().st_mode for path in (tmp_path / "copy").iterdir()}) == 1, "others read the weights too"
     check_same_weights(tmp_path / "copy", original)
     config, recorded = read_draft_config(tmp_path / "copy"), read_draft_config(original)
     own = {"architectures", *model.config()} - {"sample_from_anchor"}

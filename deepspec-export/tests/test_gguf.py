@@ -216,13 +216,16 @@ def test_refused_with_a_way_out(
 def test_what_the_file_needs_besides(
     spoken: Callable[..., Any], drafted: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert "--target" in (drafted("dspark", **RANK).unservable("gguf") or "")
+    with pytest.raises(ExportError, match=r"fix: .*--target") as refused:
+        drafted("dspark", **RANK).unservable("gguf")
+    assert str(refused.value).count("fix:") == 1
     pieces = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.Unigram([("a", 0.0)], 0, False)))
     reason = spoken("dspark", "qwen3", pieces, **RANK).unservable("gguf") or ""
     assert "this one is Unigram" in reason
     assert "convert_hf_to_gguf.py" in reason
     monkeypatch.setattr(gguf_file, "is_installed", lambda: False)
-    assert "pip install 'deepspec-export[gguf]'" in (spoken("dspark", "qwen3", **RANK).unservable("gguf") or "")
+    with pytest.raises(ExportError, match=r"fix: .*pip install 'deepspec-export\[gguf\]'"):
+        spoken("dspark", "qwen3", **RANK).unservable("gguf")
 
 
 def test_another_way_to_split_text_is_said(spoken: Callable[..., Any], tmp_path: Path) -> None:

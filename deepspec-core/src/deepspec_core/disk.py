@@ -30,6 +30,14 @@ def is_folder(path: Path) -> bool:
         return False
 
 
+def is_file(path: Path) -> bool:
+    """Whether there is such a file. A name that no file system takes is none."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def sync(path: Path) -> None:
     """Make a file's content last, or of a folder the names in it. OSError where the disk refuses."""
     handle = os.open(path, os.O_RDONLY)

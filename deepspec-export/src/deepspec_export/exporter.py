@@ -5,16 +5,17 @@ Knows the steps, which are the same for every format that an engine loads. What 
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from types import ModuleType
 from typing import Final
 
 import torch
 from attrs import frozen
-from safetensors.torch import save_file
 from torch import Tensor
 
 from deepspec_core.checkpoints.published import published_weights
+from deepspec_core.checkpoints.weight_file import write_tensors
 from deepspec_core.contracts.draft import DraftModel
 from deepspec_core.contracts.export import ExportFacts
 from deepspec_core.errors import ExportError
@@ -52,9 +53,9 @@ class EngineExporter:
         served = draft_as_served(facts)
         tensors = export_weights(draft, served, facts, whole=facts.description.algorithm in self.whole_for)
         write_json(out / CONFIG, self.format.config(served, facts))
-        save_file(tensors, out / WEIGHTS, metadata={"format": "pt"})
+        write_tensors(out / WEIGHTS, tensors)
         verified = verify(out, read=self.format.read, expected=served, written=tensors, draft=draft)
-        target = "TARGET" if facts.target is None else facts.target.name
+        target = "TARGET" if facts.target is None else shlex.quote(facts.target.name)
         notes = [*shared_notes(served, facts), *self.format.notes(served)]
         commands = [self.format.command(served, target=target, draft="DIR")]
         text = card(facts, format_name=self.format.NAME, commands=commands, notes=notes)

@@ -218,7 +218,8 @@ def _our_name(name: str) -> str:
 
 def _read_gguf(folder: Path) -> Foreign:
     if not gguf_file.is_installed():
-        raise CheckpointError("a GGUF file cannot be read", where=folder / GGUF, found=gguf_file.MISSING)
+        where, found = folder / GGUF, gguf_file.MISSING
+        raise CheckpointError("a GGUF file cannot be read", where=where, found=found, fix=gguf_file.INSTALL)
     hints, notes = _hints(folder, (GGUF,))
     try:
         name, keys, tensors = gguf_file.read(folder / GGUF)

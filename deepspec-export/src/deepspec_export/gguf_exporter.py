@@ -10,6 +10,7 @@ from typing import Final
 
 from deepspec_core.contracts.draft import DraftModel
 from deepspec_core.contracts.export import ExportFacts
+from deepspec_core.errors import ExportError
 from deepspec_export import gguf_file, gguf_tokenizer, llama_cpp
 from deepspec_export.card import card
 from deepspec_export.exporter import export_weights, shared_notes
@@ -18,26 +19,24 @@ from deepspec_export.served import draft_as_served
 from deepspec_export.verification import refuse_paths, verify_file
 
 FILE: Final = "draft.gguf"
-_NO_TOKENIZER: Final = (
-    "the file holds the target's tokens, and nothing says where the target is. Name its folder, or its Hub id, in "
-    "--target."
-)
 
 
 class GgufExporter:
     """A contracts.export.Exporter of GGUF."""
 
     def unservable(self, facts: ExportFacts) -> str | None:
-        """Why llama.cpp cannot serve the draft, or no file can be written here, and what to do; or None.
+        """Why llama.cpp cannot serve the draft, and what to do; or None.
 
+        ExportError where no file can be written here: without the package gguf, or without the target's place.
         TargetError where the target's tokenizer cannot be loaded.
         """
         if reason := llama_cpp.unservable(facts):
             return reason
         if not gguf_file.is_installed():
-            return gguf_file.MISSING
+            raise _unwritable("the package gguf", gguf_file.MISSING, gguf_file.INSTALL)
         if facts.tokenizer is None:
-            return _NO_TOKENIZER
+            found = "the file holds the target's tokens, and nothing says where the target is"
+            raise _unwritable("the draft's target", found, "Name its folder, or its Hub id, in --target.")
         return gguf_tokenizer.unwritable(facts.tokenizer())
 
     def write(self, draft: DraftModel, facts: ExportFacts, out: Path) -> None:
@@ -75,6 +74,10 @@ class GgufExporter:
         }
         write_json(out / RECORD, content)
         refuse_paths(out)
+
+
+def _unwritable(where: str, found: str, fix: str) -> ExportError:
+    return ExportError(f"the draft cannot be exported to {llama_cpp.NAME}", where=where, found=found, fix=fix)
 
 
 def gguf_exporter() -> GgufExporter:

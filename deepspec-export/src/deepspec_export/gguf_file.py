@@ -12,9 +12,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-MISSING: Final = (
-    "the package gguf, which writes the file, is not installed. Install it with `pip install 'deepspec-export[gguf]'`."
-)
+MISSING: Final = "the package gguf, which reads and writes the file, is not installed"
+INSTALL: Final = "Install it with `pip install 'deepspec-export[gguf]'`."
 _ARCHITECTURE: Final = "general.architecture"
 
 

@@ -19,12 +19,12 @@ from typing import Any, Final
 import attrs
 import torch
 from attrs import frozen
-from safetensors.torch import save_file
 from torch import Tensor
 
 from deepspec_core.checkpoints.export_facts import target_name
 from deepspec_core.checkpoints.opening import draft_adapter
 from deepspec_core.checkpoints.published import check_draft, config_text, load_draft
+from deepspec_core.checkpoints.weight_file import write_tensors
 from deepspec_core.contracts.target import TargetAdapter, TargetArchitecture
 from deepspec_core.errors import CheckpointError, DeepSpecError
 from deepspec_core.layers.draft_vocabulary import KEY as DRAFT_IDS
@@ -289,7 +289,7 @@ def _write(
     unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         write_json(unfinished / CONFIG, config)
-        save_file(dict(weights), unfinished / WEIGHTS, metadata={"format": "pt"})
+        write_tensors(unfinished / WEIGHTS, weights)
         adapter = draft_adapter(unfinished, registry=registry)
         check_draft(unfinished, registry=registry, adapter=adapter)
         draft = load_draft(unfinished, registry=registry, adapter=adapter)

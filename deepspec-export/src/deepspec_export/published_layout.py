@@ -6,13 +6,14 @@ It is the checkpoint's own layout, so it loads here again. The target has the na
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from safetensors.torch import save_file
 
 from deepspec_core.checkpoints.published import published_weights
+from deepspec_core.checkpoints.weight_file import write_tensors
 from deepspec_core.contracts.draft import DraftModel
 from deepspec_core.contracts.export import ExportFacts
 from deepspec_export.card import card
@@ -40,10 +41,10 @@ class PublishedExporter:
             for name, tensor in published_weights(draft).items()
         }
         write_json(out / CONFIG, config)
-        save_file(tensors, out / WEIGHTS, metadata={"format": "pt"})
+        write_tensors(out / WEIGHTS, tensors)
         assert json.loads((out / CONFIG).read_text(encoding="utf-8")) == config, "JSON gives back what it was given"
         check_same_bits(out / WEIGHTS, tensors, facts.shapes)
-        target = "TARGET" if facts.target is None else facts.target.name
+        target = "TARGET" if facts.target is None else shlex.quote(facts.target.name)
         commands = [f"deepspec evaluate --draft DIR --target {target} --task questions.jsonl"]
         (out / CARD).write_text(card(facts, format_name=NAME, commands=commands, notes=[]), encoding="utf-8")
         content = record(facts, NAME, {}, out)

@@ -11,6 +11,7 @@ from typing import Any, Final
 from attrs import evolve
 
 from deepspec_core.contracts.export import ExportFacts
+from deepspec_core.errors import ExportError
 from deepspec_export import transformer_keys, vllm
 from deepspec_export.served import Served
 
@@ -21,9 +22,17 @@ _HEAD_KEYS: Final = ("markov_rank", "markov_head_type", "enable_confidence_head"
 
 
 def unservable(facts: ExportFacts) -> str | None:
-    """Why vLLM cannot serve the draft in this format, and the nearest alternative, or None."""
+    """Why vLLM cannot serve the draft in this format, and the nearest alternative, or None.
+
+    ExportError if the target's name is not known.
+    """
     if facts.target is None:
-        return "the format names the draft's target, and nothing beside the checkpoint does. Give --target."
+        raise ExportError(
+            f"the draft cannot be exported to {NAME}",
+            where="the draft's target",
+            found="the format names the draft's target, and nothing beside the checkpoint does",
+            fix="Name it in --target.",
+        )
     return vllm.unservable_in(facts, other_heads="export to sglang, which has all three heads,")
 
 

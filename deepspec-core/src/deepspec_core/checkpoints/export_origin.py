@@ -5,24 +5,27 @@ Knows the files of a run's folder by their names. Does not know formats, or stag
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, Final
 
 import tomli
 from attrs import evolve, field, frozen
 
-from deepspec_core.checkpoints.export_facts import settings_of, target_name
+from deepspec_core.checkpoints.export_facts import SECTIONS, settings_of, target_name
 from deepspec_core.checkpoints.published import CONFIG, read_draft_config
 from deepspec_core.config.run_file_place import run_file_folder
 from deepspec_core.contracts.export import TargetName
-from deepspec_core.errors import ConfigError
+from deepspec_core.disk import is_file
+from deepspec_core.errors import ConfigError, TargetError
 from deepspec_core.evaluation.metrics_file import NAME as METRICS
 from deepspec_core.evaluation.metrics_file import results_of
 from deepspec_core.plugins.registry import Registry
 from deepspec_core.targets.opening import fingerprint, is_relative, resolve_model, tokenizer_for
 
 _DRAFT, _RUN_FILE = "draft", "config.toml"
+_TRUST: Final = "trust_remote_code"
 
 
 @frozen(kw_only=True)
@@ -32,7 +35,10 @@ class Origin:
     left_out: What lies beside it and was not taken, in words; empty if nothing.
     model: What `[target] model` would say of its target; None if nothing says. base: What a path there is relative to.
     base_known: Whether anything says so; else `base` is the run's folder, which holds no target.
-    revision, trust_remote_code: As in the run's `[target]`.
+    revision: As in the run's `[target]`.
+    trust_remote_code: Whether the run file that the user named allows code from the target's repository. What the file
+        saved in the run's folder says of it does not count: the folder may come from somebody else.
+    code_refused: Whether that file allows it, and none that the user named does.
     """
 
     target: TargetName | None
@@ -44,6 +50,7 @@ class Origin:
     base_known: bool = True
     revision: str | None = None
     trust_remote_code: bool = False
+    code_refused: bool = False
 
     def tokenizer(self, registry: Registry) -> Callable[[], Any] | None:
         """Loads the target's tokenizer: TargetError or ConfigError where it cannot be had. None without `model`."""
@@ -60,7 +67,18 @@ class Origin:
                     fix="Name the run file in place of the folder, or the target with --target.",
                 )
             where = resolve_model(model, base=self.base, registry=registry, revision=self.revision)
-            return tokenizer_for(where, self.trust_remote_code, revision=self.revision)
+            try:
+                return tokenizer_for(where, self.trust_remote_code, revision=self.revision)
+            except TargetError as error:
+                if self.trust_remote_code or not (self.code_refused or _TRUST in str(error.found)):
+                    raise
+                raise TargetError(
+                    "the target's tokenizer cannot be loaded without code from the target's repository",
+                    where=where,
+                    found=error.found,
+                    expected=f"{_TRUST} = true in the [target] of a run file that you name",
+                    fix="Read that code. To allow it, name the run file in place of the folder, without --target.",
+                ) from error
 
         return load
 
@@ -68,8 +86,8 @@ class Origin:
 def checkpoint_in(name: str) -> str:
     """The checkpoint that a run's folder holds, where `name` is one; else `name`."""
     folder = Path(name).expanduser()
-    inner = folder / _DRAFT / CONFIG
-    return str(folder / _DRAFT) if inner.is_file() and not (folder / CONFIG).exists() else name
+    held = is_file(folder / _DRAFT / CONFIG) and not (folder / CONFIG).exists()
+    return str(folder / _DRAFT) if held else name
 
 
 def origin_of(directory: Path, *, target: str | None, run_file: Path | None = None) -> Origin:
@@ -88,6 +106,7 @@ def origin_of(directory: Path, *, target: str | None, run_file: Path | None = No
     tables = _read(saved)
     section = tables.get("target", {})
     model = section.get("model")
+    allowed = {} if run_file is None else _read(run_file).get("target", {})
     output = str(tables.get("run", {}).get("output", "."))
     base = run_file_folder(directory.parent, output) if run_file is None else run_file.resolve().parent
     if named is None and isinstance(model, str):
@@ -98,23 +117,49 @@ def origin_of(directory: Path, *, target: str | None, run_file: Path | None = No
     known = Origin(target=named, settings=settings_of(tables), results=results, left_out=left_out)
     if target is not None:
         return evolve(known, model=target)
+    same = all(allowed.get(key) == section.get(key) for key in ("model", "revision"))
+    trusted = same and allowed.get(_TRUST) is True
     return evolve(
         known,
         model=model if isinstance(model, str) else None,
         base=base or directory.parent,
         base_known=base is not None,
         revision=section.get("revision"),
-        trust_remote_code=section.get("trust_remote_code") is True,
+        trust_remote_code=trusted,
+        code_refused=section.get(_TRUST) is True and not trusted,
     )
 
 
 def _read(path: Path) -> dict[str, Any]:
+    """The tables of a run file, of which somebody may have edited what an export reads."""
     try:
-        return tomli.loads(path.read_text(encoding="utf-8"))
-    except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            "the run file beside the draft cannot be read",
-            where=path,
-            found=str(error),
-            fix="Export a copy of `draft`.",
-        ) from error
+        tables = tomli.loads(path.read_text(encoding="utf-8"))
+    except (tomli.TOMLDecodeError, OSError, UnicodeDecodeError, RecursionError) as error:
+        raise _unreadable(path, str(error)) from error
+    for name in ("run", "target", *SECTIONS):
+        if not isinstance(tables.get(name, {}), Mapping):
+            raise _unreadable(f"{path}: {name}", repr(tables[name])[:80], f"a table, [{name}]")
+    sources = tables.get("data", {}).get("sources", [])
+    if not isinstance(sources, list) or not all(_is_source(source) for source in sources):
+        raise _unreadable(
+            f"{path}: data.sources", repr(sources)[:80], 'tables such as { path = "rows.jsonl", limit = 100 }'
+        )
+    return tables
+
+
+def _is_source(source: Any) -> bool:
+    return (
+        isinstance(source, Mapping)
+        and isinstance(source.get("path"), str)
+        and isinstance(source.get("limit"), int | NoneType)
+    )
+
+
+def _unreadable(where: Path | str, found: str, expected: str | None = None) -> ConfigError:
+    return ConfigError(
+        "the run file beside the draft cannot be read",
+        where=where,
+        found=found,
+        expected=expected,
+        fix="Mend the file, or export a copy of `draft`.",
+    )

@@ -60,6 +60,13 @@ class Format:
                 where=self.package,
                 found=blame(error),
             ) from error
+        if reason is not None and (not isinstance(reason, str) or not reason.strip()):
+            raise PluginError(
+                f"the export format {self.name} does not say whether it takes the draft",
+                where=self.package,
+                found=f"{reason!r:.80} from `unservable`",
+                expected="the reason in words, or None (contracts.export.Exporter)",
+            )
         if reason is not None:
             raise ExportError(
                 f"the draft cannot be exported to {self.name}",

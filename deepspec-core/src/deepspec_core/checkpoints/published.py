@@ -15,11 +15,18 @@ from typing import Any, cast
 
 import torch
 from attrs import asdict, frozen
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from deepspec_core.checkpoints.draft_window import window_of
-from deepspec_core.checkpoints.weight_file import FLOATING, Header, check_finite, read_header, read_tensors
+from deepspec_core.checkpoints.export_record import why_no_checkpoint
+from deepspec_core.checkpoints.weight_file import (
+    FLOATING,
+    Header,
+    check_finite,
+    read_header,
+    read_tensors,
+    write_tensors,
+)
 from deepspec_core.contracts.draft import DraftDescription, DraftModel
 from deepspec_core.contracts.target import TargetAdapter
 from deepspec_core.disk import in_words
@@ -102,7 +109,7 @@ def save_draft(
     unfinished = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
     try:
         (unfinished / CONFIG).write_text(config, encoding="utf-8")
-        save_file(tensors, unfinished / WEIGHTS, metadata={"format": "pt"})
+        write_tensors(unfinished / WEIGHTS, tensors)
         unfinished.chmod(0o755)
         os.replace(unfinished, out_dir)
     except BaseException:
@@ -138,7 +145,7 @@ def read_draft_config(directory: Path) -> dict[str, Any]:
     try:
         return read_object(Path(directory) / CONFIG, kind=CheckpointError)
     except FileNotFoundError:
-        raise CheckpointError(
+        raise why_no_checkpoint(Path(directory)) or CheckpointError(
             "there is no draft checkpoint in this directory",
             where=directory,
             expected=f"a directory with {CONFIG} and {WEIGHTS}",
@@ -298,11 +305,13 @@ def read_options(directory: Path, registry: Registry) -> tuple[str, Any, tuple[i
         spec = registry.recognise(config)
         options, taps = resolve(spec.options_of)(config)
     except (PluginError, CheckpointError) as error:
-        raise CheckpointError(
+        raise why_no_checkpoint(Path(directory)) or CheckpointError(
             error.problem, where=where, found=error.found, expected=error.expected, fix=error.fix
         ) from error
     except FAILURES as error:  # a plugin's reading of a value that it did not expect
-        raise CheckpointError(f"{CONFIG} does not describe a draft", where=where, found=blame(error)) from error
+        raise why_no_checkpoint(Path(directory)) or CheckpointError(
+            f"{CONFIG} does not describe a draft", where=where, found=blame(error)
+        ) from error
     if (spec.needs_taps and not taps) or any(type(tap) is not int for tap in taps):
         raise CheckpointError(
             f"{CONFIG} names no layers of the target", where=where, found=taps, expected="a list of whole numbers"

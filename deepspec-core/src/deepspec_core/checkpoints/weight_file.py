@@ -1,4 +1,4 @@
-"""A file of weights (safetensors): what it holds, told by its header, and its tensors.
+"""A file of weights (safetensors): what it holds, told by its header, and its tensors, read and written.
 
 Knows files; not which weights a draft has.
 """
@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from stat import S_IMODE
 
 from attrs import frozen
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from deepspec_core.errors import CheckpointError
@@ -43,6 +44,14 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """All of it, mapped into memory. CheckpointError where there is no such file, or it cannot be read."""
     with _reading(path):
         return load_file(path)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None) -> None:
+    """Write the file, with the permissions that a new file gets here. safetensors alone gives its owner's only."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(dict(tensors), path, metadata={"format": "pt"} if metadata is None else dict(metadata))
+    path.chmod(S_IMODE(mode))
 
 
 def check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import shlex
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import click
 
 from deepspec_core.cli.options import no_plugin
-from deepspec_core.cli.run_folder import run_folder
+from deepspec_core.cli.run_folder import folder_of_saved, run_folder
 
 if TYPE_CHECKING:
     from deepspec_core.checkpoints.exports import Format
     from deepspec_core.contracts.draft import DraftModel
     from deepspec_core.contracts.export import ExportFacts
+    from deepspec_core.errors import DeepSpecError
+    from deepspec_core.pipeline.run import Run
     from deepspec_core.plugins.discovery import Plugins
     from deepspec_core.plugins.registry import Registry
+
+_PROMPTS: Final = 64
+# What an unfinished folder's name has more than its final name.
+_BESIDE: Final = 16
 
 
 @click.command()
@@ -28,15 +35,13 @@ if TYPE_CHECKING:
     "--draft-vocab",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Reduce the draft's vocabulary to the N most frequent tokens of the run's answers. The target is loaded to "
-    "measure the accepted length before and after.",
+    help="Reduce the draft's vocabulary to N tokens: the stop tokens, and the most frequent of the run's answers. The "
+    "target is loaded to measure the accepted length before and after.",
 )
 @click.option(
     "--prompts",
     type=click.IntRange(min=1),
-    default=64,
-    show_default=True,
-    help="With --draft-vocab: the number of prompts, from the run's first task, for that measurement.",
+    help="With --draft-vocab: the number of prompts, from the run's first task, for that measurement. Default: 64.",
 )
 @click.option(
     "--untrained",
@@ -50,7 +55,7 @@ def export(
     out: str | None,
     target: str | None,
     draft_vocab: int | None,
-    prompts: int,
+    prompts: int | None,
     untrained: str | None,
     blocked: tuple[str, ...],
 ) -> None:
@@ -60,20 +65,26 @@ def export(
     settings and evaluation. Only --draft-vocab and --untrained load the target. The folder appears when all files are
     written. An existing folder is never overwritten.
     """
+    from deepspec_core.disk import is_file
     from deepspec_core.plugins.discovery import load_plugins
 
     if (draft is None) == (untrained is None):
         raise click.UsageError("Name a run or a checkpoint, or a run file with --untrained.")
     if untrained is not None and (draft_vocab is not None or target is not None):
         raise click.UsageError("--untrained takes everything from the run file: leave out --draft-vocab and --target.")
+    if prompts is not None and draft_vocab is None:
+        raise click.UsageError("--prompts is the number of prompts that --draft-vocab measures with: give both.")
+    if target is not None and not target.strip():
+        raise click.UsageError("--target is empty: give the target's Hub id, its folder or builtin:NAME.")
     plugins = load_plugins(blocked=blocked)
     if untrained is not None:
         return _write_untrained(untrained, name, out, plugins)
     assert draft is not None
-    run_file = Path(draft) if Path(draft).is_file() else None
+    draft = folder_of_saved(draft)
+    run_file = Path(draft) if is_file(Path(draft)) else None
     folder = draft if run_file is None else str(run_folder(draft, blocked))
     if draft_vocab is not None:
-        return _write_reduced(draft, folder, name, out, target, draft_vocab, prompts, plugins)
+        return _write_reduced(draft, folder, name, out, target, draft_vocab, prompts or _PROMPTS, plugins)
     return _write_draft(folder, name, out, target, run_file, plugins.registry)
 
 
@@ -116,9 +127,11 @@ def _write_reduced(
     from deepspec_core.checkpoints.export_origin import checkpoint_in, origin_of
     from deepspec_core.checkpoints.exports import Format
     from deepspec_core.checkpoints.published import read_options, stored_dtype
+    from deepspec_core.disk import is_file
     from deepspec_core.errors import ConfigError
     from deepspec_core.pipeline.diagnosed_run import run_of
     from deepspec_core.pipeline.reduced_vocabulary import empty_reduced, reduced
+    from deepspec_core.pipeline.run_of_folder import SAVED
 
     where = "--draft-vocab"
     directory = Path(checkpoint_in(folder))
@@ -134,7 +147,15 @@ def _write_reduced(
     algorithm, _, _ = read_options(directory, registry)
     chosen = Format.of(name, algorithm, registry)
     place = _free_place(out, _own_name(folder, directory), name)
-    run_file = Path(given) if Path(given).is_file() else None
+    run_file = Path(given) if is_file(Path(given)) else None
+    if run_file is None and run.file.target.trust_remote_code:
+        raise ConfigError(
+            "measuring would run code from the target's repository, because the run file in the folder says so",
+            where=f"{Path(given) / SAVED}: target.trust_remote_code",
+            found="true",
+            expected="a run file that you name: a folder may come from somebody else",
+            fix="Read that code. To allow it, name the run file in place of the folder.",
+        )
     origin, dtype = origin_of(directory, target=target, run_file=run_file), stored_dtype(directory)
     facts = partial(
         facts_of, dtype=dtype, target=origin.target, settings=origin.settings, tokenizer=origin.tokenizer(registry)
@@ -145,11 +166,15 @@ def _write_reduced(
         found = reduced(run, size, prompts=prompts, where=where)
     measured = found.about["measured"]
     click.echo(
-        f"the {size:,} tokens that are kept make up {100 * found.about['covered']:.2f}% of the answers' tokens; "
+        f"{_kept(size)} {100 * found.about['covered']:.2f}% of the answers' tokens; "
         f"accepted length {_length(measured['accepted_length_before'])} before, "
         f"{_length(measured['accepted_length_after'])} after, on {measured['prompts']} prompts"
     )
     _write(chosen, found.draft, facts(found.draft, adapter, reduced=found.about), place)
+
+
+def _kept(size: int) -> str:
+    return "the token that is kept makes up" if size == 1 else f"the {size:,} tokens that are kept make up"
 
 
 def _length(value: float | None) -> str:
@@ -163,6 +188,8 @@ def _write_untrained(path: str, name: str, out: str | None, plugins: Plugins) ->
     from deepspec_core.pipeline.run import Run
 
     run = Run(file=load_run_file(Path(path), plugins=plugins), path=Path(path), plugins=plugins)
+    if (init := run.file.draft.init) is not None:
+        raise _begun_with(run, init, name)
     chosen = Format.of(name, run.file.draft.type, plugins.registry)
     place = _free_place(out, f"{run.file.run.name}-untrained", name)
     draft, facts = untrained_draft(run, lambda facts: chosen.check(facts, where=f"--to {name}"))
@@ -170,12 +197,39 @@ def _write_untrained(path: str, name: str, out: str | None, plugins: Plugins) ->
     click.echo("the draft's weights are random: it shows whether an engine loads it, but gives no speed-up", err=True)
 
 
+def _begun_with(run: Run, init: str, name: str) -> DeepSpecError:
+    """The refusal of a run file whose draft does not begin with random weights."""
+    from deepspec_core.config.draft_start import TARGET_STARTS
+    from deepspec_core.disk import is_folder
+    from deepspec_core.errors import ConfigError
+
+    fix = "Remove draft.init from a copy of the run file, to export random weights."
+    if init not in TARGET_STARTS:
+        local = run.base / Path(init).expanduser()
+        place = shlex.quote(str(local) if is_folder(local) else init)
+        fix = f"Export the checkpoint itself: `deepspec export {place} --to {name}`."
+    return ConfigError(
+        "--untrained exports a draft with random weights, and training would begin with other ones",
+        where=f"{run.path}: draft.init",
+        found=init,
+        expected="a run file without draft.init",
+        fix=fix,
+    )
+
+
 def _free_place(out: str | None, own: str, name: str) -> Path:
     from deepspec_core.checkpoints.exports import require_free
+    from deepspec_core.config.paths import no_path
     from deepspec_core.disk import why_not_writable
     from deepspec_core.errors import ExportError
 
-    place = Path(f"{own}-{name}" if out is None else out).expanduser()
+    given = f"{own}-{name}" if out is None else out
+    try:
+        place = Path(given).expanduser()
+    except RuntimeError as error:  # ~nobody
+        raise ExportError("the export cannot be written there", where="--out", found=f"{given}: {error}") from error
+    if (impossible := no_path("--out", place, beside=_BESIDE)) is not None:
+        raise impossible
     require_free(place, fix="Choose another with --out.")
     if (problem := why_not_writable(place.parent)) is not None:
         raise ExportError("the export cannot be written there", where=place, found=problem)

@@ -55,14 +55,15 @@ class ReducedDraft:
 def empty_reduced(run: Run, size: int, *, where: str) -> tuple[DraftModel, TargetAdapter]:
     """The run's finished draft with `size` tokens, without memory for weights, and its adapter.
 
-    ConfigError, at `where`, where such drafts have no vocabulary of their own, or not this many tokens.
+    ConfigError, at `where`, where such drafts have no vocabulary of their own, or not this many tokens, or where stop
+    tokens alone would be kept.
     """
     with torch.device("meta"):
         return _new(run, size, where)
 
 
 def reduced(run: Run, size: int, *, prompts: int, where: str) -> ReducedDraft:
-    """The run's finished draft with the `size` tokens that its training answers have most of.
+    """The run's finished draft with `size` tokens: the stop tokens, and those that its training answers have most of.
 
     Both drafts decode `prompts` prompts of the run's first task greedily. The target is loaded for it. Nothing is
     written into the run's folder. Raises StageError if the answers or the draft are not those of the training.
@@ -177,6 +178,15 @@ def _new(run: Run, size: int, where: str) -> tuple[DraftModel, TargetAdapter]:
             fix="Train with another [draft] vocab_size.",
         )
     adapter = draft_adapter(folder, registry=registry)
+    stops, most = len(set(run.target.architecture.stop_token_ids)), adapter.architecture.vocab_size
+    if not stops < size <= most:
+        raise ConfigError(
+            "a draft cannot have a vocabulary of this size",
+            where=where,
+            found=f"{size:,}",
+            expected=f"more than the {'stop token' if stops == 1 else f'{stops} stop tokens'} of the target, "
+            f"which are always kept, and at most {most:,}, all of its tokens",
+        )
     try:
         draft: DraftModel = registry.load("draft", kind)(evolve(options, **{_OPTION: size}), adapter, taps)
     except ConfigError as error:

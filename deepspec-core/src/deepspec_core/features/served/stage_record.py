@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Final
 import torch
 from attrs import frozen
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from deepspec_core.checkpoints.weight_file import write_tensors
 from deepspec_core.contracts.target import TargetFeatures
 from deepspec_core.errors import StageError
 from deepspec_core.features.finite import all_finite
@@ -87,7 +87,7 @@ class ServedRecord:
         partial = path.with_name(f".{path.name}.partial")
         tensors = {"token_ids": self.ids, "hidden": self.features.hidden, "last_hidden": self.features.last_hidden}
         said = {"stored": self.stored, "precisions": json.dumps(self.precisions), "spread": repr(self.spread)}
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=said)
+        write_tensors(partial, {name: tensor.contiguous() for name, tensor in tensors.items()}, metadata=said)
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
