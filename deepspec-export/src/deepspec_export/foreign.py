@@ -23,7 +23,7 @@ from deepspec_core.contracts.target import TargetArchitecture
 from deepspec_core.errors import CheckpointError
 from deepspec_core.json_files import read_object
 from deepspec_export import gguf_file, llama_cpp, sglang, speculators, vllm, z_lab
-from deepspec_export.foreign_keys import check_keys, check_served, check_vocabulary, unusable
+from deepspec_export.foreign_keys import check_keys, check_layer_types, check_served, check_vocabulary, unusable
 from deepspec_export.record import RECORD
 from deepspec_export.served import KNOWN, OFFSETS, Served
 from deepspec_export.verification import CONFIG
@@ -107,10 +107,12 @@ def read_foreign(folder: Path, target: TargetArchitecture, *, format_name: str |
     except (TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{CONFIG} is none of the format {name}", where=path, found=error) from error
     check_served(served, path)
+    layers = keys.get("transformer_layer_config", keys)
+    check_layer_types(layers, path)
     return Foreign(
         format=name,
         served=served,
-        layers=keys.get("transformer_layer_config", keys),
+        layers=layers,
         weights=_weights(folder),
         hints=hints,
         target_layers=keys.get("num_target_layers"),
