@@ -50,9 +50,11 @@ def test_a_place_of_its_own_is_made_and_never_overwritten(
     [
         ({"unservable": '"no tree attention"'}, (), ("cannot be exported to plain", "no tree attention", "--to plain")),
         ({"write": "raise KeyError('q_proj')"}, (), ("the export to plain failed", "KeyError")),
+        ({"write": "raise OSError('16384 requested and 7880 written')"}, (), ("There is no room to write", "in part")),
         ({"writer": ""}, (), ("cannot be loaded",)),
         ({}, ("--to", "plane"), ("unknown export format 'plane'", "write 'plain'")),
         ({}, ("--out", "/proc/mine"), ("cannot be written there",)),
+        ({}, ("--out", "a" * 252), ("the folder's name is too long", "252 bytes")),
     ],
 )
 def test_what_cannot_be_exported_leaves_nothing(

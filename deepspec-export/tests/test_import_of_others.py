@@ -210,6 +210,9 @@ def test_weights_that_are_unknown_unsafe_or_none_are_refused(
         "norm.weight": torch.full((32,), torch.nan)})  # fmt: skip
     with pytest.raises(CheckpointError, match="not finite"):
         import_draft(folder, str(target), tmp_path / "ours", registry=registry)
+    rewrite(folder, lambda weights: weights | {"norm.weight": torch.full((32,), 3e38)})
+    with pytest.raises(CheckpointError, match="logits are not finite numbers"):
+        import_draft(folder, str(target), tmp_path / "ours", registry=registry)
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match=r"pytorch_model\.bin"):
         import_draft(folder, str(target), tmp_path / "ours", registry=registry)
@@ -228,5 +231,7 @@ def test_the_command_imports_and_names_what_it_took(
     assert main(command) == 2
     assert "folder exists already" in capsys.readouterr().err
     assert main(["checkpoint", "show", str(tmp_path / "ours")]) == 0
+    assert main([*command[:-1], str(tmp_path / ("a" * 252))]) == 2
+    assert "the folder's name is too long" in capsys.readouterr().err
     assert main([*command[:-1], str(tmp_path / "other"), "--format", "onnx"]) == 2
     assert "no such format" in capsys.readouterr().err

@@ -26,7 +26,7 @@ def check_numbers(fields: Mapping[str, Any], path: Path) -> None:
         if key.endswith("head_dim") and type(size) is int and not 0 < size <= _LARGEST_HEAD:
             raise _unusable(path, key, size, f"the size of a head, from 1 to {_LARGEST_HEAD:,}")
     epsilon, positions = fields.get(_EPSILON), fields.get(_POSITIONS)
-    if _EPSILON in fields and (type(epsilon) not in (int, float) or not 0 < epsilon <= 1):
+    if _EPSILON in fields and (epsilon is None or type(epsilon) not in (int, float) or not 0 < epsilon <= 1):
         raise _unusable(path, _EPSILON, epsilon, "a number above 0, at most 1")
     if positions is not None and (type(positions) is not int or not 0 < positions <= MANY):
         raise _unusable(path, _POSITIONS, positions, f"a whole number from 1 to {MANY:,}")
