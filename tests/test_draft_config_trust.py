@@ -112,6 +112,8 @@ def test_a_huge_file_is_not_read(draft_folder: Path, registry: Registry, tmp_pat
         ("rope_theta", 0),
         ("head_dim", 0),
         ("head_dim", -8),
+        *(("rms_norm_eps", value) for value in (0, -1, "small", None, True, 10**30, 1e14)),
+        *(("max_position_embeddings", value) for value in (0, -4, 1.5, "many", 10**12, True)),
     ],
 )
 def test_a_key_that_makes_no_sense_is_named(
@@ -120,8 +122,21 @@ def test_a_key_that_makes_no_sense_is_named(
     config = json.loads((draft_folder / "config.json").read_text()) | {key: value}
     with pytest.raises(CheckpointError, match=r"config\.json cannot be used") as caught:
         _open(_with(draft_folder, tmp_path / "draft", json.dumps(config)), registry)
-    said = key if key == "head_dim" else "rope_theta"
+    said = "rope_theta" if key.startswith("rope") else key
     assert said in str(caught.value.where)
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_fewer_layers_of_the_target_than_the_draft_reads_are_refused(
+    draft_folder: Path, registry: Registry, tmp_path: Path, layers: int
+) -> None:
+    config = json.loads((draft_folder / "config.json").read_text())
+    assert max(config["target_layer_ids"]) >= 3
+    folder = _with(draft_folder, tmp_path / "draft", json.dumps(config | {"num_target_layers": layers}))
+    for use in (_open, lambda folder, registry: inspect_draft(folder, registry=registry)):
+        with pytest.raises(CheckpointError, match="layers that its target does not have") as caught:
+            use(folder, registry)
+        assert str(caught.value.where).endswith("num_target_layers")
 
 
 def test_rotary_frequencies_that_are_no_numbers_are_refused(

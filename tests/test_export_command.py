@@ -68,6 +68,7 @@ def test_a_place_of_its_own_is_made_and_never_overwritten(
     [
         ({"unservable": '"no tree attention"'}, (), ("cannot be exported to plain", "no tree attention", "--to plain")),
         ({"write": "raise KeyError('q_proj')"}, (), ("the export to plain failed", "KeyError")),
+        ({"write": "raise OSError('16384 requested and 7880 written')"}, (), ("There is no room to write", "in part")),
         ({"writer": ""}, (), ("cannot be loaded",)),
         ({}, ("--to", "plane"), ("unknown export format 'plane'", "write 'plain'")),
         ({"unservable": "True"}, (), ("does not say whether it takes the draft", "True from", "deepspec-exports")),

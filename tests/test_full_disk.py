@@ -56,3 +56,16 @@ def test_no_room_for_the_first_small_files_is_one_error_too(run_file: Path) -> N
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert "There is no room to write" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", [6000, 300_000])
+def test_no_room_for_an_export_is_one_error_too(drafts: dict[str, Path], tmp_path: Path, limit: int) -> None:
+    pytest.importorskip("gguf")
+    arguments = ["export", str(drafts["dspark"]), "--to", "gguf", "--target", "builtin:tiny-qwen3"]
+    command = [sys.executable, "-c", _LIMITED, str(limit), *arguments, "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "There is no room to write" in done.stderr
+    assert list(tmp_path.iterdir()) == []

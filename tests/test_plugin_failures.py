@@ -16,7 +16,7 @@ from deepspec_core.plugins.discovery import load_plugins
 OFFERS = """
     from deepspec_core.plugins import ComponentSpec, TaskSpec, hookimpl
 
-    TERMS = "unbuilt raising scalar column number whole right late leaving backwards nan unsaid letters secret"
+    TERMS = "unbuilt raising scalar column number whole right late leaving backwards nan unsaid letters secret detached"
     WEIGHTS = ("text", "single", "counted", "endless", "below", "none")
 
     @hookimpl
@@ -115,6 +115,7 @@ PARTS = """
     late = lambda: Term(lambda stats: stats.ce if len(stats.ce) == 4 else fail(stats))
     leaving = lambda: Term(lambda stats: stats.ce if len(stats.ce) == 4 else leaves())
     backwards = lambda: Term(hooked)
+    detached = lambda: Term(lambda stats: stats.ce.detach())
     unsaid = lambda: lambda stats: stats.ce
     secret = lambda: Term(lambda stats: stats.tv)
 
@@ -222,6 +223,10 @@ def test_a_part_that_calls_sys_exit_where_nobody_expects_an_error(says: Says) ->
 )
 def test_a_loss_term_that_returns_no_number_a_row(says: Says, name: str, found: str) -> None:
     says(f"loss.terms={{{name}=1.0}}", parts=(f"loss term {name!r} does not return one number per row", found, "[4]"))
+
+
+def test_a_loss_term_that_gives_no_gradient(says: Says) -> None:
+    says("loss.terms={ce=1.0,detached=1.0}", parts=("loss term 'detached' gives no gradient", "detached"))
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,16 @@ from itertools import islice
 
 import pytest
 import torch
+from attrs import evolve
 
+from deepspec_core.contracts.draft import DraftBatch
+from deepspec_core.contracts.rows import Rows
+from deepspec_core.errors import PluginError
 from deepspec_core.rows.engine import RowEngine
 from deepspec_core.rows.terms import CrossEntropy, TotalVariation
 from deepspec_core.rows.weightings import Uniform
 from deepspec_core.testing.tiny_draft import TinyDraft, TinySource
+from deepspec_core.training.constant_buffers import ConstantBuffers
 from deepspec_core.training.host_batch import HostBatch
 from deepspec_core.training.loader import MicroBatches, Plan, StepPlans, iterate
 from deepspec_core.training.sampler import GlobalBatches
@@ -43,6 +48,52 @@ def test_gradients_reach_every_trained_parameter_and_no_frozen_one() -> None:
     TrainingStep(draft, engine())(host(source, 0, 1, 2, 3).to_draft_batch(source, CPU)).total.backward()
     reached = {name for name, parameter in draft.named_parameters() if parameter.grad is not None}
     assert reached == {"project.weight", "project.bias", "slots", "before.weight", "after.weight"}
+
+
+class Counting(TinyDraft):
+    """A draft whose forward pass changes a buffer."""
+
+    def __init__(self, *, persistent: bool) -> None:
+        super().__init__()
+        self.register_buffer("passes", torch.zeros(()), persistent=persistent)
+
+    def forward(self, batch: DraftBatch) -> Rows:
+        self.passes += 1
+        return super().forward(batch)
+
+
+class Detached(TinyDraft):
+    """A draft whose rows depend on none of its weights."""
+
+    def forward(self, batch: DraftBatch) -> Rows:
+        return evolve(super().forward(batch), hidden=torch.zeros_like(super().forward(batch).hidden))
+
+
+def test_the_first_pass_shows_that_a_draft_changes_its_buffers() -> None:
+    source = TinySource(4)
+    batch = host(source, 0, 1).to_draft_batch(source, CPU)
+    with pytest.raises(PluginError, match="buffers must not change") as error:
+        TrainingStep(Counting(persistent=True), engine(), checks=True)(batch)
+    assert "passes" in str(error.value)
+    assert "Counting" in str(error.value)
+    TrainingStep(Counting(persistent=False), engine(), checks=True)(batch)
+    TrainingStep(TinyDraft(), engine(), checks=True)(batch)
+
+
+def test_the_first_pass_shows_that_a_draft_trains_nothing() -> None:
+    source = TinySource(4)
+    step = TrainingStep(Detached(), engine(), checks=True)
+    with pytest.raises(PluginError, match="depend on nothing that is trained"):
+        step(host(source, 0, 1).to_draft_batch(source, CPU))
+
+
+def test_a_buffer_that_changed_later_is_noticed_before_it_is_saved() -> None:
+    draft = Counting(persistent=True)
+    buffers = ConstantBuffers(draft)
+    buffers.check()
+    draft.passes += 1
+    with pytest.raises(PluginError, match="passes"):
+        buffers.check()
 
 
 def test_bf16_compute_keeps_fp32_gradients_and_sums() -> None:

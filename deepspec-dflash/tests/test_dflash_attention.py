@@ -95,6 +95,21 @@ def test_paths_agree_with_a_plain_loop(
     _compare_with_plain(_inputs(), path, 1e-5, window)
 
 
+def test_a_chunk_whose_queries_see_no_context() -> None:
+    """With the sizes that are in use: the first chunk of a long sequence has the block at its first token alone."""
+    heads, tokens, anchors = 8, 9000, torch.arange(300) * 20
+    layout = _layout([anchors.tolist()])
+    torch.manual_seed(0)
+    shapes = [(300, heads, BLOCK, 16), *[(1, 1, tokens, 16)] * 2, *[(300, 1, BLOCK, 16)] * 2]
+    inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    found, expected = (_attend(inputs, path, layout, 0.25) for path in ("split", "dense"))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    toward = torch.randn_like(found)
+    wanted = torch.autograd.grad(expected, inputs, toward)
+    for gradient, reference in zip(torch.autograd.grad(found, inputs, toward), wanted, strict=True):
+        torch.testing.assert_close(gradient, reference, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_agrees_with_a_plain_loop(window: int | None) -> None:

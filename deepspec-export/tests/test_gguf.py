@@ -242,6 +242,8 @@ NONSENSE: list[tuple[dict[str, Any], Callable[[Tensors], Tensors], str]] = [
     ({"context_length": 0}, dict, "eagle3.context_length"),
     ({"attention.head_count": "four"}, dict, "eagle3.attention.head_count"),
     ({"target_layers": ["a"]}, dict, "eagle3.target_layers"),
+    ({"target_layers": [7, 5, 2]}, dict, "rising order"),
+    ({"attention.sliding_window": 8, "attention.sliding_window_pattern": [True, False]}, dict, "one window"),
     ({}, lambda tensors: {"d2t": tensors["d2t"][:, None]}, "[20, 1] of int64"),
     ({}, lambda tensors: {"d2t": tensors["d2t"].float()}, "[20] of float32"),
     ({}, lambda tensors: {Q: tensors[Q][:31]}, "draft.gguf"),

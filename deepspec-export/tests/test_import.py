@@ -11,7 +11,7 @@ import pytest
 import torch
 from attrs import evolve, fields
 from random_targets import SIZES, SMALL, TAPS
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -20,10 +20,12 @@ from deepspec_core.checkpoints.export_facts import facts_of
 from deepspec_core.checkpoints.exports import Format
 from deepspec_core.checkpoints.published import save_draft
 from deepspec_core.contracts.export import TargetName
+from deepspec_core.errors import CheckpointError
 from deepspec_core.layers.options import LayerOptions
 from deepspec_core.plugins.registry import Registry
 from deepspec_core.targets.opening import load_target, open_adapter
 from deepspec_core.testing.random_batches import with_large_weights
+from deepspec_export import gguf_file
 from deepspec_export.importing import import_draft
 
 RANK = {"markov": {"rank": 6}}
@@ -200,3 +202,60 @@ def test_a_record_of_other_files_is_not_believed(
     imported = import_draft(folder, str(target), tmp_path / "back", registry=registry)
     assert any("export.json beside the draft is of other files" in note for note in imported.notes)
     assert config_of(tmp_path / "back")["step_loss_decay"] == 0.8
+
+
+@pytest.mark.parametrize("form", ["vllm", "gguf"])
+def test_weights_that_were_changed_after_the_export_are_noted(
+    exported: Callable[..., Any], registry: Registry, tmp_path: Path, form: str
+) -> None:
+    if form == "gguf":
+        pytest.importorskip("gguf")
+    target, _, folder = exported("dspark", form)
+    if form == "gguf":
+        name, keys, tensors = gguf_file.read(folder / "draft.gguf")
+        gguf_file.write(folder / "draft.gguf", name, keys, tensors | {"fc.weight": tensors["fc.weight"] * 1.5})
+    else:
+        weights = load_file(folder / "model.safetensors")
+        save_file(weights | {"fc.weight": weights["fc.weight"] * 1.5}, folder / "model.safetensors")
+    imported = import_draft(folder, str(target), tmp_path / "back", registry=registry)
+    file = {"vllm": "model.safetensors", "gguf": "draft.gguf"}[form]
+    assert any(f"export.json beside the draft is of other files than {file} here" in note for note in imported.notes)
+
+
+def test_a_record_that_says_nothing_of_weights_is_believed(
+    exported: Callable[..., Any], registry: Registry, tmp_path: Path
+) -> None:
+    target, ours, folder = exported("dflash", "vllm")
+    record = json.loads((folder / "export.json").read_text())
+    del record["sha256"]["model.safetensors"]
+    (folder / "export.json").write_text(json.dumps(record))
+    import_draft(folder, str(target), tmp_path / "back", registry=registry)
+    assert config_of(tmp_path / "back") == config_of(ours)
+
+
+def test_a_format_that_the_record_contradicts_is_refused(
+    exported: Callable[..., Any], registry: Registry, tmp_path: Path
+) -> None:
+    """Of a draft whose block vLLM and SGLang count differently."""
+    target, ours, folder = exported("dspark, anchor predicts nothing", "vllm")
+    with pytest.raises(CheckpointError, match="give --format vllm") as refused:
+        import_draft(folder, str(target), tmp_path / "back", registry=registry, format_name="sglang")
+    assert "export.json" in str(refused.value)
+    import_draft(folder, str(target), tmp_path / "back", registry=registry, format_name="vllm")
+    require_same(ours, tmp_path / "back")
+
+
+def test_a_format_of_other_files_is_refused(exported: Callable[..., Any], registry: Registry, tmp_path: Path) -> None:
+    target, _, folder = exported("dspark", "vllm")
+    with pytest.raises(CheckpointError, match=r"a folder without draft\.gguf"):
+        import_draft(folder, str(target), tmp_path / "back", registry=registry, format_name="gguf")
+    (folder / "config.json").rename(folder / "draft.gguf")
+    with pytest.raises(CheckpointError, match=r"a folder with draft\.gguf and without config\.json"):
+        import_draft(folder, str(target), tmp_path / "back", registry=registry, format_name="vllm")
+
+
+def test_a_checkpoint_of_ours_needs_no_import(exported: Callable[..., Any], registry: Registry, tmp_path: Path) -> None:
+    target, _, folder = exported("dspark", "deepspec")
+    with pytest.raises(CheckpointError, match="needs no import") as refused:
+        import_draft(folder, str(target), tmp_path / "back", registry=registry)
+    assert "--format" not in str(refused.value)

@@ -54,6 +54,12 @@ def edit(folder: Path, **changes: Any) -> dict[str, Any]:
     return kept
 
 
+def edit_layers(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
+    """The table of layers of the speculators format, with these keys set and those whose value is None removed."""
+    layers = json.loads((folder / "config.json").read_text())["transformer_layer_config"] | changes
+    return {name: value for name, value in layers.items() if name not in changes or value is not None}
+
+
 def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
     """Other weights in the place of these."""
     weights = {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
@@ -126,6 +132,15 @@ REFUSED: list[tuple[str, str, dict[str, Any], dict[str, Any], tuple[str, ...]]] 
     ("vllm", "eagle3", {"num_layers": 1}, {"eagle_aux_hidden_state_layer_ids": [2, 5, 8]}, ("from 0 to 6",)),
     ("vllm", "eagle3", {"num_layers": 1}, {"rope_parameters": None, "rope_theta": None}, ("rotary base",)),
     ("vllm", "eagle3", {"num_layers": 1}, {"num_hidden_layers": 2}, ("layers.1.", "is missing")),
+    (
+        "vllm",
+        "eagle3",
+        {"num_layers": 1},
+        {"eagle_aux_hidden_state_layer_ids": [7, 5, 2]},
+        ("[7, 5, 2]", "rising order"),
+    ),
+    ("vllm", "dspark", {"markov": {"rank": 6}}, {"target_layer_ids": [6, 4, 1]}, ("target_layer_ids", "rising order")),
+    ("vllm", "dspark", {"markov": {"rank": 6}}, {"target_layer_ids": [1, 1, 4]}, ("target_layer_ids", "rising order")),
     ("z-lab", "dflash", {"anchor_predicts": False}, {"is_causal": True}, ("blocks are causal",)),
     ("z-lab", "dflash", {"anchor_predicts": False}, {"final_logit_softcapping": 30.0}, ("final_logit_softcapping",)),
     ("z-lab", "dflash", {"anchor_predicts": False}, {"output_multiplier": 0.5}, ("output_multiplier",)),
@@ -133,6 +148,42 @@ REFUSED: list[tuple[str, str, dict[str, Any], dict[str, Any], tuple[str, ...]]] 
     ("z-lab", "dflash", {"anchor_predicts": False}, {"hidden_act": "gelu"}, ("activation", "silu")),
     ("z-lab", "dflash", {"anchor_predicts": False}, {"attention_bias": True}, ("biases",)),
 ]
+
+
+@pytest.mark.parametrize("form", ["z-lab", "vllm", "sglang", "speculators"])
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}, ("layer_types", "one window")),
+        ({"layer_types": ["chunked_attention"] * 2}, ("layer_types", "one window")),
+        ({"layer_types": []}, ("layer_types", "one window")),
+        ({"layer_types": None, "sliding_window": 8, "use_sliding_window": True}, ("layer_types", "sliding_window = 8")),
+        (
+            {"layer_types": ["sliding_attention"] * 2, "sliding_window": 8, "use_sliding_window": False},
+            ("use_sliding_window",),
+        ),
+    ],
+)
+def test_layers_of_different_kinds_are_refused(
+    foreign: Callable[..., Path], target: Path, registry: Registry, tmp_path: Path, form: str, changes: dict[str, Any],
+    says: tuple[str, ...],
+) -> None:  # fmt: skip
+    folder = foreign(form, "dflash", anchor_predicts=False, num_layers=2)
+    tables = {"transformer_layer_config": edit_layers(folder, changes)} if form == "speculators" else changes
+    edit(folder, **tables)
+    with pytest.raises(CheckpointError) as refused:
+        import_draft(folder, str(target), tmp_path / "ours", registry=registry)
+    assert [part for part in says if part not in str(refused.value)] == []
+
+
+def test_a_window_of_all_layers_is_taken_over(
+    foreign: Callable[..., Path], target: Path, registry: Registry, tmp_path: Path
+) -> None:
+    folder = foreign("z-lab", "dflash", anchor_predicts=False, num_layers=2)
+    edit(folder, layer_types=["sliding_attention"] * 2, sliding_window=8, use_sliding_window=True, is_causal=False)
+    import_draft(folder, str(target), tmp_path / "ours", registry=registry)
+    config = json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert (config["layer_types"], config["sliding_window"]) == (["sliding_attention"] * 2, 8)
 
 
 @pytest.mark.parametrize(("form", "algorithm", "options", "changes", "says"), REFUSED)
@@ -159,6 +210,9 @@ def test_weights_that_are_unknown_unsafe_or_none_are_refused(
         "norm.weight": torch.full((32,), torch.nan)})  # fmt: skip
     with pytest.raises(CheckpointError, match="not finite"):
         import_draft(folder, str(target), tmp_path / "ours", registry=registry)
+    rewrite(folder, lambda weights: weights | {"norm.weight": torch.full((32,), 3e38)})
+    with pytest.raises(CheckpointError, match="logits are not finite numbers"):
+        import_draft(folder, str(target), tmp_path / "ours", registry=registry)
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match=r"pytorch_model\.bin"):
         import_draft(folder, str(target), tmp_path / "ours", registry=registry)
@@ -177,5 +231,7 @@ def test_the_command_imports_and_names_what_it_took(
     assert main(command) == 2
     assert "folder exists already" in capsys.readouterr().err
     assert main(["checkpoint", "show", str(tmp_path / "ours")]) == 0
+    assert main([*command[:-1], str(tmp_path / ("a" * 252))]) == 2
+    assert "the folder's name is too long" in capsys.readouterr().err
     assert main([*command[:-1], str(tmp_path / "other"), "--format", "onnx"]) == 2
     assert "no such format" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from attrs import evolve
 from safetensors.torch import load_file, save_file
 
 from deepspec_core.checkpoints.published import published_weights
-from deepspec_core.errors import ExportError
+from deepspec_core.errors import CheckpointError, ExportError
 from deepspec_export import sglang, speculators, vllm, z_lab
 from deepspec_export.exporter import EngineExporter
 from deepspec_export.replay import replay
@@ -190,3 +190,14 @@ def test_no_path_of_a_machine_is_let_through(tmp_path: Path, text: str, refused:
             refuse_paths(tmp_path)
     else:
         refuse_paths(tmp_path)
+
+
+@pytest.mark.parametrize("algorithm", ["eagle3", "dspark"])
+def test_a_draft_that_computes_no_numbers_is_told_as_such(
+    drafted: Callable[..., Any], tmp_path: Path, algorithm: str
+) -> None:
+    made = drafted(algorithm)
+    with torch.no_grad():
+        published_weights(made.draft)["norm.weight"].fill_(3e38)
+    with pytest.raises(CheckpointError, match="logits are not finite numbers"):
+        made.export("vllm", tmp_path)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from deepspec_core.errors import StageError
 
 # No room on the disk, none in the user's quota, a file larger than files may be.
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_CUT_SHORT: Final = re.compile(r"\d+ requested and \d+ written")
 
 
 def is_folder(path: Path) -> bool:
@@ -106,9 +108,11 @@ def full_disk_is_an_error(folder: Path) -> Iterator[None]:
 
 def no_room(error: BaseException) -> str | None:
     """Why nothing could be written, where that is what the error says: a full disk, quota or file. Else None."""
+    if isinstance(error, OSError) and error.errno is None and _CUT_SHORT.fullmatch(str(error)):
+        return "a file could be written in part only"
     if isinstance(error, OSError):
         return os.strerror(error.errno) if error.errno in _FULL else None
-    # safetensors gives the system's error as text only.
+    # safetensors gives the system's error as text only, and numpy none: 4096 requested and 1000 written.
     codes = [code for code in _FULL if f"os error {code}" in str(error)]
     return os.strerror(codes[0]) if codes else None
 

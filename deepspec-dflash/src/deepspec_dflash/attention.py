@@ -292,8 +292,10 @@ def _context_scores(
     scores = (_grouped(q_BhQD[:, :, at], k_BGTD.shape[1]) @ k_BGTD[:, :, seen].transpose(-1, -2)).float() * scale
     first_BC = None if layout.first_BQ is None else layout.first_BQ[:, at]
     hidden_BCT = _hidden(first_BC, layout.limits_BQ[:, at], seen)
-    batch, groups, _, tokens = scores.shape
-    scores.view(batch, groups, -1, hidden_BCT.shape[1], tokens).masked_fill_(hidden_BCT[:, None, None], -math.inf)
+    batch, groups, queries, tokens = scores.shape
+    chunk = hidden_BCT.shape[1]
+    # Where no query of the chunk sees any context there are no scores, and a size cannot be left open.
+    scores.view(batch, groups, queries // chunk, chunk, tokens).masked_fill_(hidden_BCT[:, None, None], -math.inf)
     return scores
 
 

@@ -23,10 +23,10 @@ from deepspec_core.contracts.target import TargetArchitecture
 from deepspec_core.errors import CheckpointError
 from deepspec_core.json_files import read_object
 from deepspec_export import gguf_file, llama_cpp, sglang, speculators, vllm, z_lab
-from deepspec_export.foreign_keys import check_keys, check_served, check_vocabulary, unusable
+from deepspec_export.foreign_keys import check_keys, check_layer_types, check_served, check_vocabulary, unusable
 from deepspec_export.record import RECORD
 from deepspec_export.served import KNOWN, OFFSETS, Served
-from deepspec_export.verification import CONFIG
+from deepspec_export.verification import CONFIG, WEIGHTS
 
 GGUF: Final = "draft.gguf"
 _READERS: Final[Mapping[str, Callable[[Mapping[str, Any]], Served]]] = {
@@ -35,6 +35,8 @@ _READERS: Final[Mapping[str, Callable[[Mapping[str, Any]], Served]]] = {
     sglang.NAME: sglang.read,
     z_lab.NAME: z_lab.read,
 }
+# What published_layout.py writes is a checkpoint.
+_OURS: Final = "deepspec"
 FORMATS: Final = (*_READERS, llama_cpp.NAME)
 _DSPARK: Final = "Qwen3DSparkModel"
 _EAGLE3: Final = {
@@ -78,7 +80,8 @@ def read_foreign(folder: Path, target: TargetArchitecture, *, format_name: str |
     CheckpointError where the format is not known or not clear, a key that its reader needs is absent, or weights are
     damaged.
     """
-    if (folder / GGUF).is_file():
+    _check_format_name(folder, format_name)
+    if (folder / GGUF).is_file() and format_name in (None, llama_cpp.NAME):
         return _read_gguf(folder)
     path = folder / CONFIG
     try:
@@ -88,12 +91,9 @@ def read_foreign(folder: Path, target: TargetArchitecture, *, format_name: str |
             "there is no draft to import", where=folder, expected=f"a folder with {CONFIG}, or with {GGUF}"
         ) from None
     check_keys(keys, path)
-    hints, notes = _hints(folder, (CONFIG,))
+    hints, notes = _hints(folder, (CONFIG, WEIGHTS))
+    _check_recorded_format(folder, hints.get("format"), format_name)
     name = format_name or hints.get("format") or _format_of(keys, path)
-    if name not in _READERS:
-        raise CheckpointError(
-            "no such format to import", where="--format", found=name, expected=f"one of {', '.join(FORMATS)}"
-        )
     keys, more = _modern(keys, target, path)
     try:
         served = _READERS[name](keys)
@@ -107,16 +107,67 @@ def read_foreign(folder: Path, target: TargetArchitecture, *, format_name: str |
     except (TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{CONFIG} is none of the format {name}", where=path, found=error) from error
     check_served(served, path)
+    layers = keys.get("transformer_layer_config", keys)
+    check_layer_types(layers, path)
     return Foreign(
         format=name,
         served=served,
-        layers=keys.get("transformer_layer_config", keys),
+        layers=layers,
         weights=_weights(folder),
         hints=hints,
         target_layers=keys.get("num_target_layers"),
         target_name=((keys.get("speculators_config") or {}).get("verifier") or {}).get("name_or_path"),
         notes=(*notes, *more),
     )
+
+
+def _check_format_name(folder: Path, name: str | None) -> None:
+    """CheckpointError where `--format` names none, or one that is of other files than the folder's."""
+    if name is None:
+        return
+    if name not in FORMATS:
+        raise CheckpointError(
+            "no such format to import", where="--format", found=name, expected=f"one of {', '.join(FORMATS)}"
+        )
+    if (folder / GGUF).is_file():
+        if name == llama_cpp.NAME or (folder / CONFIG).is_file():
+            return
+        found = f"{name}, of a folder with {GGUF} and without {CONFIG}"
+    elif name == llama_cpp.NAME:
+        found = f"{name}, of a folder without {GGUF}"
+    else:
+        return
+    raise CheckpointError(
+        "the folder holds no draft in this format",
+        where=folder,
+        found=f"--format {found}",
+        expected=f"{GGUF} for {llama_cpp.NAME}, {CONFIG} for every other format",
+        fix="Leave --format out, or name the folder of the draft.",
+    )
+
+
+def _check_recorded_format(folder: Path, recorded: str | None, asked: str | None) -> None:
+    """CheckpointError where export.json, which is of these files, names a format that is not to be imported."""
+    if recorded is None:
+        return
+    if recorded == _OURS:
+        raise CheckpointError(
+            "this is a checkpoint of DeepSpec already, and needs no import",
+            where=folder,
+            found=f"format {_OURS} in {RECORD}",
+            expected=f"a draft in one of the formats {', '.join(FORMATS)}",
+            fix="Use the folder as it is: `deepspec evaluate --draft DIR`, or `draft.init` in a run file.",
+        )
+    if recorded not in _READERS:
+        raise unusable(folder / RECORD, "format", recorded, f"one of {', '.join(_READERS)}")
+    if asked not in (None, recorded):
+        raise CheckpointError(
+            f"the draft is not in the format that --format names, says {RECORD}",
+            where=folder / RECORD,
+            found=f"--format {asked}",
+            expected=recorded,
+            fix=f"Leave --format out, or give --format {recorded}.",
+        )
 
 
 def _format_of(keys: Mapping[str, Any], path: Path) -> str:
@@ -239,24 +290,34 @@ def _read_gguf(folder: Path) -> Foreign:
 
 
 def _hints(folder: Path, files: tuple[str, ...]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """What export.json says of the checkpoint, if it is there and of these very files."""
+    """What export.json says of the checkpoint, if it is there and of these very files.
+
+    The first of `files` it must know; of the others it may say nothing.
+    """
     try:
         said = read_object(folder / RECORD, kind=CheckpointError)
     except FileNotFoundError:
         return {}, ()
     digests, checkpoint = said.get("sha256"), said.get("checkpoint")
-    same = isinstance(digests, dict) and all(digests.get(name) == _digest(folder / name) for name in files)
-    if not same or not isinstance(checkpoint, dict):
-        return {}, (f"{RECORD} beside the draft is of other files, or of another project, and was not read",)
+    known = digests if isinstance(digests, dict) else {}
+    others = [
+        name for name in files if (name in known or name == files[0]) and not _has(folder / name, known.get(name))
+    ]
+    if others or not isinstance(checkpoint, dict):
+        named = f" than {' and '.join(others)} here" if others else ""
+        return {}, (f"{RECORD} beside the draft is of other files{named}, or of another project, and was not read",)
     name = said.get("format")
     if not isinstance(name, str):
         raise unusable(folder / RECORD, "format", name, f"one of {', '.join(FORMATS)}")
     return {**checkpoint, "format": name}, ()
 
 
-def _digest(path: Path) -> str:
+def _has(path: Path, digest: object) -> bool:
+    """Whether it is a file with this digest."""
+    if not path.is_file():
+        return False
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest() == digest
 
 
 def draft_tokens(foreign: Foreign) -> Tensor | None:

@@ -10,6 +10,7 @@ Legend: D tokens of the draft, V of the target.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,9 +18,11 @@ import torch
 from torch import Tensor
 
 from deepspec_core.checkpoints.config_numbers import check_numbers
+from deepspec_core.checkpoints.draft_window import SLIDING
 from deepspec_core.config.bounds import MANY
 from deepspec_core.errors import CheckpointError
 from deepspec_export.served import KNOWN, OFFSETS, Served
+from deepspec_export.transformer_keys import FULL
 
 _LAYERS, _WIDTH, _TOKENS = 10_000, 2**24, 1024
 # The most of each whole number; the least is 1, of an id and a rank 0. The second half are a GGUF file's.
@@ -49,6 +52,8 @@ _LAYER_LISTS: Final = (
     "target_layer_ids", "eagle_aux_hidden_state_layer_ids", "aux_hidden_state_layer_ids", "target_layers",
 )  # fmt: skip
 _WORD_LISTS: Final = ("architectures", "layer_types")
+# Of a GGUF file: whether each layer slides.
+_WINDOWED: Final = "attention.sliding_window_pattern"
 
 
 def _is_whole(value: object, least: int, most: int) -> bool:
@@ -69,15 +74,22 @@ def _rule(key: str) -> tuple[Callable[[Any], bool], str] | None:
     if key in _TABLES:
         return lambda value: isinstance(value, Mapping), "a table"
     if key in _LAYER_LISTS:
-        return (
-            lambda value: (
-                type(value) is list and len(value) > 0 and all(_is_whole(layer, -1, _LAYERS) for layer in value)
-            ),
-            "a list of layer numbers",
-        )
+        return _are_rising_layers, "a list of layer numbers in rising order, which drafts here read their features in"
+    if key == _WINDOWED:
+        return _are_all_alike, "true for all layers or false for all: a draft here has one window for all of them"
     if key in _WORD_LISTS:
         return lambda value: type(value) is list and all(type(word) is str for word in value), "a list of texts"
     return None
+
+
+def _are_rising_layers(value: object) -> bool:
+    if not isinstance(value, list) or not value or not all(_is_whole(layer, -1, _LAYERS) for layer in value):
+        return False
+    return all(one < next_one for one, next_one in pairwise(value))
+
+
+def _are_all_alike(value: object) -> bool:
+    return isinstance(value, list) and all(type(one) is bool for one in value) and len(set(value)) < 2
 
 
 def check_keys(keys: Mapping[str, Any], path: Path, *, prefix: str = "") -> None:
@@ -92,6 +104,24 @@ def check_keys(keys: Mapping[str, Any], path: Path, *, prefix: str = "") -> None
         if name in _TABLES and value:
             check_keys(value, path)
     check_numbers(keys, path)
+
+
+def check_layer_types(layers: Mapping[str, Any], path: Path) -> None:
+    """CheckpointError where `layer_types` gives the layers of a draft different kinds, or contradicts other keys.
+
+    `layers`: The keys that describe layers. A draft here has one window for all of its layers, or none.
+    """
+    kinds, slides = layers.get("layer_types"), layers.get("use_sliding_window")
+    if kinds is None:
+        if slides and layers.get("sliding_window") is not None:
+            found = f"none, with sliding_window = {layers['sliding_window']} and use_sliding_window = true"
+            raise unusable(path, "layer_types", found, f"{FULL} or {SLIDING} for each layer")
+        return
+    if set(kinds) not in ({FULL}, {SLIDING}):
+        expected = f"{FULL} for all layers or {SLIDING} for all: a draft here has one window for all of them"
+        raise unusable(path, "layer_types", kinds, expected)
+    if kinds[0] == SLIDING and slides is False:
+        raise unusable(path, "use_sliding_window", slides, f"true, because layer_types says {SLIDING}")
 
 
 def check_served(served: Served, path: Path) -> None:

@@ -26,7 +26,7 @@ from deepspec_core.checkpoints.opening import draft_adapter
 from deepspec_core.checkpoints.published import check_draft, config_text, load_draft
 from deepspec_core.checkpoints.weight_file import write_tensors
 from deepspec_core.contracts.target import TargetAdapter, TargetArchitecture
-from deepspec_core.errors import CheckpointError, DeepSpecError
+from deepspec_core.errors import CheckpointError, ExportError
 from deepspec_core.layers.draft_vocabulary import KEY as DRAFT_IDS
 from deepspec_core.layers.options import LayerOptions
 from deepspec_core.plugins.references import resolve
@@ -295,7 +295,7 @@ def _write(
         draft = load_draft(unfinished, registry=registry, adapter=adapter)
         try:
             outcome = replayed(unfinished, foreign.served, foreign.weights, draft)
-        except DeepSpecError as error:
+        except ExportError as error:
             raise CheckpointError(
                 "the checkpoint would not compute what the other format's files do", where=out, found=error.found
             ) from error

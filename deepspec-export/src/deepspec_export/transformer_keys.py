@@ -15,7 +15,7 @@ from deepspec_export.served import Served
 
 QWEN3: Final = "qwen3"
 LLAMA: Final = "llama"
-_FULL: Final = "full_attention"
+FULL: Final = "full_attention"
 _DEFAULT_THETA: Final = 1_000_000.0
 """The base of the rotary embedding that engines assume where an export says none."""
 
@@ -41,7 +41,7 @@ def written(served: Served, facts: ExportFacts) -> dict[str, Any]:
         "initializer_range": facts.config["initializer_range"],
         "rope_parameters": dict(served.rope),
         "rope_theta": served.rope["rope_theta"],
-        "layer_types": [SLIDING if sliding else _FULL] * served.num_layers,
+        "layer_types": [SLIDING if sliding else FULL] * served.num_layers,
         "sliding_window": served.window,
         "use_sliding_window": sliding,
         "tie_word_embeddings": False,
@@ -56,7 +56,7 @@ def read(keys: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of Served that these keys alone decide. KeyError where one that engines need is absent."""
     rope = dict(keys["rope_parameters"])
     rope.setdefault("rope_theta", keys.get("rope_theta", _DEFAULT_THETA))
-    sliding = set(keys.get("layer_types") or [_FULL]) == {SLIDING}
+    sliding = set(keys.get("layer_types") or [FULL]) == {SLIDING}
     if sliding and keys.get("sliding_window") is None:
         raise KeyError("sliding_window")
     return {

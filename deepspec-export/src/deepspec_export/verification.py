@@ -23,7 +23,7 @@ from torch import Tensor
 
 from deepspec_core.contracts.draft import DraftModel
 from deepspec_core.contracts.proposer import Sampling
-from deepspec_core.errors import ExportError
+from deepspec_core.errors import CheckpointError, ExportError
 from deepspec_export.replay import Round, replay
 from deepspec_export.served import KNOWN, SHARED, Served, disagreements
 
@@ -159,10 +159,14 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
 
 
 def replayed(folder: Path, served: Served, tensors: Mapping[str, Tensor], draft: DraftModel) -> dict[str, Any]:
-    """Propose once with the draft, and form the same distributions from the export's files."""
+    """Propose once with the draft, and form the same distributions from the export's files.
+
+    CheckpointError where what the draft computes is not finite, ExportError where the files say otherwise than it.
+    """
     context = _PROMPT if served.window is None else min(served.window, _MOST_CONTEXT) + _PROMPT
     with torch.no_grad():
         given, mine_KV, confidence_K = made_up_round(draft, context)
+        _check_finite(mine_KV, confidence_K)
         weights = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
         shared = (weights.get(SHARED[0], draft.embed_tokens.weight), weights.get(SHARED[1], draft.lm_head.weight))
         assert isinstance(shared[0], Tensor)
@@ -178,6 +182,19 @@ def replayed(folder: Path, served: Served, tensors: Mapping[str, Tensor], draft:
     if not all(value <= _TOLERANCE for value in compared.values()):
         raise _refused(folder, [f"{name.replace('_', ' ')} {value:g}" for name, value in compared.items()])
     return outcome | {"tolerance": _TOLERANCE}
+
+
+def _check_finite(log_probabilities_KV: Tensor, confidence_K: Tensor | None) -> None:
+    # The logarithm of a token that is never drawn is negative infinity.
+    if not log_probabilities_KV.isnan().any() and (confidence_K is None or confidence_K.isfinite().all()):
+        return
+    raise CheckpointError(
+        "the draft's logits are not finite numbers",
+        where="the draft",
+        found="infinity or NaN, in fp32, for a made-up prompt and features",
+        expected="weights whose products fp32 can represent",
+        fix="Check where the weights come from: some of them are too large, or damaged.",
+    )
 
 
 def made_up_round(draft: DraftModel, context: int) -> tuple[Round, Tensor, Tensor | None]:

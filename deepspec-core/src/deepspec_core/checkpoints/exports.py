@@ -21,6 +21,9 @@ from deepspec_core.locks import LOCK, lock
 from deepspec_core.plugins.references import FAILURES, blame
 from deepspec_core.plugins.registry import Registry
 
+# File systems take names of 255 bytes.
+_LONGEST_NAME, _SHOWN = 240, 60
+
 
 @frozen(kw_only=True)
 class Format:
@@ -174,7 +177,16 @@ def links_in(folder: Path) -> list[str]:
 
 
 def require_free(out: Path, *, fix: str) -> None:
-    """ExportError where something is in the place of an export."""
+    """ExportError where something is in the place of an export, or its name is too long for a file system."""
+    size = len(os.fsencode(out.name))
+    if size > _LONGEST_NAME:
+        raise ExportError(
+            "the folder's name is too long",
+            where=f"{out.name[:_SHOWN]}...",
+            found=f"{size} bytes",
+            expected=f"at most {_LONGEST_NAME} bytes: the folder has a longer name while it is written",
+            fix=fix,
+        )
     if os.path.lexists(out):
         kind = "a link" if out.is_symlink() else "a folder" if out.is_dir() else "a file"
         raise ExportError("the export's folder exists already", where=out, found=kind, expected="nothing", fix=fix)

@@ -316,6 +316,14 @@ def read_options(directory: Path, registry: Registry) -> tuple[str, Any, tuple[i
         raise CheckpointError(
             f"{CONFIG} names no layers of the target", where=where, found=taps, expected="a list of whole numbers"
         )
+    layers = config.get("num_target_layers")
+    if type(layers) is int and any(tap >= layers for tap in taps):
+        raise CheckpointError(
+            "the draft reads layers that its target does not have",
+            where=f"{where}: num_target_layers",
+            found=f"{layers}, and the draft reads the layers {', '.join(map(str, taps))}",
+            expected=f"at least {max(taps) + 1}, the number of the target's layers",
+        )
     return spec.name, options, tuple(taps)
 
 

@@ -93,6 +93,7 @@ def _write_draft(
 ) -> None:
     from deepspec_core.checkpoints.export_facts import facts_of
     from deepspec_core.checkpoints.export_origin import checkpoint_in, origin_of
+    from deepspec_core.checkpoints.export_target import check_exported_target
     from deepspec_core.checkpoints.exports import Format
     from deepspec_core.checkpoints.opening import draft_adapter, resolve_draft
     from deepspec_core.checkpoints.published import build_empty, check_draft, load_draft, read_options, stored_dtype
@@ -105,6 +106,7 @@ def _write_draft(
     adapter = draft_adapter(directory, registry=registry)
     check_draft(directory, registry=registry, adapter=adapter)
     origin = origin_of(directory, target=target, run_file=run_file)
+    check_exported_target(directory, origin, adapter.architecture, registry=registry)
     facts = facts_of(
         build_empty(directory, registry=registry, adapter=adapter),
         adapter,
@@ -125,6 +127,7 @@ def _write_reduced(
 ) -> None:
     from deepspec_core.checkpoints.export_facts import facts_of
     from deepspec_core.checkpoints.export_origin import checkpoint_in, origin_of
+    from deepspec_core.checkpoints.export_target import check_exported_target
     from deepspec_core.checkpoints.exports import Format
     from deepspec_core.checkpoints.published import read_options, stored_dtype
     from deepspec_core.disk import is_file
@@ -161,6 +164,7 @@ def _write_reduced(
         facts_of, dtype=dtype, target=origin.target, settings=origin.settings, tokenizer=origin.tokenizer(registry)
     )
     empty, adapter = empty_reduced(run, size, where=where)
+    check_exported_target(directory, origin, adapter.architecture, registry=registry)
     chosen.check(facts(empty, adapter), where=f"--to {name}")
     with run.locked():
         found = reduced(run, size, prompts=prompts, where=where)

@@ -25,6 +25,7 @@ from deepspec_core.pipeline.warm_start import start_of, take_vocabulary, take_we
 from deepspec_core.plugins.notices import notify
 from deepspec_core.training.best_checkpoints import Evaluations
 from deepspec_core.training.checkpoint import step_of
+from deepspec_core.training.constant_buffers import ConstantBuffers
 from deepspec_core.training.metrics_lines import METRICS
 from deepspec_core.training.trackers import Trackers, chosen_trackers
 from deepspec_core.training.trainer import TrainResult, train
@@ -102,6 +103,12 @@ def _of_source(source: FeatureSource) -> dict[str, Any]:
 def _trained(
     run: Run, draft: DraftModel, source: FeatureSource, folder: Path, trackers: Trackers, evaluations: Evaluations
 ) -> TrainResult:
+    buffers = ConstantBuffers(draft)
+
+    def save(path: Path) -> None:
+        buffers.check()
+        save_draft(draft, run.target.draft_adapter, path)
+
     return train(
         draft=draft,
         source=source,
@@ -110,7 +117,7 @@ def _trained(
         registry=run.plugins.registry,
         folder=folder,
         seed=run.file.run.seed,
-        save_draft=lambda path: save_draft(draft, run.target.draft_adapter, path),
+        save_draft=save,
         on_checkpoint=lambda path: notify(run.plugins.manager, "deepspec_checkpoint_saved", run=run, checkpoint=path),
         on_line=trackers.wake,
         device=run.target.device,

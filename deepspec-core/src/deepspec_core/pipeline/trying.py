@@ -132,17 +132,24 @@ def reads_numbers(error: BaseException) -> bool:
 
 
 def _try_loss(run: Run, engine: RowEngine, rows: Rows, heads: Heads) -> None:
-    few_rows, few_heads = _few(rows, heads)
     kind = run.file.loss.weighting.type
     weighting = _OneWeightARow(engine.weighting, kind, run.plugins.registry.provider("weighting", kind))
     for name, (term, coefficient) in engine.terms.items():
         package = run.plugins.registry.provider("loss", name)
-        alone = RowEngine({name: (_OneValueARow(term, name, package), coefficient)}, weighting, kernels="plain")
+        tried = few_rows, few_heads = _few(rows, heads)
+        alone = RowEngine({name: (_OneValueARow(term, name, package), 1.0)}, weighting, kernels="plain")
         try:
             with warnings.catch_warnings():
                 # One term alone leaves extras unread that other terms read.
                 warnings.simplefilter("ignore", RuntimeWarning)
                 alone(few_rows, few_heads).total.backward()
+            if coefficient and not _reached(*tried):
+                raise PluginError(
+                    f"loss term {name!r} gives no gradient",
+                    where=package,
+                    found="the same value whatever the draft predicts, or one that was detached",
+                    expected="a value that is computed from the differentiable statistics of `stats`",
+                )
         except DeepSpecError:
             raise
         except FAILURES as error:
@@ -218,6 +225,12 @@ def _not_one_a_row(value: Any) -> str | None:
     if value.shape != (_ROWS,) or not value.is_floating_point():
         return f"{list(value.shape)}, {value.dtype}"
     return None if bool(value.isfinite().all()) else f"a value that is not finite: {value.tolist()}"
+
+
+def _reached(rows: Rows, heads: Heads) -> bool:
+    """Whether backward gave anything of these rows and heads a gradient that is not zero."""
+    leaves = [rows.hidden, rows.correction, *rows.extras.values(), heads.correction]
+    return any(leaf is not None and leaf.grad is not None and bool(leaf.grad.any()) for leaf in leaves)
 
 
 def _few(rows: Rows, heads: Heads) -> tuple[Rows, Heads]:

@@ -193,12 +193,8 @@ class _Trainer:
             # Trained weights are fp32, whatever the dtype of their checkpoint. Frozen weights keep their dtype.
             if parameter.requires_grad or compute_dtype == torch.float32:
                 parameter.data = parameter.data.to(torch.float32)
-        return TrainingStep(
-            draft.train(),
-            build_engine(loss, registry),
-            compute_dtype=compute_dtype,
-            alone=self.accelerator.num_processes == 1,
-        )
+        engine, alone = build_engine(loss, registry), self.accelerator.num_processes == 1
+        return TrainingStep(draft.train(), engine, compute_dtype=compute_dtype, alone=alone, checks=True)
 
     def _resume(self) -> int:
         found = resume(self.folder, parameters=self.parameters, optimizer=self.optimizer, first=self.is_main)
