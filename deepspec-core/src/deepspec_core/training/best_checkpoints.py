@@ -233,7 +233,7 @@ class Evaluations:
                 ", ".join(fallen),
                 self._ranked()[0]["step"],
             )
-        if self.over():
+        if self.over() and record["step"] < self._total:
             log.warning("training ends at step %d of %d: train.evaluation.stop_after", record["step"], self._total)
 
 

@@ -26,16 +26,18 @@ def not_finite(step: int, grad_norm: float, done: Sequence[tuple[Sequence[str], 
         f"the {what} of step {step + 1} is not finite; the weights are still those of step {step}",
         where=f"samples {', '.join(ids[:_SHOWN_IDS])}{more}",
         found=f"gradient norm {grad_norm}",
-        fix="examine these samples and their features; if they are sound, lower train.lr or train.clip_norm",
+        fix="Look at these samples and their features. If they are sound, lower train.lr or train.clip_norm. Where the "
+        "draft, a loss term or the weighting is a plugin's, look at what it computes for them.",
     )
 
 
 def nothing_supervised(samples: int, counts: Mapping[str, int]) -> TrainingError:
     """The error of an epoch in which no row was supervised. `counts`: what preparation counted."""
     return TrainingError(
-        "the draft has nothing to learn from: no row of an epoch is supervised",
+        "the draft has nothing to learn from: the weights of an epoch's rows add up to nothing",
         where=f"{samples} samples",
         found=", ".join(f"{name} {count}" for name, count in sorted(counts.items()) if count) or None,
-        expected="samples with supervised tokens that the draft can predict",
-        fix="Raise data.max_length or data.min_supervised_tokens, or give longer answers.",
+        expected="supervised tokens that the draft can predict, and a weighting that gives some of them weight",
+        fix="Raise data.max_length or data.min_supervised_tokens, or give longer answers. Where loss.weighting is a "
+        "plugin's, look at the weights that it returns.",
     )
