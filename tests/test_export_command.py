@@ -175,8 +175,11 @@ def test_code_of_the_target_is_not_run_because_a_folder_says_so(
     (model / "tokenizer_config.json").write_text(json.dumps(settings))
     unknown = {"model_type": "mine", "auto_map": {"AutoConfig": "mine.MineConfig"}}
     (model / "config.json").write_text(json.dumps(sizes | unknown))
+    # A class of its own: transformers notes on the class that it came from such a file.
     (model / "mine.py").write_text(
-        f"open({str(ran)!r}, 'w').close()\nfrom transformers import PreTrainedTokenizerFast as Mine\n"
+        f"open({str(ran)!r}, 'w').close()\n"
+        "from transformers import PreTrainedTokenizerFast\n"
+        "class Mine(PreTrainedTokenizerFast): pass\n"
     )
     shutil.copytree(drafts["dspark"], run / "draft")
     text = QUICKSTART.read_text().replace("../../runs/quickstart-dflash", "runs/mine")

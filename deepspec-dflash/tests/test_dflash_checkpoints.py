@@ -94,7 +94,7 @@ def test_a_failed_save_leaves_nothing(
     def full(*_args: object, **_options: object) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(published, "save_file", full)
+    monkeypatch.setattr(published, "write_tensors", full)
     with pytest.raises(OSError, match="No space"):
         save_draft(model, recordings.adapter("qwen3"), tmp_path / "draft")
     assert list(tmp_path.iterdir()) == []
