@@ -79,7 +79,7 @@ def digest_now(run: Run, name: str, *, resuming: bool) -> str | None:
         return None
 
 
-def exports_digest(run: Run) -> str | None:
+def _exports_digest(run: Run) -> str | None:
     """A digest of the names and the content of all files of the run's exports; None where an export's folder is gone.
 
     OSError where a file cannot be read.
@@ -133,7 +133,7 @@ def _look_up(run: Run, name: str, resuming: bool) -> Callable[[], str | None]:
         cost_table = run.base / run.file.evaluate.scheduler.cost_table
         return lambda: digest_of(cost_table)
     if name == contents.EXPORTS:
-        return lambda: exports_digest(run)
+        return lambda: _exports_digest(run)
     if name == contents.EVALUATION:
         return lambda: digests_of([run.folder / METRICS])[0]
     if found := re.fullmatch(re.escape(contents.SOURCE).replace(r"\{\}", r"(\d+)"), name):

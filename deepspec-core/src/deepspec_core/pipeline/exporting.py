@@ -46,9 +46,9 @@ def run_stage(run: Run) -> dict[str, Any]:
         draft = load_draft(folder, registry=run.plugins.registry, adapter=adapter)
         return draft, _facts(run, draft, adapter, dtype=stored_dtype(folder), results=deepcopy(results))
 
-    check_servable(run, load()[1])
+    check_servable(run, facts_of_finished(run))
     for name in run.file.export.to:
-        out = folder_of(run, name)
+        out = _folder_of(run, name)
         if out.is_dir() and not out.is_symlink():
             shutil.rmtree(out)
         summary[name] = _format(run, name).write(*load(), out)
@@ -62,7 +62,7 @@ def check_servable(run: Run, facts: ExportFacts) -> None:
     """
     ours = (run.stage_folder("export") / RECORD).is_file()
     for name in run.file.export.to:
-        out = folder_of(run, name)
+        out = _folder_of(run, name)
         if out.is_symlink() or not out.is_dir() or not ours:
             require_free(out, fix="Move it away, or choose another run.output.")
         _format(run, name).check(facts, where=f"{run.path}: export.to")
@@ -117,7 +117,7 @@ def _results(run: Run, digest: str) -> list[dict[str, Any]]:
     return results_of(path, digest)
 
 
-def folder_of(run: Run, name: str) -> Path:
+def _folder_of(run: Run, name: str) -> Path:
     return run.stage_folder("export") / name
 
 

@@ -21,7 +21,7 @@ from deepspec_core.disk import full_disk_is_an_error
 from deepspec_core.errors import StageError, nearest
 from deepspec_core.locks import LOCK
 from deepspec_core.pipeline import contents, heartbeat, threads, workers
-from deepspec_core.pipeline.changes import digest_now, exports_digest, refuse_changes
+from deepspec_core.pipeline.changes import digest_now, refuse_changes
 from deepspec_core.pipeline.fingerprint import RECORD, StageRecord, fingerprint, flatten, read_record, schema_keys
 from deepspec_core.pipeline.reads import Trace
 from deepspec_core.pipeline.run import Run
@@ -157,7 +157,8 @@ def plan(run: Run, *, only: Sequence[str] = (), force: Sequence[str] = ()) -> li
                 fix=f"Run the missing stages first: --stages {','.join(wanted)}",
             )
         action: Action = "run" if record is None else "skip" if record.complete else "resume"
-        if action == "skip" and record is not None and contents.EXPORTS in record.made and exports_digest(run) is None:
+        exported = action == "skip" and record is not None and contents.EXPORTS in record.made
+        if exported and digest_now(run, contents.EXPORTS, resuming=False) is None:
             action = "resume"  # an export was moved away or deleted
         steps.append(Step(stage=stage, action=action, record=record, forced=_forced(stage, force, present)))
     return steps
