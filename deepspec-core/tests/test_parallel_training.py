@@ -36,7 +36,12 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The same by two processes, "ddp" and "fsdp"."""
     base = tmp_path_factory.mktemp("two")
-    cases = {"ddp": DDP, "fsdp": FSDP, "rolls": {**FSDP, "rolls": True, "micro_batch_size": 1}}
+    cases = {
+        "ddp": DDP,
+        "fsdp": FSDP,
+        "rolls": {**FSDP, "rolls": True, "micro_batch_size": 1},
+        "idle": {**DDP, "idle": True, "micro_batch_size": 1},
+    }
     train_in({base / name: {"log_every": 1, **how} for name, how in cases.items()}, ranks=2)
     return {name: base / name for name in cases}
 
@@ -87,6 +92,14 @@ def test_a_draft_in_shards_writes_its_own_texts_as_one_process_does(
     _same(two_ranks["rolls"], tmp_path / "one")
     with pytest.raises(AssertionError):
         _same(two_ranks["rolls"], straight)
+
+
+def test_weights_that_not_every_step_reads_train_as_by_one_process(two_ranks: dict[str, Path], tmp_path: Path) -> None:
+    train(tmp_path / "one", idle=True, micro_batch_size=1, log_every=1)
+    _same(two_ranks["idle"], tmp_path / "one")
+    state = _state(tmp_path / "one")
+    assert state["model.safetensors unread"].max() < 1  # weight decay
+    assert (state["model.safetensors seldom"] - 1).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(("left", "how"), [("ddp", "auto"), ("fsdp", "auto"), ("fsdp", "fsdp")])

@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from attrs import evolve
 from test_trainer import OPTIONS, run
 
-from deepspec_core.contracts.draft import Texts
+from deepspec_core.contracts.draft import DraftBatch, Texts
+from deepspec_core.contracts.rows import Rows
 from deepspec_core.testing.tiny_draft import TinyDraft, TinySource
 
 SAMPLES = 17  # three steps an epoch, the last one of one sample: ranks other than the first have no share of it
@@ -38,11 +39,25 @@ class RollingDraft(TinyDraft):
         return evolve(texts, input_ids=ids)
 
 
-def train(folder: Path, *, rolls: bool = False, **options: Any) -> Any:
+class IdleDraft(TinyDraft):
+    """Has a weight that nothing reads, and one that only sequences read whose first token is even."""
+
+    def __init__(self, *, rank: int) -> None:
+        super().__init__(rank=rank)
+        self.unread = torch.nn.Parameter(torch.ones(3))
+        self.seldom = torch.nn.Parameter(torch.ones(16))
+
+    def forward(self, batch: DraftBatch) -> Rows:
+        """As the tiny draft's, with `seldom` in the hidden states of even sequences."""
+        rows = super().forward(batch)
+        return rows if batch.input_ids[0, 0] % 2 else evolve(rows, hidden=rows.hidden * self.seldom)
+
+
+def train(folder: Path, *, rolls: bool = False, idle: bool = False, **options: Any) -> Any:
     """One training, by this process or its share of it; with `rolls`, on the draft's own texts."""
     source = TinySource(SAMPLES, stored=not rolls)
     source.of_given_texts = True  # type: ignore[attr-defined]
-    draft = RollingDraft(rank=2) if rolls else TinyDraft(rank=2)
+    draft = (RollingDraft if rolls else IdleDraft if idle else TinyDraft)(rank=2)
     return run(folder, evolve(OPTIONS, **options), source=source, draft=draft)[1]
 
 

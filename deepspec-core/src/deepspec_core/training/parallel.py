@@ -16,14 +16,15 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Final, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from deepspec_core.config.train_options import AUTO, DDP, FSDP
-from deepspec_core.contracts.draft import DraftModel
+from deepspec_core.contracts.draft import DraftBatch, DraftModel
 from deepspec_core.disk import in_words
+from deepspec_core.rows.engine import RowResult
 from deepspec_core.training.reduction import gathered
 from deepspec_core.training.shards import is_sharded, whole
 from deepspec_core.training.step import TrainingStep
@@ -79,11 +80,41 @@ class Alone:
         return nullcontext()
 
 
+class _WithoutGradient(torch.autograd.Function):
+    """The total as it is. Its backward pass also visits `weights`, and adds nothing to their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, *weights: Tensor) -> Tensor:
+        ctx.weights = len(weights)
+        return total.view_as(total)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return gradients[0], *(None for _ in range(ctx.weights))
+
+
+class _EveryWeight(nn.Module):
+    """A step whose backward pass visits every trained weight.
+
+    DDP waits for all of them in every step, but a draft may have weights that a step's rows do not read.
+    """
+
+    def __init__(self, step: TrainingStep) -> None:
+        super().__init__()
+        self.step = step
+
+    def forward(self, batch: DraftBatch, **options: Any) -> RowResult:
+        result: RowResult = self.step(batch, **options)
+        trained = [value for value in self.step.parameters() if value.requires_grad]
+        total: Tensor = _WithoutGradient.apply(result.total, *trained)  # type: ignore[no-untyped-call]
+        return result._replace(total=total)
+
+
 class Replicated(Alone):
     """A copy of everything on each rank (DDP)."""
 
     def __init__(self, step: TrainingStep) -> None:
-        self.module: DistributedDataParallel = DistributedDataParallel(step)
+        self.module: DistributedDataParallel = DistributedDataParallel(_EveryWeight(step))
         # A draft's buffers are constants, so they need not be sent in every forward pass. Set here, because the
         # argument's name depends on the release of torch.
         self.module.broadcast_buffers = False

@@ -51,9 +51,13 @@ def normalise(parameters: Sequence[Tensor], denominator: Tensor, *, world_size: 
     """Divide the gradients by the step's denominator, clip them, and return their norm [] before clipping.
 
     The norm is that of the whole gradient, also where ranks hold parts of it. A step without supervised rows has
-    denominator 0. Its gradients are zero and stay zero.
+    denominator 0. Its gradients are zero and stay zero. A weight that no row of the step read gets a gradient of zero,
+    as it has one where other ranks may have read it.
     """
     scale = torch.where(denominator > 0, world_size / denominator, 0.0)
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     # The norm of undivided gradients, divided: gradients are read once for it, and written once for all.
     norm = whole(torch.nn.utils.get_total_norm(gradients)) * scale
