@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,7 +19,9 @@ from torch import Tensor
 
 from deepspec_core.config.schema import LossOptions, TrainOptions, WeightingOptions
 from deepspec_core.contracts.draft import Sample
+from deepspec_core.contracts.loss import RowStats
 from deepspec_core.errors import CheckpointError, DataError, PluginError, TrainingError
+from deepspec_core.plugins.specs import ComponentSpec
 from deepspec_core.rows.weighting_options import DecayOptions
 from deepspec_core.testing.core_registry import core_registry
 from deepspec_core.testing.tiny_draft import TinyDraft, TinySource
@@ -261,8 +264,30 @@ def test_what_is_not_finite_stops_training_before_weights_are_touched(tmp_path: 
     with pytest.raises(TrainingError, match=r"(?s)loss of step 1 is not finite.*sample-7\n") as error:
         run(tmp_path, options, draft=draft, source=TinySource(SAMPLES, spoil=7))
     assert error.value.exit_code == 2
+    assert error.value.found == "gradient norm nan; not finite: loss, loss/ce, loss/tv"
     assert_same(draft, before, rtol=0, atol=0)
     assert latest(tmp_path) is None
+
+
+class Overflowing:
+    """A plugin's loss term that is fine on made-up rows, and not on likely labels."""
+
+    needs_target, needs_extras = False, ()
+
+    def __call__(self, stats: RowStats) -> Tensor:
+        """As cross-entropy; infinite below 3."""
+        return torch.where(stats.ce < 3, torch.inf, stats.ce)
+
+
+def test_the_term_that_is_not_finite_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plugin = ModuleType("overflowing")
+    spec = ComponentSpec(name="overflowing", summary="-", build="overflowing:Overflowing")
+    vars(plugin).update(Overflowing=Overflowing, deepspec_losses=lambda: [spec])
+    monkeypatch.setitem(sys.modules, "overflowing", plugin)
+    loss = evolve(LOSS, terms={"ce": 1.0, "overflowing": 0.1})
+    with pytest.raises(TrainingError, match="loss of step 1 is not finite") as error:
+        run(tmp_path, loss=loss, registry=core_registry(plugin))
+    assert str(error.value.found).endswith("; not finite: loss, loss/overflowing")
 
 
 def test_an_epoch_with_nothing_to_supervise_ends_training(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ Makes the errors. Does not know when they are checked for.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Final
 
@@ -16,16 +17,23 @@ from deepspec_core.errors import TrainingError
 _SHOWN_IDS: Final = 8
 
 
-def not_finite(step: int, grad_norm: float, done: Sequence[tuple[Sequence[str], Tensor]]) -> TrainingError:
-    """The error of step `step`, counted from 0. `done`: the samples of each micro-batch by id, and its loss."""
+def not_finite(
+    step: int, grad_norm: float, done: Sequence[tuple[Sequence[str], Tensor]], sums: Mapping[str, float]
+) -> TrainingError:
+    """The error of step `step`, counted from 0.
+
+    done: The samples of each micro-batch by id, and its loss.
+    sums: The step's sums by name. The error names those that are not finite, so that one term or the weighting shows.
+    """
     culprits = [ids for ids, total in done if not bool(torch.isfinite(total))]
     ids = [name for names in culprits or [names for names, _ in done] for name in names]
     more = f" and {len(ids) - _SHOWN_IDS} more" if len(ids) > _SHOWN_IDS else ""
     what = "loss" if culprits else "gradient"
+    spoilt = [name for name, value in sums.items() if not math.isfinite(value)]
     return TrainingError(
         f"the {what} of step {step + 1} is not finite; the weights are still those of step {step}",
         where=f"samples {', '.join(ids[:_SHOWN_IDS])}{more}",
-        found=f"gradient norm {grad_norm}",
+        found=f"gradient norm {grad_norm}" + (f"; not finite: {', '.join(spoilt)}" if spoilt else ""),
         fix="Look at these samples and their features. If they are sound, lower train.lr or train.clip_norm. Where the "
         "draft, a loss term or the weighting is a plugin's, look at what it computes for them.",
     )

@@ -337,7 +337,8 @@ class _Trainer:
         grad_norm, denominator, stop, *values = torch.cat((norm.to(vector.dtype).reshape(1), vector)).tolist()
         self.pace.end()
         if not (math.isfinite(grad_norm) and math.isfinite(denominator) and all(map(math.isfinite, values))):
-            raise not_finite(step, grad_norm, done)
+            by_name = {"sum of the weights": denominator, **dict(zip(names, values[::2], strict=True))}
+            raise not_finite(step, grad_norm, done, by_name)
         rate = learning_rate(step, peak=self.options.lr, total_steps=self.total_steps, warmup=self.options.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
