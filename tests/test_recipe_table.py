@@ -13,6 +13,7 @@ import pytest
 from attrs import evolve
 
 from deepspec_core.config.load import load_run_file
+from deepspec_core.config.render import render
 from deepspec_core.plugins.discovery import load_plugins
 
 BENCHMARKS = Path(__file__).parent / "benchmarks"
@@ -65,6 +66,36 @@ def test_another_call_has_the_same_ruler(recipes: Any, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="prompts 4 and 40"):
         recipes.begin(tmp_path / "recipes.json", ruler(40))
     assert [path.name for path in tmp_path.iterdir()] == ["recipes.json"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ([], ""),
+        (["train.max_steps=7"], r"\[train\] \(7 steps, now 5\)"),
+        (["draft.num_layers=2"], r"\[draft\]: choose"),
+    ],
+)
+def test_a_run_with_other_settings_is_refused_before_anything_runs(
+    recipes: Any, levers: Any, tmp_path: Path, changed: list[str], said: str
+) -> None:
+    """As after an edit of the quickstart, of a lever or of what estimate counts."""
+    plugins = load_plugins()
+    options = argparse.Namespace(
+        reference="dflash", steps=5, tokens=40, prompts=3, threads=1, overrides=[], run_files=levers.QUICKSTART
+    )
+    ruler = recipes.Ruler(plugins, options)
+    folder = tmp_path / "moved" / "dflash-seed42"
+    folder.mkdir(parents=True)
+    settings = [*ruler.settings("dflash", tmp_path / "where-it-was", 42), *changed]
+    made = load_run_file(levers.run_file("dflash"), overrides=settings, plugins=plugins)
+    (folder / "config.toml").write_text(render(made))
+    (folder / "metrics.json").touch()
+    if not said:
+        ruler.require_same("dflash", folder, 42)
+        return
+    with pytest.raises(SystemExit, match=rf"dflash-seed42 was made with other settings in {said}"):
+        recipes.finished(folder.parent, ruler)
 
 
 @pytest.mark.parametrize("row", ["dflash+ce", "dspark+nothing", "medusa"])

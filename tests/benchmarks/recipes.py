@@ -13,8 +13,8 @@ prompt by prompt, with a 95% interval of the difference. Beside it stands the dr
 committed per second of it.
 
 Finished runs are kept, and an interrupted one goes on where it was, so the table may be made row by row, and by several
-calls at once if they make different rows; recipes.json and the tables have every finished run of the output folder. A
-run that was made with other settings is refused.
+calls at once if they make different rows; recipes.json and the tables have every finished run of the output folder.
+Before anything runs, each of these must have the settings that its row has now; otherwise the call ends.
 
 With --run-files DIR the published recipes are DIR/dspark.toml and so on, for a target and data of your own, as
 `deepspec init --recipe published` writes them. Levers set the same values there as for the quickstart, so take those
@@ -33,6 +33,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from attrs import asdict
 from drafters import run, share
 from recipe_levers import QUICKSTART, parts, predicted, rows, run_file, settings
 
@@ -75,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     output = options.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
     begin(output / "recipes.json", ruler)
-    found: list[dict[str, Any]] = []
+    found = finished(output, ruler)
     for seed in options.seeds:
         for row in options.only:
             folder = output / f"{row}-seed{seed}"
@@ -143,6 +144,16 @@ class Ruler:
             *settings(row, steps),
             *self.options.overrides,
         ]
+
+    def require_same(self, row: str, folder: Path, seed: int) -> None:
+        """Exits where the run of `folder` was made with other settings than the row has now."""
+        made = load_run_file(folder / "config.toml", overrides=[f'run.output="{folder}"'], plugins=self.plugins)
+        now = load_run_file(self.run_file(row), overrides=self.settings(row, folder, seed), plugins=self.plugins)
+        differing = [key for key in asdict(now, recurse=False) if getattr(made, key) != getattr(now, key)]
+        if differing:
+            steps = f" ({made.train.max_steps} steps, now {now.train.max_steps})" if "train" in differing else ""
+            sections = ", ".join(f"[{key}]" for key in differing)
+            sys.exit(f"{folder} was made with other settings in {sections}{steps}: choose another --output")
 
     def as_json(self) -> dict[str, Any]:
         opt = self.options
@@ -220,9 +231,8 @@ def finished(output: Path, ruler: Ruler) -> list[dict[str, Any]]:
     for folder in output.glob("*-seed*"):
         row, _, seed = folder.name.rpartition("-seed")
         if is_row(row) and (folder / "metrics.json").is_file():
+            ruler.require_same(row, folder, int(seed))
             found.append({"row": row, "seed": int(seed), **figures(folder), "predicted": predicted(row)})
-            if found[-1]["steps"] != ruler.steps(row):
-                sys.exit(f"{folder} has {found[-1]['steps']} steps, not {ruler.steps(row)}: choose another --output")
             found[-1]["flops"] = ruler.flops(row)
     order = {row: number for number, row in enumerate(rows())}
     return sorted(found, key=lambda one: (order.get(one["row"], len(order)), one["row"], one["seed"]))
