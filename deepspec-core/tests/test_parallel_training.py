@@ -39,8 +39,10 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     cases = {
         "ddp": DDP,
         "fsdp": FSDP,
-        "rolls": {**FSDP, "rolls": True, "micro_batch_size": 1},
-        "idle": {**DDP, "idle": True, "micro_batch_size": 1},
+        "rolls": {**FSDP, "draft": "rolling", "micro_batch_size": 1},
+        "idle": {**DDP, "draft": "idle", "micro_batch_size": 1},
+        "unlike, ddp": {**DDP, "draft": "unlike"},
+        "unlike, fsdp": {**FSDP, "draft": "unlike"},
     }
     train_in({base / name: {"log_every": 1, **how} for name, how in cases.items()}, ranks=2)
     return {name: base / name for name in cases}
@@ -88,15 +90,17 @@ def test_two_processes_with_copies_or_shards_train_like_one(straight: Path, two_
 def test_a_draft_in_shards_writes_its_own_texts_as_one_process_does(
     straight: Path, two_ranks: dict[str, Path], tmp_path: Path
 ) -> None:
-    train(tmp_path / "one", rolls=True, log_every=1)
+    train(tmp_path / "one", draft="rolling", log_every=1)
     _same(two_ranks["rolls"], tmp_path / "one")
     with pytest.raises(AssertionError):
         _same(two_ranks["rolls"], straight)
 
 
 def test_weights_that_not_every_step_reads_train_as_by_one_process(two_ranks: dict[str, Path], tmp_path: Path) -> None:
-    train(tmp_path / "one", idle=True, micro_batch_size=1, log_every=1)
+    train(tmp_path / "one", draft="idle", micro_batch_size=1, log_every=1)
     _same(two_ranks["idle"], tmp_path / "one")
+    # By FSDP2 as by DDP, also a weight that one rank reads and the other does not.
+    _same(two_ranks["unlike, fsdp"], two_ranks["unlike, ddp"])
     state = _state(tmp_path / "one")
     assert state["model.safetensors unread"].max() < 1  # weight decay
     assert (state["model.safetensors seldom"] - 1).abs().max() > 1e-3

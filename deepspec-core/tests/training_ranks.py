@@ -53,12 +53,23 @@ class IdleDraft(TinyDraft):
         return rows if batch.input_ids[0, 0] % 2 else evolve(rows, hidden=rows.hidden * self.seldom)
 
 
-def train(folder: Path, *, rolls: bool = False, idle: bool = False, **options: Any) -> Any:
-    """One training, by this process or its share of it; with `rolls`, on the draft's own texts."""
-    source = TinySource(SAMPLES, stored=not rolls)
+class UnlikeDraft(IdleDraft):
+    """Reads one of its weights on the first rank only."""
+
+    def forward(self, batch: DraftBatch) -> Rows:
+        """As the tiny draft's, with `seldom` in the hidden states of the first rank."""
+        rows = TinyDraft.forward(self, batch)
+        return rows if os.environ["RANK"] != "0" else evolve(rows, hidden=rows.hidden * self.seldom)
+
+
+DRAFTS = {"tiny": TinyDraft, "rolling": RollingDraft, "idle": IdleDraft, "unlike": UnlikeDraft}
+
+
+def train(folder: Path, *, draft: str = "tiny", **options: Any) -> Any:
+    """One training of a draft of DRAFTS, by this process or its share of it."""
+    source = TinySource(SAMPLES, stored=draft != "rolling")
     source.of_given_texts = True  # type: ignore[attr-defined]
-    draft = (RollingDraft if rolls else IdleDraft if idle else TinyDraft)(rank=2)
-    return run(folder, evolve(OPTIONS, **options), source=source, draft=draft)[1]
+    return run(folder, evolve(OPTIONS, **options), source=source, draft=DRAFTS[draft](rank=2))[1]
 
 
 def begin(

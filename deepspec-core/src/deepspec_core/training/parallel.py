@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, Final, Protocol
 
 import torch
@@ -25,7 +26,7 @@ from deepspec_core.config.train_options import AUTO, DDP, FSDP
 from deepspec_core.contracts.draft import DraftBatch, DraftModel
 from deepspec_core.disk import in_words
 from deepspec_core.rows.engine import RowResult
-from deepspec_core.training.reduction import gathered
+from deepspec_core.training.reduction import fill_gradients, gathered
 from deepspec_core.training.shards import is_sharded, whole
 from deepspec_core.training.step import TrainingStep
 
@@ -80,41 +81,72 @@ class Alone:
         return nullcontext()
 
 
-class _WithoutGradient(torch.autograd.Function):
+class _Visit(torch.autograd.Function):
     """The total as it is. Its backward pass also visits `weights`, and adds nothing to their gradients."""
 
     @staticmethod
     def forward(ctx: Any, total: Tensor, *weights: Tensor) -> Tensor:
-        ctx.weights = len(weights)
+        ctx.count = len(weights)
         return total.view_as(total)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        return gradients[0], *(None for _ in range(ctx.weights))
+        return gradients[0], *(None for _ in range(ctx.count))
+
+
+class _Fill(torch.autograd.Function):
+    """The total as it is. At the end of its backward pass, weights of `step` without a gradient get one of zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, step: nn.Module) -> Tensor:
+        ctx.step = step
+        return total.view_as(total)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        # Callbacks run in the order in which they were queued, so this one runs before that of FSDP2.
+        torch.autograd.Variable._execution_engine.queue_callback(partial(_fill, ctx.step))
+        return gradients[0], None
+
+
+def _fill(step: nn.Module) -> None:
+    fill_gradients(_trained(step))
+
+
+def _filled(total: Tensor, step: nn.Module) -> Tensor:
+    after: Tensor = _Fill.apply(total, step)  # type: ignore[no-untyped-call]
+    return after
+
+
+def _visited(total: Tensor, step: nn.Module) -> Tensor:
+    after: Tensor = _Visit.apply(total, *_trained(step))  # type: ignore[no-untyped-call]
+    return after
+
+
+def _trained(step: nn.Module) -> list[Tensor]:
+    return [value for value in step.parameters() if value.requires_grad]
 
 
 class _EveryWeight(nn.Module):
-    """A step whose backward pass visits every trained weight.
+    """A step whose backward pass reaches every trained weight, as DDP and FSDP2 expect of all ranks.
 
-    DDP waits for all of them in every step, but a draft may have weights that a step's rows do not read.
+    A draft may have weights that the rows of a step, or of one rank, do not read. `reach` is _visited or _filled.
     """
 
-    def __init__(self, step: TrainingStep) -> None:
+    def __init__(self, step: nn.Module, reach: Callable[[Tensor, nn.Module], Tensor]) -> None:
         super().__init__()
-        self.step = step
+        self.step, self.reach = step, reach
 
     def forward(self, batch: DraftBatch, **options: Any) -> RowResult:
         result: RowResult = self.step(batch, **options)
-        trained = [value for value in self.step.parameters() if value.requires_grad]
-        total: Tensor = _WithoutGradient.apply(result.total, *trained)  # type: ignore[no-untyped-call]
-        return result._replace(total=total)
+        return result._replace(total=self.reach(result.total, self.step))
 
 
 class Replicated(Alone):
     """A copy of everything on each rank (DDP)."""
 
     def __init__(self, step: TrainingStep) -> None:
-        self.module: DistributedDataParallel = DistributedDataParallel(_EveryWeight(step))
+        self.module: DistributedDataParallel = DistributedDataParallel(_EveryWeight(step, _visited))
         # A draft's buffers are constants, so they need not be sent in every forward pass. Set here, because the
         # argument's name depends on the release of torch.
         self.module.broadcast_buffers = False
@@ -134,7 +166,7 @@ class Sharded:
     def __init__(self, step: TrainingStep, mesh: DeviceMesh) -> None:
         self._draft = step.draft
         frozen = {value for value in step.parameters() if not value.requires_grad}
-        self.module: nn.Module = step
+        self.module: nn.Module = _EveryWeight(step, _filled)
         self._unit = fully_shard(step, mesh=mesh, reshard_after_forward=False, ignored_params=frozen)
 
     def begin_step(self) -> None:
