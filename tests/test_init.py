@@ -19,9 +19,11 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from deepspec_core.cli.init import write_run_file
 from deepspec_core.cli.main import main
 from deepspec_core.config.load import RunFile, load_run_file
 from deepspec_core.config.train_options import TrainOptions
+from deepspec_core.errors import ConfigError
 from deepspec_core.layers.options import LayerOptions
 from deepspec_core.pipeline.checking import check_before
 from deepspec_core.pipeline.run import Run
@@ -216,6 +218,74 @@ def test_a_recipe_with_a_table_is_written_and_one_with_a_mistake_is_refused(
     assert file.train == TrainOptions(**train)
     assert "draft.markov, loss.terms, train.optimizer, train.lr, train.betas. Better." in out.read_text()
     assert "published recipe" not in out.read_text()
+
+
+def test_a_plugins_odd_texts_are_quoted_or_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Loss terms may have a dot in their name. The settings of a plugin are checked whatever the recipe is."""
+    out, get = tmp_path / "train.toml", Registry.get
+    command = ["init", "builtin:tiny-qwen3", "--draft", "dspark", "--recipe", "published", "-o", str(out)]
+
+    def defaults(**loss: Any) -> None:
+        def changed(registry: Registry, kind: str, name: str, **found: Any) -> Any:
+            spec = get(registry, kind, name, **found)
+            return evolve(spec, default_loss=loss) if (kind, name) == ("draft", "dspark") else spec
+
+        monkeypatch.setattr(Registry, "get", changed)
+
+    for term, said in (("no.such-term", "no.such-term"), ("\x7f b", "unknown"), ("\ud800", "not valid Unicode")):
+        defaults(terms={term: 1.0})
+        assert main(command) == 2
+        told = capsys.readouterr().err
+        assert "the settings of draft type 'dspark' cannot be used" in told
+        assert said in told
+        assert not out.exists()
+    defaults(terms={"ce": 1.0})
+    assert main(command) == 0
+
+
+@pytest.mark.parametrize(
+    ("out", "said"),
+    [
+        ("", "no name for the run file"),
+        ("x" * 300, "name of 300 bytes"),
+        ("/proc/train.toml", "cannot be written"),
+        ("/dev/full", "exists already"),
+    ],
+)
+def test_a_place_without_a_run_file_is_refused_first(
+    out: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["init", "builtin:no-such-target", "--draft", "dflash", "-o", out]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_half_a_run_file_is_never_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It would be a valid one, of other settings."""
+    out = tmp_path / "train.toml"
+
+    def on_full_disk(path: Path, mode: str, **options: Any) -> Any:
+        path.touch(exist_ok=False)
+        return open("/dev/full", "w", encoding="utf-8")
+
+    monkeypatch.setattr("deepspec_core.cli.init.Path.open", on_full_disk)
+    with pytest.raises(ConfigError, match=r"(?s)cannot be written.*No space left"):
+        write_run_file(out, "text " * 10_000)
+    assert not out.exists()
+
+
+def test_commands_are_quoted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    out = "my file; rm.toml"
+    command = ["init", "builtin:tiny-qwen3", "--draft", "dflash", "--data", "builtin:tiny-dialogues", "-o", out]
+    assert main(command) == 0
+    assert "deepspec config check 'my file; rm.toml'; deepspec data show 'my file" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from deepspec_core.cli.options import no_plugin
+
+if TYPE_CHECKING:
+    from deepspec_core.errors import ConfigError
 
 
 @click.command()
@@ -31,26 +37,60 @@ def init(model: str, draft_type: str, data: str | None, out: str, recipe: str | 
     """
     from deepspec_core.config.recipe_check import check_written
     from deepspec_core.config.starter import starter
-    from deepspec_core.errors import ConfigError
     from deepspec_core.pipeline.starting import start_of
     from deepspec_core.plugins.discovery import load_plugins
 
     path = Path(out)
-    exists = ConfigError("the run file exists already", where=path, fix="Choose another name with -o.")
-    if path.exists():
-        raise exists
-    if not path.parent.is_dir():
-        raise ConfigError("no such folder", where=path.parent, fix="Make it first, or choose another with -o.")
+    _refuse_place(path)
     plugins = load_plugins(blocked=blocked)
     asked = None if recipe is None else recipe == "recommended"
     start = start_of(model, draft_type, data, path.parent, plugins.registry, recommended=asked)
     text = starter(start)
-    if start.recommended:
-        check_written(text, plugins.registry.get("draft", draft_type), folder=path.parent, plugins=plugins)
-    try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(text)
-    except FileExistsError:
-        raise exists from None
+    spec = plugins.registry.get("draft", draft_type)
+    check_written(text, spec, recommended=start.recommended, folder=path.parent, plugins=plugins)
+    write_run_file(path, text)
     click.echo(f"wrote {path}{', with the recommended recipe (or: --recipe published)' if start.recommended else ''}")
-    click.echo(f"next: deepspec config check {path}; deepspec data show {path}; deepspec run {path} --smoke")
+    name = shlex.quote(str(path))
+    click.echo(f"next: deepspec config check {name}; deepspec data show {name}; deepspec run {name} --smoke")
+
+
+def _refuse_place(path: Path) -> None:
+    """ConfigError if no new file can be written there."""
+    from deepspec_core.config.paths import no_path
+    from deepspec_core.disk import why_not_writable
+    from deepspec_core.errors import ConfigError
+
+    if not path.name:
+        raise ConfigError("no name for the run file", where="-o", fix="Give one, such as -o train.toml.")
+    if (problem := no_path("-o", path)) is not None:
+        raise problem
+    if os.path.lexists(path):
+        raise _exists(path)
+    if not path.parent.is_dir():
+        raise ConfigError("no such folder", where=path.parent, fix="Make it first, or choose another with -o.")
+    if (why := why_not_writable(path.parent)) is not None:
+        raise ConfigError("the run file cannot be written", where=path, found=why, fix="Choose another folder with -o.")
+
+
+def write_run_file(path: Path, text: str) -> None:
+    """The whole file or none, and never over another one."""
+    from deepspec_core.errors import ConfigError
+
+    try:
+        file = path.open("x", encoding="utf-8")
+    except FileExistsError:
+        raise _exists(path) from None
+    try:
+        with file:
+            file.write(text)
+    except OSError as error:
+        path.unlink()
+        raise ConfigError(
+            "the run file cannot be written", where=path, found=error.strerror, fix="Make room, or choose another -o."
+        ) from error
+
+
+def _exists(path: Path) -> ConfigError:
+    from deepspec_core.errors import ConfigError
+
+    return ConfigError("the run file exists already", where=path, fix="Choose another name with -o.")

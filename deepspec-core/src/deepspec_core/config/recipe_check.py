@@ -28,11 +28,15 @@ _Options = TypeVar("_Options")
 
 @frozen(kw_only=True)
 class CheckedRecipe:
-    """What a run file says by it: values of the draft type's options, by key; keys of [loss] and [train] as in TOML."""
+    """What a run file says by it: values of the draft type's options, by key; keys of [loss] and [train] as in TOML.
+
+    `note` names all of these keys, and gives the evidence. The plugin's own tables were read once, for the check.
+    """
 
     options: Mapping[str, Any]
     loss: Mapping[str, Any]
     train: Mapping[str, Any]
+    note: str
 
 
 def checked_recipe(spec: DraftModelSpec, registry: Registry) -> CheckedRecipe:
@@ -44,40 +48,56 @@ def checked_recipe(spec: DraftModelSpec, registry: Registry) -> CheckedRecipe:
     assert recipe is not None, "there is one"
     # What it is made of is the plugin's, down to the keys of its tables.
     with registry.blaming("draft", spec.name):
-        loss, train = _as_written(recipe.loss), _as_written(recipe.train)
-        options, problems = _options(spec.options, _as_written(recipe.options), registry)
-        for part, given in (("options", recipe.options), ("loss", recipe.loss), ("train", recipe.train)):
+        read = {"options": dict(recipe.options), "loss": dict(recipe.loss), "train": dict(recipe.train)}
+        evidence = str.__str__(recipe.evidence)
+        written = {part: _as_written(table) for part, table in read.items()}
+        options, problems = _options(spec.options, written["options"], registry)
+        for part, given in read.items():
             problems += [
                 ConfigError("a run file cannot contain None", where=f"{part}.{key}", found="None", expected="a value")
                 for key, value in given.items()
                 if value is None
             ]
+        loss, train = written["loss"], written["train"]
         problems += [*_of_loss(loss, registry), *_of_section("train", train, TrainOptions, registry)[1]]
     for problem in problems:
         raise _cannot(spec, registry, problem)
-    return CheckedRecipe(options=options, loss=loss, train=train)
+    sections = {"draft": options, "loss": loss, "train": train}
+    keys = ", ".join(f"{section}.{key}" for section, table in sections.items() for key in table)
+    return CheckedRecipe(
+        options=options, loss=loss, train=train, note=f"The recommended recipe sets {keys}. {evidence}"
+    )
 
 
-def check_written(text: str, spec: DraftModelSpec, *, folder: Path, plugins: Plugins) -> None:
-    """PluginError where a run file with the recipe that `spec` recommends is refused: sections may not fit together.
+def check_written(text: str, spec: DraftModelSpec, *, recommended: bool, folder: Path, plugins: Plugins) -> None:
+    """PluginError where a run file with settings of `spec` is refused: sections may not fit together, or be no text.
 
-    Keys that the user has yet to give are no mistakes of the recipe.
+    Keys that the user has yet to give are no mistakes of the plugin.
     """
     try:
+        text.encode()
         run_file_of(tomli.loads(text), folder=folder, plugins=plugins)
+    except UnicodeEncodeError as error:
+        odd = ConfigError(
+            "text that is not valid Unicode", where="the run file", found=ascii(error.object[error.start])
+        )
+        raise _cannot(spec, plugins.registry, odd, recommended=recommended) from None
     except ConfigError as error:
         for problem in error.problems:
             if problem.problem != MISSING:
-                raise _cannot(spec, plugins.registry, problem) from None
+                raise _cannot(spec, plugins.registry, problem, recommended=recommended) from None
 
 
-def _cannot(spec: DraftModelSpec, registry: Registry, problem: DeepSpecError) -> PluginError:
+def _cannot(
+    spec: DraftModelSpec, registry: Registry, problem: DeepSpecError, *, recommended: bool = True
+) -> PluginError:
+    which, part = ("recommended recipe", "recommended") if recommended else ("settings", "defaults")
     return PluginError(
-        f"the recommended recipe of draft type {spec.name!r} cannot be used: {problem.problem}",
-        where=f"{registry.provider('draft', spec.name)}: recommended of {spec.name!r}, {problem.where}",
+        f"the {which} of draft type {spec.name!r} cannot be used: {problem.problem}",
+        where=f"{registry.provider('draft', spec.name)}: {part} of {spec.name!r}, {problem.where}",
         found=problem.found,
         expected=problem.expected,
-        fix="use --recipe published, or correct the plugin",
+        fix="use --recipe published, or correct the plugin" if recommended else "correct the plugin",
     )
 
 

@@ -21,7 +21,7 @@ from deepspec_core.config.schema import (
     SourceOptions,
     TrainOptions,
 )
-from deepspec_core.config.toml_values import toml
+from deepspec_core.config.toml_values import toml, toml_key
 
 _WIDTH = 116
 _COMMENT_AT = 36
@@ -96,7 +96,7 @@ def _comments(notes: Sequence[str]) -> Iterator[str]:
 
 
 def _line(key: str, value: Any, comment: str = "", *, written: bool = True) -> str:
-    line = f"{'' if written else '# '}{key} = {toml(value)}"
+    line = f"{'' if written else '# '}{toml_key(key)} = {toml(value)}"
     return f"{line.ljust(_COMMENT_AT)}  # {comment}" if comment else line
 
 

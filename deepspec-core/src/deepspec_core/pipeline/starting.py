@@ -103,7 +103,7 @@ def start_of(
             **(_notes_of_training(registry, spec, values, adapter, taps, tokenizer, muon) if spec.trained else {}),
             "draft.layer": [*([_MLP_NOTE] if "intermediate_size" in layer else []), *_style_note(served)],
             f"draft.{MASK}": [mask.reason],
-            **({} if recipe is None else {"loss": [_recipe_note(spec)]}),
+            **({} if recipe is None else {"loss": [recipe.note]}),
         },
         trained=spec.trained,
     )
@@ -117,15 +117,6 @@ def _recommended(spec: DraftModelSpec, registry: Registry) -> CheckedRecipe:
             expected="published: no settings have been shown to decode better",
         )
     return checked_recipe(spec, registry)
-
-
-def _recipe_note(spec: DraftModelSpec) -> str:
-    """What the recommended recipe changes, and on what evidence."""
-    recipe = spec.recommended
-    assert recipe is not None, "it was checked"
-    keys = [*(f"draft.{key}" for key in recipe.options), *(f"loss.{key}" for key in recipe.loss)]
-    keys += [f"train.{key}" for key in recipe.train]
-    return f"The recommended recipe sets {', '.join(keys)}. {recipe.evidence}"
 
 
 def _notes_of_training(
