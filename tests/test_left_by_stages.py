@@ -47,6 +47,15 @@ def test_answers_cut_before_the_next_stage_are_refused(run_file: Path, capsys: p
     assert "The file of regenerated conversations changed after the stage" in capsys.readouterr().err
 
 
+def test_answers_that_are_gone_are_told(finished_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (_folder(finished_copy) / "regenerate" / "conversations.jsonl").unlink()
+    assert main(["run", str(finished_copy), "--smoke", "--force", "train"]) == 2
+    said = capsys.readouterr().err
+    assert "The regenerated conversations cannot be read" in said
+    assert "--force regenerate" in said
+    assert (_folder(finished_copy) / "draft").is_dir(), "what was to be made again is still there"
+
+
 def test_a_stage_resumed_with_another_version_keeps_both(
     finished_copy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -54,6 +54,8 @@ def check_before(run: Run, steps: Sequence[Step], *, may_write: bool = True, pro
         return
     check_places(run, todo)
     check_inputs_survive(run, [step.stage.name for step in steps if step.forced])
+    if todo & {"cache", "train"} and any(one.stage.name == "regenerate" and one.action == "skip" for one in steps):
+        run.data.regenerated_digest()  # reading the file raises its error
     if "cache" in todo:
         check_cache_place(run)
     if "train" in todo:

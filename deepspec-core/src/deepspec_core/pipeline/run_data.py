@@ -190,11 +190,20 @@ class RunData:
         return self._shipped[index]
 
     def regenerated_digest(self) -> str:
-        """The digest of this run's file of regenerated conversations. Raises OSError if it cannot be read."""
+        """The digest of this run's file of regenerated conversations. DataError if it cannot be read."""
         from deepspec_core.data.source_digest import file_digest
 
         assert self.regenerated is not None, "the run has the regenerate stage"
-        return file_digest(self.regenerated)
+        try:
+            return file_digest(self.regenerated)
+        except OSError as error:
+            raise DataError(
+                "The regenerated conversations cannot be read",
+                where=self.regenerated,
+                found=error.strerror,
+                expected="the file that the stage `regenerate` has written",
+                fix="Put the file back, or make it again with --force regenerate.",
+            ) from error
 
     def noted_regenerated(self) -> str:
         """The same digest. The file counts as read."""
