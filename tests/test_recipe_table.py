@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,83 @@ def test_a_run_with_other_settings_is_refused_before_anything_runs(
         recipes.finished(folder.parent, ruler)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--set", "train.max_steps=3"], "--set train.max_steps: the comparison sets it itself"),
+        (["--set", "train.optimizer=muon", "--only", "dspark+muon"], "muon changes nothing"),
+        (["--against", "dspark"], "--against dspark: there is no finished run of seed 42"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_at_once(
+    recipes: Any, tmp_path: Path, arguments: list[str], said: str
+) -> None:
+    with pytest.raises(SystemExit, match=said):
+        recipes.main(["--output", str(tmp_path), "--seeds", "42", "--only", "dflash", *arguments])
+    assert not list(tmp_path.glob("*-seed*"))
+
+
+def test_a_lever_overrules_what_all_rows_start_from(recipes: Any, levers: Any, tmp_path: Path) -> None:
+    options = argparse.Namespace(
+        reference="dspark", steps=5, tokens=40, prompts=3, threads=1, overrides=["train.optimizer=adamw"],
+        run_files=levers.QUICKSTART,
+    )  # fmt: skip
+    ruler, plugins = recipes.Ruler(load_plugins(), options), load_plugins()
+    for row, optimizer in (("dspark", "adamw"), ("dspark+muon", "muon")):
+        changed = ruler.settings(row, tmp_path / 'a "b"', 42)
+        file = load_run_file(levers.run_file(row), overrides=changed, plugins=plugins)
+        assert (file.train.optimizer, str(file.run.output)) == (optimizer, str(tmp_path / 'a "b"'))
+    assert ruler.steps("dspark+muon") < ruler.steps("dspark")
+
+
+def test_edited_data_is_another_ruler(recipes: Any, levers: Any, tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"turns": ["Say 1"]}\n{"turns": ["Say 2"]}\n')
+    text = (EXAMPLES / "quickstart" / "dflash.toml").read_text()
+    source = 'sources = [{path = "builtin:tiny-dialogues", limit = 2500}]'
+    assert source in text
+    (tmp_path / "dflash.toml").write_text(text.replace(source, 'sources = [{path = "data.jsonl"}]'))
+    options = argparse.Namespace(
+        reference="dflash", steps=5, tokens=40, prompts=3, threads=1, overrides=[], run_files=tmp_path
+    )
+    (tmp_path / "out").mkdir()
+    recipes.begin(tmp_path / "out" / "recipes.json", recipes.Ruler(load_plugins(), options))
+    recipes.begin(tmp_path / "out" / "recipes.json", recipes.Ruler(load_plugins(), options))
+    data.write_text('{"turns": ["Say 1"]}\n')
+    with pytest.raises(SystemExit, match="run_files"):
+        recipes.begin(tmp_path / "out" / "recipes.json", recipes.Ruler(load_plugins(), options))
+
+
+def test_a_damaged_table_is_told(recipes: Any, tmp_path: Path) -> None:
+    (tmp_path / "recipes.json").write_text('{"ruler": {')
+    with pytest.raises(SystemExit, match=r"recipes\.json is damaged"):
+        recipes.same_ruler(tmp_path / "recipes.json", argparse.Namespace(as_json=dict))
+    (tmp_path / "dflash-seed42-old").mkdir()
+    (tmp_path / "dflash-seed42-old" / "metrics.json").touch()
+    assert recipes.finished(tmp_path, None) == []
+
+
+def test_a_killed_share_is_done_again(recipes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage's folder with its record but without its files would count as complete."""
+    drafters, link = sys.modules["drafters"], os.link
+    source, folder = tmp_path / "one" / "regenerate", tmp_path / "other"
+    source.mkdir(parents=True)
+    for name in ("conversations.jsonl", "stage.json"):
+        (source / name).write_text(name)
+
+    def killed(*paths: Any, **options: Any) -> None:
+        link(*paths, **options)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(drafters.os, "link", killed)
+        with pytest.raises(KeyboardInterrupt):
+            drafters.share(source.parent, folder, ("regenerate",))
+    assert not (folder / "regenerate").exists()
+    drafters.share(source.parent, folder, ("regenerate",))
+    assert sorted(path.name for path in folder.rglob("*")) == ["conversations.jsonl", "regenerate", "stage.json"]
+
+
 @pytest.mark.parametrize("row", ["dflash+ce", "dspark+nothing", "medusa"])
 def test_what_is_no_row_is_refused(levers: Any, row: str) -> None:
     with pytest.raises(SystemExit, match="there are"):
@@ -146,7 +224,7 @@ def test_recommended_run_files_are_the_quickstart_with_what_init_recommends(name
 @pytest.mark.slow
 def test_the_table_row_by_row(recipes: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = [
-        "run.threads=1", 'data.sources=[{path = "builtin:tiny-dialogues", limit = 40}]', "regenerate.max_tokens=24",
+        'data.sources=[{path = "builtin:tiny-dialogues", limit = 40}]', "regenerate.max_tokens=24",
         "evaluate.max_new_tokens=12", "evaluate.temperature=[0.0]", "train.trackers=[]", "draft.num_layers=1",
     ]  # fmt: skip
     common = ["--output", str(tmp_path), "--seeds", "42", "--steps", "4", "--prompts", "3"]

@@ -70,15 +70,23 @@ def main() -> None:
 
 
 def share(source: Path, folder: Path, stages: Sequence[str] = SHARED_STAGES) -> None:
-    """Give a run the answers and features of another, by hard links: the same files, each with its stage's record."""
+    """Give a run the answers and features of another, by hard links: the same files, each with its stage's record.
+
+    A stage's folder appears only when all of it is there.
+    """
     for stage in stages:
         if not (folder / stage).exists():
-            shutil.copytree(source / stage, folder / stage, copy_function=os.link)
+            partial = folder / f".{stage}.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.copytree(source / stage, partial, copy_function=os.link)
+            partial.rename(folder / stage)
 
 
 def run(run_file: Path, settings: list[str]) -> None:
     command = [sys.executable, "-m", "deepspec_core", "run", str(run_file)]
-    subprocess.run([*command, *(word for setting in settings for word in ("--set", setting))], check=True)
+    done = subprocess.run([*command, *(word for setting in settings for word in ("--set", setting))], check=False)
+    if done.returncode:
+        sys.exit(done.returncode)  # it has said why
 
 
 def figures(folder: Path) -> dict[str, Any]:

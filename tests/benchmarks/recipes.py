@@ -17,35 +17,40 @@ calls at once if they make different rows; recipes.json and the tables have ever
 Before anything runs, each of these must have the settings that its row has now; otherwise the call ends.
 
 With --run-files DIR the published recipes are DIR/dspark.toml and so on, for a target and data of your own, as
-`deepspec init --recipe published` writes them. Levers set the same values there as for the quickstart, so take those
-whose values fit.
+`deepspec init --recipe published` writes them. Give --tokens, the average length of your samples, and --steps. Levers
+set the same values there as for the quickstart, so take those whose values fit. --set changes the recipe that all rows
+start from; a lever overrules it.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import json
 import os
-import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from attrs import asdict
 from drafters import run, share
 from recipe_levers import QUICKSTART, parts, predicted, rows, run_file, settings
+from recipe_tables import tables, where
 
 from deepspec_core.config.load import load_run_file
-from deepspec_core.evaluation.paired import paired_difference
-from deepspec_core.evaluation.tasks import task_name
+from deepspec_core.errors import DeepSpecError
+from deepspec_core.evaluation.paired import NoDifference, paired_difference
 from deepspec_core.pipeline.estimating import estimate
 from deepspec_core.pipeline.recorded_rounds import recorded_rounds
 from deepspec_core.pipeline.run import Run
 from deepspec_core.plugins.discovery import Plugins, load_plugins
 
 STAGES = ("regenerate", "cache")
+OWN_KEYS = (
+    "run.output", "run.seed", "run.threads", "train.max_steps", "train.epochs", "evaluate.limit", "evaluate.plain",
+)  # fmt: skip
 # What is shared only by rows that have the same settings of these beginnings. Answers do not depend on the taps, but
 # the record of their stage has them, so a row with other taps makes the same answers again.
 NOT_SHARED = ("regenerate.", "data.", "target.")
@@ -59,16 +64,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
     parser.add_argument("--only", nargs="+", default=rows(), metavar="ROW", help="drafter+lever+..., default: all")
     parser.add_argument("--reference", default="dspark", metavar="ROW", help="the row that has --steps steps")
-    parser.add_argument("--steps", type=int, default=942)
-    parser.add_argument("--tokens", type=int, default=79, help="tokens of a sample, on average; the quickstart's")
-    parser.add_argument("--prompts", type=int, default=100, help="held-out prompts each run is evaluated on")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--set", dest="overrides", action="append", default=[], help="passed on to every run")
+    parser.add_argument("--steps", type=positive, default=942)
+    parser.add_argument("--tokens", type=positive, default=79, help="tokens of a sample, on average; the quickstart's")
+    parser.add_argument("--prompts", type=positive, default=100, help="held-out prompts each run is evaluated on")
+    parser.add_argument("--threads", type=positive, default=1)
+    parser.add_argument("--set", dest="overrides", action="append", default=[], help="of the recipe of every row")
     parser.add_argument("--plan", action="store_true", help="print what each row would take, and run nothing")
     options = parser.parse_args(arguments)
     plugins = load_plugins()
-    for row in (*options.only, *filter(None, [options.against])):
-        changes_something(row, options.run_files.resolve(), plugins)
+    for one in options.overrides:
+        if (key := one.partition("=")[0].strip()) in OWN_KEYS:
+            sys.exit(f"--set {key}: the comparison sets it itself; see --help")
+    for row in (options.reference, *options.only, *filter(None, [options.against])):
+        changes_something(row, options.run_files.resolve(), options.overrides, plugins)
     ruler = Ruler(plugins, options)
     if options.plan:
         print(plan(ruler, options.only))
@@ -76,28 +84,49 @@ def main(arguments: Sequence[str] | None = None) -> None:
     output = options.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
     begin(output / "recipes.json", ruler)
-    found = finished(output, ruler)
+    made = {(one["row"], one["seed"]) for one in finished(output, ruler)}
+    missing = [seed for seed in options.seeds if (options.against, seed) not in made]
+    if options.against is not None and options.against not in options.only and missing:
+        sys.exit(
+            f"--against {options.against}: there is no finished run of seed {missing[0]}; name the row in --only too"
+        )
     for seed in options.seeds:
         for row in options.only:
             folder = output / f"{row}-seed{seed}"
             share_stages(output, row, seed)
             run(ruler.run_file(row), ruler.settings(row, folder, seed))
-            found = finished(output, ruler)
-            differing = differences(output, found, options.against)
-            written = {"ruler": ruler.as_json(), "runs": found, "differences": differing}
-            replace(output / "recipes.json", json.dumps(written, indent=1) + "\n")
-    print(tables(found, differences(output, found, options.against)))
+            found, differing = write(output, ruler)
+    print(tables(found, differing))
 
 
-def changes_something(row: str, folder: Path, plugins: Plugins) -> None:
+def positive(text: str) -> int:
+    """A number above 0."""
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def write(output: Path, ruler: Ruler) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Write recipes.json with every run that is finished now. One call at a time looks and writes."""
+    with (output / ".recipes.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        found = finished(output, ruler)
+        differing = differences(output, found, ruler.options.against)
+        written = {"ruler": ruler.as_json(), "runs": found, "differences": differing}
+        replace(output / "recipes.json", json.dumps(written, indent=1) + "\n")
+    return found, differing
+
+
+def changes_something(row: str, folder: Path, overrides: Sequence[str], plugins: Plugins) -> None:
     """Exits for a run file of another draft type, and where a lever changes nothing, as of a recommended recipe."""
     drafter, levers = parts(row)
     path = run_file(row, folder)
-    published = load_run_file(path, plugins=plugins)
+    published = load_run_file(path, overrides=overrides, plugins=plugins)
     if published.draft.type != drafter:
         sys.exit(f"{path} is of the draft type {published.draft.type}, not {drafter}")
     for lever in levers:
-        if load_run_file(path, overrides=settings(f"{drafter}+{lever}", 942), plugins=plugins) == published:
+        changed = (*overrides, *settings(f"{drafter}+{lever}", 942))
+        if load_run_file(path, overrides=changed, plugins=plugins) == published:
             sys.exit(
                 f"{path}: {lever} changes nothing; start from the published recipe (deepspec init --recipe published)"
             )
@@ -121,7 +150,7 @@ class Ruler:
             path, opt = self.run_file(row), self.options
             online = ('features.mode="online"', 'run.stages=["train"]', f"data.max_length={opt.tokens}")
             # No lever's cost depends on the number of steps.
-            changed = (*settings(row, opt.steps), *opt.overrides, *online)
+            changed = (*opt.overrides, *settings(row, opt.steps), *online)
             file = load_run_file(path, overrides=changed, plugins=self.plugins)
             self._flops[row] = dict(estimate(Run(file=file, path=path, plugins=self.plugins)).flops)
         return self._flops[row]
@@ -134,20 +163,22 @@ class Ruler:
         """Everything that a row's run changes of its run file."""
         steps = self.steps(row)
         return [
-            f'run.output="{folder}"',
+            f"run.output={json.dumps(str(folder))}",
             f"run.seed={seed}",
             f"run.threads={self.options.threads}",
             f"train.max_steps={steps}",
             "train.epochs=100000",
             f"evaluate.limit={self.options.prompts}",
             "evaluate.plain=false",
-            *settings(row, steps),
             *self.options.overrides,
+            *settings(row, steps),
         ]
 
     def require_same(self, row: str, folder: Path, seed: int) -> None:
         """Exits where the run of `folder` was made with other settings than the row has now."""
-        made = load_run_file(folder / "config.toml", overrides=[f'run.output="{folder}"'], plugins=self.plugins)
+        made = load_run_file(
+            folder / "config.toml", overrides=[f"run.output={json.dumps(str(folder))}"], plugins=self.plugins
+        )
         now = load_run_file(self.run_file(row), overrides=self.settings(row, folder, seed), plugins=self.plugins)
         differing = [key for key in asdict(now, recurse=False) if getattr(made, key) != getattr(now, key)]
         if differing:
@@ -159,12 +190,25 @@ class Ruler:
         opt = self.options
         names = ("reference", "steps", "tokens", "prompts", "overrides")
         own = opt.run_files.resolve() != QUICKSTART
-        files = {path.name: digest(path) for path in sorted(opt.run_files.glob("*.toml"))} if own else {}
+        files = {path.name: self._digests(path) for path in sorted(opt.run_files.glob("*.toml"))} if own else {}
         return {"flops": self.budget, **{name: getattr(opt, name) for name in names}, "run_files": files}
 
+    def _digests(self, path: Path) -> list[str | None]:
+        """Of a run file, and of the data that it names. None for data on the Hub."""
+        file = load_run_file(path, overrides=self.options.overrides, plugins=self.plugins)
+        data = Run(file=file, path=path, plugins=self.plugins).data
+        of_data = [data.source_digest(index, ask_hub=False) for index in range(len(data.options.sources))]
+        return [hashlib.sha256(path.read_bytes()).hexdigest()[:16], *of_data]
 
-def digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+def read(path: Path) -> dict[str, Any]:
+    """A JSON object of this folder. Exits where it is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        assert isinstance(found, dict)
+    except (ValueError, AssertionError):
+        sys.exit(f"{path} is damaged: remove it, or of a row its folder, and make it again")
+    return found
 
 
 def replace(path: Path, text: str) -> None:
@@ -189,7 +233,7 @@ def begin(path: Path, ruler: Ruler) -> None:
 def same_ruler(path: Path, ruler: Ruler) -> None:
     """Exits where the folder's runs were measured otherwise."""
     now = json.loads(json.dumps(ruler.as_json()))
-    before = json.loads(path.read_text(encoding="utf-8"))["ruler"]
+    before = read(path).get("ruler", {})
     if before != now:
         differing = ", ".join(f"{key} {before.get(key)} and {now[key]}" for key in now if before.get(key) != now[key])
         sys.exit(f"{path.parent} has runs with another ruler ({differing}): choose another --output")
@@ -213,8 +257,7 @@ def of_shared_stages(row: str) -> list[str]:
 
 
 def complete(stage: Path) -> bool:
-    found: bool = json.loads((stage / "stage.json").read_text(encoding="utf-8"))["complete"]
-    return found
+    return read(stage / "stage.json").get("complete") is True
 
 
 def is_row(name: str) -> bool:
@@ -230,7 +273,7 @@ def finished(output: Path, ruler: Ruler) -> list[dict[str, Any]]:
     found = []
     for folder in output.glob("*-seed*"):
         row, _, seed = folder.name.rpartition("-seed")
-        if is_row(row) and (folder / "metrics.json").is_file():
+        if seed.isdecimal() and is_row(row) and (folder / "metrics.json").is_file():
             ruler.require_same(row, folder, int(seed))
             found.append({"row": row, "seed": int(seed), **figures(folder), "predicted": predicted(row)})
             found[-1]["flops"] = ruler.flops(row)
@@ -239,8 +282,7 @@ def finished(output: Path, ruler: Ruler) -> list[dict[str, Any]]:
 
 
 def figures(folder: Path) -> dict[str, Any]:
-    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    record = json.loads((folder / "train" / "stage.json").read_text(encoding="utf-8"))
+    metrics, record = read(folder / "metrics.json"), read(folder / "train" / "stage.json")
     kept = (
         "task",
         "temperature",
@@ -278,24 +320,21 @@ def differences(output: Path, found: Sequence[dict[str, Any]], against: str | No
             continue
         for result in one["results"]:
             pair = (
-                recorded_rounds(output / f"{row}-seed{one['seed']}", **_of(result)).completions
+                recorded_rounds(output / f"{row}-seed{one['seed']}", **where(result)).completions
                 for row in (one["row"], other)
             )
             difference = paired_difference(*pair, seed=one["seed"])
-            if difference is None:
-                sys.exit(f"{one['row']}, seed {one['seed']}: other prompts than {other}: choose another --output")
-            where = {
+            if isinstance(difference, NoDifference):
+                sys.exit(f"{one['row']} and {other}, seed {one['seed']}: {difference.reason}: choose another --output")
+            place = {
                 "row": one["row"],
                 "against": other,
                 "seed": one["seed"],
                 **{key: result[key] for key in ("task", "temperature")},
             }
-            differing.append({**where, "ahead": difference.value, "interval": list(difference.interval)})
+            of = {"prompts": difference.prompts, "left_out": difference.left_out}
+            differing.append({**place, "ahead": difference.value, "interval": list(difference.interval), **of})
     return differing
-
-
-def _of(result: dict[str, Any]) -> dict[str, Any]:
-    return {"tasks": [result["task"]], "temperature": result["temperature"]}
 
 
 def plan(ruler: Ruler, names: Sequence[str]) -> str:
@@ -308,43 +347,9 @@ def plan(ruler: Ruler, names: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def tables(found: Sequence[dict[str, Any]], differing: Sequence[dict[str, Any]]) -> str:
-    """A table for each task and temperature. Differences are those of each seed, with their intervals."""
-    lines: list[str] = []
-    seeds = sorted({one["seed"] for one in found})
-    for index, result in enumerate(found[0]["results"]):
-        lines += ["", f"{task_name(result['task'])}, temperature {result['temperature']:g}:", ""]
-        heads = [*(f"seed {seed}" for seed in seeds), "mean", "ahead", *(f"ahead, seed {seed}" for seed in seeds)]
-        lines += [f"| row | steps | {' | '.join(heads)} | draft ms a round | tokens a draft second | predicted |"]
-        lines += [f"|---|---|{'---|' * len(heads)}---|---|---|"]
-        for row in dict.fromkeys(one["row"] for one in found):
-            of_row = {one["seed"]: one for one in found if one["row"] == row}
-            results = {seed: one["results"][index] for seed, one in of_row.items()}
-            lengths = {seed: one["acceptance_length"] for seed, one in results.items()}
-            ahead = {one["seed"]: one for one in differing if one["row"] == row and _of(one) == _of(result)}
-            cells = [str(next(iter(of_row.values()))["steps"]), *_by_seed(seeds, lengths)]
-            cells += [f"{statistics.mean(lengths.values()):.3f}", _mean([one["ahead"] for one in ahead.values()])]
-            cells += [_interval(ahead.get(seed)) for seed in seeds]
-            seconds = statistics.median(one["draft_seconds_per_round"] for one in results.values())
-            tokens = statistics.median(one["tokens_per_draft_second"] for one in results.values())
-            lines.append(f"| {row} | {' | '.join(cells)} | {1e3 * seconds:.2f} | {tokens:.0f} | {predicted(row)} |")
-    return "\n".join(lines)
-
-
-def _by_seed(seeds: Sequence[int], values: dict[int, float]) -> Iterator[str]:
-    return (f"{values[seed]:.3f}" if seed in values else "" for seed in seeds)
-
-
-def _mean(values: Sequence[float]) -> str:
-    return f"{statistics.mean(values):+.3f}" if values else ""
-
-
-def _interval(one: dict[str, Any] | None) -> str:
-    if one is None:
-        return ""
-    low, high = one["interval"]
-    return f"{one['ahead']:+.2f} ({low:+.2f} to {high:+.2f})"
-
-
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except DeepSpecError as error:
+        print(f"Error: {error.render()}", file=sys.stderr)
+        sys.exit(error.exit_code)
