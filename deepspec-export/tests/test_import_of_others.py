@@ -232,6 +232,6 @@ def test_the_command_imports_and_names_what_it_took(
     assert "folder exists already" in capsys.readouterr().err
     assert main(["checkpoint", "show", str(tmp_path / "ours")]) == 0
     assert main([*command[:-1], str(tmp_path / ("a" * 252))]) == 2
-    assert "the folder's name is too long" in capsys.readouterr().err
+    assert "no file or folder can have this path" in capsys.readouterr().err
     assert main([*command[:-1], str(tmp_path / "other"), "--format", "onnx"]) == 2
     assert "no such format" in capsys.readouterr().err

@@ -21,18 +21,14 @@ def import_command(draft: str, target: str, out: str, name: str | None, blocked:
     DeepSpec can evaluate the checkpoint and train it further (`draft.init`). A draft that no installed draft type can
     express is refused, with the reason. The folder appears when all of it is written and checked.
     """
-    from deepspec_core.checkpoints.exports import require_free
+    from deepspec_core.checkpoints.exports import free_place
     from deepspec_core.checkpoints.opening import resolve_draft
-    from deepspec_core.disk import full_disk_is_an_error, why_not_writable
-    from deepspec_core.errors import ExportError
+    from deepspec_core.disk import full_disk_is_an_error
     from deepspec_core.plugins.discovery import load_plugins
     from deepspec_export.importing import import_draft
 
     registry = load_plugins(blocked=blocked).registry
-    folder, place = resolve_draft(draft, base=Path()), Path(out).expanduser()
-    require_free(place, fix="Choose another with --out.")
-    if (problem := why_not_writable(place.parent)) is not None:
-        raise ExportError("the checkpoint cannot be written there", where=place, found=problem)
+    folder, place = resolve_draft(draft, base=Path()), free_place(out, "the checkpoint")
     with full_disk_is_an_error(place.parent):
         imported = import_draft(folder, target, place, registry=registry, format_name=name)
     click.echo(f"wrote {place}: a draft of type {imported.algorithm}, read as {imported.format}")

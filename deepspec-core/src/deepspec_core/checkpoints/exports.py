@@ -9,20 +9,22 @@ import os
 import shutil
 from collections import Counter
 from pathlib import Path
+from typing import Final
 
 from attrs import frozen
 
 from deepspec_core.checkpoints.pickles import holds_pickle
+from deepspec_core.config.paths import no_path
 from deepspec_core.contracts.draft import DraftModel
 from deepspec_core.contracts.export import Exporter, ExportFacts
-from deepspec_core.disk import no_room
+from deepspec_core.disk import no_room, why_not_writable
 from deepspec_core.errors import DeepSpecError, ExportError, PluginError
 from deepspec_core.locks import LOCK, lock
 from deepspec_core.plugins.references import FAILURES, blame
 from deepspec_core.plugins.registry import Registry
 
-# File systems take names of 255 bytes.
-_LONGEST_NAME, _SHOWN = 240, 60
+# What an unfinished folder's name has more than its final name.
+_BESIDE: Final = 16
 
 
 @frozen(kw_only=True)
@@ -176,17 +178,23 @@ def links_in(folder: Path) -> list[str]:
     return links + [path.name for path, about in files if about.st_nlink > inside[about.st_dev, about.st_ino]]
 
 
+def free_place(given: str, what: str) -> Path:
+    """The path that `--out` gives, where a folder can be made. An error if not; `what` is to be written there."""
+    problem = f"{what} cannot be written there"
+    try:
+        place = Path(given).expanduser()
+    except RuntimeError as error:  # ~nobody
+        raise ExportError(problem, where="--out", found=f"{given}: {error}") from error
+    require_free(place, fix="Choose another with --out.")
+    if (why := why_not_writable(place.parent)) is not None:
+        raise ExportError(problem, where=place, found=why)
+    return place
+
+
 def require_free(out: Path, *, fix: str) -> None:
-    """ExportError where something is in the place of an export, or its name is too long for a file system."""
-    size = len(os.fsencode(out.name))
-    if size > _LONGEST_NAME:
-        raise ExportError(
-            "the folder's name is too long",
-            where=f"{out.name[:_SHOWN]}...",
-            found=f"{size} bytes",
-            expected=f"at most {_LONGEST_NAME} bytes: the folder has a longer name while it is written",
-            fix=fix,
-        )
+    """ConfigError if no folder can have this path, and ExportError if something is there already."""
+    if (impossible := no_path("the folder to write", out, beside=_BESIDE)) is not None:
+        raise impossible
     if os.path.lexists(out):
         kind = "a link" if out.is_symlink() else "a folder" if out.is_dir() else "a file"
         raise ExportError("the export's folder exists already", where=out, found=kind, expected="nothing", fix=fix)

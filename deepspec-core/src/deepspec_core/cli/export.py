@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from deepspec_core.plugins.registry import Registry
 
 _PROMPTS: Final = 64
-# What an unfinished folder's name has more than its final name.
-_BESIDE: Final = 16
 
 
 @click.command()
@@ -222,22 +220,9 @@ def _begun_with(run: Run, init: str, name: str) -> DeepSpecError:
 
 
 def _free_place(out: str | None, own: str, name: str) -> Path:
-    from deepspec_core.checkpoints.exports import require_free
-    from deepspec_core.config.paths import no_path
-    from deepspec_core.disk import why_not_writable
-    from deepspec_core.errors import ExportError
+    from deepspec_core.checkpoints.exports import free_place
 
-    given = f"{own}-{name}" if out is None else out
-    try:
-        place = Path(given).expanduser()
-    except RuntimeError as error:  # ~nobody
-        raise ExportError("the export cannot be written there", where="--out", found=f"{given}: {error}") from error
-    if (impossible := no_path("--out", place, beside=_BESIDE)) is not None:
-        raise impossible
-    require_free(place, fix="Choose another with --out.")
-    if (problem := why_not_writable(place.parent)) is not None:
-        raise ExportError("the export cannot be written there", where=place, found=problem)
-    return place
+    return free_place(f"{own}-{name}" if out is None else out, "the export")
 
 
 def _write(chosen: Format, draft: DraftModel, facts: ExportFacts, place: Path) -> None:
