@@ -40,8 +40,8 @@ def deepspec_draft_models() -> Iterable[DraftModelSpec]:
                     "Measured on the built-in target with a learning rate of 4e-3, in three seeds and at equal "
                     "training compute (825 steps against 942): accepted length 4.69 at temperature 0 and 4.30 at "
                     "temperature 1, against 2.67 and 2.46 as published. The gain fades (one seed): with three times "
-                    "the steps it is 5.03 and 4.68 against 4.32 and 4.17, with ten times 5.16 and 5.07 against 5.01 and "
-                    "4.99; 6 is the most. On a target of 0.5 B, after 198 steps against 240 (one seed), it is 1.26 "
+                    "the steps it is 5.03 and 4.68 against 4.32 and 4.17, with ten times 5.16 and 5.07 against 5.01 "
+                    "and 4.99; 6 is the most. On a target of 0.5 B, after 198 steps against 240 (one seed), it is 1.26 "
                     "against 1.23 on gsm8k, and no difference shows on humaneval and mt-bench. Nothing is known of a "
                     "large target."
                 ),
