@@ -205,8 +205,9 @@ def read(path: Path) -> dict[str, Any]:
     """A JSON object of this folder. Exits where it is none."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        assert isinstance(found, dict)
-    except (ValueError, AssertionError):
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
         sys.exit(f"{path} is damaged: remove it, or of a row its folder, and make it again")
     return found
 
