@@ -26,7 +26,7 @@ from deepspec_core.config.train_options import AUTO, DDP, FSDP
 from deepspec_core.contracts.draft import DraftBatch, DraftModel
 from deepspec_core.disk import in_words
 from deepspec_core.rows.engine import RowResult
-from deepspec_core.training.reduction import fill_gradients, gathered
+from deepspec_core.training.reduction import filled_gradients, gathered
 from deepspec_core.training.shards import is_sharded, whole
 from deepspec_core.training.step import TrainingStep
 
@@ -110,7 +110,7 @@ class _Fill(torch.autograd.Function):
 
 
 def _fill(step: nn.Module) -> None:
-    fill_gradients(_trained(step))
+    filled_gradients(_trained(step))
 
 
 def _filled(total: Tensor, step: nn.Module) -> Tensor:

@@ -55,19 +55,19 @@ def normalise(parameters: Sequence[Tensor], denominator: Tensor, *, world_size: 
     as it has one where other ranks may have read it.
     """
     scale = torch.where(denominator > 0, world_size / denominator, 0.0)
-    fill_gradients(parameters)
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    gradients = filled_gradients(parameters)
     # The norm of undivided gradients, divided: gradients are read once for it, and written once for all.
     norm = whole(torch.nn.utils.get_total_norm(gradients)) * scale
     torch._foreach_mul_(gradients, scale * (clip_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
 
 
-def fill_gradients(parameters: Sequence[Tensor]) -> None:
-    """Give those without a gradient one of zeros."""
+def filled_gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Their gradients. One that had none gets one of zeros."""
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
+    return [parameter.grad for parameter in parameters]  # type: ignore[misc]
 
 
 def gathered(value: Any) -> list[Any]:
