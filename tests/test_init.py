@@ -262,9 +262,7 @@ def test_a_place_without_a_run_file_is_refused_first(
     assert said in capsys.readouterr().err
 
 
-def test_half_a_run_file_is_never_left(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_half_a_run_file_is_never_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It would be a valid one, of other settings."""
     out = tmp_path / "train.toml"
 
@@ -276,6 +274,14 @@ def test_half_a_run_file_is_never_left(
     with pytest.raises(ConfigError, match=r"(?s)cannot be written.*No space left"):
         write_run_file(out, "text " * 10_000)
     assert not out.exists()
+
+
+def test_a_users_odd_names_are_not_a_plugins_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "rows-\udcff.jsonl").touch()
+    command = ["init", "builtin:tiny-qwen3", "--draft", "dflash", "-o", str(tmp_path / "train.toml"), "--data"]
+    assert main([*command, str(tmp_path / "rows-\udcff.jsonl")]) == 2
+    assert "Error: a run file cannot have this name" in capsys.readouterr().err
+    assert not (tmp_path / "train.toml").exists()
 
 
 def test_commands_are_quoted(

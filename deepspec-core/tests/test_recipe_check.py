@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from attrs import asdict, evolve, field, frozen
 from attrs.validators import ge
 
-from deepspec_core.config.recipe_check import CheckedRecipe, checked_recipe
-from deepspec_core.errors import PluginError
+from deepspec_core.config.recipe_check import CheckedRecipe, check_written, checked_recipe
+from deepspec_core.errors import ConfigError, PluginError
 from deepspec_core.plugins.discovery import load_plugins
 from deepspec_core.plugins.specs import DraftModelSpec, Recipe
 
@@ -112,3 +113,18 @@ def test_a_recipe_sets_something_and_is_for_training() -> None:
 def test_a_key_that_is_no_text_is_refused_where_it_stands() -> None:
     with pytest.raises(TypeError):
         Recipe(evidence="Better.", options={1: 2})  # type: ignore[dict-item]
+
+
+def test_what_the_user_gave_is_not_blamed_on_the_plugin(toy: Any, tmp_path: Path) -> None:
+    toy.add("fake-wide", PLUGIN)
+    plugins = load_plugins()
+    spec = plugins.registry.get("draft", "wide")
+    text = (
+        '[run]\nname = "r"\noutput = "runs/{}"\nstages = ["train"]\n[target]\nmodel = "m"\nlayers = [1]\n'
+        '[data]\nsources = [{{path = "rows.jsonl"}}]\n[features]\nmode = "online"\n'
+        '[draft]\ntype = "wide"\nmask_token_id = 1\n[loss]\nterms = {{ce = 1.0}}\n'
+    )
+    check_written(text.format("r"), spec, recommended=True, folder=tmp_path, plugins=plugins)
+    with pytest.raises(ConfigError) as caught:
+        check_written(text.format("x" * 300), spec, recommended=True, folder=tmp_path, plugins=plugins)
+    assert caught.value.where == "run.output"

@@ -42,6 +42,7 @@ def init(model: str, draft_type: str, data: str | None, out: str, recipe: str | 
 
     path = Path(out)
     _refuse_place(path)
+    _refuse_names(model, data)
     plugins = load_plugins(blocked=blocked)
     asked = None if recipe is None else recipe == "recommended"
     start = start_of(model, draft_type, data, path.parent, plugins.registry, recommended=asked)
@@ -70,6 +71,16 @@ def _refuse_place(path: Path) -> None:
         raise ConfigError("no such folder", where=path.parent, fix="Make it first, or choose another with -o.")
     if (why := why_not_writable(path.parent)) is not None:
         raise ConfigError("the run file cannot be written", where=path, found=why, fix="Choose another folder with -o.")
+
+
+def _refuse_names(model: str, data: str | None) -> None:
+    """ConfigError for names that a run file, which is Unicode, cannot have. File systems take any bytes."""
+    from deepspec_core.data.unicode_text import not_unicode, printable
+    from deepspec_core.errors import ConfigError
+
+    for what, given in (("MODEL", model), ("--data", data)):
+        if given is not None and (why := not_unicode(given)) is not None:
+            raise ConfigError("a run file cannot have this name", where=f"{what}: {printable(given)}", found=why)
 
 
 def write_run_file(path: Path, text: str) -> None:

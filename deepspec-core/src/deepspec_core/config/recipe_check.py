@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import tomli
 from attrs import NOTHING, asdict, fields, frozen, has
@@ -24,6 +24,8 @@ from deepspec_core.plugins.registry import Registry
 from deepspec_core.plugins.specs import DraftModelSpec
 
 _Options = TypeVar("_Options")
+# Sections of a new run file that follow from its target and its data.
+_OF_USER: Final = ("run.", "target.", "data.")
 
 
 @frozen(kw_only=True)
@@ -49,7 +51,7 @@ def checked_recipe(spec: DraftModelSpec, registry: Registry) -> CheckedRecipe:
     # What it is made of is the plugin's, down to the keys of its tables.
     with registry.blaming("draft", spec.name):
         read = {"options": dict(recipe.options), "loss": dict(recipe.loss), "train": dict(recipe.train)}
-        evidence = str.__str__(recipe.evidence)
+        evidence = str.__str__(recipe.evidence)  # a plain one, whose text cannot change after the check
         written = {part: _as_written(table) for part, table in read.items()}
         options, problems = _options(spec.options, written["options"], registry)
         for part, given in read.items():
@@ -72,7 +74,8 @@ def checked_recipe(spec: DraftModelSpec, registry: Registry) -> CheckedRecipe:
 def check_written(text: str, spec: DraftModelSpec, *, recommended: bool, folder: Path, plugins: Plugins) -> None:
     """PluginError where a run file with settings of `spec` is refused: sections may not fit together, or be no text.
 
-    Keys that the user has yet to give are no mistakes of the plugin.
+    Keys that the user has yet to give are no mistakes of the plugin. ConfigError where what the user gave, the target
+    and the data, makes a section that is refused.
     """
     try:
         text.encode()
@@ -84,8 +87,11 @@ def check_written(text: str, spec: DraftModelSpec, *, recommended: bool, folder:
         raise _cannot(spec, plugins.registry, odd, recommended=recommended) from None
     except ConfigError as error:
         for problem in error.problems:
-            if problem.problem != MISSING:
-                raise _cannot(spec, plugins.registry, problem, recommended=recommended) from None
+            if problem.problem == MISSING:
+                continue
+            if str(problem.where).startswith(_OF_USER):
+                raise problem from None
+            raise _cannot(spec, plugins.registry, problem, recommended=recommended) from None
 
 
 def _cannot(
